@@ -1,0 +1,89 @@
+"""Prepare a corpus: text or JSON lines -> tokenizer, indexed train set and indexed valid set."""
+
+import argparse
+import os
+import signal
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from typing import NoReturn
+
+from megamult.data.corpus import prepare_corpus
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Writes PREFIX_{train,valid}.{bin,idx} and PREFIX.model; on an error it writes nothing.",
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="UTF-8 files; .jsonl: one document per line; any other: one per blank-line-separated block",
+    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument(
+        "--vocab_size", type=int, metavar="N", help="train a tokenizer of N tokens on this corpus"
+    )
+    tokenizer.add_argument("--tokenizer", metavar="FILE.model", help="use this sentencepiece model")
+    parser.add_argument(
+        "--valid_fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="fraction of documents held out (default 0.01)",
+    )
+    parser.add_argument(
+        "--json_key", default="text", metavar="KEY", help="field of a .jsonl line (default text)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        metavar="N",
+        help="processes that encode; they do not change the result (default: the usable cores)",
+    )
+    return parser
+
+
+def main() -> int:
+    """Run the command line; the exit code is 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    args = _parser().parse_args()
+    # Clean up on the way out, as for Ctrl-C.
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        summary = prepare_corpus(
+            args.input,
+            args.output,
+            vocab_size=args.vocab_size,
+            tokenizer=args.tokenizer,
+            valid_fraction=args.valid_fraction,
+            json_key=args.json_key,
+            workers=args.workers,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print("error: an encoding process died, perhaps out of memory; try fewer --workers", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(f"{args.output}.model: {summary.vocab_size} tokens in the vocabulary")
+    print(f"{args.output}_train: {summary.train_documents} documents, {summary.train_tokens} tokens")
+    if summary.valid_documents:
+        print(f"{args.output}_valid: {summary.valid_documents} documents, {summary.valid_tokens} tokens")
+    print(f"bytes per token: {summary.bytes_per_token:.4f}")
+    print(f"unigram entropy of the training tokens: {summary.unigram_entropy:.4f} nats/token")
+    return 0
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

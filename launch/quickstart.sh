@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# From a bare machine to a pretrained small model: makes .venv, fetches and tokenizes the default corpus, trains by
+# examples/configs/quickstart.yaml, and says where the results are. What is there already is kept; each call trains
+# anew, in a run directory of its own. Takes pretrain.py's overrides; paths in them start from the repository:
+#
+#     launch/quickstart.sh [--section.key value ...]
+set -euo pipefail
+
+cpu_processes=1 # without a GPU: ranks, which share the cores; with GPUs: one rank each
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source launch/setup_env.sh
+
+prefix=data/sotu
+mkdir -p "${prefix%/*}"
+for file in "$prefix"_{train,valid}.{bin,idx} "$prefix.model"; do
+    if [[ ! -f "$file" ]]; then
+        [[ -f "$prefix.jsonl" ]] || python launch/fetch_corpus.py --output "$prefix.jsonl"
+        python launch/prepare_data.py --input "$prefix.jsonl" --output "$prefix" \
+            --vocab_size 4096 --valid_fraction 0.02 --workers "$(nproc)"
+        break
+    fi
+done
+
+run_dir="" previous=""
+for argument in "$@"; do
+    case "$argument" in
+        --train.run_dir=*) run_dir="${argument#*=}" ;;
+        *) [[ "$previous" != --train.run_dir ]] || run_dir="$argument" ;;
+    esac
+    previous="$argument"
+done
+if [[ -z "$run_dir" ]]; then
+    run_dir="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
+    set -- --train.run_dir "$run_dir" "$@"
+fi
+
+# A port that is free now, so that two runs on one machine do not meet.
+port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+if [[ "$MEGAMULT_GPUS" == 0 ]]; then
+    processes="$cpu_processes"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) / processes > 0 ? $(nproc) / processes : 1))}"
+else
+    processes="$MEGAMULT_GPUS"
+fi
+ranks=(--num_gpus "$processes")
+# With --num_gpus the launcher overrides CUDA_VISIBLE_DEVICES; without, it starts one rank for each device named there.
+[[ "$MEGAMULT_GPUS" == 0 || -z "${CUDA_VISIBLE_DEVICES:-}" ]] || ranks=()
+deepspeed "${ranks[@]}" --master_port "$port" launch/pretrain.py --config examples/configs/quickstart.yaml "$@"
+
+cat <<END
+
+The run is in $run_dir: metrics.jsonl has one line per step, config.yaml every setting.
+Look at the curves and at the multipliers:
+
+    .venv/bin/tensorboard --logdir ${run_dir@Q}
+END

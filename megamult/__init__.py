@@ -1,0 +1,24 @@
+"""megamult: pretraining with learnable row and column multipliers on Megatron-Core and DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "gpt_layer_spec": "megamult.model.spec",
+    "merge": "megamult.multipliers.merge",
+    "param_groups": "megamult.optim.param_groups",
+    "TwoPhaseAdamW": "megamult.optim.adamw",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: the command line's --help must not wait for DeepSpeed and Megatron.
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'megamult' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Logical tensors by name and global shape: gathering and writing them."""

@@ -1,0 +1,80 @@
+"""Gather logical tensors (Q, K, V, gate, up ... and multipliers) from all ranks, one at a time, and write them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megamult import parallel
+from megamult.layout import Layout, named_layouts
+from megamult.zero.slices import Partition, Slice
+
+
+def gather(
+    model: torch.nn.Module,
+    partition: Partition,
+    value: Callable[[int], Tensor] | None = None,
+    select: Callable[[Layout], bool] = lambda layout: True,
+) -> Iterator[tuple[str, Layout, int, Tensor]]:
+    """Full logical tensors, on rank 0's side of a collective that all ranks take part in.
+
+    Args:
+        model: states the layouts; the order of its parameters is the order of the results.
+        partition: what each rank holds.
+        value: what to gather for slice i of the partition, [length]; default: its fp32 master.
+        select: which parameters; the same on every rank.
+
+    Yields:
+        (logical name, layout, index of the part, tensor): the tensor is complete on global rank 0 alone. One tensor
+        exists at a time.
+    """
+    pieces: dict[str, list[tuple[Slice, int]]] = defaultdict(list)
+    for i, piece in enumerate(partition.slices):
+        pieces[piece.name].append((piece, i))
+    tp_rank, tp_size = parallel.tensor_group().rank(), parallel.tensor_group().size()
+    replica = not partition.sharded and parallel.data_group().rank() != 0
+    for name, parameter, layout in named_layouts(model):
+        if not select(layout):
+            continue
+        shape = layout.local_shape(tp_size)
+        local = torch.zeros(torch.Size(shape).numel(), device=parameter.device)
+        if layout.counted_on(tp_rank) and not replica:
+            for piece, i in pieces[name]:
+                source = piece.master if value is None else value(i)
+                local[piece.start : piece.start + piece.length] = source
+        local = local.view(shape)
+        first, columns = layout.local_columns(tp_rank, tp_size) if len(shape) == 2 else (0, 0)
+        for index, part in enumerate(layout.parts):
+            full = torch.zeros(part.shape, device=parameter.device)
+            target = full[:, first : first + columns] if len(shape) == 2 else full
+            for run in layout.local_runs(tp_rank, tp_size):
+                if run.part == index:
+                    rows = slice(run.part_start, run.part_start + run.length)
+                    target[rows] = local[run.start : run.start + run.length]
+            # Every element is held by one rank, all others add zero: the sum is exact.
+            torch.distributed.reduce(full, dst=0)
+            yield layout.logical_name(name, part), layout, index, full
+
+
+def save_logical(model: torch.nn.Module, partition: Partition, path: Path) -> None:
+    """Write every logical weight and multiplier in fp32 to one safetensors file, from global rank 0. Collective."""
+    tensors = {name: tensor.cpu() for name, _, _, tensor in _on_rank_zero(gather(model, partition))}
+    if torch.distributed.get_rank() == 0:
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.rename(path)
+    torch.distributed.barrier()
+
+
+def _on_rank_zero(
+    items: Iterator[tuple[str, Layout, int, Tensor]],
+) -> Iterator[tuple[str, Layout, int, Tensor]]:
+    keep = torch.distributed.get_rank() == 0
+    for item in items:
+        if keep:
+            yield item

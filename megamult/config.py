@@ -1,0 +1,351 @@
+"""The one schema of every run: dataclasses with units, each validated; DESIGN names stay put.
+
+Sizes are global (never per rank). A key that does not work yet is not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megamult.multipliers.placement import resolve
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _positive(section: str, **values: float) -> None:
+    for key, value in values.items():
+        _require(value > 0, f"{section}.{key} is {value}: it must be positive")
+
+
+def _not_negative(section: str, **values: float) -> None:
+    for key, value in values.items():
+        _require(value >= 0, f"{section}.{key} is {value}: it must not be negative")
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the model."""
+
+    num_layers: int = 4
+    """Transformer layers."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_attention_heads: int = 8
+    """Query heads; their size is hidden_size / num_attention_heads."""
+    num_query_groups: int | None = None
+    """Key-value heads (grouped-query attention); null: one for each query head."""
+    ffn_hidden_size: int = 704
+    """Width of the gated MLP."""
+    seq_length: int = 256
+    """Tokens per sequence."""
+    vocab_size: int | None = None
+    """Exact vocabulary size; null: the tokenizer's. Padded internally to a multiple of 128."""
+    rotary_base: float = 10000.0
+    """Base period of the rotary embedding."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; output projections: divided by sqrt(2 * num_layers)."""
+    tie_embeddings: bool = False
+    """Use the embedding's weight as the LM head (without its multipliers)."""
+    z_loss: float = 1e-4
+    """Coefficient of log-sum-exp squared in the objective; 0: none."""
+
+    @property
+    def query_groups(self) -> int:
+        """Key-value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    def __post_init__(self) -> None:
+        _positive(
+            "model",
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.query_groups,
+            ffn_hidden_size=self.ffn_hidden_size,
+            seq_length=self.seq_length,
+            vocab_size=1 if self.vocab_size is None else self.vocab_size,
+            rotary_base=self.rotary_base,
+            norm_eps=self.norm_eps,
+            init_std=self.init_std,
+        )
+        _not_negative("model", z_loss=self.z_loss)
+        heads, groups = self.num_attention_heads, self.query_groups
+        _require(
+            self.hidden_size % heads == 0 and self.hidden_size // heads % 2 == 0,
+            f"model.hidden_size is {self.hidden_size} with model.num_attention_heads {heads}: a head's size must be "
+            "a whole even number (rotary embedding); choose hidden_size a multiple of 2 * num_attention_heads",
+        )
+        _require(
+            heads % groups == 0,
+            f"model.num_query_groups is {groups}: it must divide model.num_attention_heads ({heads})",
+        )
+
+
+@dataclass
+class MultipliersConfig:
+    """Learnable multipliers (arXiv 2601.04890)."""
+
+    implementation: Literal["none", "layer"] = "layer"
+    """layer: explicit parameters in the layers; none: a plain model."""
+    placement: str | dict[str, str | list[str]] = "all"
+    """all, symmetry_free, scalar (one per logical matrix), or a mapping from role to row, col, scalar or a list."""
+    lr: float | None = None
+    """Learning rate of the multipliers before schedule; null: optimizer.lr. Follows the same schedule."""
+    weight_decay: float = 2e-3
+    """Decoupled weight decay of the multipliers."""
+    clip: bool = False
+    """false: multipliers' gradients neither enter the norm nor are scaled; true: clipped by their own norm at
+    optimizer.clip_grad_norm."""
+
+    def __post_init__(self) -> None:
+        resolve(self.placement)
+        _not_negative("multipliers", weight_decay=self.weight_decay)
+        if self.lr is not None:
+            _positive("multipliers", lr=self.lr)
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer of matrices."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices, embedding and head."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of first and second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip_grad_norm: float = 1.0
+    """Threshold of the global gradient l2 norm over everything but the multipliers; 0: no clipping."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: int = 0
+    """Last steps of the run, over which the rate falls to min_lr; constant before."""
+    decay: Literal["linear", "cosine", "exponential", "inverse_sqrt"] = "linear"
+    """Shape of the fall over decay_steps."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the fall (exponential and inverse_sqrt: must be positive)."""
+
+    def __post_init__(self) -> None:
+        _positive("optimizer", lr=self.lr, eps=self.eps)
+        _not_negative(
+            "optimizer",
+            weight_decay=self.weight_decay,
+            clip_grad_norm=self.clip_grad_norm,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            min_lr=self.min_lr,
+        )
+        for beta in self.betas:
+            _require(0 <= beta < 1, f"optimizer.betas is {self.betas}: each must be in [0, 1)")
+        _require(
+            self.min_lr <= self.lr, f"optimizer.min_lr is {self.min_lr}, above optimizer.lr {self.lr}: lower it"
+        )
+        _require(
+            self.min_lr > 0 or self.decay_steps == 0 or self.decay not in ("exponential", "inverse_sqrt"),
+            f"optimizer.min_lr is {self.min_lr} with optimizer.decay {self.decay}: it never reaches 0; set a "
+            "positive min_lr",
+        )
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread; data parallel = processes / tensor."""
+
+    tensor: int = 1
+    """Tensor-parallel size."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals sharded over the tensor-parallel ranks."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters."""
+
+    def __post_init__(self) -> None:
+        _positive("parallel", tensor=self.tensor)
+        _require(
+            self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage is {self.zero_stage}: use 0, 1, 2 or 3"
+        )
+
+
+@dataclass
+class DataConfig:
+    """Corpora made by launch/prepare_data.py."""
+
+    train: str | dict[str, float] | list[str] | None = None
+    """Prefix of .bin and .idx, a list of prefixes (equal weights), or a mapping from prefix to weight."""
+    valid: str | dict[str, float] | list[str] | None = None
+    """The same for evaluation; null: no evaluation."""
+    tokenizer: str | None = None
+    """The sentencepiece model that the corpora were encoded with."""
+
+    @staticmethod
+    def sources(value: str | dict[str, float] | list[str] | None) -> list[tuple[str, float]]:
+        """(prefix, weight) of each source."""
+        if value is None:
+            return []
+        if isinstance(value, str):
+            return [(value, 1.0)]
+        if isinstance(value, dict):
+            return list(value.items())
+        return [(prefix, 1.0) for prefix in value]
+
+    def __post_init__(self) -> None:
+        for key, value in (("train", self.train), ("valid", self.valid)):
+            for prefix, weight in self.sources(value):
+                _require(weight > 0, f"data.{key} gives {prefix} the weight {weight}: it must be positive")
+
+
+@dataclass
+class TrainConfig:
+    """The run."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    global_batch_size: int = 32
+    """Sequences per optimizer step over all ranks; accumulation follows from it."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass of one data-parallel rank."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of parameters and activations; masters and optimizer state are fp32."""
+    grad_accum_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of accumulated gradients. auto: fp32. ZeRO 0 in bf16 can do bf16 alone: say so, or use ZeRO 1."""
+    recompute: Literal["none", "full"] = "none"
+    """full: keep each layer's input alone and recompute the rest in backward."""
+    seed: int = 1234
+    """Of weights and data order."""
+    run_dir: str = "runs/default"
+    """Where everything that the run writes goes; must not hold another run."""
+    eval_every: int = 0
+    """Steps between evaluations on data.valid; 0: at the end alone."""
+    eval_batches: int = 8
+    """Global batches per evaluation."""
+    log_histograms_every: int = 100
+    """Steps between TensorBoard histograms of the multipliers; 0: none."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of parameters and activations."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+
+    @property
+    def accumulation_dtype(self) -> str:
+        """fp32 or bf16."""
+        return "fp32" if self.grad_accum_dtype == "auto" else self.grad_accum_dtype
+
+    def __post_init__(self) -> None:
+        _positive(
+            "train",
+            steps=self.steps,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            eval_batches=self.eval_batches,
+        )
+        _not_negative(
+            "train", seed=self.seed, eval_every=self.eval_every, log_histograms_every=self.log_histograms_every
+        )
+        _require(
+            not (self.dtype == "fp32" and self.accumulation_dtype == "bf16"),
+            "train.grad_accum_dtype is bf16 with train.dtype fp32: use auto or fp32",
+        )
+
+
+@dataclass
+class Config:
+    """All of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: dict[str, Any] | str | None = None
+    """Merged into the DeepSpeed configuration that the other keys produce; a conflict is an error."""
+
+    def __post_init__(self) -> None:
+        optimizer, train = self.optimizer, self.train
+        _require(
+            optimizer.warmup_steps + optimizer.decay_steps <= train.steps,
+            f"optimizer.warmup_steps {optimizer.warmup_steps} + optimizer.decay_steps {optimizer.decay_steps} "
+            f"exceed train.steps {train.steps}: shorten them",
+        )
+        _require(
+            not (train.dtype == "bf16" and self.parallel.zero_stage == 0 and train.accumulation_dtype == "fp32"),
+            "parallel.zero_stage is 0 with train.dtype bf16: DeepSpeed accumulates gradients in bf16 there; use "
+            "parallel.zero_stage 1, or accept it with train.grad_accum_dtype bf16",
+        )
+        tensor, model = self.parallel.tensor, self.model
+        _require(
+            not self.parallel.sequence or model.seq_length % tensor == 0,
+            f"model.seq_length is {model.seq_length}: with parallel.sequence it must be a multiple of "
+            f"parallel.tensor ({tensor})",
+        )
+        for key, size in (
+            ("num_attention_heads", model.num_attention_heads),
+            ("ffn_hidden_size", model.ffn_hidden_size),
+        ):
+            _require(
+                size % tensor == 0,
+                f"model.{key} is {size}: it must be a multiple of parallel.tensor ({tensor})",
+            )
+        groups = model.query_groups
+        _require(
+            groups % tensor == 0 or tensor % groups == 0,
+            f"model.num_query_groups is {groups} and parallel.tensor {tensor}: one must divide the other",
+        )
+        _require(
+            128 % tensor == 0,
+            f"parallel.tensor is {tensor}: it must divide 128, the multiple that the vocabulary is padded to",
+        )
+
+    def check_world(self, processes: int) -> None:
+        """Check what depends on the number of processes.
+
+        Raises:
+            ValueError: fact, value, remedy.
+        """
+        tensor, train = self.parallel.tensor, self.train
+        _require(
+            processes % tensor == 0,
+            f"parallel.tensor is {tensor} and {processes} processes were started: start a multiple of {tensor}",
+        )
+        samples = train.micro_batch_size * (processes // tensor)
+        _require(
+            train.global_batch_size % samples == 0,
+            f"train.global_batch_size is {train.global_batch_size}: it must be a multiple of "
+            f"train.micro_batch_size x data parallel = {train.micro_batch_size} x {processes // tensor} = {samples}",
+        )
+
+    def accumulation(self, data_parallel: int) -> int:
+        """Micro-batches per optimizer step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * data_parallel)
+
+    def deepspeed_overrides(self) -> dict[str, Any]:
+        """The user's part of the DeepSpeed configuration.
+
+        Raises:
+            ValueError: the file is missing or is no JSON object.
+        """
+        if self.deepspeed is None or isinstance(self.deepspeed, dict):
+            return self.deepspeed or {}
+        import json
+
+        path = Path(self.deepspeed)
+        _require(path.is_file(), f"deepspeed is {self.deepspeed!r}: there is no such file; give a path or a mapping")
+        try:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no JSON file: {error}") from None
+        _require(isinstance(loaded, dict), f"{path} holds no JSON object: give a mapping of DeepSpeed's keys")
+        return loaded

@@ -1,0 +1,1 @@
+"""Text to training samples: tokenizer, corpus preparation, and the blended dataset that training reads."""

@@ -1,0 +1,117 @@
+"""Documents read one by one from text and JSON-lines files, with errors that name file and line."""
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document and the place where it starts (`line` counts from 1)."""
+
+    path: str
+    line: int
+    text: str
+
+
+def read_documents(paths: Iterable[str | Path], json_key: str = "text") -> Iterator[Document]:
+    """Yield the documents of all files in order.
+
+    A `.jsonl` file holds one JSON object per line, its text under `json_key`. Any other file is plain text:
+    a document is a run of non-blank lines, without the line ending of its last line. Everything else is kept
+    as it stands, except a byte-order mark at the start of a file.
+
+    Raises:
+        ValueError: a file is missing, empty or not UTF-8; a JSON line is blank, invalid, lacks the field, or
+            its field is not a string or holds no text.
+    """
+    for path in map(str, paths):
+        lines = _decoded_lines(path)
+        if path.endswith(".jsonl"):
+            yield from _json_documents(path, lines, json_key)
+        else:
+            yield from _text_blocks(path, lines)
+
+
+def _decoded_lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yield (line number, line with its ending); split as bytes, so that each error has its line."""
+    # Every file is read twice (checked before anything is written, then encoded), which a pipe cannot give.
+    if not Path(path).is_file():
+        fact = "is not a regular file" if Path(path).exists() else "does not exist"
+        raise ValueError(f"input {path} {fact}; give the path of a text or .jsonl file")
+    number = 0
+    try:
+        with open(path, "rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                try:
+                    yield number, line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x}, byte "
+                        f"{error.start + 1} of the line); convert the file, for example with iconv -t UTF-8"
+                    ) from error
+    except OSError as error:
+        raise ValueError(f"cannot read input {path}: {error.strerror}; check its permissions") from error
+    if number == 0:
+        raise ValueError(f"input {path} is empty (0 bytes); remove it from the inputs or fill it")
+
+
+def _text_blocks(path: str, lines: Iterable[tuple[int, str]]) -> Iterator[Document]:
+    block: list[str] = []
+    start, found = 0, False
+    for number, line in lines:
+        if line.strip():
+            start = start if block else number
+            block.append(line)
+        elif block:
+            yield _block(path, start, block)
+            block, found = [], True
+    if block:
+        yield _block(path, start, block)
+    elif not found:
+        raise ValueError(f"input {path} is empty (blank lines only); remove it from the inputs or fill it")
+
+
+def _block(path: str, start: int, lines: list[str]) -> Document:
+    return Document(path, start, "".join(lines).removesuffix("\n").removesuffix("\r"))
+
+
+def _json_documents(path: str, lines: Iterable[tuple[int, str]], json_key: str) -> Iterator[Document]:
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        if not line.strip():
+            raise ValueError(f"{where}: the line is blank, but every line holds one JSON object; delete it")
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: invalid JSON ({error}); write one JSON object per line") from error
+        if not isinstance(record, dict):
+            raise ValueError(
+                f'{where}: a JSON {type(record).__name__}, not an object; write {{"{json_key}": "..."}}'
+            )
+        if json_key not in record:
+            names = ", ".join(map(repr, list(record)[:8])) or "none"
+            raise ValueError(
+                f"{where}: no field {json_key!r} (fields: {names}); name the right one with --json_key"
+            )
+        text = record[json_key]
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{where}: field {json_key!r} is a {type(text).__name__}, not a string; make it a string"
+            )
+        if not text.strip():
+            raise ValueError(
+                f"{where}: field {json_key!r} is an empty document ({text[:20]!r}); remove the line"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: field {json_key!r} is not valid Unicode (lone surrogate at character "
+                f"{error.start}); repair it"
+            ) from error
+        yield Document(path, number, text)

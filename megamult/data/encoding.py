@@ -1,0 +1,106 @@
+"""Documents to token ids in several processes, in order, with a bounded number of them in memory.
+
+Worker processes import this file: it must stay free of torch and Megatron, which take seconds to load.
+"""
+
+import collections
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from megamult.data.documents import Document
+from megamult.data.tokenizer import Tokenizer
+
+_BATCH_CHARS = 1 << 18
+_worker_tokenizer: Tokenizer | None = None
+
+
+def encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of a document and the end-of-document token, int32[tokens + 1].
+
+    Raises:
+        ValueError: decoding does not give the text back, so training on it would lose something.
+    """
+    where = f"{document.path}, line {document.line}"
+    try:
+        ids = tokenizer.encode(document.text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    decoded = tokenizer.decode(ids)
+    if decoded != document.text:
+        pairs = zip(decoded, document.text, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded), len(document.text)))
+        raise ValueError(
+            f"{where}: the tokenizer {tokenizer.model_path} does not keep the text: character {at} of the "
+            f"document, {document.text[at : at + 20]!r}, comes back as {decoded[at : at + 20]!r}; use "
+            "a model with identity normalization and byte fallback, or let launch/prepare_data.py train one"
+        )
+    return np.array([*ids, tokenizer.eod], dtype=np.int32)
+
+
+def encode_in_order(
+    documents: Iterable[Document], model_path: str | Path, workers: int
+) -> Generator[np.ndarray, None, None]:
+    """Yield the ids of each document, in the order of `documents`, whatever the number of processes.
+
+    Raises:
+        ValueError: a document is not kept by the tokenizer (see `encode_document`).
+    """
+    if workers == 1:
+        tokenizer = Tokenizer(model_path)
+        for document in documents:
+            yield encode_document(document, tokenizer)
+        return
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(str(model_path),)
+    )
+    pending: collections.deque[Future[list[np.ndarray]]] = collections.deque()
+    try:
+        for batch in _batches(documents):
+            pending.append(pool.submit(_encode_batch, batch))
+            if len(pending) > 4 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _start_worker(model_path: str) -> None:
+    global _worker_tokenizer
+    # Ctrl-C reaches the whole process group; the parent alone decides and cleans up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _worker_tokenizer = Tokenizer(model_path)
+
+
+def _die_with_parent() -> None:
+    # A killed parent cannot shut its pool down, and its workers would wait for work for ever.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode_batch(batch: list[Document]) -> list[np.ndarray]:
+    assert _worker_tokenizer is not None
+    return [encode_document(document, _worker_tokenizer) for document in batch]

@@ -1,0 +1,46 @@
+"""The split of a corpus into training and validation documents."""
+
+from dataclasses import dataclass
+
+from megamult.data.splitmix import splitmix
+
+_SEED = 20240229
+
+
+@dataclass(frozen=True)
+class ValidSplit:
+    """Which of `documents` documents are for validation: one, drawn by hash, in each of `valid` equal ranges.
+
+    Stratified, so that the valid set covers the corpus evenly; drawn, so that no period of the corpus is
+    aliased; and a function of the counts alone, so that every process agrees.
+    """
+
+    documents: int
+    valid: int
+
+    @classmethod
+    def of(cls, documents: int, fraction: float) -> "ValidSplit":
+        """Round `fraction` of `documents`, leaving at least one document in each set unless it is 0.
+
+        Raises:
+            ValueError: the fraction is outside [0, 1), or there are too few documents to split.
+        """
+        if not 0 <= fraction < 1:
+            raise ValueError(f"valid_fraction is {fraction}; give a number from 0 (no valid set) to below 1")
+        if fraction == 0:
+            return cls(documents, 0)
+        if documents < 2:
+            raise ValueError(
+                f"the corpus has {documents} document(s), but a train and a valid set need at least 2; "
+                "separate documents by blank lines or into .jsonl lines, or set valid_fraction to 0"
+            )
+        return cls(documents, min(max(1, round(fraction * documents)), documents - 1))
+
+    def is_valid(self, document: int) -> bool:
+        """Whether document number `document` (from 0) belongs to the valid set."""
+        if self.valid == 0:
+            return False
+        stratum = ((document + 1) * self.valid - 1) // self.documents
+        first = stratum * self.documents // self.valid
+        size = (stratum + 1) * self.documents // self.valid - first
+        return document == first + splitmix(_SEED, stratum) % size

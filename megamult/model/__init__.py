@@ -1,0 +1,1 @@
+"""The language model: Megatron-Core's GPT assembled from our modules."""

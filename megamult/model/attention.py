@@ -1,0 +1,42 @@
+"""Core attention on `scaled_dot_product_attention`: the flash path without Transformer Engine, and the CPU's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+
+class SdpaAttention(torch.nn.Module):
+    """softmax(Q K^T / sqrt(d)) V with a causal mask; grouped queries share keys and values."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        if attention_type != "self" or attn_mask_type != AttnMaskType.causal:
+            raise ValueError(
+                f"attention type {attention_type!r} with mask {attn_mask_type}: SdpaAttention does causal "
+                "self-attention alone"
+            )
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """query: [seq, batch, heads/tp, dim]; key, value: [seq, batch, groups/tp, dim]; returns [seq, batch,
+        heads/tp * dim]."""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        context = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -1,0 +1,1 @@
+"""What a run reports: statistics, metrics.jsonl, TensorBoard, progress."""

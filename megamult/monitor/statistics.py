@@ -1,0 +1,64 @@
+"""Pure statistics: the spread of multipliers by role, the arithmetic of a step, model FLOP utilization."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megamult.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of the absolute values of a set of multipliers: extremes, median, and standard deviation."""
+
+    minimum: float
+    median: float
+    maximum: float
+    std: float
+    count: int
+
+
+def spread(values: Tensor) -> Spread:
+    """Summary of multipliers [n]. Their sign is a symmetry of the pair they scale, so magnitudes count."""
+    magnitudes = values.detach().double().abs().flatten()
+    return Spread(
+        magnitudes.min().item(),
+        magnitudes.median().item(),
+        magnitudes.max().item(),
+        magnitudes.std(correction=0).item(),
+        magnitudes.numel(),
+    )
+
+
+def by_role(multipliers: Iterable[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
+    """Join (role, side, values) into one vector per "role/side"."""
+    collected: dict[str, list[Tensor]] = defaultdict(list)
+    for role, side, values in multipliers:
+        collected[f"{role}/{side}"].append(values.flatten())
+    return {key: torch.cat(vectors) for key, vectors in collected.items()}
+
+
+def spread_table(values: dict[str, Tensor]) -> str:
+    """The spread of every role and side as a table of text."""
+    lines = [f"{'multipliers':<22}{'min':>9}{'median':>9}{'max':>9}{'std':>9}{'count':>9}"]
+    for key in sorted(values):
+        s = spread(values[key])
+        lines.append(
+            f"{key:<22}{s.minimum:>9.4f}{s.median:>9.4f}{s.maximum:>9.4f}{s.std:>9.4f}{s.count:>9d}"
+        )
+    return "\n".join(lines)
+
+
+def flops_per_token(model: ModelConfig, vocab_size: int) -> float:
+    """FLOPs of forward and backward per token: 6 per weight in a matrix product, and attention's two products over
+    the causal half of the sequence (recomputation not counted)."""
+    h, f, layers = model.hidden_size, model.ffn_hidden_size, model.num_layers
+    kv = h // model.num_attention_heads * model.query_groups
+    weights = layers * (2 * h * h + 2 * h * kv + 3 * h * f) + h * vocab_size
+    attention = layers * h * model.seq_length  # q k^T and p v: 2 x 2 FLOP x seq/2 x hidden, forward
+    return 6.0 * weights + 3 * 2.0 * attention

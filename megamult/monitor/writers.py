@@ -1,0 +1,69 @@
+"""Where a run's figures go, from rank 0: metrics.jsonl, TensorBoard, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Writers:
+    """One object per step into `metrics.jsonl`, the same into `tensorboard/`, and a bar on standard error."""
+
+    def __init__(self, run_dir: Path, steps: int, tokens_per_step: int) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        self._interactive = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=not self._interactive)
+        self._report_every = max(1, steps // 20)
+        self._steps, self._tokens_per_step = steps, tokens_per_step
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._tensorboard.close()
+        self._metrics.close()
+
+    def step(self, record: dict[str, float], extra: dict[str, float]) -> None:
+        """A training step: `record` goes to both, `extra` (memory, utilization) to TensorBoard alone."""
+        self._line(record)
+        step = int(record["step"])
+        self._scalars("train", {k: v for k, v in {**record, **extra}.items() if k != "step"}, step)
+        text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
+        if self._interactive:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+        elif step % self._report_every == 0 or step == self._steps:
+            self.say(f"step {step}/{self._steps}: {text}")
+
+    def evaluation(self, record: dict[str, float]) -> None:
+        """An evaluation."""
+        self._line(record)
+        self._scalars("valid", {"loss": record["valid_loss"]}, int(record["step"]))
+        self.say(f"step {record['step']}: valid loss {record['valid_loss']:.4f}")
+
+    def histograms(self, values: dict[str, Tensor], step: int) -> None:
+        """Histograms of the multipliers of each role and side."""
+        for key, vector in values.items():
+            self._tensorboard.add_histogram(f"multipliers/{key}", vector, step)
+
+    def say(self, text: str) -> None:
+        """A line of text that does not tear the bar."""
+        self._bar.write(text, file=sys.stdout) if self._interactive else print(text, flush=True)
+
+    def _scalars(self, section: str, values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            self._tensorboard.add_scalar(f"{section}/{key}", value, step)
+
+    def _line(self, record: dict[str, float]) -> None:
+        self._metrics.write(json.dumps(record) + "\n")

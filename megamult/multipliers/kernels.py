@@ -1,0 +1,162 @@
+"""Scaling a local weight by its multipliers, forward and backward, in as few passes as the device allows.
+
+W_eff[i, j] = rho[i] kappa[m(i), j] W[i, j], where rho[out] joins row multipliers and scalars, kappa[parts, in]
+holds one column vector per logical matrix and m(i) is the matrix that row i belongs to. The rows of one matrix
+come as :class:`Span`s. On CUDA each function is one compiled kernel (plus one skinny product); on a CPU, where
+compiling would take longer than a test, rows are worked on in blocks that stay in the cache.
+
+`megamult.multipliers.reference` is what both are tested against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows [start, stop) of the local weight, scaled by row `col` of kappa (None: no column multipliers)."""
+
+    start: int
+    stop: int
+    col: int | None
+
+
+@dataclass(frozen=True)
+class Backward:
+    """dL/dW[out, in]; row_dot[out] = sum_j W kappa G, in fp32; dL/dkappa[parts, in], in fp32."""
+
+    weight: Tensor
+    row_dot: Tensor | None
+    col: Tensor | None
+
+
+_BLOCK_ELEMENTS = 1 << 16  # elements of a CPU block: its four operands stay in a 512 KiB second-level cache in bf16
+
+
+def _blocks(spans: tuple[Span, ...], columns: int) -> list[Span]:
+    rows = max(1, _BLOCK_ELEMENTS // columns)
+    return [
+        Span(start, min(start + rows, span.stop), span.col)
+        for span in spans
+        for start in range(span.start, span.stop, rows)
+    ]
+
+
+def scale(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]) -> Tensor:
+    """W_eff[out, in] in the weight's dtype."""
+    if weight.is_cuda:
+        return _scale_compiled(weight, rho, kappa, _rows_to_cols(spans, weight) if kappa is not None else None)
+    if kappa is None:
+        assert rho is not None
+        return weight * rho[:, None]
+    effective = torch.empty_like(weight)
+    for block in _blocks(spans, weight.shape[1]):
+        target, source = effective[block.start : block.stop], weight[block.start : block.stop]
+        if block.col is not None:
+            torch.mul(source, kappa[block.col], out=target)
+            source = target
+        if rho is not None:
+            torch.mul(source, rho[block.start : block.stop, None], out=target)
+        elif block.col is None:
+            target.copy_(source)
+    return effective
+
+
+def scale_backward(
+    grad: Tensor,
+    weight: Tensor,
+    rho: Tensor | None,
+    kappa: Tensor | None,
+    spans: tuple[Span, ...],
+    needs_row_dot: bool,
+) -> Backward:
+    """Gradients of :func:`scale` from grad = dL/dW_eff[out, in], which is overwritten."""
+    if weight.is_cuda:
+        return _scale_backward_compiled(grad, weight, rho, kappa, spans, needs_row_dot)
+    row_dot = torch.empty(weight.shape[0], dtype=torch.float32) if needs_row_dot else None
+    col = torch.zeros(kappa.shape, dtype=torch.float32) if kappa is not None else None
+    for block in _blocks(spans, weight.shape[1]):
+        rows = slice(block.start, block.stop)
+        g = grad[rows]
+        h = g * weight[rows]
+        if block.col is not None:
+            assert kappa is not None and col is not None
+            if row_dot is not None:
+                row_dot[rows] = torch.mv(h, kappa[block.col])
+            col[block.col] += h.sum(0) if rho is None else torch.mv(h.t(), rho[rows])
+            g.mul_(kappa[block.col])
+        elif row_dot is not None:
+            row_dot[rows] = h.sum(1)
+        if rho is not None:
+            g.mul_(rho[rows, None])
+    return Backward(grad, row_dot, col)
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------------------
+
+
+def _rows_to_cols(spans: tuple[Span, ...], weight: Tensor) -> Tensor:
+    """For each local row the row of kappa (padded with a row of ones at the end) that scales it."""
+    key = (spans, weight.device)
+    if key not in _INDEX_CACHE:
+        index = torch.empty(weight.shape[0], dtype=torch.long)
+        for span in spans:
+            index[span.start : span.stop] = -1 if span.col is None else span.col
+        _INDEX_CACHE[key] = index.to(weight.device)
+    return _INDEX_CACHE[key]
+
+
+_INDEX_CACHE: dict[tuple[tuple[Span, ...], torch.device], Tensor] = {}
+
+
+def _with_ones(kappa: Tensor) -> Tensor:
+    return torch.cat([kappa, torch.ones_like(kappa[:1])])
+
+
+@torch.compile(dynamic=False)
+def _scale_compiled(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, index: Tensor | None) -> Tensor:
+    effective = weight.float()
+    if kappa is not None:
+        assert index is not None
+        effective = effective * _with_ones(kappa).float()[index]
+    if rho is not None:
+        effective = effective * rho.float()[:, None]
+    return effective.to(weight.dtype)
+
+
+@torch.compile(dynamic=False)
+def _products_compiled(
+    grad: Tensor, weight: Tensor, rho: Tensor | None, kappa: Tensor | None, index: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dW, sum_j W kappa G, and rho W G (summed over rows afterwards)."""
+    g, h = grad.float(), grad.float() * weight.float()
+    scaled = h
+    if kappa is not None:
+        assert index is not None
+        factor = _with_ones(kappa).float()[index]
+        scaled, g = scaled * factor, g * factor
+    if rho is not None:
+        g, h = g * rho.float()[:, None], h * rho.float()[:, None]
+    return g.to(grad.dtype), scaled.sum(1), h.to(grad.dtype)
+
+
+def _scale_backward_compiled(
+    grad: Tensor,
+    weight: Tensor,
+    rho: Tensor | None,
+    kappa: Tensor | None,
+    spans: tuple[Span, ...],
+    needs_row_dot: bool,
+) -> Backward:
+    index = _rows_to_cols(spans, weight) if kappa is not None else None
+    grad_weight, row_dot, h = _products_compiled(grad, weight, rho, kappa, index)
+    col = None
+    if kappa is not None:
+        assert index is not None
+        members = torch.nn.functional.one_hot(index + 1, kappa.shape[0] + 1)[:, 1:].to(h.dtype)
+        col = (members.t() @ h).float()
+    return Backward(grad_weight, row_dot if needs_row_dot else None, col)

@@ -1,0 +1,76 @@
+"""Multipliers in Megatron-Core's distributed checkpoints: each logical vector under its own name and global shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.utils import get_pg_rank
+
+from megamult.layout import Layout, layout_of
+
+
+def multiplier_sharded_tensors(
+    module: torch.nn.Module,
+    sharded: dict[str, Any],
+    prefix: str,
+    sharded_offsets: tuple[tuple[int, int, int], ...],
+    tp_group: torch.distributed.ProcessGroup,
+    metadata: dict[str, Any] | None,
+) -> None:
+    """Put factories for the multipliers of `module` into Megatron's `sharded` state dict, in place.
+
+    A factory cuts the local vector into the runs of its logical vectors when saving and joins them when loading, so
+    a checkpoint does not depend on the tensor-parallel size, even where a shard cuts through fused rows.
+    """
+    dp_rank = get_pg_rank(metadata["dp_cp_group"]) if metadata else 0
+    for side in ("row", "col", "scalar"):
+        leaf = f"{side}_multiplier"
+        parameter = getattr(module, leaf, None)
+        if parameter is None:
+            continue
+        layout = layout_of(parameter)
+        replica = (0, 0 if layout.tp_dim is not None else tp_group.rank(), dp_rank)
+        sharded[prefix + leaf] = _factory(
+            prefix + leaf, parameter, layout, sharded_offsets, tp_group.rank(), tp_group.size(), replica
+        )
+
+
+def _factory(
+    key: str,
+    parameter: torch.nn.Parameter,
+    layout: Layout,
+    sharded_offsets: tuple[tuple[int, int, int], ...],
+    tp_rank: int,
+    tp_size: int,
+    replica: tuple[int, int, int],
+) -> ShardedTensorFactory:
+    runs = layout.local_runs(tp_rank, tp_size)
+    outer_shape = tuple(count for _, _, count in sharded_offsets)
+    outer_offset = tuple(index for _, index, _ in sharded_offsets)
+
+    def build(key: str, data: torch.Tensor, replica_id: Any, flattened_range: slice | None) -> list[ShardedTensor]:
+        assert flattened_range is None
+        return [
+            ShardedTensor(
+                layout.logical_name(key, layout.parts[run.part]),
+                data[run.start : run.start + run.length],
+                data.dtype,
+                (run.length,),
+                (*outer_shape, layout.parts[run.part].shape[0]),
+                (*outer_offset, run.part_start),
+                None,
+                replica_id=replica_id,
+                prepend_axis_num=len(sharded_offsets),
+            )
+            for run in runs
+        ]
+
+    def merge(pieces: list[torch.Tensor]) -> torch.Tensor:
+        merged = torch.ones_like(parameter.detach())
+        for run, piece in zip(runs, pieces, strict=True):
+            merged[run.start : run.start + run.length] = piece
+        return merged
+
+    return ShardedTensorFactory(key, parameter, build, merge, replica)

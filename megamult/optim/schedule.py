@@ -1,0 +1,31 @@
+"""Learning-rate schedules: warm-up, constant, decay. Pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+from megamult.config import OptimizerConfig
+
+
+def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+    """The learning rate of update `step` (from 0) over its peak, in a run of `steps` updates.
+
+    Linear warm-up over `warmup_steps`, then constant, then a fall over the last `decay_steps` that ends, at the last
+    update, at min_lr / lr. `exponential`: a constant factor per step; `inverse_sqrt`: 1 / sqrt of a straight line.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    start = steps - config.decay_steps
+    if step < start:
+        return 1.0
+    floor = config.min_lr / config.lr
+    x = min(1.0, (step - start + 1) / config.decay_steps) if config.decay_steps else 1.0
+    if config.decay_steps == 0:
+        return 1.0
+    if config.decay == "linear":
+        return 1.0 - (1.0 - floor) * x
+    if config.decay == "cosine":
+        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * x))
+    if config.decay == "exponential":
+        return floor**x
+    return 1.0 / math.sqrt(1.0 + x * (1.0 / floor**2 - 1.0))

@@ -1,0 +1,88 @@
+"""Process groups: torch.distributed, Megatron's parallel state, and DeepSpeed's view of it (`mpu`)."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+from megatron.core import parallel_state
+
+from megamult import device
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of `mpu`: Megatron's groups, with "model parallel" meaning tensor parallel."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("get_model_parallel_"):
+            name = name.replace("get_model_parallel_", "get_tensor_model_parallel_")
+        if not name.startswith("get_"):
+            raise AttributeError(name)
+        return getattr(parallel_state, name)
+
+
+def world_size() -> int:
+    """Number of processes of this launch, known before any group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's global rank, known before any group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
+    """Create torch.distributed (if it is not there yet) and the tensor- and data-parallel groups.
+
+    Args:
+        tensor: tensor-parallel size; must divide the number of processes. Ranks of one tensor-parallel group are
+            consecutive, so they share a node wherever a node's processes are a multiple of it.
+        timeout_minutes: after which a collective that a peer never joins ends the process.
+
+    Raises:
+        ValueError: the sizes do not fit.
+    """
+    if world_size() % tensor:
+        raise ValueError(
+            f"parallel.tensor is {tensor} and {world_size()} processes were launched: start a multiple of "
+            f"{tensor} processes"
+        )
+    here = device.prepare()
+    import deepspeed
+
+    if not torch.distributed.is_initialized():
+        for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+            os.environ.setdefault(key, value)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        deepspeed.init_distributed(
+            dist_backend=device.backend(),
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    if here.type == "cuda":
+        torch.cuda.synchronize()
+    return ModelParallelUnit()
+
+
+def destroy() -> None:
+    """Take the groups down; ranks that leave without it may abort at exit."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def tensor_group() -> torch.distributed.ProcessGroup:
+    """The tensor-parallel group of this rank."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def data_group() -> torch.distributed.ProcessGroup:
+    """The data-parallel group of this rank."""
+    return parallel_state.get_data_parallel_group()

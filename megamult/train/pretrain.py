@@ -1,0 +1,218 @@
+"""The command line of launch/pretrain.py: parse, check, train, summarize. A user's mistake ends with exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from megamult import parallel
+from megamult.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    MultipliersConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+EXIT_USER_ERROR = 2
+
+_SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "multipliers": MultipliersConfig,
+    "optimizer": OptimizerConfig,
+    "parallel": ParallelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+}
+
+_Result = TypeVar("_Result")
+
+
+def parser() -> Any:
+    """The jsonargparse parser of a run: `--config FILE.yaml`, `--section.key value`, `--print_config`, `--help`."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    made = ArgumentParser(
+        prog="pretrain.py",
+        description="Pretrain a language model with learnable row and column multipliers.",
+        exit_on_error=False,
+    )
+    made.add_argument("--config", action="config", help="YAML file with the keys below")
+    for name, section in _SECTIONS.items():
+        made.add_class_arguments(section, name)
+    made.add_argument(
+        "--deepspeed",
+        type=dict[str, Any] | str | None,
+        default=None,
+        help="DeepSpeed configuration (a mapping or a JSON file) merged into the one that the keys produce",
+    )
+    made.add_argument("--local_rank", type=int, default=None, help="set by the launcher; LOCAL_RANK is what counts")
+    return made
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
+    """The validated configuration, and it resolved as YAML.
+
+    Raises:
+        ValueError: a key or a value that is not possible.
+    """
+    from jsonargparse import ArgumentError
+
+    made = parser()
+    try:
+        namespace = made.parse_args(arguments)
+        sections = made.instantiate_classes(namespace)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from None
+    del namespace["config"], namespace["local_rank"]
+    config = Config(**{name: sections[name] for name in _SECTIONS}, deepspeed=sections["deepspeed"])
+    return config, made.dump(namespace, skip_validation=True)
+
+
+def fail(message: str) -> NoReturn:
+    """End this rank because of a user's mistake; rank 0 says why."""
+    if parallel.rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def agreed(check: Callable[[], _Result]) -> _Result:
+    """Run `check` on every rank; if any rank raises ValueError or OSError, all end with the first one's message."""
+    import torch
+
+    result, message = None, None
+    try:
+        result = check()
+    except (ValueError, OSError) as error:
+        message = str(error)
+    messages: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, message)
+    first = next((m for m in messages if m is not None), None)
+    if first is not None:
+        parallel.destroy()
+        fail(first)
+    return result  # type: ignore[return-value]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Pretrain as the command line says."""
+    try:
+        config, resolved = parse(arguments)
+        config.check_world(parallel.world_size())
+        config.deepspeed_overrides()
+    except ValueError as error:
+        fail(str(error))
+    run(config, resolved)
+
+
+def run(config: Config, resolved: str) -> None:
+    """Train `config`; `resolved` is what config.yaml will say. Imports what is heavy only once the keys are right."""
+    import torch
+
+    from megamult.checkpoint.logical import save_logical
+    from megamult.monitor.statistics import spread_table
+    from megamult.train.engine import build, deepspeed_config, parameter_count
+    from megamult.train.loop import Trainer
+
+    mpu = parallel.initialize(config.parallel.tensor)
+    agreed(lambda: deepspeed_config(config, parallel.data_group().size()))
+    run_dir = Path(config.train.run_dir)
+    agreed(lambda: _claim(run_dir))
+    tokenizer, vocab_size = agreed(lambda: _vocabulary(config))
+    train, valid = agreed(lambda: _datasets(config, tokenizer, vocab_size, run_dir))
+    main_rank = torch.distributed.get_rank() == 0
+    if main_rank:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
+    engine = build(config, vocab_size, mpu)
+    if main_rank:
+        print(
+            f"{parameter_count(engine.model):,} parameters, {torch.distributed.get_world_size()} processes "
+            f"(tensor parallel {config.parallel.tensor}, data parallel {parallel.data_group().size()}), ZeRO "
+            f"{config.parallel.zero_stage}, {config.train.dtype}; writing {run_dir}",
+            flush=True,
+        )
+    trainer = Trainer(config, engine, train, valid, vocab_size)
+    trainer.run(run_dir)
+    save_logical(engine.model, engine.partition, run_dir / "model.safetensors")
+    multipliers = trainer.multipliers() if config.multipliers.implementation != "none" else {}
+    if main_rank:
+        if multipliers:
+            print(spread_table(multipliers))
+        _summarize(config, vocab_size, trainer.last_valid_loss)
+        print(f"weights: {run_dir / 'model.safetensors'}", flush=True)
+    torch.distributed.barrier()
+    parallel.destroy()
+
+
+def _claim(run_dir: Path) -> None:
+    """Refuse a directory that already holds a run (rank 0 looks: it is the one that writes)."""
+    if parallel.rank() == 0 and (run_dir / "metrics.jsonl").exists():
+        raise ValueError(
+            f"train.run_dir {run_dir} holds another run (metrics.jsonl): choose another with --train.run_dir, or "
+            "remove it"
+        )
+
+
+def _vocabulary(config: Config) -> tuple[Any, int]:
+    from megamult.data.tokenizer import Tokenizer
+
+    if config.data.tokenizer is None:
+        raise ValueError("data.tokenizer is not set: give the .model file that launch/prepare_data.py wrote")
+    tokenizer = Tokenizer(config.data.tokenizer)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {vocab_size} and the tokenizer {config.data.tokenizer} has "
+            f"{tokenizer.vocab_size} tokens: leave vocab_size null, or make it at least that"
+        )
+    return tokenizer, vocab_size
+
+
+def _datasets(config: Config, tokenizer: Any, vocab_size: int, run_dir: Path) -> tuple[Any, Any]:
+    from megamult.data.dataset import BlendedDataset
+    from megamult.data.indexed import validate_indexed
+
+    sources = {key: DataConfig.sources(getattr(config.data, key)) for key in ("train", "valid")}
+    if not sources["train"]:
+        raise ValueError("data.train is not set: give a prefix that launch/prepare_data.py wrote (PREFIX_train)")
+    datasets = []
+    for key, blend in sources.items():
+        for prefix, _ in blend:
+            validate_indexed(prefix, vocab_size)
+        datasets.append(
+            BlendedDataset(
+                blend,
+                tokenizer,
+                config.model.seq_length,
+                config.train.seed,
+                cache_dir=run_dir / "cache" / key,
+            )
+            if blend
+            else None
+        )
+    return datasets[0], datasets[1]
+
+
+_ENTROPY_TOKENS = 1 << 28
+"""Corpora up to this many tokens get their unigram entropy printed: a second or two of counting."""
+
+
+def _summarize(config: Config, vocab_size: int, valid_loss: float | None) -> None:
+    from megamult.data.indexed import read_index, unigram_entropy
+
+    if valid_loss is None:
+        return
+    print(f"valid loss {valid_loss:.4f} nats per token")
+    sources = DataConfig.sources(config.data.train)
+    if len(sources) == 1 and read_index(sources[0][0]).tokens <= _ENTROPY_TOKENS:
+        entropy = unigram_entropy(sources[0][0], vocab_size)
+        print(
+            f"unigram entropy of the training tokens {entropy:.4f} nats per token: "
+            f"the model is {entropy - valid_loss:.4f} below"
+        )

@@ -1,0 +1,1 @@
+"""Which slice of which parameter this rank's ZeRO partition holds, for each of DeepSpeed's optimizer classes."""

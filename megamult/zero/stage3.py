@@ -1,0 +1,56 @@
+"""ZeRO 3: every parameter is cut evenly over the data-parallel ranks; sub-groups of cuts are flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from megamult.layout import layout_of
+from megamult.zero.slices import Partition, Slice
+
+
+class Zero3Partition(Partition):
+    """`DeepSpeedZeroOptimizer_Stage3` (stage3.py)."""
+
+    sharded = True
+
+    def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
+        if zero.offload_optimizer or zero.offload_param:
+            raise ValueError(
+                "deepspeed.zero_optimization offloads at stage 3: gradients then never meet on the device, where "
+                "megamult clips them; remove offload_optimizer and offload_param"
+            )
+        self._zero = zero
+        self.slices = []
+        self._places: list[tuple[int, int]] = []  # (sub-group, index of the parameter in it)
+        for sub_group, parameters in enumerate(zero.fp16_groups):
+            master, position = zero.fp32_partitioned_groups_flat[sub_group].detach(), 0
+            for i, parameter in enumerate(parameters):
+                piece = parameter.partition_numel()
+                start = parameter.ds_process_group.rank() * piece
+                length = min(piece, parameter.ds_numel - start)
+                if length > 0:
+                    name = names[parameter]
+                    self.slices.append(
+                        Slice(
+                            name,
+                            layout_of(parameter, name),
+                            start,
+                            length,
+                            master[position : position + length],
+                            parameter.ds_tensor.detach().view(-1)[:length],
+                        )
+                    )
+                    self._places.append((sub_group, i))
+                position += piece
+
+    def gradients(self) -> list[Tensor]:
+        """Views into `averaged_gradients`: per sub-group one cut per parameter."""
+        averaged = self._zero.averaged_gradients
+        return [
+            averaged[sub_group][i].view(-1)[: piece.length]
+            for piece, (sub_group, i) in zip(self.slices, self._places, strict=True)
+        ]

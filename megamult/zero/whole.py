@@ -1,0 +1,58 @@
+"""ZeRO 0: every data-parallel rank holds and updates whole parameters, in fp32 or as fp32 copies of bf16 ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megamult.layout import layout_of
+from megamult.zero.slices import Partition, Slice
+
+
+class WholePartition(Partition):
+    """The parameters themselves: DeepSpeed at ZeRO 0 in fp32, and training loops without DeepSpeed."""
+
+    sharded = False
+
+    def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[Parameter, str]) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._build([(p, p) for p in parameters], names)
+
+    def _build(self, pairs: list[tuple[Parameter, Tensor]], names: Mapping[Parameter, str]) -> None:
+        self._parameters = [parameter for parameter, _ in pairs]
+        self.slices = [
+            Slice(
+                names[parameter],
+                layout_of(parameter, names[parameter]),
+                0,
+                parameter.numel(),
+                master.detach().view(-1),
+                parameter.detach().view(-1),
+            )
+            for parameter, master in pairs
+        ]
+
+    def gradients(self) -> list[Tensor]:
+        """The parameters' `.grad`; zeros where backward left none."""
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            elif not parameter.grad.is_contiguous():
+                parameter.grad = parameter.grad.contiguous()
+        return [parameter.grad.view(-1) for parameter in self._parameters if parameter.grad is not None]
+
+
+class UnfusedPartition(WholePartition):
+    """`FP16_UnfusedOptimizer` (unfused_optimizer.py): ZeRO 0 in bf16, gradients accumulated in bf16."""
+
+    def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
+        pairs = [
+            pair
+            for parameters, masters in zip(zero.fp16_groups, zero.fp32_groups, strict=True)
+            for pair in zip(parameters, masters, strict=True)
+        ]
+        self._build(pairs, names)

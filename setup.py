@@ -1,0 +1,47 @@
+"""Package metadata of megamult: supported ranges here, tested pins in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).with_name("README.md")
+
+setup(
+    name="megamult",
+    version="0.1.0",
+    description="Learnable row and column multipliers for matrix layers, on Megatron-Core and DeepSpeed",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["megamult", "megamult.*"]),
+    package_data={"megamult": ["py.typed"]},
+    python_requires=">=3.11",
+    # NVIDIA's Apex is optional and detected at run time; the `apex` of the package index is another project.
+    install_requires=[
+        "torch>=2.6,<3",  # the floor is Megatron-Core's own
+        # One minor version each: we rely on how ZeRO hands gradients and partitions to a client optimizer...
+        "deepspeed>=0.19.8,<0.20",
+        # ... and on how Megatron's layers shard; 0.17 needs Python 3.12.
+        "megatron-core>=0.16.1,<0.17",
+        "numpy>=1.26",
+        "sentencepiece>=0.2,<0.3",
+        "jsonargparse[signatures]>=4.40,<5",
+        "PyYAML>=6",
+        "safetensors>=0.5",
+        "tensorboard>=2.15",
+        "tqdm>=4.66",
+        "ninja>=1.11",  # builds DeepSpeed's operators at their first use
+    ],
+    extras_require={
+        "export": ["transformers>=5,<6"],
+        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

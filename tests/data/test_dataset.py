@@ -1,0 +1,215 @@
+"""Samples are a function of (seed, source, k), epochs are permutations, ranks open them together."""
+
+import itertools
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megamult.data.dataset import BlendedDataset
+
+Write = Callable[..., str]
+SEQ = 8
+
+
+@dataclass
+class StubTokenizer:
+    """What the dataset reads of a tokenizer, for ids that no trained one is needed for."""
+
+    vocab_size: int = 60_000
+    eod: int = 2
+    sha256: str = "stub"
+    unique_identifiers: dict[str, str] = field(default_factory=lambda: {"class": "stub"})
+
+
+def distinct_ids(start: int, seed: int) -> list[list[int]]:
+    """Documents in which every token id occurs once in all, so that a sample tells where it was cut."""
+    draw, documents = random.Random(seed), []
+    for _ in range(30):
+        length = draw.choice([1, 2, 5, 9, 40])
+        documents.append(list(range(start, start + length)))
+        start += length
+    return documents
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., BlendedDataset]:
+    def make(*sources: str | tuple[str, float], seed: int = 7, **changes: object) -> BlendedDataset:
+        weighted = [s if isinstance(s, tuple) else (s, 1.0) for s in sources]
+        options = {
+            "tokenizer": StubTokenizer(),
+            "seq_length": SEQ,
+            "cache_dir": tmp_path / "cache",
+            **changes,
+        }
+        return BlendedDataset(weighted, seed=seed, **options)
+
+    return make
+
+
+def window(item: dict[str, torch.Tensor]) -> list[int]:
+    assert set(item) == {"tokens", "labels"}
+    assert item["tokens"].dtype == item["labels"].dtype == torch.int64
+    assert item["tokens"].shape == item["labels"].shape == (SEQ,)
+    assert item["tokens"][1:].tolist() == item["labels"][:-1].tolist()
+    return [*item["tokens"].tolist(), int(item["labels"][-1])]
+
+
+def test_each_epoch_has_each_token_once_and_is_shuffled_anew(write_indexed: Write, make: Callable) -> None:
+    documents = distinct_ids(0, seed=1)  # ids 0, 1 and 2 too: none is taken for padding
+    ids = [i for d in documents for i in d]
+    follows = {a: b for d in documents for a, b in itertools.pairwise(d)}
+    dataset = make(write_indexed("a", documents))
+    (per_epoch,) = dataset.samples_per_epoch
+    assert per_epoch == (len(ids) - 1) // SEQ
+    epochs = []
+    for epoch in range(3):
+        windows = [window(dataset[epoch * per_epoch + k]) for k in range(per_epoch)]
+        tokens = [i for w in windows for i in w[:-1]]
+        assert len(set(tokens)) == len(tokens) == per_epoch * SEQ
+        assert set(tokens) <= set(ids)
+        # Inside a document the text's order is kept.
+        pairs = [p for w in windows for p in itertools.pairwise(w)]
+        assert all(b == follows[a] for a, b in pairs if a in follows)
+        epochs.append(windows)
+    firsts = [[w[0] for w in windows] for windows in epochs]
+    assert len({tuple(f) for f in firsts}) == 3
+    # Documents are reordered as well, so windows are cut elsewhere.
+    assert sorted(firsts[0]) != sorted(firsts[1])
+    # Within an epoch samples are shuffled: they do not just follow the documents' order.
+    ends = [w[-1] for w in epochs[0]]
+    assert sum(a == b for a, b in zip(ends, firsts[0][1:], strict=False)) < per_epoch // 2
+
+
+def test_a_sample_does_not_depend_on_what_else_is_asked(write_indexed: Write, make: Callable) -> None:
+    a, b = write_indexed("a", distinct_ids(0, 1)), write_indexed("b", distinct_ids(5000, 2))
+    alone = make(a)
+    (per_epoch,) = alone.samples_per_epoch
+    expected = [window(alone[k]) for k in range(3 * per_epoch)]
+    backwards = make(a, cache_dir=f"{a}_cache")
+    assert [window(backwards[k]) for k in reversed(range(3 * per_epoch))] == expected[::-1]
+    for weights in ((1.0, 1.0), (0.9, 0.2)):
+        blended, seen = make((a, weights[0]), (b, weights[1])), 0
+        for i in range(3 * per_epoch):
+            source, k = blended.blend.locate(i)
+            if source == 0:
+                assert k == seen and window(blended[i]) == expected[k]
+                seen += 1
+            else:
+                assert min(window(blended[i])) >= 5000
+        assert abs(seen - 3 * per_epoch * weights[0] / sum(weights)) <= 2
+
+
+def test_seed_and_position_give_other_orders(write_indexed: Write, make: Callable) -> None:
+    a = write_indexed("a", distinct_ids(0, 1))
+    orders = [[window(make(a, seed=s)[k]) for k in range(5)] for s in (7, 8, -1, 2**63)]
+    twice = make(a, a)
+    orders.append([window(twice[i]) for i in range(20) if twice.blend.locate(i)[0] == 1][:5])
+    assert len({str(order) for order in orders}) == len(orders)
+
+
+def test_prepare_opens_on_rank_0_first_and_keeps_what_is_in_use(
+    write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    a = write_indexed("a", distinct_ids(0, 1))
+    rank, reached = 1, []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: rank)
+    leader, follower = make(a), make(a)
+    (per_epoch,) = leader.samples_per_epoch
+
+    def barrier() -> None:
+        # Rank 1 has built nothing when it arrives; meanwhile rank 0 builds.
+        nonlocal rank
+        reached.append(len(list(tmp_path.glob("cache/*/epoch_*"))))
+        rank = 0
+        leader.prepare(first, last)
+        rank = 1
+
+    for first, last, built in [
+        (0, 4, [0]),
+        (4, per_epoch, []),
+        (per_epoch - 1, per_epoch + 1, [1]),
+        (per_epoch + 1, per_epoch + 3, []),
+        (5 * per_epoch, 5 * per_epoch + 1, [2]),
+    ]:
+        reached.clear()
+        follower.prepare(first, last, barrier)
+        assert reached == built
+        for i in range(first, last):
+            assert window(follower[i]) == window(leader[i])
+        used = {i // per_epoch for i in range(first, last)}
+        assert set(follower._sources[0]._epochs) == used
+
+
+def test_an_index_that_rank_0_did_not_share_is_named(
+    write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 3)
+    monkeypatch.setattr("megamult.data.dataset._SHARED_FILES_SECONDS", 0)
+    with pytest.raises(RuntimeError, match=r"rank 3 does not see .* file system that all nodes share"):
+        make(write_indexed("a", distinct_ids(0, 1))).prepare(0, 4, lambda: None)
+
+
+def test_a_killed_build_leaves_no_index_behind(
+    write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    a = write_indexed("a", distinct_ids(0, 1))
+    save = np.save
+
+    def killed(path: str, array: np.ndarray, **options: object) -> None:
+        save(path, array, **options)
+        if "shuffle" in str(path):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(a)[0]
+    assert not list(tmp_path.glob("cache/*/epoch_*"))
+    assert window(make(a)[0]) == window(make(a, cache_dir=tmp_path / "other")[0])
+
+
+def test_a_corpus_prepared_anew_does_not_meet_the_old_index(write_indexed: Write, make: Callable) -> None:
+    for seed in (1, 2):
+        dataset = make(write_indexed("a", distinct_ids(0, seed)))
+        windows = [window(dataset[k]) for k in range(dataset.samples_per_epoch[0])]
+        assert len({i for w in windows for i in w[:-1]}) == SEQ * len(windows)
+
+
+def test_no_output_from_megatron(
+    write_indexed: Write, make: Callable, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    make(write_indexed("a", distinct_ids(0, 1)))[0]
+    assert not [r for r in caplog.records if r.name.startswith("megatron")]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_mistakes_are_named(write_indexed: Write, make: Callable) -> None:
+    with pytest.raises(ValueError, match=r"short has 8 tokens, but one sample takes 9"):
+        make(write_indexed("short", [[1] * 5, [1] * 3]))
+    assert make(write_indexed("enough", [[1] * 5, [1] * 4])).samples_per_epoch == [1]
+    good = write_indexed("good", [[1] * 50])
+    with pytest.raises(ValueError, match="weight of data source 1 is 0"):
+        make(good, (good, 0))
+    with pytest.raises(ValueError, match="seq_length is 0"):
+        make(good, seq_length=0)
+    with pytest.raises(ValueError, match=r"nowhere\.idx does not exist"):
+        make("nowhere")
+    for wrong in (100, -1):  # -1 is what Megatron pads with
+        dataset = make(
+            write_indexed("w", [[5] * 8 + [wrong]], np.int32), tokenizer=StubTokenizer(vocab_size=100)
+        )
+        with pytest.raises(
+            ValueError, match=rf"w, sample 0: token id {wrong} is outside the vocabulary of 100"
+        ):
+            dataset[0]
+    with pytest.raises(IndexError):
+        make(good)[-1]

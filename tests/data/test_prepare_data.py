@@ -1,0 +1,158 @@
+"""launch/prepare_data.py from the outside: a user's mistake is one message, exit code 2, and no file."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from conftest import make_documents
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = [sys.executable, str(REPOSITORY / "launch" / "prepare_data.py")]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*SCRIPT, *arguments], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+
+
+def good(n: int) -> bytes:
+    return b"".join(json.dumps({"text": f"document number {i}"}).encode() + b"\n" for i in range(n))
+
+
+# input file, its contents (None: it does not exist), further arguments, what the message must say
+MISTAKES = [
+    ("missing.txt", None, [], r"missing\.txt does not exist"),
+    ("empty.txt", b"", [], r"empty\.txt is empty \(0 bytes\)"),
+    ("empty.jsonl", b"", [], r"empty\.jsonl is empty \(0 bytes\)"),
+    ("blank.txt", b"\n \n\n", [], r"blank\.txt is empty \(blank lines only\)"),
+    ("latin.txt", b"fine\n\nok\ncaf\xe9\n", [], r"latin\.txt, line 4: not UTF-8 \(byte 0xe9, byte 4 of"),
+    ("latin.jsonl", good(2) + b'{"text": "\xff"}\n', [], r"latin\.jsonl, line 3: not UTF-8"),
+    ("json.jsonl", good(4) + b'{"text": \n', [], r"json\.jsonl, line 5: invalid JSON"),
+    ("deep.jsonl", good(4) + b"[" * 200_000 + b"\n", [], r"deep\.jsonl, line 5: invalid JSON"),
+    ("list.jsonl", good(1) + b"[1]\n", [], r"list\.jsonl, line 2: a JSON list, not an object"),
+    (
+        "field.jsonl",
+        good(3),
+        ["--json_key", "body"],
+        r"field\.jsonl, line 1: no field 'body' \(fields: 'text'\)",
+    ),
+    ("type.jsonl", good(1) + b'{"text": 3}\n', [], r"type\.jsonl, line 2: field 'text' is a int"),
+    (
+        "void.jsonl",
+        good(6) + b'{"text": ""}\n',
+        [],
+        r"void\.jsonl, line 7: field 'text' is an empty document",
+    ),
+    (
+        "space.jsonl",
+        good(1) + b'{"text": " \\n"}\n',
+        [],
+        r"space\.jsonl, line 2: field 'text' is an empty doc",
+    ),
+    ("hole.jsonl", good(2) + b"\n" + good(1), [], r"hole\.jsonl, line 3: the line is blank"),
+    (
+        "half.jsonl",
+        good(1) + b'{"text": "a\\ud800"}\n',
+        [],
+        r"half\.jsonl, line 2: .*\(lone surrogate at character 1",
+    ),
+    ("one.txt", b"a single document\n", [], r"has 1 document\(s\), but a train and a valid set need"),
+    (
+        "vocab.jsonl",
+        good(9),
+        ["--vocab_size", "90000"],
+        r"vocab_size is 90000, but this text yields at most \d+",
+    ),
+    ("vocab.jsonl", good(9), ["--vocab_size", "12"], r"vocab_size is 12, .* at least 260"),
+    ("split.jsonl", good(9), ["--valid_fraction", "1"], r"valid_fraction is 1\.0; give"),
+    ("work.jsonl", good(9), ["--workers", "0"], r"workers is 0; give"),
+    ("out.jsonl", good(9), ["--output", "data/"], r"output is 'data/'; give a prefix"),
+    ("out.jsonl", good(9), ["--output", "out.jsonl/x"], r"cannot write under .*out\.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "arguments", "message"), MISTAKES)
+def test_a_mistake_is_one_message_and_leaves_nothing(
+    tmp_path: Path, name: str, content: bytes | None, arguments: list[str], message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    defaults = ["--input", name, "--output", "new/corpus", "--vocab_size", "280", "--workers", "1"]
+    result = run(tmp_path, *defaults, *arguments)
+    assert result.returncode == 2
+    assert re.search(message, result.stderr)
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr and result.stdout == ""
+    # Only the directory of the output may have been made; it is empty.
+    assert [p for p in tmp_path.rglob("*") if p.name != "new"] == before
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
+    writer = io.BytesIO()
+    texts = make_documents(40)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=writer, vocab_size=100, minloglevel=2
+    )
+    (tmp_path / "lossy.model").write_bytes(writer.getvalue())
+    (tmp_path / "c.txt").write_text("plain\n\ntwo  spaces\n")
+    arguments = ["--input", "c.txt", "--output", "c", "--tokenizer", "lossy.model", "--workers", "2"]
+    result = run(tmp_path, *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.search(
+        r"^error: c\.txt, line 3: the tokenizer lossy\.model does not keep the text", result.stderr
+    )
+    assert result.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.txt", "lossy.model"]
+
+
+def test_exactly_one_of_vocab_size_and_tokenizer(tmp_path: Path) -> None:
+    for arguments in ([], ["--vocab_size", "300", "--tokenizer", "x.model"], ["--tokenizer", "x.model"]):
+        result = run(tmp_path, "--input", "c.txt", "--output", "c", *arguments)
+        assert result.returncode == 2
+        assert "error: " in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_summary_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("\n\n".join(make_documents(50)))
+    (tmp_path / "d.jsonl").write_bytes(good(20))
+    arguments = ["--output", "c", "--vocab_size", "400", "--valid_fraction", "0.1", "--workers", "2"]
+    result = run(tmp_path, "--input", "c.txt", "d.jsonl", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "c_train: 63 documents" in result.stdout and "c_valid: 7 documents" in result.stdout
+    assert re.search(r"bytes per token: \d\.\d+\n", result.stdout)
+    entropy = re.search(r"unigram entropy of the training tokens: (\d\.\d+) nats/token", result.stdout)
+    assert entropy and 3 < float(entropy[1]) < 6
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "when"),
+    [(signal.SIGINT, 130, ".c.*.partial/train.bin"), (signal.SIGTERM, 143, ".c.*.partial/model")],
+)
+def test_a_signal_leaves_nothing(tmp_path: Path, model: Path, number: int, code: int, when: str) -> None:
+    (tmp_path / "c.txt").write_text("\n\n".join(make_documents(1000) * 30))
+    before = sorted(tmp_path.iterdir())
+    arguments = ["--input", "c.txt", "--output", "c", "--tokenizer", str(model), "--workers", "2"]
+    process = subprocess.Popen(
+        [*SCRIPT, *arguments], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not any(p.stat().st_size for p in tmp_path.glob(when)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert sorted(tmp_path.iterdir()) == before
