@@ -21,7 +21,7 @@ UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 _FIXED_PIECES = 3 + 256  # unk, bos, eos and one piece per byte
 _SPACE_MARK = "\u2581"
 _RESERVED = re.compile("[\u2581\u2585]")
-# sentencepiece drops longer sentences silently, and its BPE trainer counts symbols of one word in 16 bits.
+# sentencepiece silently drops sentences of more than max_sentence_length bytes, so long texts are cut.
 _MAX_SENTENCE_CHARS = 16384
 
 

@@ -103,8 +103,9 @@ class TwoPhaseAdamW(torch.optim.AdamW):
             return
         for group in self.param_groups:
             factor = self._factors[group["kind"] == "multiplier"]
-            if factor != 1.0:
-                torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], factor)
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients and factor != 1.0:  # at ZeRO 3 all groups but the current sub-group's are empty
+                torch._foreach_mul_(gradients, factor)
         super().step()
 
 

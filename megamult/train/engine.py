@@ -106,10 +106,10 @@ def build(config: Config, vocab_size: int, mpu: parallel.ModelParallelUnit) -> E
     context: Any = contextlib.nullcontext()
     if config.parallel.zero_stage == 3:
         context = deepspeed.zero.Init(
-            # Without the group, zero.Init partitions over the world and overwrites tensor-parallel shards.
+            # Without the group, zero.Init partitions over the world and overwrites tensor-parallel shards. It takes
+            # the dtype from the settings; its argument `dtype` is not heeded where fp16 is unsupported (CPUs).
             data_parallel_group=parallel.data_group(),
             config_dict_or_path=settings,
-            dtype=config.train.torch_dtype,
             mpu=mpu,
         )
     with context:

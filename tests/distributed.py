@@ -1,0 +1,84 @@
+"""Run a function on several gloo processes from a test, and get what each returned."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_distributed(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0) -> list[Any]:
+    """What `function(*args)` returned on each of `world_size` processes, by rank.
+
+    Each process has RANK, WORLD_SIZE, MASTER_* set and one thread (so that results do not depend on how a sum was
+    split over threads, and processes do not fight for cores). The function sets its groups up itself, with
+    `megamult.parallel.initialize(tensor)`. `function` must be importable: a module's own function.
+
+    Raises:
+        AssertionError: a process raised; with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        port = free_port()
+        processes = [
+            context.Process(target=_child, args=(rank, world_size, port, folder, function, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+        alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+        outcomes = [_read(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+        failures = [f"rank {r}:\n{o['error']}" for r, o in enumerate(outcomes) if o and "error" in o]
+        assert not failures, "\n".join(failures)
+        assert not alive, f"ranks {alive} did not finish within {timeout:.0f} s"
+        missing = [rank for rank, outcome in enumerate(outcomes) if outcome is None]
+        assert not missing, f"ranks {missing} died without a result (exit codes {[p.exitcode for p in processes]})"
+        return [outcome["result"] for outcome in outcomes if outcome is not None]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return torch.load(path, weights_only=False) if path.exists() else None
+
+
+def _child(
+    rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    path = Path(folder) / f"{rank}.pt"
+    try:
+        outcome = {"result": function(*args)}
+    except BaseException:
+        outcome = {"error": traceback.format_exc()}
+    torch.save(outcome, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
+    from megamult import parallel
+
+    if "error" not in outcome:
+        parallel.destroy()
+    os._exit(0)  # a peer may still wait in a collective: leave without the interpreter's clean-up
