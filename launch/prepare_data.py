@@ -24,9 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument(
-        "--vocab_size", type=int, metavar="N", help="train a tokenizer of N tokens on this corpus"
-    )
+    tokenizer.add_argument("--vocab_size", type=int, metavar="N", help="train a tokenizer of N tokens on this corpus")
     tokenizer.add_argument("--tokenizer", metavar="FILE.model", help="use this sentencepiece model")
     parser.add_argument(
         "--valid_fraction",
@@ -35,9 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="fraction of documents held out (default 0.01)",
     )
-    parser.add_argument(
-        "--json_key", default="text", metavar="KEY", help="field of a .jsonl line (default text)"
-    )
+    parser.add_argument("--json_key", default="text", metavar="KEY", help="field of a .jsonl line (default text)")
     parser.add_argument(
         "--workers",
         type=int,

@@ -150,9 +150,7 @@ class OptimizerConfig:
         )
         for beta in self.betas:
             _require(0 <= beta < 1, f"optimizer.betas is {self.betas}: each must be in [0, 1)")
-        _require(
-            self.min_lr <= self.lr, f"optimizer.min_lr is {self.min_lr}, above optimizer.lr {self.lr}: lower it"
-        )
+        _require(self.min_lr <= self.lr, f"optimizer.min_lr is {self.min_lr}, above optimizer.lr {self.lr}: lower it")
         _require(
             self.min_lr > 0 or self.decay_steps == 0 or self.decay not in ("exponential", "inverse_sqrt"),
             f"optimizer.min_lr is {self.min_lr} with optimizer.decay {self.decay}: it never reaches 0; set a "
@@ -173,9 +171,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _positive("parallel", tensor=self.tensor)
-        _require(
-            self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage is {self.zero_stage}: use 0, 1, 2 or 3"
-        )
+        _require(self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage is {self.zero_stage}: use 0, 1, 2 or 3")
 
 
 @dataclass

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
+from megamult import environment
+
 
 def has_cuda() -> bool:
     """Whether this process computes on a CUDA GPU."""
@@ -21,7 +23,7 @@ def has_cuda() -> bool:
 
 def local_device() -> torch.device:
     """The device of this process: the GPU numbered LOCAL_RANK, or the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda() else torch.device("cpu")
+    return torch.device("cuda", environment.local_rank()) if has_cuda() else torch.device("cpu")
 
 
 def backend() -> str:
@@ -64,6 +66,8 @@ def prepare() -> torch.device:
     """Select this process's device, install the shim where it is needed, and return the device."""
     device = local_device()
     if has_cuda():
+        # Megatron overlaps tensor-parallel collectives with products by the order in which kernels are queued.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
         from megatron.core.tensor_parallel import random as megatron_random
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import os
 
 import torch
 from megatron.core import parallel_state
 
-from megamult import device
+from megamult import device, environment
 
 
 class ModelParallelUnit:
@@ -22,16 +21,6 @@ class ModelParallelUnit:
         return getattr(parallel_state, name)
 
 
-def world_size() -> int:
-    """Number of processes of this launch, known before any group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """This process's global rank, known before any group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
     """Create torch.distributed (if it is not there yet) and the tensor- and data-parallel groups.
 
@@ -43,19 +32,16 @@ def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
     Raises:
         ValueError: the sizes do not fit.
     """
-    if world_size() % tensor:
+    processes = environment.world_size()
+    if processes % tensor:
         raise ValueError(
-            f"parallel.tensor is {tensor} and {world_size()} processes were launched: start a multiple of "
-            f"{tensor} processes"
+            f"parallel.tensor is {tensor} and {processes} processes were started: start a multiple of {tensor}"
         )
     here = device.prepare()
     import deepspeed
 
     if not torch.distributed.is_initialized():
-        for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-            os.environ.setdefault(key, value)
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+        environment.set_defaults()
         deepspeed.init_distributed(
             dist_backend=device.backend(),
             timeout=datetime.timedelta(minutes=timeout_minutes),

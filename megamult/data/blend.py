@@ -24,8 +24,7 @@ class Blend:
         for position, weight in enumerate(weights):
             if not (math.isfinite(weight) and weight > 0):
                 raise ValueError(
-                    f"the weight of data source {position} is {weight}; give a positive number, or leave the "
-                    "source out"
+                    f"the weight of data source {position} is {weight}; give a positive number, or leave the source out"
                 )
         # Integers in the exact ratio of the weights: floating-point shares would drift at large i.
         shares = [Fraction(weight) for weight in weights]

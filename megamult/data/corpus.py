@@ -130,9 +130,7 @@ def _checked_prefix(output: str | Path) -> Path:
             raise ValueError(f"output file {file} is a directory; choose another prefix or move it")
     existing = next(parent for parent in prefix.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(
-            f"cannot write under {existing}; choose an output prefix in a directory that you may write to"
-        )
+        raise ValueError(f"cannot write under {existing}; choose an output prefix in a directory that you may write to")
     return prefix
 
 
@@ -159,9 +157,7 @@ def _with_progress(documents: Iterable[Document], text_bytes: int) -> Iterator[D
             bar.update(len(document.text.encode()))
 
 
-def _write_sets(
-    encoded: Iterable[np.ndarray], partial: Path, split: ValidSplit, vocab_size: int
-) -> dict[str, int]:
+def _write_sets(encoded: Iterable[np.ndarray], partial: Path, split: ValidSplit, vocab_size: int) -> dict[str, int]:
     """Write each document's ids to its set; return the number of documents per set."""
     with warnings.catch_warnings():
         # Megatron announces on import that Transformer Engine and Apex are missing.

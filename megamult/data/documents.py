@@ -90,23 +90,15 @@ def _json_documents(path: str, lines: Iterable[tuple[int, str]], json_key: str) 
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: invalid JSON ({error}); write one JSON object per line") from error
         if not isinstance(record, dict):
-            raise ValueError(
-                f'{where}: a JSON {type(record).__name__}, not an object; write {{"{json_key}": "..."}}'
-            )
+            raise ValueError(f'{where}: a JSON {type(record).__name__}, not an object; write {{"{json_key}": "..."}}')
         if json_key not in record:
             names = ", ".join(map(repr, list(record)[:8])) or "none"
-            raise ValueError(
-                f"{where}: no field {json_key!r} (fields: {names}); name the right one with --json_key"
-            )
+            raise ValueError(f"{where}: no field {json_key!r} (fields: {names}); name the right one with --json_key")
         text = record[json_key]
         if not isinstance(text, str):
-            raise ValueError(
-                f"{where}: field {json_key!r} is a {type(text).__name__}, not a string; make it a string"
-            )
+            raise ValueError(f"{where}: field {json_key!r} is a {type(text).__name__}, not a string; make it a string")
         if not text.strip():
-            raise ValueError(
-                f"{where}: field {json_key!r} is an empty document ({text[:20]!r}); remove the line"
-            )
+            raise ValueError(f"{where}: field {json_key!r} is an empty document ({text[:20]!r}); remove the line")
         try:
             text.encode()
         except UnicodeEncodeError as error:

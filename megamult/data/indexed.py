@@ -64,9 +64,7 @@ def read_index(prefix: str | Path) -> IndexedFiles:
     with open(idx, "rb") as stream:
         header = stream.read(_HEADER.size)
     if not header.startswith(_MAGIC):
-        raise ValueError(
-            f"{idx} is not a Megatron index: it starts with {header[:9]!r}, not {_MAGIC!r}; {_REMEDY}"
-        )
+        raise ValueError(f"{idx} is not a Megatron index: it starts with {header[:9]!r}, not {_MAGIC!r}; {_REMEDY}")
     if len(header) < _HEADER.size:
         raise ValueError(f"{idx} is cut off: {size} bytes, its header alone has {_HEADER.size}; {_REMEDY}")
     _, version, code, sequences, bounds = _HEADER.unpack(header)
@@ -97,9 +95,7 @@ def read_index(prefix: str | Path) -> IndexedFiles:
             f"which does not follow sequence {n - 1}; {_REMEDY}"
         )
     if bounds == 0 or document_bounds[-1] != sequences:
-        raise ValueError(
-            f"{idx} is damaged: {bounds} document bounds do not end at sequence {sequences}; {_REMEDY}"
-        )
+        raise ValueError(f"{idx} is damaged: {bounds} document bounds do not end at sequence {sequences}; {_REMEDY}")
     actual = bin_.stat().st_size
     if actual != expected:
         raise ValueError(

@@ -142,9 +142,7 @@ class Tokenizer:
                 f"{self.eod}); train it with an eos_id, or let launch/prepare_data.py train one"
             )
         self.unique_identifiers: dict[str, str] = {"class": "megamult.Tokenizer", "sha256": self.sha256}
-        self._space_mark_ids = [
-            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()
-        ]
+        self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without bos or eos.

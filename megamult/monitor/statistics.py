@@ -48,9 +48,7 @@ def spread_table(values: dict[str, Tensor]) -> str:
     lines = [f"{'multipliers':<22}{'min':>9}{'median':>9}{'max':>9}{'std':>9}{'count':>9}"]
     for key in sorted(values):
         s = spread(values[key])
-        lines.append(
-            f"{key:<22}{s.minimum:>9.4f}{s.median:>9.4f}{s.maximum:>9.4f}{s.std:>9.4f}{s.count:>9d}"
-        )
+        lines.append(f"{key:<22}{s.minimum:>9.4f}{s.median:>9.4f}{s.maximum:>9.4f}{s.std:>9.4f}{s.count:>9d}")
     return "\n".join(lines)
 
 

@@ -246,7 +246,9 @@ class _MultiplierLinear:
             if saved is not None:
                 return saved
             with torch.no_grad():
-                return self._plan.scale(weight.detach(), *(None if p is None else p.detach() for p in (row, col, scalar)))
+                return self._plan.scale(
+                    weight.detach(), *(None if p is None else p.detach() for p in (row, col, scalar))
+                )
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return parent._forward_impl(input, effective, *args, **kwargs)
@@ -288,12 +290,8 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
     ) -> None:
         super().__init__(input_size, output_size, **kwargs)
         if self.weight is None:
-            raise ValueError(
-                "skip_weight_param_allocation is True: a layer with multipliers needs a weight of its own"
-            )
-        self._setup_multipliers(
-            layout or lo.single_matrix(role, output_size, input_size, 0), placement, grad_sync
-        )
+            raise ValueError("skip_weight_param_allocation is True: a layer with multipliers needs a weight of its own")
+        self._setup_multipliers(layout or lo.single_matrix(role, output_size, input_size, 0), placement, grad_sync)
 
 
 class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
@@ -317,9 +315,7 @@ class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
         **kwargs: Any,
     ) -> None:
         super().__init__(input_size, output_size, **kwargs)
-        self._setup_multipliers(
-            layout or lo.single_matrix(role, output_size, input_size, 1), placement, grad_sync
-        )
+        self._setup_multipliers(layout or lo.single_matrix(role, output_size, input_size, 1), placement, grad_sync)
 
 
 class _ScaledLookup(torch.autograd.Function):

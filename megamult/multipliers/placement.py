@@ -13,7 +13,7 @@ Placement = dict[Role, frozenset[Side]]
 _ROW_COL: frozenset[Side] = frozenset({"row", "col"})
 
 NAMED: dict[str, Placement] = {
-    "all": {role: _ROW_COL for role in MULTIPLIER_ROLES},
+    "all": dict.fromkeys(MULTIPLIER_ROLES, _ROW_COL),
     "symmetry_free": {
         "q": frozenset({"row"}),
         "attention_out": _ROW_COL,

@@ -35,9 +35,7 @@ def local_squares(slices: Sequence[Slice], gradients: Sequence[Tensor], tp_rank:
     norms = [torch.linalg.vector_norm(gradients[i], dtype=torch.float32) for i in counted]
     if norms:
         squares = torch.stack(norms).double().square()
-        is_multiplier = torch.tensor(
-            [slices[i].layout.kind == "multiplier" for i in counted], device=squares.device
-        )
+        is_multiplier = torch.tensor([slices[i].layout.kind == "multiplier" for i in counted], device=squares.device)
         zero = squares.new_zeros(())
         totals = torch.stack(
             [torch.where(is_multiplier, zero, squares).sum(), torch.where(is_multiplier, squares, zero).sum()]

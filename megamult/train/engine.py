@@ -130,10 +130,12 @@ def build(config: Config, vocab_size: int, mpu: parallel.ModelParallelUnit) -> E
         clip_grad_norm=config.optimizer.clip_grad_norm,
         clip_multipliers=multipliers.clip,
     )
+    deepspeed_logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
     with optimizer.paused():
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
         )
+    deepspeed_logger.setLevel(logging.WARNING)
     return Engine(engine, model, optimizer, attach(engine, optimizer))
 
 

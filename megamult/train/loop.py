@@ -32,9 +32,7 @@ class Samples(Protocol):
 class Trainer:
     """Drives an engine over a run. Every rank calls every method together."""
 
-    def __init__(
-        self, config: Config, engine: Engine, train: Samples, valid: Samples | None, vocab_size: int
-    ) -> None:
+    def __init__(self, config: Config, engine: Engine, train: Samples, valid: Samples | None, vocab_size: int) -> None:
         self.config, self.engine = config, engine
         self._train, self._valid = train, valid
         self._data_rank = parallel.data_group().rank()
@@ -123,9 +121,7 @@ class Trainer:
         config = self.config
         tokens_per_step = config.train.global_batch_size * config.model.seq_length
         peak = device.peak_flops(config.train.torch_dtype)
-        writers = (
-            Writers(run_dir, config.train.steps, tokens_per_step) if torch.distributed.get_rank() == 0 else None
-        )
+        writers = Writers(run_dir, config.train.steps, tokens_per_step) if torch.distributed.get_rank() == 0 else None
         histograms = config.train.log_histograms_every if config.multipliers.implementation != "none" else 0
         try:
             while self.step_count < config.train.steps:

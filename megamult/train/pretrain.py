@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from megamult import parallel
+from megamult import environment
 from megamult.config import (
     Config,
     DataConfig,
@@ -19,6 +21,9 @@ from megamult.config import (
 )
 
 EXIT_USER_ERROR = 2
+
+_HEAD_START_SECONDS = 2.0
+"""Launchers end all ranks once one has left: the others let rank 0 speak first."""
 
 _SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -68,7 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
         namespace = made.parse_args(arguments)
         sections = made.instantiate_classes(namespace)
     except ArgumentError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(f"{error}; --help lists every key with its unit") from None
     del namespace["config"], namespace["local_rank"]
     config = Config(**{name: sections[name] for name in _SECTIONS}, deepspeed=sections["deepspeed"])
     return config, made.dump(namespace, skip_validation=True)
@@ -76,14 +81,18 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
 
 def fail(message: str) -> NoReturn:
     """End this rank because of a user's mistake; rank 0 says why."""
-    if parallel.rank() == 0:
+    if environment.rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_HEAD_START_SECONDS)
     sys.exit(EXIT_USER_ERROR)
 
 
 def agreed(check: Callable[[], _Result]) -> _Result:
     """Run `check` on every rank; if any rank raises ValueError or OSError, all end with the first one's message."""
     import torch
+
+    from megamult import parallel
 
     result, message = None, None
     try:
@@ -103,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Pretrain as the command line says."""
     try:
         config, resolved = parse(arguments)
-        config.check_world(parallel.world_size())
+        config.check_world(environment.world_size())
         config.deepspeed_overrides()
     except ValueError as error:
         fail(str(error))
@@ -114,6 +123,9 @@ def run(config: Config, resolved: str) -> None:
     """Train `config`; `resolved` is what config.yaml will say. Imports what is heavy only once the keys are right."""
     import torch
 
+    # Megatron says at import, on every rank, which optional packages it does without.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    from megamult import parallel
     from megamult.checkpoint.logical import save_logical
     from megamult.monitor.statistics import spread_table
     from megamult.train.engine import build, deepspeed_config, parameter_count
@@ -152,7 +164,7 @@ def run(config: Config, resolved: str) -> None:
 
 def _claim(run_dir: Path) -> None:
     """Refuse a directory that already holds a run (rank 0 looks: it is the one that writes)."""
-    if parallel.rank() == 0 and (run_dir / "metrics.jsonl").exists():
+    if environment.rank() == 0 and (run_dir / "metrics.jsonl").exists():
         raise ValueError(
             f"train.run_dir {run_dir} holds another run (metrics.jsonl): choose another with --train.run_dir, or "
             "remove it"
@@ -184,7 +196,8 @@ def _datasets(config: Config, tokenizer: Any, vocab_size: int, run_dir: Path) ->
     datasets = []
     for key, blend in sources.items():
         for prefix, _ in blend:
-            validate_indexed(prefix, vocab_size)
+            if environment.rank() == 0:  # reads every token; BlendedDataset checks the structure on all ranks
+                validate_indexed(prefix, vocab_size)
         datasets.append(
             BlendedDataset(
                 blend,

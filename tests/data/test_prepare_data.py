@@ -109,9 +109,7 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
     arguments = ["--input", "c.txt", "--output", "c", "--tokenizer", "lossy.model", "--workers", "2"]
     result = run(tmp_path, *arguments)
     assert (result.returncode, result.stdout) == (2, "")
-    assert re.search(
-        r"^error: c\.txt, line 3: the tokenizer lossy\.model does not keep the text", result.stderr
-    )
+    assert re.search(r"^error: c\.txt, line 3: the tokenizer lossy\.model does not keep the text", result.stderr)
     assert result.stderr.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.txt", "lossy.model"]
 
@@ -144,9 +142,7 @@ def test_a_signal_leaves_nothing(tmp_path: Path, model: Path, number: int, code:
     (tmp_path / "c.txt").write_text("\n\n".join(make_documents(1000) * 30))
     before = sorted(tmp_path.iterdir())
     arguments = ["--input", "c.txt", "--output", "c", "--tokenizer", str(model), "--workers", "2"]
-    process = subprocess.Popen(
-        [*SCRIPT, *arguments], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*SCRIPT, *arguments], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any(p.stat().st_size for p in tmp_path.glob(when)):
         assert process.poll() is None and time.monotonic() < deadline

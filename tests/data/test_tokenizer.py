@@ -45,9 +45,7 @@ def test_decode_inverts_encode_on_random_unicode(tokenizer: Tokenizer) -> None:
 
 def test_special_ids_are_fixed_and_never_come_from_text(tokenizer: Tokenizer) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer.model_path)
-    assert (
-        (processor.unk_id(), processor.bos_id(), processor.eos_id()) == (UNK_ID, BOS_ID, EOS_ID) == (0, 1, 2)
-    )
+    assert (processor.unk_id(), processor.bos_id(), processor.eos_id()) == (UNK_ID, BOS_ID, EOS_ID) == (0, 1, 2)
     assert processor.pad_id() == -1
     assert tokenizer.eod == 2 and tokenizer.vocab_size == 400
     assert not {0, 1, 2} & {i for text in NASTY for i in tokenizer.encode(text)}
