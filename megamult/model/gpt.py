@@ -83,7 +83,7 @@ class GPT(GPTModel):
         self.exact_vocab_size = vocab_size
         self.z_loss = model.z_loss
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of a micro-batch.
 
         Args:

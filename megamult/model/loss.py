@@ -16,7 +16,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, group: torch.distributed.ProcessGroup
     ) -> tuple[Tensor, Tensor]:
         """logits: [seq, batch, padded vocabulary/tp]; labels: [seq, batch] global ids."""
@@ -43,7 +43,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return log_sum - sums[1], log_sum + maximum
 
     @staticmethod
-    def backward(ctx: Any, grad_entropy: Tensor, grad_log_sum_exp: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_entropy: Tensor, grad_log_sum_exp: Tensor) -> tuple[Tensor | None, ...]:
         """d entropy = softmax - onehot; d log-sum-exp = softmax."""
         softmax, target, elsewhere = ctx.saved_tensors
         grad = softmax * (grad_entropy + grad_log_sum_exp).to(softmax.dtype).unsqueeze(-1)

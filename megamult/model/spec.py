@@ -62,7 +62,7 @@ def gpt_layer_spec(
     if not config.gated_linear_unit:
         raise ValueError("gated_linear_unit is False: this layer's MLP is gated (SwiGLU); set it to True")
     resolved = resolve(placement)
-    common = {"placement": resolved, "grad_sync": grad_sync}
+    common: dict[str, Any] = {"placement": resolved, "grad_sync": grad_sync}
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     qkv = layout.fused_qkv(config.num_attention_heads, config.num_query_groups, config.kv_channels, hidden)
     attention = SelfAttentionSubmodules(

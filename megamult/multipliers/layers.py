@@ -55,7 +55,7 @@ class _EffectiveWeight(torch.autograd.Function):
     """W_eff from W and its multipliers. Saves the four parameters, nothing of its own."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, weight: Tensor, row: Tensor | None, col: Tensor | None, scalar: Tensor | None, plan: _Plan
     ) -> Tensor:
         ctx.save_for_backward(weight, row, col, scalar)
@@ -63,7 +63,7 @@ class _EffectiveWeight(torch.autograd.Function):
         return plan.scale(weight, row, col, scalar)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, row, col, scalar = ctx.saved_tensors
         # The gradient of W_eff was made by the GEMM for this node alone, so it may be overwritten.
         return (*ctx.plan.gradients(grad.contiguous(), weight, row, col, scalar), None)
@@ -73,12 +73,12 @@ class _SumOverTensorParallel(torch.autograd.Function):
     """Identity forward; backward sums the gradients over the group, all tensors in one collective."""
 
     @staticmethod
-    def forward(ctx: Any, group: torch.distributed.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, group: torch.distributed.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         packed = torch.cat([g.reshape(-1) for g in grads])
         torch.distributed.all_reduce(packed, group=ctx.group)
         pieces = packed.split([g.numel() for g in grads])
@@ -141,8 +141,9 @@ class _Plan:
         if row is not None:
             assert back.row_dot is not None
             dot = back.row_dot
-            if scalar is not None:
-                dot = dot * self._rho(None, scalar.float())  # dr = s sum_j W c G
+            scales = self._rho(None, None if scalar is None else scalar.float())
+            if scales is not None:
+                dot = dot * scales  # dr = s sum_j W c G
             if self.rows_are_whole:
                 grad_row = dot.to(row.dtype)
             else:
@@ -322,7 +323,7 @@ class _ScaledLookup(torch.autograd.Function):
     """x[t] = r[id_t] W[id_t], zero where the id is not on this rank. Saves no activation."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, elsewhere: Tensor | None, weight: Tensor, row: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, ids: Tensor, elsewhere: Tensor | None, weight: Tensor, row: Tensor | None) -> Tensor:
         ctx.save_for_backward(ids, elsewhere, weight, row)
         output = torch.nn.functional.embedding(ids, weight)
         if row is not None:
@@ -332,7 +333,7 @@ class _ScaledLookup(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids, elsewhere, weight, row = ctx.saved_tensors
         if elsewhere is not None:
             grad = grad.masked_fill(elsewhere.unsqueeze(-1), 0.0)

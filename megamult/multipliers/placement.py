@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from megamult.layout import MULTIPLIER_ROLES, Role, Side
 
@@ -50,7 +50,7 @@ def resolve(placement: str | Mapping[str, str | Sequence[str]]) -> Placement:
                 f"multipliers.placement names the role {role!r}: the roles are {', '.join(MULTIPLIER_ROLES)} "
                 "(the head carries no multipliers)"
             )
-        chosen = [sides] if isinstance(sides, str) else list(sides)
+        chosen: list[Any] = [sides] if isinstance(sides, str) else list(sides)
         for side in chosen:
             if side not in get_args(Side):
                 raise ValueError(f"multipliers.placement gives {role} the side {side!r}: use row, col or scalar")

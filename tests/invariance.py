@@ -1,0 +1,159 @@
+"""Layouts that must all train the same model: what a case is, how it runs, which cases cover all pairs of settings."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamult.config import (
+    Config,
+    ModelConfig,
+    MultipliersConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+VOCAB = 200  # not a multiple of 128: the last rows are padding, on the last tensor-parallel rank
+STEPS = 5
+PLACEMENTS: dict[str, Any] = {
+    "all": "all",
+    "symmetry_free": "symmetry_free",
+    "scalar": "scalar",
+    # Uneven: at TP 4 some ranks hold no row of K or V, others no row of Q.
+    "mapping": {"q": "row", "k": ["row", "scalar"], "v": "col", "up": "row", "down": "scalar"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to spread the same training run."""
+
+    world: int = 1
+    tensor: int = 1
+    sequence: bool = False
+    zero: int = 0
+    accumulation: int = 1
+    placement: str = "all"
+    tied: bool = False
+    recompute: bool = False
+
+    @property
+    def reference(self) -> Case:
+        """The same model on one process, in one piece."""
+        return Case(placement=self.placement, tied=self.tied)
+
+    @property
+    def valid(self) -> bool:
+        """Whether such a layout exists."""
+        return self.world % self.tensor == 0 and (self.tensor > 1 or not self.sequence)
+
+    def config(self) -> Config:
+        """12 heads, 2 groups, hidden 96: TP 4 cuts through a query group, and no size is a power of two."""
+        batch = 16
+        return Config(
+            model=ModelConfig(
+                num_layers=2,
+                hidden_size=96,
+                num_attention_heads=12,
+                num_query_groups=2,
+                ffn_hidden_size=132,
+                seq_length=24,
+                tie_embeddings=self.tied,
+            ),
+            multipliers=MultipliersConfig(placement=PLACEMENTS[self.placement]),
+            # eps: where a gradient vanishes, AdamW divides its rounding by its size. Elements here are of 1e-4 to
+            # 1e-2, and sums in another order differ by about 1e-9; eps 1e-4 keeps that below 1e-5 of an update.
+            optimizer=OptimizerConfig(lr=3e-3, eps=1e-4, clip_grad_norm=0.5, warmup_steps=2),
+            parallel=ParallelConfig(tensor=self.tensor, sequence=self.sequence, zero_stage=self.zero),
+            train=TrainConfig(
+                steps=STEPS,
+                global_batch_size=batch,
+                micro_batch_size=batch // (self.world // self.tensor) // self.accumulation,
+                recompute="full" if self.recompute else "none",
+            ),
+        )
+
+
+@dataclass
+class Outcome:
+    """What a run leaves: its records by step, and every logical tensor."""
+
+    records: list[dict[str, float]] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class RandomSamples:
+    """Sample i: random tokens, seeded by i."""
+
+    def __init__(self, vocab_size: int, seq_length: int) -> None:
+        self.vocab_size, self.seq_length = vocab_size, seq_length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        text = torch.randint(0, self.vocab_size, (self.seq_length + 1,), generator=generator)
+        return {"tokens": text[:-1], "labels": text[1:]}
+
+    def prepare(self, first: int, last: int, barrier: Callable[[], None]) -> None:
+        """Nothing to open."""
+
+
+def run_cases(cases: list[Case]) -> list[Outcome]:
+    """Train every case, one after the other, on this launch's processes. Complete on rank 0."""
+    from megamult import parallel
+    from megamult.checkpoint.logical import gather
+    from megamult.train.engine import build
+    from megamult.train.loop import Trainer
+
+    outcomes = []
+    for case in cases:
+        config = case.config()
+        mpu = parallel.initialize(case.tensor)
+        engine = build(config, VOCAB, mpu)
+        trainer = Trainer(config, engine, RandomSamples(VOCAB, config.model.seq_length), None, VOCAB)
+        outcome = Outcome()
+        for _ in range(STEPS):
+            outcome.records.append(trainer.train_step())
+        for name, _, _, tensor in gather(engine.model, engine.partition):
+            outcome.tensors[name] = tensor
+        engine.deepspeed.destroy()
+        outcomes.append(outcome if torch.distributed.get_rank() == 0 else Outcome())
+    return outcomes
+
+
+_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "world": (1, 2, 4),
+    "tensor": (1, 2, 4),
+    "sequence": (False, True),
+    "zero": (0, 1, 2, 3),
+    "accumulation": (1, 4),
+    "placement": tuple(PLACEMENTS),
+    "tied": (False, True),
+    "recompute": (False, True),
+}
+
+
+def _pairs(case: Case) -> set[tuple[str, Any, str, Any]]:
+    return {(a, getattr(case, a), b, getattr(case, b)) for a, b in itertools.combinations(_SETTINGS, 2)}
+
+
+def pairwise_cases() -> list[Case]:
+    """Few cases in which every pair of settings that can occur together does: greedy, the same on every call."""
+    candidates = [
+        case
+        for values in itertools.product(*_SETTINGS.values())
+        if (case := Case(**dict(zip(_SETTINGS, values, strict=True)))).valid
+    ]
+    uncovered = set().union(*map(_pairs, candidates))
+    chosen: list[Case] = []
+    while uncovered:
+        # Among equals the one with fewer processes, which is quicker.
+        best = max(candidates, key=lambda case: (len(_pairs(case) & uncovered), -case.world))
+        chosen.append(best)
+        uncovered -= _pairs(best)
+    return chosen
