@@ -5,6 +5,7 @@ Sizes are global (never per rank). A key that does not work yet is not here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +22,12 @@ def _require(condition: bool, message: str) -> None:
 
 def _positive(section: str, **values: float) -> None:
     for key, value in values.items():
-        _require(value > 0, f"{section}.{key} is {value}: it must be positive")
+        _require(0 < value < math.inf, f"{section}.{key} is {value}: it must be positive and finite")
 
 
 def _not_negative(section: str, **values: float) -> None:
     for key, value in values.items():
-        _require(value >= 0, f"{section}.{key} is {value}: it must not be negative")
+        _require(0 <= value < math.inf, f"{section}.{key} is {value}: it must be 0 or more, and finite")
 
 
 @dataclass
@@ -61,7 +62,7 @@ class ModelConfig:
     @property
     def query_groups(self) -> int:
         """Key-value heads."""
-        return self.num_query_groups or self.num_attention_heads
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
 
     def __post_init__(self) -> None:
         _positive(
@@ -250,6 +251,8 @@ class TrainConfig:
         _not_negative(
             "train", seed=self.seed, eval_every=self.eval_every, log_histograms_every=self.log_histograms_every
         )
+        _require(self.seed < 2**63, f"train.seed is {self.seed}: it must be less than 2^63")
+        _require(bool(self.run_dir.strip()), f"train.run_dir is {self.run_dir!r}: name a directory")
         _require(
             not (self.dtype == "fp32" and self.accumulation_dtype == "bf16"),
             "train.grad_accum_dtype is bf16 with train.dtype fp32: use auto or fp32",

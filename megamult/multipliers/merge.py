@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megamult.multipliers.reference import effective_weight
 
-SUFFIXES = {"row": ".row_multiplier", "col": ".col_multiplier", "scalar": ".scalar_multiplier"}
+LEAVES = {"row": "row_multiplier", "col": "col_multiplier", "scalar": "scalar_multiplier"}
 
 
 def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -24,18 +24,18 @@ def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: a multiplier without the weight that it scales.
     """
     merged: dict[str, Tensor] = {}
-    used: set[str] = set()
+    orphans = {name for name in tensors if name.rpartition(".")[2] in LEAVES.values()}
     for name, tensor in tensors.items():
-        if name.endswith(tuple(SUFFIXES.values())):
+        module, dot, leaf = name.rpartition(".")
+        if leaf in LEAVES.values():
             continue
-        module = name.removesuffix(".weight")
-        found = {side: module + suffix for side, suffix in SUFFIXES.items() if module + suffix in tensors}
-        if found and name != module:
-            used.update(found.values())
-            scales = {side: tensors[key].float() for side, key in found.items()}
-            tensor = effective_weight(tensor.float(), **scales).to(tensor.dtype)
+        if leaf == "weight":
+            beside = {side: module + dot + other for side, other in LEAVES.items()}
+            scales = {side: tensors[key].float() for side, key in beside.items() if key in tensors}
+            if scales:
+                tensor = effective_weight(tensor.float(), **scales).to(tensor.dtype)
+            orphans -= set(beside.values())
         merged[name] = tensor
-    orphans = [n for n in tensors if n.endswith(tuple(SUFFIXES.values())) and n not in used]
     if orphans:
-        raise ValueError(f"no weight stands beside the multiplier {orphans[0]}: pass the weights with it")
+        raise ValueError(f"no weight stands beside the multiplier {min(orphans)}: pass the weights with it")
     return merged

@@ -69,7 +69,31 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
             raise ValueError(
                 f"deepspeed.{key} is set: megamult decides it (optimizer.*, train.dtype); remove it from deepspeed"
             )
-    return _merged(produced, overrides, "deepspeed")
+    merged = _merged(produced, overrides, "deepspeed")
+    for key in ("offload_optimizer", "offload_param"):
+        device_name = (merged["zero_optimization"].get(key) or {}).get("device", "none")
+        if device_name != "none":
+            raise ValueError(
+                f"deepspeed.zero_optimization.{key}.device is {device_name!r}: megamult clips gradients on the device "
+                "that computes them; remove it"
+            )
+    return merged
+
+
+def check_deepspeed(config: Config, mpu: parallel.ModelParallelUnit) -> None:
+    """Let our rules and DeepSpeed's own look at the DeepSpeed configuration before anything is built.
+
+    Raises:
+        ValueError: the user's part of it is not possible.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    settings = deepspeed_config(config, parallel.data_group().size())
+    if config.deepspeed:
+        try:
+            DeepSpeedConfig(settings, mpu=mpu)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ValueError(f"deepspeed: DeepSpeed refuses it ({error}); correct or remove that key") from None
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def parser() -> Any:
         prog="pretrain.py",
         description="Pretrain a language model with learnable row and column multipliers.",
         exit_on_error=False,
+        allow_abbrev=False,  # a misspelt key must not pass for another one that it begins
     )
     made.add_argument("--config", action="config", help="YAML file with the keys below")
     for name, section in _SECTIONS.items():
@@ -71,18 +72,23 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     made = parser()
     try:
         namespace = made.parse_args(arguments)
+        for name in _SECTIONS:  # jsonargparse lets `model: 3` pass
+            if not hasattr(namespace[name], "keys"):
+                raise ValueError(f"{name} is {namespace[name]!r}: it is a section; give a mapping of its keys")
         sections = made.instantiate_classes(namespace)
     except ArgumentError as error:
         raise ValueError(f"{error}; --help lists every key with its unit") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file that --config names is not UTF-8 ({error}): save it as UTF-8") from None
     del namespace["config"], namespace["local_rank"]
     config = Config(**{name: sections[name] for name in _SECTIONS}, deepspeed=sections["deepspeed"])
     return config, made.dump(namespace, skip_validation=True)
 
 
 def fail(message: str) -> NoReturn:
-    """End this rank because of a user's mistake; rank 0 says why."""
+    """End this rank because of a user's mistake; rank 0 says why, in one line."""
     if environment.rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print("error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr, flush=True)
     else:
         time.sleep(_HEAD_START_SECONDS)
     sys.exit(EXIT_USER_ERROR)
@@ -128,19 +134,17 @@ def run(config: Config, resolved: str) -> None:
     from megamult import parallel
     from megamult.checkpoint.logical import save_logical
     from megamult.monitor.statistics import spread_table
-    from megamult.train.engine import build, deepspeed_config, parameter_count
+    from megamult.train.engine import build, check_deepspeed, parameter_count
     from megamult.train.loop import Trainer
 
     mpu = parallel.initialize(config.parallel.tensor)
-    agreed(lambda: deepspeed_config(config, parallel.data_group().size()))
+    agreed(lambda: check_deepspeed(config, mpu))
     run_dir = Path(config.train.run_dir)
     agreed(lambda: _claim(run_dir))
     tokenizer, vocab_size = agreed(lambda: _vocabulary(config))
     train, valid = agreed(lambda: _datasets(config, tokenizer, vocab_size, run_dir))
     main_rank = torch.distributed.get_rank() == 0
-    if main_rank:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
+    agreed(lambda: _begin(run_dir, resolved))
     engine = build(config, vocab_size, mpu)
     if main_rank:
         print(
@@ -169,6 +173,19 @@ def _claim(run_dir: Path) -> None:
             f"train.run_dir {run_dir} holds another run (metrics.jsonl): choose another with --train.run_dir, or "
             "remove it"
         )
+
+
+def _begin(run_dir: Path, resolved: str) -> None:
+    """Make the run directory and write config.yaml, on rank 0."""
+    if environment.rank() == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"train.run_dir {run_dir} cannot be written ({error.strerror}: {error.filename}): choose another "
+                "with --train.run_dir"
+            ) from None
 
 
 def _vocabulary(config: Config) -> tuple[Any, int]:

@@ -1,0 +1,157 @@
+"""What multipliers cost in the layers: tokens per second with them over without, and the collectives they add.
+
+    python examples/benchmarks/layer_overhead.py                                     # speed, one process
+    deepspeed --num_gpus 2 examples/benchmarks/layer_overhead.py --collectives       # collectives at TP 2
+
+Speed: two engines in one process take whole training steps in turn, so that both see the same machine; the ratio is
+that of the medians. Sizes default to those of the project's target for this device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from megamult import device, parallel
+from megamult.config import Config, ModelConfig, MultipliersConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megamult.model.gpt import GPT
+from megamult.train.engine import build
+
+VOCAB = 4096
+COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "reduce_scatter")
+
+
+def run_config(arguments: argparse.Namespace, implementation: str, tensor: int = 1, sequence: bool = False) -> Config:
+    """A run of the benchmark's sizes with or without multipliers."""
+    return Config(
+        model=ModelConfig(
+            num_layers=arguments.layers,
+            hidden_size=arguments.hidden,
+            num_attention_heads=arguments.hidden // 64,
+            ffn_hidden_size=arguments.ffn,
+            seq_length=arguments.seq,
+        ),
+        multipliers=MultipliersConfig(implementation=implementation, placement="all"),  # type: ignore[arg-type]
+        optimizer=OptimizerConfig(lr=1e-4),
+        parallel=ParallelConfig(tensor=tensor, sequence=sequence, zero_stage=1),
+        train=TrainConfig(
+            global_batch_size=arguments.batch, micro_batch_size=arguments.batch, dtype=arguments.dtype, steps=1000
+        ),
+    )
+
+
+def batch_of(arguments: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens and labels, [batch, seq]."""
+    text = torch.randint(0, VOCAB, (arguments.batch, arguments.seq + 1), generator=torch.Generator().manual_seed(0))
+    return tuple(part.contiguous().to(device.local_device()) for part in (text[:, :-1], text[:, 1:]))  # type: ignore[return-value]
+
+
+def measure_speed(arguments: argparse.Namespace) -> None:
+    """Print tokens per second of both, and their ratio."""
+    mpu = parallel.initialize(1)
+    engines = {name: build(run_config(arguments, name), VOCAB, mpu).deepspeed for name in ("none", "layer")}
+    tokens, labels = batch_of(arguments)
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for step in range(arguments.warmup + arguments.steps):
+        for name in sorted(engines, reverse=step % 2 == 0):  # neither always goes first
+            began = time.perf_counter()
+            objective, _ = engines[name](tokens, labels)
+            engines[name].backward(objective)
+            engines[name].step()
+            if device.has_cuda():
+                torch.cuda.synchronize()
+            if step >= arguments.warmup:
+                seconds[name].append(time.perf_counter() - began)
+    rate = {name: tokens.numel() / statistics.median(times) for name, times in seconds.items()}
+    spread = {name: (max(times) - min(times)) / statistics.median(times) for name, times in seconds.items()}
+    print(
+        f"hidden {arguments.hidden}, ffn {arguments.ffn}, {arguments.layers} layers, {arguments.seq} x "
+        f"{arguments.batch} tokens, {arguments.dtype}, {device.local_device().type}, {torch.get_num_threads()} threads, "
+        f"medians of {arguments.steps}"
+    )
+    print(f"{'multipliers':<14}{'tokens/s':>12}{'range/median':>14}")
+    for name, label in (("none", "none"), ("layer", "all")):
+        print(f"{label:<14}{rate[name]:>12,.1f}{spread[name]:>14.3f}")
+    print(f"ratio all / none: {rate['layer'] / rate['none']:.4f}")
+    parallel.destroy()
+
+
+@contextmanager
+def counted() -> Iterator[collections.Counter[str]]:
+    """Count calls of torch.distributed's collectives, under every name that Megatron bound them to."""
+    from megatron.core.tensor_parallel import layers, mappings
+
+    counts: collections.Counter[str] = collections.Counter()
+
+    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    places = [(torch.distributed, name, name) for name in COLLECTIVES]
+    for module in (layers, mappings):
+        places.append((module, "dist_all_gather_func", "all_gather_into_tensor"))
+        places.append((module, "dist_reduce_scatter_func", "reduce_scatter_tensor"))
+    originals = [(module, attribute, getattr(module, attribute)) for module, attribute, _ in places]
+    for (module, attribute, name), (_, _, original) in zip(places, originals, strict=True):
+        setattr(module, attribute, wrap(name, original))
+    try:
+        yield counts
+    finally:
+        for module, attribute, original in originals:
+            setattr(module, attribute, original)
+
+
+def count_collectives(arguments: argparse.Namespace) -> None:
+    """Print the collectives of one micro-batch's forward and backward at TP 2."""
+    parallel.initialize(2)
+    tokens, labels = batch_of(arguments)
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        print(f"{'SP':<5}{'multipliers':<13}" + "".join(f"{name:>24}" for name in COLLECTIVES[:3]) + f"{'sum':>6}")
+    for sequence in (False, True):
+        sums = {}
+        for name in ("none", "layer"):
+            model = GPT(run_config(arguments, name, tensor=2, sequence=sequence), VOCAB, seed=1)
+            model.to(device.local_device())
+            with counted() as counts:
+                model(tokens, labels)[0].backward()
+            sums[name] = sum(counts.values())
+            if rank == 0:
+                row = "".join(f"{counts[key]:>24}" for key in COLLECTIVES[:3])
+                label = "all" if name == "layer" else "none"
+                print(f"{'on' if sequence else 'off':<5}{label:<13}{row}{sums[name]:>6}")
+        if rank == 0:
+            print(f"added by multipliers, per micro-batch: {sums['layer'] - sums['none']}")
+    parallel.destroy()
+
+
+def main() -> None:
+    """Command line."""
+    cuda = device.has_cuda()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024 if cuda else 512, help="model width")
+    parser.add_argument("--ffn", type=int, default=2816 if cuda else 1408, help="width of the gated MLP")
+    parser.add_argument("--layers", type=int, default=24 if cuda else 4, help="transformer layers")
+    parser.add_argument("--seq", type=int, default=2048 if cuda else 512, help="tokens per sequence")
+    parser.add_argument("--batch", type=int, default=8, help="sequences per micro-batch")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="of parameters and activations")
+    parser.add_argument("--steps", type=int, default=30 if cuda else 7, help="measured steps of each")
+    parser.add_argument("--warmup", type=int, default=5 if cuda else 1, help="steps of each before measuring")
+    parser.add_argument("--collectives", action="store_true", help="count collectives at TP 2 instead")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    (count_collectives if arguments.collectives else measure_speed)(arguments)
+
+
+if __name__ == "__main__":
+    main()

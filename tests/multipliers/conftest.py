@@ -1,0 +1,21 @@
+"""One launch of four processes for all tests of the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.multipliers.cases import Case
+from tests.multipliers.workers import run_all
+
+ByRank = Callable[[str, Case], list[Any]]
+
+
+@pytest.fixture(scope="session")
+def by_rank() -> ByRank:
+    """by_rank(run, case): what the run returned on each rank of the case."""
+    outcomes = run_distributed(4, run_all)
+    return lambda run, case: [outcomes[rank][run, case] for rank in range(case.tensor)]

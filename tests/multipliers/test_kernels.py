@@ -1,0 +1,156 @@
+"""Scaling a local weight, forward and backward, agrees with the float64 reference on every path."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from megamult.multipliers import kernels
+from megamult.multipliers.kernels import Backward, Span
+from megamult.multipliers.reference import effective_weight, gradients
+
+ROWS, COLS = 600, 230  # three of the CPU path's blocks of 2^16 elements, the last cut short; no powers of two
+
+SPANS: dict[str, tuple[Span, ...]] = {
+    "one matrix": (Span(0, ROWS, 0),),
+    "fused, interleaved": (Span(0, 300, 0), Span(300, 350, 1), Span(350, 400, 2), Span(400, 550, 0), Span(550, 600, 1)),
+    "some without columns": (Span(0, 250, None), Span(250, 270, 1), Span(270, 600, 0)),
+}
+RHO_KAPPA = [(True, False), (False, True), (True, True)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Operands of both functions in `dtype`."""
+
+    weight: Tensor
+    grad: Tensor
+    rho: Tensor | None
+    kappa: Tensor | None
+    spans: tuple[Span, ...]
+
+    @staticmethod
+    def draw(spans: tuple[Span, ...], rho: bool, kappa: bool, dtype: torch.dtype, device: str = "cpu") -> Problem:
+        """Normal operands; a multiplier of each kind is exactly zero."""
+        torch.manual_seed(0)
+        vectors = max((span.col for span in spans if span.col is not None), default=0) + 1
+        made = [torch.randn(shape) for shape in ((ROWS, COLS), (ROWS, COLS), (ROWS,), (vectors, COLS))]
+        made[2][1] = 0.0
+        made[3][:, 1] = 0.0
+        weight, grad, r, c = (tensor.to(device, dtype) for tensor in made)
+        if not kappa:
+            spans = tuple(Span(span.start, span.stop, None) for span in spans)
+        return Problem(weight, grad, r if rho else None, c if kappa else None, spans)
+
+    def reference(self, magnitudes: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(W_eff, dL/dW, row dots, dL/dkappa) in float64; with `magnitudes`, of all operands' absolute values."""
+
+        def exact(tensor: Tensor | None) -> Tensor | None:
+            wide = None if tensor is None else tensor.double().cpu()
+            return wide.abs() if magnitudes and wide is not None else wide
+
+        weight, grad, rho, kappa = (exact(t) for t in (self.weight, self.grad, self.rho, self.kappa))
+        assert weight is not None and grad is not None
+        effective, grad_weight = torch.empty_like(weight), torch.empty_like(weight)
+        row_dot, grad_kappa = torch.empty(ROWS, dtype=torch.float64), None if kappa is None else torch.zeros_like(kappa)
+        for span in self.spans:
+            rows = slice(span.start, span.stop)
+            r = None if rho is None else rho[rows]
+            c = None if kappa is None or span.col is None else kappa[span.col]
+            effective[rows] = effective_weight(weight[rows], r, c)
+            back = gradients(grad[rows], weight[rows], r, c)
+            grad_weight[rows], row_dot[rows] = back.weight, back.row
+            if c is not None:
+                grad_kappa[span.col] += back.col
+        return effective, grad_weight, row_dot, grad_kappa
+
+
+def assert_agrees(problem: Problem, effective: Tensor, back: Backward) -> None:
+    """Each result is within a few roundings of its operands' dtype, relative to the sum of its |terms|.
+
+    A term has up to two products, each rounded once; a sum is rounded when a block's is stored and when blocks are
+    joined: 4 halves of the dtype's epsilon u bound them. Accumulation itself happens in fp32: at most 600 terms, whose
+    roundings grow as the square root of their number: another 25 halves of the epsilon of fp32.
+    """
+    tolerance = 4 * torch.finfo(problem.weight.dtype).eps / 2 + 25 * 2**-24
+    wanted, magnitudes = problem.reference(), problem.reference(magnitudes=True)
+    results = (effective, back.weight, back.row_dot, back.col)
+    for name, got, want, scale in zip(("W_eff", "dW", "row_dot", "dkappa"), results, wanted, magnitudes, strict=True):
+        if want is None or scale is None:
+            assert got is None, name
+        elif got is not None:
+            excess = ((got.double().cpu() - want).abs() - tolerance * scale).max().item()
+            assert excess <= 0, f"{name} is {excess:.3e} beyond {tolerance:.1e} of the sum of its terms' magnitudes"
+
+
+def run_cpu(problem: Problem, needs_row_dot: bool = True) -> tuple[Tensor, Backward]:
+    """Both public functions; the gradient's buffer is theirs to overwrite, so they get a copy."""
+    p = problem
+    effective = kernels.scale(p.weight, p.rho, p.kappa, p.spans)
+    return effective, kernels.scale_backward(p.grad.clone(), p.weight, p.rho, p.kappa, p.spans, needs_row_dot)
+
+
+def run_compiled_eagerly(problem: Problem, needs_row_dot: bool = True) -> tuple[Tensor, Backward]:
+    """The functions that CUDA compiles, run by Python on the CPU."""
+    p = problem
+    with torch.compiler.set_stance("force_eager"):
+        index = None if p.kappa is None else kernels._rows_to_cols(p.spans, p.weight)
+        effective = kernels._scale_compiled(p.weight, p.rho, p.kappa, index)
+        back = kernels._scale_backward_compiled(p.grad.clone(), p.weight, p.rho, p.kappa, p.spans, needs_row_dot)
+    return effective, back
+
+
+Run = Callable[..., tuple[Tensor, Backward]]
+every_problem = [
+    pytest.param(name, rho, kappa, dtype, id=f"{name}-{'rho' * rho}-{'kappa' * kappa}-{dtype}")
+    for (name, (rho, kappa)), dtype in itertools.product(
+        itertools.product(SPANS, RHO_KAPPA), (torch.float32, torch.bfloat16)
+    )
+]
+
+
+@pytest.mark.parametrize("run", [run_cpu, run_compiled_eagerly])
+@pytest.mark.parametrize(("spans", "rho", "kappa", "dtype"), every_problem)
+def test_scaling_and_its_gradients_are_the_float64_reference(
+    run: Run, spans: str, rho: bool, kappa: bool, dtype: torch.dtype
+) -> None:
+    problem = Problem.draw(SPANS[spans], rho, kappa, dtype)
+    effective, back = run(problem)
+    assert effective.dtype == back.weight.dtype == dtype
+    assert back.row_dot is not None
+    assert back.row_dot.dtype == torch.float32  # multipliers' gradients are rounded once, by the layer
+    assert_agrees(problem, effective, back)
+
+
+@pytest.mark.parametrize("run", [run_cpu, run_compiled_eagerly])
+def test_row_sums_that_nobody_asked_for_are_left_out(run: Run) -> None:
+    problem = Problem.draw(SPANS["one matrix"], rho=False, kappa=True, dtype=torch.float32)
+    effective, back = run(problem, needs_row_dot=False)
+    assert back.row_dot is None
+    assert_agrees(problem, effective, back)
+
+
+@pytest.mark.parametrize("run", [run_cpu, run_compiled_eagerly])
+def test_ones_leave_a_bf16_weight_and_its_gradient_bitwise_alone(run: Run) -> None:
+    drawn = Problem.draw(SPANS["fused, interleaved"], rho=True, kappa=True, dtype=torch.bfloat16)
+    assert drawn.rho is not None and drawn.kappa is not None
+    rho, kappa = torch.ones_like(drawn.rho), torch.ones_like(drawn.kappa)
+    problem = Problem(drawn.weight, drawn.grad, rho, kappa, drawn.spans)
+    effective, back = run(problem)
+    assert torch.equal(effective, problem.weight)
+    assert torch.equal(back.weight, problem.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles kernels for a CUDA GPU, and there is none")
+@pytest.mark.parametrize(("spans", "rho", "kappa", "dtype"), every_problem)
+def test_the_compiled_kernels_are_the_float64_reference(
+    spans: str, rho: bool, kappa: bool, dtype: torch.dtype
+) -> None:
+    problem = Problem.draw(SPANS[spans], rho, kappa, dtype, device="cuda")
+    assert_agrees(problem, *run_cpu(problem))
