@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult import parallel
+from megamult import device, parallel
 from megamult.optim.clip import Norms, clip_factor, local_squares
 from megamult.zero.slices import Partition
 
 
 class TwoPhaseAdamW(torch.optim.AdamW):
-    """AdamW (arXiv 1711.05101, torch's fused kernels) with global clipping that leaves multipliers out.
+    """AdamW (arXiv 1711.05101) with global clipping that leaves multipliers out.
+
+    The kernels are torch's fused ones, on CUDA and on the CPU, which count steps per parameter. NVIDIA Apex's
+    FusedAdam counts per group, and ZeRO 3, calling `step` once per sub-group, would advance it several times.
 
     Args:
         groups: from :func:`megamult.param_groups`.
@@ -67,8 +70,7 @@ class TwoPhaseAdamW(torch.optim.AdamW):
         gradients = partition.gradients()
         sum_partial_gradients(partition, gradients)
         squares = local_squares(partition.slices, gradients, parallel.tensor_group().rank())
-        if gradients:
-            squares = squares.to(gradients[0].device)
+        squares = squares.to(device.local_device())  # a rank without slices has made it on the CPU
         if not partition.sharded and parallel.data_group().rank() != 0:
             squares.zero_()  # data-parallel replicas count once
         torch.distributed.all_reduce(squares)

@@ -1,0 +1,262 @@
+"""What the processes of test_adamw.py do: train a small GPT, with one step whose gradient is not finite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamult.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+
+VOCAB = 200  # padded to 256
+SEQ, BATCH = 16, 4
+THRESHOLD = 0.25  # below the first norms of both kinds, so that clipping happens
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and how the second step's gradient goes bad (on the last rank)."""
+
+    tensor: int = 1
+    sequence: bool = False
+    stage: int = 0
+    dtype: str = "fp32"
+    poison: str = "objective"
+    """objective: its loss is NaN; gradient: one element of one reduced gradient that this rank holds is infinite."""
+
+    def config(self, world: int) -> Config:
+        unfused = self.stage == 0 and self.dtype == "bf16"
+        return Config(
+            model=ModelConfig(
+                num_layers=1,
+                hidden_size=48,
+                num_attention_heads=4,
+                num_query_groups=2,
+                ffn_hidden_size=60,
+                seq_length=SEQ,
+            ),
+            optimizer=OptimizerConfig(lr=1e-2, clip_grad_norm=THRESHOLD),
+            parallel=ParallelConfig(tensor=self.tensor, sequence=self.sequence, zero_stage=self.stage),
+            train=TrainConfig(
+                steps=3,
+                global_batch_size=BATCH,
+                micro_batch_size=BATCH // (world // self.tensor),
+                dtype=self.dtype,  # type: ignore[arg-type]
+                grad_accum_dtype="bf16" if unfused else "auto",
+            ),
+        )
+
+
+def _batch(step: int, config: Config) -> tuple[Tensor, Tensor]:
+    """This data-parallel rank's rows of the global batch of `step`."""
+    from megamult import parallel
+
+    text = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(step))
+    size, rank = config.train.micro_batch_size, parallel.data_group().rank()
+    rows = text[rank * size : (rank + 1) * size]
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def _step(engine: Any, config: Config, batch: int, poison: str | None = None) -> None:
+    objective, _ = engine.deepspeed(*_batch(batch, config))
+    last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    if poison == "objective" and last_rank:
+        objective = objective * float("nan")
+    engine.deepspeed.backward(objective)
+    if poison == "gradient" and last_rank:
+        pieces = zip(engine.partition.slices, engine.partition.gradients(), strict=True)
+        next(g for piece, g in pieces if piece.layout.tp_dim is not None)[-1] = float("inf")
+    engine.deepspeed.step()
+
+
+def _values(engine: Any) -> list[Tensor]:
+    return [t.clone() for piece in engine.partition.slices for t in (piece.master, piece.source)]
+
+
+def adam_counts(optimizer: Any) -> set[float]:
+    """The step counts in AdamW's state."""
+    return {float(state["step"]) for state in optimizer.state.values() if "step" in state}
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Steps on batch 0, a bad one, batch 1; and, in a second engine, batch 0 and batch 1 alone."""
+    from megamult import parallel
+    from megamult.train.engine import build
+
+    config = case.config(torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world())
+    mpu = parallel.initialize(case.tensor)
+    result: dict[str, Any] = {}
+    engine = build(config, VOCAB, mpu)
+    fresh = _values(engine)
+    result["counts when fresh"] = adam_counts(engine.optimizer)
+    _step(engine, config, 0)
+    result["norms"] = engine.optimizer.norms
+    result["counts after one step"] = adam_counts(engine.optimizer)
+    before = _values(engine)
+    result["moved"] = not _same(fresh, before)
+    _step(engine, config, 7, case.poison)
+    result["unchanged"] = _same(before, _values(engine))
+    result["bad norms finite"] = engine.optimizer.norms.finite
+    result["skipped"] = engine.optimizer.skipped_steps
+    result["counts after the bad step"] = adam_counts(engine.optimizer)
+    _step(engine, config, 1)
+    result["counts at the end"] = adam_counts(engine.optimizer)
+    result["skipped at the end"] = engine.optimizer.skipped_steps
+    with_bad_step = _values(engine)
+    engine.deepspeed.destroy()
+    engine = build(config, VOCAB, mpu)
+    result["fresh again"] = _same(fresh, _values(engine))
+    _step(engine, config, 0)
+    _step(engine, config, 1)
+    result["as if it had not been"] = _same(with_bad_step, _values(engine))
+    engine.deepspeed.destroy()
+    return result
+
+
+def _world() -> int:
+    from megamult import environment
+
+    return environment.world_size()
+
+
+def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
+    """All of them in one launch."""
+    return [run_case(case) for case in cases]
+
+
+def one_process(cases: list[Case]) -> dict[str, Any]:
+    """References, and what needs one process alone."""
+    from megamult import parallel
+
+    results = {"cases": run_cases(cases)}
+    parallel.initialize(1)
+    results["autograd norms"] = autograd_norms()
+    results["unfused"] = unfused_start()
+    results["against torch"] = {clip: against_torch(clip) for clip in (False, True)}
+    results["unprepared"] = unprepared()
+    return results
+
+
+def autograd_norms() -> tuple[float, float]:
+    """Norms of the gradient of batch 0 (all but multipliers, multipliers) from autograd alone."""
+    from megamult.layout import named_layouts
+    from megamult.model.gpt import GPT
+
+    config = Case().config(1)
+    model = GPT(config, VOCAB, config.train.seed)
+    model(*_batch(0, config))[0].backward()
+    squares = [0.0, 0.0]
+    for _, parameter, layout in named_layouts(model):
+        assert parameter.grad is not None
+        squares[layout.kind == "multiplier"] += float(parameter.grad.double().square().sum())
+    return squares[0] ** 0.5, squares[1] ** 0.5
+
+
+def unfused_start() -> dict[str, Any]:
+    """ZeRO 0 in bf16: masters of a fresh engine against the initial weights, drawn once more."""
+    from megamult import parallel
+    from megamult.model.gpt import GPT
+    from megamult.train.engine import build
+
+    config = Case(dtype="bf16").config(1)
+    engine = build(config, VOCAB, parallel.initialize(1))
+    initial = dict(GPT(config, VOCAB, config.train.seed).named_parameters())
+    equal = [
+        torch.equal(piece.master, initial[piece.name].detach().float().view(-1)) for piece in engine.partition.slices
+    ]
+    kind = type(engine.deepspeed.optimizer).__name__
+    engine.deepspeed.destroy()
+    return {"class": kind, "masters": len(equal), "equal": all(equal), "parameters": len(initial)}
+
+
+class Small(torch.nn.Module):
+    """One parameter of each kind."""
+
+    def __init__(self) -> None:
+        from megamult import layout
+
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        weight = layout.single_matrix("down", 6, 5, None)
+        for name, stated in {
+            "matrix": weight,
+            "embedding": layout.vocabulary("embedding", 7, 8, 5),
+            "head": layout.vocabulary("head", 7, 8, 5),
+            "norm": layout.norm(5, False),
+            "row_multiplier": layout.row_multiplier(weight, [0], False),
+            "col_multiplier": layout.col_multiplier(weight, [0], False),
+        }.items():
+            parameter = torch.nn.Parameter(torch.randn(stated.shape, generator=generator))
+            layout.attach(parameter, stated)
+            self.register_parameter(name, parameter)
+
+
+def against_torch(clip_multipliers: bool) -> dict[str, float]:
+    """Largest relative difference per parameter from torch's AdamW and clip_grad_norm_ after five steps."""
+    from megamult import param_groups
+    from megamult.optim.adamw import TwoPhaseAdamW
+    from megamult.zero.attach import names_of
+    from megamult.zero.whole import WholePartition
+
+    ours, theirs = Small(), Small()
+    settings: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+    multiplier: dict[str, Any] = {"lr": 0.05, "weight_decay": 2e-3}
+    optimizer = TwoPhaseAdamW(
+        param_groups(ours, **settings, multiplier_lr=0.05),
+        betas=(0.8, 0.9),
+        eps=1e-3,  # large beside some gradients: scaling them then shows in the update
+        clip_grad_norm=0.5,
+        clip_multipliers=clip_multipliers,
+    )
+    partition = WholePartition(optimizer, names_of(ours))
+    multipliers = [theirs.row_multiplier, theirs.col_multiplier]
+    others = [theirs.matrix, theirs.embedding, theirs.head, theirs.norm]
+    reference = torch.optim.AdamW(
+        [
+            {"params": others[:3], **settings},
+            {"params": others[3:], **settings | {"weight_decay": 0.0}},
+            {"params": multipliers, **multiplier},
+        ],
+        betas=(0.8, 0.9),
+        eps=1e-3,
+    )
+    generator = torch.Generator().manual_seed(4)
+    for size in (1.0, 1e-3, 3.0, 1e-2, 0.3):  # some gradients above the threshold, some below
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = size * torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        torch.nn.utils.clip_grad_norm_(others, 0.5)
+        if clip_multipliers:
+            torch.nn.utils.clip_grad_norm_(multipliers, 0.5)
+        reference.step()
+        optimizer.prepare(partition)
+        optimizer.step()
+        optimizer.finish()
+    names = [name for name, _ in ours.named_parameters()]
+    pairs = zip(names, ours.parameters(), theirs.parameters(), strict=True)
+    return {name: float((p - q).norm() / q.norm()) for name, p, q in pairs}
+
+
+def unprepared() -> str:
+    """The message of a step that nothing prepared, after one that was."""
+    from megamult import param_groups
+    from megamult.optim.adamw import TwoPhaseAdamW
+    from megamult.zero.attach import names_of
+    from megamult.zero.whole import WholePartition
+
+    model = Small()
+    optimizer = TwoPhaseAdamW(param_groups(model, lr=0.1, weight_decay=0.0))
+    optimizer.prepare(WholePartition(optimizer, names_of(model)))
+    optimizer.step()
+    optimizer.finish()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
