@@ -66,7 +66,7 @@ def test_gate_up_shards_are_megatrons_gate_p_up_p(tensor: int) -> None:
 def test_vocabulary_padding_belongs_to_no_part(vocab_size: int, tensor: int) -> None:
     layout = lo.vocabulary("embedding", vocab_size, 64, cols=20)
     whole: Held = [("", i) if i < vocab_size else None for i in range(64)]
-    assert sum((held(layout, rank, tensor) for rank in range(tensor)), []) == whole
+    assert [row for rank in range(tensor) for row in held(layout, rank, tensor)] == whole
     assert layout.numel_logical == vocab_size * 20
     assert (layout.kind, lo.vocabulary("head", vocab_size, 64, 20).kind) == ("embedding", "head")
 

@@ -73,7 +73,8 @@ def measure_speed(arguments: argparse.Namespace) -> None:
     spread = {name: (max(times) - min(times)) / statistics.median(times) for name, times in seconds.items()}
     print(
         f"hidden {arguments.hidden}, ffn {arguments.ffn}, {arguments.layers} layers, {arguments.seq} x "
-        f"{arguments.batch} tokens, {arguments.dtype}, {device.local_device().type}, {torch.get_num_threads()} threads, "
+        f"{arguments.batch} tokens, {arguments.dtype}, "
+        f"{device.local_device().type}, {torch.get_num_threads()} threads, "
         f"medians of {arguments.steps}"
     )
     print(f"{'multipliers':<14}{'tokens/s':>12}{'range/median':>14}")

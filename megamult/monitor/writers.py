@@ -15,14 +15,14 @@ from tqdm import tqdm
 class Writers:
     """One object per step into `metrics.jsonl`, the same into `tensorboard/`, and a bar on standard error."""
 
-    def __init__(self, run_dir: Path, steps: int, tokens_per_step: int) -> None:
+    def __init__(self, run_dir: Path, steps: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=not self._interactive)
         self._report_every = max(1, steps // 20)
-        self._steps, self._tokens_per_step = steps, tokens_per_step
+        self._steps = steps
 
     def __enter__(self) -> Writers:
         return self

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megamult import layout as lo
-from megamult.layout import Layout, Role
+from megamult.layout import Layout, Role, Run
 from megamult.multipliers import kernels
 from megamult.multipliers.placement import NAMED, Placement
 from megamult.multipliers.sharded_state import multiplier_sharded_tensors
@@ -85,6 +85,20 @@ class _SumOverTensorParallel(torch.autograd.Function):
         return (None, *(piece.view_as(g) for piece, g in zip(pieces, grads, strict=True)))
 
 
+def _spans(runs: tuple[Run, ...], col_of: dict[int, int], rows: int) -> tuple[kernels.Span, ...]:
+    """The runs as spans; rows of padding, which are part of no run, as spans without column multipliers."""
+    spans: list[kernels.Span] = []
+    position = 0
+    for run in runs:
+        if position < run.start:
+            spans.append(kernels.Span(position, run.start, None))
+        position = run.start + run.length
+        spans.append(kernels.Span(run.start, position, col_of.get(run.part)))
+    if position < rows:
+        spans.append(kernels.Span(position, rows, None))
+    return tuple(spans)
+
+
 class _Plan:
     """Where the multipliers of one layer's local weight sit: local rows, column vectors, scalars."""
 
@@ -96,7 +110,7 @@ class _Plan:
         self.local_rows = weight.local_shape(tp_size)[0]
         runs = weight.local_runs(tp_rank, tp_size)
         col_of = {part: i for i, part in enumerate(self.col_parts)}
-        self.spans = tuple(kernels.Span(r.start, r.start + r.length, col_of.get(r.part)) for r in runs)
+        self.spans = _spans(runs, col_of, self.local_rows)
         self.row_runs: list[tuple[int, int, int]] = []  # (local row, row multiplier, length)
         position = 0
         for run in runs:

@@ -16,12 +16,10 @@ def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     start = steps - config.decay_steps
-    if step < start:
+    if step < start or config.decay_steps == 0:
         return 1.0
     floor = config.min_lr / config.lr
-    x = min(1.0, (step - start + 1) / config.decay_steps) if config.decay_steps else 1.0
-    if config.decay_steps == 0:
-        return 1.0
+    x = min(1.0, (step - start + 1) / config.decay_steps)
     if config.decay == "linear":
         return 1.0 - (1.0 - floor) * x
     if config.decay == "cosine":

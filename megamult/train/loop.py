@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,11 +120,10 @@ class Trainer:
     def run(self, run_dir: Path) -> None:
         """All remaining steps, with evaluation and records. Files are written by global rank 0."""
         config = self.config
-        tokens_per_step = config.train.global_batch_size * config.model.seq_length
         peak = device.peak_flops(config.train.torch_dtype)
-        writers = Writers(run_dir, config.train.steps, tokens_per_step) if torch.distributed.get_rank() == 0 else None
         histograms = config.train.log_histograms_every if config.multipliers.implementation != "none" else 0
-        try:
+        main_rank = torch.distributed.get_rank() == 0
+        with Writers(run_dir, config.train.steps) if main_rank else contextlib.nullcontext() as writers:
             while self.step_count < config.train.steps:
                 record = self.train_step()
                 extra = {"memory_bytes": float(device.memory_bytes())}
@@ -142,6 +142,3 @@ class Trainer:
                     self.last_valid_loss = self.evaluate()
                     if writers is not None:
                         writers.evaluation({"step": self.step_count, "valid_loss": self.last_valid_loss})
-        finally:
-            if writers is not None:
-                writers.__exit__(None, None, None)

@@ -77,12 +77,12 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
                 raise ValueError(f"{name} is {namespace[name]!r}: it is a section; give a mapping of its keys")
         sections = made.instantiate_classes(namespace)
     except ArgumentError as error:
-        raise ValueError(f"{error}; --help lists every key with its unit") from None
+        raise ValueError(f"{str(error).strip()}; --help lists every key with its unit") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"the file that --config names is not UTF-8 ({error}): save it as UTF-8") from None
     del namespace["config"], namespace["local_rank"]
     config = Config(**{name: sections[name] for name in _SECTIONS}, deepspeed=sections["deepspeed"])
-    return config, made.dump(namespace, skip_validation=True)
+    return config, made.dump(namespace, skip_validation=True, skip_none=False)
 
 
 def fail(message: str) -> NoReturn:

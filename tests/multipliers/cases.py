@@ -32,25 +32,25 @@ COLUMNS = {"column": 40, "row": 72, "embedding": 20, "qkv": HIDDEN, "gate_up": H
 ROLE = {"column": "q", "row": "down", "embedding": "embedding"}
 """The role of a single matrix; in a fused one the roles are the parts' names."""
 
-_SINGLE: dict[str, dict[str, Any]] = {"r": {"": "row"}, "c": {"": "col"}, "s": {"": "scalar"}}
-_SINGLE["rcs"] = {"": ["row", "col", "scalar"]}
-PLACEMENTS: dict[str, dict[str, dict[str, Any]]] = {
+_SINGLE: dict[str, dict[str, str | tuple[str, ...]]] = {"r": {"": "row"}, "c": {"": "col"}, "s": {"": "scalar"}}
+_SINGLE["rcs"] = {"": ("row", "col", "scalar")}
+PLACEMENTS: dict[str, dict[str, dict[str, str | tuple[str, ...]]]] = {
     "column": _SINGLE,
     "row": _SINGLE,
     "embedding": _SINGLE,
     "qkv": {
-        "all": dict.fromkeys("qkv", ["row", "col"]),
+        "all": dict.fromkeys("qkv", ("row", "col")),
         "scalar": dict.fromkeys("qkv", "scalar"),
-        "rcs": dict.fromkeys("qkv", ["row", "col", "scalar"]),
+        "rcs": dict.fromkeys("qkv", ("row", "col", "scalar")),
         "symmetry_free": {"q": "row"},
-        "mixed": {"q": "row", "v": ["row", "col"], "k": "scalar"},
-        "crossed": {"k": "col", "q": ["col", "scalar"]},
+        "mixed": {"q": "row", "v": ("row", "col"), "k": "scalar"},
+        "crossed": {"k": "col", "q": ("col", "scalar")},
     },
     "gate_up": {
-        "all": dict.fromkeys(("gate", "up"), ["row", "col"]),
+        "all": dict.fromkeys(("gate", "up"), ("row", "col")),
         "scalar": dict.fromkeys(("gate", "up"), "scalar"),
         "symmetry_free": {"gate": "row"},
-        "crossed": {"gate": "col", "up": ["row", "scalar"]},
+        "crossed": {"gate": "col", "up": ("row", "scalar")},
     },
 }
 """Sides by part."""
@@ -77,8 +77,8 @@ class Case:
 
     def sides(self, part: str) -> list[str]:
         """The sides on which a part is scaled."""
-        sides = PLACEMENTS[self.layer][self.placement].get(part, [])
-        return [sides] if isinstance(sides, str) else sides
+        sides = PLACEMENTS[self.layer][self.placement].get(part, ())
+        return [sides] if isinstance(sides, str) else list(sides)
 
     def scaled(self, side: str) -> list[str]:
         """The parts scaled on a side, in the parameter's order."""

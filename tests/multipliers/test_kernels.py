@@ -149,8 +149,6 @@ def test_ones_leave_a_bf16_weight_and_its_gradient_bitwise_alone(run: Run) -> No
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles kernels for a CUDA GPU, and there is none")
 @pytest.mark.parametrize(("spans", "rho", "kappa", "dtype"), every_problem)
-def test_the_compiled_kernels_are_the_float64_reference(
-    spans: str, rho: bool, kappa: bool, dtype: torch.dtype
-) -> None:
+def test_the_compiled_kernels_are_the_float64_reference(spans: str, rho: bool, kappa: bool, dtype: torch.dtype) -> None:
     problem = Problem.draw(SPANS[spans], rho, kappa, dtype, device="cuda")
     assert_agrees(problem, *run_cpu(problem))

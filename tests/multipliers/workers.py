@@ -145,28 +145,31 @@ class _LiveStorages:
 
 
 def kept_for_backward(case: Case, rank: int) -> dict[str, Any]:
-    """Bytes of what forward leaves alive besides parameters, input and output, in our layer and in Megatron's."""
-    found: dict[str, Any] = {}
-    for name, plain in (("multipliers", False), ("plain", True)):
-        layer = build(case, plain)
-        x = cases.local_input(case, rank, cases.draw(case).x).clone().requires_grad_()
-        live = _LiveStorages()
-        with live.recording():
-            output = layer(x)[0]
-        found[name] = live.sizes([x, output, *layer.parameters()])
-        found["weight"] = layer.weight.untyped_storage().nbytes()
-        del output
-    return found
+    """Bytes of each tensor that forward leaves alive besides parameters, input and output; and of the weight."""
+    from megatron.core.parallel_state import get_global_memory_buffer
+
+    layer = build(case)
+    x = cases.local_input(case, rank, cases.draw(case).x).clone().requires_grad_()
+    live = _LiveStorages()
+    with live.recording():
+        output = layer(x)[0]
+    reused = get_global_memory_buffer().buffer.values()  # Megatron's, as large as any layer ever needed
+    return {
+        "alive": live.sizes([x, output, *layer.parameters(), *reused]),
+        "weight": layer.weight.untyped_storage().nbytes(),
+    }
 
 
 def sharded_state_of(case: Case, rank: int) -> dict[str, Any]:
     """The multipliers' ShardedTensors after Megatron applied their factories, and what merging gives back."""
+    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 
     layer = build(case)
     values = cases.shard(case, rank, cases.draw(case), unused=1.0)
     load(layer, values)
-    sharded = layer.sharded_state_dict(prefix="m.")
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    sharded = layer.sharded_state_dict(prefix="m.", metadata=metadata)
     factories = {name: entry for name, entry in sharded.items() if name.endswith("_multiplier")}
     assert all(isinstance(entry, ShardedTensorFactory) for entry in factories.values())
     differ = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -42,7 +43,7 @@ def test_linear_and_cosine_reach_0(decay: str) -> None:
 def test_the_rate_is_at_its_peak_until_the_decay_and_falls_at_each_step_of_it(decay: str) -> None:
     rates = schedule(20, warmup_steps=3, decay_steps=7, decay=decay, min_lr=0.05)
     assert rates[2:13] == pytest.approx([0.4] * 11, rel=EXACT)
-    assert all(later < earlier for earlier, later in zip(rates[12:], rates[13:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[12:]))
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -69,6 +70,6 @@ def test_exponential_decay_loses_the_same_factor_at_each_step() -> None:
 def test_inverse_sqrt_decay_falls_as_one_over_the_root_of_a_line() -> None:
     rates = schedule(5, decay_steps=5, decay="inverse_sqrt", min_lr=0.1)
     inverse_squares = [rate**-2 for rate in [0.4, *rates]]
-    gaps = [b - a for a, b in zip(inverse_squares, inverse_squares[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(inverse_squares)]
     assert gaps == pytest.approx([gaps[0]] * 5, rel=1e-10)  # differences of rounded numbers of the same size
     assert gaps[0] > 0

@@ -1,0 +1,66 @@
+"""What a run leaves in its directory: lines of JSON, TensorBoard events, a line of text now and then."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megamult.monitor.writers import Writers
+
+
+def record(step: int) -> dict[str, float]:
+    return {"step": step, "loss": 5.0 - step, "lr": 0.1, "tokens_per_second": 1234.0}
+
+
+def write(folder: Path, steps: int) -> None:
+    with Writers(folder, steps) as writers:
+        for step in range(1, steps + 1):
+            writers.step(record(step), {"memory_bytes": 2.0**20})
+        writers.histograms({"q/row": torch.linspace(0.5, 1.5, 11)}, steps)
+        writers.evaluation({"step": steps, "valid_loss": 2.5})
+
+
+def test_metrics_hold_one_object_per_step_and_one_per_evaluation(tmp_path: Path) -> None:
+    write(tmp_path / "new" / "run", 3)
+    lines = (tmp_path / "new" / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        *(record(step) for step in (1, 2, 3)),
+        {"step": 3, "valid_loss": 2.5},
+    ]
+
+
+def test_a_line_is_in_the_file_as_soon_as_its_step_is_done(tmp_path: Path) -> None:
+    with Writers(tmp_path, 2) as writers:
+        writers.step(record(1), {})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8")) == record(1)
+
+
+def test_tensorboard_holds_every_scalar_and_the_histograms(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0, "scalars": 0}).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss",
+        "train/lr",
+        "train/tokens_per_second",
+        "train/memory_bytes",
+        "valid/loss",
+    }
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 4.0), (2, 3.0), (3, 2.0)]
+    assert [(e.step, e.value) for e in events.Scalars("valid/loss")] == [(3, 2.5)]
+    (histogram,) = events.Histograms("multipliers/q/row")
+    value = histogram.histogram_value
+    # TensorBoard keeps extremes and count in float64 of the fp32 values 0.5 and 1.5, which are exact.
+    assert (histogram.step, value.min, value.max, value.num) == (3, 0.5, 1.5, 11)
+
+
+def test_without_a_terminal_about_twenty_lines_tell_the_progress_and_the_last_step_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, 103)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    assert 20 <= len(lines) <= 22
+    assert lines[-1].startswith("step 103/103: loss -98.0000, 1,234 tokens/s")

@@ -1,0 +1,272 @@
+"""The schema: what it refuses and how it says so, YAML there and back, the arithmetic of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megamult.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    MultipliersConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from megamult.train.pretrain import parse
+
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLES = sorted((REPOSITORY / "examples" / "configs").glob("*.yaml"))
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "multipliers": MultipliersConfig,
+    "optimizer": OptimizerConfig,
+    "parallel": ParallelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+}
+
+
+def made(**sections: dict[str, Any]) -> Config:
+    return Config(**{name: SECTIONS[name](**keys) for name, keys in sections.items()})
+
+
+# sections, what the message must say: key and value (fact), and the remedy
+REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
+    ({"model": {"num_layers": 0}}, r"model\.num_layers is 0: it must be positive"),
+    ({"model": {"num_query_groups": 0}}, r"model\.num_query_groups is 0: it must be positive"),
+    ({"model": {"vocab_size": -5}}, r"model\.vocab_size is -5: it must be positive"),
+    ({"model": {"init_std": float("nan")}}, r"model\.init_std is nan: .*finite"),
+    ({"model": {"z_loss": -0.1}}, r"model\.z_loss is -0\.1: it must be 0 or more"),
+    (
+        {"model": {"hidden_size": 100}},
+        r"hidden_size is 100 with model\.num_attention_heads 8: .*choose hidden_size a multiple of 2",
+    ),
+    # A head of 3 is whole, but rotary embedding turns pairs.
+    ({"model": {"hidden_size": 24}}, r"hidden_size is 24 .*whole even number"),
+    ({"model": {"num_query_groups": 3}}, r"num_query_groups is 3: it must divide model\.num_attention_heads \(8\)"),
+    ({"multipliers": {"placement": "some"}}, r"placement is 'some': use one of all, symmetry_free, scalar"),
+    ({"multipliers": {"placement": {"head": "row"}}}, r"role 'head': the roles are q, k, v"),
+    ({"multipliers": {"placement": {"q": ["row", "up"]}}}, r"gives q the side 'up': use row, col or scalar"),
+    ({"multipliers": {"lr": 0.0}}, r"multipliers\.lr is 0\.0: it must be positive"),
+    ({"multipliers": {"weight_decay": -1.0}}, r"multipliers\.weight_decay is -1\.0: it must be 0 or more"),
+    ({"optimizer": {"lr": float("inf")}}, r"optimizer\.lr is inf: .*finite"),
+    ({"optimizer": {"betas": (0.9, 1.0)}}, r"optimizer\.betas is \(0\.9, 1\.0\): each must be in \[0, 1\)"),
+    ({"optimizer": {"clip_grad_norm": -1.0}}, r"optimizer\.clip_grad_norm is -1\.0"),
+    ({"optimizer": {"lr": 0.1, "min_lr": 0.2}}, r"min_lr is 0\.2, above optimizer\.lr 0\.1: lower it"),
+    (
+        {"optimizer": {"decay": "exponential", "decay_steps": 5}},
+        r"min_lr is 0\.0 with optimizer\.decay exponential: .*set a positive min_lr",
+    ),
+    (
+        {"optimizer": {"warmup_steps": 8, "decay_steps": 3}, "train": {"steps": 10}},
+        r"warmup_steps 8 \+ optimizer\.decay_steps 3 exceed train\.steps 10: shorten",
+    ),
+    ({"parallel": {"tensor": 0}}, r"parallel\.tensor is 0: it must be positive"),
+    ({"parallel": {"zero_stage": 4}}, r"parallel\.zero_stage is 4: use 0, 1, 2 or 3"),
+    ({"parallel": {"tensor": 3}}, r"num_attention_heads is 8: it must be a multiple of parallel\.tensor \(3\)"),
+    (
+        {"parallel": {"tensor": 4}, "model": {"ffn_hidden_size": 702}},
+        r"ffn_hidden_size is 702: it must be a multiple of parallel\.tensor \(4\)",
+    ),
+    (
+        {
+            "parallel": {"tensor": 4},
+            "model": {"num_attention_heads": 12, "num_query_groups": 6, "hidden_size": 96},
+        },
+        r"num_query_groups is 6 and parallel\.tensor 4: one must divide the other",
+    ),
+    (
+        {
+            "parallel": {"tensor": 3},
+            "model": {"num_attention_heads": 12, "num_query_groups": 3, "hidden_size": 96, "ffn_hidden_size": 132},
+        },
+        r"parallel\.tensor is 3: it must divide 128",
+    ),
+    (
+        {"parallel": {"tensor": 2, "sequence": True}, "model": {"seq_length": 33}},
+        r"seq_length is 33: with parallel\.sequence it must be a multiple of parallel\.tensor \(2\)",
+    ),
+    (
+        {"parallel": {"zero_stage": 0}, "train": {"dtype": "bf16"}},
+        r"zero_stage is 0 with train\.dtype bf16: .*use parallel\.zero_stage 1, or .*grad_accum_dtype bf16",
+    ),
+    ({"train": {"grad_accum_dtype": "bf16"}}, r"grad_accum_dtype is bf16 with train\.dtype fp32: use auto or fp32"),
+    ({"train": {"steps": 0}}, r"train\.steps is 0"),
+    ({"train": {"seed": -1}}, r"train\.seed is -1"),
+    ({"train": {"seed": 2**63}}, r"train\.seed is 9223372036854775808: it must be less than 2\^63"),
+    ({"train": {"run_dir": " "}}, r"train\.run_dir is ' ': name a directory"),
+    ({"data": {"train": {"a": 1.0, "b": 0.0}}}, r"data\.train gives b the weight 0\.0: it must be positive"),
+    ({"data": {"valid": {"a": float("nan")}}}, r"data\.valid gives a the weight nan"),
+]
+
+
+@pytest.mark.parametrize(("sections", "message"), REFUSED)
+def test_what_cannot_be_is_refused_with_key_value_and_remedy(sections: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(**sections)
+
+
+ALLOWED: list[dict[str, dict[str, Any]]] = [
+    {},
+    # Each is beside a refused one: the rule must not refuse too much.
+    {"parallel": {"tensor": 4}, "model": {"num_attention_heads": 12, "num_query_groups": 2, "hidden_size": 96}},
+    {"parallel": {"tensor": 2}, "model": {"seq_length": 33}},
+    {"parallel": {"zero_stage": 0}, "train": {"dtype": "bf16", "grad_accum_dtype": "bf16"}},
+    {"parallel": {"zero_stage": 1}, "train": {"dtype": "bf16"}},
+    {"optimizer": {"warmup_steps": 7, "decay_steps": 3}, "train": {"steps": 10}},
+    {"optimizer": {"decay": "inverse_sqrt", "decay_steps": 5, "min_lr": 1e-5}},
+    {"optimizer": {"clip_grad_norm": 0.0}},
+    {"multipliers": {"placement": {"q": "row", "down": ["row", "col"]}}},
+]
+
+
+@pytest.mark.parametrize("sections", ALLOWED)
+def test_what_can_be_is_accepted(sections: dict[str, dict[str, Any]]) -> None:
+    config = made(**sections)
+    for name, keys in sections.items():
+        for key, value in keys.items():
+            assert getattr(getattr(config, name), key) == value
+
+
+def test_processes_that_tensor_parallel_does_not_divide_are_refused() -> None:
+    config = made(parallel={"tensor": 2})
+    config.check_world(4)
+    with pytest.raises(ValueError, match="tensor is 2 and 3 processes were started: start a multiple of 2"):
+        config.check_world(3)
+
+
+def test_a_global_batch_that_micro_batches_do_not_divide_is_refused() -> None:
+    config = made(train={"global_batch_size": 24, "micro_batch_size": 4})
+    config.check_world(3)
+    with pytest.raises(ValueError, match=r"global_batch_size is 24: .* = 4 x 4 = 16"):
+        config.check_world(4)
+
+
+@pytest.mark.parametrize(
+    ("processes", "tensor", "micro", "expected"),
+    [(1, 1, 24, 1), (1, 1, 2, 12), (4, 2, 3, 4), (4, 1, 3, 2), (4, 4, 4, 6)],
+)
+def test_accumulation_times_micro_batch_times_data_parallel_is_the_global_batch(
+    processes: int, tensor: int, micro: int, expected: int
+) -> None:
+    config = made(train={"global_batch_size": 24, "micro_batch_size": micro}, parallel={"tensor": tensor})
+    config.check_world(processes)
+    data_parallel = processes // tensor
+    assert config.accumulation(data_parallel) == expected
+    assert expected * micro * data_parallel == 24
+
+
+def test_no_query_groups_means_one_for_each_head() -> None:
+    assert ModelConfig().query_groups == 8
+    assert ModelConfig(num_query_groups=2).query_groups == 2
+
+
+def test_gradients_accumulate_in_fp32_unless_asked_otherwise() -> None:
+    assert TrainConfig().accumulation_dtype == TrainConfig(dtype="bf16").accumulation_dtype == "fp32"
+    assert TrainConfig(dtype="bf16", grad_accum_dtype="bf16").accumulation_dtype == "bf16"
+
+
+def test_sources_are_prefixes_with_weights_in_order() -> None:
+    assert DataConfig.sources(None) == []
+    assert DataConfig.sources("a") == [("a", 1.0)]
+    assert DataConfig.sources(["b", "a"]) == [("b", 1.0), ("a", 1.0)]
+    assert DataConfig.sources({"b": 0.3, "a": 2.0}) == [("b", 0.3), ("a", 2.0)]
+
+
+def test_a_deepspeed_file_is_read_and_a_bad_one_named(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"overlap_comm": true}}', encoding="utf-8")
+    assert Config(deepspeed=str(file)).deepspeed_overrides() == {"zero_optimization": {"overlap_comm": True}}
+    assert Config(deepspeed={"a": 1}).deepspeed_overrides() == {"a": 1}
+    assert Config().deepspeed_overrides() == {}
+    for text, message in (("[1]", "holds no JSON object: give a mapping"), ("{", "is no JSON file")):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"ds.json {message}"):
+            Config(deepspeed=str(file)).deepspeed_overrides()
+    with pytest.raises(ValueError, match=r"deepspeed is '.*none\.json': there is no such file; give a path"):
+        Config(deepspeed=str(tmp_path / "none.json")).deepspeed_overrides()
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_a_shipped_configuration_parses_and_fits_one_process(file: Path) -> None:
+    config, _ = parse(["--config", str(file)])
+    config.check_world(1)
+    assert config.data.train and config.data.tokenizer
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert {file.stem for file in EXAMPLES} >= {"quickstart", "tiny"}
+
+
+# Every section differs from its defaults, with each type that a key can have.
+UNUSUAL = [
+    "--model.num_query_groups=2",
+    "--model.norm_eps=1e-6",
+    "--model.tie_embeddings=true",
+    "--multipliers.placement={q: row, down: [row, col]}",
+    "--multipliers.lr=3e-3",
+    "--optimizer.betas=[0.8, 0.99]",
+    "--optimizer.decay=cosine",
+    "--optimizer.decay_steps=10",
+    "--parallel.zero_stage=2",
+    "--data.train={some/corpus: 0.3, other: 2}",
+    "--data.valid=[a, b]",
+    "--data.tokenizer=t.model",
+    "--train.dtype=bf16",
+    "--train.run_dir=runs/with space: and # marks",
+    "--deepspeed={zero_optimization: {overlap_comm: true}}",
+]
+
+
+def test_the_resolved_yaml_gives_the_same_configuration_again(tmp_path: Path) -> None:
+    config, resolved = parse(UNUSUAL)
+    assert config != Config()
+    for section in dataclasses.fields(Config):
+        assert getattr(config, section.name) != getattr(Config(), section.name), f"{section.name} is not exercised"
+    file = tmp_path / "config.yaml"
+    file.write_text(resolved, encoding="utf-8")
+    again, resolved_again = parse(["--config", str(file)])
+    assert again == config
+    assert resolved_again == resolved
+
+
+def test_the_resolved_yaml_names_every_key() -> None:
+    resolved = yaml.safe_load(parse([])[1])
+    for name, section in SECTIONS.items():
+        assert set(resolved[name]) == {key.name for key in dataclasses.fields(section)}
+
+
+def test_overrides_win_over_the_file_and_the_rest_of_the_file_stays(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("train:\n  steps: 7\n  seed: 9\n", encoding="utf-8")
+    config, _ = parse(["--config", str(file), "--train.steps", "8"])
+    assert (config.train.steps, config.train.seed, config.train.micro_batch_size) == (8, 9, 8)
+
+
+def test_print_config_prints_what_config_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse([*UNUSUAL, "--print_config"])
+    assert exit_.value.code == 0
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert parse(["--config", str(file)])[0] == parse(UNUSUAL)[0]
+
+
+def test_help_lists_every_key_with_its_description(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for name, section in SECTIONS.items():
+        for key in dataclasses.fields(section):
+            at = text.rfind(f"  --{name}.{key.name} ")  # the last: usage comes first
+            assert at >= 0, f"--{name}.{key.name} is not in --help"
+            words = text[at:].split("(type:", 1)[0].split()
+            prose = [word for word in words if not word.startswith(("--", "{")) and not word.isupper()]
+            assert len(prose) > 1, f"--{name}.{key.name} has no description"

@@ -1,0 +1,139 @@
+"""launch/pretrain.py as a user starts it: a corpus, the launcher, what it said, who is still there afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import random
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from tests.distributed import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+VOCAB = 400
+
+
+def make_corpus(folder: Path) -> Path:
+    """PREFIX of a corpus of about 20,000 tokens, made by launch/prepare_data.py."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 6))) for _ in range(200)]
+    text = "\n\n".join(" ".join(draw.choices(words, k=100)) for _ in range(100))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    arguments = [
+        "--input",
+        folder / "text.txt",
+        "--output",
+        folder / "tiny",
+        "--valid_fraction",
+        "0.1",
+        "--workers",
+        "1",
+    ]
+    subprocess.run(
+        [sys.executable, REPOSITORY / "launch" / "prepare_data.py", *arguments, "--vocab_size", str(VOCAB)],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    return folder / "tiny"
+
+
+def data_arguments(prefix: Path) -> list[str]:
+    """The keys that name a corpus."""
+    return [f"--data.train={prefix}_train", f"--data.valid={prefix}_valid", f"--data.tokenizer={prefix}.model"]
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every path below `folder`, with a digest of each file's bytes."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@dataclass
+class Outcome:
+    """What a launch left."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+    left: list[str]
+    """Command lines of its processes that were still there five seconds after it had ended."""
+
+    @property
+    def text(self) -> str:
+        """Both streams."""
+        return self.stdout + self.stderr
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that tell a user's mistake."""
+        return [line for line in self.text.splitlines() if line.startswith("error:")]
+
+
+def start(arguments: list[str], processes: int | None = None, timeout: float = 180.0) -> Outcome:
+    """Run launch/pretrain.py: by itself, or on `processes` ranks under DeepSpeed's launcher."""
+    marker = f"MEGAMULT_TEST_{uuid.uuid4().hex}"
+    environment = {**os.environ, marker: "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("PYTHONWARNINGS", None)  # what a user would see
+    script = str(REPOSITORY / "launch" / "pretrain.py")
+    if processes is None:
+        command = [sys.executable, script]
+        environment["MASTER_PORT"] = str(free_port())
+    else:
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        command = [launcher, "--num_gpus", str(processes), "--master_port", str(free_port()), script]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    seconds = time.monotonic() - began
+    deadline = time.monotonic() + 5.0
+    while (left := _alive(marker)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return Outcome(done.returncode, done.stdout, done.stderr, seconds, left)
+
+
+def _alive(marker: str) -> list[str]:
+    """Command lines of the processes, launched by whomever, whose environment holds `marker`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if marker.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
+def answers(cases: list[list[str]]) -> list[tuple[object, str]]:
+    """(exit code, or the traceback of what is no exit; standard error) of the command line for each case, on this rank.
+
+    One process asks many times: its torch.distributed outlives each case (DeepSpeed starts it once per process), and
+    nobody waits for a launcher.
+    """
+    from megamult import parallel
+    from megamult.train import pretrain
+
+    found: list[tuple[object, str]] = []
+    with mock.patch.object(parallel, "destroy"), mock.patch.object(pretrain, "_HEAD_START_SECONDS", 0.0):
+        for case in cases:
+            stream, code = io.StringIO(), None
+            with contextlib.redirect_stderr(stream):
+                try:
+                    pretrain.main(case)
+                except SystemExit as exit_:
+                    code = exit_.code
+                except BaseException:
+                    code = traceback.format_exc()
+            found.append((code, stream.getvalue()))
+    return found

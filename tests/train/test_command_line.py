@@ -1,0 +1,238 @@
+"""A user's mistake ends the command line at once, on every rank: exit code 2, one line, nothing touched."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from megamult.train import pretrain
+from tests.distributed import run_distributed
+from tests.train.command import VOCAB, answers, data_arguments, make_corpus, snapshot, start
+
+# What is wrong before any process group exists: arguments (FOLDER is a folder with the files below), and the line.
+FILES = {
+    "ok.yaml": "train:\n  steps: 5\n",
+    "key.yaml": "model:\n  num_layer: 2\n",
+    "section.yaml": "modle:\n  num_layers: 2\n",
+    "type.yaml": "model:\n  num_layers: many\n",
+    "scalar.yaml": "model: 3\n",
+    "list.yaml": "- 1\n",
+    "broken.yaml": "model: [1\n",
+    "list.json": "[1]",
+    "broken.json": "{",
+}
+EARLY: list[tuple[list[str], str]] = [
+    # bad key
+    (["--modle.num_layers", "2"], r"unrecognized arguments: --modle\.num_layers 2; --help lists every key"),
+    (["--model.num_layer", "2"], r"unrecognized arguments: --model\.num_layer 2; --help lists"),
+    (["--checkpoint.load", "latest"], r"unrecognized arguments: --checkpoint\.load latest; --help lists"),
+    (["5"], r"unrecognized arguments: 5; --help lists"),
+    (["--config", "FOLDER/key.yaml"], r"'num_layer'.*--help lists"),
+    (["--config", "FOLDER/section.yaml"], r"Option 'modle\.num_layers' is not accepted; --help lists"),
+    # bad value or type
+    (["--model.num_layers", "two"], r'"model\.num_layers": Expected .*int.* Got value: two; --help lists'),
+    (["--model.num_layers", "2.5"], r'"model\.num_layers": Expected .*int.* Got value: 2\.5; --help lists'),
+    (["--model.num_layers"], r"--model\.num_layers: expected one argument; --help lists"),
+    (["--train.dtype", "fp16"], r"\"train\.dtype\": Expected .*'fp32', 'bf16'.* Got value: fp16; --help lists"),
+    (["--optimizer.name", "muon"], r"\"optimizer\.name\": Expected .*'adamw'.* Got value: muon; --help lists"),
+    (["--optimizer.betas", "[0.9]"], r'"optimizer\.betas": Expected .*2 elements.* Got value: \[0\.9\]'),
+    (["--config", "FOLDER/type.yaml"], r"model\.num_layers.*Got value: many; --help lists"),
+    (["--config", "FOLDER/scalar.yaml"], r"model is 3: it is a section; give a mapping"),
+    (["--config", "FOLDER/list.yaml"], r"Unexpected config: - 1; --help lists"),
+    (["--config", "FOLDER/broken.yaml"], r"Problems parsing config: .*line 2"),
+    (["--config", "FOLDER/latin.yaml"], r"--config names is not UTF-8 .*0xe9.*: save it as UTF-8"),
+    (["--train.steps", "0"], r"train\.steps is 0: it must be positive"),
+    # missing config file
+    (["--config", "FOLDER/none.yaml"], r'"config": File does not exist: .*none\.yaml'),
+    (["--config", "FOLDER"], r'"config": Path is not a file'),
+    # bad combinations
+    (["--model.hidden_size", "100"], r"hidden_size is 100 with .*num_attention_heads 8: .*choose hidden_size"),
+    (["--optimizer.warmup_steps", "200"], r"warmup_steps 200 .* exceed train\.steps 100: shorten them"),
+    (["--config", "FOLDER/ok.yaml", "--optimizer.decay_steps", "6"], r"decay_steps 6 exceed train\.steps 5: shorten"),
+    (["--parallel.zero_stage", "0", "--train.dtype", "bf16"], r"zero_stage is 0 with .* bf16: .*grad_accum_dtype bf16"),
+    (["--train.grad_accum_dtype", "bf16"], r"grad_accum_dtype is bf16 with train\.dtype fp32: use auto or fp32"),
+    # sizes that tensor parallel, processes or batches do not divide
+    (["--parallel.tensor", "3"], r"num_attention_heads is 8: it must be a multiple of parallel\.tensor \(3\)"),
+    (["--parallel.tensor", "8", "--model.ffn_hidden_size", "700"], r"ffn_hidden_size is 700: .*multiple .*\(8\)"),
+    (
+        ["--parallel.tensor", "2", "--parallel.sequence", "true", "--model.seq_length", "33"],
+        r"seq_length is 33: with parallel\.sequence it must be a multiple of parallel\.tensor \(2\)",
+    ),
+    (["--parallel.tensor", "2"], r"parallel\.tensor is 2 and 1 processes were started: start a multiple of 2"),
+    (["--train.global_batch_size", "33"], r"global_batch_size is 33: it must be a multiple of .* = 8 x 1 = 8"),
+    # placements
+    (["--multipliers.placement", "everywhere"], r"placement is 'everywhere': use one of all, symmetry_free, scalar"),
+    (["--multipliers.placement", "{head: row}"], r"placement names the role 'head': the roles are q, k, v"),
+    (["--multipliers.placement", "{q: diagonal}"], r"placement gives q the side 'diagonal': use row, col or scalar"),
+    # DeepSpeed file
+    (["--deepspeed", "FOLDER/none.json"], r"deepspeed is '.*none\.json': there is no such file; give a path"),
+    (["--deepspeed", "FOLDER/list.json"], r"list\.json holds no JSON object: give a mapping"),
+    (["--deepspeed", "FOLDER/broken.json"], r"broken\.json is no JSON file: .*line 1"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    for name, text in FILES.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "latin.yaml").write_bytes(b"train:\n  run_dir: caf\xe9\n")
+    return folder
+
+
+@pytest.mark.parametrize(("arguments", "message"), EARLY, ids=[" ".join(arguments) for arguments, _ in EARLY])
+def test_a_mistake_in_the_keys_is_one_line_and_code_2_before_anything_runs(
+    arguments: list[str],
+    message: str,
+    files: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(*_: object) -> NoReturn:
+        pytest.fail("the mistake was not seen")
+
+    monkeypatch.setattr(pretrain, "run", run)
+    before = snapshot(files)
+    with pytest.raises(SystemExit) as exit_:
+        pretrain.main([argument.replace("FOLDER", str(files)) for argument in arguments])
+    assert exit_.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(rf"error: .*{message}.*\n", said.err), said.err  # no dot matches a newline: one line
+    assert snapshot(files) == before
+
+
+def test_ranks_other_than_0_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(pretrain, "_HEAD_START_SECONDS", 0.0)
+    with pytest.raises(SystemExit) as exit_:
+        pretrain.main(["--train.steps", "0"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr() == ("", "")
+
+
+# What only the data, the directory or DeepSpeed can tell: further arguments (FOLDER as made below), and the line.
+LATE: list[tuple[list[str], str]] = [
+    (["--data.train=FOLDER/none_train"], r"FOLDER/none_train\.idx does not exist; give a prefix"),
+    (["--data.train=null"], r"data\.train is not set: give a prefix"),
+    (["--data.valid=FOLDER/none_valid"], r"FOLDER/none_valid\.idx does not exist; give a prefix"),
+    (["--data.train=FOLDER/cut"], r"FOLDER/cut\.bin has \d+ bytes, but .*cut\.idx describes \d+: .*cut off; .*rerun"),
+    (
+        ["--data.train=FOLDER/foreign"],
+        rf"FOLDER/foreign\.bin: token id {VOCAB} at token 7 .*outside the vocabulary of {VOCAB}; use the tokenizer",
+    ),
+    (["--data.valid=[FOLDER/tiny_valid, FOLDER/foreign]"], rf"FOLDER/foreign\.bin: token id {VOCAB} at token 7 "),
+    (
+        ["--model.seq_length=100000"],
+        r"tiny_train has \d+ tokens, but one sample takes 100001 .*shorten model\.seq_length",
+    ),
+    (["--data.tokenizer=null"], r"data\.tokenizer is not set: give the \.model file"),
+    (["--data.tokenizer=FOLDER/none.model"], r"cannot read the tokenizer FOLDER/none\.model: No such file.*; give"),
+    (
+        ["--data.tokenizer=FOLDER/damaged.model"],
+        r"damaged\.model \(\d+ bytes\) is not a sentencepiece model.*; copy it",
+    ),
+    (
+        ["--model.vocab_size=399"],
+        rf"vocab_size is 399 and the tokenizer FOLDER/tiny\.model has {VOCAB} tokens: leave vocab_size null",
+    ),
+    (["--train.run_dir=FOLDER/used"], r"train\.run_dir FOLDER/used holds another run .*: choose another"),
+    (["--train.run_dir=FOLDER/file"], r"train\.run_dir FOLDER/file cannot be written \(.*\): choose another"),
+    (["--train.run_dir=FOLDER/file/run"], r"train\.run_dir FOLDER/file/run cannot be written \(.*\): choose another"),
+    (
+        ["--deepspeed={gradient_clipping: 1.0}"],
+        r"deepspeed\.gradient_clipping is 1\.0, and megamult's own keys make it 0\.0: remove it, or change",
+    ),
+    (
+        ["--deepspeed={zero_optimization: {stage: 2}}"],
+        r"deepspeed\.zero_optimization\.stage is 2, and megamult's own keys make it 1: remove it, or change",
+    ),
+    (["--deepspeed={optimizer: {type: Adam}}"], r"deepspeed\.optimizer is set: megamult decides it .*; remove it"),
+    (["--deepspeed=FOLDER/conflict.json"], r"deepspeed\.train_batch_size is 7, and megamult's own keys make it 16"),
+    (["--deepspeed={zero_optimization: {stagee: 1}}"], r"deepspeed: DeepSpeed refuses it \(.*stagee.*\); correct"),
+    (
+        ["--deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"],
+        r"deepspeed\.zero_optimization\.offload_optimizer\.device is 'cpu': .*; remove it",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good corpus (tiny), damaged ones, and a directory that holds a run."""
+    folder = tmp_path_factory.mktemp("corpus")
+    tiny = make_corpus(folder)
+    for name in ("cut", "foreign"):
+        for suffix in (".bin", ".idx"):
+            shutil.copy(f"{tiny}_train{suffix}", folder / f"{name}{suffix}")
+    whole = (folder / "cut.bin").read_bytes()
+    (folder / "cut.bin").write_bytes(whole[:-10])
+    (folder / "foreign.bin").write_bytes(whole[:14] + struct.pack("<H", VOCAB) + whole[16:])  # uint16 token 7
+    (folder / "damaged.model").write_bytes((folder / "tiny.model").read_bytes()[:500])
+    (folder / "file").write_text("a file", encoding="utf-8")
+    (folder / "conflict.json").write_text('{"train_batch_size": 7}', encoding="utf-8")
+    (folder / "used" / "tensorboard").mkdir(parents=True)
+    (folder / "used" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n', encoding="utf-8")
+    (folder / "used" / "config.yaml").write_text("train: {steps: 1}\n", encoding="utf-8")
+    return folder
+
+
+def late_arguments(folder: Path, further: list[str]) -> list[str]:
+    base = [f"--train.run_dir={folder}/new", "--train.global_batch_size=16", "--model.seq_length=32"]
+    return [*data_arguments(folder / "tiny"), *base, *(x.replace("FOLDER", str(folder)) for x in further)]
+
+
+@pytest.fixture(scope="module")
+def late(folder: Path) -> Iterator[list[list[tuple[object, str]]]]:
+    """Per rank: what the command line answered in each case of LATE."""
+    before = snapshot(folder)
+    yield run_distributed(2, answers, [late_arguments(folder, further) for further, _ in LATE])
+    assert snapshot(folder) == before, "a mistake left a file, or changed one"
+
+
+@pytest.mark.parametrize("case", range(len(LATE)), ids=[" ".join(further) for further, _ in LATE])
+def test_a_mistake_that_one_rank_sees_ends_both_and_rank_0_says_it(
+    late: list[list[tuple[object, str]]], folder: Path, case: int
+) -> None:
+    message = LATE[case][1].replace("FOLDER", re.escape(str(folder)))
+    (code, said), (other_code, other_said) = (rank[case] for rank in late)
+    assert (code, other_code) == (2, 2)
+    lines = said.splitlines()
+    assert [line for line in lines if line.startswith("error:")] == lines[-1:], said
+    assert re.search(message, lines[-1]), lines[-1]
+    assert "Traceback" not in said and "error:" not in other_said
+
+
+# The same from outside, with everything that an import or a launcher may add: processes, arguments, the line.
+OUTSIDE: dict[str, tuple[int | None, list[str], str]] = {
+    "a bad key": (None, ["--model.num_layer=2"], r"unrecognized arguments: --model\.num_layer=2; --help"),
+    "a bad key, two ranks": (2, ["--model.num_layer=2"], r"unrecognized arguments: --model\.num_layer=2; --help"),
+    "a directory in use": (None, ["--train.run_dir=FOLDER/used"], r"FOLDER/used holds another run .*: choose another"),
+    "a corpus of other tokens, two ranks": (
+        2,
+        ["--parallel.tensor=2", "--data.train=FOLDER/foreign"],
+        rf"foreign\.bin: token id {VOCAB} at token 7 ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_the_command_ends_with_code_2_one_line_and_no_process_left(folder: Path, name: str) -> None:
+    processes, further, message = OUTSIDE[name]
+    before = snapshot(folder)
+    outcome = start(late_arguments(folder, further), processes)
+    assert outcome.code == 2, outcome.text
+    assert len(outcome.errors) == 1, outcome.text
+    assert re.search(message.replace("FOLDER", re.escape(str(folder))), outcome.errors[0])
+    assert "Traceback" not in outcome.text
+    assert outcome.left == []
+    # Imports take most of it (about 6 s each for launcher and ranks, more on a busy machine); a rank that waited for
+    # another one in a collective would take minutes.
+    assert outcome.seconds < 90
+    assert snapshot(folder) == before

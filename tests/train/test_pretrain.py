@@ -1,0 +1,198 @@
+"""A real run under DeepSpeed's launcher at tensor parallel 2: what it leaves, and the same losses at ZeRO 3."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import megamult
+from megamult.train.pretrain import parse
+from tests.train.command import REPOSITORY, VOCAB, data_arguments, make_corpus, start
+
+STEPS, SEQ, BATCH = 4, 32, 16  # the batch is tiny.yaml's
+HIDDEN, FFN, LAYERS, KV = 128, 352, 2, 64  # tiny.yaml's
+ZERO = [1, 3]
+
+
+def arguments(prefix: Path, run_dir: Path, zero_stage: int) -> list[str]:
+    return [
+        *("--config", "examples/configs/tiny.yaml", *data_arguments(prefix)),
+        *("--parallel.tensor", "2", "--parallel.zero_stage", str(zero_stage)),
+        *("--train.steps", str(STEPS), "--model.seq_length", str(SEQ), "--optimizer.warmup_steps", "2"),
+        *("--train.eval_every", "2", "--train.eval_batches", "1", "--train.log_histograms_every", "2"),
+        *("--train.run_dir", str(run_dir)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """ZeRO stage -> run directory."""
+    folder = tmp_path_factory.mktemp("runs")
+    prefix = make_corpus(folder)
+    found = {}
+    for stage in ZERO:
+        found[stage] = folder / f"zero{stage}"
+        outcome = start(arguments(prefix, found[stage], stage), processes=2)
+        assert outcome.code == 0, outcome.text
+        assert outcome.errors == [] and outcome.left == []
+        (found[stage] / "said.txt").write_text(outcome.stdout, encoding="utf-8")
+    return found
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_losses_and_norms_do_not_depend_on_the_zero_stage(runs: dict[int, Path]) -> None:
+    one, three = (metrics(runs[stage]) for stage in ZERO)
+    for a, b in zip(one, three, strict=True):
+        for key in {"loss", "valid_loss", "grad_norm", "multiplier_grad_norm"} & set(a):
+            # fp32; reductions and partitions sum in other orders, and four steps amplify it a little.
+            assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_metrics_have_every_key_at_every_step(runs: dict[int, Path], stage: int) -> None:
+    records = metrics(runs[stage])
+    assert [(r["step"], "valid_loss" in r) for r in records] == [
+        (1, False),
+        (2, False),
+        (2, True),
+        (3, False),
+        (4, False),
+        (4, True),
+    ]
+    steps = [r for r in records if "loss" in r]
+    for r in steps:
+        assert {
+            "step",
+            "loss",
+            "lr",
+            "grad_norm",
+            "multiplier_grad_norm",
+            "tokens",
+            "tokens_per_second",
+            "seconds",
+        } <= set(r)
+        assert r["tokens"] == r["step"] * BATCH * SEQ
+        assert r["tokens_per_second"] * r["seconds"] == pytest.approx(BATCH * SEQ, rel=1e-9)
+        assert r["lr"] == pytest.approx(4e-3 * min(1.0, r["step"] / 2), rel=1e-12)
+        assert 0 < r["multiplier_grad_norm"] < math.inf and 0 < r["grad_norm"] < math.inf
+    assert all(set(r) == {"step", "valid_loss"} for r in records if "valid_loss" in r)
+
+
+def test_the_model_starts_ignorant_and_learns(runs: dict[int, Path]) -> None:
+    losses = [r["loss"] for r in metrics(runs[1]) if "loss" in r]
+    # Initial logits have a deviation of about 0.02 sqrt(128) = 0.23, which adds half its square to the entropy.
+    assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.1)
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_config_yaml_reproduces_the_run(runs: dict[int, Path], stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    prefix = runs[stage].parent / "tiny"
+    asked, _ = parse(arguments(prefix, runs[stage], stage))
+    written, _ = parse(["--config", str(runs[stage] / "config.yaml")])
+    assert written == asked
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_tensorboard_has_the_losses_and_each_roles_multipliers(runs: dict[int, Path], stage: int) -> None:
+    events = EventAccumulator(str(runs[stage] / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    records = metrics(runs[stage])
+    for tag, key in (("train/loss", "loss"), ("valid/loss", "valid_loss"), ("train/grad_norm", "grad_norm")):
+        logged = [(e.step, e.value) for e in events.Scalars(tag)]
+        # TensorBoard keeps fp32.
+        assert logged == [(r["step"], pytest.approx(r[key], rel=1e-6)) for r in records if key in r]
+    assert {"train/lr", "train/tokens_per_second", "train/memory_bytes", "train/multiplier_grad_norm"} <= set(
+        events.Tags()["scalars"]
+    )
+    roles = ("q", "k", "v", "attention_out", "gate", "up", "down", "embedding")
+    assert set(events.Tags()["histograms"]) == {f"multipliers/{r}/{s}" for r in roles for s in ("row", "col")}
+    for tag, count in (("gate/row", LAYERS * FFN), ("k/row", LAYERS * KV), ("embedding/row", VOCAB)):
+        histograms = events.Histograms(f"multipliers/{tag}")
+        assert [h.step for h in histograms] == [2, 4]
+        assert all(h.histogram_value.num == count for h in histograms)
+        assert histograms[-1].histogram_value.min < 1 < histograms[-1].histogram_value.max, "they have moved"
+
+
+def expected_weights() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.word_embeddings.weight": (VOCAB, HIDDEN),
+        "output_layer.weight": (VOCAB, HIDDEN),
+        "decoder.final_layernorm.weight": (HIDDEN,),
+    }
+    for i in range(LAYERS):
+        layer = f"decoder.layers.{i}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (HIDDEN,),
+            f"{layer}.pre_mlp_layernorm.weight": (HIDDEN,),
+            f"{layer}.self_attention.linear_qkv.q.weight": (HIDDEN, HIDDEN),
+            f"{layer}.self_attention.linear_qkv.k.weight": (KV, HIDDEN),
+            f"{layer}.self_attention.linear_qkv.v.weight": (KV, HIDDEN),
+            f"{layer}.self_attention.linear_proj.weight": (HIDDEN, HIDDEN),
+            f"{layer}.mlp.linear_fc1.gate.weight": (FFN, HIDDEN),
+            f"{layer}.mlp.linear_fc1.up.weight": (FFN, HIDDEN),
+            f"{layer}.mlp.linear_fc2.weight": (HIDDEN, FFN),
+        }
+    return shapes
+
+
+def scaled(name: str) -> bool:
+    """Whether placement `all` scales this weight."""
+    return "norm" not in name and not name.startswith("output_layer")
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_the_saved_model_has_logical_names_and_shapes_without_padding(runs: dict[int, Path], stage: int) -> None:
+    saved = load_file(runs[stage] / "model.safetensors")
+    expected = expected_weights()
+    for name, shape in expected_weights().items():
+        if scaled(name):
+            module = name.removesuffix(".weight")
+            expected |= {f"{module}.row_multiplier": shape[:1], f"{module}.col_multiplier": shape[1:]}
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_both_stages_save_the_same_model(runs: dict[int, Path]) -> None:
+    one, three = (load_file(runs[stage] / "model.safetensors") for stage in ZERO)
+    for name in one:
+        # Looser than the losses: with eps 1e-8, AdamW divides the rounding of a gradient that vanishes by its size.
+        assert (one[name] - three[name]).norm() < 1e-3 * one[name].norm(), name
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_merging_the_saved_model_scales_rows_and_columns_and_leaves_no_multiplier(
+    runs: dict[int, Path], stage: int
+) -> None:
+    saved = load_file(runs[stage] / "model.safetensors")
+    merged = megamult.merge(saved)
+    assert set(merged) == set(expected_weights())
+    for name, weight in merged.items():
+        wanted = saved[name].double()
+        if scaled(name):
+            module = name.removesuffix(".weight")
+            rows, cols = (saved[f"{module}.{side}_multiplier"].double() for side in ("row", "col"))
+            wanted = rows[:, None] * wanted * cols
+            assert not torch.equal(weight, saved[name])
+        # Two fp32 products.
+        torch.testing.assert_close(weight.double(), wanted, rtol=3e-7, atol=0)
+
+
+def test_the_run_says_where_the_weights_are_and_how_far_it_is_below_the_unigram_entropy(runs: dict[int, Path]) -> None:
+    for stage, run_dir in runs.items():
+        said = (run_dir / "said.txt").read_text(encoding="utf-8")
+        assert f"ZeRO {stage}, fp32" in said
+        assert f"weights: {run_dir / 'model.safetensors'}" in said
+        assert f"valid loss {metrics(run_dir)[-1]['valid_loss']:.4f} nats per token" in said
+        assert "unigram entropy of the training tokens" in said
+        assert "gate/row" in said  # the table of spreads
