@@ -41,8 +41,10 @@ if [[ "$MEGAMULT_GPUS" == 0 ]]; then
     processes="$cpu_processes"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) / processes > 0 ? $(nproc) / processes : 1))}"
 else
-    processes="$MEGAMULT_GPUS"
+    processes=1 # the largest power of two that GPUs allow: it must divide the global batch of 16 sequences
+    while ((processes * 2 <= MEGAMULT_GPUS && processes < 16)); do processes=$((processes * 2)); done
 fi
+set -- --train.micro_batch_size $((16 / processes)) "$@"
 ranks=(--num_gpus "$processes")
 # With --num_gpus the launcher overrides CUDA_VISIBLE_DEVICES; without, it starts one rank for each device named there.
 [[ "$MEGAMULT_GPUS" == 0 || -z "${CUDA_VISIBLE_DEVICES:-}" ]] || ranks=()

@@ -1,10 +1,7 @@
 """The public layers: drop-in subclasses of Megatron's with learnable multipliers."""
 
-from megamult.multipliers.layers import (
-    MultiplierColumnParallelLinear,
-    MultiplierRowParallelLinear,
-    MultiplierVocabParallelEmbedding,
-)
+from megamult.multipliers.embedding import MultiplierVocabParallelEmbedding
+from megamult.multipliers.linear import MultiplierColumnParallelLinear, MultiplierRowParallelLinear
 
 __all__ = [
     "MultiplierColumnParallelLinear",

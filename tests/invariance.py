@@ -49,6 +49,11 @@ class Case:
         return Case(placement=self.placement, tied=self.tied)
 
     @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return self.world // self.tensor
+
+    @property
     def valid(self) -> bool:
         """Whether such a layout exists."""
         return self.world % self.tensor == 0 and (self.tensor > 1 or not self.sequence)
@@ -74,7 +79,7 @@ class Case:
             train=TrainConfig(
                 steps=STEPS,
                 global_batch_size=batch,
-                micro_batch_size=batch // (self.world // self.tensor) // self.accumulation,
+                micro_batch_size=batch // self.data // self.accumulation,
                 recompute="full" if self.recompute else "none",
             ),
         )
@@ -139,7 +144,9 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
 
 
 def _pairs(case: Case) -> set[tuple[str, Any, str, Any]]:
-    return {(a, getattr(case, a), b, getattr(case, b)) for a, b in itertools.combinations(_SETTINGS, 2)}
+    # Data parallel follows from world and tensor, but must meet every setting too (ZeRO shards over it).
+    names = (*_SETTINGS, "data")
+    return {(a, getattr(case, a), b, getattr(case, b)) for a, b in itertools.combinations(names, 2)}
 
 
 def pairwise_cases() -> list[Case]:

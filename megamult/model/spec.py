@@ -17,7 +17,7 @@ from megamult import layout
 from megamult.layers import MultiplierColumnParallelLinear, MultiplierRowParallelLinear
 from megamult.model.attention import SdpaAttention
 from megamult.model.norm import RMSNorm
-from megamult.multipliers.layers import GradSync
+from megamult.multipliers.parameters import GradSync
 from megamult.multipliers.placement import resolve
 
 
@@ -53,7 +53,7 @@ def gpt_layer_spec(
         config: Megatron's; sizes of heads, groups and MLP are read from it.
         placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar; `{}`: none.
         grad_sync: who sums replicated multipliers' gradients over tensor-parallel ranks
-            (:mod:`megamult.multipliers.layers`); "step" needs an optimizer of ours.
+            (:mod:`megamult.multipliers.parameters`); "step" needs an optimizer of ours.
         recompute: keep a layer's input alone and recompute the rest in backward.
 
     Raises:

@@ -29,7 +29,7 @@ PARTS: dict[str, dict[str, int]] = {
 }
 """Rows of each layer's logical matrices."""
 COLUMNS = {"column": 40, "row": 72, "embedding": 20, "qkv": HIDDEN, "gate_up": HIDDEN}
-ROLE = {"column": "q", "row": "down", "embedding": "embedding"}
+ROLE = {"column": "up", "row": "down", "embedding": "embedding"}
 """The role of a single matrix; in a fused one the roles are the parts' names."""
 
 _SINGLE: dict[str, dict[str, str | tuple[str, ...]]] = {"r": {"": "row"}, "c": {"": "col"}, "s": {"": "scalar"}}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megamult import layout as lo
-from megamult.multipliers.layers import _Plan
+from megamult.multipliers.plan import ScalePlan
 from tests.multipliers import cases
 from tests.multipliers.cases import CASES, Case, Dense
 from tests.multipliers.conftest import ByRank
@@ -144,7 +144,7 @@ def test_multipliers_add_one_collective_to_a_layer_whose_backward_sums_and_none_
 @pytest.mark.parametrize("sides", [{"row"}, {"col"}, {"row", "col", "scalar"}], ids="-".join)
 def test_padding_rows_of_a_linear_layer_are_not_scaled(sides: set[str], tensor: int, rank: int) -> None:
     layout = lo.vocabulary("q", vocab_size=9, padded_vocab_size=16, cols=3)
-    plan = _Plan(layout, {"q": frozenset(sides)}, rank, tensor)  # type: ignore[arg-type]
+    plan = ScalePlan(layout, {"q": frozenset(sides)}, rank, tensor)  # type: ignore[arg-type]
     torch.manual_seed(0)
     weight, grad = torch.randn(2, 16 // tensor, 3)
     length = lo.row_multiplier(layout, [0], partial_over_tp=False).local_shape(tensor)[0]

@@ -1,0 +1,119 @@
+"""Megatron's vocab-parallel embedding with learnable multipliers: it scales the rows that it looked up.
+
+The table is larger than what a micro-batch looks up, so here the activations are the smaller side.
+Source: arXiv 2601.04890.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megamult import layout as lo
+from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, register_multipliers
+from megamult.multipliers.placement import NAMED, Placement
+from megamult.multipliers.sharded_state import multiplier_sharded_tensors
+
+
+class _ScaledLookup(torch.autograd.Function):
+    """x[t] = r[id_t] W[id_t], zero where the id is not on this rank. Saves no activation."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, elsewhere: Tensor | None, weight: Tensor, row: Tensor | None) -> Tensor:
+        ctx.save_for_backward(ids, elsewhere, weight, row)
+        output = torch.nn.functional.embedding(ids, weight)
+        if row is not None:
+            output.mul_(row[ids].unsqueeze(-1))
+        if elsewhere is not None:
+            output.masked_fill_(elsewhere.unsqueeze(-1), 0.0)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ids, elsewhere, weight, row = ctx.saved_tensors
+        if elsewhere is not None:
+            grad = grad.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        flat_ids, flat_grad = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
+        grad_row = None
+        if row is not None:
+            dots = (flat_grad.float() * weight[flat_ids].float()).sum(-1)
+            grad_row = torch.zeros_like(row, dtype=torch.float32).index_add_(0, flat_ids, dots).to(row.dtype)
+            flat_grad = flat_grad * row[flat_ids].unsqueeze(-1)
+        grad_weight = torch.ops.aten.embedding_dense_backward(flat_grad, flat_ids, weight.shape[0], -1, False)
+        return None, None, grad_weight, grad_row
+
+
+class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
+    """Embedding E_eff = s diag(r) E diag(c), vocabulary rows sharded over tensor-parallel ranks.
+
+    Arguments as in Megatron's `VocabParallelEmbedding`, plus `vocab_size` (rows from it on are padding and carry no
+    multipliers; default: none), `placement` and `grad_sync`. c and s are applied after the reduction, where their
+    gradient is complete without sequence parallelism and partial with it.
+
+    Shapes: ids: [batch, seq]; output: [batch, seq, hidden], or [seq/tp, batch, hidden] with
+    `reduce_scatter_embeddings`; `row_multiplier`: [vocabulary/tp]; `col_multiplier`: [hidden].
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        init_method: Callable[[Tensor], Any],
+        config: ModelParallelConfig,
+        vocab_size: int | None = None,
+        placement: Placement | None = None,
+        grad_sync: GradSync = "backward",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, init_method=init_method, config=config, **kwargs)
+        layout = lo.vocabulary("embedding", vocab_size or num_embeddings, num_embeddings, embedding_dim)
+        lo.attach(self.weight, layout)
+        tp_size = self.tp_group.size()
+        scattered = tp_size > 1 and self.reduce_scatter_embeddings
+        register_multipliers(
+            self,
+            self.weight,
+            layout,
+            NAMED["all"] if placement is None else placement,
+            tp_size,
+            partial=scattered and grad_sync == "step",
+        )
+        self._sum_in_backward = scattered and grad_sync == "backward"
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """Look up, scale rows, reduce over TP, scale columns."""
+        elsewhere = None
+        ids = input_
+        if self.tp_group.size() > 1:
+            elsewhere = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
+            ids = (input_ - self.vocab_start_index).masked_fill(elsewhere, 0)
+        output = _ScaledLookup.apply(ids, elsewhere, self.weight, self.row_multiplier)
+        if self.reduce_scatter_embeddings:
+            output = output.transpose(0, 1).contiguous()
+            output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
+        else:
+            output = reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
+        after = [p for p in (self.col_multiplier, self.scalar_multiplier) if p is not None]
+        if after and self._sum_in_backward:
+            after = list(SumOverTensorParallel.apply(self.tp_group, *after))
+        for multiplier in after:
+            output = output * multiplier
+        return output
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        """Megatron's, plus the multipliers, each logical vector under its own key and global shape."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        multiplier_sharded_tensors(self, sharded, prefix, sharded_offsets, self.tp_group, metadata)
+        return sharded

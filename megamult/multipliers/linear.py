@@ -1,0 +1,189 @@
+"""Megatron's column-parallel and row-parallel layers with learnable multipliers.
+
+Drop-in subclasses: with no multipliers selected they compute what Megatron's compute, and a fresh layer
+(multipliers at 1) does too. A linear layer scales its *local weight*, W_eff = s diag(r) W diag(c), and hands it to
+Megatron's own GEMM, so its overlap of communication and computation stays as it is::
+
+                 column-parallel, rank p                row-parallel, rank p
+          c (replicated, one per matrix)                  c_p (sharded)
+            .------------------.                           .--------.
+      r_p   |    W_p rows      |                      r    |  W_p   |
+  (sharded) |  [out/tp, in]    |            (replicated)   | columns|  [out, in/tp]
+            '------------------'                           '--------'
+
+The weight is the smaller side whenever a rank's micro-batch has more than in * out / (in + out) tokens, and, unlike
+the activations, it lets every matrix of a fused projection have column multipliers of its own. W_eff is not saved
+for backward: it is computed again from the weight.
+
+Source: arXiv 2601.04890.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+from torch.nn import Parameter
+
+from megamult import layout as lo
+from megamult.layout import Layout, Role
+from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, register_multipliers
+from megamult.multipliers.placement import NAMED, Placement
+from megamult.multipliers.plan import ScalePlan
+from megamult.multipliers.sharded_state import multiplier_sharded_tensors
+
+
+class _EffectiveWeight(torch.autograd.Function):
+    """W_eff from W and its multipliers. Saves the four parameters, nothing of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, row: Tensor | None, col: Tensor | None, scalar: Tensor | None, plan: ScalePlan
+    ) -> Tensor:
+        ctx.save_for_backward(weight, row, col, scalar)
+        ctx.plan = plan
+        return plan.scale(weight, row, col, scalar)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, row, col, scalar = ctx.saved_tensors
+        # The gradient of W_eff was made by the GEMM for this node alone, so it may be overwritten.
+        return (*ctx.plan.gradients(grad.contiguous(), weight, row, col, scalar), None)
+
+
+class _MultiplierLinear:
+    """What the column- and the row-parallel layer share. Mixed in before Megatron's class."""
+
+    weight: Parameter
+    row_multiplier: Parameter | None
+    col_multiplier: Parameter | None
+    scalar_multiplier: Parameter | None
+    tp_group: torch.distributed.ProcessGroup
+
+    def _setup_multipliers(self, layout: Layout, placement: Placement | None, grad_sync: GradSync) -> None:
+        module: Any = self
+        chosen = NAMED["all"] if placement is None else placement
+        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+        lo.attach(self.weight, layout)
+        expected = layout.local_shape(tp_size)
+        actual = tuple(getattr(self.weight, "ds_shape", self.weight.shape))
+        if expected != actual:
+            raise ValueError(
+                f"the layout of {type(self).__name__} describes a local weight {expected} at tensor parallel "
+                f"{tp_size}, Megatron made {actual}: pass the layout of the global matrix {layout.shape}"
+            )
+        partial = tp_size > 1 and grad_sync == "step"
+        register_multipliers(module, self.weight, layout, chosen, tp_size, partial)
+        self._plan = ScalePlan(layout, chosen, tp_rank, tp_size)
+        self._has_multipliers = any(p is not None for p in self._multipliers())
+        self._sum_in_backward = tp_size > 1 and grad_sync == "backward"
+        if self._has_multipliers and module.config.gradient_accumulation_fusion:
+            raise ValueError(
+                "gradient_accumulation_fusion is True: multipliers need the gradient of the effective weight; "
+                "set it to False"
+            )
+
+    def _multipliers(self) -> tuple[Parameter | None, Parameter | None, Parameter | None]:
+        return self.row_multiplier, self.col_multiplier, self.scalar_multiplier
+
+    def _completed(self) -> list[Tensor | None]:
+        """The multipliers; replicated ones get their gradient summed over TP in backward if that is our job."""
+        tensors: list[Tensor | None] = list(self._multipliers())
+        if self._sum_in_backward:
+            replicated = [
+                i for i, p in enumerate(self._multipliers()) if p is not None and lo.layout_of(p).tp_dim is None
+            ]
+            if replicated:
+                summed = SumOverTensorParallel.apply(self.tp_group, *(tensors[i] for i in replicated))
+                for i, tensor in zip(replicated, summed, strict=True):
+                    tensors[i] = tensor
+        return tensors
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parent: Any = super()
+        if not self._has_multipliers:
+            return parent._forward_impl(input, weight, *args, **kwargs)
+        row, col, scalar = self._completed()
+        effective = _EffectiveWeight.apply(weight, row, col, scalar, self._plan)
+        location = (effective.data_ptr(), effective.shape)
+
+        # Megatron's GEMM saves its weight for backward. Instead of W_eff keep nothing, and make it again.
+        def pack(saved: Tensor) -> Tensor | None:
+            return None if (saved.data_ptr(), saved.shape) == location else saved
+
+        def unpack(saved: Tensor | None) -> Tensor:
+            if saved is not None:
+                return saved
+            with torch.no_grad():
+                return self._plan.scale(
+                    weight.detach(), *(None if p is None else p.detach() for p in (row, col, scalar))
+                )
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return parent._forward_impl(input, effective, *args, **kwargs)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's, plus the multipliers, each logical vector under its own key and global shape."""
+        parent: Any = super()
+        sharded = parent.sharded_state_dict(prefix, sharded_offsets, metadata)
+        multiplier_sharded_tensors(self, sharded, prefix, sharded_offsets, self.tp_group, metadata)  # type: ignore[arg-type]
+        return sharded
+
+
+class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
+    """Y = X W_eff^T with W_eff = s diag(r) W diag(c), rows sharded over tensor-parallel ranks.
+
+    Args:
+        input_size, output_size: global sizes; all other arguments as in Megatron's `ColumnParallelLinear`.
+        layout: the logical matrices in the fused rows (:func:`megamult.layout.fused_qkv`,
+            :func:`~megamult.layout.fused_gate_up`); default: one matrix of role `role`.
+        placement: multipliers by role; default: row and column on every matrix.
+        grad_sync: who sums the column multipliers' gradients over TP, see the module's docstring.
+
+    Shapes: x: [seq, batch, in]; y: [seq, batch, out/tp]; `row_multiplier`: [out/tp]; `col_multiplier`:
+    [matrices * in]; `scalar_multiplier`: [matrices].
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        layout: Layout | None = None,
+        role: Role = "up",
+        placement: Placement | None = None,
+        grad_sync: GradSync = "backward",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(input_size, output_size, **kwargs)
+        if self.weight is None:
+            raise ValueError("skip_weight_param_allocation is True: a layer with multipliers needs a weight of its own")
+        self._setup_multipliers(layout or lo.single_matrix(role, output_size, input_size, 0), placement, grad_sync)
+
+
+class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
+    """Y = X W_eff^T with W_eff = s diag(r) W diag(c), columns sharded over tensor-parallel ranks.
+
+    Arguments as in Megatron's `RowParallelLinear`, and those of :class:`MultiplierColumnParallelLinear`. A bias is
+    added after scaling and is not scaled.
+
+    Shapes: x: [seq, batch, in/tp]; y: [seq, batch, out]; `row_multiplier`: [out]; `col_multiplier`: [in/tp].
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        layout: Layout | None = None,
+        role: Role = "down",
+        placement: Placement | None = None,
+        grad_sync: GradSync = "backward",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(input_size, output_size, **kwargs)
+        self._setup_multipliers(layout or lo.single_matrix(role, output_size, input_size, 1), placement, grad_sync)

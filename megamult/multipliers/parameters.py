@@ -1,0 +1,63 @@
+"""Create a layer's multipliers with their layouts, and complete the gradients of replicated ones.
+
+A rank's part of a weight gives a part of the gradient of a replicated multiplier. :data:`GradSync` says who sums
+the parts over tensor-parallel ranks:
+
+- ``"backward"`` (default of the layers, for any training loop): backward all-reduces the multipliers of a layer
+  together, one small collective per layer and micro-batch.
+- ``"step"`` (our optimizer): the parameter's layout says `partial_over_tp`, and the optimizer sums all of them in
+  one packed collective per *optimizer step*: nothing is added to a micro-batch, with sequence parallelism or
+  without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megamult import layout as lo
+from megamult.layout import Layout
+from megamult.multipliers.placement import Placement
+
+GradSync = Literal["backward", "step"]
+
+
+def register_multipliers(
+    module: torch.nn.Module, weight: Parameter, layout: Layout, placement: Placement, tp_size: int, partial: bool
+) -> None:
+    """Create `row_multiplier`, `col_multiplier`, `scalar_multiplier` (None where not selected), all ones."""
+    makers: dict[str, Callable[..., Layout]] = {
+        "row": lo.row_multiplier,
+        "col": lo.col_multiplier,
+        "scalar": lo.scalar_multiplier,
+    }
+    for side, make in makers.items():
+        parts = layout.parts_with(placement, side)  # type: ignore[arg-type]
+        if not parts:
+            module.register_parameter(f"{side}_multiplier", None)
+            continue
+        side_layout = make(layout, parts, partial)
+        ones = torch.ones(side_layout.local_shape(tp_size), dtype=weight.dtype, device=weight.device)
+        parameter = Parameter(ones)
+        lo.attach(parameter, side_layout)
+        module.register_parameter(f"{side}_multiplier", parameter)
+
+
+class SumOverTensorParallel(torch.autograd.Function):
+    """Identity forward; backward sums the gradients over the group, all tensors in one collective."""
+
+    @staticmethod
+    def forward(ctx: Any, group: torch.distributed.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        packed = torch.cat([g.reshape(-1) for g in grads])
+        torch.distributed.all_reduce(packed, group=ctx.group)
+        pieces = packed.split([g.numel() for g in grads])
+        return (None, *(piece.view_as(g) for piece, g in zip(pieces, grads, strict=True)))
