@@ -17,7 +17,7 @@ setup(
     packages=find_packages(include=["megamult", "megamult.*"]),
     package_data={"megamult": ["py.typed"]},
     python_requires=">=3.11",
-    # NVIDIA's Apex is optional and detected at run time; the `apex` of the package index is another project.
+    # No Apex: torch's fused kernels do its work, and the `apex` of the package index is another project.
     install_requires=[
         "torch>=2.6,<3",  # the floor is Megatron-Core's own
         # One minor version each: we rely on how ZeRO hands gradients and partitions to a client optimizer...

@@ -46,8 +46,12 @@ else
 fi
 set -- --train.micro_batch_size $((16 / processes)) "$@"
 ranks=(--num_gpus "$processes")
-# With --num_gpus the launcher overrides CUDA_VISIBLE_DEVICES; without, it starts one rank for each device named there.
-[[ "$MEGAMULT_GPUS" == 0 || -z "${CUDA_VISIBLE_DEVICES:-}" ]] || ranks=()
+if [[ "$MEGAMULT_GPUS" != 0 && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+    # The launcher lets --num_gpus override this variable; without the flag it starts one rank for each device here.
+    CUDA_VISIBLE_DEVICES="$(cut -d , -f "1-$processes" <<<"$CUDA_VISIBLE_DEVICES")"
+    export CUDA_VISIBLE_DEVICES
+    ranks=()
+fi
 deepspeed "${ranks[@]}" --master_port "$port" launch/pretrain.py --config examples/configs/quickstart.yaml "$@"
 
 cat <<END

@@ -3,7 +3,7 @@
 #
 #     source launch/setup_env.sh
 #
-# Needs Python 3.11 or later and, without a GPU, a C++ compiler. The first time it installs the package with the pins
+# Needs Python 3.11 or later and a C++ compiler. The first time it installs the package with the pins
 # of constraints.txt; afterwards it only checks, in well under a second. Where pip looks for packages is pip's own
 # configuration (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf). Reads, all optional:
 #
@@ -108,17 +108,18 @@ make_venv() {
     "$python" -m venv --clear "$venv"
 }
 
-# Without a GPU, DeepSpeed compiles its shared-memory collectives; say what is missing before a long install.
+# Without a GPU, DeepSpeed compiles its shared-memory collectives; with one, torch compiles kernels. Say what is missing
+# before a long install.
 check_compiler() {
     local cxx="${CXX:-c++}" version
     command -v "${cxx%% *}" >/dev/null ||
-        die "no C++ compiler ($cxx), and without a GPU DeepSpeed compiles its shared-memory collectives." \
+        die "no C++ compiler ($cxx): torch and DeepSpeed compile kernels when they are first used." \
             "Debian, Ubuntu: apt-get install g++"
     if [[ "$(lacks "$venv/bin/python")" == *headers* ]]; then
         version="$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
-        die "the header files of Python $version are missing, and without a GPU DeepSpeed compiles its shared-memory" \
-            "collectives. Debian, Ubuntu: apt-get install python$version-dev, or remove .venv and name another Python" \
-            "in MEGAMULT_PYTHON."
+        die "the header files of Python $version are missing: torch and DeepSpeed compile kernels when they are first" \
+            "used. Debian, Ubuntu: apt-get install python$version-dev, or remove .venv and name another Python in" \
+            "MEGAMULT_PYTHON."
     fi
     [[ "$megamult_root" != *[[:space:]]* ]] ||
         die "the path '$megamult_root' has a space in it, and DeepSpeed's operators do not compile there." \
@@ -223,7 +224,7 @@ for extra in "${requested[@]}"; do
 done
 
 if [[ "$installed" != "$wanted" ]]; then
-    if ! has_gpu; then check_compiler; fi
+    check_compiler
     export PIP_USER=0 # an install for the user would miss .venv
     pip=("$venv/bin/python" -m pip --disable-pip-version-check install -c constraints.txt)
     # First pip itself: older ones download all of torch to read its requirements.

@@ -221,8 +221,8 @@ class TrainConfig:
     """full: keep each layer's input alone and recompute the rest in backward."""
     seed: int = 1234
     """Of weights and data order."""
-    run_dir: str = "runs/default"
-    """Where everything that the run writes goes; must not hold another run."""
+    run_dir: str | None = None
+    """Where everything that the run writes goes; must not hold another run. null: runs/ and the time."""
     eval_every: int = 0
     """Steps between evaluations on data.valid; 0: at the end alone."""
     eval_batches: int = 8
@@ -252,7 +252,9 @@ class TrainConfig:
             "train", seed=self.seed, eval_every=self.eval_every, log_histograms_every=self.log_histograms_every
         )
         _require(self.seed < 2**63, f"train.seed is {self.seed}: it must be less than 2^63")
-        _require(bool(self.run_dir.strip()), f"train.run_dir is {self.run_dir!r}: name a directory")
+        _require(
+            self.run_dir is None or bool(self.run_dir.strip()), f"train.run_dir is {self.run_dir!r}: name a directory"
+        )
         _require(
             not (self.dtype == "fp32" and self.accumulation_dtype == "bf16"),
             "train.grad_accum_dtype is bf16 with train.dtype fp32: use auto or fp32",
@@ -285,6 +287,15 @@ class Config:
             "parallel.zero_stage 1, or accept it with train.grad_accum_dtype bf16",
         )
         tensor, model = self.parallel.tensor, self.model
+        _require(
+            not (self.parallel.sequence and tensor == 1),
+            "parallel.sequence is true with parallel.tensor 1: sequences are sharded over tensor-parallel ranks; set "
+            "it to false, or parallel.tensor above 1",
+        )
+        _require(
+            train.eval_every == 0 or bool(DataConfig.sources(self.data.valid)),
+            f"train.eval_every is {train.eval_every} and data.valid is not set: give a prefix, or set it to 0",
+        )
         _require(
             not self.parallel.sequence or model.seq_length % tensor == 0,
             f"model.seq_length is {model.seq_length}: with parallel.sequence it must be a multiple of "

@@ -17,8 +17,8 @@ from megamult import environment
 
 
 def has_cuda() -> bool:
-    """Whether this process computes on a CUDA GPU."""
-    return torch.cuda.is_available()
+    """Whether this process computes on a CUDA GPU: there is one, and DS_ACCELERATOR does not say otherwise."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def local_device() -> torch.device:
@@ -69,9 +69,6 @@ def prepare() -> torch.device:
         # Megatron overlaps tensor-parallel collectives with products by the order in which kernels are queued.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
-        from megatron.core.tensor_parallel import random as megatron_random
-
-        megatron_random.initialize_rng_tracker()
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         install_cpu_shim()

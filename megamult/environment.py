@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 
 def rank() -> int:
@@ -22,11 +23,10 @@ def world_size() -> int:
 
 def set_defaults() -> None:
     """A process started without a launcher is a world of one."""
-    for key, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-    }.items():
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for key, value in defaults.items():
         os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as listener:  # any free port: two such runs on one machine do not meet
+            listener.bind((os.environ["MASTER_ADDR"], 0))
+            os.environ["MASTER_PORT"] = str(listener.getsockname()[1])

@@ -6,6 +6,7 @@ import datetime
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megamult import device, environment
 
@@ -52,7 +53,9 @@ def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
     if here.type == "cuda":
-        torch.cuda.synchronize()
+        # Megatron forks its CUDA random state around dropout under sequence parallelism, and wants one to fork. We
+        # have no dropout, so the seed changes nothing.
+        model_parallel_cuda_manual_seed(1)
     return ModelParallelUnit()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_distributed(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0) -> list[Any]:
+def run_distributed(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0, cuda: bool = False
+) -> list[Any]:
     """What `function(*args)` returned on each of `world_size` processes, by rank.
 
     Each process has RANK, WORLD_SIZE, MASTER_* set and one thread (so that results do not depend on how a sum was
     split over threads, and processes do not fight for cores). The function sets its groups up itself, with
     `megamult.parallel.initialize(tensor)`. `function` must be importable: a module's own function.
+
+    On the CPU, whatever the machine has, unless `cuda` is true: then rank k computes on GPU k.
 
     Raises:
         AssertionError: a process raised; with its traceback.
@@ -35,13 +40,16 @@ def run_distributed(world_size: int, function: Callable[..., Any], *args: Any, t
         context = mp.get_context("spawn")
         port = free_port()
         processes = [
-            context.Process(target=_child, args=(rank, world_size, port, folder, function, args))
+            context.Process(target=_child, args=(rank, world_size, port, folder, cuda, function, args))
             for rank in range(world_size)
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(timeout)
+        deadline = time.monotonic() + timeout
+        while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if any(p.exitcode for p in processes):
+                deadline = min(deadline, time.monotonic() + 5)  # peers may wait for the failed rank for ever
         alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             process.kill()
@@ -59,7 +67,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _child(
-    rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, world_size: int, port: int, folder: str, cuda: bool, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -68,6 +76,7 @@ def _child(
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        DS_ACCELERATOR="cuda" if cuda else "cpu",
     )
     torch.set_num_threads(1)
     path = Path(folder) / f"{rank}.pt"
@@ -81,4 +90,4 @@ def _child(
 
     if "error" not in outcome:
         parallel.destroy()
-    os._exit(0)  # a peer may still wait in a collective: leave without the interpreter's clean-up
+    os._exit("error" in outcome)  # a peer may still wait in a collective: leave without the interpreter's clean-up

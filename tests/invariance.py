@@ -87,8 +87,9 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a run leaves: its records by step, and every logical tensor."""
+    """What a run leaves: its records by step, and every logical tensor before and after."""
 
+    initial: dict[str, Tensor] = field(default_factory=dict)
     records: list[dict[str, float]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -122,10 +123,10 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
         engine = build(config, VOCAB, mpu)
         trainer = Trainer(config, engine, RandomSamples(VOCAB, config.model.seq_length), None, VOCAB)
         outcome = Outcome()
-        for _ in range(STEPS):
-            outcome.records.append(trainer.train_step())
-        for name, _, _, tensor in gather(engine.model, engine.partition):
-            outcome.tensors[name] = tensor
+        for tensors in (outcome.initial, outcome.tensors):
+            if tensors is outcome.tensors:
+                outcome.records = [trainer.train_step() for _ in range(STEPS)]
+            tensors.update({name: tensor.cpu() for name, _, _, tensor in gather(engine.model, engine.partition)})
         engine.deepspeed.destroy()
         outcomes.append(outcome if torch.distributed.get_rank() == 0 else Outcome())
     return outcomes

@@ -2,8 +2,8 @@
 
 A GPTDataset orders its documents by how many epochs it is asked for, so one that covers a whole run changes
 when the run gets longer. Here each (source, epoch) is a dataset of exactly one epoch with a seed of its own.
-Sample k of a source is then a function of (seed, source position, k) alone, and a run resumes at any sample
-without a state.
+Sample k of a source is then a function of (seed, source, k) alone, wherever the source stands in a blend, and a
+run resumes at any sample without a state. A source is known by its contents.
 """
 
 import contextlib
@@ -63,10 +63,12 @@ class BlendedDataset:
         if seq_length < 1:
             raise ValueError(f"seq_length is {seq_length}; give at least 1 token")
         self.blend = Blend([weight for _, weight in sources])
-        self._sources = [
-            _Source(str(prefix), position, tokenizer, seq_length, seed, Path(cache_dir))
-            for position, (prefix, _) in enumerate(sources)
-        ]
+        self._sources: list[_Source] = []
+        for prefix, _ in sources:
+            files = read_index(prefix)
+            identity = _contents_digest(files)
+            twins = sum(source.identity == identity for source in self._sources)
+            self._sources.append(_Source(files, (identity, twins), tokenizer, seq_length, seed, Path(cache_dir)))
         self._prepared: set[tuple[int, int]] = set()
 
     @property
@@ -122,9 +124,16 @@ class _Source:
     """One indexed dataset and its open epochs."""
 
     def __init__(
-        self, prefix: str, position: int, tokenizer: Tokenizer, seq_length: int, seed: int, cache_dir: Path
+        self,
+        files: IndexedFiles,
+        which: tuple[str, int],
+        tokenizer: Tokenizer,
+        seq_length: int,
+        seed: int,
+        cache_dir: Path,
     ) -> None:
-        files = read_index(prefix)
+        """`which`: a digest of the contents, and how many sources with the same contents come before."""
+        prefix = files.prefix
         if files.tokens < seq_length + 1:
             raise ValueError(
                 f"data source {prefix} has {files.tokens} tokens, but one sample takes "
@@ -133,9 +142,9 @@ class _Source:
             )
         self.prefix, self._tokenizer, self._seq_length = prefix, tokenizer, seq_length
         self.samples_per_epoch = (files.tokens - 1) // seq_length
-        self._seed = (seed, position)
-        self._identity = _contents_digest(files)
-        key = repr((self._identity, tokenizer.sha256, seq_length, seed, position))
+        self.identity, twins = which
+        self._seed = (seed, int(self.identity[:16], 16), twins)
+        key = repr((self.identity, tokenizer.sha256, seq_length, seed, twins))
         self._directory = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16]
         self._indexed: Any = None
         self._epochs: dict[int, Any] = {}
@@ -206,7 +215,7 @@ class _Source:
             )
             documents = np.arange(len(self._indexed), dtype=np.int32)
             # The name enters the cache key: contents, not a path that may move or be spelled in two ways.
-            dataset = GPTDataset(self._indexed, self._identity, documents, None, Split.train, config)
+            dataset = GPTDataset(self._indexed, self.identity, documents, None, Split.train, config)
         assert dataset._pad_token_id < 0, dataset._pad_token_id
         dataset._pad_token_id = _NO_PADDING
         return dataset

@@ -38,11 +38,12 @@ class IndexedFiles:
     documents: int
     pointers: np.ndarray
 
-    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (position of the first token, token ids) over the whole .bin, memory-mapped."""
+    def chunks(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position of the first token, token ids) over the .bin, memory-mapped: every n-th chunk from the
+        k-th on, for share (k, n)."""
         if self.tokens:
             ids = np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r", shape=(self.tokens,))
-            for start in range(0, self.tokens, _CHUNK_TOKENS):
+            for start in range(share[0] * _CHUNK_TOKENS, self.tokens, share[1] * _CHUNK_TOKENS):
                 yield start, ids[start : start + _CHUNK_TOKENS]
 
 
@@ -107,17 +108,17 @@ def read_index(prefix: str | Path) -> IndexedFiles:
     return IndexedFiles(prefix, dtype, tokens, sequences, max(bounds - 1, 0), pointers)
 
 
-def validate_indexed(prefix: str | Path, vocab_size: int) -> IndexedFiles:
+def validate_indexed(prefix: str | Path, vocab_size: int, share: tuple[int, int] = (0, 1)) -> IndexedFiles:
     """Check an indexed dataset whole: what `read_index` checks, and each token id against the vocabulary.
 
-    The scan reads the whole .bin once through a memory map, at the disk's speed or at about 1 GB per second
-    from the page cache. In a distributed run let one rank do it.
+    The scan reads the .bin once through a memory map, at the disk's speed or at about 1 GB per second from the
+    page cache. In a distributed run rank k of n reads the share (k, n).
 
     Raises:
         ValueError: the files do not fit each other, or a token id lies outside [0, vocab_size).
     """
     files = read_index(prefix)
-    for start, ids in files.chunks():
+    for start, ids in files.chunks(share):
         low, high = int(ids.min()), int(ids.max())
         if low >= 0 and high < vocab_size:
             continue

@@ -36,6 +36,9 @@ class SdpaAttention(torch.nn.Module):
         """query: [seq, batch, heads/tp, dim]; key, value: [seq, batch, groups/tp, dim]; returns [seq, batch,
         heads/tp * dim]."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
+            # No fused CUDA kernel takes grouped queries in fp32; the plain one would store every score.
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         context = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )

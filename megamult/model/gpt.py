@@ -141,7 +141,7 @@ def transformer_config(config: Config, generator: torch.Generator) -> Transforme
         num_query_groups=model.query_groups,
         ffn_hidden_size=model.ffn_hidden_size,
         tensor_model_parallel_size=config.parallel.tensor,
-        sequence_parallel=config.parallel.sequence and config.parallel.tensor > 1,
+        sequence_parallel=config.parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ class Writers:
         self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=not self._interactive)
         self._report_every = max(1, steps // 20)
         self._steps = steps
+        self._skipped = 0
 
     def __enter__(self) -> Writers:
         return self
@@ -38,6 +40,9 @@ class Writers:
         """A training step: `record` goes to both, `extra` (memory, utilization) to TensorBoard alone."""
         self._line(record)
         step = int(record["step"])
+        if record["skipped_steps"] > self._skipped:
+            self._skipped = int(record["skipped_steps"])
+            self.say(f"step {step}: a gradient is not finite, the step is skipped ({self._skipped} so far)")
         self._scalars("train", {k: v for k, v in {**record, **extra}.items() if k != "step"}, step)
         text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
         if self._interactive:
@@ -66,4 +71,6 @@ class Writers:
             self._tensorboard.add_scalar(f"{section}/{key}", value, step)
 
     def _line(self, record: dict[str, float]) -> None:
-        self._metrics.write(json.dumps(record) + "\n")
+        # JSON has no NaN and no infinity.
+        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")

@@ -113,7 +113,11 @@ class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> Mapping[str, Any]:
-        """Megatron's, plus the multipliers, each logical vector under its own key and global shape."""
+        """Megatron's, plus the multipliers, each logical vector under its own key and global shape.
+
+        `metadata` must hold `dp_cp_group`, as Megatron's own layers ask.
+        """
+        assert metadata is not None
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         multiplier_sharded_tensors(self, sharded, prefix, sharded_offsets, self.tp_group, metadata)
         return sharded

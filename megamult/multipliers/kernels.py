@@ -49,7 +49,9 @@ def _blocks(spans: tuple[Span, ...], columns: int) -> list[Span]:
 def scale(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]) -> Tensor:
     """W_eff[out, in] in the weight's dtype."""
     if weight.is_cuda:
-        return _scale_compiled(weight, rho, kappa, _rows_to_cols(spans, weight) if kappa is not None else None)
+        index = _rows_to_cols(spans, weight) if kappa is not None else None
+        # Detached, or the compiler would make one kernel for a Parameter and another for the same plain tensor.
+        return _scale_compiled(weight.detach(), _detached(rho), _detached(kappa), index)
     if kappa is None:
         assert rho is not None
         return weight * rho[:, None]
@@ -111,6 +113,10 @@ def _rows_to_cols(spans: tuple[Span, ...], weight: Tensor) -> Tensor:
 
 
 _INDEX_CACHE: dict[tuple[tuple[Span, ...], torch.device], Tensor] = {}
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def _with_ones(kappa: Tensor) -> Tensor:

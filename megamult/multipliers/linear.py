@@ -127,7 +127,11 @@ class _MultiplierLinear:
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Megatron's, plus the multipliers, each logical vector under its own key and global shape."""
+        """Megatron's, plus the multipliers, each logical vector under its own key and global shape.
+
+        `metadata` must hold `dp_cp_group`, as Megatron's own layers ask.
+        """
+        assert metadata is not None
         parent: Any = super()
         sharded = parent.sharded_state_dict(prefix, sharded_offsets, metadata)
         multiplier_sharded_tensors(self, sharded, prefix, sharded_offsets, self.tp_group, metadata)  # type: ignore[arg-type]
@@ -142,7 +146,7 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
         layout: the logical matrices in the fused rows (:func:`megamult.layout.fused_qkv`,
             :func:`~megamult.layout.fused_gate_up`); default: one matrix of role `role`.
         placement: multipliers by role; default: row and column on every matrix.
-        grad_sync: who sums the column multipliers' gradients over TP, see the module's docstring.
+        grad_sync: who sums the column multipliers' gradients over TP (:mod:`megamult.multipliers.parameters`).
 
     Shapes: x: [seq, batch, in]; y: [seq, batch, out/tp]; `row_multiplier`: [out/tp]; `col_multiplier`:
     [matrices * in]; `scalar_multiplier`: [matrices].

@@ -10,6 +10,23 @@ from megamult.multipliers import kernels
 from megamult.multipliers.placement import Placement
 
 
+class _OnDevice:
+    """An index made once on the CPU, and once on the device where it is used."""
+
+    def __init__(self, index: Tensor) -> None:
+        self._index = index
+
+    def at(self, device: torch.device) -> Tensor:
+        if self._index.device != device:
+            self._index = self._index.to(device)
+        return self._index
+
+
+def _with_one(values: Tensor) -> Tensor:
+    """values[n] and a 1 behind them, which index -1 finds."""
+    return torch.cat([values, values.new_ones(1)])
+
+
 def _spans(runs: tuple[Run, ...], col_of: dict[int, int], rows: int) -> tuple[kernels.Span, ...]:
     """The runs as spans; rows of padding, which are part of no run, as spans without column multipliers."""
     spans: list[kernels.Span] = []
@@ -36,32 +53,31 @@ class ScalePlan:
         runs = weight.local_runs(tp_rank, tp_size)
         col_of = {part: i for i, part in enumerate(self.col_parts)}
         self.spans = _spans(runs, col_of, self.local_rows)
-        self.row_runs: list[tuple[int, int, int]] = []  # (local row, row multiplier, length)
+        rows = torch.arange(self.local_rows)
+        row_of, scalar_of = torch.full_like(rows, -1), torch.full_like(rows, -1)
         position = 0
         for run in runs:
             if run.part in self.row_parts:
-                self.row_runs.append((run.start, position, run.length))
+                row_of[run.start : run.start + run.length] = torch.arange(position, position + run.length)
                 position += run.length
-        scalar_of = {part: i for i, part in enumerate(self.scalar_parts)}
-        self.scalar_runs = [(r.start, scalar_of[r.part], r.length) for r in runs if r.part in scalar_of]
-        self.rows_are_whole = self.row_runs == [(s.start, s.start, s.stop - s.start) for s in self.spans] and (
-            position == self.local_rows
-        )
+            if run.part in self.scalar_parts:
+                scalar_of[run.start : run.start + run.length] = self.scalar_parts.index(run.part)
+        self._row_of = _OnDevice(row_of)
+        """[out]: which row multiplier scales a local row; -1: none."""
+        self._scaled_rows = _OnDevice(rows[row_of >= 0])
+        """[row multipliers]: the local row that each scales."""
+        self._scalar_of = _OnDevice(scalar_of)
+        """[out]: which scalar scales a local row; -1: none."""
+        self._rows_of_scalar = [_OnDevice(rows[scalar_of == i]) for i in range(len(self.scalar_parts))]
+        self._rows_are_whole = bool((row_of == rows).all())
 
     def _rho(self, row: Tensor | None, scalar: Tensor | None) -> Tensor | None:
         """rho[out]: row multipliers times scalars, 1 for rows that have neither."""
-        if scalar is None and (row is None or self.rows_are_whole):
-            return row
-        example = row if row is not None else scalar
-        assert example is not None
-        rho = torch.ones(self.local_rows, dtype=example.dtype, device=example.device)
-        if row is not None:
-            for start, position, length in self.row_runs:
-                rho[start : start + length] = row[position : position + length]
-        if scalar is not None:
-            for start, index, length in self.scalar_runs:
-                rho[start : start + length] *= scalar[index]
-        return rho
+        rho = row if row is None or self._rows_are_whole else _with_one(row)[self._row_of.at(row.device)]
+        if scalar is None:
+            return rho
+        scales = _with_one(scalar)[self._scalar_of.at(scalar.device)]
+        return scales if rho is None else rho * scales
 
     def scale(self, weight: Tensor, row: Tensor | None, col: Tensor | None, scalar: Tensor | None) -> Tensor:
         kappa = None if col is None else col.view(-1, self.local_cols)
@@ -83,19 +99,17 @@ class ScalePlan:
             scales = self._rho(None, None if scalar is None else scalar.float())
             if scales is not None:
                 dot = dot * scales  # dr = s sum_j W c G
-            if self.rows_are_whole:
+            if self._rows_are_whole:
                 grad_row = dot.to(row.dtype)
             else:
+                scaled = self._scaled_rows.at(dot.device)
                 grad_row = torch.zeros_like(row)
-                for start, position, length in self.row_runs:
-                    grad_row[position : position + length] = dot[start : start + length]
+                grad_row[: len(scaled)] = dot[scaled].to(row.dtype)
         if scalar is not None:
             assert back.row_dot is not None
             rho = self._rho(row, None)
             dot = back.row_dot if rho is None else back.row_dot * rho.float()  # ds = sum_i r sum_j W c G
-            grad_scalar = torch.zeros_like(scalar, dtype=torch.float32)
-            for start, index, length in self.scalar_runs:
-                grad_scalar[index] += dot[start : start + length].sum()
-            grad_scalar = grad_scalar.to(scalar.dtype)
+            sums = [dot[rows.at(dot.device)].sum() for rows in self._rows_of_scalar]
+            grad_scalar = torch.stack(sums).to(scalar.dtype)
         grad_col = None if back.col is None or col is None else back.col.view(-1).to(col.dtype)
         return back.weight, grad_row, grad_col, grad_scalar

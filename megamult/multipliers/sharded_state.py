@@ -17,14 +17,14 @@ def multiplier_sharded_tensors(
     prefix: str,
     sharded_offsets: tuple[tuple[int, int, int], ...],
     tp_group: torch.distributed.ProcessGroup,
-    metadata: dict[str, Any] | None,
+    metadata: dict[str, Any],
 ) -> None:
     """Put factories for the multipliers of `module` into Megatron's `sharded` state dict, in place.
 
     A factory cuts the local vector into the runs of its logical vectors when saving and joins them when loading, so
     a checkpoint does not depend on the tensor-parallel size, even where a shard cuts through fused rows.
     """
-    dp_rank = get_pg_rank(metadata["dp_cp_group"]) if metadata else 0
+    dp_rank = get_pg_rank(metadata["dp_cp_group"])
     for side in ("row", "col", "scalar"):
         leaf = f"{side}_multiplier"
         parameter = getattr(module, leaf, None)

@@ -71,7 +71,8 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
             )
     merged = _merged(produced, overrides, "deepspeed")
     for key in ("offload_optimizer", "offload_param"):
-        device_name = (merged["zero_optimization"].get(key) or {}).get("device", "none")
+        section = merged["zero_optimization"].get(key) or {"device": "none"}
+        device_name = section.get("device", "none") if isinstance(section, dict) else section
         if device_name != "none":
             raise ValueError(
                 f"deepspeed.zero_optimization.{key}.device is {device_name!r}: megamult clips gradients on the device "
@@ -92,7 +93,8 @@ def check_deepspeed(config: Config, mpu: parallel.ModelParallelUnit) -> None:
     if config.deepspeed:
         try:
             DeepSpeedConfig(settings, mpu=mpu)
-        except (ValueError, TypeError, AssertionError) as error:
+        # DeepSpeedConfigError is an Exception of its own; wrong types surface as whatever its parser trips over.
+        except Exception as error:
             raise ValueError(f"deepspeed: DeepSpeed refuses it ({error}); correct or remove that key") from None
 
 

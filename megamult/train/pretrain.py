@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config, resolved = parse(arguments)
         config.check_world(environment.world_size())
         config.deepspeed_overrides()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     run(config, resolved)
 
@@ -139,12 +139,13 @@ def run(config: Config, resolved: str) -> None:
 
     mpu = parallel.initialize(config.parallel.tensor)
     agreed(lambda: check_deepspeed(config, mpu))
-    run_dir = Path(config.train.run_dir)
+    run_dir = _run_dir(config)
     agreed(lambda: _claim(run_dir))
     tokenizer, vocab_size = agreed(lambda: _vocabulary(config))
-    train, valid = agreed(lambda: _datasets(config, tokenizer, vocab_size, run_dir))
+    train, valid = agreed(lambda: _datasets(config, tokenizer, run_dir))
     main_rank = torch.distributed.get_rank() == 0
     agreed(lambda: _begin(run_dir, resolved))
+    agreed(lambda: _check_shared(run_dir))
     engine = build(config, vocab_size, mpu)
     if main_rank:
         print(
@@ -166,9 +167,20 @@ def run(config: Config, resolved: str) -> None:
     parallel.destroy()
 
 
+def _run_dir(config: Config) -> Path:
+    """The run directory that the configuration names, or one of rank 0's choice."""
+    import torch
+
+    chosen = [config.train.run_dir or time.strftime("runs/%Y%m%d-%H%M%S")]
+    torch.distributed.broadcast_object_list(chosen, src=0)
+    return Path(chosen[0])
+
+
 def _claim(run_dir: Path) -> None:
     """Refuse a directory that already holds a run (rank 0 looks: it is the one that writes)."""
-    if environment.rank() == 0 and (run_dir / "metrics.jsonl").exists():
+    metrics = run_dir / "metrics.jsonl"
+    # An empty one is of a run that did not reach its first step.
+    if environment.rank() == 0 and metrics.exists() and metrics.stat().st_size > 0:
         raise ValueError(
             f"train.run_dir {run_dir} holds another run (metrics.jsonl): choose another with --train.run_dir, or "
             "remove it"
@@ -188,6 +200,15 @@ def _begin(run_dir: Path, resolved: str) -> None:
             ) from None
 
 
+def _check_shared(run_dir: Path) -> None:
+    """Every rank reads the data index that rank 0 writes into the run directory."""
+    if not (run_dir / "config.yaml").exists():
+        raise ValueError(
+            f"rank {environment.rank()} does not see {run_dir / 'config.yaml'}, which rank 0 wrote: train.run_dir must "
+            "be on a file system that all nodes share"
+        )
+
+
 def _vocabulary(config: Config) -> tuple[Any, int]:
     from megamult.data.tokenizer import Tokenizer
 
@@ -203,7 +224,7 @@ def _vocabulary(config: Config) -> tuple[Any, int]:
     return tokenizer, vocab_size
 
 
-def _datasets(config: Config, tokenizer: Any, vocab_size: int, run_dir: Path) -> tuple[Any, Any]:
+def _datasets(config: Config, tokenizer: Any, run_dir: Path) -> tuple[Any, Any]:
     from megamult.data.dataset import BlendedDataset
     from megamult.data.indexed import validate_indexed
 
@@ -213,8 +234,8 @@ def _datasets(config: Config, tokenizer: Any, vocab_size: int, run_dir: Path) ->
     datasets = []
     for key, blend in sources.items():
         for prefix, _ in blend:
-            if environment.rank() == 0:  # reads every token; BlendedDataset checks the structure on all ranks
-                validate_indexed(prefix, vocab_size)
+            # Reads every token, each rank its share.
+            validate_indexed(prefix, tokenizer.vocab_size, share=(environment.rank(), environment.world_size()))
         datasets.append(
             BlendedDataset(
                 blend,

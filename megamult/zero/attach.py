@@ -23,6 +23,8 @@ _PARTITIONS: dict[str, type] = {
 class TwoPhase(Protocol):
     """An optimizer whose `step` only applies what `prepare` decided on all reduced gradients."""
 
+    param_groups: list[dict[str, Any]]
+
     def prepare(self, partition: Partition) -> None:
         """Once per optimizer step, before the first `step`."""
 
@@ -35,7 +37,7 @@ def names_of(module: torch.nn.Module) -> dict[Parameter, str]:
     return {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def partition_of(engine: Any, optimizer: torch.optim.Optimizer) -> Partition:
+def partition_of(engine: Any, optimizer: TwoPhase) -> Partition:
     """The partition of a DeepSpeed engine that wraps `optimizer`.
 
     Raises:
@@ -43,7 +45,7 @@ def partition_of(engine: Any, optimizer: torch.optim.Optimizer) -> Partition:
     """
     names = names_of(engine.module)
     if engine.optimizer is optimizer:
-        return WholePartition(optimizer, names)
+        return WholePartition(optimizer.param_groups, names)
     made = _PARTITIONS.get(type(engine.optimizer).__name__)
     if made is None:
         import deepspeed
@@ -55,12 +57,12 @@ def partition_of(engine: Any, optimizer: torch.optim.Optimizer) -> Partition:
     return made(engine.optimizer, names)
 
 
-def attach(engine: Any, optimizer: Any) -> Partition:
+def attach(engine: Any, optimizer: TwoPhase) -> Partition:
     """Make `engine.step()` run `optimizer.prepare` once, before DeepSpeed's first per-group `optimizer.step()`.
 
     Args:
         engine: from `deepspeed.initialize(optimizer=optimizer, ...)`.
-        optimizer: :class:`TwoPhase` and a torch optimizer.
+        optimizer: the one that the engine wraps.
 
     Returns:
         The checked partition of this rank.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ class WholePartition(Partition):
 
     sharded = False
 
-    def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[Parameter, str]) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def __init__(self, param_groups: Sequence[Mapping[str, Any]], names: Mapping[Parameter, str]) -> None:
+        parameters = [p for group in param_groups for p in group["params"]]
         self._build([(p, p) for p in parameters], names)
 
     def _build(self, pairs: list[tuple[Parameter, Tensor]], names: Mapping[Parameter, str]) -> None:

@@ -1,0 +1,40 @@
+"""The model and the optimizer in a DeepSpeed loop of your own.
+
+    deepspeed --num_gpus 2 examples/own_loop.py
+
+Every parameter must state its layout, as the modules of megamult.layers and megamult.model do; to a module of your
+own, `megamult.layout.attach` gives one.
+"""
+
+import deepspeed
+import torch
+
+import megamult
+from megamult import device, parallel
+from megamult.config import Config, ModelConfig
+from megamult.model.gpt import GPT
+from megamult.zero.attach import attach
+
+VOCAB = 1000
+
+mpu = parallel.initialize(tensor=1)
+model = GPT(Config(model=ModelConfig(num_layers=2, seq_length=64)), VOCAB, seed=1).to(device.local_device())
+
+optimizer = megamult.TwoPhaseAdamW(megamult.param_groups(model, lr=1e-3, weight_decay=0.1), clip_grad_norm=1.0)
+settings = {
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_optimization": {"stage": 1},
+    "zero_allow_untested_optimizer": True,
+}
+with optimizer.paused():  # DeepSpeed may call step() while it is constructed
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
+attach(engine, optimizer)  # from here on engine.step() first clips over all groups, multipliers left out
+
+text = torch.randint(0, VOCAB, (4, 65), device=device.local_device())
+for step in range(10):
+    objective, cross_entropy = engine(text[:, :-1], text[:, 1:].contiguous())
+    engine.backward(objective)
+    engine.step()
+    if torch.distributed.get_rank() == 0:
+        print(f"step {step}: cross entropy {cross_entropy.item():.4f}, gradient norm {optimizer.norms.main:.4f}")
+parallel.destroy()
