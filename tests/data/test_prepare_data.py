@@ -142,7 +142,15 @@ def test_a_signal_leaves_nothing(tmp_path: Path, model: Path, number: int, code:
     (tmp_path / "c.txt").write_text("\n\n".join(make_documents(1000) * 30))
     before = sorted(tmp_path.iterdir())
     arguments = ["--input", "c.txt", "--output", "c", "--tokenizer", str(model), "--workers", "2"]
-    process = subprocess.Popen([*SCRIPT, *arguments], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*SCRIPT, *arguments],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs, and so the tests in one, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not any(p.stat().st_size for p in tmp_path.glob(when)):
         assert process.poll() is None and time.monotonic() < deadline

@@ -79,7 +79,7 @@ def gpt(tensor: int, variant: str, **changes: Any) -> torch.nn.Module:
     """The variant's model."""
     from megamult.model.gpt import GPT
 
-    parallel = ParallelConfig(tensor=tensor, sequence="sequence" in variant)
+    parallel = ParallelConfig(tensor=tensor, sequence="sequence" in variant and tensor > 1)
     config = Config(**({"model": MODEL, "parallel": parallel} | VARIANTS[variant] | changes))
     return GPT(config, VOCAB, SEED)
 

@@ -13,7 +13,7 @@ from megamult.monitor.writers import Writers
 
 
 def record(step: int) -> dict[str, float]:
-    return {"step": step, "loss": 5.0 - step, "lr": 0.1, "tokens_per_second": 1234.0}
+    return {"step": step, "loss": 5.0 - step, "lr": 0.1, "tokens_per_second": 1234.0, "skipped_steps": 0}
 
 
 def write(folder: Path, steps: int) -> None:
@@ -47,6 +47,7 @@ def test_tensorboard_holds_every_scalar_and_the_histograms(tmp_path: Path) -> No
         "train/lr",
         "train/tokens_per_second",
         "train/memory_bytes",
+        "train/skipped_steps",
         "valid/loss",
     }
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 4.0), (2, 3.0), (3, 2.0)]
@@ -64,3 +65,16 @@ def test_without_a_terminal_about_twenty_lines_tell_the_progress_and_the_last_st
     lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
     assert 20 <= len(lines) <= 22
     assert lines[-1].startswith("step 103/103: loss -98.0000, 1,234 tokens/s")
+
+
+def test_a_skipped_step_is_told_and_what_is_not_finite_is_null(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Writers(tmp_path, 1000) as writers:
+        writers.step(record(1), {})
+        writers.step(record(2) | {"loss": float("nan"), "grad_norm": float("inf"), "skipped_steps": 1}, {})
+        writers.step(record(3) | {"skipped_steps": 1}, {})
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    second = json.loads(lines[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert second["loss"] is None and second["grad_norm"] is None and second["lr"] == 0.1
+    assert capsys.readouterr().out.count("is skipped") == 1

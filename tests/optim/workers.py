@@ -214,7 +214,7 @@ def against_torch(clip_multipliers: bool) -> dict[str, float]:
         clip_grad_norm=0.5,
         clip_multipliers=clip_multipliers,
     )
-    partition = WholePartition(optimizer, names_of(ours))
+    partition = WholePartition(optimizer.param_groups, names_of(ours))
     multipliers = [theirs.row_multiplier, theirs.col_multiplier]
     others = [theirs.matrix, theirs.embedding, theirs.head, theirs.norm]
     reference = torch.optim.AdamW(
@@ -252,7 +252,7 @@ def unprepared() -> str:
 
     model = Small()
     optimizer = TwoPhaseAdamW(param_groups(model, lr=0.1, weight_decay=0.0))
-    optimizer.prepare(WholePartition(optimizer, names_of(model)))
+    optimizer.prepare(WholePartition(optimizer.param_groups, names_of(model)))
     optimizer.step()
     optimizer.finish()
     try:
