@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -156,8 +157,9 @@ def build(config: Config, vocab_size: int, mpu: parallel.ModelParallelUnit) -> E
         clip_grad_norm=config.optimizer.clip_grad_norm,
         clip_multipliers=multipliers.clip,
     )
-    deepspeed_logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
-    with optimizer.paused():
+    # DeepSpeed warns of every optimizer that is not its own, and its bf16 wrapper prints memory figures per group.
+    deepspeed_logger.setLevel(logging.ERROR)
+    with optimizer.paused(), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
         )
