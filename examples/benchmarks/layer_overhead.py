@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from megamult import device, parallel
 from megamult.config import Config, ModelConfig, MultipliersConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -59,6 +60,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
     engines = {name: build(run_config(arguments, name), VOCAB, mpu).deepspeed for name in ("none", "layer")}
     tokens, labels = batch_of(arguments)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
+    progress = tqdm(total=2 * (arguments.warmup + arguments.steps), unit="step")
     for step in range(arguments.warmup + arguments.steps):
         for name in sorted(engines, reverse=step % 2 == 0):  # neither always goes first
             began = time.perf_counter()
@@ -69,6 +71,8 @@ def measure_speed(arguments: argparse.Namespace) -> None:
                 torch.cuda.synchronize()
             if step >= arguments.warmup:
                 seconds[name].append(time.perf_counter() - began)
+            progress.update()
+    progress.close()
     rate = {name: tokens.numel() / statistics.median(times) for name, times in seconds.items()}
     spread = {name: (max(times) - min(times)) / statistics.median(times) for name, times in seconds.items()}
     print(
