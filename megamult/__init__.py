@@ -8,6 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "DistributedMuon": "megamult.optim.muon",
     "gpt_layer_spec": "megamult.model.spec",
     "merge": "megamult.multipliers.merge",
     "param_groups": "megamult.optim.param_groups",

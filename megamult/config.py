@@ -118,8 +118,8 @@ class MultipliersConfig:
 class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer of matrices."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """The optimizer of the blocks' matrices; everything else is AdamW's."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
@@ -130,6 +130,17 @@ class OptimizerConfig:
     """AdamW's epsilon."""
     clip_grad_norm: float = 1.0
     """Threshold of the global gradient l2 norm over everything but the multipliers; 0: no clipping."""
+    momentum: float = 0.95
+    """Muon's decay rate of the momentum (Nesterov)."""
+    ns_coefficients: Literal["quintic", "polar_express"] = "quintic"
+    """Muon's Newton-Schulz polynomials, 5 steps."""
+    ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Muon's Newton-Schulz computes in it. auto: fp32 if train.dtype is fp32, else bf16."""
+    exchange_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Muon's momentum and updates travel between ranks in it. auto: fp32 if train.dtype is fp32, else bf16."""
+    update_scale: Literal["match_rms_adamw", "spectral"] = "match_rms_adamw"
+    """Muon's factor of an update. match_rms_adamw: 0.2 sqrt(max(out, in)), at which AdamW's lr and weight_decay carry
+    over; spectral: sqrt(out / in)."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     decay_steps: int = 0
@@ -149,6 +160,7 @@ class OptimizerConfig:
             decay_steps=self.decay_steps,
             min_lr=self.min_lr,
         )
+        _require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}: it must be in [0, 1)")
         for beta in self.betas:
             _require(0 <= beta < 1, f"optimizer.betas is {self.betas}: each must be in [0, 1)")
         _require(self.min_lr <= self.lr, f"optimizer.min_lr is {self.min_lr}, above optimizer.lr {self.lr}: lower it")

@@ -172,6 +172,16 @@ def layout_of(parameter: torch.nn.Parameter, name: str = "a parameter") -> Layou
     return layout
 
 
+def has_layout(tensor: torch.Tensor) -> bool:
+    """Whether a layout was attached to it."""
+    return hasattr(tensor, _ATTRIBUTE)
+
+
+def names_of(module: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
+    """Name of each trainable parameter."""
+    return {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 # ---- layouts of the parameters of a GPT ----------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -73,5 +74,50 @@ def tensor_group() -> torch.distributed.ProcessGroup:
 
 
 def data_group() -> torch.distributed.ProcessGroup:
-    """The data-parallel group of this rank."""
+    """The data-parallel group of this rank: Megatron's, or everyone where Megatron has no groups."""
+    if not parallel_state.model_parallel_is_initialized():
+        return torch.distributed.distributed_c10d._get_default_group()
     return parallel_state.get_data_parallel_group()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This process among the data-parallel x tensor-parallel ranks."""
+
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    tensor_size: int
+
+    @property
+    def rank(self) -> int:
+        """The global rank: those of one tensor-parallel group are consecutive."""
+        return self.data_rank * self.tensor_size + self.tensor_rank
+
+    @property
+    def size(self) -> int:
+        """All processes."""
+        return self.data_size * self.tensor_size
+
+
+def grid() -> Grid:
+    """Where this process is; one process without torch.distributed is a grid of its own.
+
+    Raises:
+        RuntimeError: Megatron's groups are not laid out data-parallel x tensor-parallel alone.
+    """
+    if not torch.distributed.is_initialized():
+        return Grid(0, 1, 0, 1)
+    data = data_group()
+    if not parallel_state.model_parallel_is_initialized():
+        return Grid(data.rank(), data.size(), 0, 1)
+    tensor = tensor_group()
+    found = Grid(data.rank(), data.size(), tensor.rank(), tensor.size())
+    world = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+    if (found.rank, found.size) != world:
+        raise RuntimeError(
+            f"rank {world[0]} of {world[1]} is data-parallel rank {data.rank()} of {data.size()} and tensor-parallel "
+            f"rank {tensor.rank()} of {tensor.size()}: megamult knows data x tensor parallelism in Megatron's order; "
+            "leave pipeline, context and expert parallelism at 1"
+        )
+    return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,10 @@ from megamult.config import (
     ParallelConfig,
     TrainConfig,
 )
+from tests.distributed import run_distributed
 
 VOCAB = 200  # not a multiple of 128: the last rows are padding, on the last tensor-parallel rank
-STEPS = 5
+LR = 3e-3
 PLACEMENTS: dict[str, Any] = {
     "all": "all",
     "symmetry_free": "symmetry_free",
@@ -42,11 +44,19 @@ class Case:
     placement: str = "all"
     tied: bool = False
     recompute: bool = False
+    optimizer: str = "adamw"
+    dtype: str = "fp32"
 
     @property
     def reference(self) -> Case:
-        """The same model on one process, in one piece."""
-        return Case(placement=self.placement, tied=self.tied)
+        """The same training on one process, in one piece."""
+        stage = 0 if self.dtype == "fp32" else 1  # ZeRO 0 cannot accumulate in fp32 what is bf16
+        return Case(placement=self.placement, tied=self.tied, zero=stage, optimizer=self.optimizer, dtype=self.dtype)
+
+    @property
+    def steps(self) -> int:
+        """Of training."""
+        return 20 if self.optimizer == "muon" else 5
 
     @property
     def data(self) -> int:
@@ -74,10 +84,18 @@ class Case:
             multipliers=MultipliersConfig(placement=PLACEMENTS[self.placement]),
             # eps: where a gradient vanishes, AdamW divides its rounding by its size. Elements here are of 1e-4 to
             # 1e-2, and sums in another order differ by about 1e-9; eps 1e-4 keeps that below 1e-5 of an update.
-            optimizer=OptimizerConfig(lr=3e-3, eps=1e-4, clip_grad_norm=0.5, warmup_steps=2),
+            optimizer=OptimizerConfig(
+                name=self.optimizer,  # type: ignore[arg-type]
+                lr=LR,
+                eps=1e-4,
+                clip_grad_norm=0.5,
+                warmup_steps=2,
+            ),
             parallel=ParallelConfig(tensor=self.tensor, sequence=self.sequence, zero_stage=self.zero),
             train=TrainConfig(
-                steps=STEPS,
+                steps=self.steps,
+                dtype=self.dtype,  # type: ignore[arg-type]
+                grad_accum_dtype="bf16" if self.dtype == "bf16" and self.zero == 0 else "auto",
                 global_batch_size=batch,
                 micro_batch_size=batch // self.data // self.accumulation,
                 recompute="full" if self.recompute else "none",
@@ -125,7 +143,7 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
         outcome = Outcome()
         for tensors in (outcome.initial, outcome.tensors):
             if tensors is outcome.tensors:
-                outcome.records = [trainer.train_step() for _ in range(STEPS)]
+                outcome.records = [trainer.train_step() for _ in range(case.steps)]
             tensors.update({name: tensor.cpu() for name, _, _, tensor in gather(engine.model, engine.partition)})
         engine.deepspeed.destroy()
         outcomes.append(outcome if torch.distributed.get_rank() == 0 else Outcome())
@@ -144,18 +162,40 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def train(cases: Sequence[Case]) -> dict[Case, Outcome]:
+    """Every case and every reference, trained: one launch for each number of processes."""
+    by_world: dict[int, list[Case]] = defaultdict(list)
+    for case in dict.fromkeys([*(case.reference for case in cases), *cases]):
+        by_world[case.world].append(case)
+    found: dict[Case, Outcome] = {}
+    for world, members in by_world.items():
+        found.update(zip(members, run_distributed(world, run_cases, members, timeout=1200)[0], strict=True))
+    return found
+
+
+def name_of(case: Case) -> str:
+    """For pytest's output."""
+    flags = "".join(f"-{flag}" for flag in ("sequence", "tied", "recompute") if getattr(case, flag))
+    return f"{case.world}p-tp{case.tensor}-zero{case.zero}-acc{case.accumulation}-{case.placement}{flags}"
+
+
 def _pairs(case: Case) -> set[tuple[str, Any, str, Any]]:
     # Data parallel follows from world and tensor, but must meet every setting too (ZeRO shards over it).
     names = (*_SETTINGS, "data")
     return {(a, getattr(case, a), b, getattr(case, b)) for a, b in itertools.combinations(names, 2)}
 
 
-def pairwise_cases() -> list[Case]:
-    """Few cases in which every pair of settings that can occur together does: greedy, the same on every call."""
+def pairwise_cases(names: Sequence[str] = tuple(_SETTINGS), **fixed: Any) -> list[Case]:
+    """Few cases in which every pair of settings that can occur together does: greedy, the same on every call.
+
+    Args:
+        names: the settings that vary.
+        fixed: values of others.
+    """
     candidates = [
         case
-        for values in itertools.product(*_SETTINGS.values())
-        if (case := Case(**dict(zip(_SETTINGS, values, strict=True)))).valid
+        for values in itertools.product(*(_SETTINGS[name] for name in names))
+        if (case := Case(**dict(zip(names, values, strict=True)), **fixed)).valid
     ]
     uncovered = set().union(*map(_pairs, candidates))
     chosen: list[Case] = []

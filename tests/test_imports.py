@@ -20,6 +20,7 @@ DATA_FLOW = [
     ["megamult.device"],
     ["megamult.parallel"],
     ["megamult.layout"],
+    ["megamult.rectangles"],
     ["megamult.multipliers.placement"],
     ["megamult.config"],
     ["megamult.data"],
@@ -52,11 +53,14 @@ FORBIDDEN = [
 # The mathematics stays apart from communication.
 PURE = [
     "megamult.layout",
+    "megamult.rectangles",
     "megamult.multipliers.placement",
     "megamult.multipliers.reference",
     "megamult.multipliers.merge",
     "megamult.optim.clip",
+    "megamult.optim.newton_schulz",
     "megamult.optim.param_groups",
+    "megamult.optim.plan",
     "megamult.optim.schedule",
     "megamult.monitor.statistics",
     "megamult.data.blend",

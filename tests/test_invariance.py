@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import pytest
 import torch
 
-from tests.distributed import run_distributed
-from tests.invariance import Case, Outcome, pairwise_cases, run_cases
+from tests.invariance import Case, Outcome, name_of, pairwise_cases, train
 
 # fp32 sums in another order differ by some 1e-7 relative (2^-24 times the root of the terms); five updates of a
 # model of this depth amplify that, and stay below 1e-5. What a wrong layout does is above 1e-3.
@@ -19,22 +16,10 @@ CASES = pairwise_cases()
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[Case, Outcome]:
-    """Every case and every reference, trained: one launch for each number of processes."""
-    by_world: dict[int, list[Case]] = defaultdict(list)
-    for case in dict.fromkeys([*(case.reference for case in CASES), *CASES]):
-        by_world[case.world].append(case)
-    found: dict[Case, Outcome] = {}
-    for world, cases in by_world.items():
-        found.update(zip(cases, run_distributed(world, run_cases, cases, timeout=900)[0], strict=True))
-    return found
+    return train(CASES)
 
 
-def _name(case: Case) -> str:
-    flags = "".join(f"-{flag}" for flag in ("sequence", "tied", "recompute") if getattr(case, flag))
-    return f"{case.world}p-tp{case.tensor}-zero{case.zero}-acc{case.accumulation}-{case.placement}{flags}"
-
-
-@pytest.mark.parametrize("case", CASES, ids=_name)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "multiplier_grad_norm"])
 def test_every_step_is_that_of_one_process(case: Case, key: str, outcomes: dict[Case, Outcome]) -> None:
     expected = [record[key] for record in outcomes[case.reference].records]
@@ -42,7 +27,7 @@ def test_every_step_is_that_of_one_process(case: Case, key: str, outcomes: dict[
     assert actual == pytest.approx(expected, rel=RELATIVE, abs=0.0)
 
 
-@pytest.mark.parametrize("case", CASES, ids=_name)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_every_full_parameter_is_that_of_one_process(case: Case, outcomes: dict[Case, Outcome]) -> None:
     expected, actual = outcomes[case.reference].tensors, outcomes[case].tensors
     assert list(actual) == list(expected)

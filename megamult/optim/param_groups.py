@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 
-from megamult.layout import Kind, named_layouts
+from megamult.layout import Kind, layout_of, named_layouts
 
 
 def param_groups(
@@ -53,3 +54,57 @@ def param_groups(
         for kind, parameters in members.items()
         if parameters
     ]
+
+
+def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Parameter, str]) -> None:
+    """What our optimizers rely on: kinds stated and true, one dtype per group.
+
+    Args:
+        groups: as a user gives them, before ZeRO replaces their parameters.
+        names: of parameters, for messages; those of groups are numbered where a name is missing.
+
+    Raises:
+        ValueError: fact, value, remedy.
+    """
+    for g, group in enumerate(groups):
+        kind, parameters = group.get("kind"), group["params"]
+        if kind not in get_args(Kind):
+            raise ValueError(
+                f"param_groups[{g}] has the kind {kind!r}: use one of {', '.join(get_args(Kind))}, or make the groups "
+                "with megamult.param_groups(model, ...)"
+            )
+        for i, parameter in enumerate(parameters):
+            name = names.get(parameter, f"param_groups[{g}]['params'][{i}]")
+            layout = layout_of(parameter, name)
+            if layout.kind != kind:
+                raise ValueError(
+                    f"{name} is of kind {layout.kind} and in param_groups[{g}] of kind {kind}: move it to a group of "
+                    "its own kind, or attach the layout that it has"
+                )
+            if kind == "matrix" and any(len(part.shape) != 2 for part in layout.parts):
+                shapes = ", ".join(str(part.shape) for part in layout.parts)
+                raise ValueError(
+                    f"{name} is of kind matrix with the logical shape {shapes}: a matrix has two dimensions; give its "
+                    "layout the kind norm or multiplier"
+                )
+            if parameter.dtype != parameters[0].dtype:
+                first = names.get(parameters[0], f"param_groups[{g}]['params'][0]")
+                raise ValueError(
+                    f"param_groups[{g}] mixes dtypes: {first} is {parameters[0].dtype}, {name} is {parameter.dtype}; "
+                    "a group is one flat buffer under ZeRO: convert one of them, or make two groups"
+                )
+
+
+def check_complete(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Parameter, str]) -> None:
+    """Every named parameter is in a group.
+
+    Raises:
+        ValueError: one is not.
+    """
+    held = {parameter for group in groups for parameter in group["params"]}
+    missing = [name for parameter, name in names.items() if parameter not in held]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} trainable parameters are in no group, the first is {missing[0]}: it would never be "
+            "trained; add it to a group, or set its requires_grad to False"
+        )

@@ -15,6 +15,7 @@ from megamult import device, parallel
 from megamult.config import Config
 from megamult.model.gpt import GPT
 from megamult.optim.adamw import TwoPhaseAdamW
+from megamult.optim.muon import DistributedMuon
 from megamult.optim.param_groups import param_groups
 from megamult.zero.attach import attach
 from megamult.zero.slices import Partition
@@ -143,20 +144,7 @@ def build(config: Config, vocab_size: int, mpu: parallel.ModelParallelUnit) -> E
         model = GPT(config, vocab_size, config.train.seed)
     if config.parallel.zero_stage != 3:
         model.to(device.local_device())
-    multipliers = config.multipliers
-    optimizer = TwoPhaseAdamW(
-        param_groups(
-            model,
-            lr=config.optimizer.lr,
-            weight_decay=config.optimizer.weight_decay,
-            multiplier_lr=multipliers.lr,
-            multiplier_weight_decay=multipliers.weight_decay,
-        ),
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        clip_grad_norm=config.optimizer.clip_grad_norm,
-        clip_multipliers=multipliers.clip,
-    )
+    optimizer = build_optimizer(config, model)
     # DeepSpeed warns of every optimizer that is not its own, and its bf16 wrapper prints memory figures per group.
     deepspeed_logger.setLevel(logging.ERROR)
     with optimizer.paused(), contextlib.redirect_stdout(io.StringIO()):
@@ -165,6 +153,39 @@ def build(config: Config, vocab_size: int, mpu: parallel.ModelParallelUnit) -> E
         )
     deepspeed_logger.setLevel(logging.WARNING)
     return Engine(engine, model, optimizer, attach(engine, optimizer))
+
+
+def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseAdamW:
+    """The optimizer that `config` names, over all parameters of the model."""
+    chosen, multipliers = config.optimizer, config.multipliers
+    groups = param_groups(
+        model,
+        lr=chosen.lr,
+        weight_decay=chosen.weight_decay,
+        multiplier_lr=multipliers.lr,
+        multiplier_weight_decay=multipliers.weight_decay,
+    )
+    common: dict[str, Any] = {
+        "betas": chosen.betas,
+        "eps": chosen.eps,
+        "clip_grad_norm": chosen.clip_grad_norm,
+        "clip_multipliers": multipliers.clip,
+        "model": model,
+    }
+    if chosen.name == "adamw":
+        return TwoPhaseAdamW(groups, **common)
+    return DistributedMuon(
+        groups,
+        momentum=chosen.momentum,
+        ns_coefficients=chosen.ns_coefficients,
+        ns_dtype=_MUON_DTYPES[chosen.ns_dtype],
+        exchange_dtype=_MUON_DTYPES[chosen.exchange_dtype],
+        update_scale=chosen.update_scale,
+        **common,
+    )
+
+
+_MUON_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parameter_count(model: torch.nn.Module) -> int:

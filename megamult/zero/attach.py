@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
 from torch.nn import Parameter
 
+from megamult.layout import names_of
 from megamult.zero.flat import Bf16Partition, Zero12Partition
 from megamult.zero.slices import Partition
 from megamult.zero.stage3 import Zero3Partition
@@ -25,16 +26,14 @@ class TwoPhase(Protocol):
 
     param_groups: list[dict[str, Any]]
 
+    def bind(self, partition: Partition) -> None:
+        """Once, after the partition was checked."""
+
     def prepare(self, partition: Partition) -> None:
         """Once per optimizer step, before the first `step`."""
 
     def finish(self) -> None:
         """Once per optimizer step, after the last `step`."""
-
-
-def names_of(module: torch.nn.Module) -> dict[Parameter, str]:
-    """Name of each trainable parameter."""
-    return {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def partition_of(engine: Any, optimizer: TwoPhase) -> Partition:
@@ -45,7 +44,7 @@ def partition_of(engine: Any, optimizer: TwoPhase) -> Partition:
     """
     names = names_of(engine.module)
     if engine.optimizer is optimizer:
-        return WholePartition(optimizer.param_groups, names)
+        return _complete(WholePartition(optimizer.param_groups, names), names)
     made = _PARTITIONS.get(type(engine.optimizer).__name__)
     if made is None:
         import deepspeed
@@ -54,7 +53,18 @@ def partition_of(engine: Any, optimizer: TwoPhase) -> Partition:
             f"DeepSpeed {deepspeed.__version__} wraps the optimizer in {type(engine.optimizer).__name__}: megamult "
             f"knows {', '.join(_PARTITIONS)}; change the DeepSpeed configuration to one of them"
         )
-    return made(engine.optimizer, names)
+    return _complete(made(engine.optimizer, names), names)
+
+
+def _complete(partition: Partition, names: Mapping[Parameter, str]) -> Partition:
+    held = {cut.name for cut in partition.cuts}
+    missing = [name for name in names.values() if name not in held]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} trainable parameters are in no param group, the first is {missing[0]}: it would never be "
+            "trained; add it to a group, or set its requires_grad to False"
+        )
+    return partition
 
 
 def attach(engine: Any, optimizer: TwoPhase) -> Partition:
@@ -66,9 +76,14 @@ def attach(engine: Any, optimizer: TwoPhase) -> Partition:
 
     Returns:
         The checked partition of this rank.
+
+    Raises:
+        ValueError: DeepSpeed chose a class that megamult does not know, or the groups lack a parameter of the model.
+        RuntimeError: DeepSpeed lays its partitions out differently than this version of megamult knows.
     """
     partition = partition_of(engine, optimizer)
     partition.check()
+    optimizer.bind(partition)
     deepspeed_step = engine.optimizer.step
 
     def step(*args: Any, **kwargs: Any) -> Any:

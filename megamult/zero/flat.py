@@ -8,46 +8,61 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from megamult.layout import layout_of
-from megamult.zero.slices import Partition, Slice
+from megamult.zero.slices import Cut, Partition, Slice, flat_intervals
 
 
-def _cut(
-    parameters: Sequence[Parameter],
-    offsets: Sequence[int],
-    partition_start: int,
-    master: Tensor,
-    names: Mapping[Parameter, str],
-) -> tuple[list[Slice], list[int]]:
-    """The slices of one group's partition, and where each begins in it."""
-    slices, positions = [], []
-    partition_stop = partition_start + master.numel()
-    for parameter, offset in zip(parameters, offsets, strict=True):
-        start = max(offset, partition_start)
-        stop = min(offset + parameter.numel(), partition_stop)
-        if start < stop:
-            position, first, length = start - partition_start, start - offset, stop - start
-            slices.append(
-                Slice(
-                    names[parameter],
-                    layout_of(parameter, names[parameter]),
-                    first,
-                    length,
-                    master.detach()[position : position + length],
-                    parameter.detach().view(-1)[first : first + length],
-                )
-            )
-            positions.append(position)
-    return slices, positions
-
-
-class Zero12Partition(Partition):
-    """`DeepSpeedZeroOptimizer` (stage_1_and_2.py)."""
+class FlatPartition(Partition):
+    """Groups of parameters at known offsets of flat buffers, of which each data-parallel rank holds an equal part."""
 
     sharded = True
+
+    def __init__(self) -> None:
+        self.slices, self.cuts = [], []
+        self._places: list[tuple[int, int]] = []  # (group, position in the partition) of each slice
+        self._parameters: dict[str, Parameter] = {}
+
+    def _add_group(
+        self,
+        group: int,
+        parameters: Sequence[Parameter],
+        offsets: Sequence[int],
+        process_group: torch.distributed.ProcessGroup,
+        master: Tensor,
+        names: Mapping[Parameter, str],
+    ) -> None:
+        rank, size = process_group.rank(), master.numel()
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            name = names[parameter]
+            cut = Cut(
+                name,
+                layout_of(parameter, name),
+                flat_intervals(offset, parameter.numel(), size, process_group.size()),
+            )
+            self.cuts.append(cut)
+            self._parameters[name] = parameter
+            start, length = cut.intervals[rank]
+            if length:
+                position = offset + start - rank * size
+                source = parameter.detach().view(-1)[start : start + length]
+                self.slices.append(Slice(name, cut.layout, start, length, master, position, source))
+                self._places.append((group, position))
+
+    def read_back(self, piece: Slice) -> Tensor | None:
+        """DeepSpeed's link from a parameter to its fragment of the flat fp32 partition."""
+        mapping = self._parameters[piece.name]._hp_mapping  # type: ignore[attr-defined]
+        address = mapping.lp_fragment_address
+        if (address.start, address.numel) != (piece.start, piece.length):
+            raise self._mismatch(piece, f"belong to [{address.start}:{address.start + address.numel}] in DeepSpeed")
+        return mapping.get_hp_fragment()
+
+
+class Zero12Partition(FlatPartition):
+    """`DeepSpeedZeroOptimizer` (stage_1_and_2.py)."""
 
     def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
         if zero.cpu_offload:
@@ -55,20 +70,11 @@ class Zero12Partition(Partition):
                 "deepspeed.zero_optimization.offload_optimizer is set: gradients then never meet on the device, where "
                 "megamult clips them; remove it"
             )
+        super().__init__()
         self._zero = zero
-        self.slices = []
-        self._places: list[tuple[int, int]] = []  # (group, position in the partition)
         for group, master in enumerate(zero.single_partition_of_fp32_groups):
-            rank = zero.real_dp_process_group[group].rank()
-            slices, positions = _cut(
-                zero.round_robin_bit16_groups[group],
-                zero.round_robin_bit16_offsets[group],
-                rank * zero.partition_size[group],
-                master,
-                names,
-            )
-            self.slices += slices
-            self._places += [(group, position) for position in positions]
+            parameters, offsets = zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group]
+            self._add_group(group, parameters, offsets, zero.real_dp_process_group[group], master, names)
 
     def gradients(self) -> list[Tensor]:
         """Views into `averaged_gradients`: per group a list of tensors that tile the partition."""
@@ -87,24 +93,18 @@ class Zero12Partition(Partition):
         return gradients
 
 
-class Bf16Partition(Partition):
+class Bf16Partition(FlatPartition):
     """`BF16_Optimizer` (bf16_optimizer.py): ZeRO 1 in bf16 with fp32 gradient accumulation."""
 
-    sharded = True
-
     def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
+        super().__init__()
         self._zero = zero
-        self.slices = []
-        self._places: list[tuple[int, int]] = []
         for group, master in enumerate(zero.fp32_groups_flat_partition):
-            rank = zero.real_dp_process_group[group].rank()
             offsets, offset = [], 0
             for parameter in zero.bf16_groups[group]:
                 offsets.append(offset)
                 offset += parameter.numel()
-            slices, positions = _cut(zero.bf16_groups[group], offsets, rank * master.numel(), master, names)
-            self.slices += slices
-            self._places += [(group, position) for position in positions]
+            self._add_group(group, zero.bf16_groups[group], offsets, zero.real_dp_process_group[group], master, names)
 
     def gradients(self) -> list[Tensor]:
         """Views into the flat fp32 gradient of the partition."""

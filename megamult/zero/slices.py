@@ -12,6 +12,31 @@ from megamult.layout import Layout
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How the data-parallel ranks share one parameter: the same on every rank, and for every tensor-parallel shard."""
+
+    name: str
+    layout: Layout
+    intervals: tuple[tuple[int, int], ...]
+    """(start, length) in the flattened tensor-parallel shard, by data-parallel rank; length 0: holds nothing."""
+
+
+def flat_intervals(offset: int, numel: int, partition_size: int, ranks: int) -> tuple[tuple[int, int], ...]:
+    """Of a parameter that begins at `offset` in a flat buffer, of which rank d holds the d-th `partition_size`."""
+    intervals = []
+    for rank in range(ranks):
+        start = min(max(rank * partition_size - offset, 0), numel)
+        stop = min(max((rank + 1) * partition_size - offset, 0), numel)
+        intervals.append((start, stop - start))
+    return tuple(intervals)
+
+
+def even_intervals(numel: int, ranks: int) -> tuple[tuple[int, int], ...]:
+    """Of a parameter that is cut by itself into pieces of one size, the last ones possibly shorter or empty."""
+    return flat_intervals(0, numel, -(-numel // ranks), ranks)
+
+
+@dataclass(frozen=True)
 class Slice:
     """Elements [start, start + length) of the flattened tensor-parallel shard of one parameter."""
 
@@ -19,10 +44,17 @@ class Slice:
     layout: Layout
     start: int
     length: int
-    master: Tensor
-    """[length] view of the fp32 master weights."""
+    tensor: Tensor
+    """What the optimizer updates, and keys its state by: fp32 masters of one or many slices."""
+    offset: int
+    """Where the slice begins in the flattened `tensor`."""
     source: Tensor
     """[length] view of the model's own values of the same elements, in the model's dtype."""
+
+    @property
+    def master(self) -> Tensor:
+        """[length] view of the fp32 master weights."""
+        return self.tensor.detach().view(-1)[self.offset : self.offset + self.length]
 
 
 class Partition(ABC):
@@ -32,6 +64,9 @@ class Partition(ABC):
     """
 
     slices: list[Slice]
+    """What this rank holds."""
+    cuts: list[Cut]
+    """What every rank holds: every parameter, in an order that is the same on all ranks."""
     sharded: bool
 
     @abstractmethod
@@ -42,20 +77,37 @@ class Partition(ABC):
         them changes what the optimizer will be given.
         """
 
-    def check(self) -> None:
-        """Prove the map: every slice's master must hold the very values of the parameter that it claims to be.
+    def read_back(self, piece: Slice) -> Tensor | None:
+        """The masters of the slice as DeepSpeed's own accessor finds them; None: DeepSpeed has none here."""
+        return None
 
-        Weights are random, so a wrong offset, order or size shows.
+    def check(self) -> None:
+        """Prove the map from slices to masters, where weights are random and where (multipliers) they are all alike.
+
+        A slice's master must hold the values of the parameter that it claims to be; and a pattern written to it
+        through our map must be what DeepSpeed's own accessor reads back for that parameter, bit by bit.
 
         Raises:
             RuntimeError: it does not, as after a change inside DeepSpeed.
         """
-        import deepspeed
-
         for piece in self.slices:
             if not torch.equal(piece.master.to(piece.source.dtype), piece.source):
-                raise RuntimeError(
-                    f"DeepSpeed {deepspeed.__version__}, {type(self).__name__}: the master weights at the place of "
-                    f"{piece.name}[{piece.start}:{piece.start + piece.length}] hold other values: this version lays "
-                    "out its partitions differently; install the version in constraints.txt"
-                )
+                raise self._mismatch(piece, "hold other values")
+            before = piece.master.clone()
+            count = torch.arange(1, piece.length + 1, dtype=torch.int32, device=before.device)
+            piece.master.copy_(count.view(torch.float32))
+            try:
+                seen = self.read_back(piece)
+                if seen is not None and not torch.equal(seen.detach().view(-1).view(torch.int32), count):
+                    raise self._mismatch(piece, "are not the ones that DeepSpeed itself takes for them")
+            finally:
+                piece.master.copy_(before)
+
+    def _mismatch(self, piece: Slice, fact: str) -> RuntimeError:
+        import deepspeed
+
+        return RuntimeError(
+            f"DeepSpeed {deepspeed.__version__}, {type(self).__name__}: the master weights at the place of "
+            f"{piece.name}[{piece.start}:{piece.start + piece.length}] {fact}: this version lays out its partitions "
+            "differently; install the version in constraints.txt"
+        )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megamult.layout import layout_of
-from megamult.zero.slices import Partition, Slice
+from megamult.zero.slices import Cut, Partition, Slice, flat_intervals
 
 
 class Zero3Partition(Partition):
@@ -24,28 +24,26 @@ class Zero3Partition(Partition):
                 "megamult clips them; remove offload_optimizer and offload_param"
             )
         self._zero = zero
-        self.slices = []
+        self.slices, self.cuts = [], []
         self._places: list[tuple[int, int]] = []  # (sub-group, index of the parameter in it)
+        self._parameters: dict[str, Parameter] = {}
         for sub_group, parameters in enumerate(zero.fp16_groups):
-            master, position = zero.fp32_partitioned_groups_flat[sub_group].detach(), 0
+            master, position = zero.fp32_partitioned_groups_flat[sub_group], 0
             for i, parameter in enumerate(parameters):
-                piece = parameter.partition_numel()
-                start = parameter.ds_process_group.rank() * piece
-                length = min(piece, parameter.ds_numel - start)
-                if length > 0:
-                    name = names[parameter]
-                    self.slices.append(
-                        Slice(
-                            name,
-                            layout_of(parameter, name),
-                            start,
-                            length,
-                            master[position : position + length],
-                            parameter.ds_tensor.detach().view(-1)[:length],
-                        )
-                    )
+                name, piece, group = names[parameter], parameter.partition_numel(), parameter.ds_process_group
+                cut = Cut(name, layout_of(parameter, name), flat_intervals(0, parameter.ds_numel, piece, group.size()))
+                self.cuts.append(cut)
+                self._parameters[name] = parameter
+                start, length = cut.intervals[group.rank()]
+                if length:
+                    source = parameter.ds_tensor.detach().view(-1)[:length]
+                    self.slices.append(Slice(name, cut.layout, start, length, master, position, source))
                     self._places.append((sub_group, i))
                 position += piece
+
+    def read_back(self, piece: Slice) -> Tensor:
+        """DeepSpeed's accessor of this rank's part of a parameter's fp32 masters."""
+        return self._zero.get_local_fp32_param(self._parameters[piece.name]).view(-1)[: piece.length]
 
     def gradients(self) -> list[Tensor]:
         """Views into `averaged_gradients`: per sub-group one cut per parameter."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megamult import parallel
 from megamult.layout import layout_of
-from megamult.zero.slices import Partition, Slice
+from megamult.zero.slices import Cut, Partition, Slice
 
 
 class WholePartition(Partition):
@@ -24,17 +25,12 @@ class WholePartition(Partition):
 
     def _build(self, pairs: list[tuple[Parameter, Tensor]], names: Mapping[Parameter, str]) -> None:
         self._parameters = [parameter for parameter, _ in pairs]
-        self.slices = [
-            Slice(
-                names[parameter],
-                layout_of(parameter, names[parameter]),
-                0,
-                parameter.numel(),
-                master.detach().view(-1),
-                parameter.detach().view(-1),
-            )
-            for parameter, master in pairs
-        ]
+        self.slices, self.cuts = [], []
+        for parameter, master in pairs:
+            name = names[parameter]
+            layout, numel = layout_of(parameter, name), parameter.numel()
+            self.slices.append(Slice(name, layout, 0, numel, master, 0, parameter.detach().view(-1)))
+            self.cuts.append(Cut(name, layout, ((0, numel),) * parallel.grid().data_size))
 
     def gradients(self) -> list[Tensor]:
         """The parameters' `.grad`; zeros where backward left none."""

@@ -20,7 +20,7 @@ COL = layout.col_multiplier(MATRIX, [0], partial_over_tp=False)  # sharded
 
 
 def pieces(*gradients: tuple[Layout, Tensor]) -> tuple[list[Slice], list[Tensor]]:
-    slices = [Slice("x", stated, 0, g.numel(), g, g) for stated, g in gradients]
+    slices = [Slice("x", stated, 0, g.numel(), g, 0, g) for stated, g in gradients]
     return slices, [g for _, g in gradients]
 
 

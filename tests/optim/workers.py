@@ -1,4 +1,4 @@
-"""What the processes of test_adamw.py do: train a small GPT, with one step whose gradient is not finite."""
+"""What the processes of test_two_phase.py do: train a small GPT, with one step whose gradient is not finite."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Case:
     sequence: bool = False
     stage: int = 0
     dtype: str = "fp32"
+    optimizer: str = "adamw"
     poison: str = "objective"
     """objective: its loss is NaN; gradient: one element of one reduced gradient that this rank holds is infinite."""
 
@@ -37,7 +38,7 @@ class Case:
                 ffn_hidden_size=60,
                 seq_length=SEQ,
             ),
-            optimizer=OptimizerConfig(lr=1e-2, clip_grad_norm=THRESHOLD),
+            optimizer=OptimizerConfig(name=self.optimizer, lr=1e-2, clip_grad_norm=THRESHOLD),  # type: ignore[arg-type]
             parallel=ParallelConfig(tensor=self.tensor, sequence=self.sequence, zero_stage=self.stage),
             train=TrainConfig(
                 steps=3,
@@ -200,8 +201,8 @@ class Small(torch.nn.Module):
 def against_torch(clip_multipliers: bool) -> dict[str, float]:
     """Largest relative difference per parameter from torch's AdamW and clip_grad_norm_ after five steps."""
     from megamult import param_groups
+    from megamult.layout import names_of
     from megamult.optim.adamw import TwoPhaseAdamW
-    from megamult.zero.attach import names_of
     from megamult.zero.whole import WholePartition
 
     ours, theirs = Small(), Small()
@@ -246,13 +247,15 @@ def against_torch(clip_multipliers: bool) -> dict[str, float]:
 def unprepared() -> str:
     """The message of a step that nothing prepared, after one that was."""
     from megamult import param_groups
+    from megamult.layout import names_of
     from megamult.optim.adamw import TwoPhaseAdamW
-    from megamult.zero.attach import names_of
     from megamult.zero.whole import WholePartition
 
     model = Small()
     optimizer = TwoPhaseAdamW(param_groups(model, lr=0.1, weight_decay=0.0))
-    optimizer.prepare(WholePartition(optimizer.param_groups, names_of(model)))
+    partition = WholePartition(optimizer.param_groups, names_of(model))
+    optimizer.bind(partition)
+    optimizer.prepare(partition)
     optimizer.step()
     optimizer.finish()
     try:

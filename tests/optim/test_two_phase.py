@@ -1,4 +1,4 @@
-"""AdamW in two phases under every ZeRO stage: norms, clipping, and steps that must not happen."""
+"""Our optimizers in two phases under every ZeRO stage: norms, clipping, and steps that must not happen."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ TWO = [  # data parallel: every stage in both dtypes; tensor parallel: every sta
     *(Case(stage=stage, dtype="bf16") for stage in range(4)),
     *(Case(tensor=2, stage=stage, dtype=("fp32", "bf16")[stage % 2], poison="gradient") for stage in range(4)),
     Case(tensor=2, sequence=True, stage=1),
+    *(Case(stage=stage, dtype=("fp32", "bf16")[stage % 2], optimizer="muon") for stage in range(4)),
+    *(Case(tensor=2, stage=stage, dtype=("bf16", "fp32")[stage % 2], optimizer="muon") for stage in range(4)),
+    Case(stage=2, optimizer="muon", poison="gradient"),
 ]
-ONE = [Case(), Case(stage=1), Case(dtype="bf16")]
+ONE = [Case(), Case(stage=1), Case(dtype="bf16"), Case(optimizer="muon")]
 
 
 def _name(case: Case) -> str:
     split = f"tp{case.tensor}{'-sp' if case.sequence else ''}"
-    return f"{split}-zero{case.stage}-{case.dtype}-{case.poison}"
+    return f"{case.optimizer}-{split}-zero{case.stage}-{case.dtype}-{case.poison}"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,91 @@
+"""How DistributedMuon would spread Llama-3's matrices over up to 1,024 ranks: no process group, one core.
+
+    python examples/benchmarks/muon_plan.py
+
+Load is Newton-Schulz FLOPs per optimizer step. Where the busiest rank is far above the mean, the column `bound` says
+whether whole matrices could do better at all: no assignment of whole matrices has a busiest rank below it. If `bound`
+itself is far above 1, splitting one matrix over several ranks would pay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megamult import layout
+from megamult.layout import Layout
+from megamult.optim.newton_schulz import flops
+from megamult.optim.plan import lower_bound, make_plan
+from megamult.zero.slices import Cut, even_intervals, flat_intervals
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Sizes of a model (A. Grattafiori et al., "The Llama 3 Herd of Models", arXiv 2407.21783, table 3)."""
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    ffn: int
+
+    def layouts(self) -> list[Layout]:
+        """The matrix parameters of all blocks."""
+        block = [
+            layout.fused_qkv(self.heads, self.groups, self.hidden // self.heads, self.hidden),
+            layout.single_matrix("attention_out", self.hidden, self.hidden, 1),
+            layout.fused_gate_up(self.ffn, self.hidden),
+            layout.single_matrix("down", self.hidden, self.ffn, 1),
+        ]
+        return block * self.layers
+
+
+LLAMA = {"8B": Llama(32, 4096, 32, 8, 14336), "70B": Llama(80, 8192, 64, 8, 28672)}
+
+
+def zero_cuts(layouts: Sequence[Layout], tensor: int, data: int, stage: int) -> list[Cut]:
+    """What ZeRO leaves on each data-parallel rank: a part of one flat buffer (1, 2), or of every parameter (3)."""
+    sizes = [stated.local_shape(tensor)[0] * stated.local_shape(tensor)[1] for stated in layouts]
+    partition_size = -(-sum(sizes) // data)
+    cuts, offset = [], 0
+    for i, (stated, size) in enumerate(zip(layouts, sizes, strict=True)):
+        flat = flat_intervals(offset, size, partition_size, data)
+        cuts.append(Cut(f"{i}", stated, even_intervals(size, data) if stage == 3 else flat))
+        offset += size
+    return cuts
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tensor", type=int, default=8, help="tensor-parallel size")
+    parser.add_argument("--data", type=int, nargs="+", default=[1, 8, 32, 128], help="data-parallel sizes")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], choices=(1, 2, 3), help="ZeRO stages")
+    arguments = parser.parse_args()
+    print(
+        f"{'model':<7}{'ZeRO':>5}{'ranks':>7}{'mean/largest':>14}{'busiest/mean':>14}{'bound/mean':>12}"
+        f"{'sent, mean':>12}{'busiest':>10}{'temporary':>11}{'plan':>8}"
+    )
+    print(f"{'':<7}{'':>5}{'':>7}{'':>14}{'':>14}{'':>12}{'MB bf16':>12}{'MB bf16':>10}{'MB bf16':>11}{'s':>8}")
+    for name, model in LLAMA.items():
+        layouts = model.layouts()
+        for stage in arguments.stages:
+            for data in arguments.data:
+                cuts = zero_cuts(layouts, arguments.tensor, data, stage)
+                began = time.perf_counter()
+                plan = make_plan(cuts, arguments.tensor, 5)
+                seconds = time.perf_counter() - began
+                costs = [flops(m.rows, m.cols, 5) for m in plan.matrices]
+                mean = sum(costs) / plan.ranks
+                megabytes = 2 / 1e6
+                print(
+                    f"{name:<7}{stage:>5}{plan.ranks:>7}{mean / max(costs):>14.2f}{plan.loads.max() / mean:>14.3f}"
+                    f"{lower_bound(costs, plan.ranks) / mean:>12.3f}{plan.sent.mean() * megabytes:>12,.1f}"
+                    f"{plan.sent.max() * megabytes:>10,.1f}{plan.temporary.max() * megabytes:>11,.1f}{seconds:>8.2f}"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""The optimizer step of DistributedMuon, DeepSpeed's Muon and a replicated torch.optim.Muon on the same model.
+
+    deepspeed --num_gpus 2 examples/benchmarks/muon_step.py                 # data parallel 2
+    deepspeed --num_gpus 2 examples/benchmarks/muon_step.py --tensor 2      # tensor parallel 2
+    deepspeed --num_gpus 4 examples/benchmarks/muon_step.py --tensor 2      # both
+    python examples/benchmarks/muon_step.py --newton_schulz                 # orthogonalization alone, one process
+
+All optimizers step in turn in the same processes, so that they see the same machine; times are medians over the steps
+from the second on, of the slowest rank. The first step is reported apart, with empty compile caches. FLOPs and bytes
+are counted in one more step (compiled functions run uncompiled there), not computed. A rank's bytes sent are what a
+ring sends: (n - 1) / n of the buffer for a gather or scatter, twice that for an all-reduce.
+
+With --tensor 2 the peers orthogonalize each tensor-parallel shard by itself: their time is then that of another update,
+which depends on the layout. DeepSpeed's and torch's take Q, K, V as one matrix, and gate, up; ours takes them apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="muon_step_")  # an empty compile cache, for all
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+VOCAB = 4096
+SENT = [0.0]  # bytes that this rank sent, counted by the wrappers below
+
+
+def count_collectives() -> None:
+    """Count bytes in torch.distributed's functions. Before anyone binds them."""
+
+    def wrap(name: str, sent: Callable[..., float]) -> None:
+        original = getattr(torch.distributed, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            group = kwargs.get("group") or next(
+                (a for a in args if isinstance(a, torch.distributed.ProcessGroup)), None
+            )
+            SENT[0] += sent(torch.distributed.get_world_size(group), torch.distributed.get_rank(group), *args)
+            return original(*args, **kwargs)
+
+        setattr(torch.distributed, name, call)
+
+    def size(tensor: torch.Tensor) -> int:
+        return tensor.numel() * tensor.element_size()
+
+    def to_others(n: int, rank: int, received: torch.Tensor, sent: torch.Tensor, *sizes: Any) -> float:
+        own = sizes[1][rank] if len(sizes) > 1 and sizes[1] else sent.numel() // n
+        return (sent.numel() - own) * sent.element_size()
+
+    wrap("all_reduce", lambda n, rank, tensor, *rest: 2 * size(tensor) * (n - 1) / n)
+    wrap("broadcast", lambda n, rank, tensor, *rest: size(tensor) * (n - 1) / n)
+    wrap("all_gather_into_tensor", lambda n, rank, out, tensor, *rest: size(tensor) * (n - 1))
+    wrap("all_gather", lambda n, rank, out, tensor, *rest: size(tensor) * (n - 1))
+    wrap("reduce_scatter_tensor", lambda n, rank, out, tensor, *rest: size(tensor) * (n - 1) / n)
+    wrap("all_to_all_single", to_others)
+
+
+class Contestant:
+    """One optimizer with its own copy of the model."""
+
+    def __init__(self, arguments: argparse.Namespace, name: str) -> None:
+        import deepspeed
+
+        from megamult import device, parallel
+        from megamult.model.gpt import GPT
+        from megamult.optim.muon import DistributedMuon
+        from megamult.train.engine import build_optimizer, deepspeed_config
+        from megamult.zero.attach import attach
+
+        self.name = name
+        config = run_config(arguments)
+        self.model = GPT(config, VOCAB, seed=1).to(device.local_device())
+        mpu = parallel.ModelParallelUnit()
+        settings = deepspeed_config(config, parallel.data_group().size())
+        self.ours: DistributedMuon | None = None
+        if name == "torch.optim.Muon":
+            self._plain(config)
+            return
+        if name == "megamult":
+            optimizer = build_optimizer(config, self.model)
+            assert isinstance(optimizer, DistributedMuon)
+            self.ours = optimizer
+            with optimizer.paused(), quiet():
+                self.engine, *_ = deepspeed.initialize(
+                    model=self.model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+                )
+            attach(self.engine, optimizer)
+            self.state = optimizer.state
+        else:
+            for parameter in self.model.parameters():
+                parameter.use_muon = parameter.logical_layout.kind == "matrix"  # type: ignore[attr-defined]
+            settings["optimizer"] = {
+                "type": "muon",
+                "params": {
+                    "lr": config.optimizer.lr,
+                    "momentum": config.optimizer.momentum,
+                    "weight_decay": config.optimizer.weight_decay,
+                    "ns_method": name.split()[1],
+                },
+            }
+            with quiet():
+                self.engine, *_ = deepspeed.initialize(
+                    model=self.model,
+                    model_parameters=[p for p in self.model.parameters() if p.requires_grad],
+                    config=settings,
+                    mpu=mpu,
+                    dist_init_required=False,
+                )
+            self.state = self.engine.optimizer.optimizer.state
+        self.backward, self.step = self.engine.backward, self.engine.step
+
+    def _plain(self, config: Any) -> None:
+        """Every data-parallel rank updates everything; gradients are averaged before the step."""
+        matrices = [p for p in self.model.parameters() if p.logical_layout.kind == "matrix"]  # type: ignore[attr-defined]
+        others = [p for p in self.model.parameters() if p.logical_layout.kind != "matrix"]  # type: ignore[attr-defined]
+        chosen = config.optimizer
+        muon = torch.optim.Muon(
+            matrices, lr=chosen.lr, weight_decay=chosen.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        adamw = torch.optim.AdamW(others, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=True)
+        self.engine, self.state = self.model, {**muon.state, **adamw.state}
+
+        def backward(objective: torch.Tensor) -> None:
+            from megamult import parallel
+
+            objective.backward()
+            for parameter in self.model.parameters():
+                torch.distributed.all_reduce(parameter.grad, group=parallel.data_group())
+                parameter.grad /= parallel.data_group().size()
+
+        def step() -> None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), chosen.clip_grad_norm)
+            muon.step()
+            adamw.step()
+            self.model.zero_grad()
+            self.state = {**muon.state, **adamw.state}
+
+        self.backward, self.step = backward, step
+
+    def run(self, tokens: torch.Tensor, labels: torch.Tensor) -> float:
+        """A forward and backward pass, untimed; then seconds of the optimizer step on the slowest rank."""
+        from megamult import device
+
+        objective, _ = self.engine(tokens, labels)
+        self.backward(objective)
+        torch.distributed.barrier()
+        began = time.perf_counter()
+        self.step()
+        if device.has_cuda():
+            torch.cuda.synchronize()
+        seconds = torch.tensor(time.perf_counter() - began)
+        return all_ranks(seconds).max().item()
+
+    def count(self, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[float, float, float]:
+        """FLOPs of matrix products, bytes sent and bytes of the optimizer's state, of this rank, in one step."""
+        objective, _ = self.engine(tokens, labels)
+        self.backward(objective)
+        before = SENT[0]
+        torch.compiler.set_stance("force_eager")
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        torch.compiler.set_stance("default")
+        state = sum(
+            value.numel() * value.element_size()
+            for values in self.state.values()
+            for value in values.values()
+            if isinstance(value, torch.Tensor)
+        )
+        return counter.get_total_flops(), SENT[0] - before, state
+
+
+def run_config(arguments: argparse.Namespace) -> Any:
+    """A run of the benchmark's sizes, without multipliers."""
+    from megamult.config import Config, ModelConfig, MultipliersConfig, OptimizerConfig, ParallelConfig, TrainConfig
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return Config(
+        model=ModelConfig(
+            num_layers=arguments.layers,
+            hidden_size=arguments.hidden,
+            num_attention_heads=arguments.hidden // 64,
+            num_query_groups=arguments.groups,
+            ffn_hidden_size=arguments.ffn,
+            seq_length=64,
+        ),
+        multipliers=MultipliersConfig(implementation="none"),
+        optimizer=OptimizerConfig(name="muon", lr=1e-3, ns_dtype=arguments.ns_dtype),
+        parallel=ParallelConfig(tensor=arguments.tensor, zero_stage=arguments.zero_stage),
+        train=TrainConfig(
+            global_batch_size=world // arguments.tensor, micro_batch_size=1, dtype=arguments.dtype, steps=1000
+        ),
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without DeepSpeed's warnings and figures."""
+    import logging
+
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def all_ranks(value: torch.Tensor) -> torch.Tensor:
+    """[ranks], of a scalar on each."""
+    from megamult import device
+
+    value = value.to(device.local_device()).view(1)
+    gathered = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, value)
+    return torch.cat(gathered).cpu()
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print the table of whole optimizer steps."""
+    count_collectives()
+    from megamult import device, parallel
+
+    parallel.initialize(arguments.tensor)
+    main_rank = torch.distributed.get_rank() == 0
+    names = ["megamult", "DeepSpeed gram", "DeepSpeed standard", "torch.optim.Muon"]
+    text = torch.randint(0, VOCAB, (1, 65), generator=torch.Generator().manual_seed(parallel.data_group().rank()))
+    tokens, labels = (part.contiguous().to(device.local_device()) for part in (text[:, :-1], text[:, 1:]))
+    contestants, first = [], {}
+    for name in names:
+        torch.distributed.barrier()
+        began = time.perf_counter()
+        contestants.append(Contestant(arguments, name))
+        contestants[-1].run(tokens, labels)
+        first[name] = all_ranks(torch.tensor(time.perf_counter() - began)).max().item()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for step in tqdm(range(arguments.warmup + arguments.steps), disable=not main_rank, unit="round"):
+        for contestant in contestants[:: 1 if step % 2 else -1]:  # nobody always goes first
+            taken = contestant.run(tokens, labels)
+            if step >= arguments.warmup:
+                seconds[contestant.name].append(taken)
+    counts = {contestant.name: contestant.count(tokens, labels) for contestant in contestants}
+    spread = {name: [all_ranks(torch.tensor(v, dtype=torch.float64)) for v in counts[name]] for name in names}
+    ours = contestants[0].ours
+    assert ours is not None and ours.plan is not None
+    exchanged = all_ranks(torch.tensor(float(ours.bytes_sent)) / (2 + arguments.warmup + arguments.steps))
+    if main_rank:
+        median = {name: statistics.median(times) for name, times in seconds.items()}
+        print(
+            f"hidden {arguments.hidden}, ffn {arguments.ffn}, {arguments.layers} layers, {arguments.dtype}, "
+            f"Newton-Schulz {ours.ns_dtype}, ZeRO {arguments.zero_stage}, data parallel "
+            f"{parallel.data_group().size()}, tensor parallel {arguments.tensor}, {device.local_device().type}, "
+            f"{torch.get_num_threads()} threads per process, medians of {arguments.steps}"
+        )
+        print(
+            f"{'':<20}{'step ms':>9}{'range':>7}{'ours/it':>9}{'first s':>9}{'GFLOP mean':>12}{'busiest':>9}"
+            f"{'sent MB':>9}{'busiest':>9}{'state MB':>10}"
+        )
+        for name in names:
+            flop, sent, state = spread[name]
+            width = (max(seconds[name]) - min(seconds[name])) / median[name]
+            print(
+                f"{name:<20}{1e3 * median[name]:>9.1f}{width:>7.2f}{median['megamult'] / median[name]:>9.3f}"
+                f"{first[name]:>9.2f}{flop.mean() / 1e9:>12.2f}{flop.max() / 1e9:>9.2f}{sent.mean() / 1e6:>9.2f}"
+                f"{sent.max() / 1e6:>9.2f}{state.mean() / 1e6:>10.2f}"
+            )
+        matrices = sum(matrix.numel for matrix in ours.plan.matrices)
+        itemsize = torch.empty((), dtype=ours.exchange_dtype).element_size()
+        share = itemsize * matrices / ours.plan.ranks
+        print(
+            f"exchanges of ours: {exchanged.mean() / 1e6:.2f} MB sent per rank and step, busiest "
+            f"{exchanged.max() / 1e6:.2f}; in units of itemsize x matrix elements / ranks: "
+            f"{exchanged.mean() / share:.3f} and {exchanged.max() / share:.3f}"
+        )
+        if arguments.tensor > 1:
+            print("tensor parallel: DeepSpeed's and torch's update is not that of one process; ours is")
+    parallel.destroy()
+
+
+def newton_schulz_alone(arguments: argparse.Namespace) -> None:
+    """Print seconds of orthogonalizing one layer's matrices, ours and torch.optim.Muon's, and the share of the peak."""
+    from torch.optim._muon import _zeropower_via_newtonschulz as torchs
+
+    from megamult import device
+    from megamult.optim.newton_schulz import QUINTIC, coefficients, flops, orthogonalize
+
+    device.prepare()
+    here, steps = device.local_device(), coefficients("quintic", 5)
+    kv = arguments.hidden // 64 if arguments.groups is None else arguments.groups
+    shapes = {
+        (arguments.hidden, arguments.hidden): 2,
+        (kv * 64, arguments.hidden): 2,
+        (arguments.ffn, arguments.hidden): 2,
+        (arguments.hidden, arguments.ffn): 1,
+    }
+    # torch.optim.Muon computes in bf16, whatever it is given.
+    ours = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.ns_dtype]
+    peak = device.peak_flops(ours)
+    print(
+        f"Newton-Schulz alone, {here.type}, ours in {arguments.ns_dtype}, torch's in bf16, medians of {arguments.steps}"
+    )
+    print(f"{'shape':<16}{'ours ms':>10}{'torch ms':>10}{'torch/ours':>12}{'of peak':>9}")
+    for (rows, cols), count in shapes.items():
+        batch = torch.randn(count * arguments.layers, rows, cols, device=here)
+        runs: dict[str, Callable[[], Any]] = {
+            "ours": lambda batch=batch: orthogonalize(batch, steps, ours),
+            "torch": lambda batch=batch: [torchs(one, QUINTIC, 5, 1e-7) for one in batch],
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for step in range(arguments.warmup + arguments.steps):
+            for name, run in runs.items():
+                if device.has_cuda():
+                    torch.cuda.synchronize()
+                began = time.perf_counter()
+                run()
+                if device.has_cuda():
+                    torch.cuda.synchronize()
+                if step >= arguments.warmup:
+                    seconds[name].append(time.perf_counter() - began)
+        mine, theirs = (statistics.median(seconds[name]) for name in runs)
+        share = "" if peak is None else f"{len(batch) * flops(rows, cols, 5) / mine / peak:.2f}"
+        shape = f"{len(batch)} x {rows} x {cols}"
+        print(f"{shape:<16}{1e3 * mine:>10.2f}{1e3 * theirs:>10.2f}{theirs / mine:>12.2f}{share:>9}")
+
+
+def main() -> None:
+    """Command line."""
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=2048 if cuda else 512, help="model width")
+    parser.add_argument("--ffn", type=int, default=8192 if cuda else 1408, help="width of the gated MLP")
+    parser.add_argument("--layers", type=int, default=16 if cuda else 4, help="transformer layers")
+    parser.add_argument("--groups", type=int, default=8 if cuda else None, help="query groups; default: one per head")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
+    parser.add_argument("--zero_stage", type=int, default=1, choices=(1, 2), help="of DeepSpeed")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if cuda else "fp32", help="of the model")
+    parser.add_argument(
+        "--ns_dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="bf16" if cuda else "fp32",
+        help="of our Newton-Schulz; the peers choose theirs",
+    )
+    parser.add_argument("--steps", type=int, default=9, help="measured steps of each")
+    parser.add_argument("--warmup", type=int, default=1, help="steps of each before measuring, after the first")
+    parser.add_argument("--newton_schulz", action="store_true", help="orthogonalization alone")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    (newton_schulz_alone if arguments.newton_schulz else compare)(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Which rank orthogonalizes which logical matrix, and in which order they travel. Pure, the same on every rank.
+
+Each logical matrix has one owner in the data-parallel x tensor-parallel grid. Ranks are numbered as in
+:class:`megamult.parallel.Grid`: data-parallel rank x TP size + tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamult.optim.newton_schulz import flops
+from megamult.rectangles import Rectangle, rectangles
+from megamult.zero.slices import Cut
+
+BUCKET_ELEMENTS = 2**25
+"""Elements of matrices that one owner takes from one exchange (64 MiB in bf16), unless one matrix is larger."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One logical matrix W[rows, cols]: a part of the parameter `cuts[cut]`."""
+
+    cut: int
+    part: int
+    rows: int
+    cols: int
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Owners and buckets of all logical matrices."""
+
+    cuts: tuple[Cut, ...]
+    tp_size: int
+    steps: int
+    """Of Newton-Schulz."""
+    matrices: tuple[Matrix, ...]
+    owners: tuple[int, ...]
+    """Rank of each matrix."""
+    buckets: tuple[tuple[int, ...], ...]
+    """Matrices by exchange: every owner's share of a bucket is bounded, and ordered by shape."""
+
+    @property
+    def ranks(self) -> int:
+        """Data-parallel x tensor-parallel size."""
+        return len(self.cuts[0].intervals) * self.tp_size if self.cuts else self.tp_size
+
+    def fragments(self, matrix: int, rank: int) -> Iterator[tuple[int, Rectangle]]:
+        """(index of the cut, rectangle) of all that `rank` holds of a matrix, in the order in which it is sent.
+
+        A rectangle's offset counts from the beginning of the rank's interval of the parameter.
+        """
+        where = self.matrices[matrix]
+        cut = self.cuts[where.cut]
+        data_rank, tp_rank = divmod(rank, self.tp_size)
+        start, length = cut.intervals[data_rank]
+        for rectangle in rectangles(cut.layout, tp_rank, self.tp_size, start, length) if length else ():
+            if rectangle.part == where.part:
+                yield where.cut, rectangle
+
+    @cached_property
+    def held(self) -> NDArray[np.int64]:
+        """[matrices, ranks]: how many elements of each matrix each rank holds."""
+        return held_elements(self.cuts, self.matrices, self.tp_size)
+
+    @cached_property
+    def loads(self) -> NDArray[np.int64]:
+        """[ranks]: Newton-Schulz FLOPs per optimizer step."""
+        loads = np.zeros(self.ranks, dtype=np.int64)
+        np.add.at(loads, list(self.owners), [flops(m.rows, m.cols, self.steps) for m in self.matrices])
+        return loads
+
+    @cached_property
+    def sent(self) -> NDArray[np.int64]:
+        """[ranks]: elements that each rank sends to others in both exchanges of an optimizer step."""
+        sent = np.zeros(self.ranks, dtype=np.int64)
+        for bucket in self.buckets:
+            out, back = self._traffic(bucket)
+            sent += out + back
+        return sent
+
+    @cached_property
+    def temporary(self) -> NDArray[np.int64]:
+        """[ranks]: most elements that exchange buffers and assembled matrices take at once.
+
+        While bucket k is computed its matrices and their result are there, k + 1 is arriving (sent and received
+        buffers) and k - 1 is going back.
+        """
+        count = len(self.buckets)
+        owned = np.zeros((count, self.ranks), dtype=np.int64)
+        traffic = np.zeros((count + 2, self.ranks), dtype=np.int64)
+        for k, bucket in enumerate(self.buckets):
+            np.add.at(owned[k], [self.owners[i] for i in bucket], [self.matrices[i].numel for i in bucket])
+            traffic[k + 1] = sum(self._traffic(bucket))
+        if not count:
+            return np.zeros(self.ranks, dtype=np.int64)
+        return (2 * owned + traffic[:-2] + traffic[1:-1] + traffic[2:]).max(axis=0)
+
+    def _traffic(self, bucket: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[ranks] each: elements that a rank sends to other owners, and that it receives as an owner."""
+        index, owners = list(bucket), [self.owners[i] for i in bucket]
+        held = self.held[index]
+        own = held[np.arange(len(index)), owners]
+        out = held.sum(axis=0)
+        np.subtract.at(out, owners, own)
+        back = np.zeros(self.ranks, dtype=np.int64)
+        np.add.at(back, owners, held.sum(axis=1) - own)
+        return out, back
+
+
+def make_plan(cuts: Sequence[Cut], tp_size: int, steps: int, bucket_elements: int = BUCKET_ELEMENTS) -> Plan:
+    """Owners and buckets of all logical matrices of the parameters `cuts`.
+
+    Args:
+        cuts: the matrix parameters, with what every data-parallel rank holds of them.
+        tp_size: tensor-parallel size.
+        steps: of Newton-Schulz, for its FLOPs.
+        bucket_elements: see :data:`BUCKET_ELEMENTS`.
+    """
+    matrices = tuple(Matrix(i, p, *part.shape) for i, cut in enumerate(cuts) for p, part in enumerate(cut.layout.parts))
+    costs = [flops(m.rows, m.cols, steps) for m in matrices]
+    owners = assign(costs, held_elements(cuts, matrices, tp_size)) if matrices else []
+    return Plan(
+        tuple(cuts), tp_size, steps, matrices, tuple(owners), tuple(_buckets(matrices, owners, bucket_elements))
+    )
+
+
+def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
+    """An owner for each matrix: largest first, to the rank with the least to do; of those, to the largest holder.
+
+    Largest first exceeds the best possible makespan by a third at most (R. L. Graham, "Bounds on multiprocessing
+    timing anomalies", SIAM J. Appl. Math. 17, 1969).
+
+    Args:
+        costs: of each matrix.
+        held: [matrices, ranks], elements held.
+
+    Returns:
+        The rank of each matrix.
+    """
+    loads = np.zeros(held.shape[1], dtype=np.int64)
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        idle = np.flatnonzero(loads == loads.min())
+        owners[i] = int(idle[held[i, idle].argmax()])
+        loads[owners[i]] += costs[i]
+    return owners
+
+
+def held_elements(cuts: Sequence[Cut], matrices: Sequence[Matrix], tp_size: int) -> NDArray[np.int64]:
+    """[matrices, ranks]: how many elements of each logical matrix each rank holds."""
+    data_size = len(cuts[0].intervals) if cuts else 1
+    first: dict[int, int] = {}
+    for i, matrix in enumerate(matrices):
+        first.setdefault(matrix.cut, i)
+    held = np.zeros((len(matrices), data_size, tp_size), dtype=np.int64)
+    for index, cut in enumerate(cuts):
+        layout = cut.layout
+        starts = np.array([start for start, _ in cut.intervals])
+        stops = starts + np.array([length for _, length in cut.intervals])
+        for tp_rank in range(tp_size):
+            cols = layout.local_columns(tp_rank, tp_size)[1]
+            for run in layout.local_runs(tp_rank, tp_size):
+                begin, end = run.start * cols, (run.start + run.length) * cols
+                inside = np.minimum(stops, end) - np.maximum(starts, begin)
+                held[first[index] + run.part, :, tp_rank] += np.maximum(inside, 0)
+    return held.reshape(len(matrices), data_size * tp_size)
+
+
+def lower_bound(costs: Sequence[int], ranks: int) -> int:
+    """What no assignment of whole matrices can make the busiest rank's cost smaller than."""
+    ordered = sorted(costs, reverse=True)
+    best = max(-(-sum(ordered) // ranks), ordered[0])
+    # Among the k * ranks + 1 largest, some rank has k + 1, each at least as large as the smallest of them.
+    for k in range(1, (len(ordered) - 1) // ranks + 1):
+        best = max(best, (k + 1) * ordered[k * ranks])
+    return best
+
+
+def _buckets(matrices: Sequence[Matrix], owners: Sequence[int], bucket_elements: int) -> list[tuple[int, ...]]:
+    queues: dict[int, list[int]] = {}
+    for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].rows, i)):
+        queues.setdefault(owners[i], []).append(i)
+    buckets: list[list[int]] = []
+    for owner in sorted(queues):
+        bucket, filled = -1, bucket_elements
+        for i in queues[owner]:
+            if filled + matrices[i].numel > bucket_elements:
+                bucket, filled = bucket + 1, 0
+            if bucket == len(buckets):
+                buckets.append([])
+            buckets[bucket].append(i)
+            filled += matrices[i].numel
+    return [tuple(bucket) for bucket in buckets]

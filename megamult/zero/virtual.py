@@ -1,0 +1,87 @@
+"""At ZeRO 0 all data-parallel ranks hold all: share out among them what only one of them need compute and keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megamult import parallel
+from megamult.layout import Layout
+from megamult.zero.slices import Cut, Partition, Slice, even_intervals
+
+
+class VirtualPartition(Partition):
+    """An even cut over the data-parallel ranks of some parameters of an unsharded partition."""
+
+    sharded = True
+
+    def __init__(self, whole: Partition, select: Callable[[Layout], bool]) -> None:
+        self._whole = whole
+        self._grid = parallel.grid()
+        self._indices = [i for i, piece in enumerate(whole.slices) if select(piece.layout)]
+        self.cuts, self.slices = [], []
+        self._indices_here: list[int] = []
+        for i in self._indices:
+            piece = whole.slices[i]
+            cut = Cut(piece.name, piece.layout, even_intervals(piece.length, self._grid.data_size))
+            self.cuts.append(cut)
+            start, length = cut.intervals[self._grid.data_rank]
+            if length:
+                source = piece.source[start : start + length]
+                self.slices.append(Slice(piece.name, piece.layout, start, length, piece.tensor, start, source))
+                self._indices_here.append(i)
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's part of the whole gradients."""
+        gradients = self._whole.gradients()
+        return [
+            gradients[i][piece.start : piece.start + piece.length]
+            for i, piece in zip(self._indices_here, self.slices, strict=True)
+        ]
+
+    def complete(self, dtype: torch.dtype, bucket_elements: int) -> int:
+        """Bring every rank's part of the gradients to all data-parallel ranks: all-gathers of bounded size.
+
+        Args:
+            dtype: to send in.
+            bucket_elements: what one all-gather may bring, unless one parameter alone is larger.
+
+        Returns:
+            Bytes that this rank sent.
+        """
+        ranks = self._grid.data_size
+        if ranks == 1:
+            return 0
+        gradients = self._whole.gradients()
+        sent = 0
+        for bucket in _bounded(list(zip(self._indices, self.cuts, strict=True)), bucket_elements):
+            widths = [max(length for _, length in cut.intervals) for _, cut in bucket]
+            device = gradients[bucket[0][0]].device
+            mine = torch.zeros(sum(widths), dtype=dtype, device=device)
+            for (i, cut), part in zip(bucket, mine.split(widths), strict=True):
+                start, length = cut.intervals[self._grid.data_rank]
+                part[:length] = gradients[i][start : start + length]
+            everyone = torch.empty(ranks * mine.numel(), dtype=dtype, device=device)
+            torch.distributed.all_gather_into_tensor(everyone, mine, group=parallel.data_group())
+            sent += (ranks - 1) * mine.numel() * mine.element_size()
+            for rank, parts in enumerate(everyone.chunk(ranks)):
+                for (i, cut), part in zip(bucket, parts.split(widths), strict=True):
+                    start, length = cut.intervals[rank]
+                    gradients[i][start : start + length] = part[:length]
+        return sent
+
+
+def _bounded(items: Sequence[tuple[int, Cut]], elements: int) -> list[list[tuple[int, Cut]]]:
+    """Consecutive items in buckets of at most so many elements, each bucket with one item at least."""
+    buckets: list[list[tuple[int, Cut]]] = []
+    filled = elements
+    for item in items:
+        size = sum(length for _, length in item[1].intervals)
+        if not buckets or filled + size > elements:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(item)
+        filled += size
+    return buckets

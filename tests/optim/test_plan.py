@@ -1,0 +1,133 @@
+"""Who owns which matrix: balance, determinism, traffic; every element travels to its owner once."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from examples.benchmarks.muon_plan import LLAMA, zero_cuts
+from megamult import layout
+from megamult.optim.newton_schulz import flops
+from megamult.optim.plan import Matrix, Plan, assign, lower_bound, make_plan
+from megamult.rectangles import rectangles
+from megamult.zero.slices import Cut, even_intervals, flat_intervals
+
+LAYOUTS = [
+    layout.fused_qkv(12, 2, 8, 96),  # 128 rows: TP 4 cuts through a query group
+    layout.single_matrix("attention_out", 96, 96, 1),
+    layout.fused_gate_up(132, 96),
+    layout.single_matrix("down", 96, 132, 1),
+]
+
+
+def small(stage: int, data: int, tensor: int, bucket_elements: int = 2**25) -> Plan:
+    """Two layers of the layouts above."""
+    return make_plan(zero_cuts(LAYOUTS * 2, tensor, data, stage), tensor, 5, bucket_elements)
+
+
+def test_flat_intervals_tile_a_parameter_that_straddles_partitions() -> None:
+    assert flat_intervals(offset=5, numel=12, partition_size=8, ranks=3) == ((0, 3), (3, 8), (11, 1))
+    assert [n for _, n in flat_intervals(offset=8, numel=4, partition_size=8, ranks=3)] == [0, 4, 0]
+    assert even_intervals(10, 4) == ((0, 3), (3, 3), (6, 3), (9, 1))
+    assert [n for _, n in even_intervals(2, 4)] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("stage", "data", "tensor"), list(itertools.product((1, 3), (1, 2, 3), (1, 2, 4))))
+def test_every_element_of_every_matrix_is_held_once_and_reaches_its_owner(stage: int, data: int, tensor: int) -> None:
+    plan = small(stage, data, tensor)
+    assert sorted(i for bucket in plan.buckets for i in bucket) == list(range(len(plan.matrices))) == list(range(14))
+    for i, matrix in enumerate(plan.matrices):
+        seen = np.zeros((matrix.rows, matrix.cols), dtype=int)
+        for rank in range(plan.ranks):
+            held = 0
+            for cut, r in plan.fragments(i, rank):
+                assert (cut, r.part) == (matrix.cut, matrix.part)
+                seen[r.row : r.row + r.height, r.col : r.col + r.width] += 1
+                held += r.numel
+            assert held == plan.held[i, rank]
+        assert (seen == 1).all()
+
+
+@pytest.mark.parametrize(("stage", "data", "tensor"), [(1, 2, 2), (3, 3, 1), (1, 1, 4)])
+def test_traffic_is_what_the_fragments_say(stage: int, data: int, tensor: int) -> None:
+    plan = small(stage, data, tensor, bucket_elements=10_000)
+    assert len(plan.buckets) > 1
+    sent = np.zeros(plan.ranks, dtype=int)
+    for i, owner in enumerate(plan.owners):
+        for rank in range(plan.ranks):
+            numel = sum(r.numel for _, r in plan.fragments(i, rank))
+            if rank != owner:
+                sent[rank] += numel  # momentum, to the owner
+                sent[owner] += numel  # the update, back
+    assert (plan.sent == sent).all()
+
+
+def test_a_bucket_bounds_what_an_owner_takes() -> None:
+    plan = small(1, 2, 1, bucket_elements=30_000)
+    assert max(m.numel for m in plan.matrices) < 30_000
+    for bucket, owner in itertools.product(plan.buckets, range(plan.ranks)):
+        assert sum(plan.matrices[i].numel for i in bucket if plan.owners[i] == owner) <= 30_000
+
+
+def test_of_equally_loaded_ranks_the_one_that_holds_most_becomes_the_owner() -> None:
+    held = np.array([[0, 1, 9], [5, 4, 1], [0, 9, 1], [3, 3, 4]])
+    # Largest first: 2 goes where 9 of it are; 0 then finds ranks 0 and 2 idle; then 1; the last to the least loaded.
+    assert assign([50, 40, 60, 10], held) == [2, 0, 1, 0]
+
+
+def test_the_plan_is_the_same_whoever_makes_it() -> None:
+    assert small(1, 3, 2) == small(1, 3, 2)
+    assert small(1, 3, 2).owners == small(1, 3, 2).owners
+
+
+@pytest.mark.parametrize("model", LLAMA)
+@pytest.mark.parametrize("data", [1, 8, 32, 128])
+def test_busiest_rank_is_near_the_mean_wherever_the_mean_is_four_matrices(model: str, data: int) -> None:
+    plan = make_plan(zero_cuts(LLAMA[model].layouts(), 8, data, 1), 8, 5)
+    costs = [flops(m.rows, m.cols, 5) for m in plan.matrices]
+    mean = sum(costs) / plan.ranks
+    assert plan.loads.sum() == sum(costs)
+    if mean >= 4 * max(costs):
+        assert plan.loads.max() <= 1.05 * mean
+    # Where it is not, whole matrices cannot do much better; Graham's bound for largest-first is 4/3.
+    assert plan.loads.max() <= 4 / 3 * lower_bound(costs, plan.ranks)
+
+
+def test_some_llama_layouts_have_a_mean_of_four_matrices() -> None:
+    """Else the test above would show nothing."""
+    for model, data in (("8B", 1), ("70B", 1), ("70B", 8)):
+        matrices = [Matrix(0, 0, *p.shape) for stated in LLAMA[model].layouts() for p in stated.parts]
+        costs = [flops(m.rows, m.cols, 5) for m in matrices]
+        assert sum(costs) / (8 * data) >= 4 * max(costs)
+
+
+def test_lower_bound_knows_that_matrices_are_not_split() -> None:
+    assert lower_bound([6, 6, 6], 2) == 12  # the mean is 9
+    assert lower_bound([10, 1], 4) == 10
+    assert lower_bound([3, 3, 3, 3], 2) == 6
+
+
+def test_bytes_of_both_exchanges_are_at_most_twice_a_ranks_share_of_the_matrices() -> None:
+    for stage, (data, tensor) in itertools.product((1, 3), ((2, 1), (4, 1), (2, 2), (1, 4))):
+        plan = small(stage, data, tensor)
+        assert plan.sent.mean() <= 2 * sum(m.numel for m in plan.matrices) / plan.ranks
+
+
+def test_a_cut_that_nobody_shares_sends_nothing() -> None:
+    stated = LAYOUTS[1]
+    plan = make_plan([Cut("w", stated, even_intervals(96 * 96, 1))], 1, 5)
+    assert plan.sent.tolist() == [0]
+    assert sum(r.numel for r in rectangles(stated, 0, 1, 0, 96 * 96)) == plan.held.sum()
+
+
+def test_no_matrix_at_all_is_an_empty_plan() -> None:
+    plan = make_plan([], 2, 5)
+    assert plan.buckets == () and plan.sent.tolist() == [0, 0] and plan.temporary.tolist() == [0, 0]
+
+
+def test_a_plan_for_1024_ranks_holds_every_element_once() -> None:
+    plan = make_plan(zero_cuts(LLAMA["70B"].layouts(), 8, 128, 3), 8, 5)
+    assert plan.ranks == 1024
+    assert (plan.held.sum(axis=1) == [m.numel for m in plan.matrices]).all()
