@@ -6,9 +6,10 @@
     python examples/benchmarks/muon_step.py --newton_schulz                 # orthogonalization alone, one process
 
 All optimizers step in turn in the same processes, so that they see the same machine; times are medians over the steps
-from the second on, of the slowest rank. The first step is reported apart, with empty compile caches. FLOPs and bytes
-are counted in one more step (compiled functions run uncompiled there), not computed. A rank's bytes sent are what a
-ring sends: (n - 1) / n of the buffer for a gather or scatter, twice that for an all-reduce.
+from the second on, of the slowest rank. A step is all that happens after the backward pass: the reduction of gradients
+(DeepSpeed's Muon orthogonalizes within it) and the update. The first is reported apart, with empty compile caches.
+FLOPs and bytes are counted in one more step (compiled functions run uncompiled there), not computed. A rank's bytes
+sent are what a ring sends: (n - 1) / n of the buffer for a gather or scatter, twice that for an all-reduce.
 
 With --tensor 2 the peers orthogonalize each tensor-parallel shard by itself: their time is then that of another update,
 which depends on the layout. DeepSpeed's and torch's take Q, K, V as one matrix, and gate, up; ours takes them apart.
@@ -18,11 +19,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import os
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +35,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from megamult.layout import layout_of
+
 VOCAB = 4096
 SENT = [0.0]  # bytes that this rank sent, counted by the wrappers below
 
@@ -39,31 +44,63 @@ SENT = [0.0]  # bytes that this rank sent, counted by the wrappers below
 def count_collectives() -> None:
     """Count bytes in torch.distributed's functions. Before anyone binds them."""
 
-    def wrap(name: str, sent: Callable[..., float]) -> None:
-        original = getattr(torch.distributed, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            group = kwargs.get("group") or next(
-                (a for a in args if isinstance(a, torch.distributed.ProcessGroup)), None
-            )
-            SENT[0] += sent(torch.distributed.get_world_size(group), torch.distributed.get_rank(group), *args)
-            return original(*args, **kwargs)
-
-        setattr(torch.distributed, name, call)
-
     def size(tensor: torch.Tensor) -> int:
         return tensor.numel() * tensor.element_size()
 
-    def to_others(n: int, rank: int, received: torch.Tensor, sent: torch.Tensor, *sizes: Any) -> float:
-        own = sizes[1][rank] if len(sizes) > 1 and sizes[1] else sent.numel() // n
+    def all_to_all(n: int, given: dict[str, Any]) -> float:
+        sizes, sent = given.get("input_split_sizes"), given["input"]
+        own = sizes[torch.distributed.get_rank(given.get("group"))] if sizes else sent.numel() // n
         return (sent.numel() - own) * sent.element_size()
 
-    wrap("all_reduce", lambda n, rank, tensor, *rest: 2 * size(tensor) * (n - 1) / n)
-    wrap("broadcast", lambda n, rank, tensor, *rest: size(tensor) * (n - 1) / n)
-    wrap("all_gather_into_tensor", lambda n, rank, out, tensor, *rest: size(tensor) * (n - 1))
-    wrap("all_gather", lambda n, rank, out, tensor, *rest: size(tensor) * (n - 1))
-    wrap("reduce_scatter_tensor", lambda n, rank, out, tensor, *rest: size(tensor) * (n - 1) / n)
-    wrap("all_to_all_single", to_others)
+    sent: dict[str, Callable[[int, dict[str, Any]], float]] = {
+        "all_reduce": lambda n, given: 2 * size(given["tensor"]) * (n - 1) / n,
+        "broadcast": lambda n, given: size(given["tensor"]) * (n - 1) / n,
+        "all_gather": lambda n, given: size(given["tensor"]) * (n - 1),
+        "all_gather_into_tensor": lambda n, given: size(given["input_tensor"]) * (n - 1),
+        "reduce_scatter_tensor": lambda n, given: size(given["input"]) * (n - 1) / n,
+        "all_to_all_single": all_to_all,
+    }
+    for name, rule in sent.items():
+        setattr(torch.distributed, name, _counting(getattr(torch.distributed, name), rule))
+
+
+def _counting(original: Callable[..., Any], rule: Callable[[int, dict[str, Any]], float]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        SENT[0] += rule(torch.distributed.get_world_size(given.get("group")), given)
+        return original(*args, **kwargs)
+
+    return call
+
+
+def bf16_is_fast() -> bool:
+    """Whether this device multiplies in bf16 at least as fast as in fp32. CPUs without bf16 instructions do not."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return True
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(256, 256, dtype=dtype)
+        seconds[dtype] = min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=3))
+    return seconds[torch.bfloat16] <= seconds[torch.float32]
+
+
+def peers_in_fp32() -> None:
+    """Let the peers compute Newton-Schulz in fp32 where they insist on bf16, which some CPUs emulate."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_bf16_supported = lambda: False  # DeepSpeed then falls back to fp32 by itself
+
+    def newton_schulz(grad: torch.Tensor, abc: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
+        x = grad.mT if grad.size(0) > grad.size(1) else grad
+        x = x / x.norm().clamp(min=eps)
+        for _ in range(steps):
+            r = x @ x.mT
+            x = torch.addmm(x, torch.addmm(r, r, r, beta=abc[1], alpha=abc[2]), x, beta=abc[0])
+        return x.mT if grad.size(0) > grad.size(1) else x
+
+    torch.optim._muon._zeropower_via_newtonschulz = newton_schulz
 
 
 class Contestant:
@@ -96,10 +133,10 @@ class Contestant:
                     model=self.model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
                 )
             attach(self.engine, optimizer)
-            self.state = optimizer.state
+            self.states = [optimizer.state]
         else:
             for parameter in self.model.parameters():
-                parameter.use_muon = parameter.logical_layout.kind == "matrix"  # type: ignore[attr-defined]
+                parameter.use_muon = layout_of(parameter).kind == "matrix"  # type: ignore[attr-defined]
             settings["optimizer"] = {
                 "type": "muon",
                 "params": {
@@ -117,67 +154,63 @@ class Contestant:
                     mpu=mpu,
                     dist_init_required=False,
                 )
-            self.state = self.engine.optimizer.optimizer.state
-        self.backward, self.step = self.engine.backward, self.engine.step
+            self.states = [self.engine.optimizer.optimizer.state]
+        self._backward, self._step = self.engine.backward, self.engine.step
+        # DeepSpeed reduces gradients at the end of its backward.
+        self.engine.allreduce_gradients = self._measured(self.engine.allreduce_gradients)
 
     def _plain(self, config: Any) -> None:
-        """Every data-parallel rank updates everything; gradients are averaged before the step."""
-        matrices = [p for p in self.model.parameters() if p.logical_layout.kind == "matrix"]  # type: ignore[attr-defined]
-        others = [p for p in self.model.parameters() if p.logical_layout.kind != "matrix"]  # type: ignore[attr-defined]
+        """Every data-parallel rank updates everything, after gradients are averaged."""
+        from megamult import parallel
+
+        matrices = [p for p in self.model.parameters() if layout_of(p).kind == "matrix"]
+        others = [p for p in self.model.parameters() if layout_of(p).kind != "matrix"]
         chosen = config.optimizer
         muon = torch.optim.Muon(
             matrices, lr=chosen.lr, weight_decay=chosen.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         adamw = torch.optim.AdamW(others, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=True)
-        self.engine, self.state = self.model, {**muon.state, **adamw.state}
+        self.engine, self.states = self.model, [muon.state, adamw.state]
 
-        def backward(objective: torch.Tensor) -> None:
-            from megamult import parallel
-
-            objective.backward()
+        def step() -> None:
             for parameter in self.model.parameters():
                 torch.distributed.all_reduce(parameter.grad, group=parallel.data_group())
                 parameter.grad /= parallel.data_group().size()
-
-        def step() -> None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), chosen.clip_grad_norm)
             muon.step()
             adamw.step()
             self.model.zero_grad()
-            self.state = {**muon.state, **adamw.state}
 
-        self.backward, self.step = backward, step
+        self._backward, self._step = torch.Tensor.backward, step
 
-    def run(self, tokens: torch.Tensor, labels: torch.Tensor) -> float:
-        """A forward and backward pass, untimed; then seconds of the optimizer step on the slowest rank."""
-        from megamult import device
+    def _measured(self, function: Callable[[], None]) -> Callable[[], None]:
+        """`function`, its seconds, FLOPs and bytes added to this contestant's."""
 
+        def call() -> None:
+            torch.distributed.barrier()
+            sent, began = SENT[0], time.perf_counter()
+            with FlopCounterMode(display=False) if self.counting else contextlib.nullcontext() as counter:
+                function()
+            synchronize()
+            self.seconds += time.perf_counter() - began
+            self.sent += SENT[0] - sent
+            self.flops += counter.get_total_flops() if counter is not None else 0
+
+        return call
+
+    def run(self, tokens: torch.Tensor, labels: torch.Tensor, counting: bool = False) -> float:
+        """One training step; returns seconds of the optimizer's part of it on the slowest rank."""
+        self.seconds, self.sent, self.flops, self.counting = 0.0, 0.0, 0, counting
+        torch.compiler.set_stance("force_eager" if counting else "default")
         objective, _ = self.engine(tokens, labels)
-        self.backward(objective)
-        torch.distributed.barrier()
-        began = time.perf_counter()
-        self.step()
-        if device.has_cuda():
-            torch.cuda.synchronize()
-        seconds = torch.tensor(time.perf_counter() - began)
-        return all_ranks(seconds).max().item()
+        self._backward(objective)
+        self._measured(self._step)()
+        return all_ranks(self.seconds).max().item()
 
-    def count(self, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[float, float, float]:
-        """FLOPs of matrix products, bytes sent and bytes of the optimizer's state, of this rank, in one step."""
-        objective, _ = self.engine(tokens, labels)
-        self.backward(objective)
-        before = SENT[0]
-        torch.compiler.set_stance("force_eager")
-        with FlopCounterMode(display=False) as counter:
-            self.step()
-        torch.compiler.set_stance("default")
-        state = sum(
-            value.numel() * value.element_size()
-            for values in self.state.values()
-            for value in values.values()
-            if isinstance(value, torch.Tensor)
-        )
-        return counter.get_total_flops(), SENT[0] - before, state
+    def state_bytes(self) -> int:
+        """Of the optimizer's state on this rank."""
+        tensors = [value for state in self.states for values in state.values() for value in values.values()]
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
 def run_config(arguments: argparse.Namespace) -> Any:
@@ -215,14 +248,20 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def all_ranks(value: torch.Tensor) -> torch.Tensor:
-    """[ranks], of a scalar on each."""
+def all_ranks(value: float) -> torch.Tensor:
+    """[ranks], of a number on each."""
     from megamult import device
 
-    value = value.to(device.local_device()).view(1)
-    gathered = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(gathered, value)
+    mine = torch.tensor([value], dtype=torch.float64, device=device.local_device())
+    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, mine)
     return torch.cat(gathered).cpu()
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -231,35 +270,38 @@ def compare(arguments: argparse.Namespace) -> None:
     from megamult import device, parallel
 
     parallel.initialize(arguments.tensor)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // torch.distributed.get_world_size()))
+    peers_dtype = arguments.peers_dtype or ("bf16" if bf16_is_fast() else "fp32")
+    if peers_dtype == "fp32":
+        peers_in_fp32()
     main_rank = torch.distributed.get_rank() == 0
     names = ["megamult", "DeepSpeed gram", "DeepSpeed standard", "torch.optim.Muon"]
     text = torch.randint(0, VOCAB, (1, 65), generator=torch.Generator().manual_seed(parallel.data_group().rank()))
     tokens, labels = (part.contiguous().to(device.local_device()) for part in (text[:, :-1], text[:, 1:]))
-    contestants, first = [], {}
-    for name in names:
-        torch.distributed.barrier()
-        began = time.perf_counter()
-        contestants.append(Contestant(arguments, name))
-        contestants[-1].run(tokens, labels)
-        first[name] = all_ranks(torch.tensor(time.perf_counter() - began)).max().item()
+    contestants = [Contestant(arguments, name) for name in names]
+    first = {contestant.name: contestant.run(tokens, labels) for contestant in contestants}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for step in tqdm(range(arguments.warmup + arguments.steps), disable=not main_rank, unit="round"):
         for contestant in contestants[:: 1 if step % 2 else -1]:  # nobody always goes first
             taken = contestant.run(tokens, labels)
             if step >= arguments.warmup:
                 seconds[contestant.name].append(taken)
-    counts = {contestant.name: contestant.count(tokens, labels) for contestant in contestants}
-    spread = {name: [all_ranks(torch.tensor(v, dtype=torch.float64)) for v in counts[name]] for name in names}
+    spread = {}
+    for contestant in contestants:
+        contestant.run(tokens, labels, counting=True)
+        figures = (contestant.flops, contestant.sent, contestant.state_bytes())
+        spread[contestant.name] = [all_ranks(float(figure)) for figure in figures]
     ours = contestants[0].ours
     assert ours is not None and ours.plan is not None
-    exchanged = all_ranks(torch.tensor(float(ours.bytes_sent)) / (2 + arguments.warmup + arguments.steps))
+    exchanged = all_ranks(ours.bytes_sent / (2 + arguments.warmup + arguments.steps))
     if main_rank:
         median = {name: statistics.median(times) for name, times in seconds.items()}
         print(
             f"hidden {arguments.hidden}, ffn {arguments.ffn}, {arguments.layers} layers, {arguments.dtype}, "
-            f"Newton-Schulz {ours.ns_dtype}, ZeRO {arguments.zero_stage}, data parallel "
-            f"{parallel.data_group().size()}, tensor parallel {arguments.tensor}, {device.local_device().type}, "
-            f"{torch.get_num_threads()} threads per process, medians of {arguments.steps}"
+            f"Newton-Schulz: ours {ours.ns_dtype}, peers' standard form {peers_dtype}; ZeRO {arguments.zero_stage}, "
+            f"data parallel {parallel.data_group().size()}, tensor parallel {arguments.tensor}, "
+            f"{device.local_device().type}, {torch.get_num_threads()} thread(s) per process, "
+            f"medians of {arguments.steps}"
         )
         print(
             f"{'':<20}{'step ms':>9}{'range':>7}{'ours/it':>9}{'first s':>9}{'GFLOP mean':>12}{'busiest':>9}"
@@ -318,12 +360,10 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for step in range(arguments.warmup + arguments.steps):
             for name, run in runs.items():
-                if device.has_cuda():
-                    torch.cuda.synchronize()
+                synchronize()
                 began = time.perf_counter()
                 run()
-                if device.has_cuda():
-                    torch.cuda.synchronize()
+                synchronize()
                 if step >= arguments.warmup:
                     seconds[name].append(time.perf_counter() - began)
         mine, theirs = (statistics.median(seconds[name]) for name in runs)
@@ -347,7 +387,12 @@ def main() -> None:
         "--ns_dtype",
         choices=("fp32", "bf16", "fp16"),
         default="bf16" if cuda else "fp32",
-        help="of our Newton-Schulz; the peers choose theirs",
+        help="of our Newton-Schulz",
+    )
+    parser.add_argument(
+        "--peers_dtype",
+        choices=("fp32", "bf16"),
+        help="of Newton-Schulz's standard form in the peers; default: their bf16 unless the device is slower in it",
     )
     parser.add_argument("--steps", type=int, default=9, help="measured steps of each")
     parser.add_argument("--warmup", type=int, default=1, help="steps of each before measuring, after the first")
