@@ -20,7 +20,9 @@ VOCAB = 1000
 mpu = parallel.initialize(tensor=1)
 model = GPT(Config(model=ModelConfig(num_layers=2, seq_length=64)), VOCAB, seed=1).to(device.local_device())
 
-optimizer = megamult.TwoPhaseAdamW(megamult.param_groups(model, lr=1e-3, weight_decay=0.1), clip_grad_norm=1.0)
+# Muon for the blocks' matrices, AdamW for everything else; megamult.TwoPhaseAdamW takes the same groups.
+groups = megamult.param_groups(model, lr=1e-3, weight_decay=0.1)
+optimizer = megamult.DistributedMuon(groups, clip_grad_norm=1.0, model=model)
 settings = {
     "train_micro_batch_size_per_gpu": 4,
     "zero_optimization": {"stage": 1},

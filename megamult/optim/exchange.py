@@ -99,8 +99,9 @@ class Exchange:
             del sent  # kept until here: the collective was reading it
             batches = self._assemble(bucket, received, values)
             del received
-            results = [compute(batch).to(self.dtype) for batch in batches]
-            del batches
+            results = []
+            while batches:  # so that each is freed when its result is there
+                results.append(compute(batches.pop(0)).to(self.dtype))
             following = self._scatter(k, results, values)
             if returning is not None:
                 self._finish(*returning, values)

@@ -117,19 +117,14 @@ class DistributedMuon(TwoPhaseAdamW):
             return
         assert self._factors is not None and self._pieces is not None and self._exchange is not None
         gradients = self._pieces.gradients()
-        values = []
         for i in self._indices:
-            values.append(self._advance(self._pieces.slices[i], gradients[i], self._factors[0]))
-        self._exchange.run(values, self._update)
-        for i, value in zip(self._indices, values, strict=True):
-            if value is not gradients[i]:
-                gradients[i].copy_(value)
+            self._advance(self._pieces.slices[i], gradients[i], self._factors[0])
+        self._exchange.run([gradients[i] for i in self._indices], self._update)
         if isinstance(self._pieces, VirtualPartition):
             self._bytes_gathered += self._pieces.complete(self.exchange_dtype, self.bucket_elements)
 
-    def _advance(self, piece: Slice, gradient: Tensor, factor: float) -> Tensor:
-        """Take the clipped gradient into the momentum; returns what is to be orthogonalized, in the gradient's place
-        where that is fp32."""
+    def _advance(self, piece: Slice, gradient: Tensor, factor: float) -> None:
+        """Take the clipped gradient into the momentum, and put what is to be orthogonalized in the gradient's place."""
         state = self.state[piece.tensor]
         shared = isinstance(self._pieces, VirtualPartition)  # then the tensor is whole, and this piece all that we keep
         if "momentum_buffer" not in state:
@@ -141,7 +136,7 @@ class DistributedMuon(TwoPhaseAdamW):
         if factor != 1.0:
             value.mul_(factor)
         momentum.lerp_(value, 1 - self.momentum)
-        return value.lerp_(momentum, self.momentum) if self.nesterov else value.copy_(momentum)
+        gradient.copy_(value.lerp_(momentum, self.momentum) if self.nesterov else momentum)
 
     def _update(self, batch: Tensor) -> Tensor:
         """[batch, rows, cols] of momentum to scaled updates."""

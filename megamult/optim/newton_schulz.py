@@ -175,6 +175,12 @@ def flops(rows: int, cols: int, steps: int, form: Form | None = None) -> int:
     return sum(symmetric * large + dense + symmetric * small * (run + (run - 1) + 2 * (run - 1)) for run in runs)
 
 
+def workspace(rows: int, cols: int) -> int:
+    """Elements that :func:`orthogonalize` needs beside its input at most: X before and after a step, and on the small
+    side R, Z, Q and a product."""
+    return 2 * rows * cols + 4 * min(rows, cols) ** 2
+
+
 def cheaper_form(rows: int, cols: int, steps: int) -> Form:
     """Which form takes fewer FLOPs."""
     standard, gram = (flops(rows, cols, steps, form) for form in ("standard", "gram"))

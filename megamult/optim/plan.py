@@ -6,6 +6,7 @@ Each logical matrix has one owner in the data-parallel x tensor-parallel grid. R
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from megamult.optim.newton_schulz import flops
+from megamult.optim.newton_schulz import flops, workspace
 from megamult.rectangles import Rectangle, rectangles
 from megamult.zero.slices import Cut
 
@@ -91,20 +92,24 @@ class Plan:
 
     @cached_property
     def temporary(self) -> NDArray[np.int64]:
-        """[ranks]: most elements that exchange buffers and assembled matrices take at once.
+        """[ranks]: most elements that are there at once beside momentum and gradients.
 
-        While bucket k is computed its matrices and their result are there, k + 1 is arriving (sent and received
-        buffers) and k - 1 is going back.
+        While bucket k is computed there are its matrices or their results, and what Newton-Schulz needs for the
+        largest batch; k + 1 is arriving (sent and received buffers) and k - 1 is going back.
         """
         count = len(self.buckets)
         owned = np.zeros((count, self.ranks), dtype=np.int64)
+        work = np.zeros((count, self.ranks), dtype=np.int64)
         traffic = np.zeros((count + 2, self.ranks), dtype=np.int64)
         for k, bucket in enumerate(self.buckets):
-            np.add.at(owned[k], [self.owners[i] for i in bucket], [self.matrices[i].numel for i in bucket])
+            batches = Counter((self.owners[i], self.matrices[i].rows, self.matrices[i].cols) for i in bucket)
+            for (owner, rows, cols), size in batches.items():
+                owned[k, owner] += size * rows * cols
+                work[k, owner] = max(work[k, owner], size * workspace(rows, cols))
             traffic[k + 1] = sum(self._traffic(bucket))
         if not count:
             return np.zeros(self.ranks, dtype=np.int64)
-        return (2 * owned + traffic[:-2] + traffic[1:-1] + traffic[2:]).max(axis=0)
+        return (owned + work + traffic[:-2] + traffic[1:-1] + traffic[2:]).max(axis=0)
 
     def _traffic(self, bucket: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """[ranks] each: elements that a rank sends to other owners, and that it receives as an owner."""
