@@ -104,7 +104,7 @@ def grid() -> Grid:
     """Where this process is; one process without torch.distributed is a grid of its own.
 
     Raises:
-        RuntimeError: Megatron's groups are not laid out data-parallel x tensor-parallel alone.
+        ValueError: Megatron's groups are not laid out data-parallel x tensor-parallel alone.
     """
     if not torch.distributed.is_initialized():
         return Grid(0, 1, 0, 1)
@@ -115,7 +115,7 @@ def grid() -> Grid:
     found = Grid(data.rank(), data.size(), tensor.rank(), tensor.size())
     world = (torch.distributed.get_rank(), torch.distributed.get_world_size())
     if (found.rank, found.size) != world:
-        raise RuntimeError(
+        raise ValueError(
             f"rank {world[0]} of {world[1]} is data-parallel rank {data.rank()} of {data.size()} and tensor-parallel "
             f"rank {tensor.rank()} of {tensor.size()}: megamult knows data x tensor parallelism in Megatron's order; "
             "leave pipeline, context and expert parallelism at 1"

@@ -46,6 +46,8 @@ class Case:
     recompute: bool = False
     optimizer: str = "adamw"
     dtype: str = "fp32"
+    sub_group_size: int | None = None
+    """Elements of a ZeRO 3 sub-group: DeepSpeed steps once for each."""
 
     @property
     def reference(self) -> Case:
@@ -91,6 +93,9 @@ class Case:
                 clip_grad_norm=0.5,
                 warmup_steps=2,
             ),
+            deepspeed=None
+            if self.sub_group_size is None
+            else {"zero_optimization": {"sub_group_size": self.sub_group_size}},
             parallel=ParallelConfig(tensor=self.tensor, sequence=self.sequence, zero_stage=self.zero),
             train=TrainConfig(
                 steps=self.steps,
@@ -110,6 +115,7 @@ class Outcome:
     initial: dict[str, Tensor] = field(default_factory=dict)
     records: list[dict[str, float]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
 
 
 class RandomSamples:
@@ -144,7 +150,8 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
         for tensors in (outcome.initial, outcome.tensors):
             if tensors is outcome.tensors:
                 outcome.records = [trainer.train_step() for _ in range(case.steps)]
-            tensors.update({name: tensor.cpu() for name, _, _, tensor in gather(engine.model, engine.partition)})
+            for name, layout, _, tensor in gather(engine.model, engine.partition):
+                tensors[name], outcome.kinds[name] = tensor.cpu(), layout.kind
         engine.deepspeed.destroy()
         outcomes.append(outcome if torch.distributed.get_rank() == 0 else Outcome())
     return outcomes

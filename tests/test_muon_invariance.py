@@ -13,7 +13,12 @@ import torch
 from megamult.optim.newton_schulz import scale
 from tests.invariance import LR, Case, Outcome, name_of, pairwise_cases, train
 
-CASES = pairwise_cases(("world", "tensor", "sequence", "zero", "accumulation"), optimizer="muon")
+CASES = [
+    *pairwise_cases(("world", "tensor", "sequence", "zero", "accumulation"), optimizer="muon"),
+    # Where ZeRO's cuts, straddling matrices and the joining of tensor-parallel shards meet.
+    Case(world=4, tensor=2, zero=2, optimizer="muon"),
+    Case(world=4, tensor=2, sequence=True, zero=3, accumulation=4, sub_group_size=10_000, optimizer="muon"),
+]
 BF16 = [
     Case(world=2, zero=1, optimizer="muon", dtype="bf16"),
     Case(world=2, zero=2, accumulation=4, optimizer="muon", dtype="bf16"),
@@ -28,20 +33,21 @@ RELATIVE = 1e-5
 SLOPE = 3.4445**5
 """By how much Newton-Schulz can enlarge a difference: a small singular value grows by 3.4445 in each of five steps."""
 
-INPUT = 5e-7
+INPUT = 6e-7
 """Relative difference of what is orthogonalized, between layouts: the gradient is a sum of some hundred terms of either
 sign in another order, 2^-24 x sqrt(100) of its size."""
 
 
-def bound(name: str, tensor: torch.Tensor, steps: int) -> float:
-    """What two layouts' full tensors may differ by in norm after `steps` steps at the rate LR.
+def bound(matrix: bool, tensor: torch.Tensor, steps: int) -> float:
+    """What two layouts' full tensors may differ by in norm after `steps` steps at the rate LR, to first order.
 
     Newton-Schulz maps matrices of Frobenius norm 1 with a Lipschitz constant of SLOPE at most, so each update differs
-    by lr x scale x SLOPE x INPUT in norm, and all of them by the sum. Everything else is AdamW's: as in
-    test_invariance.py.
+    by lr x scale x SLOPE x INPUT in norm, and all of them by the sum. That earlier differences change later gradients
+    is of second order and left out: few directions have the full slope, and a run uses a tenth of the bound.
+    Everything else is AdamW's: as in test_invariance.py.
     """
     others = RELATIVE * float(torch.linalg.vector_norm(tensor))
-    if tensor.ndim == 2 and "layers" in name:
+    if matrix:
         return others + steps * LR * scale(*tensor.shape, "match_rms_adamw") * SLOPE * INPUT
     return 4 * others  # 20 steps against 5
 
@@ -67,7 +73,7 @@ def test_every_full_parameter_is_that_of_one_process_after_20_steps(case: Case, 
     for name, reference in expected.items():
         difference = float(torch.linalg.vector_norm(actual[name] - reference))
         worst = max(worst, difference / float(torch.linalg.vector_norm(reference)))
-        assert difference <= bound(name, reference, case.steps), name
+        assert difference <= bound(outcomes[case].kinds[name] == "matrix", reference, case.steps), name
     print(f"{name_of(case)}: largest relative difference {worst:.1e}")
 
 
@@ -77,7 +83,7 @@ def test_a_wrong_update_would_exceed_the_bound(outcomes: dict[Case, Outcome]) ->
         outcome = outcomes[case]
         for name, tensor in outcome.tensors.items():
             moved = float(torch.linalg.vector_norm(tensor - outcome.initial[name]))
-            assert moved > 50 * bound(name, tensor, case.steps), name
+            assert moved > 50 * bound(outcome.kinds[name] == "matrix", tensor, case.steps), name
 
 
 @pytest.mark.parametrize("case", BF16, ids=name_of)

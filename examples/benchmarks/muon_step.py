@@ -53,6 +53,7 @@ def count_collectives() -> None:
         return (sent.numel() - own) * sent.element_size()
 
     sent: dict[str, Callable[[int, dict[str, Any]], float]] = {
+        "reduce": lambda n, given: size(given["tensor"]) * (n - 1) / n,
         "all_reduce": lambda n, given: 2 * size(given["tensor"]) * (n - 1) / n,
         "broadcast": lambda n, given: size(given["tensor"]) * (n - 1) / n,
         "all_gather": lambda n, given: size(given["tensor"]) * (n - 1),
@@ -137,6 +138,8 @@ class Contestant:
         else:
             for parameter in self.model.parameters():
                 parameter.use_muon = layout_of(parameter).kind == "matrix"  # type: ignore[attr-defined]
+            # Its Muon refuses to run at ZeRO 3 otherwise.
+            settings["zero_optimization"]["reduce_scatter"] = arguments.zero_stage != 3
             settings["optimizer"] = {
                 "type": "muon",
                 "params": {
@@ -381,7 +384,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16 if cuda else 4, help="transformer layers")
     parser.add_argument("--groups", type=int, default=8 if cuda else None, help="query groups; default: one per head")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
-    parser.add_argument("--zero_stage", type=int, default=1, choices=(1, 2), help="of DeepSpeed")
+    parser.add_argument("--zero_stage", type=int, default=1, choices=(1, 2, 3), help="of DeepSpeed")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if cuda else "fp32", help="of the model")
     parser.add_argument(
         "--ns_dtype",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megamult import parallel
 from megamult.layout import Layout, named_layouts
+from megamult.rectangles import rectangles
 from megamult.zero.slices import Partition, Slice
 
 
@@ -30,35 +31,28 @@ def gather(
         select: which parameters; the same on every rank.
 
     Yields:
-        (logical name, layout, index of the part, tensor): the tensor is complete on global rank 0 alone. One tensor
-        exists at a time.
+        (logical name, layout, index of the part, tensor): the tensor is complete on global rank 0 alone. The tensors
+        of one parameter exist at a time.
     """
     pieces: dict[str, list[tuple[Slice, int]]] = defaultdict(list)
     for i, piece in enumerate(partition.slices):
         pieces[piece.name].append((piece, i))
-    tp_rank, tp_size = parallel.tensor_group().rank(), parallel.tensor_group().size()
-    replica = not partition.sharded and parallel.data_group().rank() != 0
+    grid = parallel.grid()
+    replica = not partition.sharded and grid.data_rank != 0
     for name, parameter, layout in named_layouts(model):
         if not select(layout):
             continue
-        shape = layout.local_shape(tp_size)
-        local = torch.zeros(torch.Size(shape).numel(), device=parameter.device)
-        if layout.counted_on(tp_rank) and not replica:
-            for piece, i in pieces[name]:
-                source = piece.master if value is None else value(i)
-                local[piece.start : piece.start + piece.length] = source
-        local = local.view(shape)
-        first, columns = layout.local_columns(tp_rank, tp_size) if len(shape) == 2 else (0, 0)
+        full = [torch.zeros(part.shape, device=parameter.device) for part in layout.parts]
+        for piece, i in pieces[name] if layout.counted_on(grid.tensor_rank) and not replica else ():
+            source = piece.master if value is None else value(i)
+            for r in rectangles(layout, grid.tensor_rank, grid.tensor_size, piece.start, piece.length):
+                target = full[r.part] if full[r.part].ndim == 2 else full[r.part][:, None]
+                elements = source[r.offset : r.offset + r.numel].view(r.height, r.width)
+                target[r.row : r.row + r.height, r.col : r.col + r.width] = elements
         for index, part in enumerate(layout.parts):
-            full = torch.zeros(part.shape, device=parameter.device)
-            target = full[:, first : first + columns] if len(shape) == 2 else full
-            for run in layout.local_runs(tp_rank, tp_size):
-                if run.part == index:
-                    rows = slice(run.part_start, run.part_start + run.length)
-                    target[rows] = local[run.start : run.start + run.length]
             # Every element is held by one rank, all others add zero: the sum is exact.
-            torch.distributed.reduce(full, dst=0)
-            yield layout.logical_name(name, part), layout, index, full
+            torch.distributed.reduce(full[index], dst=0)
+            yield layout.logical_name(name, part), layout, index, full[index]
 
 
 def save_logical(model: torch.nn.Module, partition: Partition, path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from megamult import device, parallel
 from megamult.layout import has_layout, names_of
@@ -24,11 +25,14 @@ from megamult.zero.slices import Partition
 from megamult.zero.whole import WholePartition
 
 
-class TwoPhaseAdamW(torch.optim.AdamW):
+class TwoPhaseAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) with global clipping that leaves multipliers out.
 
     The kernels are torch's fused ones, on CUDA and on the CPU, which count steps per parameter. NVIDIA Apex's
     FusedAdam counts per group, and ZeRO 3, calling `step` once per sub-group, would advance it several times.
+
+    Outside DeepSpeed gradients must be averaged over data-parallel ranks before `step`, in `.grad` or in `main_grad`,
+    where Megatron's DistributedDataParallel leaves them.
 
     Args:
         groups: from :func:`megamult.param_groups`.
@@ -43,7 +47,7 @@ class TwoPhaseAdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: a group without kind, with parameters of another kind or of several dtypes; a parameter without
-            layout, or in no group.
+            layout, of another shape than its layout says, or in no group.
     """
 
     def __init__(
@@ -56,11 +60,11 @@ class TwoPhaseAdamW(torch.optim.AdamW):
         clip_multipliers: bool = False,
         model: torch.nn.Module | None = None,
     ) -> None:
-        groups = list(groups)
+        groups = [{**group, "params": list(group["params"])} for group in groups]
         self._names = {} if model is None else names_of(model)
-        check_groups(groups, self._names)
+        check_groups(groups, self._names, parallel.grid().tensor_size)
         check_complete(groups, self._names)
-        super().__init__(groups, betas=betas, eps=eps, fused=True)
+        super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True})
         self.clip_grad_norm = clip_grad_norm
         self.clip_multipliers = clip_multipliers
         self.norms: Norms | None = None
@@ -70,6 +74,12 @@ class TwoPhaseAdamW(torch.optim.AdamW):
         self._paused = False
         self._driven = False  # someone else calls prepare
         self._whole: WholePartition | None = None
+        self._prepared: Partition | None = None
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Over everything but multipliers, of the last prepared gradients before clipping."""
+        return None if self.norms is None else self.norms.main
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -105,34 +115,51 @@ class TwoPhaseAdamW(torch.optim.AdamW):
             clip_factor(main, self.clip_grad_norm),
             clip_factor(multipliers, self.clip_grad_norm) if self.clip_multipliers else 1.0,
         )
+        self._prepared = partition
 
     def finish(self) -> None:
         """Forget what `prepare` decided: the next step must be prepared again."""
         self._factors = None
+        if self._prepared is not None:
+            self._prepared.release()
+            self._prepared = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Apply what was prepared to the groups that hold gradients now; outside DeepSpeed prepare it first.
+
+        Args:
+            closure: as torch's: computes gradients, returns the loss.
 
         Raises:
             RuntimeError: DeepSpeed calls, and `prepare` was not called for this step.
         """
         if self._paused:
-            return
+            return None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         alone = self._factors is None
         if alone:
             self.prepare(self._own_partition())
         if not self._skip:
-            self._apply()
+            for group in self.param_groups:
+                # At ZeRO 3 all groups but the current sub-group's are empty.
+                parameters = [p for p in group["params"] if p.grad is not None]
+                if parameters:
+                    self._update_group(group, parameters)
         if alone:
             self.finish()
+        return loss
 
     def _own_partition(self) -> WholePartition:
         parameters = [p for group in self.param_groups for p in group["params"]]
         if self._driven or not all(has_layout(p) for p in parameters):
             raise RuntimeError(
-                "step() without prepare(): call megamult.zero.attach.attach(engine, optimizer) after "
-                "deepspeed.initialize, or prepare(WholePartition(...)) yourself"
+                "step() without prepare(), on parameters that someone else keeps: under DeepSpeed call "
+                "megamult.zero.attach.attach(engine, optimizer) after deepspeed.initialize; in a loop of your own give "
+                "the optimizer the model's own parameters"
             )
         if self._whole is None or len(self._whole.slices) != len(parameters):
             numbered = {
@@ -143,15 +170,35 @@ class TwoPhaseAdamW(torch.optim.AdamW):
             self._whole = WholePartition(self.param_groups, numbered)
         return self._whole
 
-    def _apply(self) -> None:
-        """One update of the groups that hold gradients now."""
+    def _update_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """One AdamW update of these parameters of a group, clipped."""
         assert self._factors is not None
-        for group in self.param_groups:
-            factor = self._factors[group["kind"] == "multiplier"]
-            gradients = [p.grad for p in group["params"] if p.grad is not None]
-            if gradients and factor != 1.0:  # at ZeRO 3 all groups but the current sub-group's are empty
-                torch._foreach_mul_(gradients, factor)
-        super().step()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        factor = self._factors[group["kind"] == "multiplier"]
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        states = [self.state[p] for p in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if "step" not in state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        adamw(
+            parameters,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult import parallel
+from megamult import device, parallel
 from megamult.layout import Layout
 from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.optim.exchange import Exchange
 from megamult.optim.newton_schulz import coefficients, orthogonalize, scale
 from megamult.optim.plan import BUCKET_ELEMENTS, Plan, make_plan
 from megamult.zero.slices import Partition, Slice
-from megamult.zero.virtual import VirtualPartition
+from megamult.zero.virtual import kept_once
 
 
 class DistributedMuon(TwoPhaseAdamW):
@@ -28,10 +28,11 @@ class DistributedMuon(TwoPhaseAdamW):
         U <- Newton-Schulz(momentum M + (1 - momentum) G) * scale   whole, on the matrix's owner
         W <- W - lr (weight_decay W + U)                            elementwise, on this rank's slices
 
-    `prepare` does all but the last line, for all groups at once, and leaves U where the gradient was. Slices of M
-    travel to the owners and slices of U back, one all-to-all each; owners are spread over the data-parallel x
-    tensor-parallel grid by Newton-Schulz FLOPs (:mod:`megamult.optim.plan`). The momentum is fp32, sharded like the
-    ZeRO partition; at ZeRO 0 the data-parallel ranks share it out evenly and all-gather U.
+    `prepare` does all but the last line, for all groups at once, and leaves U where the gradient was (in the gradient's
+    dtype). Slices of what is orthogonalized travel to the owners and slices of U back, one all-to-all each; owners are
+    spread over the data-parallel x tensor-parallel grid by Newton-Schulz FLOPs (:mod:`megamult.optim.plan`). The
+    momentum is fp32, sharded like the ZeRO partition; at ZeRO 0 and outside DeepSpeed the data-parallel ranks share it
+    out evenly and all-gather U: each rank's `state_dict` then holds its own share, and loads on that rank alone.
 
     Args:
         groups: from :func:`megamult.param_groups`.
@@ -39,8 +40,8 @@ class DistributedMuon(TwoPhaseAdamW):
         nesterov: False: orthogonalize M itself.
         ns_steps: Newton-Schulz steps.
         ns_coefficients: quintic or polar_express.
-        ns_dtype: that Newton-Schulz computes in; None: fp32 for fp32 matrices, else bf16.
-        exchange_dtype: that M and U travel in; None: likewise.
+        ns_dtype: that Newton-Schulz computes in, fp32, bf16 or fp16; None: fp32 if the model's matrices are, else bf16.
+        exchange_dtype: that pieces travel in, fp32 or bf16; None: likewise.
         update_scale: match_rms_adamw, 0.2 sqrt(max(out, in)): learning rate and weight decay of AdamW carry over; or
             spectral, sqrt(out / in).
         bucket_elements: of the matrices that one owner takes from one exchange; bounds temporary memory.
@@ -70,13 +71,17 @@ class DistributedMuon(TwoPhaseAdamW):
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}: it must be in [0, 1)")
+        for key, dtype, known in (
+            ("ns_dtype", ns_dtype, (None, torch.float32, torch.bfloat16, torch.float16)),
+            ("exchange_dtype", exchange_dtype, (None, torch.float32, torch.bfloat16)),
+        ):
+            if dtype not in known:
+                raise ValueError(f"{key} is {dtype}: use one of {', '.join(map(str, known))}")
         scale(1, 1, update_scale)
         self._steps = coefficients(ns_coefficients, ns_steps)
         super().__init__(groups, **adamw)
-        matrices = [p for group in self.param_groups if group["kind"] == "matrix" for p in group["params"]]
-        full = torch.float32 if all(p.dtype == torch.float32 for p in matrices) else torch.bfloat16
         self.momentum, self.nesterov, self.update_scale = momentum, nesterov, update_scale
-        self.ns_dtype, self.exchange_dtype = ns_dtype or full, exchange_dtype or full
+        self.ns_dtype, self.exchange_dtype = ns_dtype, exchange_dtype
         self.bucket_elements = bucket_elements
         self.plan: Plan | None = None
         self._bytes_gathered = 0
@@ -97,14 +102,15 @@ class DistributedMuon(TwoPhaseAdamW):
 
     def _plan(self, partition: Partition) -> None:
         grid = parallel.grid()
-        pieces = partition if partition.sharded else VirtualPartition(partition, _is_matrix)
+        pieces = kept_once(partition, _is_matrix)
         cuts = [cut for cut in pieces.cuts if _is_matrix(cut.layout)]
         indices = [i for i, piece in enumerate(pieces.slices) if _is_matrix(piece.layout)]
         index_of = {pieces.slices[i].name: k for k, i in enumerate(indices)}
         plan = make_plan(cuts, grid.tensor_size, len(self._steps), self.bucket_elements)
         slice_of_cut = {c: index_of[cut.name] for c, cut in enumerate(cuts) if cut.name in index_of}
-        device = partition.slices[0].tensor.device if partition.slices else torch.device("cpu")
-        self._exchange = Exchange(plan, grid.rank, slice_of_cut, self.exchange_dtype, device)
+        auto = torch.float32 if all(cut.dtype == torch.float32 for cut in cuts) else torch.bfloat16
+        self.ns_dtype, self.exchange_dtype = self.ns_dtype or auto, self.exchange_dtype or auto
+        self._exchange = Exchange(plan, grid.rank, slice_of_cut, self.exchange_dtype, device.local_device())
         self._partition, self._pieces, self._indices, self.plan = partition, pieces, indices, plan
 
     @torch.no_grad()
@@ -116,47 +122,61 @@ class DistributedMuon(TwoPhaseAdamW):
         if self._skip:
             return
         assert self._factors is not None and self._pieces is not None and self._exchange is not None
+        assert self.exchange_dtype is not None
         gradients = self._pieces.gradients()
         for i in self._indices:
             self._advance(self._pieces.slices[i], gradients[i], self._factors[0])
         self._exchange.run([gradients[i] for i in self._indices], self._update)
-        if isinstance(self._pieces, VirtualPartition):
-            self._bytes_gathered += self._pieces.complete(self.exchange_dtype, self.bucket_elements)
+        self._bytes_gathered += self._pieces.complete(self.exchange_dtype, self.bucket_elements)
 
     def _advance(self, piece: Slice, gradient: Tensor, factor: float) -> None:
         """Take the clipped gradient into the momentum, and put what is to be orthogonalized in the gradient's place."""
-        state = self.state[piece.tensor]
-        shared = isinstance(self._pieces, VirtualPartition)  # then the tensor is whole, and this piece all that we keep
-        if "momentum_buffer" not in state:
-            size = piece.length if shared else piece.tensor.numel()
-            state["momentum_buffer"] = torch.zeros(size, dtype=torch.float32, device=piece.tensor.device)
-        offset = 0 if shared else piece.offset
-        momentum = state["momentum_buffer"][offset : offset + piece.length]
+        momentum = self._momentum(piece)
         value = gradient.float()
         if factor != 1.0:
             value.mul_(factor)
         momentum.lerp_(value, 1 - self.momentum)
         gradient.copy_(value.lerp_(momentum, self.momentum) if self.nesterov else momentum)
 
+    def _momentum(self, piece: Slice) -> Tensor:
+        """[length] view of the momentum of a slice; zeros at first."""
+        state, (offset, size) = self.state[piece.tensor], piece.kept
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros(size, dtype=torch.float32, device=piece.tensor.device)
+            if piece.shared:
+                state["momentum_interval"] = (piece.start, piece.length)
+        elif piece.shared and tuple(state["momentum_interval"]) != (piece.start, piece.length):
+            start, length = state["momentum_interval"]
+            raise RuntimeError(
+                f"the momentum loaded for {piece.name} is that of elements [{start}:{start + length}], and this rank's "
+                f"share is [{piece.start}:{piece.start + piece.length}]: load on each rank the state_dict that it saved"
+            )
+        return state["momentum_buffer"][offset : offset + piece.length]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which would cast the momentum to the parameters' dtype: it stays fp32."""
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, parameter in zip(saved, parameters, strict=True):
+            momentum = state_dict["state"].get(index, {}).get("momentum_buffer")
+            if momentum is not None:
+                copy = momentum.detach().to(parameter.device, torch.float32, copy=True)
+                self.state[parameter]["momentum_buffer"] = copy
+
     def _update(self, batch: Tensor) -> Tensor:
         """[batch, rows, cols] of momentum to scaled updates."""
         rows, cols = batch.shape[1:]
+        assert self.ns_dtype is not None
         update = orthogonalize(batch, self._steps, self.ns_dtype)
         return update.mul_(scale(rows, cols, self.update_scale))
 
-    def _apply(self) -> None:
-        groups = self.param_groups
-        for group in groups:
-            if group["kind"] == "matrix":
-                for parameter in group["params"]:
-                    if parameter.grad is not None:  # at ZeRO 3 all groups but the current sub-group's are empty
-                        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                        parameter.add_(parameter.grad, alpha=-group["lr"])
-        self.param_groups = [group for group in groups if group["kind"] != "matrix"]
-        try:
-            super()._apply()
-        finally:
-            self.param_groups = groups
+    def _update_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        if group["kind"] != "matrix":
+            super()._update_group(group, parameters)
+            return
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, [p.grad for p in parameters if p.grad is not None], alpha=-group["lr"])
 
 
 def _is_matrix(layout: Layout) -> bool:

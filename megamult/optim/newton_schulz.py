@@ -80,20 +80,21 @@ def orthogonalize(matrices: Tensor, steps: Coefficients, dtype: torch.dtype, for
     Args:
         matrices: [..., rows, cols], any floating dtype; not changed.
         steps: from :func:`coefficients`.
-        dtype: that the products are computed in: fp32, bf16 or (gram form) fp16.
+        dtype: that the products are computed in: fp32, bf16 or fp16.
         form: standard or gram; None: what takes fewer FLOPs at this shape.
 
     Returns:
         [..., rows, cols] in `dtype`. A zero matrix gives zeros.
     """
     rows, cols = matrices.shape[-2:]
-    x = matrices.reshape(-1, rows, cols)
-    x = x if x.dtype == torch.float64 else x.float()
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    tall = rows > cols
+    given = matrices.reshape(-1, rows, cols)
+    wide = torch.float64 if given.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(given, dim=(-2, -1), keepdim=True, dtype=wide)
     # Divided in fp32, before the cast: fp16 holds neither large nor small matrices. The clamp, torch.optim.Muon's too,
     # keeps a zero matrix zero.
-    x = (x / norm.clamp(min=1e-7)).to(dtype)
+    x = torch.empty(given.shape, dtype=dtype, device=given.device)
+    torch.div(given, norm.clamp(min=1e-7), out=x)
+    tall = rows > cols
     x = x.mT.contiguous() if tall else x
     if (form or cheaper_form(rows, cols, len(steps))) == "gram":
         x = _gram(x, steps)

@@ -56,12 +56,13 @@ def param_groups(
     ]
 
 
-def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Parameter, str]) -> None:
+def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Parameter, str], tp_size: int) -> None:
     """What our optimizers rely on: kinds stated and true, one dtype per group.
 
     Args:
         groups: as a user gives them, before ZeRO replaces their parameters.
         names: of parameters, for messages; those of groups are numbered where a name is missing.
+        tp_size: tensor-parallel size.
 
     Raises:
         ValueError: fact, value, remedy.
@@ -86,6 +87,22 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
                 raise ValueError(
                     f"{name} is of kind matrix with the logical shape {shapes}: a matrix has two dimensions; give its "
                     "layout the kind norm or multiplier"
+                )
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 leaves the shape (0,)
+            if shape != layout.local_shape(tp_size):
+                raise ValueError(
+                    f"{name} has the shape {shape}, and its layout at tensor parallel {tp_size} says "
+                    f"{layout.local_shape(tp_size)}: attach the layout that it has"
+                )
+            if kind == "matrix" and sum(run.length for run in layout.runs) != layout.shape[0]:
+                raise ValueError(
+                    f"{name} is of kind matrix with {layout.shape[0]} rows, of which its logical matrices cover "
+                    f"{sum(run.length for run in layout.runs)}: it has no padding; give the rest a part of its own"
+                )
+            if kind == "matrix" and layout.tp_dim is None and tp_size > 1:
+                raise ValueError(
+                    f"{name} is of kind matrix and replicated over {tp_size} tensor-parallel ranks, which would "
+                    "orthogonalize it in each: shard it, or use tensor parallel 1"
                 )
             if parameter.dtype != parameters[0].dtype:
                 first = names.get(parameters[0], f"param_groups[{g}]['params'][0]")

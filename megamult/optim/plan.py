@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -19,7 +19,7 @@ from megamult.rectangles import Rectangle, rectangles
 from megamult.zero.slices import Cut
 
 BUCKET_ELEMENTS = 2**25
-"""Elements of matrices that one owner takes from one exchange (64 MiB in bf16), unless one matrix is larger."""
+"""Elements that one rank takes as an owner, or sends to owners, in one exchange (64 MiB in bf16)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Plan:
     owners: tuple[int, ...]
     """Rank of each matrix."""
     buckets: tuple[tuple[int, ...], ...]
-    """Matrices by exchange: every owner's share of a bucket is bounded, and ordered by shape."""
+    """Matrices by exchange: what any rank takes as an owner and what it sends to owners is bounded in each."""
+    held: NDArray[np.int64] = field(compare=False)
+    """[matrices, ranks]: how many elements of each matrix each rank holds."""
 
     @property
     def ranks(self) -> int:
@@ -68,11 +70,6 @@ class Plan:
         for rectangle in rectangles(cut.layout, tp_rank, self.tp_size, start, length) if length else ():
             if rectangle.part == where.part:
                 yield where.cut, rectangle
-
-    @cached_property
-    def held(self) -> NDArray[np.int64]:
-        """[matrices, ranks]: how many elements of each matrix each rank holds."""
-        return held_elements(self.cuts, self.matrices, self.tp_size)
 
     @cached_property
     def loads(self) -> NDArray[np.int64]:
@@ -133,11 +130,12 @@ def make_plan(cuts: Sequence[Cut], tp_size: int, steps: int, bucket_elements: in
         bucket_elements: see :data:`BUCKET_ELEMENTS`.
     """
     matrices = tuple(Matrix(i, p, *part.shape) for i, cut in enumerate(cuts) for p, part in enumerate(cut.layout.parts))
-    costs = [flops(m.rows, m.cols, steps) for m in matrices]
-    owners = assign(costs, held_elements(cuts, matrices, tp_size)) if matrices else []
-    return Plan(
-        tuple(cuts), tp_size, steps, matrices, tuple(owners), tuple(_buckets(matrices, owners, bucket_elements))
-    )
+    if not matrices:
+        return Plan((), tp_size, steps, (), (), (), np.zeros((0, tp_size), dtype=np.int64))
+    held = held_elements(cuts, matrices, tp_size)
+    owners = assign([flops(m.rows, m.cols, steps) for m in matrices], held)
+    buckets = _buckets(matrices, owners, held, bucket_elements)
+    return Plan(tuple(cuts), tp_size, steps, matrices, tuple(owners), tuple(buckets), held)
 
 
 def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
@@ -192,18 +190,30 @@ def lower_bound(costs: Sequence[int], ranks: int) -> int:
     return best
 
 
-def _buckets(matrices: Sequence[Matrix], owners: Sequence[int], bucket_elements: int) -> list[tuple[int, ...]]:
+def _buckets(
+    matrices: Sequence[Matrix], owners: Sequence[int], held: NDArray[np.int64], bucket_elements: int
+) -> list[tuple[int, ...]]:
+    """Matrices in exchanges. No rank owns, and none sends, more than `bucket_elements` in one, unless a single matrix
+    (of those that it owns, or of those that it sends pieces of) is larger than that."""
     queues: dict[int, list[int]] = {}
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].rows, i)):
         queues.setdefault(owners[i], []).append(i)
-    buckets: list[list[int]] = []
-    for owner in sorted(queues):
-        bucket, filled = -1, bucket_elements
-        for i in queues[owner]:
-            if filled + matrices[i].numel > bucket_elements:
-                bucket, filled = bucket + 1, 0
-            if bucket == len(buckets):
-                buckets.append([])
-            buckets[bucket].append(i)
-            filled += matrices[i].numel
-    return [tuple(bucket) for bucket in buckets]
+    buckets: list[tuple[int, ...]] = []
+    while any(queues.values()):
+        bucket: list[int] = []
+        sent = np.zeros(held.shape[1], dtype=np.int64)
+        for owner, queue in sorted(queues.items()):
+            taken, left = 0, []
+            for i in queue:
+                out = held[i].copy()
+                out[owner] = 0
+                fits = taken == 0 or taken + matrices[i].numel <= bucket_elements
+                if fits and bool(((sent + out <= bucket_elements) | (sent == 0) | (out == 0)).all()):
+                    bucket.append(i)
+                    taken += matrices[i].numel
+                    sent += out
+                else:
+                    left.append(i)
+            queues[owner] = left
+        buckets.append(tuple(bucket))
+    return buckets

@@ -66,7 +66,7 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     overrides = config.deepspeed_overrides()
-    for key in ("optimizer", "scheduler", "fp16"):
+    for key in ("optimizer", "scheduler", "fp16", "torch_autocast"):
         if key in overrides:
             raise ValueError(
                 f"deepspeed.{key} is set: megamult decides it (optimizer.*, train.dtype); remove it from deepspeed"

@@ -26,6 +26,10 @@ class TwoPhase(Protocol):
 
     param_groups: list[dict[str, Any]]
 
+    @property
+    def gradient_norm(self) -> float | None:
+        """Of the last prepared gradients, before clipping."""
+
     def bind(self, partition: Partition) -> None:
         """Once, after the partition was checked."""
 
@@ -92,6 +96,10 @@ def attach(engine: Any, optimizer: TwoPhase) -> Partition:
             return deepspeed_step(*args, **kwargs)
         finally:
             optimizer.finish()
+            # DeepSpeed took the norm of what `prepare` left in the gradients' place; engine.get_global_grad_norm()
+            # shall answer with the gradients' own.
+            if hasattr(engine.optimizer, "_global_grad_norm"):
+                engine.optimizer._global_grad_norm = optimizer.gradient_norm
 
     engine.optimizer.step = step
     return partition

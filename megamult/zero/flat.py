@@ -42,6 +42,7 @@ class FlatPartition(Partition):
                 name,
                 layout_of(parameter, name),
                 flat_intervals(offset, parameter.numel(), size, process_group.size()),
+                parameter.dtype,
             )
             self.cuts.append(cut)
             self._parameters[name] = parameter
@@ -86,6 +87,12 @@ class Zero12Partition(FlatPartition):
                     tensors[i] = tensor = tensor.contiguous()
                 tiles[group][position] = tensor.view(-1)
                 position += tensor.numel()
+            size = self._zero.single_partition_of_fp32_groups[group].numel()
+            if position != size:
+                raise RuntimeError(
+                    f"DeepSpeed's gradients of param group {group} have {position} elements and its partition {size}: "
+                    "this version lays them out differently; install the version in constraints.txt"
+                )
         gradients = []
         for piece, (group, position) in zip(self.slices, self._places, strict=True):
             begin = max(p for p in tiles[group] if p <= position)

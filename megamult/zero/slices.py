@@ -19,6 +19,8 @@ class Cut:
     layout: Layout
     intervals: tuple[tuple[int, int], ...]
     """(start, length) in the flattened tensor-parallel shard, by data-parallel rank; length 0: holds nothing."""
+    dtype: torch.dtype = torch.float32
+    """Of the model's parameter."""
 
 
 def flat_intervals(offset: int, numel: int, partition_size: int, ranks: int) -> tuple[tuple[int, int], ...]:
@@ -50,6 +52,14 @@ class Slice:
     """Where the slice begins in the flattened `tensor`."""
     source: Tensor
     """[length] view of the model's own values of the same elements, in the model's dtype."""
+    shared: bool = False
+    """All data-parallel ranks hold `tensor` whole, and this slice is this rank's share of it."""
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """(offset, size): where in a buffer of which size this rank keeps state that is kept once over data-parallel
+        ranks. As `tensor` itself where ZeRO cuts that; this slice alone where it is shared."""
+        return (0, self.length) if self.shared else (self.offset, self.tensor.numel())
 
     @property
     def master(self) -> Tensor:
@@ -76,6 +86,13 @@ class Partition(ABC):
         Valid between the backward pass of the last micro-batch and DeepSpeed's `step`. They are views: writing to
         them changes what the optimizer will be given.
         """
+
+    def complete(self, dtype: torch.dtype, bucket_elements: int) -> int:
+        """Bring gradients that one rank has changed to all that hold them; returns the bytes that this rank sent."""
+        return 0
+
+    def release(self) -> None:  # noqa: B027
+        """The step is done: undo what `gradients` arranged."""
 
     def read_back(self, piece: Slice) -> Tensor | None:
         """The masters of the slice as DeepSpeed's own accessor finds them; None: DeepSpeed has none here."""

@@ -12,6 +12,11 @@ from megamult.layout import Layout
 from megamult.zero.slices import Cut, Partition, Slice, even_intervals
 
 
+def kept_once(partition: Partition, select: Callable[[Layout], bool]) -> Partition:
+    """A partition in which one data-parallel rank holds each element of the selected parameters."""
+    return partition if partition.sharded else VirtualPartition(partition, select)
+
+
 class VirtualPartition(Partition):
     """An even cut over the data-parallel ranks of some parameters of an unsharded partition."""
 
@@ -25,12 +30,14 @@ class VirtualPartition(Partition):
         self._indices_here: list[int] = []
         for i in self._indices:
             piece = whole.slices[i]
-            cut = Cut(piece.name, piece.layout, even_intervals(piece.length, self._grid.data_size))
+            cut = Cut(piece.name, piece.layout, even_intervals(piece.length, self._grid.data_size), piece.source.dtype)
             self.cuts.append(cut)
             start, length = cut.intervals[self._grid.data_rank]
             if length:
                 source = piece.source[start : start + length]
-                self.slices.append(Slice(piece.name, piece.layout, start, length, piece.tensor, start, source))
+                self.slices.append(
+                    Slice(piece.name, piece.layout, start, length, piece.tensor, start, source, shared=True)
+                )
                 self._indices_here.append(i)
 
     def gradients(self) -> list[Tensor]:

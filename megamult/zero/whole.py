@@ -25,21 +25,46 @@ class WholePartition(Partition):
 
     def _build(self, pairs: list[tuple[Parameter, Tensor]], names: Mapping[Parameter, str]) -> None:
         self._parameters = [parameter for parameter, _ in pairs]
+        self._borrowed: list[Parameter] = []  # whose .grad is their main_grad
         self.slices, self.cuts = [], []
         for parameter, master in pairs:
             name = names[parameter]
             layout, numel = layout_of(parameter, name), parameter.numel()
             self.slices.append(Slice(name, layout, 0, numel, master, 0, parameter.detach().view(-1)))
-            self.cuts.append(Cut(name, layout, ((0, numel),) * parallel.grid().data_size))
+            self.cuts.append(Cut(name, layout, ((0, numel),) * parallel.grid().data_size, parameter.dtype))
 
     def gradients(self) -> list[Tensor]:
-        """The parameters' `.grad`; zeros where backward left none."""
-        for parameter in self._parameters:
-            if parameter.grad is None:
+        """The parameters' `.grad`, or Megatron DDP's `main_grad`; zeros where backward left none.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or one has another dtype than its parameter.
+        """
+        if all(p.grad is None and getattr(p, "main_grad", None) is None for p in self._parameters):
+            raise RuntimeError(
+                f"none of {len(self._parameters)} parameters has a gradient: call backward before step, and leave "
+                "gradients in .grad or main_grad"
+            )
+        for parameter, piece in zip(self._parameters, self.slices, strict=True):
+            main = getattr(parameter, "main_grad", None)
+            if parameter.grad is None and main is not None:
+                if main.dtype != parameter.dtype:
+                    raise RuntimeError(
+                        f"{piece.name} is {parameter.dtype} and its main_grad {main.dtype}: without DeepSpeed there "
+                        "are no fp32 masters; train in fp32, or let DeepSpeed wrap the optimizer"
+                    )
+                parameter.grad = main.view_as(parameter)
+                self._borrowed.append(parameter)
+            elif parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             elif not parameter.grad.is_contiguous():
                 parameter.grad = parameter.grad.contiguous()
         return [parameter.grad.view(-1) for parameter in self._parameters if parameter.grad is not None]
+
+    def release(self) -> None:
+        """Megatron's hooks add `.grad` to `main_grad`, and must not find the one in the other."""
+        for parameter in self._borrowed:
+            parameter.grad = None
+        self._borrowed.clear()
 
 
 class UnfusedPartition(WholePartition):

@@ -74,7 +74,8 @@ def exchange_figures(cases: list[Case]) -> list[dict[str, Any]]:
                 "momentum": sum(buffer.numel() for buffer in buffers),
                 "dtypes": {buffer.dtype for buffer in buffers},
                 "matrices": sum(matrix.numel for matrix in optimizer.plan.matrices),
-                "adam keys": {key for state in optimizer.state.values() for key in state if "momentum_buffer" in state},
+                "keys": {key for state in optimizer.state.values() for key in state if "momentum_buffer" in state},
+                "norms": (optimizer.norms.main, engine.deepspeed.get_global_grad_norm()),
             }
         )
         engine.deepspeed.destroy()
