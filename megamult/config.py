@@ -95,8 +95,9 @@ class ModelConfig:
 class MultipliersConfig:
     """Learnable multipliers (arXiv 2601.04890)."""
 
-    implementation: Literal["none", "layer"] = "layer"
-    """layer: explicit parameters in the layers; none: a plain model."""
+    implementation: Literal["none", "layer", "folded"] = "layer"
+    """layer: explicit parameters in the layers; folded: in the optimizer, the model holds effective weights and pays
+    nothing per micro-batch; none: a plain model."""
     placement: str | dict[str, str | list[str]] = "all"
     """all, symmetry_free, scalar (one per logical matrix), or a mapping from role to row, col, scalar or a list."""
     lr: float | None = None
@@ -299,6 +300,16 @@ class Config:
             "parallel.zero_stage 1, or accept it with train.grad_accum_dtype bf16",
         )
         tensor, model = self.parallel.tensor, self.model
+        _require(
+            not (
+                self.multipliers.implementation == "folded"
+                and model.tie_embeddings
+                and resolve(self.multipliers.placement).get("embedding")
+            ),
+            "model.tie_embeddings is true with multipliers.implementation folded and multipliers.placement "
+            f"{self.multipliers.placement!r}: the embedding's multipliers would reach the head too; set tie_embeddings "
+            "to false, or placement to a mapping without embedding",
+        )
         _require(
             not (self.parallel.sequence and tensor == 1),
             "parallel.sequence is true with parallel.tensor 1: sequences are sharded over tensor-parallel ranks; set "

@@ -46,6 +46,7 @@ class Case:
     recompute: bool = False
     optimizer: str = "adamw"
     dtype: str = "fp32"
+    implementation: str = "layer"
     sub_group_size: int | None = None
     """Elements of a ZeRO 3 sub-group: DeepSpeed steps once for each."""
 
@@ -83,7 +84,10 @@ class Case:
                 seq_length=24,
                 tie_embeddings=self.tied,
             ),
-            multipliers=MultipliersConfig(placement=PLACEMENTS[self.placement]),
+            multipliers=MultipliersConfig(
+                implementation=self.implementation,  # type: ignore[arg-type]
+                placement=PLACEMENTS[self.placement],
+            ),
             # eps: where a gradient vanishes, AdamW divides its rounding by its size. Elements here are of 1e-4 to
             # 1e-2, and sums in another order differ by about 1e-9; eps 1e-4 keeps that below 1e-5 of an update.
             optimizer=OptimizerConfig(
@@ -136,7 +140,7 @@ class RandomSamples:
 def run_cases(cases: list[Case]) -> list[Outcome]:
     """Train every case, one after the other, on this launch's processes. Complete on rank 0."""
     from megamult import parallel
-    from megamult.checkpoint.logical import gather
+    from megamult.checkpoint.logical import trained
     from megamult.train.engine import build
     from megamult.train.loop import Trainer
 
@@ -150,8 +154,8 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
         for tensors in (outcome.initial, outcome.tensors):
             if tensors is outcome.tensors:
                 outcome.records = [trainer.train_step() for _ in range(case.steps)]
-            for name, layout, _, tensor in gather(engine.model, engine.partition):
-                tensors[name], outcome.kinds[name] = tensor.cpu(), layout.kind
+            for item in trained(engine.model, engine.partition, engine.optimizer):
+                tensors[item.name], outcome.kinds[item.name] = item.tensor.cpu().clone(), item.kind
         engine.deepspeed.destroy()
         outcomes.append(outcome if torch.distributed.get_rank() == 0 else Outcome())
     return outcomes

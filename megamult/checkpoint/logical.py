@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megamult import parallel
-from megamult.layout import Layout, named_layouts
+from megamult.layout import Kind, Layout, Role, Side, named_layouts
 from megamult.rectangles import rectangles
 from megamult.zero.slices import Partition, Slice
 
@@ -55,20 +57,48 @@ def gather(
             yield layout.logical_name(name, part), layout, index, full[index]
 
 
-def save_logical(model: torch.nn.Module, partition: Partition, path: Path) -> None:
+@dataclass(frozen=True)
+class Logical:
+    """One logical tensor of a training run: a weight without its multipliers, or a vector of multipliers."""
+
+    name: str
+    kind: Kind
+    role: Role
+    side: Side | None
+    """Of a multiplier."""
+    tensor: Tensor
+    """Whole on global rank 0, fp32."""
+
+
+def trained(
+    model: torch.nn.Module, partition: Partition, optimizer: Any, kinds: Container[Kind] = get_args(Kind)
+) -> Iterator[Logical]:
+    """Every weight and multiplier, the same names and values whether multipliers are layers' or folded. Collective.
+
+    Args:
+        model, partition: as for :func:`gather`.
+        optimizer: ours.
+        kinds: which.
+    """
+    found = gather(
+        model, partition, lambda i: optimizer.weight(partition.slices[i]), lambda layout: layout.kind in kinds
+    )
+    for name, layout, part, full in found:
+        yield Logical(name, layout.kind, layout.parts[part].role, layout.side, full)
+    if optimizer.folded is not None and "multiplier" in kinds:
+        for vector, values in optimizer.folded.named():
+            yield Logical(vector.name, "multiplier", vector.role, vector.side, values)
+
+
+def save_logical(model: torch.nn.Module, partition: Partition, optimizer: Any, path: Path) -> None:
     """Write every logical weight and multiplier in fp32 to one safetensors file, from global rank 0. Collective."""
-    tensors = {name: tensor.cpu() for name, _, _, tensor in _on_rank_zero(gather(model, partition))}
-    if torch.distributed.get_rank() == 0:
+    keep = torch.distributed.get_rank() == 0
+    tensors = {}
+    for item in trained(model, partition, optimizer):
+        if keep:
+            tensors[item.name] = item.tensor.cpu().contiguous()
+    if keep:
         temporary = path.with_name(path.name + ".tmp")
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.rename(path)
     torch.distributed.barrier()
-
-
-def _on_rank_zero(
-    items: Iterator[tuple[str, Layout, int, Tensor]],
-) -> Iterator[tuple[str, Layout, int, Tensor]]:
-    keep = torch.distributed.get_rank() == 0
-    for item in items:
-        if keep:
-            yield item

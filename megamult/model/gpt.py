@@ -43,7 +43,7 @@ class GPT(GPTModel):
         generator = torch.Generator(device="cpu").manual_seed(seed)
         model, multipliers = config.model, config.multipliers
         transformer = transformer_config(config, generator)
-        placement: Placement = {} if multipliers.implementation == "none" else resolve(multipliers.placement)
+        placement: Placement = resolve(multipliers.placement) if multipliers.implementation == "layer" else {}
         spec = gpt_layer_spec(
             transformer,
             {role: sorted(sides) for role, sides in placement.items()},

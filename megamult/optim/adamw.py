@@ -20,8 +20,9 @@ from torch.optim.adamw import adamw
 from megamult import device, parallel
 from megamult.layout import has_layout, names_of
 from megamult.optim.clip import Norms, clip_factor, local_squares
+from megamult.optim.folded import FoldedMultipliers
 from megamult.optim.param_groups import check_complete, check_groups
-from megamult.zero.slices import Partition
+from megamult.zero.slices import Partition, Slice
 from megamult.zero.whole import WholePartition
 
 
@@ -40,6 +41,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         clip_grad_norm: threshold of the global norm over everything but the multipliers; 0: none.
         clip_multipliers: clip the multipliers too, by their own norm at the same threshold.
         model: whose parameters the groups must hold completely, and whose names messages use; None: not checked.
+        folded: multipliers of a model that holds effective weights; None: the model has its own, or none.
 
     Attributes:
         norms: of the last prepared gradients, before clipping.
@@ -59,6 +61,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         clip_grad_norm: float = 1.0,
         clip_multipliers: bool = False,
         model: torch.nn.Module | None = None,
+        folded: FoldedMultipliers | None = None,
     ) -> None:
         groups = [{**group, "params": list(group["params"])} for group in groups]
         self._names = {} if model is None else names_of(model)
@@ -67,6 +70,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True})
         self.clip_grad_norm = clip_grad_norm
         self.clip_multipliers = clip_multipliers
+        self.folded = folded
         self.norms: Norms | None = None
         self.skipped_steps = 0
         self._factors: tuple[float, float] | None = None  # (all but multipliers, multipliers); None: not prepared
@@ -94,19 +98,33 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
     def bind(self, partition: Partition) -> None:
         """Take note of the partition that `prepare` will be given, by whoever drives the two phases."""
         self._driven = True
+        self._fold(partition)
+
+    def begin(self) -> None:
+        """Outside DeepSpeed, before the first forward pass; needed if folded multipliers do not start at 1."""
+        self._fold(self._own_partition())
+
+    def _fold(self, partition: Partition) -> None:
+        if self.folded is not None and self.folded.partition is not partition:
+            self.folded.bind(partition, self.state)
 
     @torch.no_grad()
     def prepare(self, partition: Partition) -> None:
         """Complete the gradients, take their norms, decide on factors. Collective over all ranks."""
         grid = parallel.grid()
+        self._fold(partition)
         gradients = partition.gradients()
         sum_partial_gradients(partition, gradients)
+        if self.folded is not None:
+            self.folded.chain_rule(gradients)
         squares = local_squares(partition.slices, gradients, grid.tensor_rank)
         squares = squares.to(device.local_device())  # a rank without slices has made it on the CPU
         if not partition.sharded and grid.data_rank != 0:
             squares.zero_()  # data-parallel replicas count once
         if grid.size > 1:
             torch.distributed.all_reduce(squares)
+        if self.folded is not None:
+            squares[1] += self.folded.gradient.double().square().sum()
         main, multipliers = squares.sqrt().tolist()
         self.norms = Norms(main, multipliers)
         self._skip = not self.norms.finite
@@ -116,6 +134,13 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
             clip_factor(multipliers, self.clip_grad_norm) if self.clip_multipliers else 1.0,
         )
         self._prepared = partition
+        if self.folded is not None and not self._skip:
+            self.folded.update(self._factors[1], self._schedule())
+
+    def _schedule(self) -> float:
+        """The present fraction of the peak learning rate, read off the first group."""
+        group = self.param_groups[0]
+        return group["lr"] / group["peak_lr"]
 
     def finish(self) -> None:
         """Forget what `prepare` decided: the next step must be prepared again."""
@@ -148,10 +173,15 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
                 # At ZeRO 3 all groups but the current sub-group's are empty.
                 parameters = [p for p in group["params"] if p.grad is not None]
                 if parameters:
-                    self._update_group(group, parameters)
+                    with self.folded.latent_weights(parameters) if self.folded else contextlib.nullcontext():
+                        self._update_group(group, parameters)
         if alone:
             self.finish()
         return loss
+
+    def weight(self, piece: Slice) -> Tensor:
+        """[length] of the slice's weights without multipliers, in fp32."""
+        return piece.master if self.folded is None else self.folded.latent(piece.tensor, piece.offset, piece.length)
 
     def _own_partition(self) -> WholePartition:
         parameters = [p for group in self.param_groups for p in group["params"]]

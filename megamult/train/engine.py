@@ -14,7 +14,9 @@ import torch
 from megamult import device, parallel
 from megamult.config import Config
 from megamult.model.gpt import GPT
+from megamult.multipliers.placement import resolve
 from megamult.optim.adamw import TwoPhaseAdamW
+from megamult.optim.folded import FoldedMultipliers
 from megamult.optim.muon import DistributedMuon
 from megamult.optim.param_groups import param_groups
 from megamult.zero.attach import attach
@@ -172,6 +174,14 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseAdamW:
         "clip_multipliers": multipliers.clip,
         "model": model,
     }
+    if multipliers.implementation == "folded":
+        common["folded"] = FoldedMultipliers(
+            resolve(multipliers.placement),
+            lr=chosen.lr if multipliers.lr is None else multipliers.lr,
+            weight_decay=multipliers.weight_decay,
+            betas=chosen.betas,
+            eps=chosen.eps,
+        )
     if chosen.name == "adamw":
         return TwoPhaseAdamW(groups, **common)
     return DistributedMuon(

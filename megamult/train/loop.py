@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megamult import device, parallel
-from megamult.checkpoint.logical import gather
+from megamult.checkpoint.logical import trained
 from megamult.config import Config
 from megamult.monitor.statistics import by_role, flops_per_token
 from megamult.monitor.writers import Writers
@@ -109,13 +109,9 @@ class Trainer:
 
     def multipliers(self) -> dict[str, Tensor]:
         """All multipliers by "role/side", complete on global rank 0. Collective."""
-        found = [
-            (layout.parts[part].role, layout.side or "", full.cpu())
-            for _, layout, part, full in gather(
-                self.engine.model, self.engine.partition, select=lambda layout: layout.kind == "multiplier"
-            )
-        ]
-        return by_role(found)
+        engine = self.engine
+        found = trained(engine.model, engine.partition, engine.optimizer, kinds=("multiplier",))
+        return by_role((item.role, item.side or "", item.tensor.cpu()) for item in found)
 
     def run(self, run_dir: Path) -> None:
         """All remaining steps, with evaluation and records. Files are written by global rank 0."""

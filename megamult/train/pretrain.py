@@ -156,7 +156,7 @@ def run(config: Config, resolved: str) -> None:
         )
     trainer = Trainer(config, engine, train, valid, vocab_size)
     trainer.run(run_dir)
-    save_logical(engine.model, engine.partition, run_dir / "model.safetensors")
+    save_logical(engine.model, engine.partition, engine.optimizer, run_dir / "model.safetensors")
     multipliers = trainer.multipliers() if config.multipliers.implementation != "none" else {}
     if main_rank:
         if multipliers:

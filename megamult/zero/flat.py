@@ -5,14 +5,14 @@ A parameter may straddle two ranks' partitions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult.layout import layout_of
+from megamult.layout import Layout, layout_of
 from megamult.zero.slices import Cut, Partition, Slice, flat_intervals
 
 
@@ -52,6 +52,11 @@ class FlatPartition(Partition):
                 source = parameter.detach().view(-1)[start : start + length]
                 self.slices.append(Slice(name, cut.layout, start, length, master, position, source))
                 self._places.append((group, position))
+
+    def model_values(self) -> Iterator[tuple[str, Layout, int, Tensor]]:
+        """Whole shards."""
+        for cut in self.cuts:
+            yield cut.name, cut.layout, 0, self._parameters[cut.name].detach().view(-1)
 
     def read_back(self, piece: Slice) -> Tensor | None:
         """DeepSpeed's link from a parameter to its fragment of the flat fp32 partition."""

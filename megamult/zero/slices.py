@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,14 @@ class Partition(ABC):
         Valid between the backward pass of the last micro-batch and DeepSpeed's `step`. They are views: writing to
         them changes what the optimizer will be given.
         """
+
+    @abstractmethod
+    def model_values(self) -> Iterator[tuple[str, Layout, int, Tensor]]:
+        """(name, layout, start, values) of what the model itself holds here of each parameter: flat views, the whole
+        tensor-parallel shard at ZeRO 0 to 2, this rank's part of it at ZeRO 3."""
+
+    def refresh(self) -> None:  # noqa: B027
+        """The model's values were written to: update what DeepSpeed keeps beside them."""
 
     def complete(self, dtype: torch.dtype, bucket_elements: int) -> int:
         """Bring gradients that one rank has changed to all that hold them; returns the bytes that this rank sent."""

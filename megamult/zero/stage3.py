@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult.layout import layout_of
+from megamult.layout import Layout, layout_of
 from megamult.zero.slices import Cut, Partition, Slice, flat_intervals
 
 
@@ -40,6 +40,17 @@ class Zero3Partition(Partition):
                     self.slices.append(Slice(name, cut.layout, start, length, master, position, source))
                     self._places.append((sub_group, i))
                 position += piece
+
+    def model_values(self) -> Iterator[tuple[str, Layout, int, Tensor]]:
+        """This rank's parts."""
+        for piece in self.slices:
+            yield piece.name, piece.layout, piece.start, piece.source
+
+    def refresh(self) -> None:
+        """Small parameters stay gathered between steps: gather them again."""
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
 
     def read_back(self, piece: Slice) -> Tensor:
         """DeepSpeed's accessor of this rank's part of a parameter's fp32 masters."""

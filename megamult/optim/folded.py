@@ -1,0 +1,282 @@
+"""Folded multipliers: the model holds effective weights, and the optimizer applies the chain rule to their gradient.
+
+For a logical matrix W_eff = s diag(r) W diag(c) and G = dL/dW_eff, equation 4 of arXiv 2601.04890 is linear in G, and
+r, c, W do not change between micro-batches: it is applied once per optimizer step, to the reduced and accumulated
+gradient. Forward and backward are those of a model without multipliers.
+
+W, the latent weight, is kept in fp32 beside the tensor that the optimizer updates (where that is sharded, W is). All of
+r, c and s are one packed fp32 vector, the same on every rank; its gradient is one all-reduce per step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamult import device, parallel
+from megamult.layout import Layout, Role, Side
+from megamult.multipliers.merge import LEAVES
+from megamult.multipliers.placement import Placement
+from megamult.rectangles import Rectangle, rectangles
+from megamult.zero.slices import Partition
+
+_CHUNK_ELEMENTS = 1 << 20
+"""Elements of a matrix that are worked on at once: bounds temporary memory, and on a CPU stays in its cache."""
+
+LATENT = "latent_weight"
+"""Key of W in the optimizer's state."""
+
+
+@dataclass(frozen=True)
+class Vector:
+    """The multipliers of one side of one logical matrix: entries [start, start + length) of the packed vector."""
+
+    name: str
+    """As the layer implementation's logical tensors are named."""
+    role: Role
+    side: Side
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A rectangle of a slice, with the packed entries that scale its rows and columns and the scalar (None: none)."""
+
+    rectangle: Rectangle
+    row: slice | None
+    col: slice | None
+    scalar: int | None
+
+
+class FoldedMultipliers:
+    """The multipliers of all matrices of one model, their gradients and their AdamW.
+
+    Args:
+        placement: which sides of which roles.
+        lr: peak learning rate; follows the schedule of the matrices' groups.
+        weight_decay: decoupled.
+        betas, eps: AdamW's.
+        initial: first value of each (role, side).
+
+    Attributes:
+        vectors: what there is, known once :meth:`bind` was called.
+        values: [entries] fp32, the same on every rank.
+        gradient: [entries] fp32, of the last step, summed over ranks, before clipping.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        *,
+        lr: float,
+        weight_decay: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        initial: Callable[[Role, Side], float] = lambda role, side: 1.0,
+    ) -> None:
+        self.placement, self.lr, self.initial = placement, lr, initial
+        self._settings: dict[str, Any] = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
+        self.vectors: list[Vector] = []
+        self.partition: Partition | None = None
+        self._blocks: list[list[_Block]] = []  # of each slice of the partition
+        self._slices_of: dict[Tensor, list[int]] = {}  # of each tensor that holds folded weights
+        self._state: MutableMapping[Tensor, Any] = {}
+
+    def covers(self, layout: Layout) -> bool:
+        """Whether a parameter has multipliers."""
+        return layout.kind in ("matrix", "embedding") and any(self.placement.get(part.role) for part in layout.parts)
+
+    @torch.no_grad()
+    def bind(self, partition: Partition, state: MutableMapping[Tensor, Any]) -> None:
+        """Lay the multipliers out over a partition whose masters hold W, keep W in `state`, leave W_eff in its place.
+
+        Args:
+            partition: checked, before the first step.
+            state: the optimizer's.
+
+        Raises:
+            ValueError: masters that are not fp32.
+        """
+        self.partition, self._state = partition, state
+        places = self._lay_out(partition)
+        here = device.local_device()
+        starts = torch.cat([torch.full((v.length,), self.initial(v.role, v.side)) for v in self.vectors])
+        self.values = torch.nn.Parameter(starts.to(here, torch.float32))
+        self.gradient = torch.zeros_like(self.values)
+        self._adamw = torch.optim.AdamW([self.values], lr=self.lr, fused=True, **self._settings)
+        grid = parallel.grid()
+        self._blocks, self._slices_of = [], {}
+        for i, piece in enumerate(partition.slices):
+            self._blocks.append([])
+            if not self.covers(piece.layout):
+                continue
+            if piece.tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"{piece.name} is updated in {piece.tensor.dtype}: folded multipliers need fp32 masters; let "
+                    "DeepSpeed wrap the optimizer, or train in fp32"
+                )
+            self._slices_of.setdefault(piece.tensor, []).append(i)
+            for r in rectangles(piece.layout, grid.tensor_rank, grid.tensor_size, piece.start, piece.length):
+                self._blocks[i].append(_block(r, places[piece.name]))
+        for tensor in self._slices_of:
+            state[tensor][LATENT] = tensor.detach().clone()
+        if bool((self.values != 1).any()):
+            for tensor in self._slices_of:
+                self._write(tensor)
+            for name, layout, start, values in partition.model_values():
+                if name in places:
+                    for r in rectangles(layout, grid.tensor_rank, grid.tensor_size, start, values.numel()):
+                        block = _block(r, places[name])
+                        view = values[r.offset : r.offset + r.numel].view(r.height, r.width)
+                        self._scale(view, view, block)
+            partition.refresh()
+
+    def _lay_out(self, partition: Partition) -> dict[str, dict[tuple[int, Side], slice]]:
+        """Fill `vectors`; returns by parameter the packed entries of each (part, side)."""
+        self.vectors, position = [], 0
+        places: dict[str, dict[tuple[int, Side], slice]] = {}
+        for cut in partition.cuts:
+            if not self.covers(cut.layout):
+                continue
+            module = cut.name.rpartition(".")[0]
+            for side, leaf in LEAVES.items():
+                for p in cut.layout.parts_with(self.placement, side):  # type: ignore[arg-type]
+                    part = cut.layout.parts[p]
+                    length = {"row": part.shape[0], "col": part.shape[1], "scalar": 1}[side]
+                    name = cut.layout.logical_name(f"{module}.{leaf}" if module else leaf, part)
+                    self.vectors.append(Vector(name, part.role, side, position, length))  # type: ignore[arg-type]
+                    places.setdefault(cut.name, {})[p, side] = slice(position, position + length)  # type: ignore[index]
+                    position += length
+        return places
+
+    # ---- one step --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def chain_rule(self, gradients: list[Tensor]) -> None:
+        """Turn dL/dW_eff into dL/dW, in place, and sum the multipliers' gradient over all ranks. One collective.
+
+        Args:
+            gradients: of each slice of the partition.
+        """
+        assert self.partition is not None
+        grid = parallel.grid()
+        replica = not self.partition.sharded and grid.data_rank != 0
+        self.gradient.zero_()
+        for piece, blocks, gradient in zip(self.partition.slices, self._blocks, gradients, strict=True):
+            counts = piece.layout.counted_on(grid.tensor_rank) and not replica
+            latent = self.latent(piece.tensor, piece.offset, piece.length) if blocks else None
+            for block in blocks:
+                assert latent is not None
+                r = block.rectangle
+                g = gradient[r.offset : r.offset + r.numel].view(r.height, r.width)
+                w = latent[r.offset : r.offset + r.numel].view(r.height, r.width)
+                self._backward(g, w, block, counts)
+        if grid.size > 1:
+            torch.distributed.all_reduce(self.gradient)
+
+    def _backward(self, gradient: Tensor, weight: Tensor, block: _Block, counts: bool) -> None:
+        rows, kappa = _part(self.values, block.row), _part(self.values, block.col)
+        scalar = None if block.scalar is None else self.values[block.scalar]
+        for lo, hi in _chunks(*weight.shape):
+            g = gradient[lo:hi].float()
+            row = None if rows is None else rows[lo:hi]
+            rho = row if scalar is None else scalar.expand(hi - lo) if row is None else row * scalar
+            if counts:
+                h = g * weight[lo:hi]
+                if block.col is not None:
+                    self.gradient[block.col] += h.sum(0) if rho is None else torch.mv(h.t(), rho)
+                if rho is not None:
+                    dot = h.sum(1) if kappa is None else torch.mv(h, kappa)
+                    if block.row is not None:
+                        target = self.gradient[block.row.start + lo : block.row.start + hi]
+                        target += dot if scalar is None else dot * scalar
+                    if block.scalar is not None:
+                        self.gradient[block.scalar] += dot.sum() if row is None else torch.dot(dot, row)
+            if rho is not None:
+                g = g.mul_(rho[:, None])
+            if kappa is not None:
+                g = g.mul_(kappa)
+            gradient[lo:hi] = g
+
+    @torch.no_grad()
+    def update(self, factor: float, schedule: float) -> None:
+        """AdamW on the multipliers: clipped by `factor`, at `schedule` times the peak learning rate."""
+        self.values.grad = self.gradient * factor
+        self._adamw.param_groups[0]["lr"] = self.lr * schedule
+        self._adamw.step()
+
+    @contextlib.contextmanager
+    def latent_weights(self, tensors: list[Tensor]) -> Iterator[None]:
+        """Let the tensors hold W while the optimizer updates them, and the new W_eff afterwards."""
+        folded = [tensor for tensor in tensors if tensor in self._slices_of]
+        effective = [tensor.data for tensor in folded]
+        for tensor in folded:
+            tensor.data = self._state[tensor][LATENT]
+        try:
+            yield
+        finally:
+            for tensor, data in zip(folded, effective, strict=True):
+                tensor.data = data
+                self._write(tensor)
+
+    def latent(self, tensor: Tensor, offset: int, length: int) -> Tensor:
+        """[length] view of the latent weights of elements of a tensor; its own values where it is not folded."""
+        values = self._state[tensor][LATENT] if tensor in self._slices_of else tensor.detach()
+        return values.view(-1)[offset : offset + length]
+
+    def named(self) -> Iterator[tuple[Vector, Tensor]]:
+        """Every vector of multipliers, whole on every rank."""
+        for vector in self.vectors:
+            yield vector, self.values.detach()[vector.start : vector.start + vector.length]
+
+    @torch.no_grad()
+    def _write(self, tensor: Tensor) -> None:
+        """W_eff of the present multipliers to a tensor."""
+        assert self.partition is not None
+        flat, latent = tensor.detach().view(-1), self._state[tensor][LATENT].view(-1)
+        flat.copy_(latent)  # what no multiplier scales
+        for i in self._slices_of[tensor]:
+            piece = self.partition.slices[i]
+            for block in self._blocks[i]:
+                r = block.rectangle
+                begin = piece.offset + r.offset
+                target = flat[begin : begin + r.numel].view(r.height, r.width)
+                self._scale(target, target, block)
+
+    def _scale(self, target: Tensor, weight: Tensor, block: _Block) -> None:
+        rows, kappa = _part(self.values, block.row), _part(self.values, block.col)
+        for lo, hi in _chunks(*weight.shape):
+            w = weight[lo:hi].float()
+            if kappa is not None:
+                w = w * kappa
+            if rows is not None:
+                w = w * rows[lo:hi, None]
+            if block.scalar is not None:
+                w = w * self.values[block.scalar]
+            target[lo:hi] = w
+
+
+def _block(r: Rectangle, places: dict[tuple[int, Side], slice]) -> _Block:
+    row, col, scalar = (places.get((r.part, side)) for side in ("row", "col", "scalar"))
+    return _Block(
+        r,
+        None if row is None else slice(row.start + r.row, row.start + r.row + r.height),
+        None if col is None else slice(col.start + r.col, col.start + r.col + r.width),
+        None if scalar is None else scalar.start,
+    )
+
+
+def _part(values: Tensor, where: slice | None) -> Tensor | None:
+    return None if where is None else values.detach()[where]
+
+
+def _chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _CHUNK_ELEMENTS // cols)
+    for lo in range(0, rows, step):
+        yield lo, min(lo + step, rows)
