@@ -1,10 +1,16 @@
-"""What multipliers cost in the layers: tokens per second with them over without, and the collectives they add.
+"""What multipliers cost, in the layers or folded: tokens per second over none, memory and collectives that they add.
 
-    python examples/benchmarks/layer_overhead.py                                     # speed, one process
+    python examples/benchmarks/layer_overhead.py                                     # speed and memory, one process
+    python examples/benchmarks/layer_overhead.py --implementations folded            # of one implementation alone
     deepspeed --num_gpus 2 examples/benchmarks/layer_overhead.py --collectives       # collectives at TP 2
 
-Speed: two engines in one process take whole training steps in turn, so that both see the same machine; the ratio is
-that of the medians. Sizes default to those of the project's target for this device.
+Speed: one engine without multipliers and one for each implementation, in one process, take whole optimizer steps in
+turn, so that all see the same machine; who goes first rotates. A step is --accumulation micro-batches of --batch
+sequences, and tokens per second count all of them; a ratio is that of the medians. Sizes default to those of the
+project's target for this device.
+
+Memory that folded multipliers add: bytes of the optimizer's state after the last step, less those without multipliers,
+per element of this rank's matrices that carry multipliers; apart from it the multipliers with gradients and moments.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import argparse
 import collections
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +29,7 @@ from tqdm import tqdm
 from megamult import device, parallel
 from megamult.config import Config, ModelConfig, MultipliersConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megamult.model.gpt import GPT
-from megamult.train.engine import build
+from megamult.train.engine import Engine, build
 
 VOCAB = 4096
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "reduce_scatter")
@@ -43,7 +49,10 @@ def run_config(arguments: argparse.Namespace, implementation: str, tensor: int =
         optimizer=OptimizerConfig(lr=1e-4),
         parallel=ParallelConfig(tensor=tensor, sequence=sequence, zero_stage=1),
         train=TrainConfig(
-            global_batch_size=arguments.batch, micro_batch_size=arguments.batch, dtype=arguments.dtype, steps=1000
+            global_batch_size=arguments.batch * arguments.accumulation,
+            micro_batch_size=arguments.batch,
+            dtype=arguments.dtype,
+            steps=1000,
         ),
     )
 
@@ -54,38 +63,73 @@ def batch_of(arguments: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]
     return tuple(part.contiguous().to(device.local_device()) for part in (text[:, :-1], text[:, 1:]))  # type: ignore[return-value]
 
 
-def measure_speed(arguments: argparse.Namespace) -> None:
-    """Print tokens per second of both, and their ratio."""
+def optimizer_step(engine: Engine, tokens: torch.Tensor, labels: torch.Tensor, accumulation: int) -> float:
+    """Seconds of one optimizer step with all its micro-batches."""
+    began = time.perf_counter()
+    for _ in range(accumulation):
+        objective, _ = engine.deepspeed(tokens, labels)
+        engine.deepspeed.backward(objective)
+        engine.deepspeed.step()
+    if device.has_cuda():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Print tokens per second of all, their ratios, and the memory that folded multipliers add."""
     mpu = parallel.initialize(1)
-    engines = {name: build(run_config(arguments, name), VOCAB, mpu).deepspeed for name in ("none", "layer")}
+    if torch.distributed.get_world_size() > 1:
+        raise SystemExit("speed is measured in one process: start this with python, or count with --collectives")
+    names = list(dict.fromkeys(["none", *arguments.implementations]))
+    engines = {name: build(run_config(arguments, name), VOCAB, mpu) for name in names}
     tokens, labels = batch_of(arguments)
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    progress = tqdm(total=2 * (arguments.warmup + arguments.steps), unit="step")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    progress = tqdm(total=len(names) * (arguments.warmup + arguments.steps), unit="step")
     for step in range(arguments.warmup + arguments.steps):
-        for name in sorted(engines, reverse=step % 2 == 0):  # neither always goes first
-            began = time.perf_counter()
-            objective, _ = engines[name](tokens, labels)
-            engines[name].backward(objective)
-            engines[name].step()
-            if device.has_cuda():
-                torch.cuda.synchronize()
+        first = step % len(names)
+        for name in names[first:] + names[:first]:
+            elapsed = optimizer_step(engines[name], tokens, labels, arguments.accumulation)
             if step >= arguments.warmup:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(elapsed)
             progress.update()
     progress.close()
-    rate = {name: tokens.numel() / statistics.median(times) for name, times in seconds.items()}
-    spread = {name: (max(times) - min(times)) / statistics.median(times) for name, times in seconds.items()}
+    median = {name: statistics.median(times) for name, times in seconds.items()}
     print(
         f"hidden {arguments.hidden}, ffn {arguments.ffn}, {arguments.layers} layers, {arguments.seq} x "
-        f"{arguments.batch} tokens, {arguments.dtype}, "
-        f"{device.local_device().type}, {torch.get_num_threads()} threads, "
-        f"medians of {arguments.steps}"
+        f"{arguments.batch} tokens x {arguments.accumulation} micro-batches, {arguments.dtype}, placement all, "
+        f"{device.local_device().type}, {torch.get_num_threads()} threads, medians of {arguments.steps} steps"
     )
-    print(f"{'multipliers':<14}{'tokens/s':>12}{'range/median':>14}")
-    for name, label in (("none", "none"), ("layer", "all")):
-        print(f"{label:<14}{rate[name]:>12,.1f}{spread[name]:>14.3f}")
-    print(f"ratio all / none: {rate['layer'] / rate['none']:.4f}")
+    print(f"{'multipliers':<14}{'tokens/s':>12}{'range/median':>14}{'ratio to none':>15}")
+    for name, times in seconds.items():
+        rate = tokens.numel() * arguments.accumulation / median[name]
+        spread = (max(times) - min(times)) / median[name]
+        print(f"{name:<14}{rate:>12,.1f}{spread:>14.3f}{median['none'] / median[name]:>15.4f}")
+    for name in names[1:]:
+        print(f"ratio {name} / none: {median['none'] / median[name]:.4f}")
+    if "folded" in engines:
+        print_memory(engines["folded"], engines["none"])
     parallel.destroy()
+
+
+def print_memory(folded: Engine, none: Engine) -> None:
+    """Print what folded multipliers add to this rank's optimizer, after a step."""
+    multipliers = folded.optimizer.folded
+    assert multipliers is not None
+    added = tensor_bytes(folded.optimizer.state.values()) - tensor_bytes(none.optimizer.state.values())
+    packed = {"values": multipliers.values, "gradient": multipliers.gradient, "clipped": multipliers.values.grad}
+    vectors = tensor_bytes([packed, *multipliers._adamw.state.values()])
+    elements = sum(piece.length for piece in folded.partition.slices if multipliers.covers(piece.layout))
+    print(
+        f"memory that folded adds: {added / elements:.4f} bytes per matrix element ({added:,} bytes, {elements:,} "
+        f"elements), and vectors: {vectors / elements:.4f} ({vectors:,} bytes, {multipliers.values.numel():,} "
+        "multipliers)"
+    )
+
+
+def tensor_bytes(states: Iterable[dict[str, Any]]) -> int:
+    """Of all tensors in an optimizer's states."""
+    held = (value for state in states for value in state.values() if isinstance(value, torch.Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 @contextmanager
@@ -149,13 +193,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24 if cuda else 4, help="transformer layers")
     parser.add_argument("--seq", type=int, default=2048 if cuda else 512, help="tokens per sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences per micro-batch")
+    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches per optimizer step")
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=("none", "layer", "folded"),
+        default=["none", "layer", "folded"],
+        help="of multipliers, to measure; none is the base, and always runs",
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="of parameters and activations")
-    parser.add_argument("--steps", type=int, default=30 if cuda else 7, help="measured steps of each")
-    parser.add_argument("--warmup", type=int, default=5 if cuda else 1, help="steps of each before measuring")
+    parser.add_argument("--steps", type=int, default=30 if cuda else 7, help="measured optimizer steps of each")
+    parser.add_argument("--warmup", type=int, default=5 if cuda else 1, help="optimizer steps of each before measuring")
     parser.add_argument("--collectives", action="store_true", help="count collectives at TP 2 instead")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    (count_collectives if arguments.collectives else measure_speed)(arguments)
+    (count_collectives if arguments.collectives else measure)(arguments)
 
 
 if __name__ == "__main__":

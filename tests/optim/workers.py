@@ -255,6 +255,8 @@ def unprepared() -> str:
     optimizer = TwoPhaseAdamW(param_groups(model, lr=0.1, weight_decay=0.0))
     partition = WholePartition(optimizer.param_groups, names_of(model))
     optimizer.bind(partition)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.prepare(partition)
     optimizer.step()
     optimizer.finish()

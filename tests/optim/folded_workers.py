@@ -1,0 +1,119 @@
+"""What the processes of test_folded.py do: the chain rule on known gradients, under every ZeRO class."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.optim.workers import VOCAB, Case, _batch
+
+
+def _engine(case: Case, placement: Any, initial: Any = None) -> tuple[Any, Any]:
+    """A fresh engine with folded multipliers, and its configuration."""
+    from megamult import environment, parallel
+    from megamult.train import engine as engines
+
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else environment.world_size()
+    config = case.config(world)
+    config.multipliers = replace(config.multipliers, implementation="folded", placement=placement)
+    mpu = parallel.initialize(case.tensor)
+    if initial is None:
+        return engines.build(config, VOCAB, mpu), config
+    original = engines.FoldedMultipliers
+
+    class Started(original):  # type: ignore[misc, valid-type]
+        """With other first values."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs, initial=initial)
+
+    engines.FoldedMultipliers = Started  # type: ignore[misc]
+    try:
+        return engines.build(config, VOCAB, mpu), config
+    finally:
+        engines.FoldedMultipliers = original  # type: ignore[misc]
+
+
+_KINDS = ("matrix", "embedding")
+# Every combination of sides, on fused parameters too.
+PLACEMENT = {
+    "q": ["row", "col"],
+    "k": ["row", "scalar"],
+    "v": "col",
+    "attention_out": ["row", "col", "scalar"],
+    "gate": "scalar",
+    "up": ["col", "scalar"],
+    "down": "row",
+    "embedding": ["row", "col"],
+}
+
+
+def equations(cases: list[Case]) -> list[dict[str, Any]]:
+    """Per case: full G, W, multipliers before; full dL/dW and the multipliers' gradient after. Whole on rank 0."""
+    from megamult.checkpoint.logical import gather
+
+    results = []
+    for case in cases:
+        engine, config = _engine(case, PLACEMENT)
+        folded, partition = engine.optimizer.folded, engine.partition
+        with torch.no_grad():  # far from 1, of either sign, the same on every rank
+            folded.values.copy_(torch.randn(folded.values.shape, generator=torch.Generator().manual_seed(5)))
+        objective, _ = engine.deepspeed(*_batch(0, config))
+        engine.deepspeed.backward(objective)
+        gradients = partition.gradients()
+
+        def whole(values: Any, engine: Any = engine) -> dict[str, Tensor]:
+            found = gather(
+                engine.model, engine.partition, values, lambda layout: layout.kind in ("matrix", "embedding")
+            )
+            return {name: full.double() for name, _, _, full in found}
+
+        result: dict[str, Any] = {
+            "G": whole(lambda i, gradients=gradients: gradients[i].float()),
+            "W": whole(lambda i, engine=engine: engine.optimizer.weight(engine.partition.slices[i])),
+            "multipliers": {vector.name: values.double() for vector, values in folded.named()},
+        }
+        folded.chain_rule(gradients)
+        result["dW"] = whole(lambda i, gradients=gradients: gradients[i].float())
+        result["dm"] = {v.name: folded.gradient[v.start : v.start + v.length].double() for v in folded.vectors}
+        pieces = [piece for piece in partition.slices if folded.covers(piece.layout)]
+        tensors: dict[int, set[str]] = {}
+        for piece in pieces:
+            tensors.setdefault(id(piece.tensor), set()).add(piece.name)
+        result["several matrices in a partition"] = any(len(names) > 1 for names in tensors.values())
+        result["straddling"] = any(
+            0 < piece.length < torch.Size(piece.layout.local_shape(case.tensor)).numel() for piece in pieces
+        )
+        engine.deepspeed.destroy()
+        results.append(result)
+    return results
+
+
+def starts(cases: list[Case]) -> list[dict[str, float]]:
+    """Per case, of this rank: first losses by how the multipliers start; and of a plain model of doubled matrices."""
+    from megamult.layout import named_layouts
+    from megamult.model.gpt import GPT
+
+    results = []
+    for case in cases:
+        losses = {}
+        for label, row, col in (("ones", 1.0, 1.0), ("cancelled", 2.0, 0.5), ("doubled", 2.0, 1.0)):
+            engine, config = _engine(case, "all", lambda role, side, row=row, col=col: row if side == "row" else col)
+            losses[label] = float(engine.deepspeed(*_batch(0, config))[1])
+            engine.deepspeed.destroy()
+        model = GPT(config, VOCAB, config.train.seed)
+        with torch.no_grad():
+            for _, parameter, layout in named_layouts(model):
+                if layout.kind in ("matrix", "embedding"):
+                    parameter *= 2
+        losses["plain, doubled"] = float(model(*_batch(0, config))[1])
+        results.append(losses)
+    return results
+
+
+def all_of_it(cases: list[Case], starting: list[Case]) -> dict[str, Any]:
+    """Everything in one launch."""
+    return {"equations": equations(cases), "starts": starts(starting)}

@@ -1,0 +1,220 @@
+"""Folded multipliers against float64: the four equations under every ZeRO class, whole trajectories, odd values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megamult import TwoPhaseAdamW, layout, param_groups
+from megamult.multipliers.placement import resolve
+from megamult.multipliers.reference import effective_weight
+from megamult.optim.folded import LATENT, FoldedMultipliers
+from tests.distributed import run_distributed
+from tests.optim.folded_workers import PLACEMENT, all_of_it
+from tests.optim.workers import Case
+
+CASES = [
+    *(Case(stage=stage) for stage in range(4)),
+    *(Case(tensor=2, stage=stage) for stage in (0, 1, 3)),
+    Case(tensor=2, sequence=True, stage=2),
+    Case(stage=1, dtype="bf16"),
+    Case(stage=0, dtype="bf16"),
+]
+STARTING = [*CASES[:4], Case(tensor=2, stage=3), Case(stage=1, dtype="bf16")]
+
+
+def _name(case: Case) -> str:
+    return f"tp{case.tensor}{'-sp' if case.sequence else ''}-zero{case.stage}-{case.dtype}"
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_distributed(2, all_of_it, CASES, STARTING)
+
+
+def of_part(multipliers: dict[str, Tensor], weight_name: str) -> dict[str, Tensor]:
+    """row, col, scalar of one logical weight."""
+    module = weight_name.rpartition(".")[0]
+    found = {side: multipliers.get(f"{module}.{side}_multiplier") for side in ("row", "col", "scalar")}
+    return {side: values for side, values in found.items() if values is not None}
+
+
+@pytest.mark.parametrize("case", CASES, ids=_name)
+def test_the_chain_rule_is_equation_4_whatever_zero_cuts(ranks: list[dict[str, Any]], case: Case) -> None:
+    result = ranks[0]["equations"][CASES.index(case)]
+    # fp32 sums of up to a few hundred terms; gradients kept in bf16 (ZeRO 0 there) are rounded to 2^-9 once more.
+    tolerance = 1e-5 if case.dtype == "fp32" or case.stage else 2**-8
+    checked = set()
+    for name, g in result["G"].items():
+        w, sides = result["W"][name], of_part(result["multipliers"], name)
+        lengths = {"row": g.shape[0], "col": g.shape[1], "scalar": 1}
+        r, c, s = (sides.get(side, torch.ones(n)).double() for side, n in lengths.items())
+        expected = {
+            "dW": s * r[:, None] * c * g,
+            "row": s * (w * c * g).sum(1),
+            "col": s * (r[:, None] * w * g).sum(0),
+            "scalar": (r[:, None] * w * c * g).sum().view(1),
+        }
+        actual = {"dW": result["dW"][name], **of_part(result["dm"], name)}
+        assert set(actual) == {"dW", *sides}
+        for key, value in actual.items():
+            scale = torch.linalg.vector_norm(expected[key])
+            if key == "scalar":  # its terms cancel: what rounds is their size, not their sum's
+                scale = (r[:, None] * w * c * g).abs().sum()
+            assert torch.linalg.vector_norm(value - expected[key]) <= tolerance * scale, (name, key)
+            checked.add(key)
+    assert checked == {"dW", "row", "col", "scalar"}
+
+
+def test_matrices_straddle_partitions_and_partitions_hold_several(ranks: list[dict[str, Any]]) -> None:
+    """Else the test above would not show what it says."""
+    for case, *found in zip(CASES, *(rank["equations"] for rank in ranks), strict=True):
+        if case.stage and case.tensor == 1:
+            assert any(result["straddling"] for result in found)
+            assert any(result["several matrices in a partition"] for result in found)
+
+
+@pytest.mark.parametrize("case", CASES, ids=_name)
+def test_every_rank_has_the_same_gradient_of_the_multipliers(ranks: list[dict[str, Any]], case: Case) -> None:
+    first, second = (rank["equations"][CASES.index(case)]["dm"] for rank in ranks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("case", STARTING, ids=_name)
+def test_the_model_starts_with_effective_weights(ranks: list[dict[str, Any]], case: Case) -> None:
+    for rank in ranks:
+        losses = rank["starts"][STARTING.index(case)]
+        assert losses["cancelled"] == losses["ones"], "2 x 0.5 = 1 exactly"
+        # Powers of 2 change no digit, wherever weights are rounded.
+        assert losses["doubled"] == pytest.approx(losses["plain, doubled"], rel=1e-6)
+        assert abs(losses["doubled"] - losses["ones"]) > 1e-3
+
+
+# ---- one process, no DeepSpeed: against explicit parameters in float64 ---------------------------------------
+
+ROWS, COLS = 6, 5
+
+
+class Folded(torch.nn.Module):
+    """y = W_eff x."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = Parameter(weight.clone())
+        layout.attach(self.weight, layout.single_matrix("down", ROWS, COLS, None))
+
+
+def batches(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(COLS, 8, generator=generator), torch.randn(ROWS, 8, generator=generator)
+
+
+Run = tuple[list[float], dict[str, Tensor]]  # losses; final W, r, c, s
+
+
+def explicit(weight: Tensor, initial: float, sides: str, steps: int, lr: float) -> Run:
+    """Losses and final W, r, c, s with autograd through explicit parameters, all in float64."""
+    w = Parameter(weight.double())
+    multipliers = {
+        side: Parameter(torch.full(size, initial, dtype=torch.float64))
+        for side, size in (("row", (ROWS,)), ("col", (COLS,)), ("scalar", (1,)))
+        if side in sides
+    }
+    optimizer = torch.optim.AdamW(
+        [{"params": [w], "weight_decay": 0.1}, {"params": list(multipliers.values()), "weight_decay": 2e-3}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        eps=1e-6,
+    )
+    losses = []
+    for step in range(steps):
+        x, y = (part.double() for part in batches(step % 4))
+        optimizer.zero_grad()
+        loss = (effective_weight(w, **multipliers) @ x - y).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([w], 0.5)
+        optimizer.step()
+        losses.append(float(loss))
+    return losses, {"W": w.detach(), **{side: m.detach() for side, m in multipliers.items()}}
+
+
+def folded(weight: Tensor, initial: float, sides: str, steps: int, lr: float) -> Run:
+    """The same through the optimizer, fp32."""
+    model = Folded(weight)
+    multipliers = FoldedMultipliers(
+        resolve({"down": sides.split()}), lr=lr, betas=(0.9, 0.95), eps=1e-6, initial=lambda role, side: initial
+    )
+    optimizer = TwoPhaseAdamW(
+        param_groups(model, lr=lr, weight_decay=0.1),
+        betas=(0.9, 0.95),
+        eps=1e-6,
+        clip_grad_norm=0.5,
+        model=model,
+        folded=multipliers,
+    )
+    optimizer.begin()
+    losses = []
+    for step in range(steps):
+        x, y = batches(step % 4)
+        optimizer.zero_grad()
+        loss = (model.weight @ x - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    final = {vector.side: values.clone() for vector, values in multipliers.named()}
+    return losses, {"W": optimizer.state[model.weight][LATENT].clone(), **final}
+
+
+@pytest.mark.parametrize("initial", [1.0, 1e-3, 1e3, -1.0])
+@pytest.mark.parametrize("sides", ["row col", "row", "col scalar", "row col scalar"])
+def test_any_start_trains_as_explicit_multipliers_in_float64(sides: str, initial: float) -> None:
+    # The start is undone in the weights, so that the model's scale is sound: muP-tuned starts come with such weights.
+    weight = torch.randn(ROWS, COLS, generator=torch.Generator().manual_seed(1)) / initial ** len(sides.split())
+    expected_losses, expected = explicit(weight, initial, sides, steps=20, lr=0.01)
+    losses, actual = folded(weight, initial, sides, steps=20, lr=0.01)
+    # fp32 against float64, some 1e-6 in a gradient; AdamW divides it by the gradient's size, which an eps of 1e-6
+    # bounds where the gradients are not tiny.
+    assert losses == pytest.approx(expected_losses, rel=1e-3)
+    for name, value in expected.items():
+        assert torch.isfinite(actual[name]).all()
+        assert torch.linalg.vector_norm(actual[name] - value) <= 2e-3 * torch.linalg.vector_norm(value), name
+
+
+@pytest.mark.parametrize("sides", ["row col", "row col scalar"])
+def test_multipliers_pass_through_zero_and_come_out_negative(sides: str) -> None:
+    weight = torch.randn(ROWS, COLS, generator=torch.Generator().manual_seed(1))
+    start = 0.05  # a few steps of 0.02 away from zero
+    expected_losses, _ = explicit(weight, start, sides, steps=40, lr=0.02)
+    losses, actual = folded(weight, start, sides, steps=40, lr=0.02)
+    assert any(bool((actual[side] < 0).any()) for side in sides.split()), "some must have changed sign"
+    assert losses == pytest.approx(expected_losses, rel=1e-3)
+    assert all(torch.isfinite(values).all() for values in actual.values())
+
+
+def test_multipliers_that_are_exactly_zero_train_on() -> None:
+    weight = torch.randn(ROWS, COLS, generator=torch.Generator().manual_seed(1))
+    losses, actual = folded(weight, 0.0, "row", steps=5, lr=0.1)
+    assert all(torch.isfinite(values).all() for values in actual.values())
+    assert bool((actual["row"] != 0).all()) and losses[4] != losses[0]
+
+
+def test_memory_is_four_bytes_per_element_beside_adamws() -> None:
+    weight = torch.randn(ROWS, COLS)
+    model = Folded(weight)
+    multipliers = FoldedMultipliers(resolve({"down": ["row", "col"]}), lr=0.1)
+    optimizer = TwoPhaseAdamW(param_groups(model, lr=0.1, weight_decay=0.0), model=model, folded=multipliers)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    state = optimizer.state[model.weight]
+    assert set(state) == {LATENT, "step", "exp_avg", "exp_avg_sq"}
+    assert state[LATENT].numel() * state[LATENT].element_size() == 4 * weight.numel()
+    assert multipliers.values.numel() == ROWS + COLS
+
+
+def test_the_placement_of_the_workers_covers_every_combination_of_sides() -> None:
+    combinations = {tuple([s] if isinstance(s, str) else s) for s in PLACEMENT.values()}
+    assert len(combinations) == 7
