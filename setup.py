@@ -35,7 +35,7 @@ setup(
     ],
     extras_require={
         "export": ["transformers>=5,<6"],
-        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "transformers>=5,<6"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

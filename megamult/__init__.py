@@ -8,8 +8,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "attach": "megamult.zero.attach",
     "DistributedMuon": "megamult.optim.muon",
+    "fold": "megamult.optim.fold",
     "gpt_layer_spec": "megamult.model.spec",
+    "LLAMA_RULES": "megamult.optim.rules",
+    "megatron_rules": "megamult.optim.rules",
     "merge": "megamult.multipliers.merge",
     "param_groups": "megamult.optim.param_groups",
     "TwoPhaseAdamW": "megamult.optim.adamw",

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.distributed import free_port
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -27,13 +31,52 @@ def test_own_loop_learns_its_one_batch() -> None:
     assert losses[0] > 6.5 and losses[-1] < losses[0] - 1.0
 
 
-def test_layer_overhead_prints_the_ratio_of_the_medians() -> None:
+@pytest.mark.parametrize(
+    ("script", "flags"), [("fold_huggingface.py", ()), ("fold_megatron.py", ("--tensor", "2"))], ids=["hf", "megatron"]
+)
+def test_a_folded_model_of_someone_else_learns_the_same_on_one_process_and_two(
+    script: str, flags: tuple[str, ...]
+) -> None:
+    path = str(EXAMPLES / script)
+    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()))
+    alone, pair = (_folded(said) for said in (_run(path), _run(*launcher, path, *flags, OMP_NUM_THREADS="1")))
+    losses = [loss for loss, _, _ in alone]
+    # One batch of 256 tokens over and over, from ln(1000) = 6.9: ten steps must show.
+    assert len(losses) == 10 and losses[0] > 6.5 and losses[-1] < losses[0] - 2.0
+    assert alone[-1][1] < 0.97 and alone[-1][2] > 1.03, "the multipliers must spread"
+    # Printed to four decimals: fp32 sums in another order, amplified by ten steps of Muon, may tip the last two.
+    for one, two in zip(alone, pair, strict=True):
+        assert one == pytest.approx(two, abs=2e-3)
+
+
+def _folded(said: str) -> list[tuple[float, ...]]:
+    """(loss, smallest and largest multiplier) of each step."""
+    lines = re.findall(r"step \d+: loss ([\d.]+), multipliers ([\d.]+) to ([\d.]+)", said)
+    return [tuple(map(float, line)) for line in lines]
+
+
+def test_layer_overhead_prints_ratios_of_the_medians_and_what_folding_keeps() -> None:
     sizes = ("--hidden", "64", "--ffn", "128", "--layers", "1", "--seq", "16", "--batch", "2", "--steps", "3")
     said = _run(str(EXAMPLES / "benchmarks" / "layer_overhead.py"), *sizes, "--dtype", "fp32")
-    rate = {name: float(value.replace(",", "")) for name, value in re.findall(r"^(none|all) +([\d,.]+)", said, re.M)}
-    (ratio,) = re.findall(r"ratio all / none: ([\d.]+)", said)
-    # The table shows one decimal of some hundreds or thousands of tokens per second, the ratio four.
-    assert abs(rate["all"] / rate["none"] - float(ratio)) < 1e-3
+    rows = re.findall(r"^(none|layer|folded) +([\d,.]+)", said, re.M)
+    rate = {name: float(value.replace(",", "")) for name, value in rows}
+    ratios = dict(re.findall(r"ratio (\w+) / none: ([\d.]+)", said))
+    assert set(rate) == {"none", "layer", "folded"} and set(ratios) == {"layer", "folded"}
+    for name, ratio in ratios.items():
+        # The table shows one decimal of some hundreds or thousands of tokens per second, the ratio four.
+        assert abs(rate[name] / rate["none"] - float(ratio)) < 1e-3
+    ((per_element, added, elements, vectors, count),) = re.findall(
+        r"folded adds: ([\d.]+) bytes per matrix element \(([\d,]+) bytes, ([\d,]+) elements\), and vectors: "
+        r"[\d.]+ \(([\d,]+) bytes, ([\d,]+) multipliers\)",
+        said,
+    )
+    number = {key: int(v.replace(",", "")) for key, v in zip("aevc", (added, elements, vectors, count), strict=True)}
+    # Embedding (4096 x 64), q, k, v, out (64 x 64), gate, up, down (128 x 64): W in fp32 and nothing else of that size.
+    assert number["e"] == 4096 * 64 + 4 * 64 * 64 + 3 * 128 * 64
+    assert number["a"] == 4 * number["e"] and float(per_element) == 4.0
+    assert number["c"] == (4096 + 64) + 4 * (64 + 64) + 3 * (128 + 64)
+    # Values, gradient, clipped gradient, two moments, and AdamW's step counter, all in fp32.
+    assert number["v"] == 4 * (5 * number["c"] + 1)
 
 
 def test_muon_plan_prints_a_balanced_plan() -> None:

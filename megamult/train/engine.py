@@ -14,11 +14,8 @@ import torch
 from megamult import device, parallel
 from megamult.config import Config
 from megamult.model.gpt import GPT
-from megamult.multipliers.placement import resolve
 from megamult.optim.adamw import TwoPhaseAdamW
-from megamult.optim.folded import FoldedMultipliers
-from megamult.optim.muon import DistributedMuon
-from megamult.optim.param_groups import param_groups
+from megamult.optim.build import make_optimizer
 from megamult.zero.attach import attach
 from megamult.zero.slices import Partition
 
@@ -159,43 +156,7 @@ def build(config: Config, vocab_size: int, mpu: parallel.ModelParallelUnit) -> E
 
 def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseAdamW:
     """The optimizer that `config` names, over all parameters of the model."""
-    chosen, multipliers = config.optimizer, config.multipliers
-    groups = param_groups(
-        model,
-        lr=chosen.lr,
-        weight_decay=chosen.weight_decay,
-        multiplier_lr=multipliers.lr,
-        multiplier_weight_decay=multipliers.weight_decay,
-    )
-    common: dict[str, Any] = {
-        "betas": chosen.betas,
-        "eps": chosen.eps,
-        "clip_grad_norm": chosen.clip_grad_norm,
-        "clip_multipliers": multipliers.clip,
-        "model": model,
-    }
-    if multipliers.implementation == "folded":
-        common["folded"] = FoldedMultipliers(
-            resolve(multipliers.placement),
-            lr=chosen.lr if multipliers.lr is None else multipliers.lr,
-            weight_decay=multipliers.weight_decay,
-            betas=chosen.betas,
-            eps=chosen.eps,
-        )
-    if chosen.name == "adamw":
-        return TwoPhaseAdamW(groups, **common)
-    return DistributedMuon(
-        groups,
-        momentum=chosen.momentum,
-        ns_coefficients=chosen.ns_coefficients,
-        ns_dtype=_MUON_DTYPES[chosen.ns_dtype],
-        exchange_dtype=_MUON_DTYPES[chosen.exchange_dtype],
-        update_scale=chosen.update_scale,
-        **common,
-    )
-
-
-_MUON_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return make_optimizer(model, config.optimizer, config.multipliers)
 
 
 def parameter_count(model: torch.nn.Module) -> int:

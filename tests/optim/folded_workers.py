@@ -14,27 +14,22 @@ from tests.optim.workers import VOCAB, Case, _batch
 def _engine(case: Case, placement: Any, initial: Any = None) -> tuple[Any, Any]:
     """A fresh engine with folded multipliers, and its configuration."""
     from megamult import environment, parallel
-    from megamult.train import engine as engines
+    from megamult.optim.build import make_optimizer
+    from megamult.train import engine
 
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else environment.world_size()
     config = case.config(world)
     config.multipliers = replace(config.multipliers, implementation="folded", placement=placement)
     mpu = parallel.initialize(case.tensor)
-    if initial is None:
-        return engines.build(config, VOCAB, mpu), config
-    original = engines.FoldedMultipliers
-
-    class Started(original):  # type: ignore[misc, valid-type]
-        """With other first values."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs, initial=initial)
-
-    engines.FoldedMultipliers = Started  # type: ignore[misc]
+    original = engine.build_optimizer
+    if initial is not None:  # a run's configuration has no key for it
+        engine.build_optimizer = lambda config, model: make_optimizer(
+            model, config.optimizer, config.multipliers, initial
+        )
     try:
-        return engines.build(config, VOCAB, mpu), config
+        return engine.build(config, VOCAB, mpu), config
     finally:
-        engines.FoldedMultipliers = original  # type: ignore[misc]
+        engine.build_optimizer = original
 
 
 _KINDS = ("matrix", "embedding")

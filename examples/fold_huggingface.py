@@ -1,0 +1,56 @@
+"""Learnable multipliers for a Hugging Face model: three lines of a DeepSpeed script, none in the model.
+
+    deepspeed --num_gpus 2 examples/fold_huggingface.py
+    python examples/fold_huggingface.py                      # one process
+
+A small LlamaForCausalLM with random weights learns one random batch. `transformers` is needed: pip install
+megamult[export].
+"""
+
+import deepspeed
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import megamult
+from megamult import environment, parallel
+
+SEQUENCES, TOKENS, VOCAB = 8, 32, 1000
+
+environment.set_defaults()  # a process without a launcher is a world of one
+deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+torch.manual_seed(1)
+model = LlamaForCausalLM(
+    LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+)
+rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+settings = {
+    "train_micro_batch_size_per_gpu": SEQUENCES // ranks,
+    "zero_optimization": {"stage": 1},
+    "zero_allow_untested_optimizer": True,
+}
+
+optimizer = megamult.fold({"name": "muon", "lr": 5e-3, "clip_grad_norm": 1.0}, model, megamult.LLAMA_RULES)
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+megamult.attach(engine, optimizer)  # from here on engine.step() trains W and multipliers, and writes W_eff to the model
+
+text = torch.randint(0, VOCAB, (SEQUENCES, TOKENS))[rank::ranks].to(engine.device)
+for step in range(10):
+    loss = engine(input_ids=text, labels=text).loss
+    engine.backward(loss)
+    engine.step()
+    mean = loss.detach().clone()
+    torch.distributed.all_reduce(mean)
+    values = optimizer.folded.values
+    if rank == 0:
+        print(f"step {step}: loss {mean / ranks:.4f}, multipliers {values.min():.4f} to {values.max():.4f}")
+for vector, multipliers in optimizer.folded.named():
+    if rank == 0 and "layers." not in vector.name.replace("layers.0.", ""):  # the first layer's and the embedding's
+        print(f"{vector.name:48} [{vector.length:4}]  mean {multipliers.mean():.4f}, spread {multipliers.std():.4f}")
+parallel.destroy()
