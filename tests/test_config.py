@@ -57,6 +57,10 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"multipliers": {"weight_decay": -1.0}}, r"multipliers\.weight_decay is -1\.0: it must be 0 or more"),
     ({"optimizer": {"lr": float("inf")}}, r"optimizer\.lr is inf: .*finite"),
     ({"optimizer": {"betas": (0.9, 1.0)}}, r"optimizer\.betas is \(0\.9, 1\.0\): each must be in \[0, 1\)"),
+    (
+        {"model": {"tie_embeddings": True}, "multipliers": {"implementation": "folded"}},
+        r"tie_embeddings is true with multipliers\.implementation folded .*'all': .*reach the head too; set",
+    ),
     ({"optimizer": {"momentum": 1.0}}, r"optimizer\.momentum is 1\.0: it must be in \[0, 1\)"),
     ({"optimizer": {"clip_grad_norm": -1.0}}, r"optimizer\.clip_grad_norm is -1\.0"),
     ({"optimizer": {"lr": 0.1, "min_lr": 0.2}}, r"min_lr is 0\.2, above optimizer\.lr 0\.1: lower it"),

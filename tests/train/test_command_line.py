@@ -40,7 +40,7 @@ EARLY: list[tuple[list[str], str]] = [
     (["--model.num_layers", "2.5"], r'"model\.num_layers": Expected .*int.* Got value: 2\.5; --help lists'),
     (["--model.num_layers"], r"--model\.num_layers: expected one argument; --help lists"),
     (["--train.dtype", "fp16"], r"\"train\.dtype\": Expected .*'fp32', 'bf16'.* Got value: fp16; --help lists"),
-    (["--optimizer.name", "muon"], r"\"optimizer\.name\": Expected .*'adamw'.* Got value: muon; --help lists"),
+    (["--optimizer.name", "sgd"], r"\"optimizer\.name\": Expected .*'adamw', 'muon'.* Got value: sgd; --help lists"),
     (["--optimizer.betas", "[0.9]"], r'"optimizer\.betas": Expected .*2 elements.* Got value: \[0\.9\]'),
     (["--config", "FOLDER/type.yaml"], r"model\.num_layers.*Got value: many; --help lists"),
     (["--config", "FOLDER/scalar.yaml"], r"model is 3: it is a section; give a mapping"),
