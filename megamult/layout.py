@@ -13,7 +13,7 @@ Pure: no torch.distributed, testable for any number of ranks in one process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -180,6 +180,20 @@ def has_layout(tensor: torch.Tensor) -> bool:
 def names_of(module: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
     """Name of each trainable parameter."""
     return {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def check_complete(held: Container[str], names: Iterable[str]) -> None:
+    """Every one of `names`, of trainable parameters, is among those `held` by a param group.
+
+    Raises:
+        ValueError: one is not.
+    """
+    missing = [name for name in names if name not in held]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} trainable parameters are in no group, the first is {missing[0]}: it would never be "
+            "trained; add it to a group, or set its requires_grad to False"
+        )
 
 
 # ---- layouts of the parameters of a GPT ----------------------------------------------------------------------

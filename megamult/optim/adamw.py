@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megamult import device, parallel
-from megamult.layout import has_layout, names_of
+from megamult.layout import check_complete, has_layout, names_of
 from megamult.optim.clip import Norms, clip_factor, local_squares
 from megamult.optim.folded import FoldedMultipliers
-from megamult.optim.param_groups import check_complete, check_groups
+from megamult.optim.param_groups import check_groups
 from megamult.zero.slices import Partition, Slice
 from megamult.zero.whole import WholePartition
 
@@ -66,7 +66,8 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         groups = [{**group, "params": list(group["params"])} for group in groups]
         self._names = {} if model is None else names_of(model)
         check_groups(groups, self._names, parallel.grid().tensor_size)
-        check_complete(groups, self._names)
+        held = {parameter for group in groups for parameter in group["params"]}
+        check_complete({name for p, name in self._names.items() if p in held}, self._names.values())
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True})
         self.clip_grad_norm = clip_grad_norm
         self.clip_multipliers = clip_multipliers

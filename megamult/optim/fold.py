@@ -17,6 +17,7 @@ from megamult.layout import Layout, Role, Side
 from megamult.multipliers.placement import Placement, resolve
 from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.optim.build import make_optimizer
+from megamult.optim.folded import covers
 from megamult.optim.rules import Rule, local_shape, one_tensor
 
 
@@ -76,7 +77,7 @@ def fold(
             if not math.isfinite(start(role, side)):
                 raise ValueError(f"initial of {role} {side} is {start(role, side)}: it must be finite")
     layouts = _layouts(model, rules, resolved)
-    reached = {part.role for layout in layouts.values() if _scaled(layout, resolved) for part in layout.parts}
+    reached = {part.role for layout in layouts.values() if covers(layout, resolved) for part in layout.parts}
     unreached = [role for role in resolved if role not in reached]
     if unreached and (not isinstance(placement, str) or not reached):
         raise ValueError(
@@ -136,7 +137,7 @@ def _layouts(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Place
             raise ValueError(
                 f"{known[0]} is a multiplier: the model has some of its own; build it without, or train it without fold"
             )
-        if _scaled(layout, placement) and not parameter.requires_grad:
+        if covers(layout, placement) and not parameter.requires_grad:
             raise ValueError(
                 f"{known[0]} is frozen, and placement gives multipliers to its role {_roles(layout)}: set its "
                 "requires_grad to True, or leave the role out of placement"
@@ -212,7 +213,7 @@ def _unnamed(parameter: Parameter, name: str, tp_size: int) -> Layout:
 def _check_tie(known: list[str], stated: dict[str, Layout], layout: Layout, placement: Placement) -> None:
     """A shared parameter with multipliers has one role under all of its names."""
     roles = {name: _roles(stated[name]) if name in stated else "no rule" for name in known}
-    scaled = any(_scaled(each, placement) for each in (layout, *stated.values()))
+    scaled = any(covers(each, placement) for each in (layout, *stated.values()))
     if scaled and len(known) > 1 and ("no rule" in roles.values() or len(set(roles.values())) > 1):
         listed = ", ".join(f"{name} ({role})" for name, role in roles.items())
         raise ValueError(
@@ -223,8 +224,3 @@ def _check_tie(known: list[str], stated: dict[str, Layout], layout: Layout, plac
 
 def _roles(layout: Layout) -> str:
     return ", ".join(part.role for part in layout.parts)
-
-
-def _scaled(layout: Layout, placement: Placement) -> bool:
-    """Whether folded multipliers scale it."""
-    return layout.kind in ("matrix", "embedding") and any(placement.get(part.role) for part in layout.parts)

@@ -54,6 +54,11 @@ class _Block:
     scalar: int | None
 
 
+def covers(layout: Layout, placement: Placement) -> bool:
+    """Whether folded multipliers of this placement scale a parameter."""
+    return layout.kind in ("matrix", "embedding") and any(placement.get(part.role) for part in layout.parts)
+
+
 class FoldedMultipliers:
     """The multipliers of all matrices of one model, their gradients and their AdamW.
 
@@ -90,7 +95,7 @@ class FoldedMultipliers:
 
     def covers(self, layout: Layout) -> bool:
         """Whether a parameter has multipliers."""
-        return layout.kind in ("matrix", "embedding") and any(self.placement.get(part.role) for part in layout.parts)
+        return covers(layout, self.placement)
 
     @torch.no_grad()
     def bind(self, partition: Partition, state: MutableMapping[Tensor, Any]) -> None:
@@ -134,7 +139,7 @@ class FoldedMultipliers:
                     for r in rectangles(layout, grid.tensor_rank, grid.tensor_size, start, values.numel()):
                         block = _block(r, places[name])
                         view = values[r.offset : r.offset + r.numel].view(r.height, r.width)
-                        self._scale(view, view, block)
+                        self._scale(view, block)
             partition.refresh()
 
     def _lay_out(self, partition: Partition) -> dict[str, dict[tuple[int, Side], slice]]:
@@ -247,9 +252,10 @@ class FoldedMultipliers:
                 r = block.rectangle
                 begin = piece.offset + r.offset
                 target = flat[begin : begin + r.numel].view(r.height, r.width)
-                self._scale(target, target, block)
+                self._scale(target, block)
 
-    def _scale(self, target: Tensor, weight: Tensor, block: _Block) -> None:
+    def _scale(self, weight: Tensor, block: _Block) -> None:
+        """W to W_eff, in place."""
         rows, kappa = _part(self.values, block.row), _part(self.values, block.col)
         for lo, hi in _chunks(*weight.shape):
             w = weight[lo:hi].float()
@@ -259,7 +265,7 @@ class FoldedMultipliers:
                 w = w * rows[lo:hi, None]
             if block.scalar is not None:
                 w = w * self.values[block.scalar]
-            target[lo:hi] = w
+            weight[lo:hi] = w
 
 
 def _block(r: Rectangle, places: dict[tuple[int, Side], slice]) -> _Block:

@@ -110,18 +110,3 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
                     f"param_groups[{g}] mixes dtypes: {first} is {parameters[0].dtype}, {name} is {parameter.dtype}; "
                     "a group is one flat buffer under ZeRO: convert one of them, or make two groups"
                 )
-
-
-def check_complete(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Parameter, str]) -> None:
-    """Every named parameter is in a group.
-
-    Raises:
-        ValueError: one is not.
-    """
-    held = {parameter for group in groups for parameter in group["params"]}
-    missing = [name for parameter, name in names.items() if parameter not in held]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} trainable parameters are in no group, the first is {missing[0]}: it would never be "
-            "trained; add it to a group, or set its requires_grad to False"
-        )

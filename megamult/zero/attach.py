@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch.nn import Parameter
 
-from megamult.layout import names_of
+from megamult.layout import check_complete, names_of
 from megamult.zero.flat import Bf16Partition, Zero12Partition
 from megamult.zero.slices import Partition
 from megamult.zero.stage3 import Zero3Partition
@@ -61,13 +61,7 @@ def partition_of(engine: Any, optimizer: TwoPhase) -> Partition:
 
 
 def _complete(partition: Partition, names: Mapping[Parameter, str]) -> Partition:
-    held = {cut.name for cut in partition.cuts}
-    missing = [name for name in names.values() if name not in held]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} trainable parameters are in no param group, the first is {missing[0]}: it would never be "
-            "trained; add it to a group, or set its requires_grad to False"
-        )
+    check_complete({cut.name for cut in partition.cuts}, names.values())
     return partition
 
 
