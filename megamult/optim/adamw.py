@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megamult import device, parallel
-from megamult.layout import check_complete, has_layout, names_of
+from megamult.layout import Layout, check_complete, has_layout, names_of
 from megamult.optim.clip import Norms, clip_factor, local_squares
 from megamult.optim.folded import FoldedMultipliers
 from megamult.optim.param_groups import check_groups
@@ -45,6 +45,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
 
     Attributes:
         norms: of the last prepared gradients, before clipping.
+        updates: how many steps were applied: the count that every state of AdamW has.
         skipped_steps: how many steps were dropped because a gradient was not finite.
 
     Raises:
@@ -73,6 +74,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         self.clip_multipliers = clip_multipliers
         self.folded = folded
         self.norms: Norms | None = None
+        self.updates = 0
         self.skipped_steps = 0
         self._factors: tuple[float, float] | None = None  # (all but multipliers, multipliers); None: not prepared
         self._skip = False
@@ -130,6 +132,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         self.norms = Norms(main, multipliers)
         self._skip = not self.norms.finite
         self.skipped_steps += self._skip
+        self.updates += not self._skip
         self._factors = (
             clip_factor(main, self.clip_grad_norm),
             clip_factor(multipliers, self.clip_grad_norm) if self.clip_multipliers else 1.0,
@@ -184,6 +187,52 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         """[length] of the slice's weights without multipliers, in fp32."""
         return piece.master if self.folded is None else self.folded.latent(piece.tensor, piece.offset, piece.length)
 
+    # ---- what a checkpoint holds -----------------------------------------------------------------------------
+
+    def kept(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
+        """Everything that this rank keeps of its slices, to read and to write in place.
+
+        Yields:
+            (name, slice, values): `weight` (without multipliers), `exp_avg`, `exp_avg_sq` or `momentum`, and its
+            [length] fp32 view. State is zeros where no step was made.
+        """
+        for piece in partition.slices:
+            yield "weight", piece, self.weight(piece)
+            if self._has_moments(piece.layout):
+                state = self._moments(piece.tensor)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    yield name, piece, state[name].view(-1)[piece.offset : piece.offset + piece.length]
+
+    def restored(self, partition: Partition, updates: int, skipped_steps: int) -> None:
+        """What :meth:`kept` yields was written to: go on from there. Collective over all ranks.
+
+        Args:
+            updates: steps that had been applied when the state was kept.
+            skipped_steps: and those that had been dropped.
+        """
+        self.updates, self.skipped_steps = updates, skipped_steps
+        for state in self.state.values():
+            if "step" in state:
+                state["step"].fill_(updates)
+        if self.folded is not None:
+            self.folded.restored(updates)
+        partition.publish()
+
+    def _has_moments(self, layout: Layout) -> bool:
+        """Whether AdamW updates such a parameter."""
+        return True
+
+    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """AdamW's state of a tensor that it updates; zeros at first."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    # ---- one step --------------------------------------------------------------------------------------------
+
     def _own_partition(self) -> WholePartition:
         parameters = [p for group in self.param_groups for p in group["params"]]
         if self._driven or not all(has_layout(p) for p in parameters):
@@ -208,12 +257,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         factor = self._factors[group["kind"] == "multiplier"]
         if factor != 1.0:
             torch._foreach_mul_(gradients, factor)
-        states = [self.state[p] for p in parameters]
-        for parameter, state in zip(parameters, states, strict=True):
-            if "step" not in state:
-                state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [self._moments(p) for p in parameters]
         adamw(
             parameters,
             gradients,

@@ -115,6 +115,11 @@ class FoldedMultipliers:
         self.values = torch.nn.Parameter(starts.to(here, torch.float32))
         self.gradient = torch.zeros_like(self.values)
         self._adamw = torch.optim.AdamW([self.values], lr=self.lr, fused=True, **self._settings)
+        self._adamw.state[self.values] = {
+            "step": torch.zeros((), device=here),
+            "exp_avg": torch.zeros_like(self.gradient),
+            "exp_avg_sq": torch.zeros_like(self.gradient),
+        }
         grid = parallel.grid()
         self._blocks, self._slices_of = [], {}
         for i, piece in enumerate(partition.slices):
@@ -134,13 +139,7 @@ class FoldedMultipliers:
         if bool((self.values != 1).any()):
             for tensor in self._slices_of:
                 self._write(tensor)
-            for name, layout, start, values in partition.model_values():
-                if name in places:
-                    for r in rectangles(layout, grid.tensor_rank, grid.tensor_size, start, values.numel()):
-                        block = _block(r, places[name])
-                        view = values[r.offset : r.offset + r.numel].view(r.height, r.width)
-                        self._scale(view, block)
-            partition.refresh()
+            partition.publish()
 
     def _lay_out(self, partition: Partition) -> dict[str, dict[tuple[int, Side], slice]]:
         """Fill `vectors`; returns by parameter the packed entries of each (part, side)."""
@@ -234,6 +233,24 @@ class FoldedMultipliers:
         """[length] view of the latent weights of elements of a tensor; its own values where it is not folded."""
         values = self._state[tensor][LATENT] if tensor in self._slices_of else tensor.detach()
         return values.view(-1)[offset : offset + length]
+
+    def kept(self) -> Iterator[tuple[str, Vector, Tensor]]:
+        """(name, vector, values) of the multipliers (`weight`) and of their `exp_avg` and `exp_avg_sq`, whole on every
+        rank, to read and to write in place."""
+        state = self._adamw.state[self.values]
+        for vector in self.vectors:
+            for name, packed in (("weight", self.values.detach()), *((k, state[k]) for k in ("exp_avg", "exp_avg_sq"))):
+                yield name, vector, packed[vector.start : vector.start + vector.length]
+
+    def restored(self, updates: int) -> None:
+        """Multipliers, their state and the latent weights were written to: bring W_eff after them.
+
+        Args:
+            updates: steps that had been applied when they were kept.
+        """
+        self._adamw.state[self.values]["step"].fill_(updates)
+        for tensor in self._slices_of:
+            self._write(tensor)
 
     def named(self) -> Iterator[tuple[Vector, Tensor]]:
         """Every vector of multipliers, whole on every rank."""

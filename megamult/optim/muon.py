@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -163,6 +163,19 @@ class DistributedMuon(TwoPhaseAdamW):
             if momentum is not None:
                 copy = momentum.detach().to(parameter.device, torch.float32, copy=True)
                 self.state[parameter]["momentum_buffer"] = copy
+
+    def kept(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
+        """As AdamW's; of matrices the momentum, once over the data-parallel ranks."""
+        yield from super().kept(partition)
+        if self._partition is not partition:
+            self._plan(partition)
+        assert self._pieces is not None
+        for i in self._indices:
+            piece = self._pieces.slices[i]
+            yield "momentum", piece, self._momentum(piece)
+
+    def _has_moments(self, layout: Layout) -> bool:
+        return not _is_matrix(layout)
 
     def _update(self, batch: Tensor) -> Tensor:
         """[batch, rows, cols] of momentum to scaled updates."""

@@ -5,14 +5,14 @@ A parameter may straddle two ranks' partitions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult.layout import Layout, layout_of
+from megamult.layout import layout_of
 from megamult.zero.slices import Cut, Partition, Slice, flat_intervals
 
 
@@ -21,7 +21,8 @@ class FlatPartition(Partition):
 
     sharded = True
 
-    def __init__(self) -> None:
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
         self.slices, self.cuts = [], []
         self._places: list[tuple[int, int]] = []  # (group, position in the partition) of each slice
         self._parameters: dict[str, Parameter] = {}
@@ -53,10 +54,9 @@ class FlatPartition(Partition):
                 self.slices.append(Slice(name, cut.layout, start, length, master, position, source))
                 self._places.append((group, position))
 
-    def model_values(self) -> Iterator[tuple[str, Layout, int, Tensor]]:
-        """Whole shards."""
-        for cut in self.cuts:
-            yield cut.name, cut.layout, 0, self._parameters[cut.name].detach().view(-1)
+    def spread(self) -> None:
+        """DeepSpeed's all-gather at the end of a step."""
+        self._zero.update_lp_params()
 
     def read_back(self, piece: Slice) -> Tensor | None:
         """DeepSpeed's link from a parameter to its fragment of the flat fp32 partition."""
@@ -76,8 +76,7 @@ class Zero12Partition(FlatPartition):
                 "deepspeed.zero_optimization.offload_optimizer is set: gradients then never meet on the device, where "
                 "megamult clips them; remove it"
             )
-        super().__init__()
-        self._zero = zero
+        super().__init__(zero)
         for group, master in enumerate(zero.single_partition_of_fp32_groups):
             parameters, offsets = zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group]
             self._add_group(group, parameters, offsets, zero.real_dp_process_group[group], master, names)
@@ -109,8 +108,7 @@ class Bf16Partition(FlatPartition):
     """`BF16_Optimizer` (bf16_optimizer.py): ZeRO 1 in bf16 with fp32 gradient accumulation."""
 
     def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
-        super().__init__()
-        self._zero = zero
+        super().__init__(zero)
         for group, master in enumerate(zero.fp32_groups_flat_partition):
             offsets, offset = [], 0
             for parameter in zero.bf16_groups[group]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,13 +87,15 @@ class Partition(ABC):
         them changes what the optimizer will be given.
         """
 
-    @abstractmethod
-    def model_values(self) -> Iterator[tuple[str, Layout, int, Tensor]]:
-        """(name, layout, start, values) of what the model itself holds here of each parameter: flat views, the whole
-        tensor-parallel shard at ZeRO 0 to 2, this rank's part of it at ZeRO 3."""
+    @torch.no_grad()
+    def publish(self) -> None:
+        """The masters were written to: give the whole model their values, as after a step. Collective."""
+        for piece in self.slices:
+            piece.source.copy_(piece.master)
+        self.spread()
 
-    def refresh(self) -> None:  # noqa: B027
-        """The model's values were written to: update what DeepSpeed keeps beside them."""
+    def spread(self) -> None:  # noqa: B027
+        """This rank's slices of the model were written to: bring them to all ranks that hold them."""
 
     def complete(self, dtype: torch.dtype, bucket_elements: int) -> int:
         """Bring gradients that one rank has changed to all that hold them; returns the bytes that this rank sent."""

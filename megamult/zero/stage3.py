@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult.layout import Layout, layout_of
+from megamult.layout import layout_of
 from megamult.zero.slices import Cut, Partition, Slice, flat_intervals
 
 
@@ -41,12 +41,7 @@ class Zero3Partition(Partition):
                     self._places.append((sub_group, i))
                 position += piece
 
-    def model_values(self) -> Iterator[tuple[str, Layout, int, Tensor]]:
-        """This rank's parts."""
-        for piece in self.slices:
-            yield piece.name, piece.layout, piece.start, piece.source
-
-    def refresh(self) -> None:
+    def spread(self) -> None:
         """Small parameters stay gathered between steps: gather them again."""
         persistent = self._zero.persistent_parameters
         if persistent:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,10 +39,6 @@ class VirtualPartition(Partition):
                     Slice(piece.name, piece.layout, start, length, piece.tensor, start, source, shared=True)
                 )
                 self._indices_here.append(i)
-
-    def model_values(self) -> Iterator[tuple[str, Layout, int, Tensor]]:
-        """The whole partition's."""
-        return self._whole.model_values()
 
     def gradients(self) -> list[Tensor]:
         """This rank's part of the whole gradients."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megamult import parallel
-from megamult.layout import Layout, layout_of
+from megamult.layout import layout_of
 from megamult.zero.slices import Cut, Partition, Slice
 
 
@@ -32,12 +32,6 @@ class WholePartition(Partition):
             layout, numel = layout_of(parameter, name), parameter.numel()
             self.slices.append(Slice(name, layout, 0, numel, master, 0, parameter.detach().view(-1)))
             self.cuts.append(Cut(name, layout, ((0, numel),) * parallel.grid().data_size, parameter.dtype))
-
-    def model_values(self) -> Iterator[tuple[str, Layout, int, Tensor]]:
-        """Whole shards; none where they are the very tensors that the optimizer updates."""
-        for piece, parameter in zip(self.slices, self._parameters, strict=True):
-            if piece.tensor is not parameter:
-                yield piece.name, piece.layout, 0, piece.source
 
     def gradients(self) -> list[Tensor]:
         """The parameters' `.grad`, or Megatron DDP's `main_grad`; zeros where backward left none.
