@@ -242,6 +242,8 @@ class TrainConfig:
     """Global batches per evaluation."""
     log_histograms_every: int = 100
     """Steps between TensorBoard histograms of the multipliers; 0: none."""
+    max_minutes: float | None = None
+    """Minutes after which the run saves a checkpoint and ends with exit code 75, to be started again; null: none."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -264,6 +266,8 @@ class TrainConfig:
         _not_negative(
             "train", seed=self.seed, eval_every=self.eval_every, log_histograms_every=self.log_histograms_every
         )
+        if self.max_minutes is not None:
+            _positive("train", max_minutes=self.max_minutes)
         _require(self.seed < 2**63, f"train.seed is {self.seed}: it must be less than 2^63")
         _require(
             self.run_dir is None or bool(self.run_dir.strip()), f"train.run_dir is {self.run_dir!r}: name a directory"
@@ -271,6 +275,36 @@ class TrainConfig:
         _require(
             not (self.dtype == "fp32" and self.accumulation_dtype == "bf16"),
             "train.grad_accum_dtype is bf16 with train.dtype fp32: use auto or fp32",
+        )
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints, in the run directory's `checkpoints/step_N/`; any layout of processes can resume from them."""
+
+    save_every: int = 0
+    """Steps between checkpoints; 0: at the end alone."""
+    keep: int = 2
+    """How many of the newest to keep; 0: all."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are kept besides; 0: none."""
+    asynchronous: bool = True
+    """true: copy the state aside and write it while training goes on; false: write it at once, in less memory."""
+    load: str | None = None
+    """Where to go on from: a checkpoint's directory; or latest: the newest one of train.run_dir, if there is any (one
+    that is damaged is reported, and the one before it taken). null: start anew."""
+    reset_optimizer: bool = False
+    """Take weights, multipliers and position from the checkpoint, and leave the optimizer's state."""
+
+    def __post_init__(self) -> None:
+        _not_negative("checkpoint", save_every=self.save_every, keep=self.keep, keep_every=self.keep_every)
+        _require(
+            self.load is None or bool(self.load.strip()),
+            f"checkpoint.load is {self.load!r}: name a directory, or latest",
+        )
+        _require(
+            self.load is not None or not self.reset_optimizer,
+            "checkpoint.reset_optimizer is true and checkpoint.load is not set: give a checkpoint",
         )
 
 
@@ -284,6 +318,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     deepspeed: dict[str, Any] | str | None = None
     """Merged into the DeepSpeed configuration that the other keys produce; a conflict is an error."""
 
@@ -298,6 +333,10 @@ class Config:
             not (train.dtype == "bf16" and self.parallel.zero_stage == 0 and train.accumulation_dtype == "fp32"),
             "parallel.zero_stage is 0 with train.dtype bf16: DeepSpeed accumulates gradients in bf16 there; use "
             "parallel.zero_stage 1, or accept it with train.grad_accum_dtype bf16",
+        )
+        _require(
+            self.checkpoint.load != "latest" or train.run_dir is not None,
+            "checkpoint.load is latest and train.run_dir is not set: name the run directory that holds the checkpoints",
         )
         tensor, model = self.parallel.tensor, self.model
         _require(

@@ -224,6 +224,7 @@ UNUSUAL = [
     "--data.valid=[a, b]",
     "--data.tokenizer=t.model",
     "--train.dtype=bf16",
+    "--checkpoint.save_every=10",
     "--train.run_dir=runs/with space: and # marks",
     "--deepspeed={zero_optimization: {overlap_comm: true}}",
 ]

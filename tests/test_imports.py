@@ -31,6 +31,7 @@ DATA_FLOW = [
     ["megamult.optim"],
     ["megamult.checkpoint", "megamult.monitor"],
     ["megamult.train.engine"],
+    ["megamult.train.checkpoints", "megamult.train.signals"],
     ["megamult.train.loop"],
     ["megamult.train"],
 ]

@@ -1,1 +1,1 @@
-"""Logical tensors by name and global shape: gathering and writing them."""
+"""Checkpoints that any layout reads: every state by name and global shape; export and import."""

@@ -1,15 +1,13 @@
-"""Gather logical tensors (Q, K, V, gate, up ... and multipliers) from all ranks, one at a time, and write them."""
+"""Gather logical tensors (Q, K, V, gate, up ... and multipliers) from all ranks, one at a time."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megamult import parallel
@@ -88,17 +86,3 @@ def trained(
     if optimizer.folded is not None and "multiplier" in kinds:
         for vector, values in optimizer.folded.named():
             yield Logical(vector.name, "multiplier", vector.role, vector.side, values)
-
-
-def save_logical(model: torch.nn.Module, partition: Partition, optimizer: Any, path: Path) -> None:
-    """Write every logical weight and multiplier in fp32 to one safetensors file, from global rank 0. Collective."""
-    keep = torch.distributed.get_rank() == 0
-    tensors = {}
-    for item in trained(model, partition, optimizer):
-        if keep:
-            tensors[item.name] = item.tensor.cpu().contiguous()
-    if keep:
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.rename(path)
-    torch.distributed.barrier()

@@ -62,7 +62,11 @@ class BlendedDataset:
     ) -> None:
         if seq_length < 1:
             raise ValueError(f"seq_length is {seq_length}; give at least 1 token")
-        self.blend = Blend([weight for _, weight in sources])
+        self._weights = [float(weight) for _, weight in sources]
+        self.blend = Blend(self._weights)
+        self._origin = 0  # global sample with which the present blend began,
+        self._first = [0] * len(sources)  # and each source's sample there
+        self._left: dict[str, int] = {}  # next samples of sources that an earlier blend had
         self._sources: list[_Source] = []
         for prefix, _ in sources:
             files = read_index(prefix)
@@ -87,7 +91,7 @@ class BlendedDataset:
             RuntimeError: rank 0's index files do not appear on this rank (cache_dir is not shared).
         """
         needed: set[tuple[int, int]] = set()
-        counts = zip(self.blend.counts(first), self.blend.counts(last), self._sources, strict=True)
+        counts = zip(self._positions(first), self._positions(last), self._sources, strict=True)
         for position, (start, stop, source) in enumerate(counts):
             if stop > start:
                 epochs = range(start // source.samples_per_epoch, (stop - 1) // source.samples_per_epoch + 1)
@@ -114,10 +118,43 @@ class BlendedDataset:
         Raises:
             ValueError: the sample holds a token id outside the tokenizer's vocabulary.
         """
-        if i < 0:
-            raise IndexError(f"sample {i} does not exist: samples count from 0")
-        position, k = self.blend.locate(i)
-        return self._sources[position].sample(k)
+        if i < self._origin:
+            raise IndexError(f"sample {i} does not exist: samples count from {self._origin}")
+        position, k = self.blend.locate(i - self._origin)
+        return self._sources[position].sample(self._first[position] + k)
+
+    def _positions(self, i: int) -> list[int]:
+        """Each source's next sample, before global sample `i`."""
+        return [first + count for first, count in zip(self._first, self.blend.counts(i - self._origin), strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold, beside the number of samples, to go on with every source's next sample."""
+        sources = zip(self._sources, self._weights, self._first, strict=True)
+        return {
+            "origin": self._origin,
+            "sources": [{"source": source.name, "weight": w, "first": first} for source, w, first in sources],
+            "left": self._left,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], samples: int) -> None:
+        """Go on before global sample `samples` of a run that left `state`.
+
+        The same sources and weights go on with the same blend. Otherwise a new blend begins here, in which each
+        source that the run had goes on with its next sample, and others begin.
+        """
+        saved = state["sources"]
+        mine = [(source.name, weight) for source, weight in zip(self._sources, self._weights, strict=True)]
+        if [(each["source"], each["weight"]) for each in saved] == mine:
+            self._origin, self._first = state["origin"], [each["first"] for each in saved]
+            self._left = state["left"]
+            return
+        counts = Blend([each["weight"] for each in saved]).counts(samples - state["origin"])
+        reached = state["left"] | {
+            each["source"]: each["first"] + count for each, count in zip(saved, counts, strict=True)
+        }
+        self._origin = samples
+        self._first = [reached.pop(source.name, 0) for source in self._sources]
+        self._left = reached
 
 
 class _Source:
@@ -144,6 +181,7 @@ class _Source:
         self.samples_per_epoch = (files.tokens - 1) // seq_length
         self.identity, twins = which
         self._seed = (seed, int(self.identity[:16], 16), twins)
+        self.name = f"{self.identity}.{twins}"
         key = repr((self.identity, tokenizer.sha256, seq_length, seed, twins))
         self._directory = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16]
         self._indexed: Any = None

@@ -14,14 +14,21 @@ from tqdm import tqdm
 
 
 class Writers:
-    """One object per step into `metrics.jsonl`, the same into `tensorboard/`, and a bar on standard error."""
+    """One object per step into `metrics.jsonl`, the same into `tensorboard/`, and a bar on standard error.
 
-    def __init__(self, run_dir: Path, steps: int) -> None:
+    Args:
+        run_dir: where to; an earlier part of the same run may be there.
+        steps: of the whole run.
+        done: steps that are behind: what was recorded after them, before a crash, is dropped.
+    """
+
+    def __init__(self, run_dir: Path, steps: int, done: int = 0) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
+        _drop_after(run_dir / "metrics.jsonl", done)
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else None)
         self._interactive = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=not self._interactive)
+        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not self._interactive)
         self._report_every = max(1, steps // 20)
         self._steps = steps
         self._skipped = 0
@@ -62,6 +69,12 @@ class Writers:
         for key, vector in values.items():
             self._tensorboard.add_histogram(f"multipliers/{key}", vector, step)
 
+    def checkpoint(self, path: Path, stall_seconds: float, seconds: float) -> None:
+        """A checkpoint that is complete."""
+        step = int(path.name.rpartition("_")[2])
+        self._scalars("checkpoint", {"stall_seconds": stall_seconds, "seconds": seconds}, step)
+        self.say(f"saved {path} in {seconds:.1f} s (training stood still for {stall_seconds:.2f} s)")
+
     def say(self, text: str) -> None:
         """A line of text that does not tear the bar."""
         self._bar.write(text, file=sys.stdout) if self._interactive else print(text, flush=True)
@@ -74,3 +87,19 @@ class Writers:
         # JSON has no NaN and no infinity.
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
+
+
+def _drop_after(metrics: Path, step: int) -> None:
+    """Leave the lines of steps up to `step`; a line that a crash cut off goes too."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    rewritten = metrics.with_name(metrics.name + ".tmp")
+    rewritten.write_text("".join(kept), encoding="utf-8")
+    rewritten.replace(metrics)

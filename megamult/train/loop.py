@@ -6,18 +6,22 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megamult import device, parallel
+from megamult.checkpoint.info import CheckpointInfo
 from megamult.checkpoint.logical import trained
+from megamult.checkpoint.saver import Outcome
 from megamult.config import Config
 from megamult.monitor.statistics import by_role, flops_per_token
 from megamult.monitor.writers import Writers
 from megamult.optim.schedule import lr_factor
+from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.engine import Engine
+from megamult.train.signals import StopRequests
 
 
 class Samples(Protocol):
@@ -28,6 +32,9 @@ class Samples(Protocol):
 
     def prepare(self, first: int, last: int, barrier: Callable[[], None]) -> None:
         """Make samples [first, last) ready; all ranks call it together."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold of them."""
 
 
 class Trainer:
@@ -40,7 +47,9 @@ class Trainer:
         self._accumulation = config.accumulation(parallel.data_group().size())
         self._flops = flops_per_token(config.model, vocab_size)
         self.step_count = 0
-        self.last_valid_loss: float | None = None
+        self.samples = 0
+        self.figures: dict[str, float] = {}
+        self.last_multipliers: dict[str, Tensor] = {}
 
     def _micro_batch(self, samples: Samples, first: int, micro: int) -> tuple[Tensor, Tensor]:
         """Tokens and labels, [micro batch, seq] each: this rank's part of the global batch that begins at `first`."""
@@ -56,19 +65,20 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns the step's record."""
         began = time.perf_counter()
-        config, step = self.config, self.step_count
+        config, step, first = self.config, self.step_count, self.samples
         batch = config.train.global_batch_size
-        self._train.prepare(step * batch, (step + 1) * batch, torch.distributed.barrier)
+        self._train.prepare(first, first + batch, torch.distributed.barrier)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(step, config.train.steps, config.optimizer)
         loss = torch.zeros((), device=device.local_device())
         for micro in range(self._accumulation):
-            tokens, labels = self._micro_batch(self._train, step * batch, micro)
+            tokens, labels = self._micro_batch(self._train, first, micro)
             objective, entropy = self.engine.deepspeed(tokens, labels)
             self.engine.deepspeed.backward(objective)
             self.engine.deepspeed.step()
             loss += entropy.float()
         self.step_count += 1
+        self.samples += batch
         norms = self.engine.optimizer.norms
         assert norms is not None
         mean_loss = self._mean(loss / self._accumulation)
@@ -80,7 +90,7 @@ class Trainer:
             "lr": config.optimizer.lr * lr_factor(step, config.train.steps, config.optimizer),
             "grad_norm": norms.main,
             "multiplier_grad_norm": norms.multipliers,
-            "tokens": self.step_count * tokens_per_step,
+            "tokens": self.samples * config.model.seq_length,
             "tokens_per_second": tokens_per_step / seconds,
             "seconds": seconds,
             "skipped_steps": self.engine.optimizer.skipped_steps,
@@ -113,28 +123,66 @@ class Trainer:
         found = trained(engine.model, engine.partition, engine.optimizer, kinds=("multiplier",))
         return by_role((item.role, item.side or "", item.tensor.cpu()) for item in found)
 
-    def run(self, run_dir: Path) -> None:
-        """All remaining steps, with evaluation and records. Files are written by global rank 0."""
+    def resume(self, info: CheckpointInfo) -> None:
+        """Go on after the step at which a checkpoint was saved, with its next sample."""
+        self.step_count, self.samples, self.figures = info.step, info.samples, dict(info.figures)
+
+    def run(self, run_dir: Path, checkpoints: RunCheckpoints, stop: StopRequests) -> str | None:
+        """All remaining steps, with evaluation, records and checkpoints. Records are written by global rank 0.
+
+        Returns:
+            Why the run stopped before its last step; None: it is complete.
+
+        Raises:
+            OSError: the last checkpoint could not be written.
+        """
         config = self.config
         peak = device.peak_flops(config.train.torch_dtype)
-        histograms = config.train.log_histograms_every if config.multipliers.implementation != "none" else 0
+        multipliers = config.multipliers.implementation != "none"
+        histograms = config.train.log_histograms_every if multipliers else 0
         main_rank = torch.distributed.get_rank() == 0
-        with Writers(run_dir, config.train.steps) if main_rank else contextlib.nullcontext() as writers:
-            while self.step_count < config.train.steps:
+        reason, saved_step = None, self.step_count
+        writers: Any = contextlib.nullcontext()
+        if main_rank:
+            writers = Writers(run_dir, config.train.steps, self.step_count)
+        with writers as out:
+            while self.step_count < config.train.steps and reason is None:
                 record = self.train_step()
+                self.figures |= {key: record[key] for key in ("tokens", "loss")}
                 extra = {"memory_bytes": float(device.memory_bytes())}
                 if peak is not None:
                     world = torch.distributed.get_world_size()
                     extra["mfu"] = record["tokens_per_second"] * self._flops / (peak * world)
-                if writers is not None:
-                    writers.step(record, extra)
+                if out is not None:
+                    out.step(record, extra)
                 last = self.step_count == config.train.steps
-                if histograms and (self.step_count % histograms == 0 or last):
-                    values = self.multipliers()
-                    if writers is not None:
-                        writers.histograms(values, self.step_count)
+                if multipliers and (last or (histograms and self.step_count % histograms == 0)):
+                    self.last_multipliers = self.multipliers()
+                    if out is not None and histograms:
+                        out.histograms(self.last_multipliers, self.step_count)
                 due = config.train.eval_every and self.step_count % config.train.eval_every == 0
                 if self._valid is not None and (due or last):
-                    self.last_valid_loss = self.evaluate()
-                    if writers is not None:
-                        writers.evaluation({"step": self.step_count, "valid_loss": self.last_valid_loss})
+                    self.figures["valid_loss"] = self.evaluate()
+                    if out is not None:
+                        out.evaluation({"step": self.step_count, "valid_loss": self.figures["valid_loss"]})
+                reason = None if last else stop.agreed()
+                _report(out, checkpoints.poll())
+                if last or reason or checkpoints.due(self.step_count):
+                    data, figures = self._train.state_dict(), dict(self.figures)
+                    _report(out, checkpoints.save(self.engine, self.step_count, self.samples, data, figures))
+                    saved_step = self.step_count
+            outcome = checkpoints.wait()
+            _report(out, outcome)
+        if outcome is not None and outcome.error is not None:
+            raise OSError(f"the checkpoint of step {saved_step} could not be written ({outcome.error})")
+        return reason
+
+
+def _report(out: Writers | None, outcome: Outcome | None) -> None:
+    """Say what became of a checkpoint, on the rank that writes."""
+    if out is None or outcome is None:
+        return
+    if outcome.error is None:
+        out.checkpoint(outcome.path, outcome.stall_seconds, outcome.seconds)
+    else:
+        out.say(f"warning: {outcome.path} could not be written ({outcome.error}); training goes on")

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from megamult import environment
 from megamult.config import (
+    CheckpointConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -22,6 +23,11 @@ from megamult.config import (
 
 EXIT_USER_ERROR = 2
 
+EXIT_RESUME = 75
+"""The run saved a checkpoint and stopped before its last step, as it was asked to: start it again (EX_TEMPFAIL)."""
+
+_BEGAN = time.monotonic()
+
 _HEAD_START_SECONDS = 2.0
 """Launchers end all ranks once one has left: the others let rank 0 speak first."""
 
@@ -32,6 +38,7 @@ _SECTIONS: dict[str, type] = {
     "parallel": ParallelConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
 }
 
 _Result = TypeVar("_Result")
@@ -132,16 +139,23 @@ def run(config: Config, resolved: str) -> None:
     # Megatron says at import, on every rank, which optional packages it does without.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     from megamult import parallel
-    from megamult.checkpoint.logical import save_logical
+    from megamult.checkpoint import resume
     from megamult.monitor.statistics import spread_table
+    from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build, check_deepspeed, parameter_count
     from megamult.train.loop import Trainer
+    from megamult.train.signals import StopRequests
 
     mpu = parallel.initialize(config.parallel.tensor)
     agreed(lambda: check_deepspeed(config, mpu))
     run_dir = _run_dir(config)
-    agreed(lambda: _claim(run_dir))
+    load = config.checkpoint.load
+    checkpoint = agreed(lambda: resume.find(load, run_dir)) if load else None
+    agreed(lambda: _claim(run_dir, load == "latest" or _is_of(checkpoint, run_dir)))
     tokenizer, vocab_size = agreed(lambda: _vocabulary(config))
+    if checkpoint is not None:
+        info = checkpoint.info
+        agreed(lambda: resume.check_fits(info, config, vocab_size, tokenizer.sha256))
     train, valid = agreed(lambda: _datasets(config, tokenizer, run_dir))
     main_rank = torch.distributed.get_rank() == 0
     agreed(lambda: _begin(run_dir, resolved))
@@ -155,16 +169,48 @@ def run(config: Config, resolved: str) -> None:
             flush=True,
         )
     trainer = Trainer(config, engine, train, valid, vocab_size)
-    trainer.run(run_dir)
-    save_logical(engine.model, engine.partition, engine.optimizer, run_dir / "model.safetensors")
-    multipliers = trainer.multipliers() if config.multipliers.implementation != "none" else {}
-    if main_rank:
-        if multipliers:
-            print(spread_table(multipliers))
-        _summarize(config, vocab_size, trainer.last_valid_loss)
-        print(f"weights: {run_dir / 'model.safetensors'}", flush=True)
+    if checkpoint is not None:
+        new = agreed(
+            lambda: resume.restore(
+                checkpoint, engine.partition, engine.optimizer, reset_optimizer=config.checkpoint.reset_optimizer
+            )
+        )
+        trainer.resume(info)
+        if info.data is not None:
+            train.load_state_dict(info.data, info.samples)
+        if main_rank:
+            fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
+            print(f"going on from {checkpoint.path}: step {info.step}, {info.samples} sequences{fresh}", flush=True)
+    elif load and main_rank:
+        print(f"no checkpoint in {run_dir / 'checkpoints'} yet: starting anew", flush=True)
+    files = {"config.yaml": resolved.encode(), "tokenizer.model": Path(tokenizer.model_path).read_bytes()}
+    checkpoints = RunCheckpoints(run_dir, config, vocab_size, tokenizer.sha256, files)
+    minutes = config.train.max_minutes
+    reason, code = None, 0
+    with StopRequests(None if minutes is None else _BEGAN + 60 * minutes) as stop:
+        try:
+            reason = trainer.run(run_dir, checkpoints, stop)
+        except OSError as error:
+            if main_rank:
+                print("error:", error, file=sys.stderr, flush=True)
+            code = 1
+    if reason is not None and code == 0:
+        code = EXIT_RESUME
+        if main_rank:
+            print(
+                f"{reason}: stopped after step {trainer.step_count} of {config.train.steps}, exit code {code}; go on "
+                f"with --checkpoint.load latest --train.run_dir {run_dir}",
+                flush=True,
+            )
+    elif main_rank and code == 0:
+        if trainer.last_multipliers:
+            print(spread_table(trainer.last_multipliers))
+        _summarize(config, vocab_size, trainer.figures.get("valid_loss"))
+        print(f"checkpoint: {run_dir / 'checkpoints' / f'step_{trainer.step_count}'}", flush=True)
     torch.distributed.barrier()
     parallel.destroy()
+    if code:
+        sys.exit(code)
 
 
 def _run_dir(config: Config) -> Path:
@@ -176,22 +222,30 @@ def _run_dir(config: Config) -> Path:
     return Path(chosen[0])
 
 
-def _claim(run_dir: Path) -> None:
-    """Refuse a directory that already holds a run (rank 0 looks: it is the one that writes)."""
+def _is_of(checkpoint: Any, run_dir: Path) -> bool:
+    """Whether a checkpoint is one of this run."""
+    return checkpoint is not None and checkpoint.path.resolve().parent == (run_dir / "checkpoints").resolve()
+
+
+def _claim(run_dir: Path, resumes: bool) -> None:
+    """Refuse a directory that already holds a run which this one does not go on with (rank 0 looks: it writes)."""
     metrics = run_dir / "metrics.jsonl"
     # An empty one is of a run that did not reach its first step.
-    if environment.rank() == 0 and metrics.exists() and metrics.stat().st_size > 0:
+    if environment.rank() == 0 and not resumes and metrics.exists() and metrics.stat().st_size > 0:
         raise ValueError(
-            f"train.run_dir {run_dir} holds another run (metrics.jsonl): choose another with --train.run_dir, or "
-            "remove it"
+            f"train.run_dir {run_dir} holds another run (metrics.jsonl): go on with it by --checkpoint.load latest, "
+            "choose another with --train.run_dir, or remove it"
         )
 
 
 def _begin(run_dir: Path, resolved: str) -> None:
-    """Make the run directory and write config.yaml, on rank 0."""
+    """Make the run directory, write config.yaml, remove what an interrupted save left; on rank 0."""
+    from megamult.checkpoint import directory
+
     if environment.rank() == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            directory.clean(run_dir / "checkpoints")
             (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
         except OSError as error:
             raise ValueError(

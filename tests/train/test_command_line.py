@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import struct
@@ -10,7 +11,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 
+from megamult.checkpoint import saved
+from megamult.checkpoint.chunks import Chunk
+from megamult.checkpoint.info import CheckpointInfo
+from megamult.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from megamult.train import pretrain
 from tests.distributed import run_distributed
 from tests.train.command import VOCAB, answers, data_arguments, make_corpus, snapshot, start
@@ -31,7 +37,15 @@ EARLY: list[tuple[list[str], str]] = [
     # bad key
     (["--modle.num_layers", "2"], r"unrecognized arguments: --modle\.num_layers 2; --help lists every key"),
     (["--model.num_layer", "2"], r"unrecognized arguments: --model\.num_layer 2; --help lists"),
-    (["--checkpoint.load", "latest"], r"unrecognized arguments: --checkpoint\.load latest; --help lists"),
+    (["--checkpoint.load", "latest"], r"checkpoint\.load is latest and train\.run_dir is not set: name"),
+    (["--checkpoint.load", " "], r"checkpoint\.load is ' ': name a directory, or latest"),
+    (
+        ["--checkpoint.reset_optimizer", "true"],
+        r"checkpoint\.reset_optimizer is true and checkpoint\.load is not set: give",
+    ),
+    (["--checkpoint.save_every", "-1"], r"checkpoint\.save_every is -1: it must be 0 or more"),
+    (["--checkpoint.keep", "-1"], r"checkpoint\.keep is -1: it must be 0 or more"),
+    (["--train.max_minutes", "0"], r"train\.max_minutes is 0\.0: it must be positive"),
     (["5"], r"unrecognized arguments: 5; --help lists"),
     (["--config", "FOLDER/key.yaml"], r"'num_layer'.*--help lists"),
     (["--config", "FOLDER/section.yaml"], r"Option 'modle\.num_layers' is not accepted; --help lists"),
@@ -142,9 +156,31 @@ LATE: list[tuple[list[str], str]] = [
         ["--model.vocab_size=399"],
         rf"vocab_size is 399 and the tokenizer FOLDER/tiny\.model has {VOCAB} tokens: leave vocab_size null",
     ),
-    (["--train.run_dir=FOLDER/used"], r"train\.run_dir FOLDER/used holds another run .*: choose another"),
+    (["--train.run_dir=FOLDER/used"], r"train\.run_dir FOLDER/used holds another run .*, choose another"),
     (["--train.run_dir=FOLDER/file"], r"train\.run_dir FOLDER/file cannot be written \(.*\): choose another"),
     (["--train.run_dir=FOLDER/file/run"], r"train\.run_dir FOLDER/file/run cannot be written \(.*\): choose another"),
+    (["--checkpoint.load=FOLDER/none"], r"checkpoint\.load is 'FOLDER/none': no checkpoint is there; name"),
+    (["--checkpoint.load=FOLDER/used"], r"checkpoint\.load is 'FOLDER/used': no checkpoint is there; name"),
+    (
+        ["--checkpoint.load=FOLDER/saved/cut"],
+        r"cut/shard_00000_0000\.safetensors has another checksum .*; load another",
+    ),
+    (["--checkpoint.load=FOLDER/saved/flipped"], r"flipped/checkpoint\.json has another checksum .*; load another"),
+    (["--checkpoint.load=FOLDER/saved/lost"], r"shard_00000_0000\.safetensors cannot be read .*; load another"),
+    (["--checkpoint.load=FOLDER/saved/unlisted"], r"unlisted is no complete checkpoint: SHA256SUMS cannot be read"),
+    (
+        ["--checkpoint.load=latest", "--train.run_dir=FOLDER/broken"],
+        r"none of the 2 checkpoints in FOLDER/broken/checkpoints is whole; the last: .*step_1/shard_",
+    ),
+    (
+        ["--checkpoint.load=FOLDER/saved/whole", "--multipliers.implementation=none"],
+        r"does not fit this run: model\.num_layers is 4 and the checkpoint's 3; model\.hidden_size is 256 and the "
+        r"checkpoint's 128; model\.num_query_groups is 8 and the checkpoint's 4; model\.tie_embeddings is False and "
+        rf"the checkpoint's True; model\.vocab_size is {VOCAB} and the checkpoint's 500; the SHA-256 of "
+        r"data\.tokenizer is '\w{64}' and the checkpoint's '0{64}'; train\.seed \(the data's order\) is 1234 and the checkpoint's 7; "
+        r"multipliers\.placement gives q no col and row, .*; optimizer\.name is 'adamw' and the checkpoint's 'muon' "
+        r"\(.*\): set them back",
+    ),
     (
         ["--deepspeed={gradient_clipping: 1.0}"],
         r"deepspeed\.gradient_clipping is 1\.0, and megamult's own keys make it 0\.0: remove it, or change",
@@ -180,7 +216,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "used" / "tensorboard").mkdir(parents=True)
     (folder / "used" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n', encoding="utf-8")
     (folder / "used" / "config.yaml").write_text("train: {steps: 1}\n", encoding="utf-8")
+    _make_checkpoints(folder)
     return folder
+
+
+def _make_checkpoints(folder: Path) -> None:
+    """One of another run, and damaged copies of it."""
+    theirs = Config(
+        model=ModelConfig(num_layers=3, hidden_size=128, num_query_groups=4, seq_length=32, tie_embeddings=True),
+        optimizer=OptimizerConfig(name="muon"),
+        train=TrainConfig(seed=7),
+    )
+    info = CheckpointInfo(
+        step=1,
+        samples=16,
+        config=dataclasses.asdict(theirs),
+        vocab_size=500,
+        tokenizer_sha256="0" * 64,
+        optimizer={"name": "muon", "updates": 1, "skipped_steps": 0},
+    )
+    saved.write(folder / "saved/whole", [Chunk.whole("model.x", torch.arange(1000.0))], info, {})
+    shard = "shard_00000_0000.safetensors"
+    for name in ("cut", "flipped", "lost", "unlisted"):
+        shutil.copytree(folder / "saved/whole", folder / "saved" / name)
+    (folder / "saved/cut" / shard).write_bytes((folder / "saved/cut" / shard).read_bytes()[:-1])
+    description = bytearray((folder / "saved/flipped/checkpoint.json").read_bytes())
+    description[description.index(b"16") + 1] ^= 1  # 17: still JSON
+    (folder / "saved/flipped/checkpoint.json").write_bytes(description)
+    (folder / "saved/lost" / shard).unlink()
+    (folder / "saved/unlisted/SHA256SUMS").unlink()
+    for step, name in ((1, "cut"), (2, "lost")):
+        shutil.copytree(folder / "saved" / name, folder / f"broken/checkpoints/step_{step}")
 
 
 def late_arguments(folder: Path, further: list[str]) -> list[str]:
@@ -213,7 +279,7 @@ def test_a_mistake_that_one_rank_sees_ends_both_and_rank_0_says_it(
 OUTSIDE: dict[str, tuple[int | None, list[str], str]] = {
     "a bad key": (None, ["--model.num_layer=2"], r"unrecognized arguments: --model\.num_layer=2; --help"),
     "a bad key, two ranks": (2, ["--model.num_layer=2"], r"unrecognized arguments: --model\.num_layer=2; --help"),
-    "a directory in use": (None, ["--train.run_dir=FOLDER/used"], r"FOLDER/used holds another run .*: choose another"),
+    "a directory in use": (None, ["--train.run_dir=FOLDER/used"], r"FOLDER/used holds another run .*, choose another"),
     "a corpus of other tokens, two ranks": (
         2,
         ["--parallel.tensor=2", "--data.train=FOLDER/foreign"],

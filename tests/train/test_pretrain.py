@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import megamult
+from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.train.pretrain import parse
 from tests.train.command import REPOSITORY, VOCAB, data_arguments, make_corpus, start
 
@@ -124,6 +124,15 @@ def test_tensorboard_has_the_losses_and_each_roles_multipliers(runs: dict[int, P
         assert histograms[-1].histogram_value.min < 1 < histograms[-1].histogram_value.max, "they have moved"
 
 
+def saved_model(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Weights and multipliers of the last checkpoint by logical name."""
+    checkpoint = SavedCheckpoint(run_dir / "checkpoints" / f"step_{STEPS}")
+    checkpoint.verify()
+    return {
+        name.removeprefix("model."): checkpoint.read(name) for name in checkpoint.shapes if name.startswith("model.")
+    }
+
+
 def expected_weights() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.word_embeddings.weight": (VOCAB, HIDDEN),
@@ -153,7 +162,7 @@ def scaled(name: str) -> bool:
 
 @pytest.mark.parametrize("stage", ZERO)
 def test_the_saved_model_has_logical_names_and_shapes_without_padding(runs: dict[int, Path], stage: int) -> None:
-    saved = load_file(runs[stage] / "model.safetensors")
+    saved = saved_model(runs[stage])
     expected = expected_weights()
     for name, shape in expected_weights().items():
         if scaled(name):
@@ -164,7 +173,7 @@ def test_the_saved_model_has_logical_names_and_shapes_without_padding(runs: dict
 
 
 def test_both_stages_save_the_same_model(runs: dict[int, Path]) -> None:
-    one, three = (load_file(runs[stage] / "model.safetensors") for stage in ZERO)
+    one, three = (saved_model(runs[stage]) for stage in ZERO)
     for name in one:
         # Looser than the losses: with eps 1e-8, AdamW divides the rounding of a gradient that vanishes by its size.
         assert (one[name] - three[name]).norm() < 1e-3 * one[name].norm(), name
@@ -174,7 +183,7 @@ def test_both_stages_save_the_same_model(runs: dict[int, Path]) -> None:
 def test_merging_the_saved_model_scales_rows_and_columns_and_leaves_no_multiplier(
     runs: dict[int, Path], stage: int
 ) -> None:
-    saved = load_file(runs[stage] / "model.safetensors")
+    saved = saved_model(runs[stage])
     merged = megamult.merge(saved)
     assert set(merged) == set(expected_weights())
     for name, weight in merged.items():
@@ -192,7 +201,8 @@ def test_the_run_says_where_the_weights_are_and_how_far_it_is_below_the_unigram_
     for stage, run_dir in runs.items():
         said = (run_dir / "said.txt").read_text(encoding="utf-8")
         assert f"ZeRO {stage}, fp32" in said
-        assert f"weights: {run_dir / 'model.safetensors'}" in said
+        assert f"checkpoint: {run_dir / 'checkpoints' / f'step_{STEPS}'}" in said
+        assert (run_dir / "checkpoints" / "latest").read_text() == f"step_{STEPS}\n"
         assert f"valid loss {metrics(run_dir)[-1]['valid_loss']:.4f} nats per token" in said
         assert "unigram entropy of the training tokens" in said
         assert "gate/row" in said  # the table of spreads

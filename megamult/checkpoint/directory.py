@@ -1,0 +1,101 @@
+"""Names in a run's `checkpoints/`: step_N, `latest`, what is temporary, what is kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megamult.checkpoint.storage import sync
+
+LATEST = "latest"
+_TEMPORARY = ".tmp"
+_STEP = re.compile(r"step_(\d+)")
+
+
+def of_step(parent: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return parent / f"step_{step}"
+
+
+def steps(parent: Path) -> list[int]:
+    """Of all complete checkpoints in `parent`, ascending."""
+    if not parent.is_dir():
+        return []
+    found = (_STEP.fullmatch(entry.name) for entry in parent.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def temporary(path: Path) -> Path:
+    """What a checkpoint is called until it is complete, and while it is removed."""
+    return path.with_name(path.name + _TEMPORARY)
+
+
+def replace(made: Path, path: Path) -> None:
+    """Give a complete directory its name; one that has it already goes."""
+    old = path.with_name(path.name + ".old" + _TEMPORARY)
+    if path.exists():
+        _remove(old)
+        path.rename(old)
+    made.rename(path)
+    sync(path.parent)
+    _remove(old)
+
+
+def clean(parent: Path) -> list[str]:
+    """Remove what an interrupted save or removal has left; returns its names."""
+    found = sorted(entry.name for entry in parent.glob(f"*{_TEMPORARY}")) if parent.is_dir() else []
+    for name in found:
+        _remove(parent / name)
+    return found
+
+
+def point(parent: Path, path: Path) -> None:
+    """Let `latest` name a checkpoint."""
+    written = parent / (LATEST + _TEMPORARY)
+    written.write_text(path.name + "\n", encoding="utf-8")
+    sync(written)
+    os.replace(written, parent / LATEST)
+    sync(parent)
+
+
+def candidates(parent: Path) -> list[Path]:
+    """Checkpoints to resume from, the best first: the one that `latest` names and those before it.
+
+    A checkpoint that is newer than `latest` says was either not finished, or someone moved `latest` back. Without
+    `latest` all count.
+    """
+    known = steps(parent)
+    try:
+        named = _STEP.fullmatch((parent / LATEST).read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        named = None
+    if named is not None:
+        known = [step for step in known if step <= int(named[1])]
+    return [of_step(parent, step) for step in reversed(known)]
+
+
+def retain(parent: Path, newest: int, keep: int, keep_every: int) -> None:
+    """Remove old checkpoints.
+
+    Args:
+        newest: step of the one just written; later ones, of a run that was taken back, are left alone.
+        keep: how many to keep, that one included; 0: all.
+        keep_every: steps that are multiples of this stay besides; 0: none.
+    """
+    if keep == 0:
+        return
+    for step in [step for step in steps(parent) if step <= newest][:-keep]:
+        if keep_every and step % keep_every == 0:
+            continue
+        path = of_step(parent, step)
+        path.rename(temporary(path))
+        _remove(temporary(path))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,128 @@
+"""torch.distributed.checkpoint's planners over :class:`Chunk`: rectangles instead of a state dict."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megamult.checkpoint.chunks import Chunk
+
+
+class ChunkSavePlanner(DefaultSavePlanner):
+    """Writes this rank's chunks. torch's own planner then checks that all ranks' rectangles tile every tensor."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._chunks = {_index(chunk): chunk for chunk in chunks}
+
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        """The chunks are the state."""
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> SavePlan:
+        """One item for each chunk."""
+        self.plan = SavePlan(
+            [
+                WriteItem(
+                    index,
+                    WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        _extent(chunk), TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape)
+                    ),
+                )
+                for index, chunk in self._chunks.items()
+            ]
+        )
+        return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """As torch's, and one process alone must be complete too.
+
+        Raises:
+            ValueError: chunks that overlap, lie outside of their tensor, or leave a part of it out.
+        """
+        plans, metadata = super().create_global_plan(all_plans)
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            found = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+            if found != math.prod(tensor.size):
+                raise ValueError(f"{name} has {math.prod(tensor.size)} elements, and the ranks' chunks {found}")
+        return plans, metadata
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """A chunk's values."""
+        return self._chunks[write_item.index].load()
+
+
+class ChunkLoadPlanner(DefaultLoadPlanner):
+    """Reads into chunks, in place, whatever the rectangles were that wrote the tensors.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor, or has it in another shape.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._chunks = {_index(chunk): chunk for chunk in chunks}
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        """The chunks are the state."""
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        """For each chunk the parts of stored rectangles that it overlaps."""
+        assert self.metadata is not None
+        by_name: dict[str, list[Chunk]] = defaultdict(list)
+        for chunk in self._chunks.values():
+            by_name[chunk.name].append(chunk)
+        items: list[ReadItem] = []
+        for name, chunks in by_name.items():
+            stored = self.metadata.state_dict_metadata.get(name)
+            if not isinstance(stored, TensorStorageMetadata) or tuple(stored.size) != chunks[0].shape:
+                there = f"the shape {tuple(stored.size)}" if isinstance(stored, TensorStorageMetadata) else "none"
+                raise ValueError(f"{name} has the shape {chunks[0].shape} in this run, and in the checkpoint {there}")
+            items += create_read_items_for_chunk_list(name, stored, [_extent(chunk) for chunk in chunks])
+        return LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The part of a chunk that an item fills."""
+        values = self._chunks[read_item.dest_index].load()
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            values = values.narrow(dim, start, length)
+        return values
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """It was filled in place."""
+
+
+def _index(chunk: Chunk) -> MetadataIndex:
+    return MetadataIndex(chunk.name, chunk.offsets)
+
+
+def _extent(chunk: Chunk) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))

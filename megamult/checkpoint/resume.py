@@ -1,0 +1,173 @@
+"""Go on from a checkpoint: find it, see that it fits the run, put its state into model and optimizer.
+
+Whatever layout wrote it: only the model's sizes, its vocabulary, the data's order and the optimizer must be the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from megamult.checkpoint import directory, rng
+from megamult.checkpoint.info import INFO, CheckpointInfo
+from megamult.checkpoint.saved import SavedCheckpoint
+from megamult.checkpoint.state import held
+from megamult.config import Config, ModelConfig, MultipliersConfig
+from megamult.multipliers.merge import LEAVES
+from megamult.multipliers.placement import Placement, resolve
+from megamult.optim.adamw import TwoPhaseAdamW
+from megamult.zero.slices import Partition
+
+_SAME = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "query_groups",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "seq_length": "seq_length",
+    "rotary_base": "rotary_base",
+    "norm_eps": "norm_eps",
+    "tie_embeddings": "tie_embeddings",
+}
+"""Keys of `model.` that must stay, and the attributes that hold their resolved values."""
+
+
+def find(load: str, run_dir: Path) -> SavedCheckpoint | None:
+    """The checkpoint that `checkpoint.load` asks for, verified. Collective over all ranks, which share the reading.
+
+    Args:
+        load: a checkpoint's directory; a directory of checkpoints, or a run's: its newest one; or `latest`: that of
+            `run_dir`.
+        run_dir: this run's.
+
+    Returns:
+        None: `latest`, and `run_dir` has no checkpoint yet.
+
+    Raises:
+        ValueError: there is none, or it is damaged, and so are all before it.
+    """
+    here = [_candidates(load, run_dir)]
+    torch.distributed.broadcast_object_list(here, src=0)
+    (candidates,) = here
+    if not candidates:
+        if load == "latest":
+            return None
+        raise ValueError(
+            f"checkpoint.load is {load!r}: no checkpoint is there; name a directory that holds {INFO}, or one with "
+            "step_N directories"
+        )
+    problem = ""
+    for path in candidates:
+        checkpoint, problem = _verified(path)
+        if checkpoint is not None:
+            return checkpoint
+        if torch.distributed.get_rank() == 0 and path != candidates[-1]:
+            print(f"warning: {problem}; trying the one before it", file=sys.stderr, flush=True)
+    if len(candidates) == 1:
+        raise ValueError(f"{problem}; load another one")
+    raise ValueError(
+        f"none of the {len(candidates)} checkpoints in {candidates[0].parent} is whole; the last: {problem}"
+    )
+
+
+def _candidates(load: str, run_dir: Path) -> list[Path]:
+    if load == "latest":
+        return directory.candidates(run_dir / "checkpoints")
+    path = Path(load)
+    if (path / INFO).exists():
+        return [path]
+    return directory.candidates(path / "checkpoints") or directory.candidates(path)
+
+
+def _verified(path: Path) -> tuple[SavedCheckpoint | None, str]:
+    """The checkpoint if every rank finds its share of the files whole; else what the first that does not says."""
+    checkpoint, message = None, None
+    try:
+        checkpoint = SavedCheckpoint(path)
+        checkpoint.verify((torch.distributed.get_rank(), torch.distributed.get_world_size()))
+    except ValueError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, message)
+    first = next((each for each in messages if each is not None), None)
+    return (checkpoint, "") if first is None else (None, first)
+
+
+def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_sha256: str | None) -> None:
+    """The checkpoint can be gone on from with this configuration.
+
+    Raises:
+        ValueError: listing every difference that is in the way.
+    """
+    try:
+        model, multipliers = ModelConfig(**info.config["model"]), MultipliersConfig(**info.config["multipliers"])
+        seed = info.config["train"]["seed"]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"the checkpoint's configuration is not one that this version knows ({error!r})") from None
+    pairs = [(f"model.{key}", getattr(config.model, at), getattr(model, at)) for key, at in _SAME.items()]
+    pairs.append(("model.vocab_size", vocab_size, info.vocab_size))
+    if info.tokenizer_sha256 is not None and tokenizer_sha256 is not None:
+        pairs.append(("the SHA-256 of data.tokenizer", tokenizer_sha256, info.tokenizer_sha256))
+    if info.samples:
+        pairs.append(("train.seed (the data's order)", config.train.seed, seed))
+    found = [f"{key} is {mine!r} and the checkpoint's {its!r}" for key, mine, its in pairs if mine != its]
+    kept = _placement(config.multipliers)
+    for role, sides in _placement(multipliers).items():
+        lost = sorted(sides - kept.get(role, frozenset()))
+        if lost:
+            found.append(f"multipliers.placement gives {role} no {' and '.join(lost)}, which the checkpoint has")
+    name = None if info.optimizer is None else info.optimizer["name"]
+    if name not in (None, config.optimizer.name) and not config.checkpoint.reset_optimizer:
+        found.append(
+            f"optimizer.name is {config.optimizer.name!r} and the checkpoint's {name!r} "
+            "(checkpoint.reset_optimizer begins with fresh optimizer state)"
+        )
+    if found:
+        raise ValueError(
+            f"the checkpoint does not fit this run: {'; '.join(found)}: set them back, or load another one"
+        )
+
+
+def _placement(multipliers: MultipliersConfig) -> Placement:
+    return {} if multipliers.implementation == "none" else resolve(multipliers.placement)
+
+
+def restore(
+    checkpoint: SavedCheckpoint, partition: Partition, optimizer: TwoPhaseAdamW, *, reset_optimizer: bool = False
+) -> list[str]:
+    """Put a checkpoint's state in the place of a fresh run's. Collective over all ranks.
+
+    Args:
+        checkpoint: one that fits.
+        partition, optimizer: before the first step.
+        reset_optimizer: leave the optimizer's state as it is.
+
+    Returns:
+        Names of multipliers that the checkpoint does not have: they start at 1, where they change nothing.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor, or has it in another shape.
+    """
+    info = checkpoint.info
+    fresh = reset_optimizer or info.optimizer is None
+    chunks = held(partition, optimizer)
+    new = {c.name for c in chunks if c.name not in checkpoint.shapes and c.name.rpartition(".")[2] in LEAVES.values()}
+    wanted = [c for c in chunks if c.name not in new and not (fresh and c.name.startswith("optimizer."))]
+    group = torch.distributed.new_group(backend="gloo")
+    checkpoint.load(wanted, group)
+    torch.distributed.destroy_process_group(group)
+    counts = {"updates": 0, "skipped_steps": 0} if fresh else info.optimizer
+    assert counts is not None
+    optimizer.restored(partition, counts["updates"], counts["skipped_steps"])
+    prefix = rng_prefix(torch.distributed.get_rank())
+    if info.layout.get("processes") == torch.distributed.get_world_size():
+        states = {name.removeprefix(prefix): name for name in checkpoint.shapes if name.startswith(prefix)}
+        rng.restore({key: checkpoint.read(name) for key, name in states.items()})
+    return sorted(name for name in new if name.startswith("model."))
+
+
+def rng_prefix(rank: int) -> str:
+    """Of the names of a rank's random-number states in a checkpoint."""
+    return f"rng.rank_{rank:05d}."

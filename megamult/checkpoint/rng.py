@@ -1,0 +1,43 @@
+"""Random-number states of one rank as tensors: a checkpoint holds every rank's.
+
+megamult itself draws nothing while it trains (no dropout, and data order is a function of the seed); a model or a hook
+of someone else may.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def states() -> dict[str, Tensor]:
+    """Of torch (CPU and this rank's CUDA device), numpy and Python."""
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    found = {
+        "torch": torch.get_rng_state(),
+        "numpy.keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+        "numpy.rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+        "python.internal": torch.tensor([version, *internal], dtype=torch.int64),
+        "python.gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def restore(found: Mapping[str, Tensor]) -> None:
+    """Go on from what :func:`states` gave."""
+    torch.set_rng_state(found["torch"])
+    position, has_gauss, cached = found["numpy.rest"].tolist()
+    keys = found["numpy.keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    version, *internal = found["python.internal"].tolist()
+    gauss = found["python.gauss"].item()
+    random.setstate((version, tuple(internal), None if gauss != gauss else gauss))
+    if torch.cuda.is_available() and "cuda" in found:
+        torch.cuda.set_rng_state(found["cuda"])

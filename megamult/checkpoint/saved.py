@@ -1,0 +1,149 @@
+"""A checkpoint directory as a whole: verified, read into chunks or tensor by tensor, written by one process or many."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from megamult.checkpoint import directory
+from megamult.checkpoint.chunks import Chunk
+from megamult.checkpoint.info import INFO, CheckpointInfo
+from megamult.checkpoint.planners import ChunkLoadPlanner, ChunkSavePlanner
+from megamult.checkpoint.storage import FILE_BYTES, ShardReader, ShardWriter, digest, read_sums
+
+
+class SavedCheckpoint:
+    """A complete checkpoint directory.
+
+    Args:
+        path: of the directory that holds checkpoint.json.
+
+    Attributes:
+        info: what it says of the run that wrote it.
+        shapes: global shape of every tensor, by name.
+
+    Raises:
+        ValueError: it is none, or its description is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise ValueError(f"there is no checkpoint {path}: give a directory that holds {INFO}")
+        self._sums = read_sums(path)
+        try:
+            self.info = CheckpointInfo.from_json((path / INFO).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path / INFO} cannot be read: {error}") from None
+        self._reader = ShardReader(path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        for name, stored in self._reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)
+            self.shapes[name], self._dtypes[name] = tuple(stored.size), stored.properties.dtype
+
+    def verify(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Read every file and compare its checksum.
+
+        Args:
+            share: (k, n): only every n-th file from the k-th on, for n processes to do it together.
+
+        Raises:
+            ValueError: a file is missing, truncated or changed.
+        """
+        for name in sorted(self._sums)[share[0] :: share[1]]:
+            path = self.path / name
+            try:
+                found = digest(path)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read ({error.strerror}): the checkpoint is damaged") from None
+            if found != self._sums[name]:
+                raise ValueError(
+                    f"{path} has another checksum than when it was written ({found[:12]}..., {path.stat().st_size} "
+                    f"bytes; it was {self._sums[name][:12]}...): the checkpoint is damaged"
+                )
+
+    def load(self, chunks: Sequence[Chunk], group: ProcessGroup | None = None) -> None:
+        """Read into the chunks, in place. With a group: collective over it.
+
+        Raises:
+            ValueError: the checkpoint lacks a tensor, or has it in another shape.
+        """
+        with _plainly():
+            load(
+                {},
+                storage_reader=self._reader,
+                planner=ChunkLoadPlanner(chunks),
+                process_group=group,
+                no_dist=group is None,
+            )
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, on the CPU, in the dtype that it was saved in."""
+        values = torch.empty(self.shapes[name], dtype=self._dtypes[name])
+        self.load([Chunk.whole(name, values)])
+        return values
+
+
+def write(
+    path: Path,
+    chunks: Iterable[Chunk],
+    info: CheckpointInfo,
+    files: Mapping[str, bytes],
+    *,
+    group: ProcessGroup | None = None,
+    complete: Callable[[], None] = lambda: None,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Write a checkpoint: under a temporary name until it is complete. With a group: collective over it.
+
+    Args:
+        path: what it will be called. One that is there already is replaced.
+        chunks: this process's; over all of them each element once. Values are asked for file by file.
+        info, files: what goes beside the tensors, from the group's first rank.
+        group: that can communicate between CPUs; None: this process alone.
+        complete: called on the first rank once the directory has its name.
+        file_bytes: of tensors in one file.
+
+    Raises:
+        ValueError, OSError, RuntimeError: a rank could not do its part; the same on every rank of the group.
+    """
+    temporary = directory.temporary(path)
+
+    def rename() -> None:
+        directory.replace(temporary, path)
+        complete()
+
+    writer = ShardWriter(temporary, {**files, INFO: info.to_json()}, rename, file_bytes)
+    with _plainly():
+        save(
+            {},
+            storage_writer=writer,
+            planner=ChunkSavePlanner(list(chunks)),
+            process_group=group,
+            no_dist=group is None,
+        )
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Let torch's collection of all ranks' errors be the first of them, and no warning that one process is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
+        try:
+            yield
+        except CheckpointException as failed:
+            rank, (cause, _) = min(failed.failures.items(), key=lambda item: item[0])
+            kind = next((kind for kind in (ValueError, OSError) if isinstance(cause, kind)), RuntimeError)
+            where = f"rank {rank}: " if torch.distributed.is_initialized() else ""
+            raise kind(f"{where}{cause or type(cause).__name__}") from cause

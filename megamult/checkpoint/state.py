@@ -1,0 +1,70 @@
+"""What a rank holds of every logical tensor of a run, as rectangles: what a checkpoint writes, and what it reads into.
+
+Names are `model.` and the logical name for weights (without multipliers) and multipliers, `optimizer.exp_avg.`,
+`optimizer.exp_avg_sq.` and `optimizer.momentum.` and the logical name for state. They, the global shapes and the
+meaning of every element are the same for any layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from megamult import parallel
+from megamult.checkpoint.chunks import Chunk
+from megamult.layout import Layout
+from megamult.optim.adamw import TwoPhaseAdamW
+from megamult.rectangles import rectangles
+from megamult.zero.slices import Partition, even_intervals
+
+
+def full_name(kept: str, logical_name: str) -> str:
+    """`weight` of a logical tensor is the model's, anything else the optimizer's."""
+    return f"model.{logical_name}" if kept == "weight" else f"optimizer.{kept}.{logical_name}"
+
+
+def held(partition: Partition, optimizer: TwoPhaseAdamW) -> list[Chunk]:
+    """Everything that this rank holds, replicas too: what it must read when it resumes.
+
+    Writing to the chunks' values writes to masters and state; :meth:`TwoPhaseAdamW.restored` then brings the model
+    after them.
+    """
+    return list(_chunks(partition, optimizer, once=False))
+
+
+def owned(partition: Partition, optimizer: TwoPhaseAdamW) -> list[Chunk]:
+    """This rank's share of everything: over all ranks each element once, and replicas shared out evenly."""
+    return list(_chunks(partition, optimizer, once=True))
+
+
+def _chunks(partition: Partition, optimizer: TwoPhaseAdamW, once: bool) -> Iterator[Chunk]:
+    grid = parallel.grid()
+    for kept, piece, values in optimizer.kept(partition):
+        start, length = 0, piece.length
+        if once:
+            if not piece.layout.counted_on(grid.tensor_rank):
+                continue
+            if not (partition.sharded or piece.shared):
+                start, length = even_intervals(piece.length, grid.data_size)[grid.data_rank]
+        yield from _of_interval(kept, piece.name, piece.layout, piece.start + start, values[start : start + length])
+    if optimizer.folded is not None and (grid.rank == 0 or not once):
+        for kept, vector, values in optimizer.folded.kept():
+            yield Chunk.whole(full_name(kept, vector.name), values)
+
+
+def _of_interval(kept: str, name: str, layout: Layout, start: int, values: Tensor) -> Iterator[Chunk]:
+    """The logical content of elements [start, start + len(values)) of this rank's shard of a parameter."""
+    grid = parallel.grid()
+    for r in rectangles(layout, grid.tensor_rank, grid.tensor_size, start, values.numel()):
+        part = layout.parts[r.part]
+        dims = len(part.shape)
+        sizes = (r.height, r.width)[:dims]
+        view = values[r.offset : r.offset + r.numel].view(sizes)
+        offsets = (r.row, r.col)[:dims]
+        full = full_name(kept, layout.logical_name(name, part))
+        yield Chunk(full, part.shape, offsets, sizes, _give(view), values.dtype)
+
+
+def _give(view: Tensor) -> Callable[[], Tensor]:
+    return lambda: view

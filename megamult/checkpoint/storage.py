@@ -1,0 +1,281 @@
+"""A checkpoint directory's files, for torch.distributed.checkpoint: safetensors and JSON, checksummed, synced, atomic.
+
+    index.json                  every tensor's dtype, global shape and chunks, and the file of each chunk
+    shard_RANK_N.safetensors    chunks, under the keys NAME@OFFSETS
+    checkpoint.json ...         what the caller adds
+    SHA256SUMS                  of all of these, as sha256sum writes and checks it
+
+Nothing in it is a pickle. A directory has its name only once it is complete: it is written under another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+INDEX, SUMS = "index.json", "SHA256SUMS"
+FILE_BYTES = 1 << 30
+"""What one file holds at most, unless one chunk alone is larger: bounds the memory of tensors that are not on the
+CPU already."""
+
+
+class ShardWriter(StorageWriter):
+    """Every rank writes its chunks; the first one completes the directory.
+
+    Args:
+        directory: written to; any name, the caller gives it the final one in `complete`.
+        files: other files of the directory, by name.
+        complete: called on the first rank when everything is written and synced.
+        file_bytes: what one file holds at most.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        files: Mapping[str, bytes],
+        complete: Callable[[], None],
+        file_bytes: int = FILE_BYTES,
+    ) -> None:
+        self._directory, self._files, self._complete, self._file_bytes = directory, files, complete, file_bytes
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept between saves."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Make the directory, anew where an interrupted save has left one."""
+        if is_coordinator:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.mkdir(parents=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Tell each rank its number."""
+        return [SavePlan(plan.items, storage_data=rank) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's chunks into files of bounded size."""
+        results: list[WriteResult] = []
+        for number, items in enumerate(_batches(plan.items, self._file_bytes)):
+            name = f"shard_{plan.storage_data:05d}_{number:04d}.safetensors"
+            path = self._directory / name
+            tensors = {_key(item.index): _values(planner, item) for item in items}
+            try:
+                save_file(tensors, path, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{path} cannot be written: {error}") from error
+            sync(path)
+            stored = (name, digest(path))
+            results += [
+                WriteResult(item.index, tensor.nbytes, stored)
+                for item, tensor in zip(items, tensors.values(), strict=True)
+            ]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write what describes the shards, on the first rank, and complete the directory."""
+        stored = {result.index: result.storage_data for rank in results for result in rank}
+        sums = dict(stored.values())
+        for name, content in {**self._files, INDEX: _index_json(metadata, stored)}.items():
+            path = self._directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            sync(path)
+            sums[name] = hashlib.sha256(content).hexdigest()
+        listing = self._directory / SUMS
+        listing.write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)), encoding="utf-8")
+        for path in (listing, *{(self._directory / name).parent for name in sums}):
+            sync(path)
+        self._complete()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Paths only."""
+        return isinstance(checkpoint_id, (str, os.PathLike))
+
+
+class ShardReader(StorageReader):
+    """Reads what :class:`ShardWriter` wrote.
+
+    Args:
+        directory: complete.
+
+    Raises:
+        ValueError: index.json is missing or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._metadata = _read_index(directory / INDEX)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept between loads."""
+
+    def read_metadata(self) -> Metadata:
+        """What index.json says."""
+        return self._metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
+        """Nothing to do."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """As they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy the parts of chunks that the plan names to where the planner wants them."""
+        assert self._metadata.storage_data is not None
+        by_file = defaultdict(list)
+        for item in plan.items:
+            by_file[self._metadata.storage_data[item.storage_index]].append(item)
+        for name, items in by_file.items():
+            with safe_open(self._directory / name, framework="pt") as shard:
+                for item in items:
+                    where = tuple(
+                        slice(start, start + length)
+                        for start, length in zip(item.storage_offsets, item.lengths, strict=True)
+                    )
+                    target = planner.resolve_tensor(item)
+                    target.copy_(shard.get_slice(_key(item.storage_index))[where])
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Paths only."""
+        return isinstance(checkpoint_id, (str, os.PathLike))
+
+
+def read_sums(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint directory, by name.
+
+    Raises:
+        ValueError: the list is missing or damaged.
+    """
+    path, sums = directory / SUMS, {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            value, _, name = line.partition("  ")
+            if len(value) != 64 or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"it has the line {line[:80]!r}")
+            sums[name] = value
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory} is no complete checkpoint: {SUMS} cannot be read ({error})") from None
+    if INDEX not in sums:
+        raise ValueError(f"{directory} is no complete checkpoint: {SUMS} does not list {INDEX}")
+    return sums
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the system bring a file or directory to its disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _key(index: MetadataIndex) -> str:
+    assert index.offset is not None
+    return f"{index.fqn}@{','.join(map(str, index.offset))}"
+
+
+def _values(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
+    values = planner.resolve_data(item)
+    assert isinstance(values, torch.Tensor)
+    return values.detach().cpu().contiguous()
+
+
+def _bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+
+
+def _batches(items: Sequence[WriteItem], limit: int) -> Iterator[list[WriteItem]]:
+    """Consecutive items of at most `limit` bytes together, one at least."""
+    batch: list[WriteItem] = []
+    filled = 0
+    for item in items:
+        if batch and filled + _bytes(item) > limit:
+            yield batch
+            batch, filled = [], 0
+        batch.append(item)
+        filled += _bytes(item)
+    if batch:
+        yield batch
+
+
+def _index_json(metadata: Metadata, stored: Mapping[MetadataIndex, tuple[str, str]]) -> bytes:
+    tensors = {}
+    for name, tensor in sorted(metadata.state_dict_metadata.items()):
+        assert isinstance(tensor, TensorStorageMetadata)
+        tensors[name] = {
+            "dtype": str(tensor.properties.dtype).removeprefix("torch."),
+            "shape": list(tensor.size),
+            "chunks": [
+                {
+                    "file": stored[MetadataIndex(name, chunk.offsets)][0],
+                    "offsets": list(chunk.offsets),
+                    "sizes": list(chunk.sizes),
+                }
+                for chunk in tensor.chunks
+            ],
+        }
+    return json.dumps({"tensors": tensors}).encode()
+
+
+def _read_index(path: Path) -> Metadata:
+    try:
+        tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
+        found: dict[str, TensorStorageMetadata] = {}
+        files: dict[MetadataIndex, str] = {}
+        for name, entry in tensors.items():
+            dtype = getattr(torch, entry["dtype"])
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{name} has the dtype {entry['dtype']!r}")
+            chunks = []
+            for chunk in entry["chunks"]:
+                if Path(chunk["file"]).name != chunk["file"]:
+                    raise ValueError(f"{name} is in {chunk['file']!r}, outside of the directory")
+                chunks.append(ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])))
+                files[MetadataIndex(name, chunk["offsets"])] = chunk["file"]
+            found[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry["shape"]), chunks)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of a checkpoint ({type(error).__name__}: {error})") from None
+    return Metadata(found, storage_data=files)  # type: ignore[arg-type]

@@ -1,0 +1,103 @@
+"""A run's checkpoints: what of a run goes into one, and when the next is due."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamult.checkpoint import rng
+from megamult.checkpoint.chunks import Chunk
+from megamult.checkpoint.info import CheckpointInfo
+from megamult.checkpoint.resume import rng_prefix
+from megamult.checkpoint.saver import Outcome, Saver
+from megamult.checkpoint.state import owned
+from megamult.config import Config
+from megamult.train.engine import Engine
+
+
+class RunCheckpoints:
+    """Saves a run's state into its directory's `checkpoints/`. Every rank calls every method together.
+
+    Args:
+        run_dir: of the run.
+        config, vocab_size: the run's.
+        tokenizer_sha256: of its tokenizer.
+        files: what goes beside the tensors (config.yaml, tokenizer.model), by name.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        vocab_size: int,
+        tokenizer_sha256: str | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self._config, self._vocab_size, self._tokenizer = config, vocab_size, tokenizer_sha256
+        self._files = files or {}
+        chosen = config.checkpoint
+        self._saver = Saver(
+            run_dir / "checkpoints",
+            keep=chosen.keep,
+            keep_every=chosen.keep_every,
+            asynchronous=chosen.asynchronous,
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether a run that goes on saves after this step."""
+        every = self._config.checkpoint.save_every
+        return every > 0 and step % every == 0
+
+    def save(
+        self,
+        engine: Engine,
+        step: int,
+        samples: int,
+        data: dict[str, Any] | None,
+        figures: dict[str, float],
+    ) -> Outcome | None:
+        """Begin to save.
+
+        Args:
+            step, samples: optimizer steps and sequences so far.
+            data: the training data's state.
+            figures: the run's last ones.
+
+        Returns:
+            What became of an earlier save, or of this one, as :meth:`Saver.save`.
+        """
+        rank, optimizer = torch.distributed.get_rank(), engine.optimizer
+        chunks = owned(engine.partition, optimizer)
+        chunks += [Chunk.whole(rng_prefix(rank) + key, value) for key, value in rng.states().items()]
+        info = CheckpointInfo(
+            step=step,
+            samples=samples,
+            config=dataclasses.asdict(self._config),
+            vocab_size=self._vocab_size,
+            tokenizer_sha256=self._tokenizer,
+            optimizer={
+                "name": self._config.optimizer.name,
+                "updates": optimizer.updates,
+                "skipped_steps": optimizer.skipped_steps,
+            },
+            data=data,
+            layout={
+                "processes": torch.distributed.get_world_size(),
+                "tensor": self._config.parallel.tensor,
+                "zero_stage": self._config.parallel.zero_stage,
+            },
+            figures=figures,
+        )
+        return self._saver.save(chunks, info, self._files)
+
+    def poll(self) -> Outcome | None:
+        """What became of a save that has ended since the last question."""
+        return self._saver.poll()
+
+    def wait(self) -> Outcome | None:
+        """Let the last save end; what became of it."""
+        return self._saver.wait()

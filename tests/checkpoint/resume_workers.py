@@ -1,0 +1,117 @@
+"""Runs that save, and runs that go on from what others saved, on this launch's processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamult.config import CheckpointConfig
+from tests.invariance import VOCAB, Case
+
+
+@dataclass
+class Run:
+    """One run: from a checkpoint or anew, so many steps, saving on the way."""
+
+    case: Case
+    steps: int
+    run_dir: Path
+    load: Path | None = None
+    """A checkpoint's directory; None: anew."""
+    save_at: tuple[int, ...] = ()
+    asynchronous: bool = True
+    weights_seed: int = 1234
+    """Of the initial weights: a resumed run with others must take every weight from its checkpoint."""
+    reset_optimizer: bool = False
+
+
+@dataclass
+class Trace:
+    """What a run did."""
+
+    records: list[dict[str, float]] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    """Samples of all data-parallel ranks, sorted."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """Everything that this rank holds at the end, by chunk."""
+    new: list[str] = field(default_factory=list)
+
+
+class Samples:
+    """Sample i: random tokens of its own. Remembers what was asked for."""
+
+    def __init__(self, vocab_size: int, seq_length: int) -> None:
+        self.vocab_size, self.seq_length, self.seen = vocab_size, seq_length, list[int]()
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self.seen.append(index)
+        generator = torch.Generator().manual_seed(index)
+        # Ids of low entropy, so that there is something to learn from few samples.
+        text = torch.randint(0, self.vocab_size, (self.seq_length + 1,), generator=generator) ** 2 // self.vocab_size
+        return {"tokens": text[:-1], "labels": text[1:]}
+
+    def prepare(self, first: int, last: int, barrier: Callable[[], None]) -> None:
+        """Nothing to open."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """None is needed."""
+        return {}
+
+
+def run_all(runs: list[Run]) -> list[Trace]:
+    """One after the other."""
+    return [_run(run) for run in runs]
+
+
+def _run(run: Run) -> Trace:
+    from megamult import parallel
+    from megamult.checkpoint import resume
+    from megamult.checkpoint.saved import SavedCheckpoint
+    from megamult.checkpoint.state import held
+    from megamult.train.checkpoints import RunCheckpoints
+    from megamult.train.engine import build
+    from megamult.train.loop import Trainer
+
+    config = run.case.config()
+    config.train.seed = run.weights_seed
+    config.checkpoint = CheckpointConfig(keep=0, asynchronous=run.asynchronous)
+    mpu = parallel.initialize(run.case.tensor)
+    engine = build(config, VOCAB, mpu)
+    samples = Samples(VOCAB, config.model.seq_length)
+    trainer = Trainer(config, engine, samples, None, VOCAB)
+    trace = Trace()
+    if run.load is not None:
+        checkpoint = SavedCheckpoint(run.load)
+        trace.new = resume.restore(checkpoint, engine.partition, engine.optimizer, reset_optimizer=run.reset_optimizer)
+        trainer.resume(checkpoint.info)
+    saves = RunCheckpoints(run.run_dir, config, VOCAB)
+
+    def save() -> None:
+        outcome = saves.save(engine, trainer.step_count, trainer.samples, None, {})
+        assert outcome is None or outcome.error is None, outcome
+
+    if trainer.step_count in run.save_at:
+        save()
+    for _ in range(run.steps):
+        trace.records.append(trainer.train_step())
+        if trainer.step_count in run.save_at:
+            save()
+    outcome = saves.wait()
+    assert outcome is None or outcome.error is None, outcome
+    seen: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(seen, samples.seen)
+    trace.seen = sorted({index for rank in seen for index in rank})
+    trace.state = {chunk.key: chunk.load().clone() for chunk in held(engine.partition, engine.optimizer)}
+    engine.deepspeed.destroy()
+    return trace
+
+
+def variant(case: Case, **changes: Any) -> Case:
+    """The case with other settings."""
+    return dataclasses.replace(case, **changes)
