@@ -82,37 +82,56 @@ class Outcome:
         return [line for line in self.text.splitlines() if line.startswith("error:")]
 
 
+class Launch:
+    """launch/pretrain.py as it runs: by itself, or on `processes` ranks under DeepSpeed's launcher."""
+
+    def __init__(self, arguments: list[str], processes: int | None = None) -> None:
+        self._marker = f"MEGAMULT_TEST_{uuid.uuid4().hex}"
+        environment = {**os.environ, self._marker: "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        environment.pop("PYTHONWARNINGS", None)  # what a user would see
+        script = str(REPOSITORY / "launch" / "pretrain.py")
+        if processes is None:
+            command = [sys.executable, script]
+            environment["MASTER_PORT"] = str(free_port())
+        else:
+            launcher = str(Path(sys.executable).with_name("deepspeed"))
+            command = [launcher, "--num_gpus", str(processes), "--master_port", str(free_port()), script]
+        self._began = time.monotonic()
+        self.process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def pids(self) -> dict[int, str]:
+        """Process id -> command line of every process of it that is there."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self._marker.encode() in (process / "environ").read_bytes():
+                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return found
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks."""
+        return [pid for pid, line in self.pids().items() if "pretrain.py" in line and "deepspeed" not in line]
+
+    def wait(self, timeout: float = 180.0) -> Outcome:
+        """Until it has ended."""
+        stdout, stderr = self.process.communicate(timeout=timeout)
+        seconds = time.monotonic() - self._began
+        deadline = time.monotonic() + 5.0
+        while (left := self.pids()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return Outcome(self.process.returncode, stdout, stderr, seconds, list(left.values()))
+
+
 def start(arguments: list[str], processes: int | None = None, timeout: float = 180.0) -> Outcome:
-    """Run launch/pretrain.py: by itself, or on `processes` ranks under DeepSpeed's launcher."""
-    marker = f"MEGAMULT_TEST_{uuid.uuid4().hex}"
-    environment = {**os.environ, marker: "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    environment.pop("PYTHONWARNINGS", None)  # what a user would see
-    script = str(REPOSITORY / "launch" / "pretrain.py")
-    if processes is None:
-        command = [sys.executable, script]
-        environment["MASTER_PORT"] = str(free_port())
-    else:
-        launcher = str(Path(sys.executable).with_name("deepspeed"))
-        command = [launcher, "--num_gpus", str(processes), "--master_port", str(free_port()), script]
-    began = time.monotonic()
-    done = subprocess.run(
-        [*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    seconds = time.monotonic() - began
-    deadline = time.monotonic() + 5.0
-    while (left := _alive(marker)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return Outcome(done.returncode, done.stdout, done.stderr, seconds, left)
-
-
-def _alive(marker: str) -> list[str]:
-    """Command lines of the processes, launched by whomever, whose environment holds `marker`."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if marker.encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-    return found
+    """Run launch/pretrain.py to its end."""
+    return Launch(arguments, processes).wait(timeout)
 
 
 def answers(cases: list[list[str]]) -> list[tuple[object, str]]:

@@ -177,9 +177,9 @@ LATE: list[tuple[list[str], str]] = [
         r"does not fit this run: model\.num_layers is 4 and the checkpoint's 3; model\.hidden_size is 256 and the "
         r"checkpoint's 128; model\.num_query_groups is 8 and the checkpoint's 4; model\.tie_embeddings is False and "
         rf"the checkpoint's True; model\.vocab_size is {VOCAB} and the checkpoint's 500; the SHA-256 of "
-        r"data\.tokenizer is '\w{64}' and the checkpoint's '0{64}'; train\.seed \(the data's order\) is 1234 and the checkpoint's 7; "
-        r"multipliers\.placement gives q no col and row, .*; optimizer\.name is 'adamw' and the checkpoint's 'muon' "
-        r"\(.*\): set them back",
+        r"data\.tokenizer is '\w{64}' and the checkpoint's '0{64}'; train\.seed \(the data's order\) is 1234 and the "
+        r"checkpoint's 7; multipliers\.placement gives q no col and row, .*; optimizer\.name is 'adamw' and the "
+        r"checkpoint's 'muon' \(.*\): set them back",
     ),
     (
         ["--deepspeed={gradient_clipping: 1.0}"],

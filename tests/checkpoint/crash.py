@@ -1,0 +1,150 @@
+"""Kill a run again and again at random moments; what comes out must be the run that was never killed.
+
+    python -m tests.checkpoint.crash --kills 20
+
+prints a line for each life, and ends with an assertion on every step's loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.train.command import Launch, Outcome, data_arguments, make_corpus, start
+
+SAVE_EVERY = 3
+
+
+def arguments(prefix: Path, run_dir: Path, steps: int) -> list[str]:
+    """A small run that saves every few steps and goes on from the newest."""
+    return [
+        *("--config", "examples/configs/tiny.yaml", *data_arguments(prefix)),
+        *("--model.seq_length", "32", "--train.steps", str(steps), "--parallel.zero_stage", "2"),
+        *("--optimizer.name", "muon", "--train.log_histograms_every", "0", "--train.run_dir", str(run_dir)),
+        *("--checkpoint.save_every", str(SAVE_EVERY), "--checkpoint.load", "latest"),
+    ]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Step -> loss; a step that is there twice is an error."""
+    found: dict[int, float] = {}
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "loss" in record:
+            assert record["step"] not in found, record["step"]
+            found[record["step"]] = record["loss"]
+    return found
+
+
+def newest(run_dir: Path) -> str | None:
+    """What `latest` names."""
+    path = run_dir / "checkpoints" / "latest"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def went_on_from(outcome: Outcome) -> str | None:
+    """The checkpoint that a run says it goes on from."""
+    found = re.search(r"^going on from .*/(step_\d+): ", outcome.stdout, re.MULTILINE)
+    return found[1] if found else None
+
+
+def wait_for(condition: Callable[[], bool], launch: Launch, what: str, seconds: float = 90.0) -> None:
+    """Poll every millisecond."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert launch.process.poll() is None, f"ended before {what}: {launch.wait().text}"
+        assert time.monotonic() < deadline, f"no {what} within {seconds:.0f} s"
+        time.sleep(0.001)
+
+
+def stepping(run_dir: Path) -> Callable[[], bool]:
+    """Whether the run has recorded a step that was not there before."""
+    metrics = run_dir / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    started = time.time_ns()
+    return lambda: metrics.exists() and metrics.stat().st_mtime_ns > max(before, started) and metrics.stat().st_size > 0
+
+
+@dataclass
+class Life:
+    """One start and its end."""
+
+    how: str
+    began_at: str | None
+    left_at: str | None
+    outcome: Outcome
+
+
+def live_and_die(run_dir: Path, command: list[str], draw: random.Random, inside_save: bool, everyone: bool) -> Life:
+    """Start, and kill one rank or all processes: while a checkpoint is written, or at a random moment."""
+    before = newest(run_dir)
+    ready = stepping(run_dir)
+    launch = Launch(command, processes=2)
+    wait_for(ready, launch, "step")
+    time.sleep(draw.uniform(0.0, 2.0))
+    if inside_save:
+        wait_for(lambda: any((run_dir / "checkpoints").glob("step_*.tmp")), launch, "save")
+        time.sleep(draw.uniform(0.0, 0.03))
+    victims = list(launch.pids()) if everyone else [draw.choice(launch.ranks())]
+    writing = sorted(path.name for path in (run_dir / "checkpoints").glob("*.tmp"))
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    outcome = launch.wait()
+    how = f"SIGKILL to {'all' if everyone else 'one rank'}{', while writing ' + ', '.join(writing) if writing else ''}"
+    assert outcome.code != 0 and outcome.left == [], outcome
+    assert went_on_from(outcome) == before, (before, outcome.stdout)
+    return Life(how, before, newest(run_dir), outcome)
+
+
+def crash(folder: Path, kills: int, steps: int, seed: int = 0) -> list[Life]:
+    """The whole experiment in `folder`; what each life was.
+
+    Raises:
+        AssertionError: a restart did not go on from the newest finished checkpoint, or a loss is another one than that
+            of the run that was never killed.
+    """
+    draw = random.Random(seed)
+    prefix = make_corpus(folder)
+    whole = start(arguments(prefix, folder / "whole", steps), processes=2, timeout=600)
+    assert whole.code == 0, whole.text
+    command = arguments(prefix, folder / "killed", steps)
+    lives = [
+        live_and_die(folder / "killed", command, draw, inside_save=i % 2 == 0, everyone=i % 4 >= 2)
+        for i in range(kills)
+    ]
+    before = newest(folder / "killed")
+    last = start(command, processes=2, timeout=600)
+    assert last.code == 0, last.text
+    assert went_on_from(last) == before
+    lives.append(Life("to its end", before, newest(folder / "killed"), last))
+    assert not list((folder / "killed" / "checkpoints").glob("*.tmp"))
+    expected, found = losses(folder / "whole"), losses(folder / "killed")
+    assert sorted(expected) == list(range(1, steps + 1))
+    assert found == expected  # one layout and one thread: bit by bit
+    return lives
+
+
+def main() -> None:
+    """Print the lives."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--kills", type=int, default=20)
+    made.add_argument("--steps", type=int, default=200)
+    made.add_argument("--seed", type=int, default=0)
+    chosen = made.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for i, life in enumerate(crash(Path(folder), chosen.kills, chosen.steps, chosen.seed)):
+            print(f"life {i + 1:2d}: went on from {life.began_at}, newest at its end {life.left_at}; {life.how}")
+    print(f"{chosen.steps} losses are those of the run that was never killed")
+
+
+if __name__ == "__main__":
+    main()
