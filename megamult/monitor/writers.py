@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -32,6 +34,7 @@ class Writers:
         self._report_every = max(1, steps // 20)
         self._steps = steps
         self._skipped = 0
+        self._failed: set[str] = set()
 
     def __enter__(self) -> Writers:
         return self
@@ -40,8 +43,9 @@ class Writers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._tensorboard.close()
-        self._metrics.close()
+        for name, close in (("tensorboard", self._tensorboard.close), ("metrics.jsonl", self._metrics.close)):
+            with self._going_on(name):
+                close()
 
     def step(self, record: dict[str, float], extra: dict[str, float]) -> None:
         """A training step: `record` goes to both, `extra` (memory, utilization) to TensorBoard alone."""
@@ -66,8 +70,9 @@ class Writers:
 
     def histograms(self, values: dict[str, Tensor], step: int) -> None:
         """Histograms of the multipliers of each role and side."""
-        for key, vector in values.items():
-            self._tensorboard.add_histogram(f"multipliers/{key}", vector, step)
+        with self._going_on("tensorboard"):
+            for key, vector in values.items():
+                self._tensorboard.add_histogram(f"multipliers/{key}", vector, step)
 
     def checkpoint(self, path: Path, stall_seconds: float, seconds: float) -> None:
         """A checkpoint that is complete."""
@@ -80,13 +85,25 @@ class Writers:
         self._bar.write(text, file=sys.stdout) if self._interactive else print(text, flush=True)
 
     def _scalars(self, section: str, values: dict[str, float], step: int) -> None:
-        for key, value in values.items():
-            self._tensorboard.add_scalar(f"{section}/{key}", value, step)
+        with self._going_on("tensorboard"):
+            for key, value in values.items():
+                self._tensorboard.add_scalar(f"{section}/{key}", value, step)
 
     def _line(self, record: dict[str, float]) -> None:
         # JSON has no NaN and no infinity.
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
+        with self._going_on("metrics.jsonl"):
+            self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    @contextlib.contextmanager
+    def _going_on(self, name: str) -> Iterator[None]:
+        """A full disk is no reason to end a run: say once that figures are lost."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self._failed:
+                self._failed.add(name)
+                self.say(f"warning: {name} cannot be written ({error}); training goes on, and figures may be lost")
 
 
 def _drop_after(metrics: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Kill a run again and again at random moments; what comes out must be the run that was never killed.
+"""Stop a run once and kill it again and again at random moments; it must become the run that was never disturbed.
 
     python -m tests.checkpoint.crash --kills 20
 
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megamult.train.pretrain import EXIT_RESUME
 from tests.train.command import Launch, Outcome, data_arguments, make_corpus, start
 
 SAVE_EVERY = 3
@@ -105,6 +106,20 @@ def live_and_die(run_dir: Path, command: list[str], draw: random.Random, inside_
     return Life(how, before, newest(run_dir), outcome)
 
 
+def stop(run_dir: Path, command: list[str], draw: random.Random) -> Life:
+    """Start, and ask one rank to save and stop."""
+    before = newest(run_dir)
+    ready = stepping(run_dir)
+    launch = Launch(command, processes=2)
+    wait_for(ready, launch, "step")
+    time.sleep(draw.uniform(0.0, 1.0))
+    os.kill(draw.choice(launch.ranks()), signal.SIGUSR1)
+    outcome = launch.wait()
+    assert outcome.code == EXIT_RESUME and outcome.left == [], outcome
+    assert newest(run_dir) == f"step_{max(losses(run_dir))}", "it saves the step that it has just done"
+    return Life("SIGUSR1 to one rank", before, newest(run_dir), outcome)
+
+
 def crash(folder: Path, kills: int, steps: int, seed: int = 0) -> list[Life]:
     """The whole experiment in `folder`; what each life was.
 
@@ -117,7 +132,8 @@ def crash(folder: Path, kills: int, steps: int, seed: int = 0) -> list[Life]:
     whole = start(arguments(prefix, folder / "whole", steps), processes=2, timeout=600)
     assert whole.code == 0, whole.text
     command = arguments(prefix, folder / "killed", steps)
-    lives = [
+    lives = [stop(folder / "killed", command, draw)]
+    lives += [
         live_and_die(folder / "killed", command, draw, inside_save=i % 2 == 0, everyone=i % 4 >= 2)
         for i in range(kills)
     ]

@@ -1,6 +1,7 @@
 """Samples are a function of (seed, source, k), epochs are permutations, ranks open them together."""
 
 import itertools
+import json
 import logging
 import random
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from megamult.data.dataset import BlendedDataset
 
 Write = Callable[..., str]
 SEQ = 8
+
+
+TWO = [("one", 10, 3.0), ("two", 1000, 1.0)]  # name, first token id, weight
 
 
 @dataclass
@@ -209,3 +213,40 @@ def test_mistakes_are_named(write_indexed: Write, make: Callable) -> None:
             dataset[0]
     with pytest.raises(IndexError):
         make(good)[-1]
+
+
+def test_a_run_goes_on_with_the_next_sample_of_every_source(write_indexed: Write, make: Callable) -> None:
+    sources = [(write_indexed(name, distinct_ids(start, start)), weight) for name, start, weight in TWO]
+    dataset = make(*sources)
+    again = make(*sources)
+    again.load_state_dict(dataset.state_dict(), 13)
+    for i in range(13, 40):
+        assert window(again[i]) == window(dataset[i]), i
+
+
+def test_after_a_change_of_the_blend_every_source_goes_on_where_it_was(write_indexed: Write, make: Callable) -> None:
+    """Sample k of a source is a function of seed, source and k alone: what a blend takes is k = 0, 1, 2 ... of each."""
+    (a, _), (b, _) = sources = [(write_indexed(n, distinct_ids(start, start)), weight) for n, start, weight in TWO]
+    third = write_indexed("third", distinct_ids(3000, 5))
+    alone = {prefix: make(prefix) for prefix in (a, b, third)}
+    taken = dict.fromkeys(alone, 0)
+
+    def check(dataset: BlendedDataset, first: int, last: int) -> None:
+        for i in range(first, last):
+            found = window(dataset[i])
+            source = a if found[0] < 1000 else b if found[0] < 3000 else third
+            assert found == window(alone[source][taken[source]]), (i, source)
+            taken[source] += 1
+
+    one = make(*sources)
+    check(one, 0, 17)
+    two = make((third, 2.0), (a, 1.0))  # b is left out for a while
+    two.load_state_dict(one.state_dict(), 17)
+    check(two, 17, 30)
+    three = make((b, 1.0), (third, 1.0), (a, 3.0))
+    three.load_state_dict(json.loads(json.dumps(two.state_dict())), 30)
+    check(three, 30, 41)
+    four = make((b, 1.0), (third, 1.0), (a, 3.0))
+    four.load_state_dict(three.state_dict(), 41)
+    check(four, 41, 60)
+    assert min(taken.values()) > 8, taken

@@ -78,3 +78,24 @@ def test_a_skipped_step_is_told_and_what_is_not_finite_is_null(
     second = json.loads(lines[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert second["loss"] is None and second["grad_norm"] is None and second["lr"] == 0.1
     assert capsys.readouterr().out.count("is skipped") == 1
+
+
+def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 6, "lo')  # a crash cut it off
+    with Writers(tmp_path, 7, done=3) as writers:
+        writers.step(record(4) | {"loss": 9.0}, {})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines == [record(1), record(2), record(3), record(4) | {"loss": 9.0}]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 9.0)]
+
+
+def test_a_full_disk_is_told_once_and_the_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Writers(tmp_path, 3) as writers:
+        writers._metrics.close()
+        writers._metrics = open("/dev/full", "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        writers.step(record(1), {})
+        writers.step(record(2), {})
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written ([Errno 28] No space left on device)") == 1

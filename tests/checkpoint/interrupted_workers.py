@@ -1,0 +1,109 @@
+"""Runs that are asked to stop, and saves that overlap or fail, on this launch's processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.checkpoint.resume_workers import Samples
+from tests.invariance import VOCAB, Case
+
+
+class Signalling(Samples):
+    """Sends this process a signal when a sample is asked for."""
+
+    def __init__(self, at: int, number: signal.Signals, vocab_size: int, seq_length: int) -> None:
+        super().__init__(vocab_size, seq_length)
+        self.at, self.number = at, number
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().__getitem__(index)
+
+
+def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[str]]]:
+    """(reason, steps done, checkpoints) of runs over 6 steps: a signal to the second rank in step 3, with and without
+    checkpoints in between; a deadline that is past; none of these."""
+    from megamult import parallel
+    from megamult.train.checkpoints import RunCheckpoints
+    from megamult.train.engine import build
+    from megamult.train.loop import Trainer
+    from megamult.train.signals import StopRequests
+
+    found = []
+    third = 2 * batch + batch // 2  # the first sample of the second rank's half of step 3
+    cases = [
+        (third, signal.SIGTERM, None, 0),
+        (third, signal.SIGUSR1, None, 2),
+        (-1, None, time.monotonic(), 0),
+        (-1, None, None, 4),
+    ]
+    for i, (at, number, deadline, save_every) in enumerate(cases):
+        config = Case(world=2, zero=1, steps=6).config()
+        config.checkpoint.save_every, config.checkpoint.keep = save_every, 0
+        engine = build(config, VOCAB, parallel.initialize(1))
+        samples = Signalling(at, number or signal.SIGTERM, VOCAB, config.model.seq_length)
+        trainer = Trainer(config, engine, samples, None, VOCAB)
+        run_dir = folder / str(i)
+        with StopRequests(deadline) as stop:
+            reason = trainer.run(run_dir, RunCheckpoints(run_dir, config, VOCAB), stop)
+        engine.deepspeed.destroy()
+        torch.distributed.barrier()
+        found.append((reason, trainer.step_count, sorted(path.name for path in (run_dir / "checkpoints").iterdir())))
+    return found
+
+
+def overlapping_saves(folder: Path) -> dict[str, Any]:
+    """Two saves at once, then one that the second rank cannot write, then a good one."""
+    from megamult import parallel
+    from megamult.checkpoint.chunks import Chunk
+    from megamult.checkpoint.info import CheckpointInfo
+    from megamult.checkpoint.saver import Saver
+
+    parallel.initialize(1)
+    rank = torch.distributed.get_rank()
+    release = threading.Event()
+    saver = Saver(folder)
+    state = torch.full((4,), 1.0)
+
+    def chunks(load: Any = None) -> list[Chunk]:
+        return [Chunk("model.x", (8,), (4 * rank,), (4,), load or (lambda: state))]
+
+    def info(step: int) -> CheckpointInfo:
+        return CheckpointInfo(step, 0, {}, 1)
+
+    found: dict[str, Any] = {}
+    write = saver._write
+
+    def slowly(*args: Any) -> None:
+        release.wait(60)
+        write(*args)
+
+    saver._write = slowly  # type: ignore[method-assign]
+    assert saver.save(chunks(), info(1), {}) is None
+    state.fill_(2.0)  # training goes on
+    found["still writing"] = saver.poll()
+    threading.Timer(0.5, release.set).start()
+    began = time.monotonic()
+    first = saver.save(chunks(), info(2), {})
+    found["second waited"], found["first"] = time.monotonic() - began, first
+    found["second"] = saver.wait()
+    saver._write = write  # type: ignore[method-assign]
+
+    def fail() -> Tensor:
+        raise OSError(28, "No space left on device")
+
+    saver.asynchronous = False
+    found["failed"] = saver.save(chunks(fail if rank == 1 else None), info(3), {})
+    found["after"] = saver.save(chunks(), info(4), {})
+    torch.distributed.barrier()
+    found["left"] = sorted(path.name for path in folder.iterdir())
+    return found

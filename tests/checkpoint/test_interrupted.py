@@ -1,0 +1,105 @@
+"""Signals, time limits, crashes, full disks: a run loses nothing that it had finished saving."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamult.checkpoint.saved import SavedCheckpoint
+from tests.checkpoint.crash import crash, losses
+from tests.checkpoint.interrupted_workers import overlapping_saves, stopped_runs
+from tests.distributed import free_port, run_distributed
+from tests.train.command import REPOSITORY, data_arguments, make_corpus, start
+
+
+def test_a_run_that_is_stopped_and_killed_becomes_the_run_that_was_not(tmp_path: Path) -> None:
+    """Twice here; `python -m tests.checkpoint.crash` does it as often as one likes."""
+    lives = crash(tmp_path, kills=2, steps=45)
+    assert any("while writing" in life.how for life in lives)
+
+
+def test_a_signal_to_one_rank_or_a_deadline_stops_all_after_the_same_step_with_a_checkpoint(tmp_path: Path) -> None:
+    both = run_distributed(2, stopped_runs, tmp_path, 16)
+    assert (
+        both[0]
+        == both[1]
+        == [
+            ("SIGTERM", 3, ["latest", "step_3"]),
+            ("SIGUSR1", 3, ["latest", "step_2", "step_3"]),
+            ("train.max_minutes", 1, ["latest", "step_1"]),
+            (None, 6, ["latest", "step_4", "step_6"]),
+        ]
+    )
+    assert sorted(losses(tmp_path / "1")) == [1, 2, 3]
+
+
+_TWO_SIGNALS = """
+import os, signal, torch
+torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=0, world_size=1)
+from megamult.train.signals import StopRequests
+with StopRequests() as stop:
+    assert stop.agreed() is None
+    os.kill(os.getpid(), signal.{first})
+    assert stop.agreed() == "{first}", stop.agreed()
+    print("asked", flush=True)
+    os.kill(os.getpid(), signal.{second})
+    print("still here", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM"), ("SIGTERM", "SIGUSR1")])
+def test_a_second_signal_ends_the_process_at_once(first: str, second: str) -> None:
+    code = _TWO_SIGNALS.format(port=free_port(), first=first, second=second)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (-signal.Signals[second], "asked\n"), done.stderr
+
+
+def test_a_second_save_waits_and_a_failed_one_is_reported_on_every_rank_and_leaves_nothing(tmp_path: Path) -> None:
+    for found in run_distributed(2, overlapping_saves, tmp_path):
+        assert found["still writing"] is None
+        assert found["second waited"] > 0.4, "until the first was written, half a second later"
+        assert found["first"].error is None and found["first"].path.name == "step_1"
+        assert found["second"].error is None and found["second"].stall_seconds >= found["second waited"] - 0.1
+        assert found["failed"].error == "rank 1: [Errno 28] No space left on device"
+        assert found["after"].error is None
+        assert found["left"] == ["latest", "step_1", "step_2", "step_4"]
+    one, two = (SavedCheckpoint(tmp_path / f"step_{step}").read("model.x") for step in (1, 2))
+    assert torch.equal(one, torch.full((8,), 1.0)), "what was staged, not what training made of it meanwhile"
+    assert torch.equal(two, torch.full((8,), 2.0))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 10 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_on_a_full_disk_training_goes_on_and_the_older_checkpoint_stays(tmp_path: Path, small_disk: Path) -> None:
+    prefix, run_dir = make_corpus(tmp_path), small_disk / "run"
+    outcome = start(
+        [
+            *("--config", "examples/configs/tiny.yaml", *data_arguments(prefix), "--model.seq_length", "32"),
+            *("--train.steps", "10", "--train.run_dir", str(run_dir), "--checkpoint.save_every", "4"),
+        ]
+    )
+    assert outcome.text.count(f"warning: {run_dir}/checkpoints/step_8 could not be written (") == 1
+    assert "No space left on device" in outcome.text and "Traceback" not in outcome.text
+    assert sorted(losses(run_dir)) == list(range(1, 11)), "it trains to its end"
+    assert outcome.code == 1 and len(outcome.errors) == 1, "but the last checkpoint is not there"
+    assert "the checkpoint of step 10 could not be written" in outcome.errors[0]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_4"]
+    SavedCheckpoint(run_dir / "checkpoints" / "step_4").verify()
