@@ -64,8 +64,14 @@ class ChunkSavePlanner(DefaultSavePlanner):
         """As torch's, and one process alone must be complete too.
 
         Raises:
-            ValueError: chunks that overlap, lie outside of their tensor, or leave a part of it out.
+            ValueError: chunks that overlap, lie outside of their tensor, leave a part of it out, or are planned twice
+                (which torch would mend without a word).
         """
+        seen: set[MetadataIndex] = set()
+        for index in (item.index for plan in all_plans for item in plan.items):
+            if index in seen:
+                raise ValueError(f"two ranks write the chunk of {index.fqn} at {tuple(index.offset or ())}")
+            seen.add(index)
         plans, metadata = super().create_global_plan(all_plans)
         for name, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata)

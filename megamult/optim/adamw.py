@@ -187,6 +187,31 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         """[length] of the slice's weights without multipliers, in fp32."""
         return piece.master if self.folded is None else self.folded.latent(piece.tensor, piece.offset, piece.length)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; with folded multipliers their values and state besides, under `folded`."""
+        found = super().state_dict()
+        if self.folded is not None:
+            if self.folded.partition is None:
+                self.begin()
+            found["folded"] = self.folded.state_dict()
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. Latent weights are in it; the model's effective ones are in the model's own state.
+
+        Raises:
+            ValueError: it has folded multipliers and this optimizer none, or the other way round.
+        """
+        folded = state_dict.get("folded")
+        if (folded is None) != (self.folded is None):
+            has, lacks = ("the state", "this optimizer") if self.folded is None else ("this optimizer", "the state")
+            raise ValueError(f"{has} has folded multipliers and {lacks} none: load the state of a like optimizer")
+        if self.folded is not None and self.folded.partition is None:
+            self.begin()
+        super().load_state_dict(state_dict)
+        if self.folded is not None and folded is not None:
+            self.folded.load_state_dict(folded, self.state)  # torch has put another mapping in its place
+
     # ---- what a checkpoint holds -----------------------------------------------------------------------------
 
     def kept(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:

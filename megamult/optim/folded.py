@@ -252,6 +252,29 @@ class FoldedMultipliers:
         for tensor in self._slices_of:
             self._write(tensor)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The packed multipliers, and AdamW's state of them; the latent weights are in the optimizer's own state."""
+        return {"values": self.values.detach(), **self._adamw.state[self.values]}
+
+    def load_state_dict(self, state: dict[str, Tensor], optimizer_state: MutableMapping[Tensor, Any]) -> None:
+        """Go on from what :meth:`state_dict` of a like run gave.
+
+        Args:
+            state: that.
+            optimizer_state: of the optimizer, with the latent weights, already loaded.
+
+        Raises:
+            ValueError: as many multipliers are not here.
+        """
+        if state["values"].shape != self.values.shape:
+            raise ValueError(
+                f"the state has {state['values'].numel()} folded multipliers and this model {self.values.numel()}: "
+                "load the state of the same model and placement"
+            )
+        self._state = optimizer_state
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+
     def named(self) -> Iterator[tuple[Vector, Tensor]]:
         """Every vector of multipliers, whole on every rank."""
         for vector in self.vectors:

@@ -76,9 +76,15 @@ def attach(engine: Any, optimizer: TwoPhase) -> Partition:
         The checked partition of this rank.
 
     Raises:
-        ValueError: DeepSpeed chose a class that megamult does not know, or the groups lack a parameter of the model.
+        ValueError: DeepSpeed chose a class that megamult does not know, the groups lack a parameter of the model, or
+            DeepSpeed would clip.
         RuntimeError: DeepSpeed lays its partitions out differently than this version of megamult knows.
     """
+    if engine.gradient_clipping() > 0:
+        raise ValueError(
+            f"gradient_clipping is {engine.gradient_clipping()} in the DeepSpeed configuration: DeepSpeed would clip "
+            "what megamult has already clipped, multipliers included; remove it, and give the optimizer clip_grad_norm"
+        )
     partition = partition_of(engine, optimizer)
     partition.check()
     optimizer.bind(partition)

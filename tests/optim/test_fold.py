@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -171,6 +173,44 @@ def test_settings_reach_the_optimizer_and_its_multipliers() -> None:
         }
     adamw = megamult.fold({}, llama(), megamult.LLAMA_RULES)
     assert type(adamw) is TwoPhaseAdamW
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_loop_of_ones_own_goes_on_from_its_state_bit_by_bit(name: str) -> None:
+    def made() -> tuple[Any, Any]:
+        model = llama()
+        return model, megamult.fold({"name": name, "lr": 1e-2}, model, megamult.LLAMA_RULES, placement="all")
+
+    def train(model: Any, optimizer: Any, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            loss = model(input_ids=batch(step), labels=batch(step)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    model, optimizer = made()
+    train(model, optimizer, range(3))
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(model, optimizer, range(3, 6))
+    again, other = made()
+    again.load_state_dict(kept[0])
+    other.load_state_dict(kept[1])
+    assert train(again, other, range(3, 6)) == expected
+    assert torch.equal(other.folded.values, optimizer.folded.values)
+    plain = TwoPhaseAdamW([{**group, "params": list(group["params"])} for group in other.param_groups])
+    with pytest.raises(ValueError, match="the state has folded multipliers and this optimizer none: load"):
+        plain.load_state_dict(kept[1])
+    with pytest.raises(ValueError, match="this optimizer has folded multipliers and the state none: load"):
+        other.load_state_dict({key: value for key, value in kept[1].items() if key != "folded"})
+
+
+def test_deepspeeds_own_clipping_is_refused() -> None:
+    engine = types.SimpleNamespace(gradient_clipping=lambda: 1.0)
+    with pytest.raises(ValueError, match=r"gradient_clipping is 1\.0 .*: DeepSpeed would clip .*; remove it"):
+        megamult.attach(engine, megamult.fold({}, llama(), megamult.LLAMA_RULES))
 
 
 def test_biases_are_trained_as_norms_are() -> None:
