@@ -34,8 +34,8 @@ setup(
         "ninja>=1.11",  # builds DeepSpeed's operators at their first use
     ],
     extras_require={
-        "export": ["transformers>=5,<6"],
-        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "transformers>=5,<6"],
+        "export": ["transformers>=5,<6", "protobuf>=4"],
+        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "transformers>=5,<6", "protobuf>=4"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

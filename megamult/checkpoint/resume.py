@@ -26,7 +26,6 @@ _SAME = {
     "num_attention_heads": "num_attention_heads",
     "num_query_groups": "query_groups",
     "ffn_hidden_size": "ffn_hidden_size",
-    "seq_length": "seq_length",
     "rotary_base": "rotary_base",
     "norm_eps": "norm_eps",
     "tie_embeddings": "tie_embeddings",
@@ -110,7 +109,8 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
     pairs.append(("model.vocab_size", vocab_size, info.vocab_size))
     if info.tokenizer_sha256 is not None and tokenizer_sha256 is not None:
         pairs.append(("the SHA-256 of data.tokenizer", tokenizer_sha256, info.tokenizer_sha256))
-    if info.samples:
+    if info.samples:  # what these decide is which samples come next
+        pairs.append(("model.seq_length", config.model.seq_length, model.seq_length))
         pairs.append(("train.seed (the data's order)", config.train.seed, seed))
     found = [f"{key} is {mine!r} and the checkpoint's {its!r}" for key, mine, its in pairs if mine != its]
     kept = _placement(config.multipliers)

@@ -73,6 +73,11 @@ class SavedCheckpoint:
                     f"bytes; it was {self._sums[name][:12]}...): the checkpoint is damaged"
                 )
 
+    def files(self, folder: str) -> dict[str, bytes]:
+        """Contents of the files in a folder of the checkpoint, by their names in it (`folder/name`); it may have
+        none."""
+        return {name: (self.path / name).read_bytes() for name in self._sums if Path(name).parts[0] == folder}
+
     def load(self, chunks: Sequence[Chunk], group: ProcessGroup | None = None) -> None:
         """Read into the chunks, in place. With a group: collective over it.
 

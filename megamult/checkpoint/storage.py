@@ -86,6 +86,7 @@ class ShardWriter(StorageWriter):
                 save_file(tensors, path, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(f"{path} cannot be written: {error}") from error
+            path.chmod(self._directory.stat().st_mode & 0o666)  # safetensors lets the owner alone read its files
             sync(path)
             stored = (name, digest(path))
             results += [

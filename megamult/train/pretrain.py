@@ -140,6 +140,7 @@ def run(config: Config, resolved: str) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     from megamult import parallel
     from megamult.checkpoint import resume
+    from megamult.checkpoint.hf_files import TOKENIZER_FOLDER
     from megamult.monitor.statistics import spread_table
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build, check_deepspeed, parameter_count
@@ -184,6 +185,8 @@ def run(config: Config, resolved: str) -> None:
     elif load and main_rank:
         print(f"no checkpoint in {run_dir / 'checkpoints'} yet: starting anew", flush=True)
     files = {"config.yaml": resolved.encode(), "tokenizer.model": Path(tokenizer.model_path).read_bytes()}
+    if checkpoint is not None and info.tokenizer_sha256 == tokenizer.sha256:
+        files = checkpoint.files(TOKENIZER_FOLDER) | files
     checkpoints = RunCheckpoints(run_dir, config, vocab_size, tokenizer.sha256, files)
     minutes = config.train.max_minutes
     reason, code = None, 0

@@ -80,6 +80,10 @@ def test_sha256sum_checks_it(whole: Path) -> None:
     assert listed == files - {storage.SUMS}
 
 
+def test_whoever_may_read_one_file_may_read_all(whole: Path) -> None:
+    assert len({path.stat().st_mode for path in whole.rglob("*") if path.is_file()}) == 1
+
+
 def test_files_hold_at_most_what_is_asked_for(tmp_path: Path, matrix: Tensor) -> None:
     most = 0
 

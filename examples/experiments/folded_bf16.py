@@ -1,0 +1,93 @@
+"""Does folding lose anything in bf16? Runs of `folded` at ZeRO 1, 2 and 3 beside runs of `layer`, three seeds each.
+
+    python examples/experiments/folded_bf16.py [--steps 200] [-- further keys of launch/pretrain.py]
+
+Every run is `examples/configs/tiny.yaml` in bf16 on two data-parallel processes. Prints a table of valid losses, the
+spread of `layer` over the seeds, and by how much each folded run differs from the `layer` run of its seed. Runs that
+are complete in --output are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SEEDS = (1, 2, 3)
+RUNS = [("layer", 1), ("folded", 1), ("folded", 2), ("folded", 3)]
+
+
+def valid_loss(run_dir: Path) -> float | None:
+    """The last one; None: the run is not complete."""
+    metrics = run_dir / "metrics.jsonl"
+    if not (run_dir / "complete").exists():
+        return None
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [record["valid_loss"] for record in records if "valid_loss" in record][-1]
+
+
+def train(run_dir: Path, implementation: str, zero: int, seed: int, steps: int, further: list[str]) -> float:
+    """Valid loss of one run."""
+    found = valid_loss(run_dir)
+    if found is not None:
+        return found
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    keys = {
+        "config": "examples/configs/tiny.yaml",
+        "multipliers.implementation": implementation,
+        "parallel.zero_stage": str(zero),
+        "train.dtype": "bf16",
+        "train.seed": str(seed),
+        "train.steps": str(steps),
+        "train.run_dir": str(run_dir),
+        "train.log_histograms_every": "0",
+        "checkpoint.load": "latest",
+    }
+    arguments = [part for key, value in keys.items() for part in (f"--{key}", value)]
+    command = [launcher, "--num_gpus", "2", "launch/pretrain.py", *arguments, *further]
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with run_dir.with_suffix(".log").open("w", encoding="utf-8") as log:
+        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
+    (run_dir / "complete").touch()
+    found = valid_loss(run_dir)
+    assert found is not None
+    return found
+
+
+def main() -> None:
+    """Train what is missing, print the table."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--steps", type=int, default=200)
+    made.add_argument("--output", type=Path, default=ROOT / "runs" / "folded_bf16")
+    made.add_argument("further", nargs="*", help="keys of launch/pretrain.py, after --")
+    chosen = made.parse_args()
+    losses: dict[tuple[str, int], list[float]] = {}
+    for implementation, zero in RUNS:
+        losses[implementation, zero] = [
+            train(
+                chosen.output.resolve() / f"{implementation}_zero{zero}_seed{seed}",
+                implementation,
+                zero,
+                seed,
+                chosen.steps,
+                chosen.further,
+            )
+            for seed in SEEDS
+        ]
+        print(implementation, zero, losses[implementation, zero], flush=True)
+    layer = losses["layer", 1]
+    print("\n| | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " | mean | largest gap to `layer`, same seed |")
+    print("|---|" + "---|" * (len(SEEDS) + 2))
+    for (implementation, zero), values in losses.items():
+        gap = max(abs(a - b) for a, b in zip(values, layer, strict=True))
+        shown = " | ".join(f"{value:.4f}" for value in values)
+        print(f"| {implementation}, ZeRO {zero} | {shown} | {statistics.mean(values):.4f} | {gap:.4f} |")
+    print(f"\nspread of `layer` over the seeds (largest - smallest): {max(layer) - min(layer):.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Import a Hugging Face model (LlamaForCausalLM) as a checkpoint to train on from, with all multipliers at 1."""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="What the model cannot express is an error that names the field. On an error it writes nothing.",
+    )
+    parser.add_argument(
+        "--input", required=True, type=Path, metavar="DIR", help="config.json, safetensors, and tokenizer files if any"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="the checkpoint to write; must not exist, or be empty"
+    )
+    parser.add_argument(
+        "--placement",
+        default="all",
+        choices=["all", "none", "symmetry_free", "scalar"],
+        help="which matrices get multipliers, which start at 1 (default all; none: a plain model)",
+    )
+    return parser
+
+
+def main() -> int:
+    """Run the command line; the exit code is 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    args = _parser().parse_args()
+    # Clean up on the way out, as for Ctrl-C.
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        from megamult.checkpoint.hf_import import import_  # heavy: --help and a wrong argument need not wait for it
+
+        done = import_(args.input, args.output, args.placement)
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    for note in done.notes:
+        print(f"note: {note}")
+    print(f"{args.output}: {done.parameters} parameters and {done.multipliers} multipliers, {done.dtype}")
+    print(f"train on from it: --checkpoint.load {args.output}")
+    return 0
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The README.md of an exported model: what it is, how it was trained, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megamult.checkpoint.info import CheckpointInfo
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- llama
+- megamult
+---
+
+# A Llama-architecture model trained with megamult
+
+{parameters:,} parameters, {dtype}, {origin}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", dtype="auto")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```
+
+{multipliers}
+
+## Model
+
+{model}
+
+## Training
+
+{training}
+
+## Versions
+
+{versions}
+"""
+
+_MERGED = """\
+It was trained with learnable row and column multipliers ([arXiv 2601.04890](https://arxiv.org/abs/2601.04890)), \
+placement `{placement}`. They are merged into the weights here: W_eff = s diag(r) W diag(c)."""
+
+_MODEL = {
+    "vocab_size": "vocabulary",
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden size",
+    "intermediate_size": "MLP size",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "key-value heads",
+    "max_position_embeddings": "tokens per sequence",
+    "rope_theta": "rotary base",
+    "tie_word_embeddings": "embedding and head tied",
+}
+
+
+def render(info: CheckpointInfo, exported: Mapping[str, Any], parameters: int, multipliers: bool) -> str:
+    """The card's text.
+
+    Args:
+        info: of the checkpoint.
+        exported: config.json of the export.
+        parameters: in it.
+        multipliers: whether any were merged.
+    """
+    config = info.config
+    imported = info.step == 0
+    training: dict[str, Any] = {"optimizer steps": info.step, "sequences": info.samples}
+    if not imported:
+        optimizer = config["optimizer"]
+        training |= {
+            "sequences per step": config["train"]["global_batch_size"],
+            "optimizer": optimizer["name"],
+            "peak learning rate": optimizer["lr"],
+            "weight decay": optimizer["weight_decay"],
+            "computed in": config["train"]["dtype"],
+            "seed": str(config["train"]["seed"]),
+        }
+    training |= {name.replace("_", " "): value for name, value in info.figures.items()}
+    merged = _MERGED.format(placement=config["multipliers"]["placement"]) if multipliers else "No multipliers."
+    return _CARD.format(
+        parameters=parameters,
+        dtype=exported["dtype"],
+        origin="imported and not trained on" if imported else f"after {info.step:,} optimizer steps",
+        multipliers=merged,
+        model=_table({name: exported[field] for field, name in _MODEL.items()}),
+        training=_table(training),
+        versions=_table(info.versions),
+    )
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_text(value)} |" for name, value in rows.items())])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
