@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,17 +23,20 @@ class Chunk:
     dtype: torch.dtype = torch.float32
 
     @property
-    def key(self) -> str:
-        """Its name in a file: unique in a checkpoint."""
-        return f"{self.name}@{','.join(map(str, self.offsets))}"
-
-    @property
     def nbytes(self) -> int:
         """Size of the values."""
         return torch.Size(self.sizes).numel() * self.dtype.itemsize
 
+    def holding(self, values: Tensor) -> Chunk:
+        """The same rectangle, of which these are the values."""
+        return dataclasses.replace(self, load=lambda: values)
+
     @staticmethod
-    def whole(name: str, tensor: Tensor) -> Chunk:
+    def of(name: str, shape: tuple[int, ...], offsets: tuple[int, ...], values: Tensor) -> Chunk:
+        """The rectangle at `offsets` that has these values."""
+        return Chunk(name, shape, offsets, tuple(values.shape), lambda: values, values.dtype)
+
+    @staticmethod
+    def whole(name: str, values: Tensor) -> Chunk:
         """All of a tensor."""
-        shape = tuple(tensor.shape)
-        return Chunk(name, shape, (0,) * len(shape), shape, lambda: tensor, tensor.dtype)
+        return Chunk.of(name, tuple(values.shape), (0,) * values.ndim, values)

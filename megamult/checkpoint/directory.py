@@ -11,6 +11,7 @@ from megamult.checkpoint.storage import sync
 
 LATEST = "latest"
 _TEMPORARY = ".tmp"
+_OLD = ".old.tmp"
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -34,7 +35,7 @@ def temporary(path: Path) -> Path:
 
 def replace(made: Path, path: Path) -> None:
     """Give a complete directory its name; one that has it already goes."""
-    old = path.with_name(path.name + ".old" + _TEMPORARY)
+    old = path.with_name(path.name + _OLD)
     if path.exists():
         _remove(old)
         path.rename(old)
@@ -44,7 +45,14 @@ def replace(made: Path, path: Path) -> None:
 
 
 def clean(parent: Path) -> list[str]:
-    """Remove what an interrupted save or removal has left; returns its names."""
+    """Remove what an interrupted save or removal has left; returns its names.
+
+    A checkpoint that was about to be replaced by a newer one of its step is complete, and gets its name back.
+    """
+    for old in parent.glob(f"*{_OLD}"):
+        path = old.with_name(old.name.removesuffix(_OLD))
+        if not path.exists():
+            old.rename(path)
     found = sorted(entry.name for entry in parent.glob(f"*{_TEMPORARY}")) if parent.is_dir() else []
     for name in found:
         _remove(parent / name)
@@ -82,11 +90,11 @@ def retain(parent: Path, newest: int, keep: int, keep_every: int) -> None:
     Args:
         newest: step of the one just written; later ones, of a run that was taken back, are left alone.
         keep: how many to keep, that one included; 0: all.
-        keep_every: steps that are multiples of this stay besides; 0: none.
+        keep_every: steps that are multiples of this stay besides; 0: none. Step 0 stays: an imported model.
     """
     if keep == 0:
         return
-    for step in [step for step in steps(parent) if step <= newest][:-keep]:
+    for step in [step for step in steps(parent) if 0 < step <= newest][:-keep]:
         if keep_every and step % keep_every == 0:
             continue
         path = of_step(parent, step)

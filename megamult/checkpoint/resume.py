@@ -6,11 +6,13 @@ Whatever layout wrote it: only the model's sizes, its vocabulary, the data's ord
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from megamult.checkpoint import directory, rng
+from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import INFO, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import held
@@ -33,23 +35,25 @@ _SAME = {
 """Keys of `model.` that must stay, and the attributes that hold their resolved values."""
 
 
-def find(load: str, run_dir: Path) -> SavedCheckpoint | None:
+def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> SavedCheckpoint | None:
     """The checkpoint that `checkpoint.load` asks for, verified. Collective over all ranks, which share the reading.
 
     Args:
         load: a checkpoint's directory; a directory of checkpoints, or a run's: its newest one; or `latest`: that of
             `run_dir`.
         run_dir: this run's.
+        fits: raises ValueError if the run cannot go on from it; asked before much is read.
 
     Returns:
         None: `latest`, and `run_dir` has no checkpoint yet.
 
     Raises:
-        ValueError: there is none, or it is damaged, and so are all before it.
+        ValueError: there is none, it does not fit, or it is damaged, and so are all before it.
     """
-    here = [_candidates(load, run_dir)]
+    first = torch.distributed.get_rank() == 0
+    here = [_candidates(load, run_dir) if first else None]
     torch.distributed.broadcast_object_list(here, src=0)
-    (candidates,) = here
+    candidates = here[0]
     if not candidates:
         if load == "latest":
             return None
@@ -59,10 +63,13 @@ def find(load: str, run_dir: Path) -> SavedCheckpoint | None:
         )
     problem = ""
     for path in candidates:
-        checkpoint, problem = _verified(path)
+        checkpoint, problem = _whole(lambda path=path: SavedCheckpoint(path))  # type: ignore[misc]
+        if checkpoint is not None:
+            fits(checkpoint.info)
+            checkpoint, problem = _whole(lambda checkpoint=checkpoint: _verified(checkpoint))  # type: ignore[misc]
         if checkpoint is not None:
             return checkpoint
-        if torch.distributed.get_rank() == 0 and path != candidates[-1]:
+        if first and path != candidates[-1]:
             print(f"warning: {problem}; trying the one before it", file=sys.stderr, flush=True)
     if len(candidates) == 1:
         raise ValueError(f"{problem}; load another one")
@@ -71,7 +78,14 @@ def find(load: str, run_dir: Path) -> SavedCheckpoint | None:
     )
 
 
+def _verified(checkpoint: SavedCheckpoint) -> SavedCheckpoint:
+    """After this rank's share of the files was found whole."""
+    checkpoint.verify((torch.distributed.get_rank(), torch.distributed.get_world_size()))
+    return checkpoint
+
+
 def _candidates(load: str, run_dir: Path) -> list[Path]:
+    """The best first."""
     if load == "latest":
         return directory.candidates(run_dir / "checkpoints")
     path = Path(load)
@@ -80,13 +94,12 @@ def _candidates(load: str, run_dir: Path) -> list[Path]:
     return directory.candidates(path / "checkpoints") or directory.candidates(path)
 
 
-def _verified(path: Path) -> tuple[SavedCheckpoint | None, str]:
-    """The checkpoint if every rank finds its share of the files whole; else what the first that does not says."""
+def _whole(read: Callable[[], SavedCheckpoint]) -> tuple[SavedCheckpoint | None, str]:
+    """What `read` gives if it does so on every rank; else what the first rank says where it does not."""
     checkpoint, message = None, None
     try:
-        checkpoint = SavedCheckpoint(path)
-        checkpoint.verify((torch.distributed.get_rank(), torch.distributed.get_world_size()))
-    except ValueError as error:
+        checkpoint = read()
+    except (ValueError, OSError) as error:
         message = str(error)
     messages: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(messages, message)
@@ -113,9 +126,9 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
         pairs.append(("model.seq_length", config.model.seq_length, model.seq_length))
         pairs.append(("train.seed (the data's order)", config.train.seed, seed))
     found = [f"{key} is {mine!r} and the checkpoint's {its!r}" for key, mine, its in pairs if mine != its]
-    kept = _placement(config.multipliers)
+    here = _placement(config.multipliers)
     for role, sides in _placement(multipliers).items():
-        lost = sorted(sides - kept.get(role, frozenset()))
+        lost = sorted(sides - here.get(role, frozenset()))
         if lost:
             found.append(f"multipliers.placement gives {role} no {' and '.join(lost)}, which the checkpoint has")
     name = None if info.optimizer is None else info.optimizer["name"]
@@ -161,10 +174,11 @@ def restore(
     counts = {"updates": 0, "skipped_steps": 0} if fresh else info.optimizer
     assert counts is not None
     optimizer.restored(partition, counts["updates"], counts["skipped_steps"])
-    prefix = rng_prefix(torch.distributed.get_rank())
     if info.layout.get("processes") == torch.distributed.get_world_size():
-        states = {name.removeprefix(prefix): name for name in checkpoint.shapes if name.startswith(prefix)}
-        rng.restore({key: checkpoint.read(name) for key, name in states.items()})
+        prefix, states = rng_prefix(torch.distributed.get_rank()), rng.states()
+        saved = {key: state for key, state in states.items() if prefix + key in checkpoint.shapes}
+        checkpoint.load([Chunk.whole(prefix + key, state) for key, state in saved.items()])
+        rng.restore(states)
     return sorted(name for name in new if name.startswith("model."))
 
 

@@ -11,11 +11,16 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
+
+from megamult import device
+
+_TRACKED = "megatron."
 
 
 def states() -> dict[str, Tensor]:
-    """Of torch (CPU and this rank's CUDA device), numpy and Python."""
+    """Of torch (CPU and this rank's CUDA device), Megatron's tracker, numpy and Python."""
     _, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     found = {
@@ -25,8 +30,10 @@ def states() -> dict[str, Tensor]:
         "python.internal": torch.tensor([version, *internal], dtype=torch.int64),
         "python.gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
     }
-    if torch.cuda.is_available():
+    if device.has_cuda():
         found["cuda"] = torch.cuda.get_rng_state()
+        tracked = get_cuda_rng_tracker().get_states()
+        found |= {_TRACKED + name: state for name, state in tracked.items() if isinstance(state, Tensor)}
     return found
 
 
@@ -39,5 +46,8 @@ def restore(found: Mapping[str, Tensor]) -> None:
     version, *internal = found["python.internal"].tolist()
     gauss = found["python.gauss"].item()
     random.setstate((version, tuple(internal), None if gauss != gauss else gauss))
-    if torch.cuda.is_available() and "cuda" in found:
+    if device.has_cuda() and "cuda" in found:
         torch.cuda.set_rng_state(found["cuda"])
+        tracker = get_cuda_rng_tracker()
+        restored = {name.removeprefix(_TRACKED): state for name, state in found.items() if name.startswith(_TRACKED)}
+        tracker.set_states(tracker.get_states() | restored)

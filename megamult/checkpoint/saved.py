@@ -84,7 +84,7 @@ class SavedCheckpoint:
         Raises:
             ValueError: the checkpoint lacks a tensor, or has it in another shape.
         """
-        with _plainly():
+        with _plainly(group):
             load(
                 {},
                 storage_reader=self._reader,
@@ -130,7 +130,7 @@ def write(
         complete()
 
     writer = ShardWriter(temporary, {**files, INFO: info.to_json()}, rename, file_bytes)
-    with _plainly():
+    with _plainly(group):
         save(
             {},
             storage_writer=writer,
@@ -141,14 +141,16 @@ def write(
 
 
 @contextlib.contextmanager
-def _plainly() -> Iterator[None]:
+def _plainly(group: ProcessGroup | None) -> Iterator[None]:
     """Let torch's collection of all ranks' errors be the first of them, and no warning that one process is alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
+    with contextlib.ExitStack() as stack:
+        if group is None:  # filters are the whole process's: a thread of its own must not touch them
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
         try:
             yield
         except CheckpointException as failed:
             rank, (cause, _) = min(failed.failures.items(), key=lambda item: item[0])
             kind = next((kind for kind in (ValueError, OSError) if isinstance(cause, kind)), RuntimeError)
-            where = f"rank {rank}: " if torch.distributed.is_initialized() else ""
+            where = "" if group is None else f"rank {rank}: "
             raise kind(f"{where}{cause or type(cause).__name__}") from cause

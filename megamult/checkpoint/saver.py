@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import CheckpointInfo
 
 _ALIGNMENT = 64
+_BLOCK_BYTES = 1 << 29
+"""Of memory to stage in: torch rounds pinned memory up to a power of two, which for one large buffer may double it."""
 _GROUP_TIMEOUT = datetime.timedelta(hours=2)
 """How long the fastest rank's file system may wait for the slowest's."""
 
@@ -32,6 +35,7 @@ _GROUP_TIMEOUT = datetime.timedelta(hours=2)
 class Outcome:
     """Of one save."""
 
+    step: int
     path: Path
     stall_seconds: float
     """For which training stood still."""
@@ -55,7 +59,7 @@ class Saver:
         self.parent, self.keep, self.keep_every, self.asynchronous = parent, keep, keep_every, asynchronous
         self.group = torch.distributed.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
         self._first = torch.distributed.get_rank() == 0
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._blocks: list[Tensor] = []
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
 
@@ -72,7 +76,10 @@ class Saver:
         began = time.perf_counter()
         before = self.wait()
         if self.asynchronous:
-            chunks = self._stage(chunks)
+            try:
+                chunks = self._stage(chunks)
+            except (RuntimeError, MemoryError) as error:  # on this rank alone: the others must hear of it
+                chunks = [_failing(chunks[0], error)]
             stall = time.perf_counter() - began
             self._thread = threading.Thread(
                 target=self._write, args=(chunks, info, files, began, stall), name="checkpoint", daemon=True
@@ -89,26 +96,24 @@ class Saver:
         self._thread, outcome, self._outcome = None, self._outcome, None
         return outcome
 
-    def wait(self) -> Outcome | None:
-        """Let a save that is being written end; what became of it."""
+    def wait(self, seconds: float | None = None) -> Outcome | None:
+        """Let a save that is being written end, for so many seconds at most; what became of it."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
         return self.poll()
 
     def _stage(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Copy values aside, into memory that is used again for the next save."""
-        places, end = [], 0
-        for chunk in chunks:
-            places.append(end)
-            end += math.ceil(chunk.nbytes / _ALIGNMENT) * _ALIGNMENT
-        if self._buffer.numel() != end:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # first let go of the old one
-            self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=device.has_cuda())
+        places, sizes = _places([chunk.nbytes for chunk in chunks])
+        if [block.numel() for block in self._blocks] != sizes:
+            self._blocks = []  # first let go of the old ones
+            pinned = device.has_cuda()
+            self._blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
         staged = []
-        for chunk, place in zip(chunks, places, strict=True):
-            copy = self._buffer[place : place + chunk.nbytes].view(chunk.dtype).view(chunk.sizes)
+        for chunk, (block, start) in zip(chunks, places, strict=True):
+            copy = self._blocks[block][start : start + chunk.nbytes].view(chunk.dtype).view(chunk.sizes)
             copy.copy_(chunk.load(), non_blocking=True)
-            staged.append(replace(chunk, load=_give(copy)))
+            staged.append(chunk.holding(copy))
         if device.has_cuda():
             torch.cuda.synchronize()
         return staged
@@ -125,7 +130,10 @@ class Saver:
 
         def complete() -> None:
             directory.point(self.parent, path)
-            directory.retain(self.parent, info.step, self.keep, self.keep_every)
+            try:
+                directory.retain(self.parent, info.step, self.keep, self.keep_every)
+            except OSError as failed:  # the new one is complete all the same
+                print(f"warning: an old checkpoint could not be removed ({failed})", file=sys.stderr, flush=True)
 
         try:
             saved.write(path, chunks, info, files, group=self.group, complete=complete)
@@ -135,8 +143,26 @@ class Saver:
             with contextlib.suppress(OSError):
                 directory.clean(self.parent)
         seconds = time.perf_counter() - began
-        self._outcome = Outcome(path, seconds if stall is None else stall, seconds, error)
+        self._outcome = Outcome(info.step, path, seconds if stall is None else stall, seconds, error)
 
 
-def _give(values: Tensor) -> Callable[[], Tensor]:
-    return lambda: values
+def _places(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """(block, offset) of each of so many bytes, and the blocks' sizes: of at most _BLOCK_BYTES, or of one alone."""
+    places: list[tuple[int, int]] = []
+    blocks: list[int] = []
+    for size in sizes:
+        needed = math.ceil(size / _ALIGNMENT) * _ALIGNMENT
+        if not blocks or blocks[-1] + needed > _BLOCK_BYTES:
+            blocks.append(0)
+        places.append((len(blocks) - 1, blocks[-1]))
+        blocks[-1] += needed
+    return places, blocks
+
+
+def _failing(chunk: Chunk, error: Exception) -> Chunk:
+    """A chunk that cannot be read."""
+
+    def load() -> Tensor:
+        raise error
+
+    return replace(chunk, load=load)

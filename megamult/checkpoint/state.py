@@ -7,7 +7,7 @@ meaning of every element are the same for any layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -19,9 +19,9 @@ from megamult.rectangles import rectangles
 from megamult.zero.slices import Partition, even_intervals
 
 
-def full_name(kept: str, logical_name: str) -> str:
+def full_name(what: str, logical_name: str) -> str:
     """`weight` of a logical tensor is the model's, anything else the optimizer's."""
-    return f"model.{logical_name}" if kept == "weight" else f"optimizer.{kept}.{logical_name}"
+    return f"model.{logical_name}" if what == "weight" else f"optimizer.{what}.{logical_name}"
 
 
 def held(partition: Partition, optimizer: TwoPhaseAdamW) -> list[Chunk]:
@@ -40,31 +40,24 @@ def owned(partition: Partition, optimizer: TwoPhaseAdamW) -> list[Chunk]:
 
 def _chunks(partition: Partition, optimizer: TwoPhaseAdamW, once: bool) -> Iterator[Chunk]:
     grid = parallel.grid()
-    for kept, piece, values in optimizer.kept(partition):
+    for what, piece, values in optimizer.views(partition):
         start, length = 0, piece.length
         if once:
             if not piece.layout.counted_on(grid.tensor_rank):
                 continue
             if not (partition.sharded or piece.shared):
                 start, length = even_intervals(piece.length, grid.data_size)[grid.data_rank]
-        yield from _of_interval(kept, piece.name, piece.layout, piece.start + start, values[start : start + length])
+        yield from _of_interval(what, piece.name, piece.layout, piece.start + start, values[start : start + length])
     if optimizer.folded is not None and (grid.rank == 0 or not once):
-        for kept, vector, values in optimizer.folded.kept():
-            yield Chunk.whole(full_name(kept, vector.name), values)
+        for what, vector, values in optimizer.folded.views():
+            yield Chunk.whole(full_name(what, vector.name), values)
 
 
-def _of_interval(kept: str, name: str, layout: Layout, start: int, values: Tensor) -> Iterator[Chunk]:
+def _of_interval(what: str, name: str, layout: Layout, start: int, values: Tensor) -> Iterator[Chunk]:
     """The logical content of elements [start, start + len(values)) of this rank's shard of a parameter."""
     grid = parallel.grid()
     for r in rectangles(layout, grid.tensor_rank, grid.tensor_size, start, values.numel()):
         part = layout.parts[r.part]
         dims = len(part.shape)
-        sizes = (r.height, r.width)[:dims]
-        view = values[r.offset : r.offset + r.numel].view(sizes)
-        offsets = (r.row, r.col)[:dims]
-        full = full_name(kept, layout.logical_name(name, part))
-        yield Chunk(full, part.shape, offsets, sizes, _give(view), values.dtype)
-
-
-def _give(view: Tensor) -> Callable[[], Tensor]:
-    return lambda: view
+        view = values[r.offset : r.offset + r.numel].view((r.height, r.width)[:dims])
+        yield Chunk.of(full_name(what, layout.logical_name(name, part)), part.shape, (r.row, r.col)[:dims], view)

@@ -156,16 +156,23 @@ class ShardReader(StorageReader):
         assert self._metadata.storage_data is not None
         by_file = defaultdict(list)
         for item in plan.items:
-            by_file[self._metadata.storage_data[item.storage_index]].append(item)
+            by_file[self._metadata.storage_data[item.storage_index][0]].append(item)
         for name, items in by_file.items():
             with safe_open(self._directory / name, framework="pt") as shard:
                 for item in items:
+                    stored = shard.get_slice(_key(item.storage_index))
+                    sizes = self._metadata.storage_data[item.storage_index][1]
+                    if tuple(stored.get_shape()) != tuple(sizes):
+                        raise ValueError(
+                            f"{self._directory / name} has {_key(item.storage_index)} of shape "
+                            f"{tuple(stored.get_shape())}, and {INDEX} says {tuple(sizes)}: the checkpoint is damaged"
+                        )
                     where = tuple(
                         slice(start, start + length)
                         for start, length in zip(item.storage_offsets, item.lengths, strict=True)
                     )
                     target = planner.resolve_tensor(item)
-                    target.copy_(shard.get_slice(_key(item.storage_index))[where])
+                    target.copy_(stored[where])
                     planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
@@ -242,6 +249,31 @@ def _batches(items: Sequence[WriteItem], limit: int) -> Iterator[list[WriteItem]
         yield batch
 
 
+def _check_tiled(name: str, tensor: TensorStorageMetadata) -> None:
+    """The chunks lie in the tensor, do not overlap and leave nothing out."""
+    active: list[ChunkStorageMetadata] = []
+    for chunk in sorted(tensor.chunks, key=lambda chunk: tuple(chunk.offsets)):
+        what = f"{name} {tuple(tensor.size)} has a chunk {tuple(chunk.sizes)} at {tuple(chunk.offsets)}"
+        if len(chunk.offsets) != len(tensor.size) or any(
+            start < 0 or length < 1 or start + length > size
+            for start, length, size in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+        ):
+            raise ValueError(f"{what}, outside of it")
+        active = [other for other in active if other.offsets[0] + other.sizes[0] > chunk.offsets[0]]
+        if any(_overlap(chunk, other) for other in active):
+            raise ValueError(f"{what}, on top of another one")
+        active.append(chunk)
+    elements = sum(chunk.sizes.numel() for chunk in tensor.chunks)
+    if elements != tensor.size.numel():
+        raise ValueError(f"{name} has {tensor.size.numel()} elements and its chunks {elements}")
+
+
+def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
+    return all(
+        a < b + n and b < a + m for a, m, b, n in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    )
+
+
 def _index_json(metadata: Metadata, stored: Mapping[MetadataIndex, tuple[str, str]]) -> bytes:
     tensors = {}
     for name, tensor in sorted(metadata.state_dict_metadata.items()):
@@ -265,7 +297,7 @@ def _read_index(path: Path) -> Metadata:
     try:
         tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
         found: dict[str, TensorStorageMetadata] = {}
-        files: dict[MetadataIndex, str] = {}
+        where: dict[MetadataIndex, tuple[str, torch.Size]] = {}
         for name, entry in tensors.items():
             dtype = getattr(torch, entry["dtype"])
             if not isinstance(dtype, torch.dtype):
@@ -275,8 +307,9 @@ def _read_index(path: Path) -> Metadata:
                 if Path(chunk["file"]).name != chunk["file"]:
                     raise ValueError(f"{name} is in {chunk['file']!r}, outside of the directory")
                 chunks.append(ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])))
-                files[MetadataIndex(name, chunk["offsets"])] = chunk["file"]
+                where[MetadataIndex(name, chunk["offsets"])] = (chunk["file"], chunks[-1].sizes)
             found[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry["shape"]), chunks)
+            _check_tiled(name, found[name])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of a checkpoint ({type(error).__name__}: {error})") from None
-    return Metadata(found, storage_data=files)  # type: ignore[arg-type]
+    return Metadata(found, storage_data=where)  # type: ignore[arg-type]

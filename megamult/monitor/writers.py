@@ -22,18 +22,19 @@ class Writers:
         run_dir: where to; an earlier part of the same run may be there.
         steps: of the whole run.
         done: steps that are behind: what was recorded after them, before a crash, is dropped.
+        skipped: how many of these were skipped.
     """
 
-    def __init__(self, run_dir: Path, steps: int, done: int = 0) -> None:
+    def __init__(self, run_dir: Path, steps: int, done: int = 0, skipped: int = 0) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_after(run_dir / "metrics.jsonl", done)
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else None)
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not self._interactive)
         self._report_every = max(1, steps // 20)
         self._steps = steps
-        self._skipped = 0
+        self._skipped = skipped
         self._failed: set[str] = set()
 
     def __enter__(self) -> Writers:
@@ -74,15 +75,15 @@ class Writers:
             for key, vector in values.items():
                 self._tensorboard.add_histogram(f"multipliers/{key}", vector, step)
 
-    def checkpoint(self, path: Path, stall_seconds: float, seconds: float) -> None:
+    def checkpoint(self, step: int, path: Path, stall_seconds: float, seconds: float) -> None:
         """A checkpoint that is complete."""
-        step = int(path.name.rpartition("_")[2])
         self._scalars("checkpoint", {"stall_seconds": stall_seconds, "seconds": seconds}, step)
         self.say(f"saved {path} in {seconds:.1f} s (training stood still for {stall_seconds:.2f} s)")
 
     def say(self, text: str) -> None:
         """A line of text that does not tear the bar."""
-        self._bar.write(text, file=sys.stdout) if self._interactive else print(text, flush=True)
+        with contextlib.suppress(OSError):  # a log on a full disk, a pipe that nobody reads any more
+            self._bar.write(text, file=sys.stdout) if self._interactive else print(text, flush=True)
 
     def _scalars(self, section: str, values: dict[str, float], step: int) -> None:
         with self._going_on("tensorboard"):

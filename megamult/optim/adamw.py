@@ -214,8 +214,8 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
 
     # ---- what a checkpoint holds -----------------------------------------------------------------------------
 
-    def kept(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
-        """Everything that this rank keeps of its slices, to read and to write in place.
+    def views(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
+        """Views of everything that this rank keeps of its slices, to read and to write in place.
 
         Yields:
             (name, slice, values): `weight` (without multipliers), `exp_avg`, `exp_avg_sq` or `momentum`, and its
@@ -229,10 +229,11 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
                     yield name, piece, state[name].view(-1)[piece.offset : piece.offset + piece.length]
 
     def restored(self, partition: Partition, updates: int, skipped_steps: int) -> None:
-        """What :meth:`kept` yields was written to: go on from there. Collective over all ranks.
+        """What :meth:`views` yields was written to: go on from there. Collective over all ranks.
 
         Args:
-            updates: steps that had been applied when the state was kept.
+            updates: steps that had been applied to that state. AdamW counts them for all alike: state that is new
+                among older one takes larger first steps where betas are close to 1.
             skipped_steps: and those that had been dropped.
         """
         self.updates, self.skipped_steps = updates, skipped_steps

@@ -234,7 +234,7 @@ class FoldedMultipliers:
         values = self._state[tensor][LATENT] if tensor in self._slices_of else tensor.detach()
         return values.view(-1)[offset : offset + length]
 
-    def kept(self) -> Iterator[tuple[str, Vector, Tensor]]:
+    def views(self) -> Iterator[tuple[str, Vector, Tensor]]:
         """(name, vector, values) of the multipliers (`weight`) and of their `exp_avg` and `exp_avg_sq`, whole on every
         rank, to read and to write in place."""
         state = self._adamw.state[self.values]

@@ -164,9 +164,9 @@ class DistributedMuon(TwoPhaseAdamW):
                 copy = momentum.detach().to(parameter.device, torch.float32, copy=True)
                 self.state[parameter]["momentum_buffer"] = copy
 
-    def kept(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
+    def views(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
         """As AdamW's; of matrices the momentum, once over the data-parallel ranks."""
-        yield from super().kept(partition)
+        yield from super().views(partition)
         if self._partition is not partition:
             self._plan(partition)
         assert self._pieces is not None

@@ -98,6 +98,6 @@ class RunCheckpoints:
         """What became of a save that has ended since the last question."""
         return self._saver.poll()
 
-    def wait(self) -> Outcome | None:
-        """Let the last save end; what became of it."""
-        return self._saver.wait()
+    def wait(self, seconds: float | None = None) -> Outcome | None:
+        """Let the last save end, for so many seconds at most; what became of it."""
+        return self._saver.wait(seconds)

@@ -36,6 +36,9 @@ class Samples(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold of them."""
 
+    def load_state_dict(self, state: dict[str, Any], samples: int) -> None:
+        """Go on before global sample `samples` of a run that left `state`."""
+
 
 class Trainer:
     """Drives an engine over a run. Every rank calls every method together."""
@@ -50,6 +53,7 @@ class Trainer:
         self.samples = 0
         self.figures: dict[str, float] = {}
         self.last_multipliers: dict[str, Tensor] = {}
+        self.last_checkpoint: Path | None = None
 
     def _micro_batch(self, samples: Samples, first: int, micro: int) -> tuple[Tensor, Tensor]:
         """Tokens and labels, [micro batch, seq] each: this rank's part of the global batch that begins at `first`."""
@@ -124,8 +128,10 @@ class Trainer:
         return by_role((item.role, item.side or "", item.tensor.cpu()) for item in found)
 
     def resume(self, info: CheckpointInfo) -> None:
-        """Go on after the step at which a checkpoint was saved, with its next sample."""
+        """Go on after the step at which a checkpoint was saved, with the next sample of every source."""
         self.step_count, self.samples, self.figures = info.step, info.samples, dict(info.figures)
+        if info.data is not None:
+            self._train.load_state_dict(info.data, info.samples)
 
     def run(self, run_dir: Path, checkpoints: RunCheckpoints, stop: StopRequests) -> str | None:
         """All remaining steps, with evaluation, records and checkpoints. Records are written by global rank 0.
@@ -134,18 +140,21 @@ class Trainer:
             Why the run stopped before its last step; None: it is complete.
 
         Raises:
-            OSError: the last checkpoint could not be written.
+            CheckpointFailed: the last checkpoint could not be written; on every rank.
         """
         config = self.config
         peak = device.peak_flops(config.train.torch_dtype)
         multipliers = config.multipliers.implementation != "none"
         histograms = config.train.log_histograms_every if multipliers else 0
         main_rank = torch.distributed.get_rank() == 0
-        reason, saved_step = None, self.step_count
-        writers: Any = contextlib.nullcontext()
-        if main_rank:
-            writers = Writers(run_dir, config.train.steps, self.step_count)
-        with writers as out:
+        reason, outcome = None, None
+        skipped = self.engine.optimizer.skipped_steps
+        with contextlib.ExitStack() as stack:
+            # If training fails, the checkpoint that is being written shall be there all the same.
+            stack.callback(checkpoints.wait, _LAST_SAVE_SECONDS)
+            out = None
+            if main_rank:
+                out = stack.enter_context(Writers(run_dir, config.train.steps, self.step_count, skipped))
             while self.step_count < config.train.steps and reason is None:
                 record = self.train_step()
                 self.figures |= {key: record[key] for key in ("tokens", "loss")}
@@ -169,13 +178,24 @@ class Trainer:
                 _report(out, checkpoints.poll())
                 if last or reason or checkpoints.due(self.step_count):
                     data, figures = self._train.state_dict(), dict(self.figures)
-                    _report(out, checkpoints.save(self.engine, self.step_count, self.samples, data, figures))
-                    saved_step = self.step_count
-            outcome = checkpoints.wait()
-            _report(out, outcome)
-        if outcome is not None and outcome.error is not None:
-            raise OSError(f"the checkpoint of step {saved_step} could not be written ({outcome.error})")
+                    outcome = checkpoints.save(self.engine, self.step_count, self.samples, data, figures)
+                    _report(out, outcome)
+            awaited = checkpoints.wait()
+            _report(out, awaited)
+        outcome = awaited or outcome
+        if outcome is not None and outcome.error is None:
+            self.last_checkpoint = outcome.path
+        if outcome is not None and outcome.error is not None and outcome.step == self.step_count:
+            raise CheckpointFailed(f"the checkpoint of step {outcome.step} could not be written ({outcome.error})")
         return reason
+
+
+_LAST_SAVE_SECONDS = 60.0
+"""For which a run that fails waits for a checkpoint that is being written: other ranks may be gone."""
+
+
+class CheckpointFailed(Exception):
+    """A run's last checkpoint is not there."""
 
 
 def _report(out: Writers | None, outcome: Outcome | None) -> None:
@@ -183,6 +203,6 @@ def _report(out: Writers | None, outcome: Outcome | None) -> None:
     if out is None or outcome is None:
         return
     if outcome.error is None:
-        out.checkpoint(outcome.path, outcome.stall_seconds, outcome.seconds)
+        out.checkpoint(outcome.step, outcome.path, outcome.stall_seconds, outcome.seconds)
     else:
         out.say(f"warning: {outcome.path} could not be written ({outcome.error}); training goes on")

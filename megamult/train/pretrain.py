@@ -26,6 +26,9 @@ EXIT_USER_ERROR = 2
 EXIT_RESUME = 75
 """The run saved a checkpoint and stopped before its last step, as it was asked to: start it again (EX_TEMPFAIL)."""
 
+EXIT_NO_CHECKPOINT = 1
+"""The run's last checkpoint could not be written."""
+
 _BEGAN = time.monotonic()
 
 _HEAD_START_SECONDS = 2.0
@@ -140,80 +143,93 @@ def run(config: Config, resolved: str) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     from megamult import parallel
     from megamult.checkpoint import resume
-    from megamult.checkpoint.hf_files import TOKENIZER_FOLDER
     from megamult.monitor.statistics import spread_table
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build, check_deepspeed, parameter_count
-    from megamult.train.loop import Trainer
+    from megamult.train.loop import CheckpointFailed, Trainer
     from megamult.train.signals import StopRequests
 
     mpu = parallel.initialize(config.parallel.tensor)
-    agreed(lambda: check_deepspeed(config, mpu))
-    run_dir = _run_dir(config)
-    load = config.checkpoint.load
-    checkpoint = agreed(lambda: resume.find(load, run_dir)) if load else None
-    agreed(lambda: _claim(run_dir, load == "latest" or _is_of(checkpoint, run_dir)))
-    tokenizer, vocab_size = agreed(lambda: _vocabulary(config))
-    if checkpoint is not None:
-        info = checkpoint.info
-        agreed(lambda: resume.check_fits(info, config, vocab_size, tokenizer.sha256))
-    train, valid = agreed(lambda: _datasets(config, tokenizer, run_dir))
-    main_rank = torch.distributed.get_rank() == 0
-    agreed(lambda: _begin(run_dir, resolved))
-    agreed(lambda: _check_shared(run_dir))
-    engine = build(config, vocab_size, mpu)
-    if main_rank:
-        print(
-            f"{parameter_count(engine.model):,} parameters, {torch.distributed.get_world_size()} processes "
-            f"(tensor parallel {config.parallel.tensor}, data parallel {parallel.data_group().size()}), ZeRO "
-            f"{config.parallel.zero_stage}, {config.train.dtype}; writing {run_dir}",
-            flush=True,
-        )
-    trainer = Trainer(config, engine, train, valid, vocab_size)
-    if checkpoint is not None:
-        new = agreed(
-            lambda: resume.restore(
-                checkpoint, engine.partition, engine.optimizer, reset_optimizer=config.checkpoint.reset_optimizer
-            )
-        )
-        trainer.resume(info)
-        if info.data is not None:
-            train.load_state_dict(info.data, info.samples)
-        if main_rank:
-            fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
-            print(f"going on from {checkpoint.path}: step {info.step}, {info.samples} sequences{fresh}", flush=True)
-    elif load and main_rank:
-        print(f"no checkpoint in {run_dir / 'checkpoints'} yet: starting anew", flush=True)
-    files = {"config.yaml": resolved.encode(), "tokenizer.model": Path(tokenizer.model_path).read_bytes()}
-    if checkpoint is not None and info.tokenizer_sha256 == tokenizer.sha256:
-        files = checkpoint.files(TOKENIZER_FOLDER) | files
-    checkpoints = RunCheckpoints(run_dir, config, vocab_size, tokenizer.sha256, files)
     minutes = config.train.max_minutes
-    reason, code = None, 0
     with StopRequests(None if minutes is None else _BEGAN + 60 * minutes) as stop:
-        try:
-            reason = trainer.run(run_dir, checkpoints, stop)
-        except OSError as error:
-            if main_rank:
-                print("error:", error, file=sys.stderr, flush=True)
-            code = 1
-    if reason is not None and code == 0:
-        code = EXIT_RESUME
+        agreed(lambda: check_deepspeed(config, mpu))
+        run_dir = _run_dir(config)
+        tokenizer, vocab_size = agreed(lambda: _vocabulary(config))
+        load = config.checkpoint.load
+        checkpoint = None
+        if load:
+            checkpoint = agreed(
+                lambda: resume.find(
+                    load, run_dir, lambda info: resume.check_fits(info, config, vocab_size, tokenizer.sha256)
+                )
+            )
+        ours = checkpoint is not None and checkpoint.path.resolve().parent == (run_dir / "checkpoints").resolve()
+        agreed(lambda: _claim(run_dir, load == "latest" or ours))
+        train, valid = agreed(lambda: _datasets(config, tokenizer, run_dir))
+        files = agreed(lambda: _files(resolved, tokenizer, checkpoint))
+        agreed(lambda: _begin(run_dir, resolved, checkpoint.path if checkpoint is not None and ours else None))
+        agreed(lambda: _check_shared(run_dir))
+        engine = build(config, vocab_size, mpu)
+        main_rank = torch.distributed.get_rank() == 0
         if main_rank:
             print(
-                f"{reason}: stopped after step {trainer.step_count} of {config.train.steps}, exit code {code}; go on "
-                f"with --checkpoint.load latest --train.run_dir {run_dir}",
+                f"{parameter_count(engine.model):,} parameters, {torch.distributed.get_world_size()} processes "
+                f"(tensor parallel {config.parallel.tensor}, data parallel {parallel.data_group().size()}), ZeRO "
+                f"{config.parallel.zero_stage}, {config.train.dtype}; writing {run_dir}",
                 flush=True,
             )
-    elif main_rank and code == 0:
+        trainer = Trainer(config, engine, train, valid, vocab_size)
+        if checkpoint is not None:
+            new = agreed(
+                lambda: resume.restore(
+                    checkpoint, engine.partition, engine.optimizer, reset_optimizer=config.checkpoint.reset_optimizer
+                )
+            )
+            trainer.resume(checkpoint.info)
+            if main_rank:
+                fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
+                step, samples = trainer.step_count, trainer.samples
+                print(f"going on from {checkpoint.path}: step {step}, {samples} sequences{fresh}", flush=True)
+        elif load and main_rank:
+            print(f"no checkpoint in {run_dir / 'checkpoints'} yet: starting anew", flush=True)
+        checkpoints = RunCheckpoints(run_dir, config, vocab_size, tokenizer.sha256, files)
+        reason, code = None, 0
+        try:
+            reason = trainer.run(run_dir, checkpoints, stop)
+        except CheckpointFailed as error:
+            if main_rank:
+                print("error:", error, file=sys.stderr, flush=True)
+            code = EXIT_NO_CHECKPOINT
+    if reason is not None:
+        code = EXIT_RESUME
+    if main_rank and code == EXIT_RESUME:
+        print(
+            f"{reason}: stopped after step {trainer.step_count} of {config.train.steps}, exit code {code}; go on with "
+            f"--checkpoint.load latest --train.run_dir {run_dir}",
+            flush=True,
+        )
+    elif main_rank:
         if trainer.last_multipliers:
             print(spread_table(trainer.last_multipliers))
         _summarize(config, vocab_size, trainer.figures.get("valid_loss"))
-        print(f"checkpoint: {run_dir / 'checkpoints' / f'step_{trainer.step_count}'}", flush=True)
+        if code == 0 and trainer.last_checkpoint is not None:
+            print(f"checkpoint: {trainer.last_checkpoint}", flush=True)
     torch.distributed.barrier()
     parallel.destroy()
     if code:
         sys.exit(code)
+
+
+def _files(resolved: str, tokenizer: Any, checkpoint: Any) -> dict[str, bytes]:
+    """What goes into every checkpoint beside the tensors; an imported tokenizer's own files stay with their model."""
+    from megamult.checkpoint.hf_files import TOKENIZER_FOLDER
+
+    if environment.rank() != 0:
+        return {}
+    files = {"config.yaml": resolved.encode(), "tokenizer.model": Path(tokenizer.model_path).read_bytes()}
+    if checkpoint is not None and checkpoint.info.tokenizer_sha256 == tokenizer.sha256:
+        files = checkpoint.files(TOKENIZER_FOLDER) | files
+    return files
 
 
 def _run_dir(config: Config) -> Path:
@@ -223,11 +239,6 @@ def _run_dir(config: Config) -> Path:
     chosen = [config.train.run_dir or time.strftime("runs/%Y%m%d-%H%M%S")]
     torch.distributed.broadcast_object_list(chosen, src=0)
     return Path(chosen[0])
-
-
-def _is_of(checkpoint: Any, run_dir: Path) -> bool:
-    """Whether a checkpoint is one of this run."""
-    return checkpoint is not None and checkpoint.path.resolve().parent == (run_dir / "checkpoints").resolve()
 
 
 def _claim(run_dir: Path, resumes: bool) -> None:
@@ -241,14 +252,20 @@ def _claim(run_dir: Path, resumes: bool) -> None:
         )
 
 
-def _begin(run_dir: Path, resolved: str) -> None:
-    """Make the run directory, write config.yaml, remove what an interrupted save left; on rank 0."""
+def _begin(run_dir: Path, resolved: str, checkpoint: Path | None) -> None:
+    """Make the run directory, write config.yaml, remove what an interrupted save left; on rank 0.
+
+    Args:
+        checkpoint: of this run, that it goes on from: what came after it counts no more.
+    """
     from megamult.checkpoint import directory
 
     if environment.rank() == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             directory.clean(run_dir / "checkpoints")
+            if checkpoint is not None:
+                directory.point(checkpoint.parent, checkpoint)
             (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
         except OSError as error:
             raise ValueError(

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+SAME_REQUEST_SECONDS = 5.0
+"""Signals that follow the first one within this time are the same request: a scheduler sends one to every process of a
+job, and launchers pass theirs on."""
+
 
 class StopRequests:
-    """Watches for signals while it is entered. The first one is noted, a second one ends the process at once.
+    """Watches for signals while it is entered. The first one is noted, a later one ends the process at once.
+
+    Signals reach a thread through a pipe that Python's own C handler writes to, so a later one ends the process also
+    where the main thread waits in a collective for ever.
 
     Args:
         deadline: of `time.monotonic()`, from which on to stop; None: never.
@@ -21,13 +30,18 @@ class StopRequests:
 
     def __init__(self, deadline: float | None = None) -> None:
         self._deadline = deadline
-        self._asked = 0  # a signal's number
+        self._asked = 0  # the first signal's number
         self._before: dict[signal.Signals, Any] = {}
         # CPU ranks of its own: a vote waits for no GPU, and meets no other collective.
         self._group = torch.distributed.new_group(backend="gloo")
 
     def __enter__(self) -> StopRequests:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -35,11 +49,21 @@ class StopRequests:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writer)  # ends the thread
+        self._thread.join()
+        os.close(self._reader)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = number
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+    def _watch(self) -> None:
+        first = 0.0
+        while received := os.read(self._reader, 1):
+            number, now = received[0], time.monotonic()
+            if number not in SIGNALS:
+                continue
+            if not self._asked:
+                self._asked, first = number, now
+            elif now - first > SAME_REQUEST_SECONDS:
+                os._exit(128 + number)
 
     def agreed(self) -> str | None:
         """Why all ranks should stop now, if one was asked to. Collective."""

@@ -42,9 +42,10 @@ class Zero3Partition(Partition):
                 position += piece
 
     def spread(self) -> None:
-        """Small parameters stay gathered between steps: gather them again."""
+        """Small parameters stay gathered between steps: let go of them (or gathering does nothing), gather again."""
         persistent = self._zero.persistent_parameters
         if persistent:
+            persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
     def read_back(self, piece: Slice) -> Tensor:

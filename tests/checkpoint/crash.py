@@ -106,18 +106,21 @@ def live_and_die(run_dir: Path, command: list[str], draw: random.Random, inside_
     return Life(how, before, newest(run_dir), outcome)
 
 
-def stop(run_dir: Path, command: list[str], draw: random.Random) -> Life:
-    """Start, and ask one rank to save and stop."""
+def stop(run_dir: Path, command: list[str], draw: random.Random, everyone: bool) -> Life:
+    """Start, and ask one rank to save and stop, or all of them twice, as a scheduler and a launcher together do."""
     before = newest(run_dir)
     ready = stepping(run_dir)
     launch = Launch(command, processes=2)
     wait_for(ready, launch, "step")
     time.sleep(draw.uniform(0.0, 1.0))
-    os.kill(draw.choice(launch.ranks()), signal.SIGUSR1)
+    ranks = launch.ranks()
+    for pid in [*ranks, *ranks] if everyone else [draw.choice(ranks)]:
+        os.kill(pid, signal.SIGTERM if everyone else signal.SIGUSR1)
     outcome = launch.wait()
     assert outcome.code == EXIT_RESUME and outcome.left == [], outcome
     assert newest(run_dir) == f"step_{max(losses(run_dir))}", "it saves the step that it has just done"
-    return Life("SIGUSR1 to one rank", before, newest(run_dir), outcome)
+    how = "SIGTERM to all ranks, twice" if everyone else "SIGUSR1 to one rank"
+    return Life(how, before, newest(run_dir), outcome)
 
 
 def crash(folder: Path, kills: int, steps: int, seed: int = 0) -> list[Life]:
@@ -132,7 +135,7 @@ def crash(folder: Path, kills: int, steps: int, seed: int = 0) -> list[Life]:
     whole = start(arguments(prefix, folder / "whole", steps), processes=2, timeout=600)
     assert whole.code == 0, whole.text
     command = arguments(prefix, folder / "killed", steps)
-    lives = [stop(folder / "killed", command, draw)]
+    lives = [stop(folder / "killed", command, draw, everyone) for everyone in (False, True)]
     lives += [
         live_and_die(folder / "killed", command, draw, inside_save=i % 2 == 0, everyone=i % 4 >= 2)
         for i in range(kills)

@@ -29,6 +29,8 @@ class Run:
     weights_seed: int = 1234
     """Of the initial weights: a resumed run with others must take every weight from its checkpoint."""
     reset_optimizer: bool = False
+    warm: bool = False
+    """Train a step before loading: everything must be replaced."""
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Trace:
     state: dict[str, Tensor] = field(default_factory=dict)
     """Everything that this rank holds at the end, by chunk."""
     new: list[str] = field(default_factory=list)
+    drawn: list[float] = field(default_factory=list)
+    """What torch draws on this rank after saving, and after loading."""
 
 
 class Samples:
@@ -86,6 +90,10 @@ def _run(run: Run) -> Trace:
     samples = Samples(VOCAB, config.model.seq_length)
     trainer = Trainer(config, engine, samples, None, VOCAB)
     trace = Trace()
+    if run.warm:
+        trainer.train_step()
+        samples.seen.clear()
+    torch.manual_seed(0)
     if run.load is not None:
         checkpoint = SavedCheckpoint(run.load)
         trace.new = resume.restore(checkpoint, engine.partition, engine.optimizer, reset_optimizer=run.reset_optimizer)
@@ -96,18 +104,25 @@ def _run(run: Run) -> Trace:
         outcome = saves.save(engine, trainer.step_count, trainer.samples, None, {})
         assert outcome is None or outcome.error is None, outcome
 
+    if run.load is not None:
+        trace.drawn = torch.rand(3).tolist()
     if trainer.step_count in run.save_at:
         save()
     for _ in range(run.steps):
         trace.records.append(trainer.train_step())
         if trainer.step_count in run.save_at:
+            torch.manual_seed(torch.distributed.get_rank() + 7)
+            torch.rand(5)
             save()
+            trace.drawn = torch.rand(3).tolist()
     outcome = saves.wait()
     assert outcome is None or outcome.error is None, outcome
     seen: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(seen, samples.seen)
     trace.seen = sorted({index for rank in seen for index in rank})
-    trace.state = {chunk.key: chunk.load().clone() for chunk in held(engine.partition, engine.optimizer)}
+    trace.state = {
+        f"{chunk.name}@{chunk.offsets}": chunk.load().clone() for chunk in held(engine.partition, engine.optimizer)
+    }
     engine.deepspeed.destroy()
     return trace
 

@@ -40,24 +40,28 @@ def test_a_signal_to_one_rank_or_a_deadline_stops_all_after_the_same_step_with_a
 
 
 _TWO_SIGNALS = """
-import os, signal, torch
+import datetime, os, signal, threading, time, torch
 torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=0, world_size=1)
-from megamult.train.signals import StopRequests
-with StopRequests() as stop:
+from megamult.train import signals
+signals.SAME_REQUEST_SECONDS = 1.0
+with signals.StopRequests() as stop:
     assert stop.agreed() is None
-    os.kill(os.getpid(), signal.{first})
+    for _ in range(3):  # to every process of a job, and once more from its launcher
+        os.kill(os.getpid(), signal.{first})
+    time.sleep(0.2)
     assert stop.agreed() == "{first}", stop.agreed()
     print("asked", flush=True)
-    os.kill(os.getpid(), signal.{second})
-    print("still here", flush=True)
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.{second})).start()
+    # Waits in C, as in a collective that a peer never joins.
+    torch.distributed.TCPStore("127.0.0.1", 0, is_master=True).wait(["never"], datetime.timedelta(seconds=30))
 """
 
 
-@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM"), ("SIGTERM", "SIGUSR1")])
-def test_a_second_signal_ends_the_process_at_once(first: str, second: str) -> None:
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM")])
+def test_a_second_request_ends_the_process_at_once_wherever_it_waits(first: str, second: str) -> None:
     code = _TWO_SIGNALS.format(port=free_port(), first=first, second=second)
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (-signal.Signals[second], "asked\n"), done.stderr
+    assert (done.returncode, done.stdout) == (128 + signal.Signals[second], "asked\n"), done.stderr
 
 
 def test_a_second_save_waits_and_a_failed_one_is_reported_on_every_rank_and_leaves_nothing(tmp_path: Path) -> None:
@@ -88,12 +92,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_on_a_full_disk_training_goes_on_and_the_older_checkpoint_stays(tmp_path: Path, small_disk: Path) -> None:
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_on_a_full_disk_training_goes_on_and_the_older_checkpoint_stays(
+    tmp_path: Path, small_disk: Path, asynchronous: str
+) -> None:
     prefix, run_dir = make_corpus(tmp_path), small_disk / "run"
     outcome = start(
         [
             *("--config", "examples/configs/tiny.yaml", *data_arguments(prefix), "--model.seq_length", "32"),
             *("--train.steps", "10", "--train.run_dir", str(run_dir), "--checkpoint.save_every", "4"),
+            *("--checkpoint.asynchronous", asynchronous),
         ]
     )
     assert outcome.text.count(f"warning: {run_dir}/checkpoints/step_8 could not be written (") == 1

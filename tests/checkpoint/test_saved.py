@@ -7,9 +7,11 @@ import pickle
 import re
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megamult.checkpoint import directory, saved, storage
@@ -199,6 +201,28 @@ def test_an_index_cannot_name_files_elsewhere(whole: Path, file: str) -> None:
         SavedCheckpoint(whole)
 
 
+@pytest.mark.parametrize("change", ["lost", "moved", "larger"])
+def test_an_index_that_does_not_cover_a_tensor_is_refused(whole: Path, change: str) -> None:
+    index = json.loads((whole / storage.INDEX).read_text())
+    chunks = index["tensors"]["model.w"]["chunks"]
+    if change == "lost":
+        del chunks[1]
+    else:
+        chunks[1]["offsets" if change == "moved" else "sizes"][1] += 4
+    (whole / storage.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model\.w .*chunk"):
+        SavedCheckpoint(whole)
+
+
+def test_a_file_whose_tensor_is_not_what_the_index_says_is_refused(whole: Path, matrix: Tensor) -> None:
+    name = "shard_00000_0000.safetensors"
+    tensors = load_file(whole / name)
+    tensors["model.w@2,0"] = tensors["model.w@2,0"][:, :1].contiguous()  # would be broadcast
+    save_file(tensors, whole / name)
+    with pytest.raises(ValueError, match=r"model\.w@2,0 of shape \(1, 1\), and index\.json says \(1, 3\)"):
+        SavedCheckpoint(whole).read("model.w")
+
+
 def test_a_newer_format_is_refused_with_the_version_that_wrote_it(whole: Path) -> None:
     info = json.loads((whole / INFO).read_text())
     (whole / INFO).write_text(json.dumps(info | {"format": 2, "versions": {"megamult": "9.9"}}))
@@ -234,13 +258,14 @@ def test_candidates_begin_where_latest_points_and_go_back(tmp_path: Path) -> Non
         (1, 0, [6, 7]),
         (2, 0, [5, 6, 7]),
         (2, 2, [2, 4, 5, 6, 7]),
+        (1, 7, [6, 7]),
         (9, 0, [1, 2, 3, 4, 5, 6, 7]),
     ],
 )
 def test_the_newest_and_every_kth_are_kept(tmp_path: Path, keep: int, keep_every: int, left: list[int]) -> None:
-    make(tmp_path, 1, 2, 3, 4, 5, 6, 7)
+    make(tmp_path, 0, 1, 2, 3, 4, 5, 6, 7)  # 0 is an import
     directory.retain(tmp_path, 6, keep, keep_every)  # 7 is of a run that was taken back
-    assert directory.steps(tmp_path) == left
+    assert directory.steps(tmp_path) == [0, *left]
 
 
 def test_replacing_and_cleaning(tmp_path: Path) -> None:
@@ -254,4 +279,26 @@ def test_replacing_and_cleaning(tmp_path: Path) -> None:
     (tmp_path / "step_5.tmp").mkdir()
     (tmp_path / "latest.tmp").touch()
     assert directory.clean(tmp_path) == ["latest.tmp", "step_5.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+
+
+def test_a_crash_while_a_checkpoint_is_replaced_leaves_the_old_one(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    made = directory.temporary(tmp_path / "step_1")
+    made.mkdir()
+
+    class Crash(Exception):
+        pass
+
+    rename = Path.rename
+
+    def crash_at_the_second(self: Path, target: Path) -> Path:
+        if self == made:
+            raise Crash
+        return rename(self, target)
+
+    with mock.patch.object(Path, "rename", crash_at_the_second), pytest.raises(Crash):
+        directory.replace(made, tmp_path / "step_1")
+    assert not (tmp_path / "step_1").exists()
+    directory.clean(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
