@@ -18,7 +18,7 @@ from megamult.config import (
     ParallelConfig,
     TrainConfig,
 )
-from megamult.train.pretrain import parse
+from megamult.train.command_line import parse
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = sorted((REPOSITORY / "examples" / "configs").glob("*.yaml"))

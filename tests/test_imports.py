@@ -30,6 +30,7 @@ DATA_FLOW = [
     ["megamult.zero"],
     ["megamult.optim"],
     ["megamult.checkpoint", "megamult.monitor"],
+    ["megamult.train.command_line"],
     ["megamult.train.engine"],
     ["megamult.train.checkpoints", "megamult.train.signals"],
     ["megamult.train.loop"],

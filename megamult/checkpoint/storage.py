@@ -11,7 +11,6 @@ Nothing in it is a pickle. A directory has its name only once it is complete: it
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections import defaultdict
@@ -22,18 +21,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-INDEX, SUMS = "index.json", "SHA256SUMS"
+from megamult.checkpoint.index import INDEX, key_of, to_json
+from megamult.checkpoint.index import read as read_index
+
+SUMS = "SHA256SUMS"
 FILE_BYTES = 1 << 30
 """What one file holds at most, unless one chunk alone is larger: bounds the memory of tensors that are not on the
 CPU already."""
@@ -81,7 +77,7 @@ class ShardWriter(StorageWriter):
         for number, items in enumerate(_batches(plan.items, self._file_bytes)):
             name = f"shard_{plan.storage_data:05d}_{number:04d}.safetensors"
             path = self._directory / name
-            tensors = {_key(item.index): _values(planner, item) for item in items}
+            tensors = {key_of(item.index): _values(planner, item) for item in items}
             try:
                 save_file(tensors, path, metadata={"format": "pt"})
             except SafetensorError as error:
@@ -101,7 +97,7 @@ class ShardWriter(StorageWriter):
         """Write what describes the shards, on the first rank, and complete the directory."""
         stored = {result.index: result.storage_data for rank in results for result in rank}
         sums = dict(stored.values())
-        for name, content in {**self._files, INDEX: _index_json(metadata, stored)}.items():
+        for name, content in {**self._files, INDEX: to_json(metadata, stored)}.items():
             path = self._directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
@@ -131,7 +127,7 @@ class ShardReader(StorageReader):
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._metadata = _read_index(directory / INDEX)
+        self._metadata = read_index(directory / INDEX)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing is kept between loads."""
@@ -160,11 +156,11 @@ class ShardReader(StorageReader):
         for name, items in by_file.items():
             with safe_open(self._directory / name, framework="pt") as shard:
                 for item in items:
-                    stored = shard.get_slice(_key(item.storage_index))
+                    stored = shard.get_slice(key_of(item.storage_index))
                     sizes = self._metadata.storage_data[item.storage_index][1]
                     if tuple(stored.get_shape()) != tuple(sizes):
                         raise ValueError(
-                            f"{self._directory / name} has {_key(item.storage_index)} of shape "
+                            f"{self._directory / name} has {key_of(item.storage_index)} of shape "
                             f"{tuple(stored.get_shape())}, and {INDEX} says {tuple(sizes)}: the checkpoint is damaged"
                         )
                     where = tuple(
@@ -219,11 +215,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _key(index: MetadataIndex) -> str:
-    assert index.offset is not None
-    return f"{index.fqn}@{','.join(map(str, index.offset))}"
-
-
 def _values(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
     values = planner.resolve_data(item)
     assert isinstance(values, torch.Tensor)
@@ -247,69 +238,3 @@ def _batches(items: Sequence[WriteItem], limit: int) -> Iterator[list[WriteItem]
         filled += _bytes(item)
     if batch:
         yield batch
-
-
-def _check_tiled(name: str, tensor: TensorStorageMetadata) -> None:
-    """The chunks lie in the tensor, do not overlap and leave nothing out."""
-    active: list[ChunkStorageMetadata] = []
-    for chunk in sorted(tensor.chunks, key=lambda chunk: tuple(chunk.offsets)):
-        what = f"{name} {tuple(tensor.size)} has a chunk {tuple(chunk.sizes)} at {tuple(chunk.offsets)}"
-        if len(chunk.offsets) != len(tensor.size) or any(
-            start < 0 or length < 1 or start + length > size
-            for start, length, size in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
-        ):
-            raise ValueError(f"{what}, outside of it")
-        active = [other for other in active if other.offsets[0] + other.sizes[0] > chunk.offsets[0]]
-        if any(_overlap(chunk, other) for other in active):
-            raise ValueError(f"{what}, on top of another one")
-        active.append(chunk)
-    elements = sum(chunk.sizes.numel() for chunk in tensor.chunks)
-    if elements != tensor.size.numel():
-        raise ValueError(f"{name} has {tensor.size.numel()} elements and its chunks {elements}")
-
-
-def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
-    return all(
-        a < b + n and b < a + m for a, m, b, n in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-    )
-
-
-def _index_json(metadata: Metadata, stored: Mapping[MetadataIndex, tuple[str, str]]) -> bytes:
-    tensors = {}
-    for name, tensor in sorted(metadata.state_dict_metadata.items()):
-        assert isinstance(tensor, TensorStorageMetadata)
-        tensors[name] = {
-            "dtype": str(tensor.properties.dtype).removeprefix("torch."),
-            "shape": list(tensor.size),
-            "chunks": [
-                {
-                    "file": stored[MetadataIndex(name, chunk.offsets)][0],
-                    "offsets": list(chunk.offsets),
-                    "sizes": list(chunk.sizes),
-                }
-                for chunk in tensor.chunks
-            ],
-        }
-    return json.dumps({"tensors": tensors}).encode()
-
-
-def _read_index(path: Path) -> Metadata:
-    try:
-        tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
-        found: dict[str, TensorStorageMetadata] = {}
-        where: dict[MetadataIndex, tuple[str, torch.Size]] = {}
-        for name, entry in tensors.items():
-            dtype = getattr(torch, entry["dtype"])
-            if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"{name} has the dtype {entry['dtype']!r}")
-            chunks = []
-            for chunk in entry["chunks"]:
-                if Path(chunk["file"]).name != chunk["file"]:
-                    raise ValueError(f"{name} is in {chunk['file']!r}, outside of the directory")
-                chunks.append(ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])))
-                where[MetadataIndex(name, chunk["offsets"])] = (chunk["file"], chunks[-1].sizes)
-            found[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry["shape"]), chunks)
-            _check_tiled(name, found[name])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of a checkpoint ({type(error).__name__}: {error})") from None
-    return Metadata(found, storage_data=where)  # type: ignore[arg-type]

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamult.train.pretrain import EXIT_RESUME
+from megamult.checkpoint import directory
+from megamult.train.command_line import EXIT_RESUME
 from tests.train.command import Launch, Outcome, data_arguments, make_corpus, start
 
 SAVE_EVERY = 3
@@ -123,6 +124,17 @@ def stop(run_dir: Path, command: list[str], draw: random.Random, everyone: bool)
     return Life(how, before, newest(run_dir), outcome)
 
 
+def damage_newest(checkpoints: Path) -> tuple[str, str]:
+    """Flip a byte in a shard of the newest checkpoint; its name, and that of the one before it."""
+    named = (checkpoints / "latest").read_text(encoding="utf-8").strip()
+    at = directory.steps(checkpoints).index(int(named.removeprefix("step_")))
+    shard = sorted((checkpoints / named).glob("shard_*"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    return named, f"step_{directory.steps(checkpoints)[at - 1]}"
+
+
 def crash(folder: Path, kills: int, steps: int, seed: int = 0) -> list[Life]:
     """The whole experiment in `folder`; what each life was.
 
@@ -140,11 +152,13 @@ def crash(folder: Path, kills: int, steps: int, seed: int = 0) -> list[Life]:
         live_and_die(folder / "killed", command, draw, inside_save=i % 2 == 0, everyone=i % 4 >= 2)
         for i in range(kills)
     ]
-    before = newest(folder / "killed")
+    damaged, before = damage_newest(folder / "killed" / "checkpoints")
     last = start(command, processes=2, timeout=600)
     assert last.code == 0, last.text
     assert went_on_from(last) == before
-    lives.append(Life("to its end", before, newest(folder / "killed"), last))
+    told = [line for line in last.stderr.splitlines() if line.startswith("warning: ") and damaged in line]
+    assert len(told) == 1 and told[0].endswith("trying the one before it"), last.stderr
+    lives.append(Life(f"{damaged} was damaged; to its end", before, newest(folder / "killed"), last))
     assert not list((folder / "killed" / "checkpoints").glob("*.tmp"))
     expected, found = losses(folder / "whole"), losses(folder / "killed")
     assert sorted(expected) == list(range(1, steps + 1))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megamult.checkpoint import directory, saved, storage
 from megamult.checkpoint.chunks import Chunk
+from megamult.checkpoint.index import INDEX
 from megamult.checkpoint.info import INFO, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 
@@ -158,7 +159,7 @@ def test_shares_of_several_processes_cover_all_files(whole: Path) -> None:
                 SavedCheckpoint(whole).verify((rank, 3))
             except ValueError:
                 seen += 1
-        assert seen == 1 or path.name in (INFO, storage.INDEX)  # which every process reads
+        assert seen == 1 or path.name in (INFO, INDEX)  # which every process reads
         path.write_bytes(content)
 
 
@@ -172,7 +173,7 @@ class Bomb:
         return (exec, (f"open({str(self.path)!r}, 'w').close()",))
 
 
-@pytest.mark.parametrize("victim", ["shard_00000_0000.safetensors", storage.INDEX, INFO, ".metadata", "a/note.txt"])
+@pytest.mark.parametrize("victim", ["shard_00000_0000.safetensors", INDEX, INFO, ".metadata", "a/note.txt"])
 def test_a_foreign_checkpoint_executes_nothing(whole: Path, tmp_path: Path, victim: str) -> None:
     """Its checksums are right: whoever made it could compute them."""
     exploded = tmp_path / "exploded"
@@ -194,22 +195,22 @@ def test_a_foreign_checkpoint_executes_nothing(whole: Path, tmp_path: Path, vict
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd"])
 def test_an_index_cannot_name_files_elsewhere(whole: Path, file: str) -> None:
-    index = json.loads((whole / storage.INDEX).read_text())
+    index = json.loads((whole / INDEX).read_text())
     index["tensors"]["model.w"]["chunks"][0]["file"] = file
-    (whole / storage.INDEX).write_text(json.dumps(index))
+    (whole / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="outside of the directory"):
         SavedCheckpoint(whole)
 
 
 @pytest.mark.parametrize("change", ["lost", "moved", "larger"])
 def test_an_index_that_does_not_cover_a_tensor_is_refused(whole: Path, change: str) -> None:
-    index = json.loads((whole / storage.INDEX).read_text())
+    index = json.loads((whole / INDEX).read_text())
     chunks = index["tensors"]["model.w"]["chunks"]
     if change == "lost":
         del chunks[1]
     else:
         chunks[1]["offsets" if change == "moved" else "sizes"][1] += 4
-    (whole / storage.INDEX).write_text(json.dumps(index))
+    (whole / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"model\.w .*chunk"):
         SavedCheckpoint(whole)
 

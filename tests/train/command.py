@@ -141,10 +141,10 @@ def answers(cases: list[list[str]]) -> list[tuple[object, str]]:
     nobody waits for a launcher.
     """
     from megamult import parallel
-    from megamult.train import pretrain
+    from megamult.train import command_line, pretrain
 
     found: list[tuple[object, str]] = []
-    with mock.patch.object(parallel, "destroy"), mock.patch.object(pretrain, "_HEAD_START_SECONDS", 0.0):
+    with mock.patch.object(parallel, "destroy"), mock.patch.object(command_line, "_HEAD_START_SECONDS", 0.0):
         for case in cases:
             stream, code = io.StringIO(), None
             with contextlib.redirect_stderr(stream):

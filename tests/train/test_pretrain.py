@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import megamult
 from megamult.checkpoint.saved import SavedCheckpoint
-from megamult.train.pretrain import parse
+from megamult.train.command_line import parse
 from tests.train.command import REPOSITORY, VOCAB, data_arguments, make_corpus, start
 
 STEPS, SEQ, BATCH = 4, 32, 16  # the batch is tiny.yaml's

@@ -1,0 +1,101 @@
+"""index.json of a checkpoint: which tensors there are, in which rectangles, in which files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+INDEX = "index.json"
+
+
+def key_of(index: MetadataIndex) -> str:
+    """The name of a chunk in its file: `model.x.weight@128,0`."""
+    assert index.offset is not None
+    return f"{index.fqn}@{','.join(map(str, index.offset))}"
+
+
+def to_json(metadata: Metadata, stored: Mapping[MetadataIndex, tuple[str, str]]) -> bytes:
+    """The file's content.
+
+    Args:
+        metadata: torch's, of all ranks' chunks.
+        stored: (name of its file, anything) of each chunk.
+    """
+    tensors = {}
+    for name, tensor in sorted(metadata.state_dict_metadata.items()):
+        assert isinstance(tensor, TensorStorageMetadata)
+        tensors[name] = {
+            "dtype": str(tensor.properties.dtype).removeprefix("torch."),
+            "shape": list(tensor.size),
+            "chunks": [
+                {
+                    "file": stored[MetadataIndex(name, chunk.offsets)][0],
+                    "offsets": list(chunk.offsets),
+                    "sizes": list(chunk.sizes),
+                }
+                for chunk in tensor.chunks
+            ],
+        }
+    return json.dumps({"tensors": tensors}).encode()
+
+
+def read(path: Path) -> Metadata:
+    """torch's metadata, with (file, sizes) of each chunk as its storage data.
+
+    Raises:
+        ValueError: the file is missing or damaged, names files elsewhere, or chunks that do not tile their tensor.
+    """
+    try:
+        tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
+        found: dict[str, TensorStorageMetadata] = {}
+        where: dict[MetadataIndex, tuple[str, torch.Size]] = {}
+        for name, entry in tensors.items():
+            dtype = getattr(torch, entry["dtype"])
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{name} has the dtype {entry['dtype']!r}")
+            chunks = []
+            for chunk in entry["chunks"]:
+                if Path(chunk["file"]).name != chunk["file"]:
+                    raise ValueError(f"{name} is in {chunk['file']!r}, outside of the directory")
+                chunks.append(ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])))
+                where[MetadataIndex(name, chunk["offsets"])] = (chunk["file"], chunks[-1].sizes)
+            found[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry["shape"]), chunks)
+            _check_tiled(name, found[name])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of a checkpoint ({type(error).__name__}: {error})") from None
+    return Metadata(found, storage_data=where)  # type: ignore[arg-type]
+
+
+def _check_tiled(name: str, tensor: TensorStorageMetadata) -> None:
+    """The chunks lie in the tensor, do not overlap and leave nothing out."""
+    active: list[ChunkStorageMetadata] = []
+    for chunk in sorted(tensor.chunks, key=lambda chunk: tuple(chunk.offsets)):
+        what = f"{name} {tuple(tensor.size)} has a chunk {tuple(chunk.sizes)} at {tuple(chunk.offsets)}"
+        if len(chunk.offsets) != len(tensor.size) or any(
+            start < 0 or length < 1 or start + length > size
+            for start, length, size in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+        ):
+            raise ValueError(f"{what}, outside of it")
+        active = [other for other in active if other.offsets[0] + other.sizes[0] > chunk.offsets[0]]
+        if any(_overlap(chunk, other) for other in active):
+            raise ValueError(f"{what}, on top of another one")
+        active.append(chunk)
+    elements = sum(chunk.sizes.numel() for chunk in tensor.chunks)
+    if elements != tensor.size.numel():
+        raise ValueError(f"{name} has {tensor.size.numel()} elements and its chunks {elements}")
+
+
+def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
+    return all(
+        a < b + n and b < a + m for a, m, b, n in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    )

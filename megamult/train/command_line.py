@@ -1,0 +1,120 @@
+"""The command line of a run: its keys, its exit codes, and how a user's mistake ends it on every rank at once."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from megamult import environment
+from megamult.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MultipliersConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+EXIT_USER_ERROR = 2
+
+EXIT_RESUME = 75
+"""The run saved a checkpoint and stopped before its last step, as it was asked to: start it again (EX_TEMPFAIL)."""
+
+EXIT_NO_CHECKPOINT = 1
+"""The run's last checkpoint could not be written."""
+
+_HEAD_START_SECONDS = 2.0
+"""Launchers end all ranks once one has left: the others let rank 0 speak first."""
+
+_SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "multipliers": MultipliersConfig,
+    "optimizer": OptimizerConfig,
+    "parallel": ParallelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
+}
+
+_Result = TypeVar("_Result")
+
+
+def parser() -> Any:
+    """The jsonargparse parser of a run: `--config FILE.yaml`, `--section.key value`, `--print_config`, `--help`."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    made = ArgumentParser(
+        prog="pretrain.py",
+        description="Pretrain a language model with learnable row and column multipliers.",
+        exit_on_error=False,
+        allow_abbrev=False,  # a misspelt key must not pass for another one that it begins
+    )
+    made.add_argument("--config", action="config", help="YAML file with the keys below")
+    for name, section in _SECTIONS.items():
+        made.add_class_arguments(section, name)
+    made.add_argument(
+        "--deepspeed",
+        type=dict[str, Any] | str | None,
+        default=None,
+        help="DeepSpeed configuration (a mapping or a JSON file) merged into the one that the keys produce",
+    )
+    made.add_argument("--local_rank", type=int, default=None, help="set by the launcher; LOCAL_RANK is what counts")
+    return made
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
+    """The validated configuration, and it resolved as YAML.
+
+    Raises:
+        ValueError: a key or a value that is not possible.
+    """
+    from jsonargparse import ArgumentError
+
+    made = parser()
+    try:
+        namespace = made.parse_args(arguments)
+        for name in _SECTIONS:  # jsonargparse lets `model: 3` pass
+            if not hasattr(namespace[name], "keys"):
+                raise ValueError(f"{name} is {namespace[name]!r}: it is a section; give a mapping of its keys")
+        sections = made.instantiate_classes(namespace)
+    except ArgumentError as error:
+        raise ValueError(f"{str(error).strip()}; --help lists every key with its unit") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file that --config names is not UTF-8 ({error}): save it as UTF-8") from None
+    del namespace["config"], namespace["local_rank"]
+    config = Config(**{name: sections[name] for name in _SECTIONS}, deepspeed=sections["deepspeed"])
+    return config, made.dump(namespace, skip_validation=True, skip_none=False)
+
+
+def fail(message: str) -> NoReturn:
+    """End this rank because of a user's mistake; rank 0 says why, in one line."""
+    if environment.rank() == 0:
+        print("error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(_HEAD_START_SECONDS)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def agreed(check: Callable[[], _Result]) -> _Result:
+    """Run `check` on every rank; if any rank raises ValueError or OSError, all end with the first one's message."""
+    import torch
+
+    from megamult import parallel
+
+    result, message = None, None
+    try:
+        result = check()
+    except (ValueError, OSError) as error:
+        message = str(error)
+    messages: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, message)
+    first = next((m for m in messages if m is not None), None)
+    if first is not None:
+        parallel.destroy()
+        fail(first)
+    return result  # type: ignore[return-value]
