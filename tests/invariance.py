@@ -186,6 +186,7 @@ def train(cases: Sequence[Case]) -> dict[Case, Outcome]:
         by_world[case.world].append(case)
     found: dict[Case, Outcome] = {}
     for world, members in by_world.items():
+        members.sort(key=lambda case: case.tensor)  # process groups are made anew where this changes
         found.update(zip(members, run_distributed(world, run_cases, members, timeout=1200)[0], strict=True))
     return found
 
