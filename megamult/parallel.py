@@ -65,10 +65,12 @@ def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
 
 def _release_groups() -> None:
     """Take Megatron's groups down. It forgets them only, and each of gloo's keeps two threads that wake 100 times a
-    second."""
-    held = {group for group in vars(parallel_state).values() if isinstance(group, torch.distributed.ProcessGroup)}
+    second. Every rank must release them in one order: NCCL's communicate as they go."""
+    named = list(vars(parallel_state).values())
     parallel_state.destroy_model_parallel()
-    for group in held - {torch.distributed.group.WORLD}:
+    for group in dict.fromkeys(each for each in named if isinstance(each, torch.distributed.ProcessGroup)):
+        if group is torch.distributed.group.WORLD:
+            continue
         with contextlib.suppress(ValueError):  # released before: Megatron does not forget them all
             torch.distributed.destroy_process_group(group)
 
@@ -76,7 +78,7 @@ def _release_groups() -> None:
 def destroy() -> None:
     """Take the groups down; ranks that leave without it may abort at exit."""
     if parallel_state.model_parallel_is_initialized():
-        _release_groups()
+        parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -28,6 +28,11 @@ def steps(parent: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def is_of_step(path: Path) -> bool:
+    """Whether a path has the name of a step's checkpoint."""
+    return _STEP.fullmatch(path.name) is not None
+
+
 def temporary(path: Path) -> Path:
     """What a checkpoint is called until it is complete, and while it is removed."""
     return path.with_name(path.name + _TEMPORARY)
@@ -44,15 +49,17 @@ def replace(made: Path, path: Path) -> None:
     _remove(old)
 
 
-def clean(parent: Path) -> list[str]:
-    """Remove what an interrupted save or removal has left; returns its names.
-
-    A checkpoint that was about to be replaced by a newer one of its step is complete, and gets its name back.
-    """
+def mend(parent: Path) -> None:
+    """Give a complete checkpoint its name back that was about to be replaced when the run was interrupted."""
     for old in parent.glob(f"*{_OLD}"):
         path = old.with_name(old.name.removesuffix(_OLD))
         if not path.exists():
             old.rename(path)
+
+
+def clean(parent: Path) -> list[str]:
+    """Remove what an interrupted save or removal has left; returns its names."""
+    mend(parent)
     found = sorted(entry.name for entry in parent.glob(f"*{_TEMPORARY}")) if parent.is_dir() else []
     for name in found:
         _remove(parent / name)
@@ -60,7 +67,8 @@ def clean(parent: Path) -> list[str]:
 
 
 def point(parent: Path, path: Path) -> None:
-    """Let `latest` name a checkpoint."""
+    """Let `latest` name a checkpoint of `parent`."""
+    assert _STEP.fullmatch(path.name), path
     written = parent / (LATEST + _TEMPORARY)
     written.write_text(path.name + "\n", encoding="utf-8")
     sync(written)

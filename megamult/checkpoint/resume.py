@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +22,8 @@ from megamult.multipliers.merge import LEAVES
 from megamult.multipliers.placement import Placement, resolve
 from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.zero.slices import Partition
+
+_Result = TypeVar("_Result")
 
 _SAME = {
     "num_layers": "num_layers",
@@ -51,9 +54,7 @@ def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> Sa
         ValueError: there is none, it does not fit, or it is damaged, and so are all before it.
     """
     first = torch.distributed.get_rank() == 0
-    here = [_candidates(load, run_dir) if first else None]
-    torch.distributed.broadcast_object_list(here, src=0)
-    candidates = here[0]
+    candidates = _listed(load, run_dir)
     if not candidates:
         if load == "latest":
             return None
@@ -63,10 +64,12 @@ def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> Sa
         )
     problem = ""
     for path in candidates:
-        checkpoint, problem = _whole(lambda path=path: SavedCheckpoint(path))  # type: ignore[misc]
+        checkpoint, problem = _everywhere(lambda path=path: SavedCheckpoint(path))  # type: ignore[misc]
         if checkpoint is not None:
-            fits(checkpoint.info)
-            checkpoint, problem = _whole(lambda checkpoint=checkpoint: _verified(checkpoint))  # type: ignore[misc]
+            _, problem = _everywhere(lambda checkpoint=checkpoint: fits(checkpoint.info))  # type: ignore[misc]
+            if problem:
+                raise ValueError(problem)
+            checkpoint, problem = _everywhere(lambda checkpoint=checkpoint: _verified(checkpoint))  # type: ignore[misc]
         if checkpoint is not None:
             return checkpoint
         if first and path != candidates[-1]:
@@ -84,6 +87,22 @@ def _verified(checkpoint: SavedCheckpoint) -> SavedCheckpoint:
     return checkpoint
 
 
+def _listed(load: str, run_dir: Path) -> list[Path]:
+    """Candidates as rank 0 sees them, after it has mended what a crash left half renamed. Collective."""
+    found: list[Any] = [[], None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            directory.mend(run_dir / "checkpoints")
+            found = [_candidates(load, run_dir), None]
+        except OSError as error:
+            found = [[], f"checkpoint.load is {load[:200]!r}, which cannot be looked at ({error.strerror})"]
+    torch.distributed.broadcast_object_list(found, src=0)
+    candidates, problem = found
+    if problem is not None:
+        raise ValueError(problem)
+    return candidates
+
+
 def _candidates(load: str, run_dir: Path) -> list[Path]:
     """The best first."""
     if load == "latest":
@@ -94,17 +113,17 @@ def _candidates(load: str, run_dir: Path) -> list[Path]:
     return directory.candidates(path / "checkpoints") or directory.candidates(path)
 
 
-def _whole(read: Callable[[], SavedCheckpoint]) -> tuple[SavedCheckpoint | None, str]:
-    """What `read` gives if it does so on every rank; else what the first rank says where it does not."""
-    checkpoint, message = None, None
+def _everywhere(do: Callable[[], _Result]) -> tuple[_Result | None, str]:
+    """What `do` gives if it does so on every rank; else None, and what the first rank says where it fails."""
+    result, message = None, None
     try:
-        checkpoint = read()
+        result = do()
     except (ValueError, OSError) as error:
         message = str(error)
     messages: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(messages, message)
     first = next((each for each in messages if each is not None), None)
-    return (checkpoint, "") if first is None else (None, first)
+    return (result, "") if first is None else (None, first)
 
 
 def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_sha256: str | None) -> None:

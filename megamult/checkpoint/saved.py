@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from megamult.checkpoint import directory
 from megamult.checkpoint.chunks import Chunk
+from megamult.checkpoint.index import INDEX
 from megamult.checkpoint.info import INFO, CheckpointInfo
 from megamult.checkpoint.planners import ChunkLoadPlanner, ChunkSavePlanner
 from megamult.checkpoint.storage import FILE_BYTES, ShardReader, ShardWriter, digest, read_sums
@@ -41,6 +42,8 @@ class SavedCheckpoint:
         if not path.is_dir():
             raise ValueError(f"there is no checkpoint {path}: give a directory that holds {INFO}")
         self._sums = read_sums(path)
+        for name in (INFO, INDEX):  # small, and what they say decides on what follows
+            self._check(name)
         try:
             self.info = CheckpointInfo.from_json((path / INFO).read_bytes())
         except (OSError, ValueError) as error:
@@ -62,16 +65,19 @@ class SavedCheckpoint:
             ValueError: a file is missing, truncated or changed.
         """
         for name in sorted(self._sums)[share[0] :: share[1]]:
-            path = self.path / name
-            try:
-                found = digest(path)
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read ({error.strerror}): the checkpoint is damaged") from None
-            if found != self._sums[name]:
-                raise ValueError(
-                    f"{path} has another checksum than when it was written ({found[:12]}..., {path.stat().st_size} "
-                    f"bytes; it was {self._sums[name][:12]}...): the checkpoint is damaged"
-                )
+            self._check(name)
+
+    def _check(self, name: str) -> None:
+        path, expected = self.path / name, self._sums.get(name)
+        try:
+            found = digest(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}): the checkpoint is damaged") from None
+        if found != expected:
+            raise ValueError(
+                f"{path} has another checksum than when it was written ({found[:12]}..., {path.stat().st_size} bytes; "
+                f"it was {str(expected)[:12]}...): the checkpoint is damaged"
+            )
 
     def files(self, folder: str) -> dict[str, bytes]:
         """Contents of the files in a folder of the checkpoint, by their names in it (`folder/name`); it may have

@@ -79,7 +79,7 @@ class Saver:
             try:
                 chunks = self._stage(chunks)
             except (RuntimeError, MemoryError) as error:  # on this rank alone: the others must hear of it
-                chunks = [_failing(chunks[0], error)]
+                chunks = [_failing(chunk, error) for chunk in chunks]
             stall = time.perf_counter() - began
             self._thread = threading.Thread(
                 target=self._write, args=(chunks, info, files, began, stall), name="checkpoint", daemon=True

@@ -24,8 +24,8 @@ EXIT_USER_ERROR = 2
 EXIT_RESUME = 75
 """The run saved a checkpoint and stopped before its last step, as it was asked to: start it again (EX_TEMPFAIL)."""
 
-EXIT_NO_CHECKPOINT = 1
-"""The run's last checkpoint could not be written."""
+EXIT_NO_CHECKPOINT = 74
+"""The run's last checkpoint could not be written (EX_IOERR)."""
 
 _HEAD_START_SECONDS = 2.0
 """Launchers end all ranks once one has left: the others let rank 0 speak first."""

@@ -186,7 +186,7 @@ class Trainer:
         if outcome is not None and outcome.error is None:
             self.last_checkpoint = outcome.path
         if outcome is not None and outcome.error is not None and outcome.step == self.step_count:
-            raise CheckpointFailed(f"the checkpoint of step {outcome.step} could not be written ({outcome.error})")
+            raise CheckpointFailed(outcome, reason)
         return reason
 
 
@@ -196,6 +196,11 @@ _LAST_SAVE_SECONDS = 60.0
 
 class CheckpointFailed(Exception):
     """A run's last checkpoint is not there."""
+
+    def __init__(self, outcome: Outcome, reason: str | None) -> None:
+        super().__init__(f"the checkpoint of step {outcome.step} could not be written ({outcome.error})")
+        self.reason = reason
+        """Why the run had stopped; None: it was complete."""
 
 
 def _report(out: Writers | None, outcome: Outcome | None) -> None:

@@ -35,7 +35,6 @@ def run(config: Config, resolved: str) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     from megamult import parallel
     from megamult.checkpoint import resume
-    from megamult.monitor.statistics import spread_table
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build, check_deepspeed, parameter_count
     from megamult.train.loop import CheckpointFailed, Trainer
@@ -55,11 +54,11 @@ def run(config: Config, resolved: str) -> None:
                     load, run_dir, lambda info: resume.check_fits(info, config, vocab_size, tokenizer.sha256)
                 )
             )
-        ours = checkpoint is not None and checkpoint.path.resolve().parent == (run_dir / "checkpoints").resolve()
-        agreed(lambda: _claim(run_dir, load == "latest" or ours))
+        ours = None if checkpoint is None else _of_run(checkpoint.path, run_dir)
+        agreed(lambda: _claim(run_dir, load == "latest" or ours is not None))
         train, valid = agreed(lambda: _datasets(config, tokenizer, run_dir))
         files = agreed(lambda: _files(resolved, tokenizer, checkpoint))
-        agreed(lambda: _begin(run_dir, resolved, checkpoint.path if checkpoint is not None and ours else None))
+        agreed(lambda: _begin(run_dir, resolved, ours))
         agreed(lambda: _check_shared(run_dir))
         engine = build(config, vocab_size, mpu)
         main_rank = torch.distributed.get_rank() == 0
@@ -85,31 +84,38 @@ def run(config: Config, resolved: str) -> None:
         elif load and main_rank:
             print(f"no checkpoint in {run_dir / 'checkpoints'} yet: starting anew", flush=True)
         checkpoints = RunCheckpoints(run_dir, config, vocab_size, tokenizer.sha256, files)
-        reason, code = None, 0
+        failed = None
         try:
             reason = trainer.run(run_dir, checkpoints, stop)
         except CheckpointFailed as error:
-            if main_rank:
-                print("error:", error, file=sys.stderr, flush=True)
-            code = EXIT_NO_CHECKPOINT
+            failed, reason = error, error.reason
+        code = EXIT_NO_CHECKPOINT if failed else EXIT_RESUME if reason else 0
+        if main_rank:
+            _conclude(config, vocab_size, trainer, reason, run_dir, code)
+            if failed:
+                print("error:", failed, file=sys.stderr, flush=True)
+        torch.distributed.barrier()
+        parallel.destroy()
+    if code:
+        sys.exit(code)
+
+
+def _conclude(config: Config, vocab_size: int, trainer: Any, reason: str | None, run_dir: Path, code: int) -> None:
+    """Say how the run has ended."""
+    from megamult.monitor.statistics import spread_table
+
     if reason is not None:
-        code = EXIT_RESUME
-    if main_rank and code == EXIT_RESUME:
         print(
             f"{reason}: stopped after step {trainer.step_count} of {config.train.steps}, exit code {code}; go on with "
             f"--checkpoint.load latest --train.run_dir {run_dir}",
             flush=True,
         )
-    elif main_rank:
-        if trainer.last_multipliers:
-            print(spread_table(trainer.last_multipliers))
-        _summarize(config, vocab_size, trainer.figures.get("valid_loss"))
-        if code == 0 and trainer.last_checkpoint is not None:
-            print(f"checkpoint: {trainer.last_checkpoint}", flush=True)
-    torch.distributed.barrier()
-    parallel.destroy()
-    if code:
-        sys.exit(code)
+        return
+    if trainer.last_multipliers:
+        print(spread_table(trainer.last_multipliers))
+    _summarize(config, vocab_size, trainer.figures.get("valid_loss"))
+    if code == 0 and trainer.last_checkpoint is not None:
+        print(f"checkpoint: {trainer.last_checkpoint}", flush=True)
 
 
 def _files(resolved: str, tokenizer: Any, checkpoint: Any) -> dict[str, bytes]:
@@ -131,6 +137,15 @@ def _run_dir(config: Config) -> Path:
     chosen = [config.train.run_dir or time.strftime("runs/%Y%m%d-%H%M%S")]
     torch.distributed.broadcast_object_list(chosen, src=0)
     return Path(chosen[0])
+
+
+def _of_run(checkpoint: Path, run_dir: Path) -> Path | None:
+    """The checkpoint by its own name in `run_dir`, if it is one of this run."""
+    from megamult.checkpoint import directory
+
+    path = checkpoint.resolve()
+    here = path.parent == (run_dir / "checkpoints").resolve() and directory.is_of_step(path)
+    return run_dir / "checkpoints" / path.name if here else None
 
 
 def _claim(run_dir: Path, resumes: bool) -> None:

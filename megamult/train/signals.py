@@ -48,7 +48,8 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # The same request may still arrive once more while the process ends.
+            signal.signal(number, signal.SIG_IGN if self._asked else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)  # ends the thread
         self._thread.join()

@@ -107,3 +107,47 @@ def overlapping_saves(folder: Path) -> dict[str, Any]:
     torch.distributed.barrier()
     found["left"] = sorted(path.name for path in folder.iterdir())
     return found
+
+
+def found_checkpoints(folder: Path) -> list[str]:
+    """What `find` chooses, or says: the newest damaged in its description; a rank that the run does not fit; a
+    checkpoint that a crash left half replaced; one named by a link."""
+    from megamult import parallel
+    from megamult.checkpoint import directory, resume, saved
+    from megamult.checkpoint.chunks import Chunk
+    from megamult.checkpoint.info import INFO, CheckpointInfo
+
+    parallel.initialize(1)
+    rank, parent = torch.distributed.get_rank(), folder / "checkpoints"
+    if rank == 0:
+        for step in (1, 2):
+            path = directory.of_step(parent, step)
+            saved.write(path, [Chunk.whole("model.x", torch.ones(3))], CheckpointInfo(step, 0, {}, 10), {})
+        directory.point(parent, directory.of_step(parent, 2))
+
+    def find(fits: Any = lambda info: None) -> str:
+        torch.distributed.barrier()
+        try:
+            checkpoint = resume.find("latest", folder, fits)
+            return "none" if checkpoint is None else checkpoint.path.name
+        except ValueError as error:
+            return str(error)
+
+    def refuse(info: CheckpointInfo) -> None:
+        if rank == 1:
+            raise ValueError("it does not fit rank 1")
+
+    answers = [find(), find(refuse)]
+    if rank == 0:
+        (parent / "step_2").rename(parent / "step_2.old.tmp")
+    answers.append(find())
+    if rank == 0:
+        description = (parent / "step_2" / INFO).read_text()
+        (parent / "step_2" / INFO).write_text(description.replace('"vocab_size": 10', '"vocab_size": 11'))
+
+    def fits_ten(info: CheckpointInfo) -> None:
+        if info.vocab_size != 10:
+            raise ValueError(f"vocab_size {info.vocab_size} does not fit")
+
+    answers.append(find(fits_ten))
+    return answers

@@ -13,7 +13,7 @@ import torch
 
 from megamult.checkpoint.saved import SavedCheckpoint
 from tests.checkpoint.crash import crash, losses
-from tests.checkpoint.interrupted_workers import overlapping_saves, stopped_runs
+from tests.checkpoint.interrupted_workers import found_checkpoints, overlapping_saves, stopped_runs
 from tests.distributed import free_port, run_distributed
 from tests.train.command import REPOSITORY, data_arguments, make_corpus, start
 
@@ -78,6 +78,11 @@ def test_a_second_save_waits_and_a_failed_one_is_reported_on_every_rank_and_leav
     assert torch.equal(two, torch.full((8,), 2.0))
 
 
+def test_find_agrees_on_every_rank_and_goes_back_past_what_is_damaged(tmp_path: Path) -> None:
+    both = run_distributed(2, found_checkpoints, tmp_path)
+    assert both[0] == both[1] == ["step_2", "it does not fit rank 1", "step_2", "step_1"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 10 MB."""
@@ -107,7 +112,7 @@ def test_on_a_full_disk_training_goes_on_and_the_older_checkpoint_stays(
     assert outcome.text.count(f"warning: {run_dir}/checkpoints/step_8 could not be written (") == 1
     assert "No space left on device" in outcome.text and "Traceback" not in outcome.text
     assert sorted(losses(run_dir)) == list(range(1, 11)), "it trains to its end"
-    assert outcome.code == 1 and len(outcome.errors) == 1, "but the last checkpoint is not there"
+    assert outcome.code == 74 and len(outcome.errors) == 1, "but the last checkpoint is not there"
     assert "the checkpoint of step 10 could not be written" in outcome.errors[0]
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_4"]
     SavedCheckpoint(run_dir / "checkpoints" / "step_4").verify()

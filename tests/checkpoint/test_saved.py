@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from megamult.checkpoint import directory, saved, storage
@@ -163,6 +163,13 @@ def test_shares_of_several_processes_cover_all_files(whole: Path) -> None:
         path.write_bytes(content)
 
 
+def replace_file(checkpoint: Path, name: str, content: bytes) -> None:
+    """And its checksum: whoever made the file could compute it."""
+    (checkpoint / name).write_bytes(content)
+    sums = storage.read_sums(checkpoint) | {name: storage.digest(checkpoint / name)}
+    (checkpoint / storage.SUMS).write_text("".join(f"{value}  {key}\n" for key, value in sums.items()))
+
+
 class Bomb:
     """Unpickling it creates a file."""
 
@@ -175,15 +182,11 @@ class Bomb:
 
 @pytest.mark.parametrize("victim", ["shard_00000_0000.safetensors", INDEX, INFO, ".metadata", "a/note.txt"])
 def test_a_foreign_checkpoint_executes_nothing(whole: Path, tmp_path: Path, victim: str) -> None:
-    """Its checksums are right: whoever made it could compute them."""
     exploded = tmp_path / "exploded"
     pickle.loads(pickle.dumps(Bomb(exploded)))
     assert exploded.exists(), "the bomb must be one"
     exploded.unlink()
-    (whole / victim).write_bytes(pickle.dumps(Bomb(exploded)))
-    sums = storage.read_sums(whole)
-    sums[victim] = storage.digest(whole / victim)
-    (whole / storage.SUMS).write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
+    replace_file(whole, victim, pickle.dumps(Bomb(exploded)))
     try:
         checkpoint = SavedCheckpoint(whole)
         checkpoint.verify()
@@ -197,7 +200,7 @@ def test_a_foreign_checkpoint_executes_nothing(whole: Path, tmp_path: Path, vict
 def test_an_index_cannot_name_files_elsewhere(whole: Path, file: str) -> None:
     index = json.loads((whole / INDEX).read_text())
     index["tensors"]["model.w"]["chunks"][0]["file"] = file
-    (whole / INDEX).write_text(json.dumps(index))
+    replace_file(whole, INDEX, json.dumps(index).encode())
     with pytest.raises(ValueError, match="outside of the directory"):
         SavedCheckpoint(whole)
 
@@ -210,7 +213,7 @@ def test_an_index_that_does_not_cover_a_tensor_is_refused(whole: Path, change: s
         del chunks[1]
     else:
         chunks[1]["offsets" if change == "moved" else "sizes"][1] += 4
-    (whole / INDEX).write_text(json.dumps(index))
+    replace_file(whole, INDEX, json.dumps(index).encode())
     with pytest.raises(ValueError, match=r"model\.w .*chunk"):
         SavedCheckpoint(whole)
 
@@ -219,14 +222,14 @@ def test_a_file_whose_tensor_is_not_what_the_index_says_is_refused(whole: Path, 
     name = "shard_00000_0000.safetensors"
     tensors = load_file(whole / name)
     tensors["model.w@2,0"] = tensors["model.w@2,0"][:, :1].contiguous()  # would be broadcast
-    save_file(tensors, whole / name)
+    replace_file(whole, name, save(tensors))
     with pytest.raises(ValueError, match=r"model\.w@2,0 of shape \(1, 1\), and index\.json says \(1, 3\)"):
         SavedCheckpoint(whole).read("model.w")
 
 
 def test_a_newer_format_is_refused_with_the_version_that_wrote_it(whole: Path) -> None:
     info = json.loads((whole / INFO).read_text())
-    (whole / INFO).write_text(json.dumps(info | {"format": 2, "versions": {"megamult": "9.9"}}))
+    replace_file(whole, INFO, json.dumps(info | {"format": 2, "versions": {"megamult": "9.9"}}).encode())
     with pytest.raises(ValueError, match=r"its format is 2 and this version of megamult reads 1: install .*9\.9"):
         SavedCheckpoint(whole)
 

@@ -160,6 +160,10 @@ LATE: list[tuple[list[str], str]] = [
     (["--train.run_dir=FOLDER/file"], r"train\.run_dir FOLDER/file cannot be written \(.*\): choose another"),
     (["--train.run_dir=FOLDER/file/run"], r"train\.run_dir FOLDER/file/run cannot be written \(.*\): choose another"),
     (["--checkpoint.load=FOLDER/none"], r"checkpoint\.load is 'FOLDER/none': no checkpoint is there; name"),
+    (
+        ["--checkpoint.load=" + 300 * "x"],
+        r"checkpoint\.load is 'x{200}', which cannot be looked at \(File name too long\)",
+    ),
     (["--checkpoint.load=FOLDER/used"], r"checkpoint\.load is 'FOLDER/used': no checkpoint is there; name"),
     (
         ["--checkpoint.load=FOLDER/saved/cut"],
