@@ -34,6 +34,7 @@ settings = {
     "train_micro_batch_size_per_gpu": SEQUENCES // ranks,
     "zero_optimization": {"stage": 1},
     "zero_allow_untested_optimizer": True,
+    "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, and the optimizer clips
 }
 
 optimizer = megamult.fold({"name": "muon", "lr": 5e-3, "clip_grad_norm": 1.0}, model, megamult.LLAMA_RULES)

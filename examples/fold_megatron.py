@@ -55,6 +55,7 @@ settings = {
     "train_micro_batch_size_per_gpu": SEQUENCES // ranks,
     "zero_optimization": {"stage": 1},
     "zero_allow_untested_optimizer": True,
+    "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, and the optimizer clips
 }
 
 rules = megamult.megatron_rules(config, VOCAB)

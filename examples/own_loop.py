@@ -27,6 +27,7 @@ settings = {
     "train_micro_batch_size_per_gpu": 4,
     "zero_optimization": {"stage": 1},
     "zero_allow_untested_optimizer": True,
+    "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, and the optimizer clips
 }
 with optimizer.paused():  # DeepSpeed may call step() while it is constructed
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)

@@ -41,9 +41,10 @@ def fold(
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         megamult.attach(engine, optimizer)
 
-    `settings` needs ``"zero_allow_untested_optimizer": true`` and no ``gradient_clipping`` (the optimizer clips, by
-    `clip_grad_norm`); at ZeRO 0 in bf16 call initialize within ``optimizer.paused()``. In a loop without DeepSpeed
-    average gradients over ranks, call ``optimizer.step()``, and ``optimizer.begin()`` first if `initial` is not 1.
+    `settings` needs ``"zero_allow_untested_optimizer": true`` and ``"gradient_clipping": 0.0`` (DeepSpeed's default is
+    1.0; the optimizer clips, by `clip_grad_norm`); at ZeRO 0 in bf16 call initialize within ``optimizer.paused()``. In
+    a loop without DeepSpeed average gradients over ranks, call ``optimizer.step()``, and ``optimizer.begin()`` first if
+    `initial` is not 1.
 
     Every parameter that no rule names is of kind norm if it is a vector (norms' weights, biases): AdamW, no weight
     decay. What has a layout already, as parameters of megamult's own modules, needs no rule.

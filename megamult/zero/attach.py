@@ -80,12 +80,13 @@ def attach(engine: Any, optimizer: TwoPhase) -> Partition:
             DeepSpeed would clip.
         RuntimeError: DeepSpeed lays its partitions out differently than this version of megamult knows.
     """
+    partition = partition_of(engine, optimizer)
     if engine.gradient_clipping() > 0:
         raise ValueError(
-            f"gradient_clipping is {engine.gradient_clipping()} in the DeepSpeed configuration: DeepSpeed would clip "
-            "what megamult has already clipped, multipliers included; remove it, and give the optimizer clip_grad_norm"
+            f"gradient_clipping is {engine.gradient_clipping()} in the DeepSpeed configuration (1.0 where it is not "
+            "set): DeepSpeed would clip once more what megamult has made of the gradients, multipliers included; set "
+            "it to 0.0, and give the optimizer clip_grad_norm"
         )
-    partition = partition_of(engine, optimizer)
     partition.check()
     optimizer.bind(partition)
     deepspeed_step = engine.optimizer.step

@@ -208,9 +208,11 @@ def test_a_loop_of_ones_own_goes_on_from_its_state_bit_by_bit(name: str) -> None
 
 
 def test_deepspeeds_own_clipping_is_refused() -> None:
-    engine = types.SimpleNamespace(gradient_clipping=lambda: 1.0)
-    with pytest.raises(ValueError, match=r"gradient_clipping is 1\.0 .*: DeepSpeed would clip .*; remove it"):
-        megamult.attach(engine, megamult.fold({}, llama(), megamult.LLAMA_RULES))
+    model = llama()
+    optimizer = megamult.fold({}, model, megamult.LLAMA_RULES)
+    engine = types.SimpleNamespace(gradient_clipping=lambda: 1.0, module=model, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"gradient_clipping is 1\.0 .*: DeepSpeed would clip .*; set it to 0\.0"):
+        megamult.attach(engine, optimizer)
 
 
 def test_biases_are_trained_as_norms_are() -> None:
