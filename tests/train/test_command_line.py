@@ -225,7 +225,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _make_checkpoints(folder: Path) -> None:
-    """One of another run, and damaged copies of it."""
+    """One of another run; one that fits, but for its tensors, and damaged copies of it."""
     theirs = Config(
         model=ModelConfig(num_layers=3, hidden_size=128, num_query_groups=4, seq_length=32, tie_embeddings=True),
         optimizer=OptimizerConfig(name="muon"),
@@ -239,10 +239,20 @@ def _make_checkpoints(folder: Path) -> None:
         tokenizer_sha256="0" * 64,
         optimizer={"name": "muon", "updates": 1, "skipped_steps": 0},
     )
-    saved.write(folder / "saved/whole", [Chunk.whole("model.x", torch.arange(1000.0))], info, {})
+    chunks = [Chunk.whole("model.x", torch.arange(1000.0))]
+    saved.write(folder / "saved/whole", chunks, info, {})
+    ours = Config(model=ModelConfig(seq_length=32))
+    fits = CheckpointInfo(
+        step=1,
+        samples=16,
+        config=dataclasses.asdict(ours),
+        vocab_size=VOCAB,
+        optimizer={"name": "adamw", "updates": 1, "skipped_steps": 0},
+    )
+    saved.write(folder / "saved/fits", chunks, fits, {})
     shard = "shard_00000_0000.safetensors"
     for name in ("cut", "flipped", "lost", "unlisted"):
-        shutil.copytree(folder / "saved/whole", folder / "saved" / name)
+        shutil.copytree(folder / "saved/fits", folder / "saved" / name)
     (folder / "saved/cut" / shard).write_bytes((folder / "saved/cut" / shard).read_bytes()[:-1])
     description = bytearray((folder / "saved/flipped/checkpoint.json").read_bytes())
     description[description.index(b"16") + 1] ^= 1  # 17: still JSON
