@@ -130,7 +130,7 @@ def saves(engine: Engine, config: Config, folder: Path, repeats: int) -> dict[st
             torch.distributed.barrier()
             kind = ("asynchronous" if asynchronous else "synchronous") + (", the first" if repeat == 0 else "")
             with memory.watched():
-                outcome = saver.save(engine, repeat, 0, None, {})
+                outcome = saver.save(engine, repeat + 1, 0, None, {})
                 if asynchronous:
                     note(f"step while saving{', the first' if repeat == 0 else ''}", train_step(engine))
                     outcome = saver.wait()
