@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
@@ -51,6 +53,7 @@ def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
             auto_mpi_discovery=False,
             verbose=False,
         )
+        _forget_shared_memory()
     if parallel_state.model_parallel_is_initialized():
         if tensor_group().size() == tensor:
             return ModelParallelUnit()
@@ -61,6 +64,15 @@ def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
         # have no dropout, so the seed changes nothing.
         model_parallel_cuda_manual_seed(1)
     return ModelParallelUnit()
+
+
+def _forget_shared_memory() -> None:
+    """DeepSpeed's operator for CPUs leaves a buffer of 64 MB per rank in /dev/shm for ever. Once all ranks have mapped
+    them their names can go: the memory then goes with the processes."""
+    torch.distributed.barrier()
+    names = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ.get('MASTER_PORT', '')}_*"
+    for path in Path("/dev/shm").glob(names):
+        path.unlink(missing_ok=True)
 
 
 def _release_groups() -> None:
