@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megamult import device, environment
+
+Result = TypeVar("Result")
 
 
 class ModelParallelUnit:
@@ -53,7 +57,8 @@ def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
             auto_mpi_discovery=False,
             verbose=False,
         )
-        _forget_shared_memory()
+        if here.type == "cpu":
+            _forget_shared_memory()
     if parallel_state.model_parallel_is_initialized():
         if tensor_group().size() == tensor:
             return ModelParallelUnit()
@@ -64,6 +69,23 @@ def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
         # have no dropout, so the seed changes nothing.
         model_parallel_cuda_manual_seed(1)
     return ModelParallelUnit()
+
+
+def everywhere(do: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """Run `do` on every rank, and let all know where it fails. Collective over all ranks.
+
+    Returns:
+        (its result, None) if no rank raises ValueError or OSError, else (None, the first such rank's message).
+    """
+    result, message = None, None
+    try:
+        result = do()
+    except (ValueError, OSError) as error:
+        message = str(error)
+    messages: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, message)
+    first = next((each for each in messages if each is not None), None)
+    return (result, None) if first is None else (None, first)
 
 
 def _forget_shared_memory() -> None:

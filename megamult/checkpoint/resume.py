@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from megamult import parallel
 from megamult.checkpoint import directory, rng
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import INFO, CheckpointInfo
@@ -22,8 +24,6 @@ from megamult.multipliers.merge import LEAVES
 from megamult.multipliers.placement import Placement, resolve
 from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.zero.slices import Partition
-
-_Result = TypeVar("_Result")
 
 _SAME = {
     "num_layers": "num_layers",
@@ -62,16 +62,17 @@ def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> Sa
             f"checkpoint.load is {load!r}: no checkpoint is there; name a directory that holds {INFO}, or one with "
             "step_N directories"
         )
-    problem = ""
+    share = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+    problem = None
     for path in candidates:
-        checkpoint, problem = _everywhere(lambda path=path: SavedCheckpoint(path))  # type: ignore[misc]
+        checkpoint, problem = parallel.everywhere(partial(SavedCheckpoint, path))
         if checkpoint is not None:
-            _, problem = _everywhere(lambda checkpoint=checkpoint: fits(checkpoint.info))  # type: ignore[misc]
-            if problem:
-                raise ValueError(problem)
-            checkpoint, problem = _everywhere(lambda checkpoint=checkpoint: _verified(checkpoint))  # type: ignore[misc]
-        if checkpoint is not None:
-            return checkpoint
+            _, unfit = parallel.everywhere(partial(fits, checkpoint.info))
+            if unfit is not None:
+                raise ValueError(unfit)
+            _, problem = parallel.everywhere(partial(checkpoint.verify, share))
+            if problem is None:
+                return checkpoint
         if first and path != candidates[-1]:
             print(f"warning: {problem}; trying the one before it", file=sys.stderr, flush=True)
     if len(candidates) == 1:
@@ -79,12 +80,6 @@ def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> Sa
     raise ValueError(
         f"none of the {len(candidates)} checkpoints in {candidates[0].parent} is whole; the last: {problem}"
     )
-
-
-def _verified(checkpoint: SavedCheckpoint) -> SavedCheckpoint:
-    """After this rank's share of the files was found whole."""
-    checkpoint.verify((torch.distributed.get_rank(), torch.distributed.get_world_size()))
-    return checkpoint
 
 
 def _listed(load: str, run_dir: Path) -> list[Path]:
@@ -111,19 +106,6 @@ def _candidates(load: str, run_dir: Path) -> list[Path]:
     if (path / INFO).exists():
         return [path]
     return directory.candidates(path / "checkpoints") or directory.candidates(path)
-
-
-def _everywhere(do: Callable[[], _Result]) -> tuple[_Result | None, str]:
-    """What `do` gives if it does so on every rank; else None, and what the first rank says where it fails."""
-    result, message = None, None
-    try:
-        result = do()
-    except (ValueError, OSError) as error:
-        message = str(error)
-    messages: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(messages, message)
-    first = next((each for each in messages if each is not None), None)
-    return (result, "") if first is None else (None, first)
 
 
 def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_sha256: str | None) -> None:
@@ -194,13 +176,8 @@ def restore(
     assert counts is not None
     optimizer.restored(partition, counts["updates"], counts["skipped_steps"])
     if info.layout.get("processes") == torch.distributed.get_world_size():
-        prefix, states = rng_prefix(torch.distributed.get_rank()), rng.states()
+        prefix, states = rng.prefix(torch.distributed.get_rank()), rng.states()
         saved = {key: state for key, state in states.items() if prefix + key in checkpoint.shapes}
         checkpoint.load([Chunk.whole(prefix + key, state) for key, state in saved.items()])
         rng.restore(states)
     return sorted(name for name in new if name.startswith("model."))
-
-
-def rng_prefix(rank: int) -> str:
-    """Of the names of a rank's random-number states in a checkpoint."""
-    return f"rng.rank_{rank:05d}."

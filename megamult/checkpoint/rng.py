@@ -19,6 +19,11 @@ from megamult import device
 _TRACKED = "megatron."
 
 
+def prefix(rank: int) -> str:
+    """Of the names of a rank's states in a checkpoint."""
+    return f"rng.rank_{rank:05d}."
+
+
 def states() -> dict[str, Tensor]:
     """Of torch (CPU and this rank's CUDA device), Megatron's tracker, numpy and Python."""
     _, keys, position, has_gauss, cached = np.random.get_state()

@@ -212,8 +212,6 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         if self.folded is not None and folded is not None:
             self.folded.load_state_dict(folded, self.state)  # torch has put another mapping in its place
 
-    # ---- what a checkpoint holds -----------------------------------------------------------------------------
-
     def views(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
         """Views of everything that this rank keeps of its slices, to read and to write in place.
 
@@ -256,8 +254,6 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
-
-    # ---- one step --------------------------------------------------------------------------------------------
 
     def _own_partition(self) -> WholePartition:
         parameters = [p for group in self.param_groups for p in group["params"]]

@@ -12,7 +12,6 @@ import torch
 from megamult.checkpoint import rng
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import CheckpointInfo
-from megamult.checkpoint.resume import rng_prefix
 from megamult.checkpoint.saver import Outcome, Saver
 from megamult.checkpoint.state import owned
 from megamult.config import Config
@@ -72,7 +71,7 @@ class RunCheckpoints:
         """
         rank, optimizer = torch.distributed.get_rank(), engine.optimizer
         chunks = owned(engine.partition, optimizer)
-        chunks += [Chunk.whole(rng_prefix(rank) + key, value) for key, value in rng.states().items()]
+        chunks += [Chunk.whole(rng.prefix(rank) + key, value) for key, value in rng.states().items()]
         info = CheckpointInfo(
             step=step,
             samples=samples,

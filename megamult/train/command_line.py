@@ -102,19 +102,10 @@ def fail(message: str) -> NoReturn:
 
 def agreed(check: Callable[[], _Result]) -> _Result:
     """Run `check` on every rank; if any rank raises ValueError or OSError, all end with the first one's message."""
-    import torch
-
     from megamult import parallel
 
-    result, message = None, None
-    try:
-        result = check()
-    except (ValueError, OSError) as error:
-        message = str(error)
-    messages: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(messages, message)
-    first = next((m for m in messages if m is not None), None)
-    if first is not None:
+    result, problem = parallel.everywhere(check)
+    if problem is not None:
         parallel.destroy()
-        fail(first)
+        fail(problem)
     return result  # type: ignore[return-value]

@@ -185,7 +185,7 @@ class Trainer:
         outcome = awaited or outcome
         if outcome is not None and outcome.error is None:
             self.last_checkpoint = outcome.path
-        if outcome is not None and outcome.error is not None and outcome.step == self.step_count:
+        elif outcome is not None and outcome.step == self.step_count:
             raise CheckpointFailed(outcome, reason)
         return reason
 

@@ -234,9 +234,6 @@ def test_a_newer_format_is_refused_with_the_version_that_wrote_it(whole: Path) -
         SavedCheckpoint(whole)
 
 
-# ---- the directory of a run's checkpoints --------------------------------------------------------------------
-
-
 def make(parent: Path, *steps: int) -> None:
     for step in steps:
         directory.of_step(parent, step).mkdir(parents=True)
