@@ -1,10 +1,9 @@
 """Export a checkpoint as a Hugging Face model (LlamaForCausalLM), multipliers merged into the weights."""
 
 import argparse
-import signal
-import sys
 from pathlib import Path
-from typing import NoReturn
+
+from megamult.console import whole_or_nothing
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,33 +27,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
+def main() -> None:
     """Run the command line; the exit code is 0, 2 for a user's mistake, 130 for Ctrl-C."""
     args = _parser().parse_args()
-    # Clean up on the way out, as for Ctrl-C.
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        from megamult.checkpoint.hf_export import export  # heavy: --help and a wrong argument need not wait for it
-
+    with whole_or_nothing():
+        try:
+            from megamult.checkpoint.hf_export import export  # heavy: --help and a wrong argument need not wait for it
+        except ImportError as error:
+            raise ValueError(f"{error.name} is not installed: pip install megamult[export]") from None
         done = export(args.checkpoint, args.output, args.dtype, args.max_shard_size)
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(f"error: {error.name} is not installed: pip install megamult[export]", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
     for note in done.notes:
         print(f"note: {note}")
     print(f"{args.output}: {done.parameters} parameters in {done.tensors} tensors, {done.dtype}")
-    return 0
-
-
-def _terminate(signum: int, frame: object) -> NoReturn:
-    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,10 +1,9 @@
 """Import a Hugging Face model (LlamaForCausalLM) as a checkpoint to train on from, with all multipliers at 1."""
 
 import argparse
-import signal
-import sys
 from pathlib import Path
-from typing import NoReturn
+
+from megamult.console import whole_or_nothing
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,31 +26,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
+def main() -> None:
     """Run the command line; the exit code is 0, 2 for a user's mistake, 130 for Ctrl-C."""
     args = _parser().parse_args()
-    # Clean up on the way out, as for Ctrl-C.
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
+    with whole_or_nothing():
         from megamult.checkpoint.hf_import import import_  # heavy: --help and a wrong argument need not wait for it
 
         done = import_(args.input, args.output, args.placement)
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
     for note in done.notes:
         print(f"note: {note}")
     print(f"{args.output}: {done.parameters} parameters and {done.multipliers} multipliers, {done.dtype}")
     print(f"train on from it: --checkpoint.load {args.output}")
-    return 0
-
-
-def _terminate(signum: int, frame: object) -> NoReturn:
-    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,11 +2,9 @@
 
 import argparse
 import os
-import signal
-import sys
 from concurrent.futures.process import BrokenProcessPool
-from typing import NoReturn
 
+from megamult.console import whole_or_nothing
 from megamult.data.corpus import prepare_corpus
 
 
@@ -44,42 +42,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
+def main() -> None:
     """Run the command line; the exit code is 0, 2 for a user's mistake, 130 for Ctrl-C."""
     args = _parser().parse_args()
-    # Clean up on the way out, as for Ctrl-C.
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        summary = prepare_corpus(
-            args.input,
-            args.output,
-            vocab_size=args.vocab_size,
-            tokenizer=args.tokenizer,
-            valid_fraction=args.valid_fraction,
-            json_key=args.json_key,
-            workers=args.workers,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print("error: an encoding process died, perhaps out of memory; try fewer --workers", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    with whole_or_nothing():
+        try:
+            summary = prepare_corpus(
+                args.input,
+                args.output,
+                vocab_size=args.vocab_size,
+                tokenizer=args.tokenizer,
+                valid_fraction=args.valid_fraction,
+                json_key=args.json_key,
+                workers=args.workers,
+            )
+        except BrokenProcessPool:
+            raise ValueError("an encoding process died, perhaps out of memory; try fewer --workers") from None
     print(f"{args.output}.model: {summary.vocab_size} tokens in the vocabulary")
     print(f"{args.output}_train: {summary.train_documents} documents, {summary.train_tokens} tokens")
     if summary.valid_documents:
         print(f"{args.output}_valid: {summary.valid_documents} documents, {summary.valid_tokens} tokens")
     print(f"bytes per token: {summary.bytes_per_token:.4f}")
     print(f"unigram entropy of the training tokens: {summary.unigram_entropy:.4f} nats/token")
-    return 0
-
-
-def _terminate(signum: int, frame: object) -> NoReturn:
-    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "megamult"
 # `placement` because it validates by their vocabulary of roles and sides; neither of the two reads the configuration.
 DATA_FLOW = [
     ["megamult"],  # imports nothing at import time; its public names are looked up when asked for
-    ["megamult.environment"],
+    ["megamult.console", "megamult.environment"],
     ["megamult.device"],
     ["megamult.parallel"],
     ["megamult.layout"],

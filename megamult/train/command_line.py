@@ -18,8 +18,7 @@ from megamult.config import (
     ParallelConfig,
     TrainConfig,
 )
-
-EXIT_USER_ERROR = 2
+from megamult.console import EXIT_USER_ERROR, say_error
 
 EXIT_RESUME = 75
 """The run saved a checkpoint and stopped before its last step, as it was asked to: start it again (EX_TEMPFAIL)."""
@@ -94,7 +93,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
 def fail(message: str) -> NoReturn:
     """End this rank because of a user's mistake; rank 0 says why, in one line."""
     if environment.rank() == 0:
-        print("error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr, flush=True)
+        say_error(message)
     else:
         time.sleep(_HEAD_START_SECONDS)
     sys.exit(EXIT_USER_ERROR)

@@ -11,6 +11,7 @@ from typing import Any
 
 from megamult import environment
 from megamult.config import Config, DataConfig
+from megamult.console import say_error
 from megamult.train.command_line import EXIT_NO_CHECKPOINT, EXIT_RESUME, agreed, fail, parse
 
 _BEGAN = time.monotonic()
@@ -93,7 +94,7 @@ def run(config: Config, resolved: str) -> None:
         if main_rank:
             _conclude(config, vocab_size, trainer, reason, run_dir, code)
             if failed:
-                print("error:", failed, file=sys.stderr, flush=True)
+                say_error(str(failed))
         torch.distributed.barrier()
         parallel.destroy()
     if code:

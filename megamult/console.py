@@ -1,0 +1,37 @@
+"""How a program ends: one line for a user's mistake, exit codes, cleaning up when it is asked to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+EXIT_USER_ERROR = 2
+
+_EXIT_INTERRUPTED = 130
+
+
+def say_error(message: str) -> None:
+    """One line on standard error."""
+    print("error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def whole_or_nothing() -> Iterator[None]:
+    """Around a program's work, which writes nothing unless it ends: ValueError and OSError are a user's mistake (exit
+    code 2), Ctrl-C is 130, and SIGTERM cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        say_error(str(error))
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(_EXIT_INTERRUPTED)
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    sys.exit(128 + signum)
