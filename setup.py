@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.11",
     # No Apex: torch's fused kernels do its work, and the `apex` of the package index is another project.
     install_requires=[
-        "torch>=2.6,<3",  # the floor is Megatron-Core's own
+        "torch>=2.7.1,<3",  # before: process groups that are bound to their GPU hang (pytorch issue 153960)
         # One minor version each: we rely on how ZeRO hands gradients and partitions to a client optimizer...
         "deepspeed>=0.19.8,<0.20",
         # ... and on how Megatron's layers shard; 0.17 needs Python 3.12.

@@ -182,9 +182,21 @@ class ParallelConfig:
     """Sequence parallelism: norms and residuals sharded over the tensor-parallel ranks."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    tensor_across_nodes: bool = False
+    """Let the ranks of a tensor-parallel group run on several nodes, with every layer's collectives on the network."""
+    rendezvous_seconds: float = 50.0
+    """Seconds within which all processes must have come together; a host that is down is named then."""
+    timeout_minutes: float = 10.0
+    """Minutes without any progress (a micro-batch, an evaluation, a part of start-up) after which the run is ended,
+    with each rank's last step and stack."""
 
     def __post_init__(self) -> None:
-        _positive("parallel", tensor=self.tensor)
+        _positive(
+            "parallel",
+            tensor=self.tensor,
+            rendezvous_seconds=self.rendezvous_seconds,
+            timeout_minutes=self.timeout_minutes,
+        )
         _require(self.zero_stage in (0, 1, 2, 3), f"parallel.zero_stage is {self.zero_stage}: use 0, 1, 2 or 3")
 
 

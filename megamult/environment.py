@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 
 
@@ -21,8 +22,23 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def host() -> str:
+    """The name of this node."""
+    return socket.gethostname()
+
+
+def machine() -> str:
+    """What no two nodes share, whatever their names: by it, processes know that they run on one."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
+        return f"{host()} {boot.read().strip()}"
+
+
 def set_defaults() -> None:
-    """A process started without a launcher is a world of one."""
+    """Complete the environment that torch.distributed reads: a task of `srun` takes its place from SLURM_*, a process
+    without a launcher is a world of one. What a launcher has set stays."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        for key, value in _from_slurm().items():
+            os.environ.setdefault(key, value)
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
@@ -30,3 +46,29 @@ def set_defaults() -> None:
         with socket.socket() as listener:  # any free port: two such runs on one machine do not meet
             listener.bind((os.environ["MASTER_ADDR"], 0))
             os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
+
+
+_SLURM_PORTS = (20000, 10000)
+"""First, and how many: below the ports that Linux gives out by itself (32768 and up)."""
+
+
+def _from_slurm() -> dict[str, str]:
+    """This task of a job step. Only `srun` sets SLURM_STEP_NUM_TASKS to more than 1; a batch script's own process is no
+    task, whatever the job asked for."""
+    first, count = _SLURM_PORTS
+    # Steps of one job that run at the same time do not meet.
+    port = first + (int(os.environ["SLURM_JOB_ID"]) * 16 + int(os.environ["SLURM_STEP_ID"])) % count
+    return {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": first_host(os.environ["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(port),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's node list: `gpu[007-010,12],login` begins with gpu007."""
+    name = re.match(r"[^,\[]*(?:\[([^\]]*)\][^,\[]*)*", nodes)
+    assert name is not None
+    return re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", name[0])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megamult import device, environment
+from megamult import device, environment, rendezvous
 
 Result = TypeVar("Result")
 
@@ -30,17 +32,26 @@ class ModelParallelUnit:
         return getattr(parallel_state, name)
 
 
-def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
+def initialize(
+    tensor: int,
+    timeout_minutes: float = 10.0,
+    rendezvous_seconds: float = 50.0,
+    across_nodes: bool = False,
+) -> ModelParallelUnit:
     """Create torch.distributed (if it is not there yet) and the tensor- and data-parallel groups (unless they are).
 
     Args:
         tensor: tensor-parallel size; must divide the number of processes. Ranks of one tensor-parallel group are
             consecutive, so they share a node wherever a node's processes are a multiple of it.
         timeout_minutes: after which a collective that a peer never joins ends the process.
+        rendezvous_seconds: for which the first process waits for the last one to come.
+        across_nodes: let a tensor-parallel group span nodes.
 
     Raises:
-        ValueError: the sizes do not fit.
+        ValueError: the sizes do not fit, or a tensor-parallel group would span nodes.
+        megamult.rendezvous.NobodyThere: not all processes came.
     """
+    environment.set_defaults()
     processes = environment.world_size()
     if processes % tensor:
         raise ValueError(
@@ -50,13 +61,20 @@ def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
     import deepspeed
 
     if not torch.distributed.is_initialized():
-        environment.set_defaults()
-        deepspeed.init_distributed(
-            dist_backend=device.backend(),
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-            auto_mpi_discovery=False,
-            verbose=False,
+        store, machines = rendezvous.meet(rendezvous_seconds)
+        if not across_nodes:
+            _check_nodes(machines, tensor)
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        torch.distributed.init_process_group(
+            device.backend(),
+            store=store,
+            rank=environment.rank(),
+            world_size=processes,
+            timeout=timeout,
+            # NCCL then connects at once, and splits later groups off.
+            device_id=here if here.type == "cuda" and processes > 1 else None,
         )
+        deepspeed.init_distributed(dist_backend=device.backend(), timeout=timeout, verbose=False)
         if here.type == "cpu":
             _forget_shared_memory()
     if parallel_state.model_parallel_is_initialized():
@@ -69,6 +87,20 @@ def initialize(tensor: int, timeout_minutes: float = 30.0) -> ModelParallelUnit:
         # have no dropout, so the seed changes nothing.
         model_parallel_cuda_manual_seed(1)
     return ModelParallelUnit()
+
+
+def _check_nodes(machines: list[str], tensor: int) -> None:
+    """Refuse tensor-parallel groups that span nodes; `machines`: of each rank."""
+    for first in range(0, len(machines), tensor):
+        group = machines[first : first + tensor]
+        if len(set(group)) > 1:
+            names = list(dict.fromkeys(each.split()[0] for each in group))
+            fit = math.gcd(tensor, *Counter(machines).values())
+            raise ValueError(
+                f"parallel.tensor is {tensor}: ranks {first} to {first + tensor - 1} run on {', '.join(names)}, and "
+                "every layer's collectives would cross the network; choose parallel.tensor "
+                f"{fit}, which stays inside a node, or allow it by parallel.tensor_across_nodes true"
+            )
 
 
 def everywhere(do: Callable[[], Result]) -> tuple[Result | None, str | None]:

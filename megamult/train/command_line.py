@@ -26,6 +26,9 @@ EXIT_RESUME = 75
 EXIT_NO_CHECKPOINT = 74
 """The run's last checkpoint could not be written (EX_IOERR)."""
 
+EXIT_UNAVAILABLE = 69
+"""Not all processes of the launch came together (EX_UNAVAILABLE)."""
+
 _HEAD_START_SECONDS = 2.0
 """Launchers end all ranks once one has left: the others let rank 0 speak first."""
 
@@ -91,12 +94,21 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
 
 
 def fail(message: str) -> NoReturn:
-    """End this rank because of a user's mistake; rank 0 says why, in one line."""
+    """End this rank because of a mistake that every rank knows; rank 0 says why, in one line."""
     if environment.rank() == 0:
         say_error(message)
     else:
         time.sleep(_HEAD_START_SECONDS)
     sys.exit(EXIT_USER_ERROR)
+
+
+def fail_alone(message: str) -> NoReturn:
+    """End this rank because of a mistake that the others may not have found, before all have met."""
+    if environment.rank() != 0:
+        from megamult import rendezvous
+
+        rendezvous.excuse(message)
+    fail(message)
 
 
 def agreed(check: Callable[[], _Result]) -> _Result:

@@ -12,19 +12,28 @@ from typing import Any
 from megamult import environment
 from megamult.config import Config, DataConfig
 from megamult.console import say_error
-from megamult.train.command_line import EXIT_NO_CHECKPOINT, EXIT_RESUME, agreed, fail, parse
+from megamult.train.command_line import (
+    EXIT_NO_CHECKPOINT,
+    EXIT_RESUME,
+    EXIT_UNAVAILABLE,
+    agreed,
+    fail,
+    fail_alone,
+    parse,
+)
 
 _BEGAN = time.monotonic()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Pretrain as the command line says."""
+    environment.set_defaults()
     try:
         config, resolved = parse(arguments)
         config.check_world(environment.world_size())
         config.deepspeed_overrides()
     except (ValueError, OSError) as error:
-        fail(str(error))
+        fail_alone(str(error))
     run(config, resolved)
 
 
@@ -41,7 +50,7 @@ def run(config: Config, resolved: str) -> None:
     from megamult.train.loop import CheckpointFailed, Trainer
     from megamult.train.signals import StopRequests
 
-    mpu = parallel.initialize(config.parallel.tensor)
+    mpu = _meet(config)
     minutes = config.train.max_minutes
     with StopRequests(None if minutes is None else _BEGAN + 60 * minutes) as stop:
         agreed(lambda: check_deepspeed(config, mpu))
@@ -99,6 +108,27 @@ def run(config: Config, resolved: str) -> None:
         parallel.destroy()
     if code:
         sys.exit(code)
+
+
+def _meet(config: Config) -> Any:
+    """Process groups over all ranks, or the end of this one."""
+    from megamult import parallel, rendezvous
+
+    chosen = config.parallel
+    try:
+        return parallel.initialize(
+            chosen.tensor,
+            timeout_minutes=chosen.timeout_minutes,
+            rendezvous_seconds=chosen.rendezvous_seconds,
+            across_nodes=chosen.tensor_across_nodes,
+        )
+    except ValueError as error:
+        fail(str(error))
+    except rendezvous.NobodyThere as error:
+        # Who is missing, rank 0 says; that rank 0 is, one rank of each node.
+        if environment.rank() == 0 or (error.rank_0_is_missing and environment.local_rank() == 0):
+            say_error(str(error))
+        sys.exit(EXIT_UNAVAILABLE)
 
 
 def _conclude(config: Config, vocab_size: int, trainer: Any, reason: str | None, run_dir: Path, code: int) -> None:

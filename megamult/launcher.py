@@ -1,0 +1,47 @@
+"""The programs above this process: where DeepSpeed's launcher started the ranks, and which launcher's end is ours."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+from pathlib import Path
+
+
+def _command(process: int) -> list[str]:
+    """The command line of a process; empty if it is gone or not ours to see."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    return []
+
+
+def _parent(process: int) -> int:
+    """The process that it is a child of; 0 if that is not to be known."""
+    with contextlib.suppress(OSError):
+        # The second field is the program's name in parentheses, which may hold anything.
+        return int(Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    return 0
+
+
+def hosts_of_ranks() -> dict[int, str]:
+    """Rank -> host, as DeepSpeed's launcher lays them out; empty under another one, which names its hosts itself."""
+    for argument in _command(os.getppid()):
+        name, _, value = argument.partition("=")
+        if name == "--world_info":
+            with contextlib.suppress(ValueError):
+                world = json.loads(base64.urlsafe_b64decode(value))
+                return dict(enumerate(host for host, slots in world.items() for _ in slots))
+    return {}
+
+
+def launchers() -> list[int]:
+    """Process ids of the launchers whose end shall end the run: the one that started this rank and, where that is
+    DeepSpeed's own on this node, the `deepspeed` command above it, which passes no signal on."""
+    parent = os.getppid()
+    command = _command(parent)
+    if "deepspeed.launcher.launch" in command:
+        above = _parent(parent)
+        runner = any(Path(part).name in ("deepspeed", "ds") for part in _command(above)[:2])
+        return [parent, above] if runner else [parent]
+    return [parent] if any(Path(part).name == "torchrun" or part == "torch.distributed.run" for part in command) else []

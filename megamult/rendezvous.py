@@ -1,0 +1,130 @@
+"""All processes of a launch meet, within a bounded time, or say who did not come."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import time
+
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from megamult import environment, launcher
+
+
+class NobodyThere(Exception):
+    """Processes of this launch did not come together in time."""
+
+    def __init__(self, message: str, rank_0_is_missing: bool = False) -> None:
+        super().__init__(message)
+        self.rank_0_is_missing = rank_0_is_missing
+
+
+def meet(seconds: float) -> tuple[Store, list[str]]:
+    """Wait until every process has come to rank 0's store. Collective over all ranks.
+
+    Args:
+        seconds: for which to wait.
+
+    Returns:
+        The store, and the name of the machine of each rank (:func:`megamult.environment.machine`).
+
+    Raises:
+        NobodyThere: on every rank that is here: who did not come, on which hosts; on a rank that finds nobody: that.
+        ValueError: on every rank: what one excused itself with.
+    """
+    rank, size = environment.rank(), environment.world_size()
+    deadline = time.monotonic() + seconds
+    store = _store(seconds)
+    _come(store, machine=environment.machine())
+    if rank == 0:
+        missing = _missing(store, range(size), deadline)
+        here = [each for each in range(size) if each not in missing]
+        came = [json.loads(value) for value in store.multi_get([f"here/{each}" for each in here])]
+        store.set("met", json.dumps({"missing": missing, "came": came}))
+        # The store goes with this process: it may leave only once all others have heard.
+        with contextlib.suppress(RuntimeError):
+            takes_part = [f"heard/{each}" for each, said in zip(here, came, strict=True) if each and "machine" in said]
+            store.wait(takes_part, _HEAR)
+    else:
+        # Rank 0 may have begun later, and waits for as long.
+        store.wait(["met"], datetime.timedelta(seconds=2 * seconds) + _HEAR)
+    met = json.loads(store.get("met"))
+    store.set(f"heard/{rank}", "")
+    if met["missing"]:
+        raise NobodyThere(_who(met["missing"], size, seconds))
+    for each in met["came"]:
+        if "problem" in each:
+            raise ValueError(each["problem"])
+    return store, [each["machine"] for each in met["came"]]
+
+
+def excuse(problem: str) -> None:
+    """Come in order to say that this rank cannot take part, if rank 0 is there to hear it."""
+    with contextlib.suppress(NobodyThere, RuntimeError):
+        _come(_store(_EXCUSE_SECONDS), problem=f"rank {environment.rank()} on {environment.host()}: {problem}")
+
+
+_EXCUSE_SECONDS = 20.0
+"""Rank 0 may still be importing what this one did not get to."""
+
+
+_HEAR = datetime.timedelta(seconds=10)
+"""For which rank 0 waits until what it has found is heard."""
+
+
+def _come(store: Store, **what: str) -> None:
+    store.set(f"here/{environment.rank()}", json.dumps(what))
+
+
+def _store(seconds: float) -> Store:
+    """Rank 0's, or torchrun's own."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = environment.rank() == 0 and not of_agent
+    try:
+        store = TCPStore(
+            address,
+            port,
+            environment.world_size(),
+            is_master=serves,
+            timeout=datetime.timedelta(seconds=seconds),
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        # torch's message goes on with the C++ stack.
+        why = str(error).splitlines()[0]
+        if "EADDRINUSE" in str(error):
+            raise NobodyThere(
+                f"port {port} on {environment.host()} is in use ({why}): choose another one by the launcher's "
+                "--master_port, or MASTER_PORT"
+            ) from None
+        raise NobodyThere(
+            f"rank {environment.rank()} on {environment.host()} did not reach rank 0 at {address}:{port} within "
+            f"{seconds:.0f} s ({why}): see whether rank 0's host is up, whether its address is the one that "
+            "--master_addr or MASTER_ADDR names, and whether a firewall closes the port",
+            rank_0_is_missing=True,
+        ) from None
+    # torchrun's store outlives the processes that it starts again.
+    return PrefixStore(f"megamult/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _missing(store: Store, ranks: range, deadline: float) -> list[int]:
+    """The ranks that have not come by then."""
+    keys = [f"here/{rank}" for rank in ranks]
+    try:
+        store.wait(keys, datetime.timedelta(seconds=max(0.001, deadline - time.monotonic())))
+        return []
+    except RuntimeError:
+        return [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
+
+
+def _who(missing: list[int], size: int, seconds: float) -> str:
+    hosts = launcher.hosts_of_ranks()
+    named = sorted({hosts[rank] for rank in missing if rank in hosts})
+    ranks = ", ".join(map(str, missing[:16])) + (" ..." if len(missing) > 16 else "")
+    return (
+        f"{len(missing)} of {size} processes did not come within {seconds:.0f} s (parallel.rendezvous_seconds): rank "
+        f"{ranks}{', on ' + ', '.join(named) if named else ''}; see whether the host is up and what its own output says"
+    )
