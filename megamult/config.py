@@ -131,6 +131,9 @@ class OptimizerConfig:
     """AdamW's epsilon."""
     clip_grad_norm: float = 1.0
     """Threshold of the global gradient l2 norm over everything but the multipliers; 0: no clipping."""
+    skip_grad_norm: float = 0.0
+    """A step is skipped where the norm that clip_grad_norm looks at is above this, as it is where a gradient is not
+    finite; 0: never."""
     momentum: float = 0.95
     """Muon's decay rate of the momentum (Nesterov)."""
     ns_coefficients: Literal["quintic", "polar_express"] = "quintic"
@@ -157,6 +160,7 @@ class OptimizerConfig:
             "optimizer",
             weight_decay=self.weight_decay,
             clip_grad_norm=self.clip_grad_norm,
+            skip_grad_norm=self.skip_grad_norm,
             warmup_steps=self.warmup_steps,
             decay_steps=self.decay_steps,
             min_lr=self.min_lr,
@@ -254,6 +258,9 @@ class TrainConfig:
     """Global batches per evaluation."""
     log_histograms_every: int = 100
     """Steps between TensorBoard histograms of the multipliers; 0: none."""
+    max_bad_steps: int = 20
+    """Bad steps in a row (a gradient or loss that is not finite, or a norm above optimizer.skip_grad_norm) after which
+    the run ends with exit code 65 and names the last checkpoint from before them; 0: never."""
     max_minutes: float | None = None
     """Minutes after which the run saves a checkpoint and ends with exit code 75, to be started again; null: none."""
 
@@ -276,7 +283,11 @@ class TrainConfig:
             eval_batches=self.eval_batches,
         )
         _not_negative(
-            "train", seed=self.seed, eval_every=self.eval_every, log_histograms_every=self.log_histograms_every
+            "train",
+            seed=self.seed,
+            eval_every=self.eval_every,
+            log_histograms_every=self.log_histograms_every,
+            max_bad_steps=self.max_bad_steps,
         )
         if self.max_minutes is not None:
             _positive("train", max_minutes=self.max_minutes)

@@ -154,6 +154,11 @@ def tensor_group() -> torch.distributed.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
+def store() -> torch.distributed.Store:  # type: ignore[name-defined]
+    """The key-value store that all ranks share."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def data_group() -> torch.distributed.ProcessGroup:
     """The data-parallel group of this rank: Megatron's, or everyone where Megatron has no groups."""
     if not parallel_state.model_parallel_is_initialized():

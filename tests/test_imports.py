@@ -32,7 +32,11 @@ DATA_FLOW = [
     ["megamult.checkpoint", "megamult.monitor"],
     ["megamult.train.command_line"],
     ["megamult.train.engine"],
-    ["megamult.train.checkpoints", "megamult.train.signals"],
+    ["megamult.train.lock", "megamult.train.logs", "megamult.train.progress", "megamult.train.signals"],
+    ["megamult.train.verdict"],
+    ["megamult.train.hub"],
+    ["megamult.train.watchdog"],
+    ["megamult.train.checkpoints"],
     ["megamult.train.loop"],
     ["megamult.train"],
 ]

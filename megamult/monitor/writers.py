@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+_FLUSH_SECONDS = 10
+"""What a crash can lose of TensorBoard's figures, and how old they are while one looks on."""
+
 
 class Writers:
     """One object per step into `metrics.jsonl`, the same into `tensorboard/`, and a bar on standard error.
@@ -29,7 +32,7 @@ class Writers:
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_after(run_dir / "metrics.jsonl", done)
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1, flush_secs=_FLUSH_SECONDS)
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not self._interactive)
         self._report_every = max(1, steps // 20)
@@ -54,7 +57,10 @@ class Writers:
         step = int(record["step"])
         if record["skipped_steps"] > self._skipped:
             self._skipped = int(record["skipped_steps"])
-            self.say(f"step {step}: a gradient is not finite, the step is skipped ({self._skipped} so far)")
+            why = f"the gradient norm {record['grad_norm']:.4g} is above optimizer.skip_grad_norm"
+            if not all(math.isfinite(record[key]) for key in ("grad_norm", "multiplier_grad_norm")):
+                why = "a gradient is not finite"
+            self.say(f"step {step}: {why}, the step is skipped ({self._skipped} so far)")
         self._scalars("train", {k: v for k, v in {**record, **extra}.items() if k != "step"}, step)
         text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
         if self._interactive:

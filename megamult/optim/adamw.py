@@ -40,13 +40,14 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         betas, eps: as torch's.
         clip_grad_norm: threshold of the global norm over everything but the multipliers; 0: none.
         clip_multipliers: clip the multipliers too, by their own norm at the same threshold.
+        skip_grad_norm: of the norm that `clip_grad_norm` looks at, above which a step is dropped; 0: never.
         model: whose parameters the groups must hold completely, and whose names messages use; None: not checked.
         folded: multipliers of a model that holds effective weights; None: the model has its own, or none.
 
     Attributes:
         norms: of the last prepared gradients, before clipping.
         updates: how many steps were applied: the count that every state of AdamW has.
-        skipped_steps: how many steps were dropped because a gradient was not finite.
+        skipped_steps: how many steps were dropped because a gradient was not finite, or above `skip_grad_norm`.
 
     Raises:
         ValueError: a group without kind, with parameters of another kind or of several dtypes; a parameter without
@@ -61,6 +62,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         clip_grad_norm: float = 1.0,
         clip_multipliers: bool = False,
+        skip_grad_norm: float = 0.0,
         model: torch.nn.Module | None = None,
         folded: FoldedMultipliers | None = None,
     ) -> None:
@@ -72,6 +74,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True})
         self.clip_grad_norm = clip_grad_norm
         self.clip_multipliers = clip_multipliers
+        self.skip_grad_norm = skip_grad_norm
         self.folded = folded
         self.norms: Norms | None = None
         self.updates = 0
@@ -130,7 +133,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
             squares[1] += self.folded.gradient.double().square().sum()
         main, multipliers = squares.sqrt().tolist()
         self.norms = Norms(main, multipliers)
-        self._skip = not self.norms.finite
+        self._skip = not self.norms.finite or 0 < self.skip_grad_norm < main
         self.skipped_steps += self._skip
         self.updates += not self._skip
         self._factors = (

@@ -47,6 +47,7 @@ def make_optimizer(
         "eps": chosen.eps,
         "clip_grad_norm": chosen.clip_grad_norm,
         "clip_multipliers": multipliers.clip,
+        "skip_grad_norm": chosen.skip_grad_norm,
         "model": model,
     }
     if multipliers.implementation == "folded":

@@ -45,7 +45,7 @@ class DistributedMuon(TwoPhaseAdamW):
         update_scale: match_rms_adamw, 0.2 sqrt(max(out, in)): learning rate and weight decay of AdamW carry over; or
             spectral, sqrt(out / in).
         bucket_elements: of the matrices that one owner takes from one exchange; bounds temporary memory.
-        betas, eps, clip_grad_norm, clip_multipliers, model: as :class:`TwoPhaseAdamW`'s.
+        betas, eps, clip_grad_norm, clip_multipliers, skip_grad_norm, model: as :class:`TwoPhaseAdamW`'s.
 
     Attributes:
         plan: who owns what; None before it is known what ranks hold (the first step, or DeepSpeed's attach).

@@ -26,6 +26,9 @@ EXIT_RESUME = 75
 EXIT_NO_CHECKPOINT = 74
 """The run's last checkpoint could not be written (EX_IOERR)."""
 
+EXIT_DIVERGED = 65
+"""`train.max_bad_steps` in a row were bad: the same command again would only repeat them (EX_DATAERR)."""
+
 EXIT_UNAVAILABLE = 69
 """Not all processes of the launch came together (EX_UNAVAILABLE)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from megamult.monitor.writers import Writers
 from megamult.optim.schedule import lr_factor
 from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.engine import Engine
+from megamult.train.progress import Progress
 from megamult.train.signals import StopRequests
 
 
@@ -43,8 +45,17 @@ class Samples(Protocol):
 class Trainer:
     """Drives an engine over a run. Every rank calls every method together."""
 
-    def __init__(self, config: Config, engine: Engine, train: Samples, valid: Samples | None, vocab_size: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        train: Samples,
+        valid: Samples | None,
+        vocab_size: int,
+        progress: Progress | None = None,
+    ) -> None:
         self.config, self.engine = config, engine
+        self._progress = progress or Progress()
         self._train, self._valid = train, valid
         self._data_rank = parallel.data_group().rank()
         self._accumulation = config.accumulation(parallel.data_group().size())
@@ -54,6 +65,8 @@ class Trainer:
         self.figures: dict[str, float] = {}
         self.last_multipliers: dict[str, Tensor] = {}
         self.last_checkpoint: Path | None = None
+        self.bad_steps = 0
+        """In a row."""
 
     def _micro_batch(self, samples: Samples, first: int, micro: int) -> tuple[Tensor, Tensor]:
         """Tokens and labels, [micro batch, seq] each: this rank's part of the global batch that begins at `first`."""
@@ -76,6 +89,7 @@ class Trainer:
             group["lr"] = group["peak_lr"] * lr_factor(step, config.train.steps, config.optimizer)
         loss = torch.zeros((), device=device.local_device())
         for micro in range(self._accumulation):
+            self._progress.at(step + 1, f"micro-batch {micro + 1} of {self._accumulation}")
             tokens, labels = self._micro_batch(self._train, first, micro)
             objective, entropy = self.engine.deepspeed(tokens, labels)
             self.engine.deepspeed.backward(objective)
@@ -110,6 +124,7 @@ class Trainer:
         self.engine.deepspeed.eval()
         loss = torch.zeros((), device=device.local_device())
         for index in range(config.train.eval_batches):
+            self._progress.at(self.step_count, f"evaluation, batch {index + 1} of {config.train.eval_batches}")
             for micro in range(self._accumulation):
                 _, entropy = self.engine.deepspeed(*self._micro_batch(self._valid, index * batch, micro))
                 loss += entropy.float()
@@ -141,6 +156,7 @@ class Trainer:
 
         Raises:
             CheckpointFailed: the last checkpoint could not be written; on every rank.
+            Diverged: `train.max_bad_steps` in a row were bad; on every rank.
         """
         config = self.config
         peak = device.peak_flops(config.train.torch_dtype)
@@ -149,6 +165,7 @@ class Trainer:
         main_rank = torch.distributed.get_rank() == 0
         reason, outcome = None, None
         skipped = self.engine.optimizer.skipped_steps
+        unsaved = False
         with contextlib.ExitStack() as stack:
             # If training fails, the checkpoint that is being written shall be there all the same.
             stack.callback(checkpoints.wait, _LAST_SAVE_SECONDS)
@@ -157,6 +174,9 @@ class Trainer:
                 out = stack.enter_context(Writers(run_dir, config.train.steps, self.step_count, skipped))
             while self.step_count < config.train.steps and reason is None:
                 record = self.train_step()
+                bad = record["skipped_steps"] > skipped or not math.isfinite(record["loss"])
+                skipped = int(record["skipped_steps"])
+                self.bad_steps = self.bad_steps + 1 if bad else 0
                 self.figures |= {key: record[key] for key in ("tokens", "loss")}
                 extra = {"memory_bytes": float(device.memory_bytes())}
                 if peak is not None:
@@ -164,6 +184,8 @@ class Trainer:
                     extra["mfu"] = record["tokens_per_second"] * self._flops / (peak * world)
                 if out is not None:
                     out.step(record, extra)
+                if config.train.max_bad_steps and self.bad_steps >= config.train.max_bad_steps:
+                    raise Diverged(self.step_count, self.bad_steps, record)
                 last = self.step_count == config.train.steps
                 if multipliers and (last or (histograms and self.step_count % histograms == 0)):
                     self.last_multipliers = self.multipliers()
@@ -176,10 +198,16 @@ class Trainer:
                         out.evaluation({"step": self.step_count, "valid_loss": self.figures["valid_loss"]})
                 reason = None if last else stop.agreed()
                 _report(out, checkpoints.poll())
-                if last or reason or checkpoints.due(self.step_count):
+                # Not while steps are bad: what is wrong may be in the weights already.
+                unsaved |= checkpoints.due(self.step_count)
+                if last or reason or (unsaved and not self.bad_steps):
+                    unsaved = False
+                    self._progress.at(self.step_count, "checkpoint")
                     data, figures = self._train.state_dict(), dict(self.figures)
                     outcome = checkpoints.save(self.engine, self.step_count, self.samples, data, figures)
                     _report(out, outcome)
+                    self._progress.at(self.step_count, "after the checkpoint")
+            self._progress.at(self.step_count, "the last checkpoint's end")
             awaited = checkpoints.wait()
             _report(out, awaited)
         outcome = awaited or outcome
@@ -192,6 +220,16 @@ class Trainer:
 
 _LAST_SAVE_SECONDS = 60.0
 """For which a run that fails waits for a checkpoint that is being written: other ranks may be gone."""
+
+
+class Diverged(Exception):
+    """Too many bad steps in a row."""
+
+    def __init__(self, step: int, bad: int, record: dict[str, float]) -> None:
+        super().__init__(
+            f"the last {bad} steps, {step - bad + 1} to {step}, were bad (train.max_bad_steps): loss "
+            f"{record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}"
+        )
 
 
 class CheckpointFailed(Exception):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamult import environment
 from megamult.config import Config, DataConfig
 from megamult.console import say_error
 from megamult.train.command_line import (
+    EXIT_DIVERGED,
     EXIT_NO_CHECKPOINT,
     EXIT_RESUME,
     EXIT_UNAVAILABLE,
@@ -21,6 +23,12 @@ from megamult.train.command_line import (
     fail_alone,
     parse,
 )
+
+if TYPE_CHECKING:
+    from megamult.train.lock import RunLock
+    from megamult.train.logs import RankLog
+    from megamult.train.progress import Progress
+    from megamult.train.signals import StopRequests
 
 _BEGAN = time.monotonic()
 
@@ -39,75 +47,117 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(config: Config, resolved: str) -> None:
     """Train `config`; `resolved` is what config.yaml will say. Imports what is heavy only once the keys are right."""
-    import torch
-
     # Megatron says at import, on every rank, which optional packages it does without.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    from megamult import parallel
+    from megamult.train.lock import RunLock
+    from megamult.train.logs import RankLog
+    from megamult.train.progress import Progress
+    from megamult.train.signals import StopRequests
+    from megamult.train.watchdog import Watchdog
+
+    mpu = _meet(config)
+    minutes = config.train.max_minutes
+    with contextlib.ExitStack() as stack:
+        log, lock = stack.enter_context(RankLog()), stack.enter_context(RunLock())
+        progress = Progress()
+        if environment.world_size() > 1:
+            watchdog = Watchdog(parallel.store(), 60 * config.parallel.timeout_minutes, log)
+            progress = stack.enter_context(watchdog).progress
+        stop = stack.enter_context(StopRequests(None if minutes is None else _BEGAN + 60 * minutes))
+        code = _train(config, resolved, mpu, progress, log, lock, stop)
+        parallel.destroy()
+    if code:
+        sys.exit(code)
+
+
+def _train(
+    config: Config, resolved: str, mpu: Any, progress: Progress, log: RankLog, lock: RunLock, stop: StopRequests
+) -> int:
+    """The run, from its data to its last checkpoint; the exit code."""
+    import torch
+
     from megamult import parallel
     from megamult.checkpoint import resume
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build, check_deepspeed, parameter_count
-    from megamult.train.loop import CheckpointFailed, Trainer
-    from megamult.train.signals import StopRequests
+    from megamult.train.loop import CheckpointFailed, Diverged, Trainer
 
-    mpu = _meet(config)
-    minutes = config.train.max_minutes
-    with StopRequests(None if minutes is None else _BEGAN + 60 * minutes) as stop:
-        agreed(lambda: check_deepspeed(config, mpu))
-        run_dir = _run_dir(config)
-        tokenizer, vocab_size = agreed(lambda: _vocabulary(config))
-        load = config.checkpoint.load
-        checkpoint = None
-        if load:
-            checkpoint = agreed(
-                lambda: resume.find(
-                    load, run_dir, lambda info: resume.check_fits(info, config, vocab_size, tokenizer.sha256)
-                )
+    main_rank = environment.rank() == 0
+    agreed(lambda: check_deepspeed(config, mpu))
+    run_dir = _run_dir(config)
+    tokenizer, vocab_size = agreed(lambda: _vocabulary(config))
+    load = config.checkpoint.load
+    checkpoint = None
+    # Before the newest checkpoint is looked for: an earlier part of the run may be writing it.
+    progress.at(0, "waiting for the run directory")
+    agreed(lambda: _lock(lock, run_dir))
+    if load:
+        progress.at(0, "looking for a checkpoint")
+        checkpoint = agreed(
+            lambda: resume.find(
+                load, run_dir, lambda info: resume.check_fits(info, config, vocab_size, tokenizer.sha256)
             )
-        ours = None if checkpoint is None else _of_run(checkpoint.path, run_dir)
-        agreed(lambda: _claim(run_dir, load == "latest" or ours is not None))
-        train, valid = agreed(lambda: _datasets(config, tokenizer, run_dir))
-        files = agreed(lambda: _files(resolved, tokenizer, checkpoint))
-        agreed(lambda: _begin(run_dir, resolved, ours))
-        agreed(lambda: _check_shared(run_dir))
-        engine = build(config, vocab_size, mpu)
-        main_rank = torch.distributed.get_rank() == 0
+        )
+    ours = None if checkpoint is None else _of_run(checkpoint.path, run_dir)
+    agreed(lambda: _claim(run_dir, load == "latest" or ours is not None))
+    progress.at(0, "checking the data")
+    train, valid = agreed(lambda: _datasets(config, tokenizer, run_dir))
+    files = agreed(lambda: _files(resolved, tokenizer, checkpoint))
+    agreed(lambda: _begin(run_dir, resolved, ours, lock))
+    agreed(lambda: _check_shared(run_dir))
+    agreed(lambda: log.open(run_dir / "logs"))
+    progress.at(0, "building the model")
+    engine = build(config, vocab_size, mpu)
+    if main_rank:
+        print(
+            f"{parameter_count(engine.model):,} parameters, {torch.distributed.get_world_size()} processes "
+            f"(tensor parallel {config.parallel.tensor}, data parallel {parallel.data_group().size()}), ZeRO "
+            f"{config.parallel.zero_stage}, {config.train.dtype}; writing {run_dir}",
+            flush=True,
+        )
+    trainer = Trainer(config, engine, train, valid, vocab_size, progress)
+    if checkpoint is not None:
+        progress.at(0, "reading the checkpoint")
+        new = agreed(
+            lambda: resume.restore(
+                checkpoint, engine.partition, engine.optimizer, reset_optimizer=config.checkpoint.reset_optimizer
+            )
+        )
+        trainer.resume(checkpoint.info)
         if main_rank:
-            print(
-                f"{parameter_count(engine.model):,} parameters, {torch.distributed.get_world_size()} processes "
-                f"(tensor parallel {config.parallel.tensor}, data parallel {parallel.data_group().size()}), ZeRO "
-                f"{config.parallel.zero_stage}, {config.train.dtype}; writing {run_dir}",
-                flush=True,
-            )
-        trainer = Trainer(config, engine, train, valid, vocab_size)
-        if checkpoint is not None:
-            new = agreed(
-                lambda: resume.restore(
-                    checkpoint, engine.partition, engine.optimizer, reset_optimizer=config.checkpoint.reset_optimizer
-                )
-            )
-            trainer.resume(checkpoint.info)
-            if main_rank:
-                fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
-                step, samples = trainer.step_count, trainer.samples
-                print(f"going on from {checkpoint.path}: step {step}, {samples} sequences{fresh}", flush=True)
-        elif load and main_rank:
-            print(f"no checkpoint in {run_dir / 'checkpoints'} yet: starting anew", flush=True)
-        checkpoints = RunCheckpoints(run_dir, config, vocab_size, tokenizer.sha256, files)
-        failed = None
-        try:
-            reason = trainer.run(run_dir, checkpoints, stop)
-        except CheckpointFailed as error:
-            failed, reason = error, error.reason
-        code = EXIT_NO_CHECKPOINT if failed else EXIT_RESUME if reason else 0
-        if main_rank:
+            fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
+            step, samples = trainer.step_count, trainer.samples
+            print(f"going on from {checkpoint.path}: step {step}, {samples} sequences{fresh}", flush=True)
+    elif load and main_rank:
+        print(f"no checkpoint in {run_dir / 'checkpoints'} yet: starting anew", flush=True)
+    checkpoints = RunCheckpoints(run_dir, config, vocab_size, tokenizer.sha256, files)
+    error, reason, code = None, None, 0
+    try:
+        reason = trainer.run(run_dir, checkpoints, stop)
+        code = EXIT_RESUME if reason else 0
+    except CheckpointFailed as failed:
+        error, reason, code = str(failed), failed.reason, EXIT_NO_CHECKPOINT
+    except Diverged as diverged:
+        error, code = f"{diverged}; {_remedy(run_dir)}", EXIT_DIVERGED
+    if main_rank:
+        if code != EXIT_DIVERGED:
             _conclude(config, vocab_size, trainer, reason, run_dir, code)
-            if failed:
-                say_error(str(failed))
-        torch.distributed.barrier()
-        parallel.destroy()
-    if code:
-        sys.exit(code)
+        if error is not None:
+            say_error(error)
+    progress.at(trainer.step_count, "the end")
+    torch.distributed.barrier()
+    return code
+
+
+def _remedy(run_dir: Path) -> str:
+    """What to do with a run that has diverged."""
+    from megamult.checkpoint import directory
+
+    saved = directory.candidates(run_dir / "checkpoints")
+    if not saved:
+        return "there is no checkpoint from before them; lower optimizer.lr, or lengthen optimizer.warmup_steps"
+    return f"the last checkpoint from before them is {saved[0]}; go on from it with a lower optimizer.lr or other data"
 
 
 def _meet(config: Config) -> Any:
@@ -190,17 +240,25 @@ def _claim(run_dir: Path, resumes: bool) -> None:
         )
 
 
-def _begin(run_dir: Path, resolved: str, checkpoint: Path | None) -> None:
+def _lock(lock: RunLock, run_dir: Path) -> None:
+    """Wait for an earlier part of the run to end, if there is one; on rank 0."""
+    if environment.rank() == 0 and (run_dir / "config.yaml").exists():
+        lock.acquire(run_dir)
+
+
+def _begin(run_dir: Path, resolved: str, checkpoint: Path | None, lock: RunLock) -> None:
     """Make the run directory, write config.yaml, remove what an interrupted save left; on rank 0.
 
     Args:
         checkpoint: of this run, that it goes on from: what came after it counts no more.
+        lock: to be held from now on.
     """
     from megamult.checkpoint import directory
 
     if environment.rank() == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire(run_dir)
             directory.clean(run_dir / "checkpoints")
             if checkpoint is not None:
                 directory.point(checkpoint.parent, checkpoint)

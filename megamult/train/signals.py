@@ -1,8 +1,10 @@
-"""Requests to save and stop: SIGTERM, SIGUSR1 and a time limit, acted on by all ranks at one step."""
+"""Requests to save and stop: signals, the launcher's end, a time limit; acted on by all ranks at one step."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -11,7 +13,12 @@ from typing import Any
 
 import torch
 
+from megamult import launcher
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_ABANDONED = 255
+"""In the place of a signal's number: a launcher above this rank is gone."""
 
 SAME_REQUEST_SECONDS = 5.0
 """Signals that follow the first one within this time are the same request: a scheduler sends one to every process of a
@@ -24,13 +31,15 @@ class StopRequests:
     Signals reach a thread through a pipe that Python's own C handler writes to, so a later one ends the process also
     where the main thread waits in a collective for ever.
 
+    Launchers that pass no signal on leave their ranks behind: that one of those above is gone is a request, too.
+
     Args:
         deadline: of `time.monotonic()`, from which on to stop; None: never.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
         self._deadline = deadline
-        self._asked = 0  # the first signal's number
+        self._asked = 0  # the first signal's number, or _ABANDONED
         self._before: dict[signal.Signals, Any] = {}
         # CPU ranks of its own: a vote waits for no GPU, and meets no other collective.
         self._group = torch.distributed.new_group(backend="gloo")
@@ -40,6 +49,10 @@ class StopRequests:
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._launchers: list[int] = []
+        for process in launcher.launchers():
+            with contextlib.suppress(OSError):  # gone already, or a kernel that cannot tell
+                self._launchers.append(os.pidfd_open(process))
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -53,18 +66,30 @@ class StopRequests:
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)  # ends the thread
         self._thread.join()
-        os.close(self._reader)
+        for descriptor in (self._reader, *self._launchers):
+            os.close(descriptor)
 
     def _watch(self) -> None:
         first = 0.0
-        while received := os.read(self._reader, 1):
-            number, now = received[0], time.monotonic()
-            if number not in SIGNALS:
-                continue
-            if not self._asked:
-                self._asked, first = number, now
-            elif now - first > SAME_REQUEST_SECONDS:
-                os._exit(128 + number)
+        waiting = select.poll()
+        for descriptor in (self._reader, *self._launchers):
+            waiting.register(descriptor, select.POLLIN)
+        while True:
+            for descriptor, _ in waiting.poll():
+                if descriptor != self._reader:
+                    waiting.unregister(descriptor)
+                    number = _ABANDONED
+                elif received := os.read(self._reader, 1):
+                    number = received[0]
+                else:
+                    return
+                now = time.monotonic()
+                if number not in (*SIGNALS, _ABANDONED):
+                    continue
+                if not self._asked:
+                    self._asked, first = number, now
+                elif now - first > SAME_REQUEST_SECONDS and number != _ABANDONED:
+                    os._exit(128 + number)
 
     def agreed(self) -> str | None:
         """Why all ranks should stop now, if one was asked to. Collective."""
@@ -72,6 +97,8 @@ class StopRequests:
         vote = torch.tensor([self._asked, int(late)])
         torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX, group=self._group)
         asked, late_somewhere = vote.tolist()
+        if asked == _ABANDONED:
+            return "the launcher is gone"
         if asked:
             return signal.Signals(asked).name
         return "train.max_minutes" if late_somewhere else None

@@ -1,0 +1,95 @@
+"""What a rank says: into a file of its own, rank 0's on the screen too."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from megamult import environment
+
+
+class _Both(io.TextIOBase):
+    """Writes to the screen and to a file; what redraws a line (a progress bar) goes to the screen alone."""
+
+    def __init__(self, screen: IO[str], file: IO[str]) -> None:
+        self._screen, self._file = screen, file
+
+    def write(self, text: str) -> int:
+        if "\r" not in text:
+            with contextlib.suppress(OSError):  # a full disk
+                self._file.write(text)
+        return self._screen.write(text)
+
+    def flush(self) -> None:
+        self._screen.flush()
+
+    def isatty(self) -> bool:
+        return self._screen.isatty()
+
+    def fileno(self) -> int:
+        return self._screen.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+
+class RankLog:
+    """Standard output and error of this process while it is entered: the screen, until :meth:`open` names a folder.
+
+    Rank 0's file has what Python says; those of the others have also what libraries in C say, as nothing of it reaches
+    the screen any more.
+    """
+
+    def __enter__(self) -> RankLog:
+        self._before = sys.stdout, sys.stderr
+        self._screen: list[int] = []
+        self._file: IO[str] | None = None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is None:
+            return
+        faulthandler.disable()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, screen in zip((1, 2), self._screen, strict=False):
+            os.dup2(screen, number)
+            os.close(screen)
+        sys.stdout, sys.stderr = self._before
+        self._file.close()
+
+    def open(self, folder: Path) -> None:
+        """From now on into `folder`/rank_N.log, after what an earlier part of the run said there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        folder.mkdir(exist_ok=True)
+        path = folder / f"rank_{environment.rank()}.log"
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        faulthandler.enable(self._file)
+        if environment.rank() == 0:
+            sys.stdout, sys.stderr = _Both(sys.stdout, self._file), _Both(sys.stderr, self._file)
+            return
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self._screen = [os.dup(1), os.dup(2)]
+        for number in (1, 2):
+            os.dup2(self._file.fileno(), number)
+
+    def say(self, line: str, on_screen: bool) -> None:
+        """A line into the file and, if asked for or if there is none, on the screen; from any thread, at any time."""
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                os.write(self._file.fileno(), f"{line}\n".encode())
+            if on_screen or self._file is None:
+                os.write(self._screen[1] if self._screen else 2, f"{line}\n".encode())

@@ -1,0 +1,145 @@
+"""Real processes that watch one another, without a model between them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.train.command import REPOSITORY
+
+# What each rank does -> seconds without progress until the run is ended. A minute: no test waits for it.
+PLAYS = {
+    "end, end, end": 60,
+    "wait, wait, fail": 60,
+    "fail, wait": 60,
+    "wait, die, wait": 60,
+    "die, wait, wait": 60,
+    "wait, stop, wait": 3,
+    "stop, wait, wait": 2,
+    "wait, hang": 2,
+    "crawl, wait for the crawler": 8,
+    "wait, leave": 60,
+}
+
+
+@dataclass
+class Ended:
+    """By rank."""
+
+    codes: list[int]
+    screens: list[str]
+    logs: list[str]
+
+
+class Plays:
+    """All of them at once: they mostly wait."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._drivers: dict[str, subprocess.Popen[str]] = {}
+        for number, (parts, timeout) in enumerate(PLAYS.items()):
+            own = folder / str(number)
+            own.mkdir()
+            self._drivers[parts] = subprocess.Popen(
+                [sys.executable, "-m", "tests.train.watched", own, str(timeout), *parts.split(", ")],
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+
+    def __call__(self, parts: str) -> Ended:
+        codes = json.loads(self._drivers[parts].communicate(timeout=120)[0])
+        own = self._folder / str(list(PLAYS).index(parts))
+        screens, logs = (
+            [(own / name.format(rank)).read_text() for rank in range(len(codes))]
+            for name in ("screen_{}", "rank_{}.log")
+        )
+        return Ended(codes, screens, logs)
+
+    def end(self) -> None:
+        for driver in self._drivers.values():
+            driver.kill()
+            driver.wait()
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plays]:
+    plays = Plays(tmp_path_factory.mktemp("plays"))
+    yield plays
+    plays.end()
+
+
+def test_ranks_that_come_to_their_end_leave_in_silence(play: Plays) -> None:
+    ended = play("end, end, end")
+    assert ended.codes == [0, 0, 0]
+    assert ended.screens == ["rank 0 plays end\n", "", ""], "rank 0's on the screen"
+    assert ended.logs == [f"rank {rank} plays end\n" for rank in range(3)], "every rank's in its own file"
+
+
+def test_the_traceback_of_a_rank_that_fails_is_on_rank_0s_screen_once_and_all_end(play: Plays) -> None:
+    ended = play("wait, wait, fail")
+    assert ended.codes == [70, 70, 1]
+    screen = ended.screens[0]
+    assert screen.count("Traceback") == 1 and screen.count("LookupError: no such token") == 2
+    first, last = screen.index("Traceback"), screen.splitlines()[-1]
+    assert first < screen.index(last)
+    assert "rank 2 on " in last and last.endswith("failed at step 3, step: LookupError: no such token")
+    assert ended.screens[1] == ended.screens[2] == "", "one screen, one message"
+    assert ended.logs[1].splitlines()[-1].endswith("LookupError: no such token")
+    assert "Traceback" in ended.logs[2]
+
+
+def test_rank_0s_own_failure_is_said_once(play: Plays) -> None:
+    ended = play("fail, wait")
+    assert ended.codes == [1, 70]
+    assert ended.screens[0].count("Traceback") == 1 and ended.screens[1] == ""
+    assert "rank 0 on " in ended.logs[1] and "LookupError" in ended.logs[1]
+
+
+def test_a_killed_rank_is_named_at_once_and_all_end(play: Plays) -> None:
+    ended = play("wait, die, wait")
+    assert ended.codes == [70, -9, 70]
+    assert "rank 1 on " in ended.screens[0].splitlines()[-1] and "killed" in ended.screens[0]
+
+
+def test_when_rank_0_is_killed_the_next_one_says_so_on_its_screen(play: Plays) -> None:
+    ended = play("die, wait, wait")
+    assert ended.codes == [-9, 70, 70]
+    assert "rank 0 on 127.0.0.1 is gone" in ended.screens[1] and ended.screens[2] == ""
+
+
+def test_a_stopped_rank_is_the_late_one_and_ended_too(play: Plays) -> None:
+    ended = play("wait, stop, wait")
+    assert ended.codes == [70, -9, 70]
+    assert "no progress for 3 s" in ended.screens[0]
+    assert "the late: rank 1 on " in ended.screens[0] and "does not answer" in ended.screens[0]
+    assert ended.screens[0].count("_never_ends") >= 1, "the stacks of those that wait"
+    assert "rank 0, 2 at step 4, all_reduce:" in ended.screens[0]
+
+
+def test_when_rank_0_is_stopped_the_others_end_by_themselves(play: Plays) -> None:
+    ended = play("stop, wait, wait")
+    assert ended.codes[1:] == [70, 70]
+    assert "rank 0 on 127.0.0.1 has not answered" in ended.screens[1]
+
+
+def test_who_has_got_least_far_is_late_though_all_answer(play: Plays) -> None:
+    ended = play("wait, hang")
+    assert ended.codes == [70, 70]
+    assert "the late: rank 1 on " in ended.screens[0] and "at step 4, what the others wait for" in ended.screens[0]
+
+
+def test_nobody_is_ended_while_one_rank_still_gets_further(play: Plays) -> None:
+    ended = play("crawl, wait for the crawler")
+    assert ended.codes == [0, 0], ended.screens
+
+
+def test_a_rank_that_leaves_alone_ends_the_others(play: Plays) -> None:
+    ended = play("wait, leave")
+    assert ended.codes == [70, 2] and "left with an error" in ended.screens[0]

@@ -1,0 +1,91 @@
+"""Ranks that only watch and are watched: `python -m tests.train.watched FOLDER TIMEOUT PART...`, a part for each.
+
+Prints their exit codes; screen_N in FOLDER has what each said on the screen, rank_N.log is its log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from megamult import environment, rendezvous
+from megamult.train.logs import RankLog
+from megamult.train.watchdog import Watchdog
+from tests.distributed import free_port
+
+
+def main(folder: Path, timeout: float, part: str) -> None:
+    """Step for a while; then, by `part`, what a rank does: end, fail, die, stop, hang, crawl, leave."""
+    store, _ = rendezvous.meet(60)
+    with RankLog() as log, Watchdog(store, timeout, log) as watchdog:
+        log.open(folder)
+        for step in range(1, 4):
+            watchdog.at(step, "step")
+            time.sleep(0.1)
+        print(f"rank {environment.rank()} plays {part}")
+        if part == "fail":
+            raise LookupError("no such token")
+        if part == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if part == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if part == "leave":
+            sys.exit(2)
+        if part == "hang":
+            watchdog.at(4, "what the others wait for")
+            _never_ends()
+        if part == "wait":
+            watchdog.at(4, "what the others wait for")
+            watchdog.at(4, "all_reduce")
+            _never_ends()
+        if part == "crawl":
+            for _ in range(15):
+                watchdog.at(4, "a long way")
+                time.sleep(timeout / 5)
+        if part == "wait for the crawler":
+            time.sleep(3 * timeout)
+
+
+def _never_ends() -> None:
+    while True:
+        time.sleep(0.1)
+
+
+def _fork(rank: int, size: int, port: int, folder: Path, timeout: float, part: str) -> int:
+    process = os.fork()  # one import for all ranks
+    if process:
+        return process
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    screen = os.open(folder / f"screen_{rank}", os.O_WRONLY | os.O_CREAT)
+    for number in (1, 2):
+        os.dup2(screen, number)
+    code = 1
+    try:
+        main(folder, timeout, part)
+        code = 0
+    except SystemExit as left:
+        code = int(left.code or 0)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _all(folder: Path, timeout: float, parts: list[str]) -> None:
+    port = free_port()
+    ranks = [_fork(rank, len(parts), port, folder, timeout, part) for rank, part in enumerate(parts)]
+    codes = {}
+    for process in ranks[1:]:
+        codes[process] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if parts[0] == "stop":
+        os.kill(ranks[0], signal.SIGKILL)  # as its launcher would in the end
+    codes[ranks[0]] = os.waitstatus_to_exitcode(os.waitpid(ranks[0], 0)[1])
+    print(json.dumps([codes[process] for process in ranks]))
+
+
+if __name__ == "__main__":
+    _all(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
