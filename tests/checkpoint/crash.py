@@ -107,21 +107,23 @@ def live_and_die(run_dir: Path, command: list[str], draw: random.Random, inside_
     return Life(how, before, newest(run_dir), outcome)
 
 
-def stop(run_dir: Path, command: list[str], draw: random.Random, everyone: bool) -> Life:
-    """Start, and ask one rank to save and stop, or all of them twice, as a scheduler and a launcher together do."""
+def stop(run_dir: Path, command: list[str], draw: random.Random, whom: str) -> Life:
+    """Start, and ask for a save and an end: one rank; all of them twice, as a scheduler and a launcher together do; or
+    the launcher, which passes nothing on."""
     before = newest(run_dir)
     ready = stepping(run_dir)
     launch = Launch(command, processes=2)
     wait_for(ready, launch, "step")
     time.sleep(draw.uniform(0.0, 1.0))
     ranks = launch.ranks()
-    for pid in [*ranks, *ranks] if everyone else [draw.choice(ranks)]:
-        os.kill(pid, signal.SIGTERM if everyone else signal.SIGUSR1)
+    asked = {"one rank": [draw.choice(ranks)], "all ranks, twice": ranks * 2, "the launcher": [launch.process.pid]}
+    number = signal.SIGUSR1 if whom == "one rank" else signal.SIGTERM
+    for pid in asked[whom]:
+        os.kill(pid, number)
     outcome = launch.wait()
-    assert outcome.code == EXIT_RESUME and outcome.left == [], outcome
+    assert outcome.code == (-number if whom == "the launcher" else EXIT_RESUME) and outcome.left == [], outcome
     assert newest(run_dir) == f"step_{max(losses(run_dir))}", "it saves the step that it has just done"
-    how = "SIGTERM to all ranks, twice" if everyone else "SIGUSR1 to one rank"
-    return Life(how, before, newest(run_dir), outcome)
+    return Life(f"{number.name} to {whom}", before, newest(run_dir), outcome)
 
 
 def damage_newest(checkpoints: Path) -> tuple[str, str]:
@@ -147,7 +149,8 @@ def crash(folder: Path, kills: int, steps: int, seed: int = 0) -> list[Life]:
     whole = start(arguments(prefix, folder / "whole", steps), processes=2, timeout=600)
     assert whole.code == 0, whole.text
     command = arguments(prefix, folder / "killed", steps)
-    lives = [stop(folder / "killed", command, draw, everyone) for everyone in (False, True)]
+    asked = ("one rank", "all ranks, twice", "the launcher")
+    lives = [stop(folder / "killed", command, draw, whom) for whom in asked]
     lives += [
         live_and_die(folder / "killed", command, draw, inside_save=i % 2 == 0, everyone=i % 4 >= 2)
         for i in range(kills)
