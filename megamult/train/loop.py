@@ -22,7 +22,7 @@ from megamult.monitor.writers import Writers
 from megamult.optim.schedule import lr_factor
 from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.engine import Engine
-from megamult.train.progress import Progress
+from megamult.train.progress import ON_FILES, Progress
 from megamult.train.signals import StopRequests
 
 
@@ -84,6 +84,7 @@ class Trainer:
         began = time.perf_counter()
         config, step, first = self.config, self.step_count, self.samples
         batch = config.train.global_batch_size
+        self._progress.at(step + 1, "samples", ON_FILES)
         self._train.prepare(first, first + batch, torch.distributed.barrier)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(step, config.train.steps, config.optimizer)
@@ -120,6 +121,7 @@ class Trainer:
         assert self._valid is not None
         config = self.config
         batch = config.train.global_batch_size
+        self._progress.at(self.step_count, "samples of the evaluation", ON_FILES)
         self._valid.prepare(0, config.train.eval_batches * batch, torch.distributed.barrier)
         self.engine.deepspeed.eval()
         loss = torch.zeros((), device=device.local_device())
@@ -202,12 +204,12 @@ class Trainer:
                 unsaved |= checkpoints.due(self.step_count)
                 if last or reason or (unsaved and not self.bad_steps):
                     unsaved = False
-                    self._progress.at(self.step_count, "checkpoint")
+                    self._progress.at(self.step_count, "checkpoint", ON_FILES)
                     data, figures = self._train.state_dict(), dict(self.figures)
                     outcome = checkpoints.save(self.engine, self.step_count, self.samples, data, figures)
                     _report(out, outcome)
                     self._progress.at(self.step_count, "after the checkpoint")
-            self._progress.at(self.step_count, "the last checkpoint's end")
+            self._progress.at(self.step_count, "the last checkpoint's end", ON_FILES)
             awaited = checkpoints.wait()
             _report(out, awaited)
         outcome = awaited or outcome

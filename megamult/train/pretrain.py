@@ -82,6 +82,7 @@ def _train(
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build, check_deepspeed, parameter_count
     from megamult.train.loop import CheckpointFailed, Diverged, Trainer
+    from megamult.train.progress import ON_FILES
 
     main_rank = environment.rank() == 0
     agreed(lambda: check_deepspeed(config, mpu))
@@ -90,10 +91,10 @@ def _train(
     load = config.checkpoint.load
     checkpoint = None
     # Before the newest checkpoint is looked for: an earlier part of the run may be writing it.
-    progress.at(0, "waiting for the run directory")
+    progress.at(0, "waiting for the run directory", ON_FILES)
     agreed(lambda: _lock(lock, run_dir))
     if load:
-        progress.at(0, "looking for a checkpoint")
+        progress.at(0, "looking for a checkpoint", ON_FILES)
         checkpoint = agreed(
             lambda: resume.find(
                 load, run_dir, lambda info: resume.check_fits(info, config, vocab_size, tokenizer.sha256)
@@ -101,7 +102,7 @@ def _train(
         )
     ours = None if checkpoint is None else _of_run(checkpoint.path, run_dir)
     agreed(lambda: _claim(run_dir, load == "latest" or ours is not None))
-    progress.at(0, "checking the data")
+    progress.at(0, "checking the data", ON_FILES)
     train, valid = agreed(lambda: _datasets(config, tokenizer, run_dir))
     files = agreed(lambda: _files(resolved, tokenizer, checkpoint))
     agreed(lambda: _begin(run_dir, resolved, ours, lock))
@@ -118,7 +119,7 @@ def _train(
         )
     trainer = Trainer(config, engine, train, valid, vocab_size, progress)
     if checkpoint is not None:
-        progress.at(0, "reading the checkpoint")
+        progress.at(0, "reading the checkpoint", ON_FILES)
         new = agreed(
             lambda: resume.restore(
                 checkpoint, engine.partition, engine.optimizer, reset_optimizer=config.checkpoint.reset_optimizer
@@ -163,12 +164,14 @@ def _remedy(run_dir: Path) -> str:
 def _meet(config: Config) -> Any:
     """Process groups over all ranks, or the end of this one."""
     from megamult import parallel, rendezvous
+    from megamult.train.progress import ON_FILES
 
     chosen = config.parallel
     try:
         return parallel.initialize(
             chosen.tensor,
-            timeout_minutes=chosen.timeout_minutes,
+            # The watchdog comes first; alone, a group's own timeout would also end who waits for work on files.
+            timeout_minutes=chosen.timeout_minutes + ON_FILES / 60,
             rendezvous_seconds=chosen.rendezvous_seconds,
             across_nodes=chosen.tensor_across_nodes,
         )

@@ -23,6 +23,9 @@ class Place:
         return f"step {self.step}, {self.doing}"
 
 
+ON_FILES = 2 * 3600.0
+"""Grace in seconds for work on files, which no peer can hold up, and which a loaded file system may."""
+
 START = Place(0, "start-up", 0)
 
 
@@ -34,10 +37,14 @@ class Progress:
         self._place = START
         self._since = time.monotonic()
 
-    def at(self, step: int, doing: str) -> None:
-        """The main thread begins something: so far it has got further."""
+    def at(self, step: int, doing: str, grace: float = 0.0) -> None:
+        """The main thread begins something: so far it has got further.
+
+        Args:
+            grace: seconds for which it does not count as standing.
+        """
         self._place = Place(step, doing, self._place.count + 1)
-        self._since = time.monotonic()
+        self._since = time.monotonic() + grace
 
     def forgive(self, seconds: float) -> None:
         """Time in which the whole process was stopped does not count."""
@@ -49,7 +56,7 @@ class Progress:
         return self._place
 
     def standing(self) -> float:
-        """Seconds since then."""
+        """Seconds since then; negative within its grace."""
         return time.monotonic() - self._since
 
     def report(self) -> dict[str, Any]:

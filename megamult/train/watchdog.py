@@ -31,6 +31,7 @@ from megamult.train.progress import Progress
 EXIT_WATCHDOG = 70
 """The run was ended because a rank died or stood still (EX_SOFTWARE)."""
 
+_CONNECT_SECONDS = 30.0
 _HEARTBEAT_SECONDS = 10.0
 _LEAVE_SECONDS = 5.0
 """For which the ends of ranks may lie apart."""
@@ -59,6 +60,7 @@ class Watchdog:
         self._loop = asyncio.new_event_loop()
         self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._connected = threading.Event()
         self._over = threading.Event()  # everywhere, and in order
         self._ended = threading.Event()  # by a verdict
         self._guilty: list[int] = []
@@ -66,6 +68,11 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
+        if not self._connected.wait(_CONNECT_SECONDS):
+            raise ConnectionError(
+                f"rank {self._rank} on {environment.host()} reached rank 0 at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']}, but not at its port {self._port}: let ranks reach one another at any port"
+            )
         return self
 
     def __exit__(
@@ -105,6 +112,7 @@ class Watchdog:
         reader, writer = await asyncio.open_connection(os.environ["MASTER_ADDR"], self._port, limit=_LINE_BYTES)
         hello = {"rank": self._rank, "host": environment.host(), "pid": os.getpid(), "where": _where()}
         send(writer, {"token": self._token, **hello})
+        self._connected.set()
         tasks = [asyncio.ensure_future(each) for each in (self._speak(writer), self._clock(writer))]
         await self._listen(reader)
         for task in tasks:
