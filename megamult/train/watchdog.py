@@ -71,7 +71,7 @@ class Watchdog:
         if not self._connected.wait(_CONNECT_SECONDS):
             raise ConnectionError(
                 f"rank {self._rank} on {environment.host()} reached rank 0 at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']}, but not at its port {self._port}: let ranks reach one another at any port"
+                f"{os.environ['MASTER_PORT']}, but not at its port {self._port}: let ranks reach each other at any port"
             )
         return self
 
