@@ -188,7 +188,7 @@ class ParallelConfig:
     """DeepSpeed ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters."""
     tensor_across_nodes: bool = False
     """Let the ranks of a tensor-parallel group run on several nodes, with every layer's collectives on the network."""
-    rendezvous_seconds: float = 50.0
+    rendezvous_seconds: float = 45.0
     """Seconds within which all processes must have come together; a host that is down is named then."""
     timeout_minutes: float = 10.0
     """Minutes without any progress (a micro-batch, an evaluation, a part of start-up) after which the run is ended,

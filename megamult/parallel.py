@@ -35,8 +35,8 @@ class ModelParallelUnit:
 def initialize(
     tensor: int,
     timeout_minutes: float = 10.0,
-    rendezvous_seconds: float = 50.0,
     across_nodes: bool = False,
+    meeting: rendezvous.Meeting | None = None,
 ) -> ModelParallelUnit:
     """Create torch.distributed (if it is not there yet) and the tensor- and data-parallel groups (unless they are).
 
@@ -44,8 +44,8 @@ def initialize(
         tensor: tensor-parallel size; must divide the number of processes. Ranks of one tensor-parallel group are
             consecutive, so they share a node wherever a node's processes are a multiple of it.
         timeout_minutes: after which a collective that a peer never joins ends the process.
-        rendezvous_seconds: for which the first process waits for the last one to come.
         across_nodes: let a tensor-parallel group span nodes.
+        meeting: of all processes; None: they meet now.
 
     Raises:
         ValueError: the sizes do not fit, or a tensor-parallel group would span nodes.
@@ -61,13 +61,13 @@ def initialize(
     import deepspeed
 
     if not torch.distributed.is_initialized():
-        store, machines = rendezvous.meet(rendezvous_seconds)
+        meeting = meeting or rendezvous.meet(rendezvous.SECONDS)
         if not across_nodes:
-            _check_nodes(machines, tensor)
+            _check_nodes(meeting.machines, tensor)
         timeout = datetime.timedelta(minutes=timeout_minutes)
         torch.distributed.init_process_group(
             device.backend(),
-            store=store,
+            store=meeting.store,
             rank=environment.rank(),
             world_size=processes,
             timeout=timeout,
@@ -152,11 +152,6 @@ def destroy() -> None:
 def tensor_group() -> torch.distributed.ProcessGroup:
     """The tensor-parallel group of this rank."""
     return parallel_state.get_tensor_model_parallel_group()
-
-
-def store() -> torch.distributed.Store:  # type: ignore[name-defined]
-    """The key-value store that all ranks share."""
-    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def data_group() -> torch.distributed.ProcessGroup:

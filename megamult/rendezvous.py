@@ -7,10 +7,15 @@ import datetime
 import json
 import os
 import time
+from dataclasses import dataclass
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megamult import environment, launcher
+
+SECONDS = 45.0
+"""For which to wait, if nothing else is asked for: with the launcher's own start a host that is down is named within a
+minute."""
 
 
 class NobodyThere(Exception):
@@ -21,14 +26,21 @@ class NobodyThere(Exception):
         self.rank_0_is_missing = rank_0_is_missing
 
 
-def meet(seconds: float) -> tuple[Store, list[str]]:
+@dataclass(frozen=True)
+class Meeting:
+    """All processes of a launch."""
+
+    store: Store
+    """That they share."""
+    machines: list[str]
+    """Of each rank (:func:`megamult.environment.machine`)."""
+
+
+def meet(seconds: float) -> Meeting:
     """Wait until every process has come to rank 0's store. Collective over all ranks.
 
     Args:
         seconds: for which to wait.
-
-    Returns:
-        The store, and the name of the machine of each rank (:func:`megamult.environment.machine`).
 
     Raises:
         NobodyThere: on every rank that is here: who did not come, on which hosts; on a rank that finds nobody: that.
@@ -57,7 +69,7 @@ def meet(seconds: float) -> tuple[Store, list[str]]:
     for each in met["came"]:
         if "problem" in each:
             raise ValueError(each["problem"])
-    return store, [each["machine"] for each in met["came"]]
+    return Meeting(store, [each["machine"] for each in met["came"]])
 
 
 def excuse(problem: str) -> None:

@@ -101,7 +101,7 @@ if what == "excuse":
     rendezvous.excuse("no such file")
     sys.exit()
 try:
-    print(rendezvous.meet(float(sys.argv[2]))[1])
+    print(rendezvous.meet(float(sys.argv[2])).machines)
 except (rendezvous.NobodyThere, ValueError) as error:
     print(type(error).__name__, error, sep=": ")
 """

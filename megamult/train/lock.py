@@ -13,6 +13,8 @@ from typing import IO
 
 from megamult import environment
 
+LOCK = "lock"
+
 PATIENCE_SECONDS = 120.0
 """An earlier part of the run may still be saving, or its file server may not have noticed yet that its node is down."""
 
@@ -31,7 +33,7 @@ class RunLock:
         """
         if self._file is not None:
             return
-        file = (run_dir / "lock").open("a+", encoding="utf-8")
+        file = (run_dir / LOCK).open("a+", encoding="utf-8")
         deadline, told = time.monotonic() + PATIENCE_SECONDS, False
         while True:
             try:

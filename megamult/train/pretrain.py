@@ -25,6 +25,7 @@ from megamult.train.command_line import (
 )
 
 if TYPE_CHECKING:
+    from megamult.rendezvous import Meeting
     from megamult.train.lock import RunLock
     from megamult.train.logs import RankLog
     from megamult.train.progress import Progress
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(config: Config, resolved: str) -> None:
     """Train `config`; `resolved` is what config.yaml will say. Imports what is heavy only once the keys are right."""
+    meeting = _meet(config.parallel.rendezvous_seconds)
     # Megatron says at import, on every rank, which optional packages it does without.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     from megamult import parallel
@@ -56,13 +58,13 @@ def run(config: Config, resolved: str) -> None:
     from megamult.train.signals import StopRequests
     from megamult.train.watchdog import Watchdog
 
-    mpu = _meet(config)
+    mpu = _groups(config, meeting)
     minutes = config.train.max_minutes
     with contextlib.ExitStack() as stack:
         log, lock = stack.enter_context(RankLog()), stack.enter_context(RunLock())
         progress = Progress()
         if environment.world_size() > 1:
-            watchdog = Watchdog(parallel.store(), 60 * config.parallel.timeout_minutes, log)
+            watchdog = Watchdog(meeting.store, 60 * config.parallel.timeout_minutes, log)
             progress = stack.enter_context(watchdog).progress
         stop = stack.enter_context(StopRequests(None if minutes is None else _BEGAN + 60 * minutes))
         code = _train(config, resolved, mpu, progress, log, lock, stop)
@@ -161,9 +163,24 @@ def _remedy(run_dir: Path) -> str:
     return f"the last checkpoint from before them is {saved[0]}; go on from it with a lower optimizer.lr or other data"
 
 
-def _meet(config: Config) -> Any:
-    """Process groups over all ranks, or the end of this one."""
-    from megamult import parallel, rendezvous
+def _meet(seconds: float) -> Meeting:
+    """All processes come together, or this one ends. What they import is little: a host that is down is named soon."""
+    from megamult import rendezvous
+
+    try:
+        return rendezvous.meet(seconds)
+    except ValueError as error:
+        fail(str(error))
+    except rendezvous.NobodyThere as error:
+        # Who is missing, rank 0 says; that rank 0 is, one rank of each node.
+        if environment.rank() == 0 or (error.rank_0_is_missing and environment.local_rank() == 0):
+            say_error(str(error))
+        sys.exit(EXIT_UNAVAILABLE)
+
+
+def _groups(config: Config, meeting: Meeting) -> Any:
+    """Process groups over all ranks."""
+    from megamult import parallel
     from megamult.train.progress import ON_FILES
 
     chosen = config.parallel
@@ -172,16 +189,11 @@ def _meet(config: Config) -> Any:
             chosen.tensor,
             # The watchdog comes first; alone, a group's own timeout would also end who waits for work on files.
             timeout_minutes=chosen.timeout_minutes + ON_FILES / 60,
-            rendezvous_seconds=chosen.rendezvous_seconds,
             across_nodes=chosen.tensor_across_nodes,
+            meeting=meeting,
         )
     except ValueError as error:
         fail(str(error))
-    except rendezvous.NobodyThere as error:
-        # Who is missing, rank 0 says; that rank 0 is, one rank of each node.
-        if environment.rank() == 0 or (error.rank_0_is_missing and environment.local_rank() == 0):
-            say_error(str(error))
-        sys.exit(EXIT_UNAVAILABLE)
 
 
 def _conclude(config: Config, vocab_size: int, trainer: Any, reason: str | None, run_dir: Path, code: int) -> None:
@@ -245,7 +257,9 @@ def _claim(run_dir: Path, resumes: bool) -> None:
 
 def _lock(lock: RunLock, run_dir: Path) -> None:
     """Wait for an earlier part of the run to end, if there is one; on rank 0."""
-    if environment.rank() == 0 and (run_dir / "config.yaml").exists():
+    from megamult.train.lock import LOCK
+
+    if environment.rank() == 0 and (run_dir / LOCK).exists():
         lock.acquire(run_dir)
 
 

@@ -140,19 +140,29 @@ def answers(cases: list[list[str]]) -> list[tuple[object, str]]:
     One process asks many times: its torch.distributed outlives each case (DeepSpeed starts it once per process), and
     nobody waits for a launcher.
     """
-    from megamult import parallel
+    from torch.distributed import PrefixStore
+
+    from megamult import environment, parallel, rendezvous
     from megamult.train import command_line, pretrain
 
+    environment.set_defaults()
+    all_here = rendezvous.meet(60.0)
     found: list[tuple[object, str]] = []
-    with mock.patch.object(parallel, "destroy"), mock.patch.object(command_line, "_HEAD_START_SECONDS", 0.0):
-        for case in cases:
-            stream, code = io.StringIO(), None
-            with contextlib.redirect_stderr(stream):
-                try:
-                    pretrain.main(case)
-                except SystemExit as exit_:
-                    code = exit_.code
-                except BaseException:
-                    code = traceback.format_exc()
-            found.append((code, stream.getvalue()))
+    for number, case in enumerate(cases):
+        # As if the processes had just been started for it.
+        meeting = rendezvous.Meeting(PrefixStore(f"case {number}", all_here.store), all_here.machines)
+        stream, code = io.StringIO(), None
+        with (
+            mock.patch.object(parallel, "destroy"),
+            mock.patch.object(command_line, "_HEAD_START_SECONDS", 0.0),
+            mock.patch.object(pretrain, "_meet", return_value=meeting),
+            contextlib.redirect_stderr(stream),
+        ):
+            try:
+                pretrain.main(case)
+            except SystemExit as exit_:
+                code = exit_.code
+            except BaseException:
+                code = traceback.format_exc()
+        found.append((code, stream.getvalue()))
     return found

@@ -20,7 +20,7 @@ from tests.distributed import free_port
 
 def main(folder: Path, timeout: float, part: str) -> None:
     """Step for a while; then, by `part`, what a rank does: end, fail, die, stop, hang, crawl, leave."""
-    store, _ = rendezvous.meet(60)
+    store = rendezvous.meet(60).store
     with RankLog() as log, Watchdog(store, timeout, log) as watchdog:
         log.open(folder)
         for step in range(1, 4):
