@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megamult.train import verdict
-from megamult.train.progress import Place
+from megamult.train.progress import Place, Progress
 from megamult.train.verdict import Peer
 
 ANSWER_SECONDS = 5.0
@@ -42,10 +42,11 @@ class Hub:
         token: without which nobody is heard.
         size: number of ranks.
         timeout: seconds without progress of any rank, after which the run is ended.
+        progress: rank 0's own.
     """
 
-    def __init__(self, token: str, size: int, timeout: float) -> None:
-        self._token, self._size, self._timeout = token, size, timeout
+    def __init__(self, token: str, size: int, timeout: float, progress: Progress) -> None:
+        self._token, self._size, self._timeout, self._progress = token, size, timeout, progress
         self._ranks: dict[int, _Connection] = {}
         self._lost: list[Peer] = []
         self._failed: dict[int, str] = {}
@@ -126,7 +127,8 @@ class Hub:
     def _death(self) -> None:
         if self._ended:
             return
-        why, guilty = verdict.died(self._lost, self._failed, {r: each.peer for r, each in self._ranks.items()})
+        peers = {number: each.peer for number, each in self._ranks.items()}
+        why, guilty = verdict.died(self._lost, self._failed, peers, self._progress.place)
         for number in guilty:
             if number != 0 and number in self._failed:  # rank 0 says its own
                 print(f"{self._ranks[number].peer}:\n{self._failed[number]}", end="", file=sys.stderr)

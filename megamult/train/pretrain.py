@@ -64,7 +64,7 @@ def run(config: Config, resolved: str) -> None:
         log, lock = stack.enter_context(RankLog()), stack.enter_context(RunLock())
         progress = Progress()
         if environment.world_size() > 1:
-            watchdog = Watchdog(meeting.store, 60 * config.parallel.timeout_minutes, log)
+            watchdog = Watchdog(meeting, 60 * config.parallel.timeout_minutes, log)
             progress = stack.enter_context(watchdog).progress
         stop = stack.enter_context(StopRequests(None if minutes is None else _BEGAN + 60 * minutes))
         code = _train(config, resolved, mpu, progress, log, lock, stop)

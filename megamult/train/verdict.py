@@ -37,7 +37,9 @@ def ranks(numbers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
-def died(lost: Sequence[Peer], failed: Mapping[int, str], peers: Mapping[int, Peer]) -> tuple[str, list[int]]:
+def died(
+    lost: Sequence[Peer], failed: Mapping[int, str], peers: Mapping[int, Peer], here: Place
+) -> tuple[str, list[int]]:
     """One line on whose death ended the run, and their ranks.
 
     Args:
@@ -45,11 +47,11 @@ def died(lost: Sequence[Peer], failed: Mapping[int, str], peers: Mapping[int, Pe
             what came of it.
         failed: rank -> traceback, in the order in which they were told.
         peers: all ranks.
+        here: where rank 0 is.
     """
     if lost:
-        who = ", ".join(f"{peer}, last heard of at {peer.place}" for peer in lost[:8])
-        more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
-        return f"{who}{more}: killed, or gone without a word", [peer.rank for peer in lost]
+        who = ", ".join(map(str, lost[:8])) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+        return f"{who} was killed, or went without a word, with rank 0 at {here}", [peer.rank for peer in lost]
     rank, text = next(iter(failed.items()))
     peer = peers[rank]
     return f"{peer} failed at {peer.place}: {text.strip().splitlines()[-1]}", [rank]

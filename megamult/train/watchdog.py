@@ -21,9 +21,8 @@ import traceback
 from types import TracebackType
 from typing import Any, NoReturn
 
-from torch.distributed import Store  # type: ignore[attr-defined]
-
 from megamult import environment
+from megamult.rendezvous import Meeting
 from megamult.train.hub import ANSWER_SECONDS, Hub, send
 from megamult.train.logs import RankLog
 from megamult.train.progress import Progress
@@ -43,20 +42,21 @@ class Watchdog:
     """Watches while it is entered; entering and leaving are collective over all ranks.
 
     Args:
-        store: that all ranks share; it tells them where rank 0 listens.
+        meeting: of all ranks; its store tells them where rank 0 listens.
         timeout_seconds: without progress of any rank, after which the run is ended.
         log: of this rank.
     """
 
-    def __init__(self, store: Store, timeout_seconds: float, log: RankLog) -> None:
+    def __init__(self, meeting: Meeting, timeout_seconds: float, log: RankLog) -> None:
         self.progress = Progress()
         self._timeout, self._log = timeout_seconds, log
         self._rank = environment.rank()
+        self._host_of_rank_0 = meeting.machines[0].split()[0]
         self._listener: socket.socket | None = None
         if self._rank == 0:
             self._listener = _listen(os.environ["MASTER_ADDR"])
-            store.set("watchdog", json.dumps([self._listener.getsockname()[1], secrets.token_hex(16)]))
-        self._port, self._token = json.loads(store.get("watchdog"))
+            meeting.store.set("watchdog", json.dumps([self._listener.getsockname()[1], secrets.token_hex(16)]))
+        self._port, self._token = json.loads(meeting.store.get("watchdog"))
         self._loop = asyncio.new_event_loop()
         self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -107,7 +107,7 @@ class Watchdog:
 
     async def _run(self) -> None:
         if self._listener is not None:
-            hub = Hub(self._token, environment.world_size(), self._timeout)
+            hub = Hub(self._token, environment.world_size(), self._timeout, self.progress)
             server = await asyncio.start_server(hub.serve, sock=self._listener, limit=_LINE_BYTES)
         reader, writer = await asyncio.open_connection(os.environ["MASTER_ADDR"], self._port, limit=_LINE_BYTES)
         hello = {"rank": self._rank, "host": environment.host(), "pid": os.getpid(), "where": _where()}
@@ -167,9 +167,8 @@ class Watchdog:
     def _without_rank_0(self, what: str) -> NoReturn:
         """Every rank decides by itself; the first of each node, or the next one, says so on the screen."""
         self._guilty = [0]
-        address = os.environ["MASTER_ADDR"]
         speaks = self._rank == 1 or environment.local_rank() == 0
-        self._end(f"rank 0 on {address} {what}, at {self.progress.place} of this rank", [], on_screen=speaks)
+        self._end(f"rank 0 on {self._host_of_rank_0} {what}; this rank was at {self.progress.place}", [], speaks)
 
     def _end(self, why: str, kill: list[list[Any]], on_screen: bool) -> NoReturn:
         self._ended.set()

@@ -22,15 +22,17 @@ def test_ranks_are_said_in_ranges(numbers: list[int], text: str) -> None:
 def test_a_rank_gone_without_a_word_is_blamed_before_those_that_failed_of_it() -> None:
     peers = {rank: peer(rank) for rank in range(3)}
     told = {0: "Traceback\nRuntimeError: Connection closed by peer\n"}
-    why, guilty = died([peers[2]], told, peers)
+    why, guilty = died([peers[2]], told, peers, Place(8, "micro-batch 8", 9))
     assert guilty == [2]
-    assert why.startswith("rank 2 on n2 (process 102), last heard of at step 7, micro-batch 7: killed")
+    assert why == (
+        "rank 2 on n2 (process 102) was killed, or went without a word, with rank 0 at step 8, micro-batch 8"
+    )
 
 
 def test_of_ranks_that_failed_the_first_is_blamed_with_its_last_line() -> None:
     peers = {rank: peer(rank) for rank in range(3)}
     told = {2: "Traceback\n  File x\nValueError: no such token\n", 0: "Traceback\nRuntimeError: closed\n"}
-    why, guilty = died([], told, peers)
+    why, guilty = died([], told, peers, Place(8, "micro-batch 8", 9))
     assert (why, guilty) == (
         "rank 2 on n2 (process 102) failed at step 7, micro-batch 7: ValueError: no such token",
         [2],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megamult import environment
 from tests.train.command import REPOSITORY
 
 # What each rank does -> seconds without progress until the run is ended. A minute: no test waits for it.
@@ -111,7 +112,7 @@ def test_a_killed_rank_is_named_at_once_and_all_end(play: Plays) -> None:
 def test_when_rank_0_is_killed_the_next_one_says_so_on_its_screen(play: Plays) -> None:
     ended = play("die, wait, wait")
     assert ended.codes == [-9, 70, 70]
-    assert "rank 0 on 127.0.0.1 is gone" in ended.screens[1] and ended.screens[2] == ""
+    assert f"rank 0 on {environment.host()} is gone" in ended.screens[1] and ended.screens[2] == ""
 
 
 def test_a_stopped_rank_is_the_late_one_and_ended_too(play: Plays) -> None:
@@ -126,7 +127,7 @@ def test_a_stopped_rank_is_the_late_one_and_ended_too(play: Plays) -> None:
 def test_when_rank_0_is_stopped_the_others_end_by_themselves(play: Plays) -> None:
     ended = play("stop, wait, wait")
     assert ended.codes[1:] == [70, 70]
-    assert "rank 0 on 127.0.0.1 has not answered" in ended.screens[1]
+    assert f"rank 0 on {environment.host()} has not answered" in ended.screens[1]
 
 
 def test_who_has_got_least_far_is_late_though_all_answer(play: Plays) -> None:

@@ -20,8 +20,8 @@ from tests.distributed import free_port
 
 def main(folder: Path, timeout: float, part: str) -> None:
     """Step for a while; then, by `part`, what a rank does: end, fail, die, stop, hang, crawl, leave."""
-    store = rendezvous.meet(60).store
-    with RankLog() as log, Watchdog(store, timeout, log) as watchdog:
+    meeting = rendezvous.meet(60)
+    with RankLog() as log, Watchdog(meeting, timeout, log) as watchdog:
         log.open(folder)
         for step in range(1, 4):
             watchdog.at(step, "step")
