@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import socket
 import time
 from dataclasses import dataclass
 
@@ -95,16 +96,19 @@ def _store(seconds: float) -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = environment.rank() == 0 and not of_agent
+    deadline = time.monotonic() + seconds
     try:
+        if not serves:
+            _reach(address, port, deadline)
         store = TCPStore(
             address,
             port,
             environment.world_size(),
             is_master=serves,
-            timeout=datetime.timedelta(seconds=seconds),
+            timeout=datetime.timedelta(seconds=max(1.0, deadline - time.monotonic())),
             wait_for_workers=False,
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         # torch's message goes on with the C++ stack.
         why = str(error).splitlines()[0]
         if "EADDRINUSE" in str(error):
@@ -120,6 +124,22 @@ def _store(seconds: float) -> Store:
         ) from None
     # torchrun's store outlives the processes that it starts again.
     return PrefixStore(f"megamult/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _reach(address: str, port: int, deadline: float) -> None:
+    """Until somebody listens there. torch's own retries wait longer and longer, up to twice as long as it was told.
+
+    Raises:
+        OSError: nobody does by then.
+    """
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(0.1, min(2.0, deadline - time.monotonic()))).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def _missing(store: Store, ranks: range, deadline: float) -> list[int]:
