@@ -79,7 +79,7 @@ def excuse(problem: str) -> None:
         _come(_store(_EXCUSE_SECONDS), problem=f"rank {environment.rank()} on {environment.host()}: {problem}")
 
 
-_EXCUSE_SECONDS = 20.0
+_EXCUSE_SECONDS = 15.0
 """Rank 0 may still be importing what this one did not get to."""
 
 
