@@ -35,7 +35,11 @@ setup(
     ],
     extras_require={
         "export": ["transformers>=5,<6", "protobuf>=4"],
-        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "transformers>=5,<6", "protobuf>=4"],
+        "reproduce": ["matplotlib>=3.8,<4"],
+        "test": [
+            *("pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"),
+            *("transformers>=5,<6", "protobuf>=4", "matplotlib>=3.8,<4"),
+        ],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
