@@ -6,7 +6,8 @@
 # The base images are stand-ins of tests/cluster/image_base.sh, under the names that the Dockerfile gives in FROM: the
 # target cpu is built from Debian with Debian's Python 3.11. With --gpu the target gpu is built too, from one whose torch
 # only says that it is NVIDIA's: that runs every instruction, and shows that this torch stays; CUDA and NCCL it has not.
-# pip inside is told what pip outside is told. --keep holds images and layers in FOLDER, for the next time.
+# pip inside is told what pip outside is told. --keep holds images and layers in FOLDER, for the next time. The table of
+# steps goes to standard output.
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
@@ -19,7 +20,7 @@ while [[ $# != 0 ]]; do
             shift
             ;;
         *)
-            sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+            sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
             exit 2
             ;;
     esac
@@ -46,12 +47,12 @@ failed=0
 step() {
     local what="$1" log="$folder/$2.log" began=$SECONDS result=ok
     shift 2
-    echo "$what ..."
+    echo "$what ..." >&2
     if [[ "$failed" != 0 ]]; then
         result="not run"
     elif ! "$@" >"$log" 2>&1; then
         result=FAILED failed=1
-        tail -n 40 "$log"
+        tail -n 40 "$log" >&2
     fi
     table+=("| $what | $result | $((SECONDS - began)) |")
 }

@@ -1,0 +1,216 @@
+"""The report of `examples/reproduce/run.sh`: its runs' valid losses, whether seeds drown the difference, the curves.
+
+Reads metrics.jsonl of every run; writes report.md and curves.png beside them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+IMPLEMENTATIONS = ("none", "layer")
+NAMES = {"none": "without multipliers", "layer": "with multipliers"}
+PLOT = "curves.png"
+
+
+def run_dir(output: Path, implementation: str, seed: int) -> Path:
+    """Of one run."""
+    return output / f"{implementation}_seed_{seed}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run."""
+
+    seconds: float
+    exit_code: int
+
+
+def attempts(directory: Path) -> list[Attempt]:
+    """Of the run in `directory`, in order; one that was killed together with its parent left no trace."""
+    file = directory.with_suffix(".attempts.jsonl")
+    if not file.exists():
+        return []
+    return [Attempt(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def record_attempt(directory: Path, seconds: float, exit_code: int) -> None:
+    """Remember one."""
+    with directory.with_suffix(".attempts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"seconds": round(seconds, 3), "exit_code": exit_code}) + "\n")
+
+
+def complete(made: Sequence[Attempt]) -> bool:
+    """Whether a run has nothing left to do."""
+    return bool(made) and made[-1].exit_code == 0
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Losses of one run by step, in nats per token."""
+
+    train: dict[int, float]
+    valid: dict[int, float]
+
+    @property
+    def result(self) -> float:
+        """The valid loss after the last step."""
+        return self.valid[max(self.valid)]
+
+
+def read_curves(directory: Path) -> Curves:
+    """From metrics.jsonl.
+
+    Raises:
+        ValueError: the last evaluation is not of the last step, or a loss is not a number.
+    """
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    curves = Curves(
+        train={record["step"]: record["loss"] for record in records if "loss" in record},
+        valid={record["step"]: record["valid_loss"] for record in records if "valid_loss" in record},
+    )
+    if not curves.train or max(curves.train) != max(curves.valid, default=None):
+        raise ValueError(f"{directory / 'metrics.jsonl'} has no valid loss of its last step: the run is not complete")
+    if None in (*curves.train.values(), *curves.valid.values()):
+        raise ValueError(f"{directory / 'metrics.jsonl'} has a loss that is not finite: the run diverged")
+    return curves
+
+
+def spread(values: Iterable[float]) -> float:
+    """Largest minus smallest."""
+    values = list(values)
+    return max(values) - min(values)
+
+
+def verdict(without: Sequence[float], with_multipliers: Sequence[float]) -> str:
+    """What the valid losses of the same seeds say: a difference of means counts beyond the wider spread of seeds."""
+    gap = statistics.mean(with_multipliers) - statistics.mean(without)
+    widest = max(spread(without), spread(with_multipliers))
+    lower = sum(a < b for a, b in zip(with_multipliers, without, strict=True))
+    seeds = f"with multipliers it is lower for {lower} of {len(without)} seeds"
+    if len(without) < 2:
+        return f"The valid losses differ by {gap:+.4f}. One seed says nothing about how far chance moves them."
+    if abs(gap) <= widest:
+        return (
+            f"The means differ by {gap:+.4f} nats per token, within the spread of the seeds ({widest:.4f}): these runs "
+            f"do not tell the two apart ({seeds})."
+        )
+    return (
+        f"The mean valid loss with multipliers is {'lower' if gap < 0 else 'higher'} by {abs(gap):.4f} nats per token, "
+        f"beyond the spread of the seeds ({widest:.4f}; {seeds})."
+    )
+
+
+def table(results: dict[str, list[float]], seeds: Sequence[int]) -> str:
+    """Final valid losses by implementation and seed, in Markdown."""
+    rows = [
+        ["valid loss", *(f"seed {seed}" for seed in seeds), "mean ± standard deviation", "largest - smallest"],
+        ["---"] * (len(seeds) + 3),
+    ]
+    for implementation, losses in results.items():
+        deviation = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        mean = f"{statistics.mean(losses):.4f}{deviation}"
+        rows.append([NAMES[implementation], *(f"{loss:.4f}" for loss in losses), mean, f"{spread(losses):.4f}"])
+    gaps = [a - b for a, b in zip(results["layer"], results["none"], strict=True)]
+    rows.append(["difference", *(f"{gap:+.4f}" for gap in gaps), f"{statistics.mean(gaps):+.4f}", ""])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def machine() -> str:
+    """What this runs on."""
+    name, memory = platform.machine(), ""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            break
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("MemTotal"):
+            memory = f", {int(line.split()[1]) / 2**20:.0f} GiB"
+    gpus = "no GPU"
+    if os.environ.get("MEGAMULT_GPUS", "0") != "0":
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpus = ", ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
+    return f"{len(os.sched_getaffinity(0))} cores of {name}{memory}; {gpus}"
+
+
+def versions() -> str:
+    """Of what computes."""
+    found = [f"{name} {metadata.version(name)}" for name in ("megamult", "torch", "deepspeed", "megatron-core")]
+    return ", ".join([*found, f"Python {platform.python_version()}"])
+
+
+def plot(curves: dict[str, list[Curves]], file: Path) -> None:
+    """Mean (line) and range (band) over the seeds of valid and training loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for panel, kind in zip(panels, ("valid", "train"), strict=True):
+        for (implementation, runs), colour in zip(curves.items(), ("tab:gray", "tab:blue"), strict=True):
+            lines = [getattr(run, kind) for run in runs]
+            steps = sorted(lines[0])
+            columns = [[line[step] for line in lines] for step in steps]
+            means = [statistics.mean(column) for column in columns]
+            marker = "o" if kind == "valid" else ""
+            panel.plot(steps, means, color=colour, marker=marker, markersize=3, label=NAMES[implementation])
+            lowest, highest = [min(column) for column in columns], [max(column) for column in columns]
+            panel.fill_between(steps, lowest, highest, color=colour, alpha=0.25, linewidth=0)
+        panel.set(xlabel="step", ylabel=f"{kind} loss (nats per token)")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(f"mean and range of {len(next(iter(curves.values())))} seeds")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def duration(seconds: float) -> str:
+    """For people."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def write(output: Path, seeds: Sequence[int], command: str) -> str:
+    """Write report.md and the plot into `output`; returns the report's text.
+
+    Raises:
+        ValueError: a run is not complete, or diverged.
+    """
+    curves = {
+        implementation: [read_curves(run_dir(output, implementation, seed)) for seed in seeds]
+        for implementation in IMPLEMENTATIONS
+    }
+    results = {implementation: [run.result for run in runs] for implementation, runs in curves.items()}
+    made = [attempt for name in IMPLEMENTATIONS for seed in seeds for attempt in attempts(run_dir(output, name, seed))]
+    steps = max(curves["none"][0].train)
+    seconds = sum(attempt.seconds for attempt in made)
+    text = f"""# With and without multipliers
+
+`{command}`
+
+{verdict(results["none"], results["layer"])}
+
+{table(results, seeds)}
+
+![training and valid losses]({PLOT})
+
+- Each run: `examples/configs/quickstart.yaml` on the State of the Union speeches, {steps} steps; nats per token. The
+  same seed means the same initial weights and the same order of the data in both rows.
+- Both have the same hyperparameters, the learning rate included; neither was tuned here. A difference holds for these.
+- Machine: {machine()}.
+- Software: {versions()}.
+- Wall time: {duration(seconds)} for {2 * len(seeds)} runs in {len(made)} starts, start-up and evaluation included.
+- Written {datetime.datetime.now(datetime.UTC):%d %B %Y}.
+"""
+    plot(curves, output / PLOT)
+    (output / "report.md").write_text(text, encoding="utf-8")
+    return text

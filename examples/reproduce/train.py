@@ -1,0 +1,194 @@
+"""The runs of `examples/reproduce/run.sh`: the quickstart's model with and without multipliers, by seeds.
+
+Every run is a call of `launch/quickstart.sh` in a folder of its own, resumed from its newest checkpoint if there is
+one. At the end `report.py` writes the report. Exit code 75: interrupted, start the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import report
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "launch" / "quickstart.sh"
+
+EXIT_USER_ERROR, EXIT_RESUME = 2, 75
+"""Those of launch/pretrain.py."""
+
+_PATIENCE_SECONDS = 60.0
+"""For the rest of an interrupted run to end: ranks have 30 s to write their checkpoint."""
+
+
+def keys(run_dir: Path, implementation: str, seed: int, steps: int) -> dict[str, str]:
+    """What a run sets besides `examples/configs/quickstart.yaml`.
+
+    The schedule is that of the file in proportion: warm-up, plateau, and a decay over the second half. Both
+    implementations get the same, the learning rate included.
+    """
+    parts = max(1, steps // 6)
+    return {
+        "train.run_dir": str(run_dir),
+        "train.seed": str(seed),
+        "train.steps": str(steps),
+        "train.eval_every": str(parts),
+        "train.log_histograms_every": str(parts),
+        "multipliers.implementation": implementation,
+        "optimizer.warmup_steps": str(steps // 10),
+        "optimizer.decay_steps": str(steps // 2),
+        "checkpoint.save_every": str(parts),
+        "checkpoint.keep": "1",
+        "checkpoint.load": "latest",
+    }
+
+
+class Interrupted(Exception):
+    """Somebody asked us to stop."""
+
+
+class Failed(Exception):
+    """A run ended with an error."""
+
+
+def started(command: Sequence[str], log: Path) -> int:
+    """Exit code of a command, whose words go to the end of `log`.
+
+    SIGTERM and SIGINT to this process are passed on as SIGTERM, upon which a run saves a checkpoint.
+
+    Raises:
+        Interrupted: one of them came. The command has ended.
+    """
+    asked = False
+    with log.open("ab") as said:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        _signal_group(child.pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = child.wait()
+        if asked:  # the script may end before its ranks have
+            end = time.monotonic() + _PATIENCE_SECONDS
+            while time.monotonic() < end and _signal_group(child.pid, 0):
+                # As a container's first process we inherit what the script leaves behind: it is ours to bury.
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(-child.pid, os.WNOHANG)
+                time.sleep(0.2)
+            raise Interrupted
+        return code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _signal_group(leader: int, number: int) -> bool:
+    """Send a signal to a process group; False: nobody is left in it."""
+    try:
+        os.killpg(leader, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def train(output: Path, command: Callable[[Path, str, int], list[str]], seeds: Sequence[int]) -> None:
+    """Bring every run to its end.
+
+    Args:
+        output: folder of the runs.
+        command: from run directory, implementation and seed to a command.
+        seeds: of the runs.
+
+    Raises:
+        Interrupted: start again to go on.
+        Failed: a run ended with an error.
+    """
+    planned = [(implementation, seed) for seed in seeds for implementation in report.IMPLEMENTATIONS]
+    for number, (implementation, seed) in enumerate(planned, 1):
+        run_dir = report.run_dir(output, implementation, seed)
+        attempts = report.attempts(run_dir)
+        name = f"{number}/{len(planned)} {implementation}, seed {seed}"
+        if report.complete(attempts):
+            print(f"{name}: complete", flush=True)
+            continue
+        log = run_dir.with_suffix(".log")
+        print(f"{name}: {'going on' if attempts else 'training'}; its words are in {log}", flush=True)
+        began, code = time.time(), EXIT_RESUME
+        try:
+            code = started(command(run_dir, implementation, seed), log)
+        finally:
+            report.record_attempt(run_dir, time.time() - began, code)
+        if code == EXIT_RESUME:
+            raise Interrupted
+        if code:
+            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+            raise Failed(f"{name} ended with exit code {code}; start again to go on with it. {log} ends:\n{tail}")
+
+
+def claim(output: Path, settings: dict[str, object]) -> None:
+    """Write down what the runs in `output` are.
+
+    Raises:
+        ValueError: there are others in it.
+    """
+    file = output / "settings.json"
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found != settings:
+            raise ValueError(f"{output} holds runs of {found}, and this command says {settings}: give another --output")
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is missing, write the report."""
+    made = argparse.ArgumentParser(prog="examples/reproduce/run.sh", description=__doc__.split("\n")[0])
+    made.add_argument("--steps", type=int, default=300, help="optimizer steps of each run (300)")
+    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights and data order (1 2 3)")
+    made.add_argument("--output", type=Path, help="where everything goes (runs/reproduce_N, N steps)")
+    made.add_argument("further", nargs="*", help="keys of launch/pretrain.py for every run, after --")
+    chosen = made.parse_args(arguments)
+    if chosen.steps < 1 or len(set(chosen.seeds)) != len(chosen.seeds):
+        made.error("--steps must be positive, and --seeds all different")
+    output = (chosen.output or ROOT / "runs" / f"reproduce_{chosen.steps}").resolve()
+
+    def command(run_dir: Path, implementation: str, seed: int) -> list[str]:
+        chosen_keys = keys(run_dir, implementation, seed, chosen.steps)
+        pairs = [part for key, value in chosen_keys.items() for part in (f"--{key}", value)]
+        return [str(QUICKSTART), *pairs, *chosen.further]
+
+    try:
+        claim(output, {"steps": chosen.steps, "further": chosen.further})
+        train(output, command, chosen.seeds)
+        text = report.write(
+            output, chosen.seeds, shlex.join([made.prog, *(sys.argv[1:] if arguments is None else arguments)])
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Failed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted:
+        print("interrupted: the same command goes on where this one was", file=sys.stderr)
+        return EXIT_RESUME
+    print(f"\n{text}\nwritten: {output / 'report.md'}, {output / report.PLOT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
