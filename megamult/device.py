@@ -22,8 +22,10 @@ def has_cuda() -> bool:
 
 
 def local_device() -> torch.device:
-    """The device of this process: the GPU numbered LOCAL_RANK, or the CPU."""
-    return torch.device("cuda", environment.local_rank()) if has_cuda() else torch.device("cpu")
+    """The device of this process: the GPU numbered LOCAL_RANK, or the only one that it sees; or the CPU."""
+    if not has_cuda():
+        return torch.device("cpu")
+    return torch.device("cuda", environment.local_rank() if torch.cuda.device_count() > 1 else 0)
 
 
 def backend() -> str:

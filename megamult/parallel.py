@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import math
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +62,9 @@ def initialize(
     if not torch.distributed.is_initialized():
         meeting = meeting or rendezvous.meet(rendezvous.SECONDS)
         if not across_nodes:
-            _check_nodes(meeting.machines, tensor)
+            meeting.check_nodes(tensor)
         timeout = datetime.timedelta(minutes=timeout_minutes)
+        meeting.store.set_timeout(timeout)
         torch.distributed.init_process_group(
             device.backend(),
             store=meeting.store,
@@ -81,26 +81,14 @@ def initialize(
         if tensor_group().size() == tensor:
             return ModelParallelUnit()
         _release_groups()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, distributed_timeout_minutes=math.ceil(timeout_minutes)
+    )
     if here.type == "cuda":
         # Megatron forks its CUDA random state around dropout under sequence parallelism, and wants one to fork. We
         # have no dropout, so the seed changes nothing.
         model_parallel_cuda_manual_seed(1)
     return ModelParallelUnit()
-
-
-def _check_nodes(machines: list[str], tensor: int) -> None:
-    """Refuse tensor-parallel groups that span nodes; `machines`: of each rank."""
-    for first in range(0, len(machines), tensor):
-        group = machines[first : first + tensor]
-        if len(set(group)) > 1:
-            names = list(dict.fromkeys(each.split()[0] for each in group))
-            fit = math.gcd(tensor, *Counter(machines).values())
-            raise ValueError(
-                f"parallel.tensor is {tensor}: ranks {first} to {first + tensor - 1} run on {', '.join(names)}, and "
-                "every layer's collectives would cross the network; choose parallel.tensor "
-                f"{fit}, which stays inside a node, or allow it by parallel.tensor_across_nodes true"
-            )
 
 
 def everywhere(do: Callable[[], Result]) -> tuple[Result | None, str | None]:

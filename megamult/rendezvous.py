@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
+import secrets
 import socket
 import time
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
@@ -36,6 +40,23 @@ class Meeting:
     machines: list[str]
     """Of each rank (:func:`megamult.environment.machine`)."""
 
+    def check_nodes(self, tensor: int) -> None:
+        """Refuse tensor-parallel groups of `tensor` consecutive ranks that span nodes.
+
+        Raises:
+            ValueError: one does; on every rank.
+        """
+        for first in range(0, len(self.machines), tensor):
+            group = self.machines[first : first + tensor]
+            if len(set(group)) > 1:
+                names = list(dict.fromkeys(each.split()[0] for each in group))
+                fit = math.gcd(tensor, *Counter(self.machines).values())
+                raise ValueError(
+                    f"parallel.tensor is {tensor}: ranks {first} to {first + tensor - 1} run on {', '.join(names)}, "
+                    f"and every layer's collectives would cross the network; choose parallel.tensor {fit}, which stays "
+                    "inside a node, or allow it by parallel.tensor_across_nodes true"
+                )
+
 
 def meet(seconds: float) -> Meeting:
     """Wait until every process has come to rank 0's store. Collective over all ranks.
@@ -55,22 +76,29 @@ def meet(seconds: float) -> Meeting:
         missing = _missing(store, range(size), deadline)
         here = [each for each in range(size) if each not in missing]
         came = [json.loads(value) for value in store.multi_get([f"here/{each}" for each in here])]
-        store.set("met", json.dumps({"missing": missing, "came": came}))
+        name = secrets.token_hex(8)
+        store.set("met", json.dumps({"missing": missing, "came": came, "name": name}))
         # The store goes with this process: it may leave only once all others have heard.
         with contextlib.suppress(RuntimeError):
             takes_part = [f"heard/{each}" for each, said in zip(here, came, strict=True) if each and "machine" in said]
             store.wait(takes_part, _HEAR)
+            # Under torchrun the store may serve these ranks once more, without a new count of restarts.
+            for key in ["met", *takes_part, *(f"here/{each}" for each in here)]:
+                store.delete_key(key)
+        met: dict[str, Any] = {"missing": missing, "came": came, "name": name}
     else:
         # Rank 0 may have begun later, and waits for as long.
         store.wait(["met"], datetime.timedelta(seconds=2 * seconds) + _HEAR)
-    met = json.loads(store.get("met"))
-    store.set(f"heard/{rank}", "")
+        met = json.loads(store.get("met"))
+        store.set(f"heard/{rank}", "")
     if met["missing"]:
         raise NobodyThere(_who(met["missing"], size, seconds))
     for each in met["came"]:
         if "problem" in each:
             raise ValueError(each["problem"])
-    return Meeting(store, [each["machine"] for each in met["came"]])
+    shared = PrefixStore(met["name"], store)
+    shared.set_timeout(_PATIENCE)
+    return Meeting(shared, [each["machine"] for each in met["came"]])
 
 
 def excuse(problem: str) -> None:
@@ -82,6 +110,9 @@ def excuse(problem: str) -> None:
 _EXCUSE_SECONDS = 15.0
 """Rank 0 may still be importing what this one did not get to."""
 
+
+_PATIENCE = datetime.timedelta(minutes=30)
+"""For what ranks that have met ask the store: some import longer than others."""
 
 _HEAR = datetime.timedelta(seconds=10)
 """For which rank 0 waits until what it has found is heard."""

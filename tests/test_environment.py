@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
-from megamult import environment, launcher, parallel
+from megamult import environment, launcher, rendezvous
 from tests.distributed import free_port
 
 STEP = {
@@ -84,13 +85,16 @@ def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
 
 
 def test_one_node_may_hold_a_group_and_two_may_not() -> None:
+    def meeting(machines: list[str]) -> rendezvous.Meeting:
+        return rendezvous.Meeting(HashStore(), machines)
+
     machines = ["n1 a", "n1 a", "n2 b", "n2 b"]
-    parallel._check_nodes(machines, 2)
+    meeting(machines).check_nodes(2)
     with pytest.raises(ValueError, match=r"ranks 0 to 3 run on n1, n2.*choose parallel.tensor 2, .*across_nodes"):
-        parallel._check_nodes(machines, 4)
+        meeting(machines).check_nodes(4)
     # One name on two machines is still two nodes; six and two processes share the divisors of two.
     with pytest.raises(ValueError, match=r"ranks 4 to 7 .*choose parallel.tensor 2"):
-        parallel._check_nodes(["n a"] * 6 + ["n b"] * 2, 4)
+        meeting(["n a"] * 6 + ["n b"] * 2).check_nodes(4)
 
 
 _COME = """

@@ -18,6 +18,7 @@ from megamult.checkpoint import directory, rng
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import INFO, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
+from megamult.checkpoint.saver import GROUP_TIMEOUT
 from megamult.checkpoint.state import held
 from megamult.config import Config, ModelConfig, MultipliersConfig
 from megamult.multipliers.merge import LEAVES
@@ -169,7 +170,7 @@ def restore(
     chunks = held(partition, optimizer)
     new = {c.name for c in chunks if c.name not in checkpoint.shapes and c.name.rpartition(".")[2] in LEAVES.values()}
     wanted = [c for c in chunks if c.name not in new and not (fresh and c.name.startswith("optimizer."))]
-    group = torch.distributed.new_group(backend="gloo")
+    group = torch.distributed.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
     checkpoint.load(wanted, group)
     torch.distributed.destroy_process_group(group)
     counts = {"updates": 0, "skipped_steps": 0} if fresh else info.optimizer

@@ -27,7 +27,7 @@ from megamult.checkpoint.info import CheckpointInfo
 _ALIGNMENT = 64
 _BLOCK_BYTES = 1 << 29
 """Of memory to stage in: torch rounds pinned memory up to a power of two, which for one large buffer may double it."""
-_GROUP_TIMEOUT = datetime.timedelta(hours=2)
+GROUP_TIMEOUT = datetime.timedelta(hours=2)
 """How long the fastest rank's file system may wait for the slowest's."""
 
 
@@ -57,7 +57,7 @@ class Saver:
 
     def __init__(self, parent: Path, *, keep: int = 0, keep_every: int = 0, asynchronous: bool = True) -> None:
         self.parent, self.keep, self.keep_every, self.asynchronous = parent, keep, keep_every, asynchronous
-        self.group = torch.distributed.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
+        self.group = torch.distributed.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
         self._first = torch.distributed.get_rank() == 0
         self._blocks: list[Tensor] = []
         self._thread: threading.Thread | None = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +16,16 @@ from megamult.train import verdict
 from megamult.train.progress import Place, Progress
 from megamult.train.verdict import Peer
 
+CONNECT_SECONDS = 60.0
+"""Within which a rank that has met the others has found rank 0's port."""
+
 ANSWER_SECONDS = 5.0
 """Within which a rank that lives tells its stack."""
 
 _SETTLE_SECONDS = 0.5
 """Between the first sign of a death and the verdict: those that die of it may be heard first."""
 
-_LEFT_SECONDS = 10.0
+LEFT_SECONDS = 10.0
 """After which a rank that left with an error ends those that have not."""
 
 
@@ -54,6 +59,8 @@ class Hub:
         self._serving: set[asyncio.Task[Any]] = set()
         self._asking: asyncio.Task[None] | None = None
         self._ended = False
+        self._absent = set(range(size))
+        self._later(CONNECT_SECONDS, self._absentees)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One rank, from its hello until it is gone."""
@@ -72,16 +79,18 @@ class Hub:
             await asyncio.wait(self._serving, timeout=seconds)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        keep_alive(writer)
         try:
             hello = json.loads(await reader.readline())
             if hello["token"] != self._token:
                 raise ValueError("not one of ours")
-        except (ValueError, KeyError, TypeError, ConnectionError):
+        except (ValueError, KeyError, TypeError, OSError):
             return
+        self._absent.discard(hello["rank"])
         peer = Peer(hello["rank"], hello["host"], hello["pid"])
         rank = _Connection(peer, hello["where"], writer, time.monotonic())
         self._ranks[peer.rank] = rank
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             async for line in reader:
                 rank.heard = time.monotonic()
                 self._hear(rank, json.loads(line))
@@ -89,7 +98,7 @@ class Hub:
             self._lost.append(peer)
             self._later(_SETTLE_SECONDS, self._death)
 
-    def _later(self, seconds: float, do: Any) -> None:
+    def _later(self, seconds: float, do: Callable[[], None]) -> None:
         async def wait() -> None:
             await asyncio.sleep(seconds)
             do()
@@ -117,12 +126,18 @@ class Hub:
             if all(each.left for each in self._ranks.values()) and len(self._ranks) == self._size:
                 self._all({"over": True})
             elif message["bye"]:
-                self._later(_LEFT_SECONDS, lambda: self._left_early(rank.peer))
+                self._later(LEFT_SECONDS, lambda: self._left_early(rank.peer))
 
     def _left_early(self, peer: Peer) -> None:
         remaining = [number for number, each in self._ranks.items() if not each.left]
         if remaining:
             self._end(f"{peer} left with an error, and rank {verdict.ranks(remaining)} did not", [peer.rank], [])
+
+    def _absentees(self) -> None:
+        if self._absent:
+            absent = sorted(self._absent)
+            why = f"rank {verdict.ranks(absent)} did not reach rank 0's watchdog within {CONNECT_SECONDS:.0f} s"
+            self._end(why, absent, [])
 
     def _death(self) -> None:
         if self._ended:
@@ -157,13 +172,22 @@ class Hub:
     def _all(self, message: dict[str, Any]) -> None:
         # Rank 0 last: the process may end of it.
         for number in sorted(self._ranks, reverse=True):
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(OSError):
                 send(self._ranks[number].writer, message)
 
     def _end(self, why: str, guilty: list[int], kill: list[list[Any]]) -> None:
         if not self._ended:
             self._ended = True
             self._all({"end": why, "guilty": guilty, "kill": kill})
+
+
+def keep_alive(writer: asyncio.StreamWriter) -> None:
+    """Let the kernels ask one another whether the hosts are there: a process that is stopped or busy still answers."""
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 9)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000)  # milliseconds, of what is sent
 
 
 def send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:

@@ -25,14 +25,14 @@ class RunLock:
     def __init__(self) -> None:
         self._file: IO[str] | None = None
 
-    def acquire(self, run_dir: Path) -> None:
-        """Hold it, once; wait for a while if another run does.
+    def acquire(self, run_dir: Path) -> bool:
+        """Hold it, once; wait for a while if another run does, and return whether one did.
 
         Raises:
             ValueError: another run still does.
         """
         if self._file is not None:
-            return
+            return False
         file = (run_dir / LOCK).open("a+", encoding="utf-8")
         deadline, told = time.monotonic() + PATIENCE_SECONDS, False
         while True:
@@ -43,9 +43,11 @@ class RunLock:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 if time.monotonic() > deadline:
+                    file.close()
                     raise ValueError(
                         f"train.run_dir {run_dir} belongs to a run that is alive ({holder}): end it, or choose another "
-                        "with --train.run_dir"
+                        f"with --train.run_dir. If there is no such process any more (its node is gone, and the file "
+                        f"server keeps its lock), remove {run_dir / LOCK}"
                     ) from None
                 if not told:
                     told = True
@@ -58,6 +60,7 @@ class RunLock:
         file.write(json.dumps({"host": environment.host(), "process": os.getpid(), "since": time.strftime("%F %T")}))
         file.flush()
         self._file = file
+        return told
 
     def __enter__(self) -> RunLock:
         return self

@@ -7,6 +7,7 @@ import faulthandler
 import io
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -14,16 +15,38 @@ from typing import IO
 from megamult import environment
 
 
+class _Patient(io.TextIOBase):
+    """A file that may be on a full disk: what cannot be written is lost, and nobody fails because of it."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+
 class _Both(io.TextIOBase):
     """Writes to the screen and to a file; what redraws a line (a progress bar) goes to the screen alone."""
 
     def __init__(self, screen: IO[str], file: IO[str]) -> None:
-        self._screen, self._file = screen, file
+        self._screen, self._file = screen, _Patient(file)
 
     def write(self, text: str) -> int:
         if "\r" not in text:
-            with contextlib.suppress(OSError):  # a full disk
-                self._file.write(text)
+            self._file.write(text)
         return self._screen.write(text)
 
     def flush(self) -> None:
@@ -58,14 +81,18 @@ class RankLog:
     ) -> None:
         if self._file is None:
             return
+        if error is not None and not isinstance(error, SystemExit):
+            self.say("".join(traceback.format_exception(kind, error, trace)).rstrip(), on_screen=False)
         faulthandler.disable()
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(OSError):
+                stream.flush()
         for number, screen in zip((1, 2), self._screen, strict=False):
             os.dup2(screen, number)
             os.close(screen)
         sys.stdout, sys.stderr = self._before
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def open(self, folder: Path) -> None:
         """From now on into `folder`/rank_N.log, after what an earlier part of the run said there.
@@ -85,6 +112,7 @@ class RankLog:
         self._screen = [os.dup(1), os.dup(2)]
         for number in (1, 2):
             os.dup2(self._file.fileno(), number)
+        sys.stdout, sys.stderr = _Patient(self._file), _Patient(self._file)
 
     def say(self, line: str, on_screen: bool) -> None:
         """A line into the file and, if asked for or if there is none, on the screen; from any thread, at any time."""

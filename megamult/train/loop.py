@@ -90,8 +90,10 @@ class Trainer:
             group["lr"] = group["peak_lr"] * lr_factor(step, config.train.steps, config.optimizer)
         loss = torch.zeros((), device=device.local_device())
         for micro in range(self._accumulation):
-            self._progress.at(step + 1, f"micro-batch {micro + 1} of {self._accumulation}")
+            which = f"micro-batch {micro + 1} of {self._accumulation}"
+            self._progress.at(step + 1, f"reading {which}", ON_FILES)
             tokens, labels = self._micro_batch(self._train, first, micro)
+            self._progress.at(step + 1, which)
             objective, entropy = self.engine.deepspeed(tokens, labels)
             self.engine.deepspeed.backward(objective)
             self.engine.deepspeed.step()
@@ -147,6 +149,7 @@ class Trainer:
     def resume(self, info: CheckpointInfo) -> None:
         """Go on after the step at which a checkpoint was saved, with the next sample of every source."""
         self.step_count, self.samples, self.figures = info.step, info.samples, dict(info.figures)
+        self.bad_steps = int(self.figures.get("bad_steps", 0))
         if info.data is not None:
             self._train.load_state_dict(info.data, info.samples)
 
@@ -179,11 +182,12 @@ class Trainer:
                 bad = record["skipped_steps"] > skipped or not math.isfinite(record["loss"])
                 skipped = int(record["skipped_steps"])
                 self.bad_steps = self.bad_steps + 1 if bad else 0
-                self.figures |= {key: record[key] for key in ("tokens", "loss")}
+                self.figures |= {key: record[key] for key in ("tokens", "loss")} | {"bad_steps": float(self.bad_steps)}
                 extra = {"memory_bytes": float(device.memory_bytes())}
                 if peak is not None:
                     world = torch.distributed.get_world_size()
                     extra["mfu"] = record["tokens_per_second"] * self._flops / (peak * world)
+                self._progress.at(self.step_count, "records", ON_FILES)
                 if out is not None:
                     out.step(record, extra)
                 if config.train.max_bad_steps and self.bad_steps >= config.train.max_bad_steps:
@@ -198,6 +202,7 @@ class Trainer:
                     self.figures["valid_loss"] = self.evaluate()
                     if out is not None:
                         out.evaluation({"step": self.step_count, "valid_loss": self.figures["valid_loss"]})
+                self._progress.at(self.step_count, "vote on stopping")
                 reason = None if last else stop.agreed()
                 _report(out, checkpoints.poll())
                 # Not while steps are bad: what is wrong may be in the weights already.
@@ -228,6 +233,7 @@ class Diverged(Exception):
     """Too many bad steps in a row."""
 
     def __init__(self, step: int, bad: int, record: dict[str, float]) -> None:
+        self.last_good_step = step - bad
         super().__init__(
             f"the last {bad} steps, {step - bad + 1} to {step}, were bad (train.max_bad_steps): loss "
             f"{record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}"

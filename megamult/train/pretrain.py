@@ -47,18 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config, resolved: str) -> None:
-    """Train `config`; `resolved` is what config.yaml will say. Imports what is heavy only once the keys are right."""
-    meeting = _meet(config.parallel.rendezvous_seconds)
-    # Megatron says at import, on every rank, which optional packages it does without.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-    from megamult import parallel
+    """Train `config`; `resolved` is what config.yaml will say. Imports what is heavy only once the keys are right, and
+    all processes watch one another."""
+    meeting = _meet(config)
     from megamult.train.lock import RunLock
     from megamult.train.logs import RankLog
-    from megamult.train.progress import Progress
-    from megamult.train.signals import StopRequests
+    from megamult.train.progress import ON_FILES, Progress
     from megamult.train.watchdog import Watchdog
 
-    mpu = _groups(config, meeting)
     minutes = config.train.max_minutes
     with contextlib.ExitStack() as stack:
         log, lock = stack.enter_context(RankLog()), stack.enter_context(RunLock())
@@ -66,6 +62,20 @@ def run(config: Config, resolved: str) -> None:
         if environment.world_size() > 1:
             watchdog = Watchdog(meeting, 60 * config.parallel.timeout_minutes, log)
             progress = stack.enter_context(watchdog).progress
+        progress.at(0, "importing", ON_FILES)
+        # Megatron says at import, on every rank, which optional packages it does without.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+        from megamult import parallel
+        from megamult.train.signals import StopRequests
+
+        progress.at(0, "joining the process groups")
+        mpu = parallel.initialize(
+            config.parallel.tensor,
+            # The watchdog comes first; alone, a group's own timeout would also end who waits for work on files.
+            timeout_minutes=config.parallel.timeout_minutes + ON_FILES / 60,
+            across_nodes=True,  # asked already
+            meeting=meeting,
+        )
         stop = stack.enter_context(StopRequests(None if minutes is None else _BEGAN + 60 * minutes))
         code = _train(config, resolved, mpu, progress, log, lock, stop)
         parallel.destroy()
@@ -142,7 +152,7 @@ def _train(
     except CheckpointFailed as failed:
         error, reason, code = str(failed), failed.reason, EXIT_NO_CHECKPOINT
     except Diverged as diverged:
-        error, code = f"{diverged}; {_remedy(run_dir)}", EXIT_DIVERGED
+        error, code = f"{diverged}; {_remedy(run_dir, diverged.last_good_step)}", EXIT_DIVERGED
     if main_rank:
         if code != EXIT_DIVERGED:
             _conclude(config, vocab_size, trainer, reason, run_dir, code)
@@ -153,22 +163,26 @@ def _train(
     return code
 
 
-def _remedy(run_dir: Path) -> str:
+def _remedy(run_dir: Path, last_good_step: int) -> str:
     """What to do with a run that has diverged."""
     from megamult.checkpoint import directory
 
-    saved = directory.candidates(run_dir / "checkpoints")
+    parent = run_dir / "checkpoints"
+    saved = [directory.of_step(parent, step) for step in directory.steps(parent) if step <= last_good_step][-1:]
     if not saved:
         return "there is no checkpoint from before them; lower optimizer.lr, or lengthen optimizer.warmup_steps"
     return f"the last checkpoint from before them is {saved[0]}; go on from it with a lower optimizer.lr or other data"
 
 
-def _meet(seconds: float) -> Meeting:
+def _meet(config: Config) -> Meeting:
     """All processes come together, or this one ends. What they import is little: a host that is down is named soon."""
     from megamult import rendezvous
 
     try:
-        return rendezvous.meet(seconds)
+        meeting = rendezvous.meet(config.parallel.rendezvous_seconds)
+        if not config.parallel.tensor_across_nodes:
+            meeting.check_nodes(config.parallel.tensor)
+        return meeting
     except ValueError as error:
         fail(str(error))
     except rendezvous.NobodyThere as error:
@@ -176,24 +190,6 @@ def _meet(seconds: float) -> Meeting:
         if environment.rank() == 0 or (error.rank_0_is_missing and environment.local_rank() == 0):
             say_error(str(error))
         sys.exit(EXIT_UNAVAILABLE)
-
-
-def _groups(config: Config, meeting: Meeting) -> Any:
-    """Process groups over all ranks."""
-    from megamult import parallel
-    from megamult.train.progress import ON_FILES
-
-    chosen = config.parallel
-    try:
-        return parallel.initialize(
-            chosen.tensor,
-            # The watchdog comes first; alone, a group's own timeout would also end who waits for work on files.
-            timeout_minutes=chosen.timeout_minutes + ON_FILES / 60,
-            across_nodes=chosen.tensor_across_nodes,
-            meeting=meeting,
-        )
-    except ValueError as error:
-        fail(str(error))
 
 
 def _conclude(config: Config, vocab_size: int, trainer: Any, reason: str | None, run_dir: Path, code: int) -> None:
@@ -275,7 +271,8 @@ def _begin(run_dir: Path, resolved: str, checkpoint: Path | None, lock: RunLock)
     if environment.rank() == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            lock.acquire(run_dir)
+            if lock.acquire(run_dir):
+                raise ValueError(f"another run used {run_dir} meanwhile: start the same command again")
             directory.clean(run_dir / "checkpoints")
             if checkpoint is not None:
                 directory.point(checkpoint.parent, checkpoint)

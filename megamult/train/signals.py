@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import select
 import signal
@@ -19,6 +20,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _ABANDONED = 255
 """In the place of a signal's number: a launcher above this rank is gone."""
+
+_VOTE_TIMEOUT = datetime.timedelta(hours=3)
+"""A peer may be at work on files; one that is gone is the watchdog's business."""
 
 SAME_REQUEST_SECONDS = 5.0
 """Signals that follow the first one within this time are the same request: a scheduler sends one to every process of a
@@ -42,7 +46,7 @@ class StopRequests:
         self._asked = 0  # the first signal's number, or _ABANDONED
         self._before: dict[signal.Signals, Any] = {}
         # CPU ranks of its own: a vote waits for no GPU, and meets no other collective.
-        self._group = torch.distributed.new_group(backend="gloo")
+        self._group = torch.distributed.new_group(backend="gloo", timeout=_VOTE_TIMEOUT)
 
     def __enter__(self) -> StopRequests:
         self._reader, self._writer = os.pipe()
@@ -51,7 +55,7 @@ class StopRequests:
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self._launchers: list[int] = []
         for process in launcher.launchers():
-            with contextlib.suppress(OSError):  # gone already, or a kernel that cannot tell
+            with contextlib.suppress(OSError, AttributeError):  # gone already; a Python built on an older system
                 self._launchers.append(os.pidfd_open(process))
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -23,14 +24,13 @@ from typing import Any, NoReturn
 
 from megamult import environment
 from megamult.rendezvous import Meeting
-from megamult.train.hub import ANSWER_SECONDS, Hub, send
+from megamult.train.hub import ANSWER_SECONDS, CONNECT_SECONDS, LEFT_SECONDS, Hub, keep_alive, send
 from megamult.train.logs import RankLog
 from megamult.train.progress import Progress
 
 EXIT_WATCHDOG = 70
 """The run was ended because a rank died or stood still (EX_SOFTWARE)."""
 
-_CONNECT_SECONDS = 30.0
 _HEARTBEAT_SECONDS = 10.0
 _LEAVE_SECONDS = 5.0
 """For which the ends of ranks may lie apart."""
@@ -54,24 +54,28 @@ class Watchdog:
         self._host_of_rank_0 = meeting.machines[0].split()[0]
         self._listener: socket.socket | None = None
         if self._rank == 0:
-            self._listener = _listen(os.environ["MASTER_ADDR"])
-            meeting.store.set("watchdog", json.dumps([self._listener.getsockname()[1], secrets.token_hex(16)]))
-        self._port, self._token = json.loads(meeting.store.get("watchdog"))
+            address = _address(meeting)
+            self._listener = _listen(address)
+            # TCPStore, the gloo meshes and all ranks' connections add up.
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            meeting.store.set("watchdog", json.dumps([address, self._listener.getsockname()[1], secrets.token_hex(16)]))
+        self._address, self._port, self._token = json.loads(meeting.store.get("watchdog"))
         self._loop = asyncio.new_event_loop()
         self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._connected = threading.Event()
-        self._over = threading.Event()  # everywhere, and in order
-        self._ended = threading.Event()  # by a verdict
+        self._problem: OSError | None = None  # of the connection
+        self._done = threading.Event()  # over everywhere, or ended by a verdict
         self._guilty: list[int] = []
         self._patience_since = 0.0
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
-        if not self._connected.wait(_CONNECT_SECONDS):
+        if not self._connected.wait(CONNECT_SECONDS / 2) or self._problem is not None:
             raise ConnectionError(
-                f"rank {self._rank} on {environment.host()} reached rank 0 at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']}, but not at its port {self._port}: let ranks reach each other at any port"
+                f"rank {self._rank} on {environment.host()} met rank 0 at port {os.environ['MASTER_PORT']}, but does "
+                f"not reach {self._address}:{self._port} ({self._problem}): let ranks reach each other at any port"
             )
         return self
 
@@ -80,21 +84,19 @@ class Watchdog:
     ) -> None:
         if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
             self._tell({"bye": int(error is not None)})
-            # Rank 0 leaves with all others: that its connection closes must not look like its death.
-            self._over.wait(_LEAVE_SECONDS)
-            self._thread.join(_LEAVE_SECONDS)
+            # All leave together: a connection that closes must not look like a death. Who leaves alone with an error
+            # waits until rank 0 has ended the others; else the clock runs, and ends also what hangs here.
+            alone = LEFT_SECONDS + 2 * _LEAVE_SECONDS
+            self._done.wait(alone if error is not None else self._timeout + 4 * ANSWER_SECONDS)
+            self._thread.join(_LEAVE_SECONDS if not self._guilty else 0.0)
             return
         text = "".join(traceback.format_exception(kind, error, trace))
         self._tell({"failed": text[-_TRACEBACK_CHARACTERS:], "place": vars(self.progress.place)})
-        if self._ended.wait(_LEAVE_SECONDS) and self._rank not in self._guilty:
+        if self._done.wait(_LEAVE_SECONDS) and self._rank not in self._guilty:
             # It failed because another one had; the thread says so and ends the process.
             self._thread.join()
         print(text, end="", file=sys.stderr, flush=True)
         os._exit(1)  # the interpreter's clean-up may wait for peers that are gone
-
-    def at(self, step: int, doing: str) -> None:
-        """This rank has got as far as to begin this."""
-        self.progress.at(step, doing)
 
     def _tell(self, message: dict[str, Any]) -> None:
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, message)
@@ -102,21 +104,29 @@ class Watchdog:
     # What follows runs in the thread.
 
     def _watch(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._run())
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._run())
+        except OSError as problem:
+            self._problem = problem
+            self._connected.set()
 
     async def _run(self) -> None:
         if self._listener is not None:
             hub = Hub(self._token, environment.world_size(), self._timeout, self.progress)
-            server = await asyncio.start_server(hub.serve, sock=self._listener, limit=_LINE_BYTES)
-        reader, writer = await asyncio.open_connection(os.environ["MASTER_ADDR"], self._port, limit=_LINE_BYTES)
+            server = await asyncio.start_server(hub.serve, sock=self._listener, limit=_LINE_BYTES, backlog=1024)
+        reader, writer = await asyncio.open_connection(self._address, self._port, limit=_LINE_BYTES)
+        keep_alive(writer)
         hello = {"rank": self._rank, "host": environment.host(), "pid": os.getpid(), "where": _where()}
         send(writer, {"token": self._token, **hello})
         self._connected.set()
-        tasks = [asyncio.ensure_future(each) for each in (self._speak(writer), self._clock(writer))]
-        await self._listen(reader)
-        for task in tasks:
+        work = (self._listen(reader), self._speak(writer), self._clock(writer))
+        tasks = [asyncio.ensure_future(each) for each in work]
+        done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
             task.cancel()
+        for task in done:
+            task.result()  # what goes wrong here shall be seen
         writer.close()
         if self._listener is not None:
             server.close()
@@ -128,7 +138,7 @@ class Watchdog:
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         """Until the run is over."""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             async for line in reader:
                 message = json.loads(line)
                 if "report" in message:
@@ -139,7 +149,7 @@ class Watchdog:
                     self._guilty = message["guilty"]
                     self._end(message["end"], message["kill"], on_screen=self._rank == 0)
                 elif "over" in message:
-                    self._over.set()
+                    self._done.set()
                     return
         self._without_rank_0("is gone: killed, or its host is down")
 
@@ -171,7 +181,7 @@ class Watchdog:
         self._end(f"rank 0 on {self._host_of_rank_0} {what}; this rank was at {self.progress.place}", [], speaks)
 
     def _end(self, why: str, kill: list[list[Any]], on_screen: bool) -> NoReturn:
-        self._ended.set()
+        self._done.set()
         for process, where in kill:
             if where == _where() and process != os.getpid():
                 with contextlib.suppress(OSError):
@@ -183,8 +193,14 @@ class Watchdog:
         os._exit(EXIT_WATCHDOG)
 
 
+def _address(meeting: Meeting) -> str:
+    """Of rank 0's host, for all ranks: where they met, unless that was at torchrun's store on another node."""
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return socket.getfqdn() if of_agent and len(set(meeting.machines)) > 1 else os.environ["MASTER_ADDR"]
+
+
 def _listen(address: str) -> socket.socket:
-    """A free port of this host, which is the one that the launcher calls `address`."""
+    """A free port of this host, which all call `address`."""
     if address == "localhost" or address.startswith("127."):
         return socket.create_server(("127.0.0.1", 0), backlog=1024)
     if socket.has_dualstack_ipv6():

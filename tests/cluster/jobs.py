@@ -160,7 +160,8 @@ def _command(hosts: Hosts, launcher: Launcher, hostfile: Path, i: int, processes
         nodes = ["--nnodes", str(hosts.count), "--node-rank", node, "--nproc-per-node", str(processes)]
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first}:{PORT}", "--rdzv-id", "job"]
         return [programs / "torchrun", *nodes, *meeting]
-    command = [programs / "deepspeed", "--hostfile", hostfile, "--master_addr", first, "--master_port", str(PORT)]
+    command: list[str | Path] = [programs / "deepspeed", "--hostfile", hostfile]
+    command += ["--master_addr", first, "--master_port", str(PORT)]
     if launcher == "no_ssh":
         command += ["--no_ssh", "--node_rank", node]
     return command

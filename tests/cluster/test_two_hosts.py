@@ -3,7 +3,9 @@ go on."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,30 +95,30 @@ def hosts(all_hosts: Hosts) -> Iterator[Hosts]:
 
 @pytest.fixture
 def launch(hosts: Hosts, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """launch(launcher, arguments, ...) -> Job, of which nothing is left afterwards."""
+    """launch(launcher, arguments, ...) -> Job, of which nothing is left afterwards. Every host that is on has an sshd
+    once pdsh needs one, or those of `sshd_on` alone."""
     jobs: list[Job] = []
+    programs: Path | None = None
+    with contextlib.ExitStack() as stack:
 
-    def made(launcher: Launcher, chosen: list[str], **more: object) -> Job:
-        jobs.append(Job(hosts, launcher, chosen, tmp_path / f"job{len(jobs)}", **more))  # type: ignore[arg-type]
-        return jobs[-1]
+        def made(
+            launcher: Launcher, chosen: list[str], on: list[int] | None = None, sshd_on: list[int] | None = None
+        ) -> Job:
+            nonlocal programs
+            if launcher == "pdsh" and programs is None:
+                if missing := [each for each in ("pdsh", "ssh", "/usr/sbin/sshd") if shutil.which(each) is None]:
+                    pytest.skip(f"no {', '.join(missing)} here: tests/cluster/install.sh")
+                programs = stack.enter_context(hosts.ssh(sshd_on))
+            jobs.append(Job(hosts, launcher, chosen, tmp_path / f"job{len(jobs)}", on=on, ssh=programs))
+            stack.callback(jobs[-1].end)
+            return jobs[-1]
 
-    try:
         yield made
-    finally:
-        for job in jobs:
-            job.end()
 
 
-@pytest.fixture
-def ssh(hosts: Hosts) -> Iterator[Path]:
-    """sshd on both."""
-    with hosts.ssh() as programs:
-        yield programs
-
-
-def started(launch: Callable[..., Job], launcher: Launcher, prefix: Path, run_dir: Path, ssh: Path, *more: str) -> Job:
+def started(launch: Callable[..., Job], launcher: Launcher, prefix: Path, run_dir: Path, *more: str) -> Job:
     """A job without an end that has done four steps, and so saved a checkpoint or is about to."""
-    job = launch(launcher, arguments(prefix, run_dir, ENDLESS, *SAVING, *more), ssh=ssh)
+    job = launch(launcher, arguments(prefix, run_dir, ENDLESS, *SAVING, *more))
     job.wait_for(lambda: len(records(run_dir)) >= 4, "step 4")
     assert sorted(job.ranks()) == [0, 1, 2, 3]
     return job
@@ -133,10 +135,9 @@ def test_losses_on_two_hosts_are_those_of_one_process(
     prefix: Path,
     reference: dict[int, float],
     tmp_path: Path,
-    ssh: Path,
     launcher: Launcher,
 ) -> None:
-    job = launch(launcher, arguments(prefix, tmp_path / "run", STEPS, *TWO_BY_TWO), ssh=ssh)
+    job = launch(launcher, arguments(prefix, tmp_path / "run", STEPS, *TWO_BY_TWO))
     job.wait_for(lambda: len(records(tmp_path / "run")) > 0, "step")
     where = {rank: i for rank, pid in job.ranks().items() for i in job.hosts.all() if pid in job.hosts.pids(i)}
     assert where == {0: 1, 1: 1, 2: 2, 3: 2}, "two ranks on each host"
@@ -227,10 +228,10 @@ def test_a_cut_of_three_seconds_heals_and_the_run_goes_on(
 
 @pytest.mark.cluster
 def test_a_longer_cut_is_ended_by_the_watchdog_on_both_sides(
-    launch: Callable[..., Job], hosts: Hosts, prefix: Path, tmp_path: Path, ssh: Path
+    launch: Callable[..., Job], hosts: Hosts, prefix: Path, tmp_path: Path
 ) -> None:
     timeout = ("--parallel.timeout_minutes", str(TIMEOUT_MINUTES))
-    job = started(launch, "no_ssh", prefix, tmp_path / "run", ssh, *timeout)
+    job = started(launch, "no_ssh", prefix, tmp_path / "run", *timeout)
     hosts.cut(2)
     since = time.monotonic()
     try:
@@ -253,9 +254,9 @@ def why(screen: str) -> str:
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_killed_rank_ends_the_job_everywhere_and_is_named(
-    launch: Callable[..., Job], prefix: Path, tmp_path: Path, ssh: Path, launcher: Launcher, rank: int
+    launch: Callable[..., Job], prefix: Path, tmp_path: Path, launcher: Launcher, rank: int
 ) -> None:
-    job = started(launch, launcher, prefix, tmp_path / "run", ssh)
+    job = started(launch, launcher, prefix, tmp_path / "run")
     ended = job.wait(30.0, since=job.signal(rank, signal.SIGKILL))
     assert ended.seconds < 30.0
     assert 0 not in ended.codes.values(), ended.text
@@ -268,10 +269,10 @@ def test_a_killed_rank_ends_the_job_everywhere_and_is_named(
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("launcher", ["no_ssh", "torchrun"])
 def test_a_stopped_rank_is_ended_by_the_watchdog_and_named(
-    launch: Callable[..., Job], prefix: Path, tmp_path: Path, ssh: Path, launcher: Launcher, rank: int
+    launch: Callable[..., Job], prefix: Path, tmp_path: Path, launcher: Launcher, rank: int
 ) -> None:
     timeout = ("--parallel.timeout_minutes", str(TIMEOUT_MINUTES))
-    job = started(launch, launcher, prefix, tmp_path / "run", ssh, *timeout)
+    job = started(launch, launcher, prefix, tmp_path / "run", *timeout)
     since = job.signal(rank, signal.SIGSTOP)
     other = {0: 2, 3: 1}[rank]  # on the other host, where no launcher waits for the stopped one
     job.wait_for(lambda: other not in job.ranks(), "end of the rest", 60 * TIMEOUT_MINUTES + TELL_SECONDS + SLACK)
@@ -286,20 +287,17 @@ def test_a_stopped_rank_is_ended_by_the_watchdog_and_named(
 @pytest.mark.cluster
 @pytest.mark.parametrize("launcher", ["no_ssh", "pdsh"])
 def test_a_host_that_is_off_at_the_start_is_named_within_a_minute(
-    launch: Callable[..., Job], hosts: Hosts, prefix: Path, tmp_path: Path, ssh: Path, launcher: Launcher
+    launch: Callable[..., Job], hosts: Hosts, prefix: Path, tmp_path: Path, launcher: Launcher
 ) -> None:
     hosts.power_off(2)
-    job = launch(launcher, arguments(prefix, tmp_path / "run", STEPS, *TWO_BY_TWO), on=[1], ssh=ssh)
+    job = launch(launcher, arguments(prefix, tmp_path / "run", STEPS, *TWO_BY_TWO), on=[1])
     check_missing(job, launcher)
 
 
 @pytest.mark.cluster
-def test_a_host_without_sshd_is_named_within_a_minute(
-    launch: Callable[..., Job], hosts: Hosts, prefix: Path, tmp_path: Path
-) -> None:
-    with hosts.ssh(on=[1]) as programs:
-        job = launch("pdsh", arguments(prefix, tmp_path / "run", STEPS, *TWO_BY_TWO), ssh=programs)
-        check_missing(job, "pdsh")
+def test_a_host_without_sshd_is_named_within_a_minute(launch: Callable[..., Job], prefix: Path, tmp_path: Path) -> None:
+    job = launch("pdsh", arguments(prefix, tmp_path / "run", STEPS, *TWO_BY_TWO), sshd_on=[1])
+    check_missing(job, "pdsh")
 
 
 def check_missing(job: Job, launcher: Launcher) -> None:
@@ -356,10 +354,10 @@ def test_the_first_host_missing_is_said_by_the_second(
 @pytest.mark.cluster
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_sigterm_to_one_launcher_saves_a_checkpoint_and_leaves_no_rank(
-    launch: Callable[..., Job], prefix: Path, tmp_path: Path, ssh: Path, launcher: Launcher
+    launch: Callable[..., Job], prefix: Path, tmp_path: Path, launcher: Launcher
 ) -> None:
     run_dir = tmp_path / "run"
-    job = started(launch, launcher, prefix, run_dir, ssh)
+    job = started(launch, launcher, prefix, run_dir)
     job.launchers[1].terminate()
     ended = job.wait(KILL_SECONDS + SLACK, since=time.monotonic())
     done = max(losses(run_dir))
@@ -369,6 +367,6 @@ def test_sigterm_to_one_launcher_saves_a_checkpoint_and_leaves_no_rank(
     )
     print(f"{launcher}: step {done} saved, gone after {ended.seconds:.1f} s, exit codes {ended.codes}")
     # The same command goes on from there.
-    again = launch(launcher, arguments(prefix, run_dir, done + 2, *SAVING), ssh=ssh).wait()
+    again = launch(launcher, arguments(prefix, run_dir, done + 2, *SAVING)).wait()
     assert set(again.codes.values()) == {0}, again.text
     assert sorted(losses(run_dir)) == list(range(1, done + 3))

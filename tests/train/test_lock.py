@@ -45,8 +45,8 @@ def test_a_second_run_is_refused_by_name_of_the_first(
     holder.kill()
     holder.wait()
     with lock.RunLock() as mine:
-        mine.acquire(tmp_path)  # a killed run holds nothing
-        mine.acquire(tmp_path)  # what is held already
+        assert not mine.acquire(tmp_path), "a killed run holds nothing, so nobody was waited for"
+        assert not mine.acquire(tmp_path), "what is held already"
 
 
 def test_an_earlier_run_that_is_about_to_end_is_waited_for(
@@ -59,5 +59,5 @@ def test_an_earlier_run_that_is_about_to_end_is_waited_for(
 
     monkeypatch.setattr(lock.time, "sleep", sleep)
     with lock.RunLock() as mine:
-        mine.acquire(tmp_path)
+        assert mine.acquire(tmp_path), "it was waited for"
     assert capsys.readouterr().out.count("waiting until an earlier run leaves") == 1

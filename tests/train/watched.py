@@ -24,7 +24,7 @@ def main(folder: Path, timeout: float, part: str) -> None:
     with RankLog() as log, Watchdog(meeting, timeout, log) as watchdog:
         log.open(folder)
         for step in range(1, 4):
-            watchdog.at(step, "step")
+            watchdog.progress.at(step, "step")
             time.sleep(0.1)
         print(f"rank {environment.rank()} plays {part}")
         if part == "fail":
@@ -36,15 +36,15 @@ def main(folder: Path, timeout: float, part: str) -> None:
         if part == "leave":
             sys.exit(2)
         if part == "hang":
-            watchdog.at(4, "what the others wait for")
+            watchdog.progress.at(4, "what the others wait for")
             _never_ends()
         if part == "wait":
-            watchdog.at(4, "what the others wait for")
-            watchdog.at(4, "all_reduce")
+            watchdog.progress.at(4, "what the others wait for")
+            watchdog.progress.at(4, "all_reduce")
             _never_ends()
         if part == "crawl":
             for _ in range(15):
-                watchdog.at(4, "a long way")
+                watchdog.progress.at(4, "a long way")
                 time.sleep(timeout / 5)
         if part == "wait for the crawler":
             time.sleep(3 * timeout)
