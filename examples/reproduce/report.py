@@ -168,7 +168,8 @@ def plot(curves: dict[str, list[Curves]], file: Path) -> None:
         panel.set(xlabel="step", ylabel=f"{kind} loss (nats per token)")
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.suptitle(f"mean and range of {len(next(iter(curves.values())))} seeds")
+    seeds = len(next(iter(curves.values())))
+    figure.suptitle(f"mean and range of {seeds} seed{'s' if seeds > 1 else ''}")
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 

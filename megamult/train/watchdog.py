@@ -59,8 +59,9 @@ class Watchdog:
             # TCPStore, the gloo meshes and all ranks' connections add up.
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            meeting.store.set("watchdog", json.dumps([address, self._listener.getsockname()[1], secrets.token_hex(16)]))
-        self._address, self._port, self._token = json.loads(meeting.store.get("watchdog"))
+            port, token = self._listener.getsockname()[1], secrets.token_hex(16)
+            meeting.store.set("watchdog", json.dumps([address, port, token, [os.getpid(), _where()]]))
+        self._address, self._port, self._token, self._rank_0 = json.loads(meeting.store.get("watchdog"))
         self._loop = asyncio.new_event_loop()
         self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -178,7 +179,8 @@ class Watchdog:
         """Every rank decides by itself; the first of each node, or the next one, says so on the screen."""
         self._guilty = [0]
         speaks = self._rank == 1 or environment.local_rank() == 0
-        self._end(f"rank 0 on {self._host_of_rank_0} {what}; this rank was at {self.progress.place}", [], speaks)
+        why = f"rank 0 on {self._host_of_rank_0} {what}; this rank was at {self.progress.place}"
+        self._end(why, [self._rank_0], speaks)  # a stopped process would otherwise be its launcher's to end
 
     def _end(self, why: str, kill: list[list[Any]], on_screen: bool) -> NoReturn:
         self._done.set()

@@ -81,8 +81,6 @@ def _all(folder: Path, timeout: float, parts: list[str]) -> None:
     codes = {}
     for process in ranks[1:]:
         codes[process] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    if parts[0] == "stop":
-        os.kill(ranks[0], signal.SIGKILL)  # as its launcher would in the end
     codes[ranks[0]] = os.waitstatus_to_exitcode(os.waitpid(ranks[0], 0)[1])
     print(json.dumps([codes[process] for process in ranks]))
 
