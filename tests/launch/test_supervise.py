@@ -79,6 +79,12 @@ sys.exit(rank.wait() % 256)
 """.replace("PYTHON", sys.executable)
 
 
+def _hear_all() -> None:
+    """Under nohup, or in a script's background, signals are ignored that no child of bash could trap any more."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @dataclass
 class Supervised:
     """A folder in which supervise.sh runs a play."""
@@ -115,6 +121,7 @@ class Supervised:
                 stdout=subprocess.DEVNULL,
                 stderr=said,
                 start_new_session=True,
+                preexec_fn=_hear_all,
             )
 
     def finish(self, process: subprocess.Popen[bytes]) -> tuple[int, list[str]]:
