@@ -22,6 +22,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def has_agent_store() -> bool:
+    """Whether torchrun's agent serves the store that processes meet at, rather than rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def host() -> str:
     """The name of this node."""
     return socket.gethostname()

@@ -125,8 +125,7 @@ def _come(store: Store, **what: str) -> None:
 def _store(seconds: float) -> Store:
     """Rank 0's, or torchrun's own."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = environment.rank() == 0 and not of_agent
+    serves = environment.rank() == 0 and not environment.has_agent_store()
     deadline = time.monotonic() + seconds
     try:
         if not serves:

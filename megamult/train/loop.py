@@ -68,11 +68,17 @@ class Trainer:
         self.bad_steps = 0
         """In a row."""
 
-    def _micro_batch(self, samples: Samples, first: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Tokens and labels, [micro batch, seq] each: this rank's part of the global batch that begins at `first`."""
+    def _micro_batch(self, samples: Samples, first: int, micro: int, step: int, of: str = "") -> tuple[Tensor, Tensor]:
+        """Tokens and labels, [micro batch, seq] each: this rank's part of the global batch that begins at `first`.
+
+        Notes the progress of `step`: reading is work on files, what follows it is not.
+        """
+        which = f"micro-batch {micro + 1} of {self._accumulation}{of}"
+        self._progress.at(step, f"reading {which}", ON_FILES)
         size = self.config.train.micro_batch_size
         start = first + (micro * parallel.data_group().size() + self._data_rank) * size
         rows = [samples[i] for i in range(start, start + size)]
+        self._progress.at(step, which)
         here = device.local_device()
         return (
             torch.stack([row["tokens"] for row in rows]).to(here),
@@ -90,10 +96,7 @@ class Trainer:
             group["lr"] = group["peak_lr"] * lr_factor(step, config.train.steps, config.optimizer)
         loss = torch.zeros((), device=device.local_device())
         for micro in range(self._accumulation):
-            which = f"micro-batch {micro + 1} of {self._accumulation}"
-            self._progress.at(step + 1, f"reading {which}", ON_FILES)
-            tokens, labels = self._micro_batch(self._train, first, micro)
-            self._progress.at(step + 1, which)
+            tokens, labels = self._micro_batch(self._train, first, micro, step + 1)
             objective, entropy = self.engine.deepspeed(tokens, labels)
             self.engine.deepspeed.backward(objective)
             self.engine.deepspeed.step()
@@ -128,9 +131,10 @@ class Trainer:
         self.engine.deepspeed.eval()
         loss = torch.zeros((), device=device.local_device())
         for index in range(config.train.eval_batches):
-            self._progress.at(self.step_count, f"evaluation, batch {index + 1} of {config.train.eval_batches}")
+            of = f", evaluation's batch {index + 1} of {config.train.eval_batches}"
             for micro in range(self._accumulation):
-                _, entropy = self.engine.deepspeed(*self._micro_batch(self._valid, index * batch, micro))
+                tokens, labels = self._micro_batch(self._valid, index * batch, micro, self.step_count, of)
+                _, entropy = self.engine.deepspeed(tokens, labels)
                 loss += entropy.float()
         self.engine.deepspeed.train()
         return self._mean(loss / (config.train.eval_batches * self._accumulation))

@@ -197,8 +197,8 @@ class Watchdog:
 
 def _address(meeting: Meeting) -> str:
     """Of rank 0's host, for all ranks: where they met, unless that was at torchrun's store on another node."""
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return socket.getfqdn() if of_agent and len(set(meeting.machines)) > 1 else os.environ["MASTER_ADDR"]
+    elsewhere = environment.has_agent_store() and len(set(meeting.machines)) > 1
+    return socket.getfqdn() if elsewhere else os.environ["MASTER_ADDR"]
 
 
 def _listen(address: str) -> socket.socket:
