@@ -191,8 +191,8 @@ class ParallelConfig:
     rendezvous_seconds: float = 45.0
     """Seconds within which all processes must have come together; a host that is down is named then."""
     timeout_minutes: float = 10.0
-    """Minutes without any progress (a micro-batch, an evaluation, a part of start-up) after which the run is ended,
-    with each rank's last step and stack."""
+    """Minutes within which a run without any progress (a micro-batch, an evaluation, a part of start-up) is ended, with
+    each rank's last step and stack."""
 
     def __post_init__(self) -> None:
         _positive(

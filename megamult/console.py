@@ -1,11 +1,11 @@
-"""How a program ends: one line for a user's mistake, exit codes, cleaning up when it is asked to stop."""
+"""What programs say and how they end: one line for a user's mistake, exit codes, cleaning up when asked to stop."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
@@ -16,6 +16,17 @@ _EXIT_INTERRUPTED = 130
 def say_error(message: str) -> None:
     """One line on standard error."""
     print("error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr, flush=True)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import socket
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megamult import environment, launcher
+from megamult.console import ranges
 
 SECONDS = 45.0
 """For which to wait, if nothing else is asked for: with the launcher's own start a host that is down is named within a
@@ -73,7 +75,10 @@ def meet(seconds: float) -> Meeting:
     store = _store(seconds)
     _come(store, machine=environment.machine())
     if rank == 0:
-        missing = _missing(store, range(size), deadline)
+        missing = _missing(store, size, min(deadline, time.monotonic() + _TELL_SECONDS))
+        if missing and time.monotonic() < deadline:
+            print(f"waiting for {_who(missing)}, up to {seconds:.0f} s in all", file=sys.stderr, flush=True)
+            missing = _missing(store, size, deadline)
         here = [each for each in range(size) if each not in missing]
         came = [json.loads(value) for value in store.multi_get([f"here/{each}" for each in here])]
         name = secrets.token_hex(8)
@@ -92,7 +97,11 @@ def meet(seconds: float) -> Meeting:
         met = json.loads(store.get("met"))
         store.set(f"heard/{rank}", "")
     if met["missing"]:
-        raise NobodyThere(_who(met["missing"], size, seconds))
+        raise NobodyThere(
+            f"{len(met['missing'])} of {size} processes did not come within {seconds:.0f} s "
+            f"(parallel.rendezvous_seconds): {_who(met['missing'])}; see whether the host is up and what its own "
+            "output says"
+        )
     for each in met["came"]:
         if "problem" in each:
             raise ValueError(each["problem"])
@@ -113,6 +122,9 @@ _EXCUSE_SECONDS = 15.0
 
 _PATIENCE = datetime.timedelta(minutes=30)
 """For what ranks that have met ask the store: some import longer than others."""
+
+_TELL_SECONDS = 15.0
+"""After which a rank that still waits says for whom."""
 
 _HEAR = datetime.timedelta(seconds=10)
 """For which rank 0 waits until what it has found is heard."""
@@ -162,6 +174,7 @@ def _reach(address: str, port: int, deadline: float) -> None:
     Raises:
         OSError: nobody does by then.
     """
+    tell = time.monotonic() + _TELL_SECONDS if environment.local_rank() == 0 else math.inf
     while True:
         try:
             socket.create_connection((address, port), timeout=max(0.1, min(2.0, deadline - time.monotonic()))).close()
@@ -169,24 +182,24 @@ def _reach(address: str, port: int, deadline: float) -> None:
         except OSError:
             if time.monotonic() > deadline:
                 raise
+        if time.monotonic() > tell:
+            tell = math.inf
+            print(f"waiting for rank 0 at {address}:{port}", file=sys.stderr, flush=True)
         time.sleep(0.2)
 
 
-def _missing(store: Store, ranks: range, deadline: float) -> list[int]:
+def _missing(store: Store, size: int, deadline: float) -> list[int]:
     """The ranks that have not come by then."""
-    keys = [f"here/{rank}" for rank in ranks]
-    try:
-        store.wait(keys, datetime.timedelta(seconds=max(0.001, deadline - time.monotonic())))
-        return []
-    except RuntimeError:
-        return [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
+    keys = [f"here/{rank}" for rank in range(size)]
+    while not store.check(keys):  # torch's own wait would put a warning of its own on the screen
+        if time.monotonic() > deadline:
+            return [rank for rank, key in enumerate(keys) if not store.check([key])]
+        time.sleep(0.1)
+    return []
 
 
-def _who(missing: list[int], size: int, seconds: float) -> str:
+def _who(ranks: list[int]) -> str:
+    """Ranks with their hosts, where those are known."""
     hosts = launcher.hosts_of_ranks()
-    named = sorted({hosts[rank] for rank in missing if rank in hosts})
-    ranks = ", ".join(map(str, missing[:16])) + (" ..." if len(missing) > 16 else "")
-    return (
-        f"{len(missing)} of {size} processes did not come within {seconds:.0f} s (parallel.rendezvous_seconds): rank "
-        f"{ranks}{', on ' + ', '.join(named) if named else ''}; see whether the host is up and what its own output says"
-    )
+    named = sorted({hosts[rank] for rank in ranks if rank in hosts})
+    return f"rank {ranges(ranks)}{' on ' + ', '.join(named) if named else ''}"

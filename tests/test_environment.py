@@ -118,7 +118,7 @@ def come(rank: int, size: int, port: int, *arguments: str) -> subprocess.Popen[s
         env={**os.environ, **place},
         cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
@@ -137,6 +137,20 @@ def test_who_does_not_come_is_named_on_every_rank_in_time() -> None:
     assert said[0] == said[1]
     assert said[0].startswith("NobodyThere: 2 of 4 processes did not come within 6 s"), said
     assert "rank 1, 3;" in said[0]
+
+
+def test_who_is_waited_for_is_said_long_before_the_time_is_up() -> None:
+    port, began = free_port(), time.monotonic()
+    alone = come(0, 2, port, "meet", "100")
+    lost = come(1, 3, free_port(), "meet", "100")
+    try:
+        assert alone.stderr is not None and lost.stderr is not None
+        assert alone.stderr.readline() == "waiting for rank 1, up to 100 s in all\n"
+        assert lost.stderr.readline().startswith("waiting for rank 0 at 127.0.0.1:")
+        assert 15 < time.monotonic() - began < 90
+    finally:
+        alone.kill()
+        lost.kill()
 
 
 def test_a_rank_that_finds_nobody_says_so() -> None:

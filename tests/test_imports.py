@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "megamult"
 # `placement` because it validates by their vocabulary of roles and sides; neither of the two reads the configuration.
 DATA_FLOW = [
     ["megamult"],  # imports nothing at import time; its public names are looked up when asked for
-    ["megamult.console", "megamult.environment", "megamult.launcher"],
+    ["megamult.console", "megamult.environment", "megamult.launcher", "megamult.patience"],
     ["megamult.device", "megamult.rendezvous"],
     ["megamult.parallel"],
     ["megamult.layout"],
@@ -33,7 +33,7 @@ DATA_FLOW = [
     ["megamult.train.command_line"],
     ["megamult.train.engine"],
     ["megamult.train.lock", "megamult.train.logs", "megamult.train.progress", "megamult.train.signals"],
-    ["megamult.train.verdict"],
+    ["megamult.train.run_dir", "megamult.train.verdict"],
     ["megamult.train.hub"],
     ["megamult.train.watchdog"],
     ["megamult.train.checkpoints"],

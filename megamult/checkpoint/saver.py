@@ -23,11 +23,12 @@ from megamult import device
 from megamult.checkpoint import directory, saved
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import CheckpointInfo
+from megamult.patience import ON_FILES
 
 _ALIGNMENT = 64
 _BLOCK_BYTES = 1 << 29
 """Of memory to stage in: torch rounds pinned memory up to a power of two, which for one large buffer may double it."""
-GROUP_TIMEOUT = datetime.timedelta(hours=2)
+GROUP_TIMEOUT = datetime.timedelta(seconds=ON_FILES)
 """How long the fastest rank's file system may wait for the slowest's."""
 
 

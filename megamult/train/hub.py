@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megamult.console import ranges
 from megamult.train import verdict
 from megamult.train.progress import Place, Progress
 from megamult.train.verdict import Peer
@@ -19,8 +20,28 @@ from megamult.train.verdict import Peer
 CONNECT_SECONDS = 60.0
 """Within which a rank that has met the others has found rank 0's port."""
 
-ANSWER_SECONDS = 5.0
-"""Within which a rank that lives tells its stack."""
+
+@dataclass(frozen=True)
+class Deadlines:
+    """In seconds without progress; all of them within the run's timeout, after which nobody is left."""
+
+    timeout: float
+
+    @property
+    def answer(self) -> float:
+        """Within which a rank that lives tells its stack, and rank 0 its verdict."""
+        return min(5.0, self.timeout / 6)
+
+    @property
+    def ask(self) -> float:
+        """A rank asks rank 0 whether anybody gets further."""
+        return self.timeout - 3 * self.answer
+
+    @property
+    def alone(self) -> float:
+        """A rank that has had no answer, though there was time for two, ends by itself."""
+        return self.timeout - self.answer
+
 
 _SETTLE_SECONDS = 0.5
 """Between the first sign of a death and the verdict: those that die of it may be heard first."""
@@ -46,12 +67,12 @@ class Hub:
     Args:
         token: without which nobody is heard.
         size: number of ranks.
-        timeout: seconds without progress of any rank, after which the run is ended.
+        deadlines: for ranks without progress.
         progress: rank 0's own.
     """
 
-    def __init__(self, token: str, size: int, timeout: float, progress: Progress) -> None:
-        self._token, self._size, self._timeout, self._progress = token, size, timeout, progress
+    def __init__(self, token: str, size: int, deadlines: Deadlines, progress: Progress) -> None:
+        self._token, self._size, self._deadlines, self._progress = token, size, deadlines, progress
         self._ranks: dict[int, _Connection] = {}
         self._lost: list[Peer] = []
         self._failed: dict[int, str] = {}
@@ -131,12 +152,12 @@ class Hub:
     def _left_early(self, peer: Peer) -> None:
         remaining = [number for number, each in self._ranks.items() if not each.left]
         if remaining:
-            self._end(f"{peer} left with an error, and rank {verdict.ranks(remaining)} did not", [peer.rank], [])
+            self._end(f"{peer} left with an error, and rank {ranges(remaining)} did not", [peer.rank], [])
 
     def _absentees(self) -> None:
         if self._absent:
             absent = sorted(self._absent)
-            why = f"rank {verdict.ranks(absent)} did not reach rank 0's watchdog within {CONNECT_SECONDS:.0f} s"
+            why = f"rank {ranges(absent)} did not reach rank 0's watchdog within {CONNECT_SECONDS:.0f} s"
             self._end(why, absent, [])
 
     def _death(self) -> None:
@@ -154,17 +175,19 @@ class Hub:
         for rank in self._ranks.values():
             rank.peer.stack = None
         self._all({"report": True})
-        deadline = time.monotonic() + ANSWER_SECONDS
+        deadline = time.monotonic() + self._deadlines.answer
         while time.monotonic() < deadline and any(rank.peer.stack is None for rank in self._ranks.values()):
             await asyncio.sleep(0.05)
         now = time.monotonic()
         for rank in self._ranks.values():
             rank.peer.heard = now - rank.heard
         answered = [rank for rank in self._ranks.values() if rank.peer.stack is not None]
-        if min((rank.standing for rank in answered), default=self._timeout) < self._timeout - ANSWER_SECONDS:
+        standing = min((rank.standing for rank in answered), default=self._deadlines.ask)
+        if standing < self._deadlines.ask - self._deadlines.answer:
             self._all({"patience": True})
             return
-        line, text = verdict.stands_still([self._ranks[r].peer for r in sorted(self._ranks)], self._timeout)
+        peers = [self._ranks[rank].peer for rank in sorted(self._ranks)]
+        line, text = verdict.stands_still(peers, standing, self._deadlines.timeout)
         print(text, end="", file=sys.stderr)
         silent = [rank for rank in self._ranks.values() if rank.peer.stack is None]
         self._end(line, [rank.peer.rank for rank in silent], [[rank.peer.pid, rank.where] for rank in silent])

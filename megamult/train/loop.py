@@ -20,9 +20,10 @@ from megamult.config import Config
 from megamult.monitor.statistics import by_role, flops_per_token
 from megamult.monitor.writers import Writers
 from megamult.optim.schedule import lr_factor
+from megamult.patience import ON_FILES
 from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.engine import Engine
-from megamult.train.progress import ON_FILES, Progress
+from megamult.train.progress import Progress
 from megamult.train.signals import StopRequests
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megamult import environment
 from megamult.config import Config, DataConfig
 from megamult.console import say_error
+from megamult.patience import ON_FILES
 from megamult.train.command_line import (
     EXIT_DIVERGED,
     EXIT_NO_CHECKPOINT,
@@ -52,7 +53,7 @@ def run(config: Config, resolved: str) -> None:
     meeting = _meet(config)
     from megamult.train.lock import RunLock
     from megamult.train.logs import RankLog
-    from megamult.train.progress import ON_FILES, Progress
+    from megamult.train.progress import Progress
     from megamult.train.watchdog import Watchdog
 
     minutes = config.train.max_minutes
@@ -91,20 +92,20 @@ def _train(
 
     from megamult import parallel
     from megamult.checkpoint import resume
+    from megamult.train import run_dir as run_dirs
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build, check_deepspeed, parameter_count
     from megamult.train.loop import CheckpointFailed, Diverged, Trainer
-    from megamult.train.progress import ON_FILES
 
     main_rank = environment.rank() == 0
     agreed(lambda: check_deepspeed(config, mpu))
-    run_dir = _run_dir(config)
+    run_dir = run_dirs.choose(config.train.run_dir)
     tokenizer, vocab_size = agreed(lambda: _vocabulary(config))
     load = config.checkpoint.load
     checkpoint = None
     # Before the newest checkpoint is looked for: an earlier part of the run may be writing it.
     progress.at(0, "waiting for the run directory", ON_FILES)
-    agreed(lambda: _lock(lock, run_dir))
+    agreed(lambda: run_dirs.wait_for(lock, run_dir))
     if load:
         progress.at(0, "looking for a checkpoint", ON_FILES)
         checkpoint = agreed(
@@ -112,13 +113,13 @@ def _train(
                 load, run_dir, lambda info: resume.check_fits(info, config, vocab_size, tokenizer.sha256)
             )
         )
-    ours = None if checkpoint is None else _of_run(checkpoint.path, run_dir)
-    agreed(lambda: _claim(run_dir, load == "latest" or ours is not None))
+    ours = None if checkpoint is None else run_dirs.own(checkpoint.path, run_dir)
+    agreed(lambda: run_dirs.claim(run_dir, load == "latest" or ours is not None))
     progress.at(0, "checking the data", ON_FILES)
     train, valid = agreed(lambda: _datasets(config, tokenizer, run_dir))
     files = agreed(lambda: _files(resolved, tokenizer, checkpoint))
-    agreed(lambda: _begin(run_dir, resolved, ours, lock))
-    agreed(lambda: _check_shared(run_dir))
+    agreed(lambda: run_dirs.begin(run_dir, resolved, ours, lock))
+    agreed(lambda: run_dirs.check_shared(run_dir))
     agreed(lambda: log.open(run_dir / "logs"))
     progress.at(0, "building the model")
     engine = build(config, vocab_size, mpu)
@@ -152,7 +153,7 @@ def _train(
     except CheckpointFailed as failed:
         error, reason, code = str(failed), failed.reason, EXIT_NO_CHECKPOINT
     except Diverged as diverged:
-        error, code = f"{diverged}; {_remedy(run_dir, diverged.last_good_step)}", EXIT_DIVERGED
+        error, code = f"{diverged}; {run_dirs.after_divergence(run_dir, diverged.last_good_step)}", EXIT_DIVERGED
     if main_rank:
         if code != EXIT_DIVERGED:
             _conclude(config, vocab_size, trainer, reason, run_dir, code)
@@ -161,17 +162,6 @@ def _train(
     progress.at(trainer.step_count, "the end")
     torch.distributed.barrier()
     return code
-
-
-def _remedy(run_dir: Path, last_good_step: int) -> str:
-    """What to do with a run that has diverged."""
-    from megamult.checkpoint import directory
-
-    parent = run_dir / "checkpoints"
-    saved = [directory.of_step(parent, step) for step in directory.steps(parent) if step <= last_good_step][-1:]
-    if not saved:
-        return "there is no checkpoint from before them; lower optimizer.lr, or lengthen optimizer.warmup_steps"
-    return f"the last checkpoint from before them is {saved[0]}; go on from it with a lower optimizer.lr or other data"
 
 
 def _meet(config: Config) -> Meeting:
@@ -220,77 +210,6 @@ def _files(resolved: str, tokenizer: Any, checkpoint: Any) -> dict[str, bytes]:
     if checkpoint is not None and checkpoint.info.tokenizer_sha256 == tokenizer.sha256:
         files = checkpoint.files(TOKENIZER_FOLDER) | files
     return files
-
-
-def _run_dir(config: Config) -> Path:
-    """The run directory that the configuration names, or one of rank 0's choice."""
-    import torch
-
-    chosen = [config.train.run_dir or time.strftime("runs/%Y%m%d-%H%M%S")]
-    torch.distributed.broadcast_object_list(chosen, src=0)
-    return Path(chosen[0])
-
-
-def _of_run(checkpoint: Path, run_dir: Path) -> Path | None:
-    """The checkpoint by its own name in `run_dir`, if it is one of this run."""
-    from megamult.checkpoint import directory
-
-    path = checkpoint.resolve()
-    here = path.parent == (run_dir / "checkpoints").resolve() and directory.is_of_step(path)
-    return run_dir / "checkpoints" / path.name if here else None
-
-
-def _claim(run_dir: Path, resumes: bool) -> None:
-    """Refuse a directory that already holds a run which this one does not go on with (rank 0 looks: it writes)."""
-    metrics = run_dir / "metrics.jsonl"
-    # An empty one is of a run that did not reach its first step.
-    if environment.rank() == 0 and not resumes and metrics.exists() and metrics.stat().st_size > 0:
-        raise ValueError(
-            f"train.run_dir {run_dir} holds another run (metrics.jsonl): go on with it by --checkpoint.load latest, "
-            "choose another with --train.run_dir, or remove it"
-        )
-
-
-def _lock(lock: RunLock, run_dir: Path) -> None:
-    """Wait for an earlier part of the run to end, if there is one; on rank 0."""
-    from megamult.train.lock import LOCK
-
-    if environment.rank() == 0 and (run_dir / LOCK).exists():
-        lock.acquire(run_dir)
-
-
-def _begin(run_dir: Path, resolved: str, checkpoint: Path | None, lock: RunLock) -> None:
-    """Make the run directory, write config.yaml, remove what an interrupted save left; on rank 0.
-
-    Args:
-        checkpoint: of this run, that it goes on from: what came after it counts no more.
-        lock: to be held from now on.
-    """
-    from megamult.checkpoint import directory
-
-    if environment.rank() == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            if lock.acquire(run_dir):
-                raise ValueError(f"another run used {run_dir} meanwhile: start the same command again")
-            directory.clean(run_dir / "checkpoints")
-            if checkpoint is not None:
-                directory.point(checkpoint.parent, checkpoint)
-            (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
-        except OSError as error:
-            raise ValueError(
-                f"train.run_dir {run_dir} cannot be written ({error.strerror}: {error.filename}): choose another "
-                "with --train.run_dir"
-            ) from None
-
-
-def _check_shared(run_dir: Path) -> None:
-    """Every rank reads the data index that rank 0 writes into the run directory."""
-    if not (run_dir / "config.yaml").exists():
-        raise ValueError(
-            f"rank {environment.rank()} does not see {run_dir / 'config.yaml'}, which rank 0 wrote: train.run_dir must "
-            "be on a file system that all nodes share"
-        )
 
 
 def _vocabulary(config: Config) -> tuple[Any, int]:

@@ -23,9 +23,6 @@ class Place:
         return f"step {self.step}, {self.doing}"
 
 
-ON_FILES = 2 * 3600.0
-"""Grace in seconds for work on files, which no peer can hold up, and which a loaded file system may."""
-
 START = Place(0, "start-up", 0)
 
 

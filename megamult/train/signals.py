@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from megamult import launcher
+from megamult.patience import ON_FILES
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _ABANDONED = 255
 """In the place of a signal's number: a launcher above this rank is gone."""
 
-_VOTE_TIMEOUT = datetime.timedelta(hours=3)
+_VOTE_TIMEOUT = datetime.timedelta(seconds=1.5 * ON_FILES)
 """A peer may be at work on files; one that is gone is the watchdog's business."""
 
 SAME_REQUEST_SECONDS = 5.0

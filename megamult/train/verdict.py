@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megamult.console import ranges
 from megamult.train.progress import START, Place
 
 
@@ -26,32 +27,23 @@ class Peer:
         return f"rank {self.rank} on {self.host} (process {self.pid})"
 
 
-def ranks(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
-
 def died(
     lost: Sequence[Peer], failed: Mapping[int, str], peers: Mapping[int, Peer], here: Place
 ) -> tuple[str, list[int]]:
     """One line on whose death ended the run, and their ranks.
 
     Args:
-        lost: ranks whose connection closed without a word, as a killed process' does: what others then report is only
-            what came of it.
+        lost: ranks whose connection closed without a word, as a killed process' does, the first one first: what others
+            then report is only what came of it.
         failed: rank -> traceback, in the order in which they were told.
         peers: all ranks.
         here: where rank 0 is.
     """
     if lost:
-        who = ", ".join(map(str, lost[:8])) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
-        return f"{who} was killed, or went without a word, with rank 0 at {here}", [peer.rank for peer in lost]
+        first, *others = lost
+        after = f" (soon after it: {_listed([str(peer) for peer in others])})" if others else ""
+        why = f"{first} was killed, or went without a word, with rank 0 at {here}{after}"
+        return why, [peer.rank for peer in lost]
     rank, text = next(iter(failed.items()))
     peer = peers[rank]
     return f"{peer} failed at {peer.place}: {text.strip().splitlines()[-1]}", [rank]
@@ -68,24 +60,32 @@ def late(peers: Sequence[Peer]) -> list[Peer]:
     return behind if len(behind) < len(peers) else []
 
 
-def stands_still(peers: Sequence[Peer], seconds: float) -> tuple[str, str]:
-    """(one line on who is late, each rank's place and stack with equal ones together)."""
+def stands_still(peers: Sequence[Peer], seconds: float, timeout: float) -> tuple[str, str]:
+    """(one line on who is late, each rank's place and stack with equal ones together).
+
+    Args:
+        seconds: for which no rank has got further.
+        timeout: within which such a run is ended, in seconds.
+    """
     waited_for = late(peers)
     if not waited_for:
         who = "all ranks are at the same place"
     else:
-        who = "the late: " + ", ".join(
-            f"{peer}, {_silence(peer) if peer.stack is None else f'at {peer.place}'}" for peer in waited_for[:8]
+        who = "the late: " + _listed(
+            [f"{peer}, {_silence(peer) if peer.stack is None else f'at {peer.place}'}" for peer in waited_for]
         )
-        if len(waited_for) > 8:
-            who += f" and {len(waited_for) - 8} more"
-    line = f"no progress for {seconds:.0f} s (parallel.timeout_minutes); {who}"
+    line = f"no progress for {seconds:.0f} s (parallel.timeout_minutes {timeout / 60:g}); {who}"
     groups: dict[tuple[str, str], list[int]] = {}
     for peer in peers:
         stack = f"no answer; last heard of {peer.heard:.0f} s ago\n" if peer.stack is None else peer.stack
         groups.setdefault((str(peer.place), stack), []).append(peer.rank)
-    text = "".join(f"rank {ranks(members)} at {place}:\n{stack}" for (place, stack), members in groups.items())
+    text = "".join(f"rank {ranges(members)} at {place}:\n{stack}" for (place, stack), members in groups.items())
     return line, text
+
+
+def _listed(which: Sequence[str]) -> str:
+    """The first eight, and how many more."""
+    return ", ".join(which[:8]) + (f" and {len(which) - 8} more" if len(which) > 8 else "")
 
 
 def _silence(peer: Peer) -> str:

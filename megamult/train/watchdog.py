@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from megamult import environment
 from megamult.rendezvous import Meeting
-from megamult.train.hub import ANSWER_SECONDS, CONNECT_SECONDS, LEFT_SECONDS, Hub, keep_alive, send
+from megamult.train.hub import CONNECT_SECONDS, LEFT_SECONDS, Deadlines, Hub, keep_alive, send
 from megamult.train.logs import RankLog
 from megamult.train.progress import Progress
 
@@ -43,13 +43,13 @@ class Watchdog:
 
     Args:
         meeting: of all ranks; its store tells them where rank 0 listens.
-        timeout_seconds: without progress of any rank, after which the run is ended.
+        timeout_seconds: within which a run without progress of any rank is ended.
         log: of this rank.
     """
 
     def __init__(self, meeting: Meeting, timeout_seconds: float, log: RankLog) -> None:
         self.progress = Progress()
-        self._timeout, self._log = timeout_seconds, log
+        self._deadlines, self._log = Deadlines(timeout_seconds), log
         self._rank = environment.rank()
         self._host_of_rank_0 = meeting.machines[0].split()[0]
         self._listener: socket.socket | None = None
@@ -88,7 +88,7 @@ class Watchdog:
             # All leave together: a connection that closes must not look like a death. Who leaves alone with an error
             # waits until rank 0 has ended the others; else the clock runs, and ends also what hangs here.
             alone = LEFT_SECONDS + 2 * _LEAVE_SECONDS
-            self._done.wait(alone if error is not None else self._timeout + 4 * ANSWER_SECONDS)
+            self._done.wait(alone if error is not None else self._deadlines.timeout + _LEAVE_SECONDS)
             self._thread.join(_LEAVE_SECONDS if not self._guilty else 0.0)
             return
         text = "".join(traceback.format_exception(kind, error, trace))
@@ -114,7 +114,7 @@ class Watchdog:
 
     async def _run(self) -> None:
         if self._listener is not None:
-            hub = Hub(self._token, environment.world_size(), self._timeout, self.progress)
+            hub = Hub(self._token, environment.world_size(), self._deadlines, self.progress)
             server = await asyncio.start_server(hub.serve, sock=self._listener, limit=_LINE_BYTES, backlog=1024)
         reader, writer = await asyncio.open_connection(self._address, self._port, limit=_LINE_BYTES)
         keep_alive(writer)
@@ -155,7 +155,7 @@ class Watchdog:
         self._without_rank_0("is gone: killed, or its host is down")
 
     async def _clock(self, writer: asyncio.StreamWriter) -> None:
-        tick = min(1.0, self._timeout / 10)
+        tick = min(1.0, self._deadlines.answer / 3)
         asked, beat, before = False, time.monotonic(), time.monotonic()
         while True:
             await asyncio.sleep(tick)
@@ -164,10 +164,11 @@ class Watchdog:
                 self.progress.forgive(now - before)
             before = now
             standing = min(self.progress.standing(), now - self._patience_since)
-            if standing > self._timeout and not asked:
+            if standing > self._deadlines.ask and not asked:
                 send(writer, {"stalled": standing})
-            asked = standing > self._timeout
-            if standing > self._timeout + 3 * ANSWER_SECONDS:
+            asked = standing > self._deadlines.ask
+            # Who speaks goes first: to the others, rank 0 is then gone.
+            if standing > self._deadlines.alone + (0.0 if self._speaks() else self._deadlines.answer / 2):
                 report = self.progress.report()
                 print(f"rank {self._rank} at {self.progress.place}:\n{report['stack']}", end="", file=sys.stderr)
                 self._without_rank_0(f"has not answered, and there was no progress for {standing:.0f} s")
@@ -176,11 +177,14 @@ class Watchdog:
                 send(writer, {"at": vars(self.progress.place)})
 
     def _without_rank_0(self, what: str) -> NoReturn:
-        """Every rank decides by itself; the first of each node, or the next one, says so on the screen."""
+        """Every rank decides by itself."""
         self._guilty = [0]
-        speaks = self._rank == 1 or environment.local_rank() == 0
         why = f"rank 0 on {self._host_of_rank_0} {what}; this rank was at {self.progress.place}"
-        self._end(why, [self._rank_0], speaks)  # a stopped process would otherwise be its launcher's to end
+        self._end(why, [self._rank_0], self._speaks())  # a stopped process would otherwise be its launcher's to end
+
+    def _speaks(self) -> bool:
+        """Without rank 0, the first rank of each node has the screen, or the next one."""
+        return self._rank == 1 or environment.local_rank() == 0
 
     def _end(self, why: str, kill: list[list[Any]], on_screen: bool) -> NoReturn:
         self._done.set()

@@ -16,7 +16,6 @@ from typing import get_args
 
 import pytest
 
-from megamult.train.hub import ANSWER_SECONDS
 from tests.cluster.hosts import Hosts
 from tests.cluster.jobs import PORT, Job, Launcher, losses, newest_checkpoint, records
 from tests.cluster.slow_link import SlowLink
@@ -33,9 +32,6 @@ LAUNCHERS: tuple[Launcher, ...] = get_args(Launcher)
 
 TIMEOUT_MINUTES = 0.3
 """Of the watchdog, in the tests that wait for it."""
-
-TELL_SECONDS = 3 * ANSWER_SECONDS
-"""After that, for which ranks have time to say where they are, and rank 0 to say that it is there."""
 
 KILL_SECONDS = 30.0
 """For which DeepSpeed's launcher and torchrun wait before they kill a rank that does not end on SIGTERM."""
@@ -235,10 +231,10 @@ def test_a_longer_cut_is_ended_by_the_watchdog_on_both_sides(
     hosts.cut(2)
     since = time.monotonic()
     try:
-        ended = job.wait(60 * TIMEOUT_MINUTES + TELL_SECONDS + KILL_SECONDS + SLACK, since)
+        ended = job.wait(60 * TIMEOUT_MINUTES + SLACK, since)
     finally:
         hosts.heal(2)
-    assert ended.seconds >= 60 * TIMEOUT_MINUTES, "not before the time is up"
+    assert ended.seconds >= 60 * TIMEOUT_MINUTES / 2, "not before a rank asks"
     assert ended.codes == {1: 70, 2: 70}, ended.text
     assert "n2" in why(ended.texts[1]) and "n1" in why(ended.texts[2]), ended.text
 
@@ -274,14 +270,16 @@ def test_a_stopped_rank_is_ended_by_the_watchdog_and_named(
     timeout = ("--parallel.timeout_minutes", str(TIMEOUT_MINUTES))
     job = started(launch, launcher, prefix, tmp_path / "run", *timeout)
     since = job.signal(rank, signal.SIGSTOP)
-    other = {0: 2, 3: 1}[rank]  # on the other host, where no launcher waits for the stopped one
-    job.wait_for(lambda: other not in job.ranks(), "end of the rest", 60 * TIMEOUT_MINUTES + TELL_SECONDS + SLACK)
-    noticed = time.monotonic() - since
-    ended = job.wait(KILL_SECONDS + SLACK, since)
+    job.wait_for(lambda: not job.ranks(), "end of all ranks", 60 * TIMEOUT_MINUTES + SLACK)
+    ranks_gone = time.monotonic() - since
+    ended = job.wait(SLACK, since)
+    assert ranks_gone < 60 * TIMEOUT_MINUTES
     assert 0 not in ended.codes.values(), ended.text
     told = "\n".join(map(why, ended.texts.values()))
     assert f"rank {rank} on n{1 + rank // 2}" in told, ended.text
-    print(f"{launcher}: noticed after {noticed:.1f} s, gone after {ended.seconds:.1f} s, {ended.codes}\n{told}")
+    print(
+        f"{launcher}: ranks gone after {ranks_gone:.1f} s, launchers after {ended.seconds:.1f} s, {ended.codes}\n{told}"
+    )
 
 
 @pytest.mark.cluster

@@ -43,9 +43,9 @@ def main(folder: Path, timeout: float, part: str) -> None:
             watchdog.progress.at(4, "all_reduce")
             _never_ends()
         if part == "crawl":
-            for _ in range(15):
+            for _ in range(24):
                 watchdog.progress.at(4, "a long way")
-                time.sleep(timeout / 5)
+                time.sleep(timeout / 8)
         if part == "wait for the crawler":
             time.sleep(3 * timeout)
 

@@ -1,0 +1,84 @@
+"""The directory of a run: whose it is, and what is made of it before training begins. Rank 0 writes, others look."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from megamult import environment
+from megamult.checkpoint import directory
+from megamult.train.lock import LOCK, RunLock
+
+
+def choose(configured: str | None) -> Path:
+    """The run directory that the configuration names, or one of rank 0's choice."""
+    chosen = [configured or time.strftime("runs/%Y%m%d-%H%M%S")]
+    torch.distributed.broadcast_object_list(chosen, src=0)
+    return Path(chosen[0])
+
+
+def own(checkpoint: Path, run_dir: Path) -> Path | None:
+    """The checkpoint by its own name in `run_dir`, if it is one of this run."""
+    path = checkpoint.resolve()
+    here = path.parent == (run_dir / "checkpoints").resolve() and directory.is_of_step(path)
+    return run_dir / "checkpoints" / path.name if here else None
+
+
+def claim(run_dir: Path, resumes: bool) -> None:
+    """Refuse a directory that already holds a run which this one does not go on with (rank 0 looks: it writes)."""
+    metrics = run_dir / "metrics.jsonl"
+    # An empty one is of a run that did not reach its first step.
+    if environment.rank() == 0 and not resumes and metrics.exists() and metrics.stat().st_size > 0:
+        raise ValueError(
+            f"train.run_dir {run_dir} holds another run (metrics.jsonl): go on with it by --checkpoint.load latest, "
+            "choose another with --train.run_dir, or remove it"
+        )
+
+
+def wait_for(lock: RunLock, run_dir: Path) -> None:
+    """Wait for an earlier part of the run to end, if there is one; on rank 0."""
+    if environment.rank() == 0 and (run_dir / LOCK).exists():
+        lock.acquire(run_dir)
+
+
+def begin(run_dir: Path, resolved: str, checkpoint: Path | None, lock: RunLock) -> None:
+    """Make the run directory, write config.yaml, remove what an interrupted save left; on rank 0.
+
+    Args:
+        checkpoint: of this run, that it goes on from: what came after it counts no more.
+        lock: to be held from now on.
+    """
+    if environment.rank() == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if lock.acquire(run_dir):
+                raise ValueError(f"another run used {run_dir} meanwhile: start the same command again")
+            directory.clean(run_dir / "checkpoints")
+            if checkpoint is not None:
+                directory.point(checkpoint.parent, checkpoint)
+            (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"train.run_dir {run_dir} cannot be written ({error.strerror}: {error.filename}): choose another "
+                "with --train.run_dir"
+            ) from None
+
+
+def check_shared(run_dir: Path) -> None:
+    """Every rank reads the data index that rank 0 writes into the run directory."""
+    if not (run_dir / "config.yaml").exists():
+        raise ValueError(
+            f"rank {environment.rank()} does not see {run_dir / 'config.yaml'}, which rank 0 wrote: train.run_dir must "
+            "be on a file system that all nodes share"
+        )
+
+
+def after_divergence(run_dir: Path, last_good_step: int) -> str:
+    """What to do with a run that has diverged."""
+    parent = run_dir / "checkpoints"
+    saved = [directory.of_step(parent, step) for step in directory.steps(parent) if step <= last_good_step][-1:]
+    if not saved:
+        return "there is no checkpoint from before them; lower optimizer.lr, or lengthen optimizer.warmup_steps"
+    return f"the last checkpoint from before them is {saved[0]}; go on from it with a lower optimizer.lr or other data"
