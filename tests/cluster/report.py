@@ -20,6 +20,19 @@ def result(case: ElementTree.Element) -> str:
     return "passed"
 
 
+def name(case: ElementTree.Element) -> str:
+    """In words."""
+    file = case.get("classname", "").rpartition(".")[2]
+    return f"{file}: {case.get('name', '').removeprefix('test_')}".replace("_", " ").replace("|", "/")
+
+
+def said(case: ElementTree.Element) -> str:
+    """What a test printed that passed: its measurements, and the job's own words."""
+    # pytest puts headings into it.
+    lines = (case.findtext("system-out") or "").splitlines()
+    return "\n".join(line for line in lines if line.strip() and not re.fullmatch(r"-+ [\w ]+ -+", line))
+
+
 def processor() -> str:
     """Its name."""
     found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
@@ -37,8 +50,11 @@ def main() -> None:
     )
     print("| test | result | seconds |\n|---|---|---|")
     for case in cases:
-        name = f"{case.get('classname', '').rpartition('.')[2]}: {case.get('name', '').removeprefix('test_')}"
-        print(f"| {name.replace('_', ' ').replace('|', '/')} | {result(case)} | {float(case.get('time', 0)):.0f} |")
+        print(f"| {name(case)} | {result(case)} | {float(case.get('time', 0)):.0f} |")
+    print("\n## What the tests printed")
+    for case in cases:
+        if result(case) == "passed" and (text := said(case)):
+            print(f"\n{name(case)}:\n\n```\n{text}\n```")
     print(f"\n## Containers\n\n{Path(sys.argv[2]).read_text(encoding='utf-8').strip()}")
 
 

@@ -20,7 +20,7 @@ source launch/setup_env.sh
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 failed=0
-python -m pytest --cluster --junit-xml="$work/tests.xml" tests/cluster tests/launch "$@" || failed=1
+python -m pytest --cluster --junit-xml="$work/tests.xml" -o junit_logging=system-out tests/cluster tests/launch "$@" || failed=1
 echo "not run" >"$work/container"
 if [[ "$container" == yes ]]; then
     tests/cluster/container.sh --gpu | tee "$work/container" || failed=1
