@@ -3,7 +3,8 @@
 W_eff[i, j] = rho[i] kappa[m(i), j] W[i, j], where rho[out] joins row multipliers and scalars, kappa[parts, in]
 holds one column vector per logical matrix and m(i) is the matrix that row i belongs to. The rows of one matrix
 come as :class:`Span`s. On CUDA each function is one compiled kernel (plus one skinny product); on a CPU, where
-compiling would take longer than a test, rows are worked on in blocks that stay in the cache.
+compiling would take longer than a test, rows are worked on in blocks that stay in the cache. Rows of a single matrix,
+such as a block or a piece of a partition, have functions of their own.
 
 `megamult.multipliers.reference` is what both are tested against.
 """
@@ -57,14 +58,13 @@ def scale(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple
         return weight * rho[:, None]
     effective = torch.empty_like(weight)
     for block in _blocks(spans, weight.shape[1]):
-        target, source = effective[block.start : block.stop], weight[block.start : block.stop]
-        if block.col is not None:
-            torch.mul(source, kappa[block.col], out=target)
-            source = target
-        if rho is not None:
-            torch.mul(source, rho[block.start : block.stop, None], out=target)
-        elif block.col is None:
-            target.copy_(source)
+        rows = slice(block.start, block.stop)
+        scale_rows(
+            effective[rows],
+            weight[rows],
+            None if rho is None else rho[rows],
+            None if block.col is None else kappa[block.col],
+        )
     return effective
 
 
@@ -83,19 +83,56 @@ def scale_backward(
     col = torch.zeros(kappa.shape, dtype=torch.float32) if kappa is not None else None
     for block in _blocks(spans, weight.shape[1]):
         rows = slice(block.start, block.stop)
-        g = grad[rows]
-        h = g * weight[rows]
-        if block.col is not None:
-            assert kappa is not None and col is not None
-            if row_dot is not None:
-                row_dot[rows] = torch.mv(h, kappa[block.col])
-            col[block.col] += h.sum(0) if rho is None else torch.mv(h.t(), rho[rows])
-            g.mul_(kappa[block.col])
-        elif row_dot is not None:
-            row_dot[rows] = h.sum(1)
-        if rho is not None:
-            g.mul_(rho[rows, None])
+        r = None if rho is None else rho[rows]
+        c = None if block.col is None or kappa is None else kappa[block.col]
+        row_sum, col_sum = scale_rows_backward(grad[rows], weight[rows], r, c, row=needs_row_dot, col=c is not None)
+        if row_dot is not None and row_sum is not None:
+            row_dot[rows] = row_sum
+        if col is not None and col_sum is not None:
+            col[block.col] += col_sum
     return Backward(grad, row_dot, col)
+
+
+# ---- rows of one matrix --------------------------------------------------------------------------------------
+
+
+def scale_rows(target: Tensor, source: Tensor, rho: Tensor | None, kappa: Tensor | None) -> None:
+    """target = diag(rho) source diag(kappa), [rows, cols]; the target may be the source."""
+    if _worth_compiling(source):
+        _scale_rows_compiled(target, source, rho, kappa)
+        return
+    if kappa is not None:
+        torch.mul(source, kappa, out=target)
+        source = target
+    if rho is not None:
+        torch.mul(source, rho[:, None], out=target)
+    elif kappa is None:
+        target.copy_(source)
+
+
+def scale_rows_backward(
+    grad: Tensor, weight: Tensor, rho: Tensor | None, kappa: Tensor | None, *, row: bool, col: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`scale_rows`: grad = dL/dtarget [rows, cols] becomes dL/dsource.
+
+    Returns:
+        sum_j W kappa G [rows] if `row`, and sum_i rho W G [cols] if `col`.
+    """
+    if _worth_compiling(grad):
+        sums: tuple[Tensor | None, Tensor | None] = _scale_rows_backward_compiled(grad, weight, rho, kappa, row, col)
+        return sums
+    row_sum = col_sum = None
+    if row or col:
+        h = grad * weight
+        if row:
+            row_sum = h.sum(1) if kappa is None else torch.mv(h, kappa)
+        if col:
+            col_sum = h.sum(0) if rho is None else torch.mv(h.t(), rho)
+    if kappa is not None:
+        grad.mul_(kappa)
+    if rho is not None:
+        grad.mul_(rho[:, None])
+    return row_sum, col_sum
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------
@@ -121,6 +158,29 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 def _with_ones(kappa: Tensor) -> Tensor:
     return torch.cat([kappa, torch.ones_like(kappa[:1])])
+
+
+def _worth_compiling(tensor: Tensor) -> bool:
+    """Some rows more or less are the same kernel; the odd ends of a matrix, of one row say, would be one each."""
+    return tensor.is_cuda and tensor.numel() >= 1 << 16
+
+
+@torch.compile(dynamic=True)
+def _scale_rows_compiled(target: Tensor, source: Tensor, rho: Tensor | None, kappa: Tensor | None) -> None:
+    scaled = source if kappa is None else source * kappa
+    target.copy_(scaled if rho is None else scaled * rho[:, None])
+
+
+@torch.compile(dynamic=True)
+def _scale_rows_backward_compiled(
+    grad: Tensor, weight: Tensor, rho: Tensor | None, kappa: Tensor | None, row: bool, col: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    h = grad * weight
+    row_sum = (h if kappa is None else h * kappa).sum(1) if row else None
+    col_sum = (h if rho is None else h * rho[:, None]).sum(0) if col else None
+    scaled = grad if kappa is None else grad * kappa
+    grad.copy_(scaled if rho is None else scaled * rho[:, None])
+    return row_sum, col_sum
 
 
 @torch.compile(dynamic=False)

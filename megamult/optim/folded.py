@@ -20,13 +20,15 @@ from torch import Tensor
 
 from megamult import device, parallel
 from megamult.layout import Layout, Role, Side
+from megamult.multipliers import kernels
 from megamult.multipliers.merge import LEAVES
 from megamult.multipliers.placement import Placement
 from megamult.rectangles import Rectangle, rectangles
 from megamult.zero.slices import Partition
 
-_CHUNK_ELEMENTS = 1 << 20
-"""Elements of a matrix that are worked on at once: bounds temporary memory, and on a CPU stays in its cache."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Elements of a matrix that are worked on at once: bounds temporary memory (of a GPU to 128 MiB), stays in a CPU's
+cache."""
 
 LATENT = "latent_weight"
 """Key of W in the optimizer's state."""
@@ -185,28 +187,26 @@ class FoldedMultipliers:
             torch.distributed.all_reduce(self.gradient)
 
     def _backward(self, gradient: Tensor, weight: Tensor, block: _Block, counts: bool) -> None:
-        rows, kappa = _part(self.values, block.row), _part(self.values, block.col)
-        scalar = None if block.scalar is None else self.values[block.scalar]
-        for lo, hi in _chunks(*weight.shape):
-            g = gradient[lo:hi].float()
-            row = None if rows is None else rows[lo:hi]
-            rho = row if scalar is None else scalar.expand(hi - lo) if row is None else row * scalar
-            if counts:
-                h = g * weight[lo:hi]
-                if block.col is not None:
-                    self.gradient[block.col] += h.sum(0) if rho is None else torch.mv(h.t(), rho)
-                if rho is not None:
-                    dot = h.sum(1) if kappa is None else torch.mv(h, kappa)
-                    if block.row is not None:
-                        target = self.gradient[block.row.start + lo : block.row.start + hi]
-                        target += dot if scalar is None else dot * scalar
-                    if block.scalar is not None:
-                        self.gradient[block.scalar] += dot.sum() if row is None else torch.dot(dot, row)
-            if rho is not None:
-                g = g.mul_(rho[:, None])
-            if kappa is not None:
-                g = g.mul_(kappa)
-            gradient[lo:hi] = g
+        row, rho, kappa = self._factors(block, weight.shape[0])
+        dots = []
+        for chunk in _chunks(weight):
+            g = gradient[chunk].float()
+            rho_part = None if rho is None else rho[chunk]
+            dot, col = kernels.scale_rows_backward(
+                g, weight[chunk], rho_part, kappa, row=counts and rho is not None, col=counts and kappa is not None
+            )
+            if gradient.dtype != g.dtype:
+                gradient[chunk] = g
+            if dot is not None:
+                dots.append(dot)
+            if col is not None:
+                self.gradient[block.col] += col
+        if dots:
+            dot = torch.cat(dots)
+            if block.row is not None:
+                self.gradient[block.row] += dot if block.scalar is None else dot * self.values[block.scalar]
+            if block.scalar is not None:
+                self.gradient[block.scalar] += dot.sum() if row is None else torch.dot(dot, row)
 
     @torch.no_grad()
     def update(self, factor: float, schedule: float) -> None:
@@ -292,20 +292,18 @@ class FoldedMultipliers:
                 r = block.rectangle
                 begin = piece.offset + r.offset
                 target = flat[begin : begin + r.numel].view(r.height, r.width)
-                self._scale(target, block)
+                _, rho, kappa = self._factors(block, r.height)
+                for chunk in _chunks(target):
+                    kernels.scale_rows(target[chunk], target[chunk], None if rho is None else rho[chunk], kappa)
 
-    def _scale(self, weight: Tensor, block: _Block) -> None:
-        """W to W_eff, in place."""
-        rows, kappa = _part(self.values, block.row), _part(self.values, block.col)
-        for lo, hi in _chunks(*weight.shape):
-            w = weight[lo:hi].float()
-            if kappa is not None:
-                w = w * kappa
-            if rows is not None:
-                w = w * rows[lo:hi, None]
-            if block.scalar is not None:
-                w = w * self.values[block.scalar]
-            weight[lo:hi] = w
+    def _factors(self, block: _Block, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of a block: row multipliers, those joined with the scalar, column multipliers."""
+        values = self.values.detach()
+        row, kappa = (None if part is None else values[part] for part in (block.row, block.col))
+        if block.scalar is None:
+            return row, row, kappa
+        scalar = values[block.scalar]
+        return row, scalar.repeat(rows) if row is None else row * scalar, kappa
 
 
 def _block(r: Rectangle, places: dict[tuple[int, Side], slice]) -> _Block:
@@ -318,11 +316,9 @@ def _block(r: Rectangle, places: dict[tuple[int, Side], slice]) -> _Block:
     )
 
 
-def _part(values: Tensor, where: slice | None) -> Tensor | None:
-    return None if where is None else values.detach()[where]
-
-
-def _chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _CHUNK_ELEMENTS // cols)
-    for lo in range(0, rows, step):
-        yield lo, min(lo + step, rows)
+def _chunks(matrix: Tensor) -> Iterator[slice]:
+    """Of its rows."""
+    rows, cols = matrix.shape
+    step = max(1, _CHUNK_ELEMENTS[matrix.device.type] // cols)
+    for first in range(0, rows, step):
+        yield slice(first, first + step)

@@ -105,6 +105,18 @@ def run_compiled_eagerly(problem: Problem, needs_row_dot: bool = True) -> tuple[
     return effective, back
 
 
+def run_rows(problem: Problem, compiled: bool) -> tuple[Tensor, Backward]:
+    """The functions for rows of one matrix, which work in place."""
+    p = problem
+    kappa = None if p.kappa is None else p.kappa[0]
+    forward = kernels._scale_rows_compiled if compiled else kernels.scale_rows
+    backward = kernels._scale_rows_backward_compiled if compiled else kernels.scale_rows_backward
+    effective, grad = p.weight.clone(), p.grad.clone()
+    forward(effective, effective, p.rho, kappa)
+    row, col = backward(grad, p.weight, p.rho, kappa, row=True, col=kappa is not None)
+    return effective, Backward(grad, row, None if col is None else col[None])
+
+
 Run = Callable[..., tuple[Tensor, Backward]]
 every_problem = [
     pytest.param(name, rho, kappa, dtype, id=f"{name}-{'rho' * rho}-{'kappa' * kappa}-{dtype}")
@@ -144,6 +156,23 @@ def test_ones_leave_a_bf16_weight_and_its_gradient_bitwise_alone(run: Run) -> No
     effective, back = run(problem)
     assert torch.equal(effective, problem.weight)
     assert torch.equal(back.weight, problem.grad)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("rho", "kappa"), [*RHO_KAPPA, (False, False)])
+def test_rows_of_one_matrix_are_scaled_in_place_as_the_reference_says(rho: bool, kappa: bool, compiled: bool) -> None:
+    problem = Problem.draw(SPANS["one matrix"], rho, kappa, torch.float32)
+    with torch.compiler.set_stance("force_eager"):
+        assert_agrees(problem, *run_rows(problem, compiled))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles kernels for a CUDA GPU, and there is none")
+@pytest.mark.parametrize(("rho", "kappa"), [*RHO_KAPPA, (False, False)])
+def test_the_compiled_kernels_of_one_matrix_are_the_float64_reference(rho: bool, kappa: bool) -> None:
+    problem = Problem.draw(SPANS["one matrix"], rho, kappa, torch.float32, device="cuda")
+    assert kernels._worth_compiling(problem.weight)
+    assert_agrees(problem, *run_rows(problem, compiled=False))
 
 
 @pytest.mark.gpu
