@@ -1,11 +1,14 @@
 """Learnable multipliers for a Hugging Face model: three lines of a DeepSpeed script, none in the model.
 
     deepspeed --num_gpus 2 examples/fold_huggingface.py
+    deepspeed --num_gpus 2 examples/fold_huggingface.py --stage 3
     python examples/fold_huggingface.py                      # one process
 
-A small LlamaForCausalLM with random weights learns one random batch. `transformers` is needed: pip install
-megamult[export].
+A small LlamaForCausalLM with random weights learns one random batch. At ZeRO 3 it is built under `deepspeed.zero.Init`,
+so that no process ever holds all of it. `transformers` is needed: pip install megamult[export].
 """
+
+import argparse
 
 import deepspeed
 import torch
@@ -16,26 +19,31 @@ from megamult import environment, parallel
 
 SEQUENCES, TOKENS, VOCAB = 8, 32, 1000
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--stage", type=int, default=1, help="of ZeRO")
+parser.add_argument("--local_rank", help="DeepSpeed's launcher adds it")
+arguments = parser.parse_args()
 environment.set_defaults()  # a process without a launcher is a world of one
 deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-torch.manual_seed(1)
-model = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-)
 rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
 settings = {
     "train_micro_batch_size_per_gpu": SEQUENCES // ranks,
-    "zero_optimization": {"stage": 1},
+    "zero_optimization": {"stage": arguments.stage},
     "zero_allow_untested_optimizer": True,
     "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, and the optimizer clips
 }
+torch.manual_seed(1)
+with deepspeed.zero.Init(config_dict_or_path=settings, enabled=arguments.stage == 3):
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=176,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
 
 optimizer = megamult.fold({"name": "muon", "lr": 5e-3, "clip_grad_norm": 1.0}, model, megamult.LLAMA_RULES)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
