@@ -11,6 +11,9 @@ from the second on, of the slowest rank. A step is all that happens after the ba
 FLOPs and bytes are counted in one more step (compiled functions run uncompiled there), not computed. A rank's bytes
 sent are what a ring sends: (n - 1) / n of the buffer for a gather or scatter, twice that for an all-reduce.
 
+What a step costs of a training step of half a million tokens is computed, from the steps' medians and a measured
+forward and backward pass of one sequence (--seq); each data-parallel rank has its part of the tokens.
+
 With --tensor 2 the peers orthogonalize each tensor-parallel shard by itself: their time is then that of another update,
 which depends on the layout. DeepSpeed's and torch's take Q, K, V as one matrix, and gate, up; ours takes them apart.
 """
@@ -38,6 +41,7 @@ from tqdm import tqdm
 from megamult.layout import layout_of
 
 VOCAB = 4096
+TOKENS = 1 << 19  # of the training step that an optimizer step is compared with
 SENT = [0.0]  # bytes that this rank sent, counted by the wrappers below
 
 
@@ -216,7 +220,31 @@ class Contestant:
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
-def run_config(arguments: argparse.Namespace) -> Any:
+def pass_seconds(arguments: argparse.Namespace) -> float:
+    """A forward and backward pass over one sequence, of the slowest rank; the fastest of a few: it is what an optimizer
+    step is held against."""
+    from megamult import device
+    from megamult.model.gpt import GPT
+
+    here = device.local_device()
+    model = GPT(run_config(arguments, arguments.seq), VOCAB, seed=1).to(here)
+    if arguments.dtype == "bf16":
+        model = model.bfloat16()
+    tokens = torch.randint(0, VOCAB, (1, arguments.seq), generator=torch.Generator().manual_seed(1)).to(here)
+    taken = []
+    for _ in range(4):
+        torch.distributed.barrier()
+        synchronize()
+        began = time.perf_counter()
+        objective, _ = model(tokens, tokens)
+        objective.backward()
+        synchronize()
+        taken.append(all_ranks(time.perf_counter() - began).max().item())
+        model.zero_grad(set_to_none=False)
+    return min(taken)
+
+
+def run_config(arguments: argparse.Namespace, seq_length: int = 64) -> Any:
     """A run of the benchmark's sizes, without multipliers."""
     from megamult.config import Config, ModelConfig, MultipliersConfig, OptimizerConfig, ParallelConfig, TrainConfig
 
@@ -228,7 +256,7 @@ def run_config(arguments: argparse.Namespace) -> Any:
             num_attention_heads=arguments.hidden // 64,
             num_query_groups=arguments.groups,
             ffn_hidden_size=arguments.ffn,
-            seq_length=64,
+            seq_length=seq_length,
         ),
         multipliers=MultipliersConfig(implementation="none"),
         optimizer=OptimizerConfig(name="muon", lr=1e-3, ns_dtype=arguments.ns_dtype),
@@ -297,6 +325,7 @@ def compare(arguments: argparse.Namespace) -> None:
     ours = contestants[0].ours
     assert ours is not None and ours.plan is not None
     exchanged = all_ranks(ours.bytes_sent / (2 + arguments.warmup + arguments.steps))
+    per_token = pass_seconds(arguments) / arguments.seq
     if main_rank:
         median = {name: statistics.median(times) for name, times in seconds.items()}
         print(
@@ -325,6 +354,12 @@ def compare(arguments: argparse.Namespace) -> None:
             f"exchanges of ours: {exchanged.mean() / 1e6:.2f} MB sent per rank and step, busiest "
             f"{exchanged.max() / 1e6:.2f}; in units of itemsize x matrix elements / ranks: "
             f"{exchanged.mean() / share:.3f} and {exchanged.max() / share:.3f}"
+        )
+        passes = per_token * TOKENS / parallel.data_group().size()
+        shares = ", ".join(f"{100 * median[name] / (median[name] + passes):.2f} % ({name})" for name in names)
+        print(
+            f"of a training step of {TOKENS:,} tokens, in sequences of {arguments.seq}, forward and backward "
+            f"{passes:.2f} s: {shares}"
         )
         if arguments.tensor > 1:
             print("tensor parallel: DeepSpeed's and torch's update is not that of one process; ours is")
@@ -383,6 +418,7 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=8192 if cuda else 1408, help="width of the gated MLP")
     parser.add_argument("--layers", type=int, default=16 if cuda else 4, help="transformer layers")
     parser.add_argument("--groups", type=int, default=8 if cuda else None, help="query groups; default: one per head")
+    parser.add_argument("--seq", type=int, default=2048 if cuda else 512, help="tokens of the sequence that is timed")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
     parser.add_argument("--zero_stage", type=int, default=1, choices=(1, 2, 3), help="of DeepSpeed")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if cuda else "fp32", help="of the model")
