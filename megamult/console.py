@@ -10,7 +10,7 @@ from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 
-_EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130
 
 
 def say_error(message: str) -> None:
@@ -41,7 +41,7 @@ def whole_or_nothing() -> Iterator[None]:
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(_EXIT_INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:

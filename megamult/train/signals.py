@@ -17,7 +17,8 @@ import torch
 from megamult import launcher
 from megamult.patience import ON_FILES
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""A scheduler's, and Ctrl-C, which a terminal sends to launchers and ranks alike."""
 
 _ABANDONED = 255
 """In the place of a signal's number: a launcher above this rank is gone."""
@@ -53,7 +54,9 @@ class StopRequests:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        # What is ignored, as Ctrl-C by a script's background jobs, stays so.
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, lambda *_: None) for number in heard}
         self._launchers: list[int] = []
         for process in launcher.launchers():
             with contextlib.suppress(OSError, AttributeError):  # gone already; a Python built on an older system

@@ -57,10 +57,18 @@ with signals.StopRequests() as stop:
 """
 
 
-@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM")])
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM"), ("SIGINT", "SIGINT")])
 def test_a_second_request_ends_the_process_at_once_wherever_it_waits(first: str, second: str) -> None:
     code = _TWO_SIGNALS.format(port=free_port(), first=first, second=second)
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        # A shell starts its background jobs, and so the tests in one, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert (done.returncode, done.stdout) == (128 + signal.Signals[second], "asked\n"), done.stderr
 
 
