@@ -44,6 +44,9 @@ with deepspeed.zero.Init(config_dict_or_path=settings, enabled=arguments.stage =
             num_key_value_heads=2,
         )
     )
+    if arguments.stage == 3:
+        # transformers has initialized tensors that are empty by then; DeepSpeed's apply gathers each module's first.
+        model.apply(model._init_weights)
 
 optimizer = megamult.fold({"name": "muon", "lr": 5e-3, "clip_grad_norm": 1.0}, model, megamult.LLAMA_RULES)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

@@ -1,6 +1,9 @@
 """Pretrain: `deepspeed [launcher flags] launch/pretrain.py --config FILE.yaml [--section.key value ...]`."""
 
-from megamult.train.pretrain import main
+from megamult.console import interruptible
 
 if __name__ == "__main__":
-    main()
+    with interruptible():
+        from megamult.train.pretrain import main
+
+        main()

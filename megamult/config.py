@@ -192,7 +192,8 @@ class ParallelConfig:
     """Seconds within which all processes must have come together; a host that is down is named then."""
     timeout_minutes: float = 10.0
     """Minutes within which a run without any progress (a micro-batch, an evaluation, a part of start-up) is ended, with
-    each rank's last step and stack."""
+    each rank's last step and stack. Of less than half a minute a third to a half is for asking them: no part of the run
+    may take longer than the rest."""
 
     def __post_init__(self) -> None:
         _positive(

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from megamult import environment
+
 EXIT_USER_ERROR = 2
 
-EXIT_INTERRUPTED = 130
+_EXIT_INTERRUPTED = 130
 
 
 def say_error(message: str) -> None:
@@ -30,6 +32,17 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 @contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Around all that a program imports and does: Ctrl-C is a word of rank 0 and exit code 130, no traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if environment.rank() == 0:
+            print("interrupted", file=sys.stderr)
+        sys.exit(_EXIT_INTERRUPTED)
+
+
+@contextlib.contextmanager
 def whole_or_nothing() -> Iterator[None]:
     """Around a program's work, which writes nothing unless it ends: ValueError and OSError are a user's mistake (exit
     code 2), Ctrl-C is 130, and SIGTERM cleans up as Ctrl-C does."""
@@ -41,7 +54,7 @@ def whole_or_nothing() -> Iterator[None]:
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(_EXIT_INTERRUPTED)
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:

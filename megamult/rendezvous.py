@@ -93,8 +93,7 @@ def meet(seconds: float) -> Meeting:
         met: dict[str, Any] = {"missing": missing, "came": came, "name": name}
     else:
         # Rank 0 may have begun later, and waits for as long.
-        store.wait(["met"], datetime.timedelta(seconds=2 * seconds) + _HEAR)
-        met = json.loads(store.get("met"))
+        met = _heard(store, time.monotonic() + 2 * seconds + _HEAR.total_seconds())
         store.set(f"heard/{rank}", "")
     if met["missing"]:
         raise NobodyThere(
@@ -184,7 +183,8 @@ def _reach(address: str, port: int, deadline: float) -> None:
                 raise
         if time.monotonic() > tell:
             tell = math.inf
-            print(f"waiting for rank 0 at {address}:{port}", file=sys.stderr, flush=True)
+            whom = "torchrun's store" if environment.has_agent_store() else "rank 0"
+            print(f"waiting for {whom} at {address}:{port}", file=sys.stderr, flush=True)
         time.sleep(0.2)
 
 
@@ -196,6 +196,19 @@ def _missing(store: Store, size: int, deadline: float) -> list[int]:
             return [rank for rank, key in enumerate(keys) if not store.check([key])]
         time.sleep(0.1)
     return []
+
+
+def _heard(store: Store, deadline: float) -> dict[str, Any]:
+    """What rank 0 has found."""
+    try:
+        while not store.check(["met"]):  # Ctrl-C does not end torch's own wait
+            if time.monotonic() > deadline:
+                raise NobodyThere("rank 0 was there, and has said nothing since", rank_0_is_missing=True)
+            time.sleep(0.2)
+        return dict(json.loads(store.get("met")))
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise NobodyThere(f"rank 0 has left before all had come ({why})", rank_0_is_missing=True) from None
 
 
 def _who(ranks: list[int]) -> str:

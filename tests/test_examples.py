@@ -49,8 +49,8 @@ def test_a_folded_model_of_someone_else_learns_the_same_on_one_process_and_two(
         _folded(said) for said in (_run(path, *stage), _run(*launcher, path, *stage, *flags, OMP_NUM_THREADS="1"))
     )
     losses = [loss for loss, _, _ in alone]
-    # One batch of 256 tokens over and over, from ln(1000) = 6.9: ten steps must show.
-    assert len(losses) == 10 and losses[0] > 6.5 and losses[-1] < losses[0] - 2.0
+    # One batch of 256 tokens over and over, from ln(1000) = 6.91, where weights of 0.02 leave it: ten steps must show.
+    assert len(losses) == 10 and 6.85 < losses[0] < 6.97 and losses[-1] < losses[0] - 2.0
     assert alone[-1][1] < 0.97 and alone[-1][2] > 1.03, "the multipliers must spread"
     # Printed to four decimals: fp32 sums in another order, amplified by ten steps of Muon, may tip the last two.
     for one, two in zip(alone, pair, strict=True):
@@ -104,7 +104,9 @@ def test_muon_step_counts_what_newton_schulz_costs() -> None:
     dense = 2 * 5 * (4 * 3 * 2 * 128**3 + 3 * (4 * 128**2 * 192 + 2 * 128**3)) / 1e9
     assert 0.75 * dense < float(ours[5]) < dense, "symmetric products must save something"
     assert float(rows["torch.optim.Muon"][4]) > 0
-    # Of half a million tokens: the table shows the step to 0.1 ms of some, the passes are some hundred seconds.
-    ((passes, share),) = re.findall(r"forward and backward ([\d.]+) s: ([\d.]+) % \(megamult\)", said)
-    step = float(ours[1]) / 1e3
-    assert float(share) == pytest.approx(100 * step / (step + float(passes)), abs=0.01)
+    found = re.search(r"sequences of (\d+), .* ([\d.]+) s each, ([\d.]+) s for .*: ([\d.]+) % \(megamult\)", said)
+    assert found is not None, said
+    tokens, one, passes, share = map(float, found.groups())
+    # One process has all of half a million tokens. Printed to 0.1 ms of some, and the step to 0.1 ms of some ten.
+    assert passes == pytest.approx(one * 524288 / tokens, rel=0.05)
+    assert share == pytest.approx(100 * (step := float(ours[1]) / 1e3) / (step + passes), rel=0.05)

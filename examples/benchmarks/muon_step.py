@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import inspect
 import io
 import os
@@ -223,6 +224,7 @@ class Contestant:
 def pass_seconds(arguments: argparse.Namespace) -> float:
     """A forward and backward pass over one sequence, of the slowest rank; the fastest of a few: it is what an optimizer
     step is held against."""
+    torch.compiler.set_stance("default")
     from megamult import device
     from megamult.model.gpt import GPT
 
@@ -325,9 +327,8 @@ def compare(arguments: argparse.Namespace) -> None:
     ours = contestants[0].ours
     assert ours is not None and ours.plan is not None
     exchanged = all_ranks(ours.bytes_sent / (2 + arguments.warmup + arguments.steps))
-    per_token = pass_seconds(arguments) / arguments.seq
+    median = {name: statistics.median(times) for name, times in seconds.items()}
     if main_rank:
-        median = {name: statistics.median(times) for name, times in seconds.items()}
         print(
             f"hidden {arguments.hidden}, ffn {arguments.ffn}, {arguments.layers} layers, {arguments.dtype}, "
             f"Newton-Schulz: ours {ours.ns_dtype}, peers' standard form {peers_dtype}; ZeRO {arguments.zero_stage}, "
@@ -355,14 +356,21 @@ def compare(arguments: argparse.Namespace) -> None:
             f"{exchanged.max() / 1e6:.2f}; in units of itemsize x matrix elements / ranks: "
             f"{exchanged.mean() / share:.3f} and {exchanged.max() / share:.3f}"
         )
-        passes = per_token * TOKENS / parallel.data_group().size()
-        shares = ", ".join(f"{100 * median[name] / (median[name] + passes):.2f} % ({name})" for name in names)
-        print(
-            f"of a training step of {TOKENS:,} tokens, in sequences of {arguments.seq}, forward and backward "
-            f"{passes:.2f} s: {shares}"
-        )
         if arguments.tensor > 1:
             print("tensor parallel: DeepSpeed's and torch's update is not that of one process; ours is")
+    contestants.clear()
+    del ours
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    one = pass_seconds(arguments)
+    if main_rank:
+        passes = one * TOKENS / arguments.seq / parallel.data_group().size()
+        shares = ", ".join(f"{100 * median[name] / (median[name] + passes):.4f} % ({name})" for name in names)
+        print(
+            f"of a training step of {TOKENS:,} tokens, in sequences of {arguments.seq}, forward and backward "
+            f"{one:.4f} s each, {passes:.2f} s for a rank's part: {shares}"
+        )
     parallel.destroy()
 
 

@@ -4,7 +4,8 @@ W_eff[i, j] = rho[i] kappa[m(i), j] W[i, j], where rho[out] joins row multiplier
 holds one column vector per logical matrix and m(i) is the matrix that row i belongs to. The rows of one matrix
 come as :class:`Span`s. On CUDA each function is one compiled kernel (plus one skinny product); on a CPU, where
 compiling would take longer than a test, rows are worked on in blocks that stay in the cache. Rows of a single matrix,
-such as a block or a piece of a partition, have functions of their own.
+such as a block or a piece of a partition, have functions of their own, which work in place and compile to a pass over
+the operands for each side that is summed over.
 
 `megamult.multipliers.reference` is what both are tested against.
 """
@@ -58,13 +59,14 @@ def scale(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple
         return weight * rho[:, None]
     effective = torch.empty_like(weight)
     for block in _blocks(spans, weight.shape[1]):
-        rows = slice(block.start, block.stop)
-        scale_rows(
-            effective[rows],
-            weight[rows],
-            None if rho is None else rho[rows],
-            None if block.col is None else kappa[block.col],
-        )
+        target, source = effective[block.start : block.stop], weight[block.start : block.stop]
+        if block.col is not None:
+            torch.mul(source, kappa[block.col], out=target)
+            source = target
+        if rho is not None:
+            torch.mul(source, rho[block.start : block.stop, None], out=target)
+        elif block.col is None:
+            target.copy_(source)
     return effective
 
 
@@ -96,31 +98,28 @@ def scale_backward(
 # ---- rows of one matrix --------------------------------------------------------------------------------------
 
 
-def scale_rows(target: Tensor, source: Tensor, rho: Tensor | None, kappa: Tensor | None) -> None:
-    """target = diag(rho) source diag(kappa), [rows, cols]; the target may be the source."""
-    if _worth_compiling(source):
-        _scale_rows_compiled(target, source, rho, kappa)
+def scale_rows(weight: Tensor, rho: Tensor | None, kappa: Tensor | None) -> None:
+    """W[rows, cols] becomes diag(rho) W diag(kappa)."""
+    if _worth_compiling(weight):
+        _scale_rows_compiled(weight, *_given(weight, rho, kappa))
         return
     if kappa is not None:
-        torch.mul(source, kappa, out=target)
-        source = target
+        weight.mul_(kappa)
     if rho is not None:
-        torch.mul(source, rho[:, None], out=target)
-    elif kappa is None:
-        target.copy_(source)
+        weight.mul_(rho[:, None])
 
 
 def scale_rows_backward(
     grad: Tensor, weight: Tensor, rho: Tensor | None, kappa: Tensor | None, *, row: bool, col: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`scale_rows`: grad = dL/dtarget [rows, cols] becomes dL/dsource.
+    """Gradients of :func:`scale_rows`: grad [rows, cols], of what it makes, becomes that of W, which is not changed.
 
     Returns:
         sum_j W kappa G [rows] if `row`, and sum_i rho W G [cols] if `col`.
     """
     if _worth_compiling(grad):
-        sums: tuple[Tensor | None, Tensor | None] = _scale_rows_backward_compiled(grad, weight, rho, kappa, row, col)
-        return sums
+        sums = _scale_rows_backward_compiled(grad, weight, *_given(grad, rho, kappa))
+        return sums[0] if row else None, sums[1] if col else None
     row_sum = col_sum = None
     if row or col:
         h = grad * weight
@@ -161,26 +160,33 @@ def _with_ones(kappa: Tensor) -> Tensor:
 
 
 def _worth_compiling(tensor: Tensor) -> bool:
-    """Some rows more or less are the same kernel; the odd ends of a matrix, of one row say, would be one each."""
+    """The odd ends of a matrix, of one row say, would be a kernel each."""
     return tensor.is_cuda and tensor.numel() >= 1 << 16
 
 
-@torch.compile(dynamic=True)
-def _scale_rows_compiled(target: Tensor, source: Tensor, rho: Tensor | None, kappa: Tensor | None) -> None:
-    scaled = source if kappa is None else source * kappa
-    target.copy_(scaled if rho is None else scaled * rho[:, None])
+def _given(matrix: Tensor, rho: Tensor | None, kappa: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ones for what there is not: one kernel does for all placements, and every further one counts towards torch's
+    limit of compilations, after which it would run uncompiled."""
+    rows, cols = matrix.shape
+    rho = matrix.new_ones(rows) if rho is None else rho.clone()
+    kappa = matrix.new_ones(cols) if kappa is None else kappa.clone()
+    return rho, kappa
 
 
-@torch.compile(dynamic=True)
-def _scale_rows_backward_compiled(
-    grad: Tensor, weight: Tensor, rho: Tensor | None, kappa: Tensor | None, row: bool, col: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _scale_rows_fused(weight: Tensor, rho: Tensor, kappa: Tensor) -> None:
+    # One tensor, in its place: of two views of one buffer a compiled function takes the first call's offset for good.
+    weight.mul_(kappa).mul_(rho[:, None])
+
+
+def _scale_rows_backward_fused(grad: Tensor, weight: Tensor, rho: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
     h = grad * weight
-    row_sum = (h if kappa is None else h * kappa).sum(1) if row else None
-    col_sum = (h if rho is None else h * rho[:, None]).sum(0) if col else None
-    scaled = grad if kappa is None else grad * kappa
-    grad.copy_(scaled if rho is None else scaled * rho[:, None])
+    row_sum, col_sum = (h * kappa).sum(1), (h * rho[:, None]).sum(0)
+    grad.mul_(kappa).mul_(rho[:, None])
     return row_sum, col_sum
+
+
+_scale_rows_compiled = torch.compile(_scale_rows_fused, dynamic=True)
+_scale_rows_backward_compiled = torch.compile(_scale_rows_backward_fused, dynamic=True)
 
 
 @torch.compile(dynamic=False)

@@ -55,6 +55,10 @@ class _Block:
     col: slice | None
     scalar: int | None
 
+    def scales(self) -> bool:
+        """Whether its matrix has multipliers: not all that share a parameter need to."""
+        return not (self.row is None and self.col is None and self.scalar is None)
+
 
 def covers(layout: Layout, placement: Placement) -> bool:
     """Whether folded multipliers of this placement scale a parameter."""
@@ -177,7 +181,7 @@ class FoldedMultipliers:
         for piece, blocks, gradient in zip(self.partition.slices, self._blocks, gradients, strict=True):
             counts = piece.layout.counted_on(grid.tensor_rank) and not replica
             latent = self.latent(piece.tensor, piece.offset, piece.length) if blocks else None
-            for block in blocks:
+            for block in filter(_Block.scales, blocks):
                 assert latent is not None
                 r = block.rectangle
                 g = gradient[r.offset : r.offset + r.numel].view(r.height, r.width)
@@ -288,13 +292,13 @@ class FoldedMultipliers:
         flat.copy_(latent)  # what no multiplier scales
         for i in self._slices_of[tensor]:
             piece = self.partition.slices[i]
-            for block in self._blocks[i]:
+            for block in filter(_Block.scales, self._blocks[i]):
                 r = block.rectangle
                 begin = piece.offset + r.offset
                 target = flat[begin : begin + r.numel].view(r.height, r.width)
                 _, rho, kappa = self._factors(block, r.height)
                 for chunk in _chunks(target):
-                    kernels.scale_rows(target[chunk], target[chunk], None if rho is None else rho[chunk], kappa)
+                    kernels.scale_rows(target[chunk], None if rho is None else rho[chunk], kappa)
 
     def _factors(self, block: _Block, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of a block: row multipliers, those joined with the scalar, column multipliers."""

@@ -23,7 +23,8 @@ CONNECT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Deadlines:
-    """In seconds without progress; all of them within the run's timeout, after which nobody is left."""
+    """In seconds without progress; all of them within the run's timeout. Ranks that are stopped on a host of their own
+    are left to its launcher then."""
 
     timeout: float
 
@@ -184,7 +185,7 @@ class Hub:
         answered = [rank for rank in self._ranks.values() if rank.peer.stack is not None]
         standing = min((rank.standing for rank in answered), default=self._deadlines.ask)
         if standing < self._deadlines.ask - self._deadlines.answer:
-            self._all({"patience": True})
+            self._all({"patience": max(0.0, standing)})
             return
         peers = [self._ranks[rank].peer for rank in sorted(self._ranks)]
         line, text = verdict.stands_still(peers, standing, self._deadlines.timeout)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megamult import environment
 from megamult.config import Config, DataConfig
-from megamult.console import EXIT_INTERRUPTED, say_error
+from megamult.console import say_error
 from megamult.patience import ON_FILES
 from megamult.train.command_line import (
     EXIT_DIVERGED,
@@ -44,12 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config.deepspeed_overrides()
     except (ValueError, OSError) as error:
         fail_alone(str(error))
-    try:
-        run(config, resolved)
-    except KeyboardInterrupt:  # before training had begun: from then on it is a request to save
-        if environment.rank() == 0:
-            print("interrupted before the first step", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    run(config, resolved)
 
 
 def run(config: Config, resolved: str) -> None:
@@ -82,6 +77,7 @@ def run(config: Config, resolved: str) -> None:
             across_nodes=True,  # asked already
             meeting=meeting,
         )
+        progress.at(0, "joining the group that agrees to stop")
         stop = stack.enter_context(StopRequests(None if minutes is None else _BEGAN + 60 * minutes))
         code = _train(config, resolved, mpu, progress, log, lock, stop)
         parallel.destroy()

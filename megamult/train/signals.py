@@ -7,6 +7,7 @@ import datetime
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from types import TracebackType
@@ -14,11 +15,11 @@ from typing import Any
 
 import torch
 
-from megamult import launcher
+from megamult import environment, launcher
 from megamult.patience import ON_FILES
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""A scheduler's, and Ctrl-C, which a terminal sends to launchers and ranks alike."""
+"""A scheduler's, and Ctrl-C, which reaches ranks from the terminal or their launcher."""
 
 _ABANDONED = 255
 """In the place of a signal's number: a launcher above this rank is gone."""
@@ -54,8 +55,10 @@ class StopRequests:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        # What is ignored, as Ctrl-C by a script's background jobs, stays so.
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        # Ctrl-C that is ignored, as by a script's background jobs, stays so. A scheduler's signals are heard: launchers
+        # that must not die of them are started with them ignored, and their ranks inherit that.
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        heard = [number for number in SIGNALS if number != signal.SIGINT or not ignored]
         self._before = {number: signal.signal(number, lambda *_: None) for number in heard}
         self._launchers: list[int] = []
         for process in launcher.launchers():
@@ -96,6 +99,14 @@ class StopRequests:
                     continue
                 if not self._asked:
                     self._asked, first = number, now
+                    if environment.rank() == 0 and number != _ABANDONED:
+                        name = signal.Signals(number).name
+                        print(
+                            f"{name}: saving at the next step boundary; another one after {SAME_REQUEST_SECONDS:.0f} s "
+                            "ends this process at once",
+                            file=sys.stderr,
+                            flush=True,
+                        )
                 elif now - first > SAME_REQUEST_SECONDS and number != _ABANDONED:
                     os._exit(128 + number)
 

@@ -145,7 +145,7 @@ class Watchdog:
                 if "report" in message:
                     self._outbox.put_nowait({"status": self.progress.report()})
                 elif "patience" in message:
-                    self._patience_since = time.monotonic()
+                    self._patience_since = time.monotonic() - message["patience"]
                 elif "end" in message:
                     self._guilty = message["guilty"]
                     self._end(message["end"], message["kill"], on_screen=self._rank == 0)

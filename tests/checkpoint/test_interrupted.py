@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,50 @@ def test_a_second_request_ends_the_process_at_once_wherever_it_waits(first: str,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert (done.returncode, done.stdout) == (128 + signal.Signals[second], "asked\n"), done.stderr
+
+
+_IGNORED = """
+import os, signal, torch
+torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=0, world_size=1)
+from megamult.train.signals import StopRequests
+with StopRequests() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.agreed() is None
+    os.kill(os.getpid(), signal.SIGUSR1)
+    while (why := stop.agreed()) is None:
+        pass
+    print(why)
+"""
+
+
+def test_ctrl_c_stays_ignored_and_a_schedulers_signal_is_heard_though_launchers_ignore_it() -> None:
+    def ignore() -> None:
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
+    code = _IGNORED.format(port=free_port())
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, preexec_fn=ignore
+    )
+    assert (done.returncode, done.stdout) == (0, "SIGUSR1\n"), done.stderr
+    assert done.stderr.count("SIGUSR1: saving at the next step boundary") == 1
+
+
+def test_ctrl_c_before_training_has_begun_ends_in_one_line(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "launch/pretrain.py", "--config", "examples/configs/tiny.yaml", "--train.run_dir", tmp_path],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():  # some seconds of imports are to come
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and said.splitlines()[-1] == "interrupted", said
 
 
 def test_a_second_save_waits_and_a_failed_one_is_reported_on_every_rank_and_leaves_nothing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from megamult.multipliers import kernels
 from megamult.multipliers.kernels import Backward, Span
@@ -21,6 +22,9 @@ SPANS: dict[str, tuple[Span, ...]] = {
     "fused, interleaved": (Span(0, 300, 0), Span(300, 350, 1), Span(350, 400, 2), Span(400, 550, 0), Span(550, 600, 1)),
     "some without columns": (Span(0, 250, None), Span(250, 270, 1), Span(270, 600, 0)),
 }
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="compiles kernels for a CUDA GPU, and there is none"
+)
 RHO_KAPPA = [(True, False), (False, True), (True, True)]
 
 
@@ -105,16 +109,19 @@ def run_compiled_eagerly(problem: Problem, needs_row_dot: bool = True) -> tuple[
     return effective, back
 
 
-def run_rows(problem: Problem, compiled: bool) -> tuple[Tensor, Backward]:
-    """The functions for rows of one matrix, which work in place."""
+def run_rows(problem: Problem, compiled: bool = False) -> tuple[Tensor, Backward]:
+    """The functions for rows of one matrix, which work in place; with `compiled` those that CUDA compiles."""
     p = problem
     kappa = None if p.kappa is None else p.kappa[0]
-    forward = kernels._scale_rows_compiled if compiled else kernels.scale_rows
-    backward = kernels._scale_rows_backward_compiled if compiled else kernels.scale_rows_backward
     effective, grad = p.weight.clone(), p.grad.clone()
-    forward(effective, effective, p.rho, kappa)
-    row, col = backward(grad, p.weight, p.rho, kappa, row=True, col=kappa is not None)
-    return effective, Backward(grad, row, None if col is None else col[None])
+    if not compiled:
+        kernels.scale_rows(effective, p.rho, kappa)
+        row, col = kernels.scale_rows_backward(grad, p.weight, p.rho, kappa, row=True, col=kappa is not None)
+        return effective, Backward(grad, row, None if col is None else col[None])
+    factors = kernels._given(grad, p.rho, kappa)
+    kernels._scale_rows_fused(effective, *factors)
+    row, col = kernels._scale_rows_backward_fused(grad, p.weight, *factors)
+    return effective, Backward(grad, row, None if kappa is None else col[None])
 
 
 Run = Callable[..., tuple[Tensor, Backward]]
@@ -162,21 +169,60 @@ def test_ones_leave_a_bf16_weight_and_its_gradient_bitwise_alone(run: Run) -> No
 @pytest.mark.parametrize(("rho", "kappa"), [*RHO_KAPPA, (False, False)])
 def test_rows_of_one_matrix_are_scaled_in_place_as_the_reference_says(rho: bool, kappa: bool, compiled: bool) -> None:
     problem = Problem.draw(SPANS["one matrix"], rho, kappa, torch.float32)
-    with torch.compiler.set_stance("force_eager"):
-        assert_agrees(problem, *run_rows(problem, compiled))
+    assert_agrees(problem, *run_rows(problem, compiled))
+
+
+# Of one buffer that holds them one after the other: rows, columns. Square and not, narrower than high, the first again.
+PIECES = ((40, 40), (300, 40), (40, 300), (7, 40), (64, 64), (40, 40), (1, 30))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
+def test_few_compilations_serve_pieces_of_every_shape_wherever_they_lie_in_a_buffer(device: str) -> None:
+    torch.compiler.reset()
+    # What follows of sizes, strides and offsets is the same for every backend, and this one compiles in no time.
+    backend = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
+    scale, backward = (
+        torch.compile(function, dynamic=True, backend=backend)
+        for function in (kernels._scale_rows_fused, kernels._scale_rows_backward_fused)
+    )
+    torch.manual_seed(0)
+    size = sum(rows * cols for rows, cols in PIECES)
+    weights, grads, scaled = (torch.randn(size, device=device) for _ in range(3))
+    wanted_scaled, wanted_grads, first = scaled.double(), grads.double(), 0
+    with torch.no_grad():
+        for rows, cols in PIECES:
+            here = slice(first, first + rows * cols)
+            first += rows * cols
+            rho, kappa = torch.randn(rows, device=device), torch.randn(cols, device=device)
+            g, w = (whole[here].view(rows, cols) for whole in (wanted_grads, weights.double()))
+            wanted = gradients(g, w, rho.double(), kappa.double())
+            wanted_grads[here] = wanted.weight.flatten()
+            effective = effective_weight(wanted_scaled[here].view(rows, cols), rho.double(), kappa.double())
+            wanted_scaled[here] = effective.flatten()
+            scale(scaled[here].view(rows, cols), rho, kappa)
+            row, col = backward(grads[here].view(rows, cols), weights[here].view(rows, cols), rho, kappa)
+            # Sums of up to 300 fp32 products of some size 1.
+            torch.testing.assert_close(row.double(), wanted.row, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(col.double(), wanted.col, rtol=1e-5, atol=1e-4)
+    # Two products, each rounded once.
+    torch.testing.assert_close(scaled.double(), wanted_scaled, rtol=3e-7, atol=0)
+    torch.testing.assert_close(grads.double(), wanted_grads, rtol=3e-7, atol=0)
+    # Square or not, at the start of the buffer or not: far from the limit, after which nothing is compiled.
+    assert backend.frame_count <= 2 * 4, backend.frame_count
+    assert torch._dynamo.config.recompile_limit >= 8
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles kernels for a CUDA GPU, and there is none")
+@NEEDS_CUDA
 @pytest.mark.parametrize(("rho", "kappa"), [*RHO_KAPPA, (False, False)])
 def test_the_compiled_kernels_of_one_matrix_are_the_float64_reference(rho: bool, kappa: bool) -> None:
     problem = Problem.draw(SPANS["one matrix"], rho, kappa, torch.float32, device="cuda")
     assert kernels._worth_compiling(problem.weight)
-    assert_agrees(problem, *run_rows(problem, compiled=False))
+    assert_agrees(problem, *run_rows(problem))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles kernels for a CUDA GPU, and there is none")
+@NEEDS_CUDA
 @pytest.mark.parametrize(("spans", "rho", "kappa", "dtype"), every_problem)
 def test_the_compiled_kernels_are_the_float64_reference(spans: str, rho: bool, kappa: bool, dtype: torch.dtype) -> None:
     problem = Problem.draw(SPANS[spans], rho, kappa, dtype, device="cuda")

@@ -24,6 +24,7 @@ PLAYS = {
     "wait, stop, wait": 18,
     "stop, wait, wait": 18,
     "wait, hang": 18,
+    "wait, linger": 36,
     "crawl, wait for the crawler": 8,
     "wait, leave": 60,
     "leave, wait": 60,
@@ -37,6 +38,8 @@ class Ended:
     codes: list[int]
     screens: list[str]
     logs: list[str]
+    seconds: float
+    """Since the last one that got further did."""
 
 
 class Plays:
@@ -56,13 +59,14 @@ class Plays:
             )
 
     def __call__(self, parts: str) -> Ended:
-        codes = json.loads(self._drivers[parts].communicate(timeout=120)[0])
+        said = json.loads(self._drivers[parts].communicate(timeout=120)[0])
+        codes = said["codes"]
         own = self._folder / str(list(PLAYS).index(parts))
         screens, logs = (
             [(own / name.format(rank)).read_text() for rank in range(len(codes))]
             for name in ("screen_{}", "rank_{}.log")
         )
-        return Ended(codes, screens, logs)
+        return Ended(codes, screens, logs, said["seconds"])
 
     def end(self) -> None:
         for driver in self._drivers.values():
@@ -123,18 +127,29 @@ def test_a_stopped_rank_is_the_late_one_and_ended_too(play: Plays) -> None:
     assert "the late: rank 1 on " in ended.screens[0] and "does not answer" in ended.screens[0]
     assert ended.screens[0].count("_never_ends") >= 1, "the stacks of those that wait"
     assert "rank 0, 2 at step 4, all_reduce:" in ended.screens[0]
+    assert 18 / 2 <= ended.seconds < 18, "within the timeout, and no sooner than it takes to ask"
 
 
 def test_when_rank_0_is_stopped_the_others_end_by_themselves(play: Plays) -> None:
     ended = play("stop, wait, wait")
     assert ended.codes == [-9, 70, 70]
     assert f"rank 0 on {environment.host()} has not answered" in ended.screens[1]
+    assert ended.seconds < 18
 
 
 def test_who_has_got_least_far_is_late_though_all_answer(play: Plays) -> None:
     ended = play("wait, hang")
     assert ended.codes == [70, 70]
     assert "the late: rank 1 on " in ended.screens[0] and "at step 4, what the others wait for" in ended.screens[0]
+
+
+def test_the_timeout_counts_from_when_the_last_one_got_further(play: Plays) -> None:
+    ended = play("wait, linger")
+    assert ended.codes == [70, 70]
+    # Rank 0 asks 21 s after it stands, when rank 1 has stood for 15; both have for 21 another 6 s later. Asking anew
+    # only after another 21 s would be too late.
+    assert 21 <= ended.seconds < 30
+    assert "the late: rank 1 on " in ended.screens[0] and "a little later than the others" in ended.screens[0]
 
 
 def test_nobody_is_ended_while_one_rank_still_gets_further(play: Plays) -> None:

@@ -1,6 +1,7 @@
 """Ranks that only watch and are watched: `python -m tests.train.watched FOLDER TIMEOUT PART...`, a part for each.
 
-Prints their exit codes; screen_N in FOLDER has what each said on the screen, rank_N.log is its log.
+Prints their exit codes, and the seconds from when the last one got further to the end of all; screen_N in FOLDER has
+what each said on the screen, rank_N.log is its log.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.distributed import free_port
 
 
 def main(folder: Path, timeout: float, part: str) -> None:
-    """Step for a while; then, by `part`, what a rank does: end, fail, die, stop, hang, crawl, leave."""
+    """Step for a while; then, by `part`, what a rank does: end, fail, die, stop, hang, linger, crawl, leave."""
     meeting = rendezvous.meet(60)
     with RankLog() as log, Watchdog(meeting, timeout, log) as watchdog:
         log.open(folder)
@@ -27,6 +28,10 @@ def main(folder: Path, timeout: float, part: str) -> None:
             watchdog.progress.at(step, "step")
             time.sleep(0.1)
         print(f"rank {environment.rank()} plays {part}")
+        if part == "linger":
+            time.sleep(timeout / 6)
+            watchdog.progress.at(4, "a little later than the others")
+        (folder / f"since_{environment.rank()}").write_text(str(time.monotonic()))
         if part == "fail":
             raise LookupError("no such token")
         if part == "die":
@@ -35,6 +40,8 @@ def main(folder: Path, timeout: float, part: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         if part == "leave":
             sys.exit(2)
+        if part == "linger":
+            _never_ends()
         if part == "hang":
             watchdog.progress.at(4, "what the others wait for")
             _never_ends()
@@ -82,7 +89,8 @@ def _all(folder: Path, timeout: float, parts: list[str]) -> None:
     for process in ranks[1:]:
         codes[process] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     codes[ranks[0]] = os.waitstatus_to_exitcode(os.waitpid(ranks[0], 0)[1])
-    print(json.dumps([codes[process] for process in ranks]))
+    since = max(float((folder / f"since_{rank}").read_text()) for rank in range(len(ranks)))
+    print(json.dumps({"codes": [codes[process] for process in ranks], "seconds": time.monotonic() - since}))
 
 
 if __name__ == "__main__":
