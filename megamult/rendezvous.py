@@ -191,24 +191,27 @@ def _reach(address: str, port: int, deadline: float) -> None:
 def _missing(store: Store, size: int, deadline: float) -> list[int]:
     """The ranks that have not come by then."""
     keys = [f"here/{rank}" for rank in range(size)]
-    while not store.check(keys):  # torch's own wait would put a warning of its own on the screen
-        if time.monotonic() > deadline:
-            return [rank for rank, key in enumerate(keys) if not store.check([key])]
-        time.sleep(0.1)
-    return []
+    return [] if _wait(store, keys, deadline) else [rank for rank, key in enumerate(keys) if not store.check([key])]
 
 
 def _heard(store: Store, deadline: float) -> dict[str, Any]:
     """What rank 0 has found."""
     try:
-        while not store.check(["met"]):  # Ctrl-C does not end torch's own wait
-            if time.monotonic() > deadline:
-                raise NobodyThere("rank 0 was there, and has said nothing since", rank_0_is_missing=True)
-            time.sleep(0.2)
+        if not _wait(store, ["met"], deadline):
+            raise NobodyThere("rank 0 was there, and has said nothing since", rank_0_is_missing=True)
         return dict(json.loads(store.get("met")))
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         raise NobodyThere(f"rank 0 has left before all had come ({why})", rank_0_is_missing=True) from None
+
+
+def _wait(store: Store, keys: list[str], deadline: float) -> bool:
+    """Until all of them are set; False: not by then. torch's own wait is not ended by Ctrl-C, and prints a warning."""
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _who(ranks: list[int]) -> str:

@@ -109,4 +109,5 @@ def test_muon_step_counts_what_newton_schulz_costs() -> None:
     tokens, one, passes, share = map(float, found.groups())
     # One process has all of half a million tokens. Printed to 0.1 ms of some, and the step to 0.1 ms of some ten.
     assert passes == pytest.approx(one * 524288 / tokens, rel=0.05)
-    assert share == pytest.approx(100 * (step := float(ours[1]) / 1e3) / (step + passes), rel=0.05)
+    step = float(ours[1]) / 1e3
+    assert share == pytest.approx(100 * step / (step + passes), rel=0.05)

@@ -209,10 +209,10 @@ class Contestant:
     def run(self, tokens: torch.Tensor, labels: torch.Tensor, counting: bool = False) -> float:
         """One training step; returns seconds of the optimizer's part of it on the slowest rank."""
         self.seconds, self.sent, self.flops, self.counting = 0.0, 0.0, 0, counting
-        torch.compiler.set_stance("force_eager" if counting else "default")
-        objective, _ = self.engine(tokens, labels)
-        self._backward(objective)
-        self._measured(self._step)()
+        with torch.compiler.set_stance("force_eager" if counting else "default"):
+            objective, _ = self.engine(tokens, labels)
+            self._backward(objective)
+            self._measured(self._step)()
         return all_ranks(self.seconds).max().item()
 
     def state_bytes(self) -> int:
@@ -224,7 +224,6 @@ class Contestant:
 def pass_seconds(arguments: argparse.Namespace) -> float:
     """A forward and backward pass over one sequence, of the slowest rank; the fastest of a few: it is what an optimizer
     step is held against."""
-    torch.compiler.set_stance("default")
     from megamult import device
     from megamult.model.gpt import GPT
 
@@ -298,11 +297,37 @@ def synchronize() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print the table of whole optimizer steps."""
+    """Print the table of whole optimizer steps, and what they cost of a training step."""
     count_collectives()
-    from megamult import device, parallel
+    from megamult import parallel
 
     parallel.initialize(arguments.tensor)
+    median = measure_steps(arguments)
+    gc.collect()  # the contestants: the pass that follows needs their memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print_shares(arguments, median)
+    parallel.destroy()
+
+
+def print_shares(arguments: argparse.Namespace, median: dict[str, float]) -> None:
+    """What the optimizer steps of `median` seconds are of a training step."""
+    from megamult import parallel
+
+    one = pass_seconds(arguments)
+    if torch.distributed.get_rank() == 0:
+        passes = one * TOKENS / arguments.seq / parallel.data_group().size()
+        shares = ", ".join(f"{100 * step / (step + passes):.4f} % ({name})" for name, step in median.items())
+        print(
+            f"of a training step of {TOKENS:,} tokens, in sequences of {arguments.seq}, forward and backward "
+            f"{one:.4f} s each, {passes:.2f} s for a rank's part: {shares}"
+        )
+
+
+def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
+    """Print the table of whole optimizer steps; their median seconds."""
+    from megamult import device, parallel
+
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // torch.distributed.get_world_size()))
     peers_dtype = arguments.peers_dtype or ("bf16" if bf16_is_fast() else "fp32")
     if peers_dtype == "fp32":
@@ -358,20 +383,7 @@ def compare(arguments: argparse.Namespace) -> None:
         )
         if arguments.tensor > 1:
             print("tensor parallel: DeepSpeed's and torch's update is not that of one process; ours is")
-    contestants.clear()
-    del ours
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    one = pass_seconds(arguments)
-    if main_rank:
-        passes = one * TOKENS / arguments.seq / parallel.data_group().size()
-        shares = ", ".join(f"{100 * median[name] / (median[name] + passes):.4f} % ({name})" for name in names)
-        print(
-            f"of a training step of {TOKENS:,} tokens, in sequences of {arguments.seq}, forward and backward "
-            f"{one:.4f} s each, {passes:.2f} s for a rank's part: {shares}"
-        )
-    parallel.destroy()
+    return median
 
 
 def newton_schulz_alone(arguments: argparse.Namespace) -> None:
