@@ -51,3 +51,21 @@ def test_two_gpus_train_as_the_cpu_does() -> None:
     ]
     references = run_distributed(1, run_cases, [case.reference for case in cases])[0]
     _agree(cases, run_distributed(2, run_cases, cases, cuda=True)[0], references)
+
+
+@_needs(1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "depth"), [(130, 70), (512, 1408), (1100, 333)])
+def test_the_symmetric_kernel_computes_the_product(n: int, depth: int, dtype: torch.dtype) -> None:
+    from megamult.optim.symmetric_triton import lower_tiles
+
+    x = torch.randn(3, n, depth, device="cuda").to(dtype)
+    c = torch.randn(3, n, n, device="cuda").to(dtype)
+    c = c + c.mT
+    product = x.double() @ x.double().mT
+    # Sums are fp32: their error is far below the one rounding of the result.
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(lower_tiles(x, x.mT, None, 0.0, 1.0).double(), product, rtol=rounding, atol=1e-3)
+    actual = lower_tiles(x, x.mT, c, 0.3, -0.7)
+    torch.testing.assert_close(actual.double(), 0.3 * c.double() - 0.7 * product, rtol=rounding, atol=1e-3)
+    assert torch.equal(actual[:, 128:, :128], actual[:, :128, 128:].mT)

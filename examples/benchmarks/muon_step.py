@@ -391,7 +391,8 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
     from torch.optim._muon import _zeropower_via_newtonschulz as torchs
 
     from megamult import device
-    from megamult.optim.newton_schulz import QUINTIC, coefficients, flops, orthogonalize
+    from megamult.optim.newton_schulz import QUINTIC, coefficients, orthogonalize
+    from megamult.optim.symmetric import block_rows, symmetric_product
 
     device.prepare()
     here, steps = device.local_device(), coefficients("quintic", 5)
@@ -415,19 +416,41 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
             "ours": lambda batch=batch: orthogonalize(batch, steps, ours),
             "torch": lambda batch=batch: [torchs(one, QUINTIC, 5, 1e-7) for one in batch],
         }
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for step in range(arguments.warmup + arguments.steps):
-            for name, run in runs.items():
-                synchronize()
-                began = time.perf_counter()
-                run()
-                synchronize()
-                if step >= arguments.warmup:
-                    seconds[name].append(time.perf_counter() - began)
-        mine, theirs = (statistics.median(seconds[name]) for name in runs)
-        share = "" if peak is None else f"{len(batch) * flops(rows, cols, 5) / mine / peak:.2f}"
+        mine, theirs = alternating(arguments, runs)
+        with FlopCounterMode(display=False) as counter:
+            runs["ours"]()
+        share = "" if peak is None else f"{counter.get_total_flops() / mine / peak:.2f}"
         shape = f"{len(batch)} x {rows} x {cols}"
         print(f"{shape:<16}{1e3 * mine:>10.2f}{1e3 * theirs:>10.2f}{theirs / mine:>12.2f}{share:>9}")
+    print("its symmetric products X X^T alone: as chosen on this device, by block rows, whole")
+    print(f"{'X':<16}{'ours ms':>10}{'rows ms':>10}{'whole ms':>10}{'rows/ours':>11}{'whole/ours':>11}")
+    for shape, count in {tuple(sorted(shape)): count for shape, count in shapes.items()}.items():
+        x = torch.randn(count * arguments.layers, *shape, device=here).to(ours)
+        chosen, rows, whole = alternating(
+            arguments,
+            {
+                "chosen": lambda x=x: symmetric_product(x, x.mT),
+                "block rows": lambda x=x: block_rows(x, x.mT, None, 0.0, 1.0),
+                "whole": lambda x=x: torch.bmm(x, x.mT),
+            },
+        )
+        name = f"{len(x)} x {shape[0]} x {shape[1]}"
+        times = "".join(f"{1e3 * seconds:>10.3f}" for seconds in (chosen, rows, whole))
+        print(f"{name:<16}{times}{rows / chosen:>11.2f}{whole / chosen:>11.2f}")
+
+
+def alternating(arguments: argparse.Namespace, runs: dict[str, Callable[[], Any]]) -> list[float]:
+    """Median seconds of each, run in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for step in range(arguments.warmup + arguments.steps):
+        for name, run in runs.items():
+            synchronize()
+            began = time.perf_counter()
+            run()
+            synchronize()
+            if step >= arguments.warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return [statistics.median(taken) for taken in seconds.values()]
 
 
 def main() -> None:

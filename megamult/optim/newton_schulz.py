@@ -9,19 +9,20 @@ a s + b s^3 + c s^5. Two forms compute the same:
   Rounding makes the smallest eigenvalues of R negative, and each step multiplies those by up to a^2 (11.9 for the
   quintic): after :data:`RESTART` steps Q is applied to X and R is made anew, in every dtype.
 
-All products with a symmetric result (XX^T, and every product of polynomials in R) compute their lower block triangle
-alone. `[..., rows, cols]`: any leading dimensions are a batch.
+All products with a symmetric result (XX^T, and every product of polynomials in R) compute about half of it
+(:mod:`megamult.optim.symmetric`). `[..., rows, cols]`: any leading dimensions are a batch.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from megamult.optim.symmetric import computed, symmetric_product
 
 Form = Literal["standard", "gram"]
 Coefficients = Sequence[tuple[float, float, float]]
@@ -48,10 +49,6 @@ _SAFETY = 1.01
 
 RESTART = 2
 """Steps of the gram form after which it applies Q to X and begins anew."""
-
-_BLOCKS = 4
-"""Block rows of a symmetric product: 5/8 of the multiplications. More blocks save little more, and are slower."""
-_SMALLEST_BLOCK = 64
 
 
 def coefficients(name: str, steps: int) -> Coefficients:
@@ -133,41 +130,13 @@ def _polynomial(r: Tensor, steps: Coefficients) -> Tensor:
     return q
 
 
-def symmetric_product(
-    left: Tensor, right: Tensor, *, add: tuple[float, Tensor] | None = None, alpha: float = 1.0
-) -> Tensor:
-    """alpha left @ right (+ beta C for `add` = (beta, C)), [batch, n, n], where that is known to be symmetric.
-
-    Computes the block rows up to the diagonal and mirrors them.
-    """
-    batch, n = left.shape[:2]
-    beta, c = (0.0, None) if add is None else add
-    blocks = _block_rows(n)
-    out = torch.empty(batch, n, n, dtype=left.dtype, device=left.device)
-    for lo, hi in blocks:
-        if c is None:
-            rows = torch.bmm(left[:, lo:hi], right[:, :, :hi])
-            out[:, lo:hi, :hi] = rows if alpha == 1.0 else rows.mul_(alpha)
-        else:
-            out[:, lo:hi, :hi] = torch.baddbmm(
-                c[:, lo:hi, :hi], left[:, lo:hi], right[:, :, :hi], beta=beta, alpha=alpha
-            )
-        out[:, :lo, lo:hi] = out[:, lo:hi, :lo].mT
-    return out
-
-
-def _block_rows(n: int) -> list[tuple[int, int]]:
-    count = max(1, min(_BLOCKS, n // _SMALLEST_BLOCK))
-    bounds = [n * i // count for i in range(count + 1)]
-    return list(itertools.pairwise(bounds))
-
-
 def flops(rows: int, cols: int, steps: int, form: Form | None = None) -> int:
-    """Floating-point operations (a multiply-add counts 2) that :func:`orthogonalize` spends on one matrix."""
+    """Floating-point operations (a multiply-add counts 2) that :func:`orthogonalize` spends on one matrix, with
+    symmetric products by block rows."""
     if form is None:
         return min(flops(rows, cols, steps, "standard"), flops(rows, cols, steps, "gram"))
     small, large = sorted((rows, cols))
-    symmetric = sum(2 * (hi - lo) * hi for lo, hi in _block_rows(small))  # per unit of the inner dimension
+    symmetric = 2 * computed(small)  # per unit of the inner dimension
     dense = 2 * small * small * large
     if form == "standard":
         return steps * (symmetric * large + symmetric * small + dense)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megamult.optim import newton_schulz
-from megamult.optim.newton_schulz import Coefficients, coefficients, flops, orthogonalize, scale, symmetric_product
+from megamult.optim.newton_schulz import Coefficients, coefficients, flops, orthogonalize, scale
 
 SHAPES = [(96, 40), (40, 96), (130, 300), (256, 256), (1, 7), (7, 1), (65, 129)]
 
@@ -123,17 +123,6 @@ def test_the_input_is_not_changed() -> None:
     before = given.clone()
     orthogonalize(given, coefficients("quintic", 5), torch.float32)
     assert torch.equal(given, before)
-
-
-@pytest.mark.parametrize("n", [1, 50, 64, 130, 256, 300])
-def test_a_symmetric_product_is_the_product_and_its_blocks_are_mirrored(n: int) -> None:
-    x, r = random(2, n, 70).double(), random(2, n, n, seed=1).double()
-    r = r + r.mT
-    product = symmetric_product(x, x.mT)
-    torch.testing.assert_close(product, x @ x.mT)
-    corner = n // 4 if n >= 256 else 0
-    assert torch.equal(product[:, :corner, n - corner :], product[:, n - corner :, :corner].mT)
-    torch.testing.assert_close(symmetric_product(r, r, add=(0.3, r), alpha=-0.7), 0.3 * r - 0.7 * r @ r)
 
 
 @pytest.mark.parametrize("form", ["standard", "gram"])

@@ -1,0 +1,113 @@
+"""Products with a symmetric result on CUDA: the tiles on and below the diagonal are computed, each is written twice.
+
+One kernel for all shapes, with one tile size: what it computes depends on nothing that was timed, so a run resumes bit
+by bit. Imported where torch has a CUDA device and Triton is there (torch's CUDA builds bring it).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from megamult.optim.symmetric import TILE
+
+CONSTANTS = {
+    "TILE": TILE,
+    "DEPTH": 64,  # of the inner dimension per step: 128 bytes, as wide as swizzled shared memory
+    "GROUP": 8,  # tile rows that are worked on together: their operands stay in the L2 cache
+}
+OPTIONS = {"num_warps": 8, "num_stages": 3}
+"""Three stages of two operands' tiles take 96 KiB of shared memory, which every GPU since Ampere has."""
+
+
+@triton.jit
+def _lower_tiles(  # type: ignore[no-untyped-def]
+    left,
+    right,
+    add,
+    out,
+    n,
+    depth,
+    alpha,
+    beta,
+    left_batch,
+    left_row,
+    left_col,
+    right_batch,
+    right_row,
+    right_col,
+    HAS_ADD: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tiles = tl.cdiv(n, TILE)
+    program, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = program // (GROUP * tiles) * GROUP
+    height = min(tiles - first, GROUP)
+    i = first + program % (GROUP * tiles) % height
+    j = program % (GROUP * tiles) // height
+    if j > i:
+        return
+    # Rows and columns past the end read others' elements, and are not written.
+    rows = ((i * TILE + tl.arange(0, TILE)) % n).to(tl.int64)
+    cols = ((j * TILE + tl.arange(0, TILE)) % n).to(tl.int64)
+    inner = tl.arange(0, DEPTH)
+    left_at = left + batch * left_batch + rows[:, None] * left_row + inner[None, :] * left_col
+    right_at = right + batch * right_batch + inner[:, None] * right_row + cols[None, :] * right_col
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for start in range(0, depth, DEPTH):
+        inside = inner < depth - start
+        a = tl.load(left_at, mask=inside[None, :], other=0.0)
+        b = tl.load(right_at, mask=inside[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        left_at += DEPTH * left_col
+        right_at += DEPTH * right_row
+    total *= alpha
+    rows = (i * TILE + tl.arange(0, TILE)).to(tl.int64)
+    cols = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
+    at = batch * n * n + rows[:, None] * n + cols[None, :]
+    inside = (rows < n)[:, None] & (cols < n)[None, :]
+    if HAS_ADD:
+        total += beta * tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
+    result = total.to(out.dtype.element_ty)
+    tl.store(out + at, result, mask=inside)
+    if i != j:
+        mirrored = batch * n * n + cols[:, None] * n + rows[None, :]
+        tl.store(out + mirrored, tl.trans(result), mask=tl.trans(inside))
+
+
+@torch.library.custom_op("megamult::lower_tiles", mutates_args=())
+def lower_tiles(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
+    """:func:`megamult.optim.symmetric.symmetric_product`. An operator, so that torch's FLOP counter sees it."""
+    batch, n, depth = left.shape
+    out = torch.empty(batch, n, n, dtype=left.dtype, device=left.device)
+    tiles = triton.cdiv(n, TILE)
+    with torch.cuda.device_of(left):
+        _lower_tiles[(tiles * tiles, batch)](
+            left,
+            right,
+            out if add is None else add.contiguous(),
+            out,
+            n,
+            depth,
+            alpha,
+            beta,
+            *left.stride(),
+            *right.stride(),
+            HAS_ADD=add is not None,
+            **CONSTANTS,
+            **OPTIONS,
+        )
+    return out
+
+
+@register_flop_formula(torch.ops.megamult.lower_tiles)
+def _flops(left: tuple[int, ...], *_: object, **__: object) -> int:
+    """Partly filled tiles count whole."""
+    batch, n, depth = left
+    tiles = triton.cdiv(n, TILE)
+    return batch * tiles * (tiles + 1) * TILE * TILE * depth
