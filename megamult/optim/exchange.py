@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import Work
 
@@ -18,21 +20,31 @@ from megamult.rectangles import Rectangle
 
 
 @dataclass
+class _Way:
+    """What this rank sends and receives in one direction, in the order of the buffers."""
+
+    held: list[tuple[int, int, int]] = field(default_factory=list)
+    """(slice, offset in it, elements) of what this rank holds of others' matrices."""
+    held_sizes: list[int] = field(default_factory=list)
+    """Elements of it by owner."""
+    owned: list[tuple[int, int, Rectangle]] = field(default_factory=list)
+    """(batch, index in it, rectangle) of what others hold of this rank's matrices."""
+    owned_sizes: list[int] = field(default_factory=list)
+    """Elements of it by holder."""
+
+
+@dataclass
 class _Bucket:
     """What this rank sends, receives and computes in one bucket."""
 
-    shapes: list[tuple[int, int, int]] = field(default_factory=list)
+    shapes: list[tuple[int, int, int]]
     """(matrices, rows, cols) of each batch that this rank owns."""
-    outgoing: list[tuple[int, int, int]] = field(default_factory=list)
-    """(slice, offset in it, elements) in the order of the send buffer."""
-    incoming: list[tuple[int, int, Rectangle]] = field(default_factory=list)
-    """(batch, index in it, rectangle) in the order of the receive buffer."""
-    local: list[tuple[int, int, int, Rectangle]] = field(default_factory=list)
+    local: list[tuple[int, int, int, Rectangle]]
     """(slice, batch, index in it, rectangle) of what this rank both holds and owns."""
-    send_sizes: list[int] = field(default_factory=list)
-    """Elements to each rank."""
-    receive_sizes: list[int] = field(default_factory=list)
-    """Elements from each rank."""
+    there: _Way
+    """To the owners."""
+    back: _Way
+    """To all holders. Of replicas, one alone is on the way there."""
 
 
 class Exchange:
@@ -56,30 +68,48 @@ class Exchange:
         self._buckets = [self._bucket(bucket, rank, slice_of_cut) for bucket in plan.buckets]
 
     def _bucket(self, matrices: Sequence[int], rank: int, slice_of_cut: dict[int, int]) -> _Bucket:
-        plan, bucket = self.plan, _Bucket()
+        plan = self.plan
         by_owner: dict[int, list[int]] = {}
         for i in matrices:
             by_owner.setdefault(plan.owners[i], []).append(i)
         by_shape: dict[tuple[int, int], list[int]] = {}
         for i in by_owner.get(rank, []):
             by_shape.setdefault((plan.matrices[i].rows, plan.matrices[i].cols), []).append(i)
-        bucket.shapes = [(len(members), *shape) for shape, members in by_shape.items()]
         place = {i: (b, k) for b, members in enumerate(by_shape.values()) for k, i in enumerate(members)}
-        for owner in range(self._ranks):
-            begin = len(bucket.outgoing)
-            for i in by_owner.get(owner, []):
-                for cut, rectangle in plan.fragments(i, rank):
-                    if owner == rank:
-                        bucket.local.append((slice_of_cut[cut], *place[i], rectangle))
-                    else:
-                        bucket.outgoing.append((slice_of_cut[cut], rectangle.offset, rectangle.numel))
-            bucket.send_sizes.append(sum(numel for _, _, numel in bucket.outgoing[begin:]))
-        for source in range(self._ranks):
-            begin = len(bucket.incoming)
-            for i in by_owner.get(rank, []) if source != rank else []:
-                bucket.incoming += [(*place[i], rectangle) for _, rectangle in plan.fragments(i, source)]
-            bucket.receive_sizes.append(sum(rectangle.numel for _, _, rectangle in bucket.incoming[begin:]))
-        return bucket
+
+        def way(elements: NDArray[np.int64]) -> _Way:
+            """Of what those hold that have any `elements` [matrices, ranks]."""
+            found = _Way()
+            for other in range(self._ranks):
+                held = [
+                    (slice_of_cut[cut], rectangle.offset, rectangle.numel)
+                    for i in by_owner.get(other, [])
+                    if other != rank and elements[i, rank]
+                    for cut, rectangle in plan.fragments(i, rank)
+                ]
+                owned = [
+                    (*place[i], rectangle)
+                    for i in by_owner.get(rank, [])
+                    if other != rank and elements[i, other]
+                    for _, rectangle in plan.fragments(i, other)
+                ]
+                found.held += held
+                found.held_sizes.append(sum(numel for _, _, numel in held))
+                found.owned += owned
+                found.owned_sizes.append(sum(rectangle.numel for _, _, rectangle in owned))
+            return found
+
+        there = way(plan.given)
+        return _Bucket(
+            shapes=[(len(members), *shape) for shape, members in by_shape.items()],
+            local=[
+                (slice_of_cut[cut], *place[i], rectangle)
+                for i in by_owner.get(rank, [])
+                for cut, rectangle in plan.fragments(i, rank)
+            ],
+            there=there,
+            back=there if np.array_equal(plan.given, plan.held) else way(plan.held),
+        )
 
     def run(self, values: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> None:
         """Replace `values` by what `compute` makes of the logical matrices that they are pieces of. Collective.
@@ -111,19 +141,20 @@ class Exchange:
 
     def _gather(self, k: int, values: Sequence[Tensor]) -> tuple[Tensor, Work | None, Tensor]:
         bucket = self._buckets[k]
-        send = torch.empty(sum(bucket.send_sizes), dtype=self.dtype, device=self.device)
-        pieces = send.split([numel for _, _, numel in bucket.outgoing])
-        sources = [values[s][offset : offset + numel] for s, offset, numel in bucket.outgoing]
+        way = bucket.there
+        send = torch.empty(sum(way.held_sizes), dtype=self.dtype, device=self.device)
+        pieces = send.split([numel for _, _, numel in way.held])
+        sources = [values[s][offset : offset + numel] for s, offset, numel in way.held]
         if sources:
             torch._foreach_copy_(list(pieces), sources)
-        receive = torch.empty(sum(bucket.receive_sizes), dtype=self.dtype, device=self.device)
-        return receive, self._all_to_all(receive, send, bucket.receive_sizes, bucket.send_sizes), send
+        receive = torch.empty(sum(way.owned_sizes), dtype=self.dtype, device=self.device)
+        return receive, self._all_to_all(receive, send, way.owned_sizes, way.held_sizes), send
 
     def _assemble(self, bucket: _Bucket, received: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
         batches = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in bucket.shapes]
         targets, sources = [], []
-        pieces = received.split([rectangle.numel for _, _, rectangle in bucket.incoming])
-        for (batch, i, rectangle), piece in zip(bucket.incoming, pieces, strict=True):
+        pieces = received.split([rectangle.numel for _, _, rectangle in bucket.there.owned])
+        for (batch, i, rectangle), piece in zip(bucket.there.owned, pieces, strict=True):
             targets.append(_view(batches[batch][i], rectangle))
             sources.append(piece.view(rectangle.height, rectangle.width))
         for s, batch, i, rectangle in bucket.local:
@@ -137,10 +168,11 @@ class Exchange:
         self, k: int, results: Sequence[Tensor], values: Sequence[Tensor]
     ) -> tuple[int, Tensor, Work | None, Tensor]:
         bucket = self._buckets[k]
-        send = torch.empty(sum(bucket.receive_sizes), dtype=self.dtype, device=self.device)
+        way = bucket.back
+        send = torch.empty(sum(way.owned_sizes), dtype=self.dtype, device=self.device)
         targets, sources = [], []
-        pieces = send.split([rectangle.numel for _, _, rectangle in bucket.incoming])
-        for (batch, i, rectangle), piece in zip(bucket.incoming, pieces, strict=True):
+        pieces = send.split([rectangle.numel for _, _, rectangle in way.owned])
+        for (batch, i, rectangle), piece in zip(way.owned, pieces, strict=True):
             targets.append(piece.view(rectangle.height, rectangle.width))
             sources.append(_view(results[batch][i], rectangle))
         for s, batch, i, rectangle in bucket.local:
@@ -148,16 +180,16 @@ class Exchange:
             sources.append(_view(results[batch][i], rectangle))
         if targets:
             torch._foreach_copy_(targets, sources)
-        receive = torch.empty(sum(bucket.send_sizes), dtype=self.dtype, device=self.device)
-        return k, receive, self._all_to_all(receive, send, bucket.send_sizes, bucket.receive_sizes), send
+        receive = torch.empty(sum(way.held_sizes), dtype=self.dtype, device=self.device)
+        return k, receive, self._all_to_all(receive, send, way.held_sizes, way.owned_sizes), send
 
     def _finish(self, k: int, received: Tensor, work: Work | None, sent: Tensor, values: Sequence[Tensor]) -> None:
         if work is not None:
             work.wait()
-        outgoing = self._buckets[k].outgoing
-        targets = [values[s][offset : offset + numel] for s, offset, numel in outgoing]
+        held = self._buckets[k].back.held
+        targets = [values[s][offset : offset + numel] for s, offset, numel in held]
         if targets:
-            torch._foreach_copy_(targets, list(received.split([numel for _, _, numel in outgoing])))
+            torch._foreach_copy_(targets, list(received.split([numel for _, _, numel in held])))
 
     def _all_to_all(
         self, receive: Tensor, send: Tensor, receive_sizes: list[int], send_sizes: list[int]

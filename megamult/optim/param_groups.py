@@ -99,11 +99,6 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
                     f"{name} is of kind matrix with {layout.shape[0]} rows, of which its logical matrices cover "
                     f"{sum(run.length for run in layout.runs)}: it has no padding; give the rest a part of its own"
                 )
-            if kind == "matrix" and layout.tp_dim is None and tp_size > 1:
-                raise ValueError(
-                    f"{name} is of kind matrix and replicated over {tp_size} tensor-parallel ranks, which would "
-                    "orthogonalize it in each: shard it, or use tensor parallel 1"
-                )
             if parameter.dtype != parameters[0].dtype:
                 first = names.get(parameters[0], f"param_groups[{g}]['params'][0]")
                 raise ValueError(

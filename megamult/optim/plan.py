@@ -2,6 +2,8 @@
 
 Each logical matrix has one owner in the data-parallel x tensor-parallel grid. Ranks are numbered as in
 :class:`megamult.parallel.Grid`: data-parallel rank x TP size + tensor-parallel rank.
+
+Of a matrix that is replicated over TP ranks, those send pieces that have the owner's TP rank, and all take results.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Plan:
     buckets: tuple[tuple[int, ...], ...]
     """Matrices by exchange: what any rank takes as an owner and what it sends to owners is bounded in each."""
     held: NDArray[np.int64] = field(compare=False)
-    """[matrices, ranks]: how many elements of each matrix each rank holds."""
+    """[matrices, ranks]: how many elements of each matrix each rank holds, and gets back."""
+    given: NDArray[np.int64] = field(compare=False)
+    """[matrices, ranks]: how many of them it sends to the owner, or copies where it is the owner."""
 
     @property
     def ranks(self) -> int:
@@ -59,7 +63,7 @@ class Plan:
         return len(self.cuts[0].intervals) * self.tp_size if self.cuts else self.tp_size
 
     def fragments(self, matrix: int, rank: int) -> Iterator[tuple[int, Rectangle]]:
-        """(index of the cut, rectangle) of all that `rank` holds of a matrix, in the order in which it is sent.
+        """(index of the cut, rectangle) of all that `rank` holds of a matrix, in the order in which it travels.
 
         A rectangle's offset counts from the beginning of the rank's interval of the parameter.
         """
@@ -109,14 +113,13 @@ class Plan:
         return (owned + work + traffic[:-2] + traffic[1:-1] + traffic[2:]).max(axis=0)
 
     def _traffic(self, bucket: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """[ranks] each: elements that a rank sends to other owners, and that it receives as an owner."""
+        """[ranks] each: elements that a rank sends to other owners, and that it sends back as an owner."""
         index, owners = list(bucket), [self.owners[i] for i in bucket]
-        held = self.held[index]
-        own = held[np.arange(len(index)), owners]
-        out = held.sum(axis=0)
+        own = self.held[index, owners]
+        out = self.given[index].sum(axis=0)
         np.subtract.at(out, owners, own)
         back = np.zeros(self.ranks, dtype=np.int64)
-        np.add.at(back, owners, held.sum(axis=1) - own)
+        np.add.at(back, owners, self.held[index].sum(axis=1) - own)
         return out, back
 
 
@@ -131,11 +134,15 @@ def make_plan(cuts: Sequence[Cut], tp_size: int, steps: int, bucket_elements: in
     """
     matrices = tuple(Matrix(i, p, *part.shape) for i, cut in enumerate(cuts) for p, part in enumerate(cut.layout.parts))
     if not matrices:
-        return Plan((), tp_size, steps, (), (), (), np.zeros((0, tp_size), dtype=np.int64))
+        nothing = np.zeros((0, tp_size), dtype=np.int64)
+        return Plan((), tp_size, steps, (), (), (), nothing, nothing)
     held = held_elements(cuts, matrices, tp_size)
     owners = assign([flops(m.rows, m.cols, steps) for m in matrices], held)
-    buckets = _buckets(matrices, owners, held, bucket_elements)
-    return Plan(tuple(cuts), tp_size, steps, matrices, tuple(owners), tuple(buckets), held)
+    replicated = np.array([cuts[matrix.cut].layout.tp_dim is None for matrix in matrices])
+    other_column = (np.arange(held.shape[1]) - np.array(owners)[:, None]) % tp_size != 0
+    given = np.where(replicated[:, None] & other_column, 0, held)
+    buckets = _buckets(matrices, owners, given, bucket_elements)
+    return Plan(tuple(cuts), tp_size, steps, matrices, tuple(owners), tuple(buckets), held, given)
 
 
 def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
@@ -191,7 +198,7 @@ def lower_bound(costs: Sequence[int], ranks: int) -> int:
 
 
 def _buckets(
-    matrices: Sequence[Matrix], owners: Sequence[int], held: NDArray[np.int64], bucket_elements: int
+    matrices: Sequence[Matrix], owners: Sequence[int], given: NDArray[np.int64], bucket_elements: int
 ) -> list[tuple[int, ...]]:
     """Matrices in exchanges. No rank owns, and none sends, more than `bucket_elements` in one, unless a single matrix
     (of those that it owns, or of those that it sends pieces of) is larger than that."""
@@ -201,11 +208,11 @@ def _buckets(
     buckets: list[tuple[int, ...]] = []
     while any(queues.values()):
         bucket: list[int] = []
-        sent = np.zeros(held.shape[1], dtype=np.int64)
+        sent = np.zeros(given.shape[1], dtype=np.int64)
         for owner, queue in sorted(queues.items()):
             taken, left = 0, []
             for i in queue:
-                out = held[i].copy()
+                out = given[i].copy()
                 out[owner] = 0
                 fits = taken == 0 or taken + matrices[i].numel <= bucket_elements
                 if fits and bool(((sent + out <= bucket_elements) | (sent == 0) | (out == 0)).all()):

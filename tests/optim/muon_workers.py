@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from megamult import layout
 from tests.optim.workers import VOCAB, Case, _batch
 
 STEPS = 3
@@ -51,6 +52,94 @@ def _world() -> int:
     from megamult import environment
 
     return environment.world_size()
+
+
+class Routed(torch.nn.Module):
+    """A router, which every tensor-parallel rank has whole, beside a sharded matrix and a norm.
+
+    The objective's gradient is the one that `forward` is told: any number of processes knows the others' shards.
+    """
+
+    LAYOUTS: ClassVar = {
+        "router": layout.single_matrix("gate", 5, 24, None),
+        "down": layout.single_matrix("down", 24, 36, 1),
+        "norm": layout.norm(24, False),
+    }
+
+    def __init__(self, tensor: int, tp_rank: int) -> None:
+        super().__init__()
+        self.tensor, self.tp_rank = tensor, tp_rank
+        for name, stated in self.LAYOUTS.items():
+            parameter = torch.nn.Parameter(self._shard(stated, self._random(name, 0)))
+            layout.attach(parameter, stated)
+            self.register_parameter(name, parameter)
+
+    def _random(self, name: str, seed: int) -> Tensor:
+        return torch.randn(self.LAYOUTS[name].shape, generator=torch.Generator().manual_seed(seed))
+
+    def _shard(self, stated: layout.Layout, full: Tensor) -> Tensor:
+        shards = [full] * self.tensor if stated.tp_dim is None else full.chunk(self.tensor, stated.tp_dim)
+        return shards[self.tp_rank].contiguous()
+
+    def forward(self, step: int, factor: float) -> Tensor:
+        """Sum of parameters times their gradients of `step` times `factor`."""
+        products = [
+            (parameter * self._shard(self.LAYOUTS[name], factor * self._random(name, 1 + step))).sum()
+            for name, parameter in self.named_parameters()
+        ]
+        return torch.stack(products).sum()
+
+
+def routed(tensor: int, stages: list[int | None]) -> list[tuple[dict[str, Tensor], int]]:
+    """Per ZeRO stage, or without DeepSpeed: full parameters after some steps, on global rank 0, and bytes sent.
+
+    Every process must have the same router: an assertion.
+    """
+    import deepspeed
+
+    from megamult import DistributedMuon, parallel, param_groups
+    from megamult.checkpoint.logical import gather
+    from megamult.train.engine import deepspeed_config
+    from megamult.zero.attach import attach
+    from megamult.zero.whole import WholePartition
+
+    mpu = parallel.initialize(tensor)
+    grid, found = parallel.grid(), []
+    for stage in stages:
+        model = Routed(tensor, grid.tensor_rank)
+        groups = param_groups(model, lr=0.02, weight_decay=0.1)
+        optimizer = DistributedMuon(groups, model=model, bucket_elements=500)  # two buckets
+        if stage is None:
+            forward, partition = model, WholePartition(optimizer.param_groups, layout.names_of(model))
+        else:
+            settings = deepspeed_config(Case(stage=stage, tensor=tensor).config(grid.size), grid.data_size)
+            with optimizer.paused():
+                forward, *_ = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+                )
+            partition = attach(forward, optimizer)
+        for step in range(STEPS):
+            # Data-parallel ranks have different gradients with the mean 1.
+            objective = forward(step, 1 + 0.5 * (grid.data_rank - (grid.data_size - 1) / 2))
+            if stage is None:
+                optimizer.zero_grad()
+                objective.backward()
+                for parameter in model.parameters():
+                    torch.distributed.all_reduce(parameter.grad, group=parallel.data_group())
+                    parameter.grad /= grid.data_size
+                optimizer.step()
+            else:
+                forward.backward(objective)
+                forward.step()
+        with deepspeed.zero.GatheredParameters([model.router], enabled=stage == 3):
+            first = model.router.detach().clone()
+        mine = first.clone()
+        torch.distributed.broadcast(first, src=0)
+        assert torch.equal(mine, first), "replicas differ"
+        found.append(({name: value for name, _, _, value in gather(model, partition)}, optimizer.bytes_sent))
+        if stage is not None:
+            forward.destroy()
+    return found
 
 
 def exchange_figures(cases: list[Case]) -> list[dict[str, Any]]:

@@ -149,11 +149,14 @@ STATED: list[tuple[Layout, Fuse]] = [
     (layout.single_matrix("attention_out", 12, 8, 1), only),
     (layout.fused_gate_up(12, 5), lambda parts: torch.cat(list(parts))),
     (layout.single_matrix("up", 8, 12, 0), only),
+    (layout.single_matrix("gate", 7, 9, None), only),  # as a router: every TP rank has it whole
 ]
 
 
 def shard(stated: Layout, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """As Megatron cuts: dim 0 in `stride` blocks of which each rank has a piece, dim 1 evenly."""
+    """As Megatron cuts: dim 0 in `stride` blocks of which each rank has a piece, dim 1 evenly; or not at all."""
+    if stated.tp_dim is None:
+        return full
     if stated.tp_dim == 1:
         return full.chunk(tp_size, dim=1)[tp_rank]
     return torch.cat([block.chunk(tp_size)[tp_rank] for block in full.chunk(stated.stride)])

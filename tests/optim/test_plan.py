@@ -64,6 +64,23 @@ def test_traffic_is_what_the_fragments_say(stage: int, data: int, tensor: int) -
     assert (plan.sent == sent).all()
 
 
+@pytest.mark.parametrize(("stage", "data", "tensor"), [(1, 2, 2), (3, 3, 4), (1, 2, 1)])
+def test_of_replicas_those_in_the_owners_column_send_and_all_get_results(stage: int, data: int, tensor: int) -> None:
+    stated = layout.single_matrix("gate", 8, 96, None)
+    plan = make_plan(zero_cuts([*LAYOUTS, stated], tensor, data, stage), tensor, 5)
+    i = next(i for i, matrix in enumerate(plan.matrices) if plan.cuts[matrix.cut].layout is stated)
+    owner = plan.owners[i]
+    for rank in range(plan.ranks):
+        held = sum(r.numel for _, r in plan.fragments(i, rank))
+        assert plan.held[i, rank] == held
+        assert plan.given[i, rank] == (held if rank % tensor == owner % tensor else 0)
+    assert plan.given[i].sum() == 8 * 96 and plan.held[i].sum() == tensor * 8 * 96
+    sharded = [k for k in range(len(plan.matrices)) if k != i]
+    assert (plan.given[sharded] == plan.held[sharded]).all()
+    own = plan.held[np.arange(len(plan.owners)), plan.owners]
+    assert plan.sent.sum() == (plan.given.sum(axis=1) + plan.held.sum(axis=1) - 2 * own).sum()
+
+
 @pytest.mark.parametrize(("stage", "data", "tensor"), [(1, 2, 1), (1, 4, 2), (3, 2, 2)])
 def test_a_bucket_bounds_what_a_rank_takes_and_what_it_sends(stage: int, data: int, tensor: int) -> None:
     limit = 14_000
