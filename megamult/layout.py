@@ -199,9 +199,13 @@ def check_complete(held: Container[str], names: Iterable[str]) -> None:
 # ---- layouts of the parameters of a GPT ----------------------------------------------------------------------
 
 
-def single_matrix(role: Role, rows: int, cols: int, tp_dim: int | None, kind: Kind = "matrix") -> Layout:
-    """A parameter that is one logical matrix W[rows, cols]."""
-    return Layout(kind, (Part("", role, (rows, cols)),), (rows, cols), tp_dim, (Run(0, 0, 0, rows),))
+def single_matrix(
+    role: Role, rows: int, cols: int, tp_dim: int | None, kind: Kind = "matrix", partial_over_tp: bool = False
+) -> Layout:
+    """A parameter that is one logical matrix W[rows, cols]. One that TP replicates (`tp_dim` None) has a partial
+    gradient where each rank sees a part of the tokens, as under sequence parallelism."""
+    part = Part("", role, (rows, cols))
+    return Layout(kind, (part,), (rows, cols), tp_dim, (Run(0, 0, 0, rows),), partial_over_tp=partial_over_tp)
 
 
 def fused_qkv(num_heads: int, num_groups: int, head_dim: int, cols: int) -> Layout:

@@ -68,6 +68,7 @@ PURE = [
     "megamult.optim.param_groups",
     "megamult.optim.plan",
     "megamult.optim.schedule",
+    "megamult.optim.symmetric",
     "megamult.monitor.statistics",
     "megamult.data.blend",
     "megamult.data.splitmix",

@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from megamult import layout
 from megamult.layout import Layout
 from megamult.optim.newton_schulz import flops
@@ -52,7 +54,7 @@ def zero_cuts(layouts: Sequence[Layout], tensor: int, data: int, stage: int) -> 
     cuts, offset = [], 0
     for i, (stated, size) in enumerate(zip(layouts, sizes, strict=True)):
         flat = flat_intervals(offset, size, partition_size, data)
-        cuts.append(Cut(f"{i}", stated, even_intervals(size, data) if stage == 3 else flat))
+        cuts.append(Cut(f"{i}", stated, even_intervals(size, data) if stage == 3 else flat, torch.bfloat16))
         offset += size
     return cuts
 

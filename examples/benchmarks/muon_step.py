@@ -30,6 +30,7 @@ import statistics
 import tempfile
 import time
 import timeit
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -387,7 +388,8 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def newton_schulz_alone(arguments: argparse.Namespace) -> None:
-    """Print seconds of orthogonalizing one layer's matrices, ours and torch.optim.Muon's, and the share of the peak."""
+    """Print seconds of orthogonalizing all layers' matrices, ours and torch.optim.Muon's, and the share of the peak;
+    then those of the symmetric products in it."""
     from torch.optim._muon import _zeropower_via_newtonschulz as torchs
 
     from megamult import device
@@ -424,7 +426,10 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
         print(f"{shape:<16}{1e3 * mine:>10.2f}{1e3 * theirs:>10.2f}{theirs / mine:>12.2f}{share:>9}")
     print("its symmetric products X X^T alone: as chosen on this device, by block rows, whole")
     print(f"{'X':<16}{'ours ms':>10}{'rows ms':>10}{'whole ms':>10}{'rows/ours':>11}{'whole/ours':>11}")
-    for shape, count in {tuple(sorted(shape)): count for shape, count in shapes.items()}.items():
+    smalls: Counter[tuple[int, ...]] = Counter()
+    for shape, count in shapes.items():
+        smalls[tuple(sorted(shape))] += count
+    for shape, count in smalls.items():
         x = torch.randn(count * arguments.layers, *shape, device=here).to(ours)
         chosen, rows, whole = alternating(
             arguments,
@@ -478,7 +483,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=9, help="measured steps of each")
     parser.add_argument("--warmup", type=int, default=1, help="steps of each before measuring, after the first")
-    parser.add_argument("--newton_schulz", action="store_true", help="orthogonalization alone")
+    parser.add_argument("--newton_schulz", action="store_true", help="orthogonalization and its products alone")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     (newton_schulz_alone if arguments.newton_schulz else compare)(arguments)

@@ -20,8 +20,8 @@ from megamult.rectangles import Rectangle
 
 
 @dataclass
-class _Way:
-    """What this rank sends and receives in one direction, in the order of the buffers."""
+class _Direction:
+    """What this rank moves from holders to owners or back, in the order of the buffers."""
 
     held: list[tuple[int, int, int]] = field(default_factory=list)
     """(slice, offset in it, elements) of what this rank holds of others' matrices."""
@@ -31,6 +31,8 @@ class _Way:
     """(batch, index in it, rectangle) of what others hold of this rank's matrices."""
     owned_sizes: list[int] = field(default_factory=list)
     """Elements of it by holder."""
+    local: list[tuple[int, int, int, Rectangle]] = field(default_factory=list)
+    """(slice, batch, index in it, rectangle) of what this rank holds of its own matrices."""
 
 
 @dataclass
@@ -39,12 +41,8 @@ class _Bucket:
 
     shapes: list[tuple[int, int, int]]
     """(matrices, rows, cols) of each batch that this rank owns."""
-    local: list[tuple[int, int, int, Rectangle]]
-    """(slice, batch, index in it, rectangle) of what this rank both holds and owns."""
-    there: _Way
-    """To the owners."""
-    back: _Way
-    """To all holders. Of replicas, one alone is on the way there."""
+    to_owners: _Direction
+    to_holders: _Direction
 
 
 class Exchange:
@@ -77,39 +75,37 @@ class Exchange:
             by_shape.setdefault((plan.matrices[i].rows, plan.matrices[i].cols), []).append(i)
         place = {i: (b, k) for b, members in enumerate(by_shape.values()) for k, i in enumerate(members)}
 
-        def way(elements: NDArray[np.int64]) -> _Way:
-            """Of what those hold that have any `elements` [matrices, ranks]."""
-            found = _Way()
+        def direction(elements: NDArray[np.int64]) -> _Direction:
+            """`elements` [matrices, ranks]: 0 where a rank's pieces of a matrix do not travel."""
+            found = _Direction()
             for other in range(self._ranks):
-                held = [
-                    (slice_of_cut[cut], rectangle.offset, rectangle.numel)
+                mine = [
+                    (i, cut, rectangle)
                     for i in by_owner.get(other, [])
-                    if other != rank and elements[i, rank]
+                    if elements[i, rank]
                     for cut, rectangle in plan.fragments(i, rank)
                 ]
-                owned = [
-                    (*place[i], rectangle)
-                    for i in by_owner.get(rank, [])
-                    if other != rank and elements[i, other]
-                    for _, rectangle in plan.fragments(i, other)
-                ]
+                if other == rank:
+                    found.local = [(slice_of_cut[cut], *place[i], rectangle) for i, cut, rectangle in mine]
+                    held, owned = [], []
+                else:
+                    held = [(slice_of_cut[cut], rectangle.offset, rectangle.numel) for _, cut, rectangle in mine]
+                    owned = [
+                        (*place[i], rectangle)
+                        for i in by_owner.get(rank, [])
+                        if elements[i, other]
+                        for _, rectangle in plan.fragments(i, other)
+                    ]
                 found.held += held
                 found.held_sizes.append(sum(numel for _, _, numel in held))
                 found.owned += owned
                 found.owned_sizes.append(sum(rectangle.numel for _, _, rectangle in owned))
             return found
 
-        there = way(plan.given)
-        return _Bucket(
-            shapes=[(len(members), *shape) for shape, members in by_shape.items()],
-            local=[
-                (slice_of_cut[cut], *place[i], rectangle)
-                for i in by_owner.get(rank, [])
-                for cut, rectangle in plan.fragments(i, rank)
-            ],
-            there=there,
-            back=there if np.array_equal(plan.given, plan.held) else way(plan.held),
-        )
+        shapes = [(len(members), *shape) for shape, members in by_shape.items()]
+        to_owners = direction(plan.given)
+        replicated = not np.array_equal(plan.given, plan.held)
+        return _Bucket(shapes, to_owners, direction(plan.held) if replicated else to_owners)
 
     def run(self, values: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> None:
         """Replace `values` by what `compute` makes of the logical matrices that they are pieces of. Collective.
@@ -140,24 +136,24 @@ class Exchange:
             self._finish(*returning, values)
 
     def _gather(self, k: int, values: Sequence[Tensor]) -> tuple[Tensor, Work | None, Tensor]:
-        bucket = self._buckets[k]
-        way = bucket.there
-        send = torch.empty(sum(way.held_sizes), dtype=self.dtype, device=self.device)
-        pieces = send.split([numel for _, _, numel in way.held])
-        sources = [values[s][offset : offset + numel] for s, offset, numel in way.held]
+        direction = self._buckets[k].to_owners
+        send = torch.empty(sum(direction.held_sizes), dtype=self.dtype, device=self.device)
+        pieces = send.split([numel for _, _, numel in direction.held])
+        sources = [values[s][offset : offset + numel] for s, offset, numel in direction.held]
         if sources:
             torch._foreach_copy_(list(pieces), sources)
-        receive = torch.empty(sum(way.owned_sizes), dtype=self.dtype, device=self.device)
-        return receive, self._all_to_all(receive, send, way.owned_sizes, way.held_sizes), send
+        receive = torch.empty(sum(direction.owned_sizes), dtype=self.dtype, device=self.device)
+        return receive, self._all_to_all(receive, send, direction.owned_sizes, direction.held_sizes), send
 
     def _assemble(self, bucket: _Bucket, received: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+        direction = bucket.to_owners
         batches = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in bucket.shapes]
         targets, sources = [], []
-        pieces = received.split([rectangle.numel for _, _, rectangle in bucket.there.owned])
-        for (batch, i, rectangle), piece in zip(bucket.there.owned, pieces, strict=True):
+        pieces = received.split([rectangle.numel for _, _, rectangle in direction.owned])
+        for (batch, i, rectangle), piece in zip(direction.owned, pieces, strict=True):
             targets.append(_view(batches[batch][i], rectangle))
             sources.append(piece.view(rectangle.height, rectangle.width))
-        for s, batch, i, rectangle in bucket.local:
+        for s, batch, i, rectangle in direction.local:
             targets.append(_view(batches[batch][i], rectangle))
             sources.append(_flat(values[s], rectangle))
         if targets:
@@ -167,26 +163,25 @@ class Exchange:
     def _scatter(
         self, k: int, results: Sequence[Tensor], values: Sequence[Tensor]
     ) -> tuple[int, Tensor, Work | None, Tensor]:
-        bucket = self._buckets[k]
-        way = bucket.back
-        send = torch.empty(sum(way.owned_sizes), dtype=self.dtype, device=self.device)
+        direction = self._buckets[k].to_holders
+        send = torch.empty(sum(direction.owned_sizes), dtype=self.dtype, device=self.device)
         targets, sources = [], []
-        pieces = send.split([rectangle.numel for _, _, rectangle in way.owned])
-        for (batch, i, rectangle), piece in zip(way.owned, pieces, strict=True):
+        pieces = send.split([rectangle.numel for _, _, rectangle in direction.owned])
+        for (batch, i, rectangle), piece in zip(direction.owned, pieces, strict=True):
             targets.append(piece.view(rectangle.height, rectangle.width))
             sources.append(_view(results[batch][i], rectangle))
-        for s, batch, i, rectangle in bucket.local:
+        for s, batch, i, rectangle in direction.local:
             targets.append(_flat(values[s], rectangle))
             sources.append(_view(results[batch][i], rectangle))
         if targets:
             torch._foreach_copy_(targets, sources)
-        receive = torch.empty(sum(way.held_sizes), dtype=self.dtype, device=self.device)
-        return k, receive, self._all_to_all(receive, send, way.held_sizes, way.owned_sizes), send
+        receive = torch.empty(sum(direction.held_sizes), dtype=self.dtype, device=self.device)
+        return k, receive, self._all_to_all(receive, send, direction.held_sizes, direction.owned_sizes), send
 
     def _finish(self, k: int, received: Tensor, work: Work | None, sent: Tensor, values: Sequence[Tensor]) -> None:
         if work is not None:
             work.wait()
-        held = self._buckets[k].back.held
+        held = self._buckets[k].to_holders.held
         targets = [values[s][offset : offset + numel] for s, offset, numel in held]
         if targets:
             torch._foreach_copy_(targets, list(received.split([numel for _, _, numel in held])))

@@ -32,7 +32,8 @@ class DistributedMuon(TwoPhaseAdamW):
     dtype). Slices of what is orthogonalized travel to the owners and slices of U back, one all-to-all each; owners are
     spread over the data-parallel x tensor-parallel grid by Newton-Schulz FLOPs (:mod:`megamult.optim.plan`). The
     momentum is fp32, sharded like the ZeRO partition; at ZeRO 0 and outside DeepSpeed the data-parallel ranks share it
-    out evenly and all-gather U: each rank's `state_dict` then holds its own share, and loads on that rank alone.
+    out evenly and all-gather U: each rank's `state_dict` then holds its own share, and loads on that rank alone. Of a
+    matrix that tensor parallelism replicates, U is that of the first rank's momentum; every rank keeps its own.
 
     Args:
         groups: from :func:`megamult.param_groups`.

@@ -3,7 +3,8 @@
 Each logical matrix has one owner in the data-parallel x tensor-parallel grid. Ranks are numbered as in
 :class:`megamult.parallel.Grid`: data-parallel rank x TP size + tensor-parallel rank.
 
-Of a matrix that is replicated over TP ranks, those send pieces that have the owner's TP rank, and all take results.
+Of a matrix that TP replicates, the copies that count elsewhere (:meth:`Layout.counted_on`) travel to the owner, and all
+ranks take results: replicas stay alike, whatever became of their gradients.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ class Plan:
     buckets: tuple[tuple[int, ...], ...]
     """Matrices by exchange: what any rank takes as an owner and what it sends to owners is bounded in each."""
     held: NDArray[np.int64] = field(compare=False)
-    """[matrices, ranks]: how many elements of each matrix each rank holds, and gets back."""
+    """[matrices, ranks]: how many elements of each matrix each rank holds, and takes from the owner."""
     given: NDArray[np.int64] = field(compare=False)
-    """[matrices, ranks]: how many of them it sends to the owner, or copies where it is the owner."""
+    """[matrices, ranks]: how many of them it gives to the owner."""
 
     @property
     def ranks(self) -> int:
@@ -87,40 +88,44 @@ class Plan:
         """[ranks]: elements that each rank sends to others in both exchanges of an optimizer step."""
         sent = np.zeros(self.ranks, dtype=np.int64)
         for bucket in self.buckets:
-            out, back = self._traffic(bucket)
-            sent += out + back
+            sent += self._travels(bucket, self.given)[0] + self._travels(bucket, self.held)[1]
         return sent
 
     @cached_property
     def temporary(self) -> NDArray[np.int64]:
         """[ranks]: most elements that are there at once beside momentum and gradients.
 
-        While bucket k is computed there are its matrices or their results, and what Newton-Schulz needs for the
-        largest batch; k + 1 is arriving (sent and received buffers) and k - 1 is going back.
+        While bucket k is computed there are its matrices or their results, what Newton-Schulz needs for the largest
+        batch, and the buffers that it came in or goes back in; k + 1 is arriving and k - 1 is going back.
         """
         count = len(self.buckets)
+        if not count:
+            return np.zeros(self.ranks, dtype=np.int64)
         owned = np.zeros((count, self.ranks), dtype=np.int64)
         work = np.zeros((count, self.ranks), dtype=np.int64)
-        traffic = np.zeros((count + 2, self.ranks), dtype=np.int64)
+        there, back = np.zeros((2, count + 2, self.ranks), dtype=np.int64)
         for k, bucket in enumerate(self.buckets):
             batches = Counter((self.owners[i], self.matrices[i].rows, self.matrices[i].cols) for i in bucket)
             for (owner, rows, cols), size in batches.items():
                 owned[k, owner] += size * rows * cols
                 work[k, owner] = max(work[k, owner], size * workspace(rows, cols))
-            traffic[k + 1] = sum(self._traffic(bucket))
-        if not count:
-            return np.zeros(self.ranks, dtype=np.int64)
-        return (owned + work + traffic[:-2] + traffic[1:-1] + traffic[2:]).max(axis=0)
+            there[k + 1] = sum(self._travels(bucket, self.given))
+            back[k + 1] = sum(self._travels(bucket, self.held))
+        now = np.maximum(there, back)
+        return (owned + work + back[:-2] + now[1:-1] + there[2:]).max(axis=0)
 
-    def _traffic(self, bucket: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """[ranks] each: elements that a rank sends to other owners, and that it sends back as an owner."""
+    def _travels(
+        self, bucket: Sequence[int], elements: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[ranks] each: of `elements` [matrices, ranks], those of others' matrices that a rank holds, and those of its
+        own matrices that others hold."""
         index, owners = list(bucket), [self.owners[i] for i in bucket]
-        own = self.held[index, owners]
-        out = self.given[index].sum(axis=0)
-        np.subtract.at(out, owners, own)
-        back = np.zeros(self.ranks, dtype=np.int64)
-        np.add.at(back, owners, self.held[index].sum(axis=1) - own)
-        return out, back
+        own = elements[index, owners]
+        by_holder = elements[index].sum(axis=0)
+        np.subtract.at(by_holder, owners, own)
+        by_owner = np.zeros(self.ranks, dtype=np.int64)
+        np.add.at(by_owner, owners, elements[index].sum(axis=1) - own)
+        return by_holder, by_owner
 
 
 def make_plan(cuts: Sequence[Cut], tp_size: int, steps: int, bucket_elements: int = BUCKET_ELEMENTS) -> Plan:
@@ -137,11 +142,10 @@ def make_plan(cuts: Sequence[Cut], tp_size: int, steps: int, bucket_elements: in
         nothing = np.zeros((0, tp_size), dtype=np.int64)
         return Plan((), tp_size, steps, (), (), (), nothing, nothing)
     held = held_elements(cuts, matrices, tp_size)
-    owners = assign([flops(m.rows, m.cols, steps) for m in matrices], held)
-    replicated = np.array([cuts[matrix.cut].layout.tp_dim is None for matrix in matrices])
-    other_column = (np.arange(held.shape[1]) - np.array(owners)[:, None]) % tp_size != 0
-    given = np.where(replicated[:, None] & other_column, 0, held)
-    buckets = _buckets(matrices, owners, given, bucket_elements)
+    counted = np.array([[cuts[m.cut].layout.counted_on(tp_rank) for tp_rank in range(tp_size)] for m in matrices])
+    given = held * np.tile(counted, held.shape[1] // tp_size)
+    owners = assign([flops(m.rows, m.cols, steps) for m in matrices], given)
+    buckets = _buckets(matrices, owners, held, bucket_elements)
     return Plan(tuple(cuts), tp_size, steps, matrices, tuple(owners), tuple(buckets), held, given)
 
 
@@ -198,27 +202,27 @@ def lower_bound(costs: Sequence[int], ranks: int) -> int:
 
 
 def _buckets(
-    matrices: Sequence[Matrix], owners: Sequence[int], given: NDArray[np.int64], bucket_elements: int
+    matrices: Sequence[Matrix], owners: Sequence[int], held: NDArray[np.int64], bucket_elements: int
 ) -> list[tuple[int, ...]]:
-    """Matrices in exchanges. No rank owns, and none sends, more than `bucket_elements` in one, unless a single matrix
-    (of those that it owns, or of those that it sends pieces of) is larger than that."""
+    """Matrices in exchanges. No rank owns (replicas counted each: it sends results to all), and none holds of others',
+    more than `bucket_elements` in one, unless a single matrix is larger than that."""
     queues: dict[int, list[int]] = {}
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].rows, i)):
         queues.setdefault(owners[i], []).append(i)
     buckets: list[tuple[int, ...]] = []
     while any(queues.values()):
         bucket: list[int] = []
-        sent = np.zeros(given.shape[1], dtype=np.int64)
+        away = np.zeros(held.shape[1], dtype=np.int64)
         for owner, queue in sorted(queues.items()):
             taken, left = 0, []
             for i in queue:
-                out = given[i].copy()
-                out[owner] = 0
-                fits = taken == 0 or taken + matrices[i].numel <= bucket_elements
-                if fits and bool(((sent + out <= bucket_elements) | (sent == 0) | (out == 0)).all()):
+                others = held[i].copy()
+                others[owner] = 0
+                fits = taken == 0 or taken + held[i].sum() <= bucket_elements
+                if fits and bool(((away + others <= bucket_elements) | (away == 0) | (others == 0)).all()):
                     bucket.append(i)
-                    taken += matrices[i].numel
-                    sent += out
+                    taken += held[i].sum()
+                    away += others
                 else:
                     left.append(i)
             queues[owner] = left

@@ -1,25 +1,30 @@
-"""Products of matrices that are known to be symmetric, of which only about half is computed. Pure.
+"""Products of matrices that are known to be symmetric, of which only a part is computed. Pure. No gradients.
 
 XX^T, and every product of polynomials in it. On CUDA in half precision a Triton kernel computes the tiles on and below
-the diagonal (:mod:`megamult.optim.symmetric_triton`); everywhere else torch's products compute block rows up to it.
+the diagonal (:mod:`megamult.optim.symmetric_triton`), towards half of large products; everywhere else torch's products
+compute block rows up to it, five eighths. MEGAMULT_TRITON=0 in the environment keeps to those on CUDA too.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import itertools
+import os
 
 import torch
 from torch import Tensor
+
+if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
+    from megamult.optim.symmetric_triton import lower_tiles
 
 _BLOCKS = 4
 """Block rows of a product: 5/8 of the multiplications. More blocks save little more, and are slower."""
 _SMALLEST_BLOCK = 64
 
-TILE = 128
-"""Rows and columns that one program of the Triton kernel computes: two warp groups of Hopper, 64 rows each. A product
-of one tile is computed whole, which a plain product does as well."""
+_FEWEST_ROWS = 512
+"""From which on the kernel's tiles are no more than block rows."""
+_MULTIPLE = 16
+"""Of which sizes must be: otherwise the kernel's loads are of single elements."""
 
 
 def symmetric_product(
@@ -34,12 +39,12 @@ def symmetric_product(
         alpha: a factor.
 
     Returns:
-        [batch, n, n] in the operands' dtype; sums are fp32 or wider.
+        [batch, n, n] in the operands' dtype.
     """
     beta, c = (0.0, None) if add is None else add
-    if left.shape[1] > TILE and left.dtype in (torch.bfloat16, torch.float16) and _has_triton(left.device):
-        from megamult.optim.symmetric_triton import lower_tiles
-
+    _, n, depth = left.shape
+    suits = n >= _FEWEST_ROWS and n % _MULTIPLE == depth % _MULTIPLE == 0
+    if suits and left.dtype in (torch.bfloat16, torch.float16) and _has_kernel(left.device):
         return lower_tiles(left, right, c, beta, alpha)
     return block_rows(left, right, c, beta, alpha)
 
@@ -61,8 +66,8 @@ def block_rows(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alp
 
 
 def computed(n: int) -> int:
-    """Elements of an [n, n] product that :func:`block_rows` computes. It stands for costs on every device, though the
-    Triton kernel computes fewer of large matrices: what is weighed by it are the same products everywhere."""
+    """Elements of an [n, n] product that :func:`block_rows` computes. Costs are weighed by it on every device: the
+    kernel's smaller part would change all of them nearly alike."""
     return sum((hi - lo) * hi for lo, hi in _bounds(n))
 
 
@@ -72,12 +77,11 @@ def _bounds(n: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-@functools.cache
-def _has_triton(device: torch.device) -> bool:
-    """Whether the kernel runs there: its tile sizes are for NVIDIA GPUs since Ampere."""
+def _has_kernel(device: torch.device) -> bool:
+    """Whether the Triton kernel runs there: it is for NVIDIA's GPUs since Ampere."""
     return (
         device.type == "cuda"
-        and torch.version.cuda is not None
-        and importlib.util.find_spec("triton") is not None
+        and "lower_tiles" in globals()
+        and os.environ.get("MEGAMULT_TRITON") != "0"
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )

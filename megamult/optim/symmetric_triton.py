@@ -1,7 +1,7 @@
-"""Products with a symmetric result on CUDA: the tiles on and below the diagonal are computed, each is written twice.
+"""Products with a symmetric result on CUDA: tiles on and below the diagonal are computed, those below written twice.
 
 One kernel for all shapes, with one tile size: what it computes depends on nothing that was timed, so a run resumes bit
-by bit. Imported where torch has a CUDA device and Triton is there (torch's CUDA builds bring it).
+by bit. Imported where torch is built for CUDA, which brings Triton, and by tests.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from megamult.optim.symmetric import TILE
-
+TILE = 128
+"""Rows and columns that one program computes: two warp groups of Hopper, 64 rows each."""
 CONSTANTS = {
     "TILE": TILE,
     "DEPTH": 64,  # of the inner dimension per step: 128 bytes, as wide as swizzled shared memory
     "GROUP": 8,  # tile rows that are worked on together: their operands stay in the L2 cache
 }
-OPTIONS = {"num_warps": 8, "num_stages": 3}
-"""Three stages of two operands' tiles take 96 KiB of shared memory, which every GPU since Ampere has."""
+OPTIONS = {
+    "num_warps": 8,
+    "num_stages": 3,  # of two operands' tiles: 96 KiB of shared memory, which every GPU since Ampere has
+    "enable_fp_fusion": True,  # Triton's default changes
+}
 
 
 @triton.jit
@@ -82,8 +85,14 @@ def _lower_tiles(  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("megamult::lower_tiles", mutates_args=())
 def lower_tiles(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
-    """:func:`megamult.optim.symmetric.symmetric_product`. An operator, so that torch's FLOP counter sees it."""
+    """alpha left @ right (+ beta add), as :func:`megamult.optim.symmetric.symmetric_product` says; sums are fp32.
+
+    An operator, so that torch's FLOP counter sees it. It has no gradient.
+    """
     batch, n, depth = left.shape
+    if right.shape != (batch, depth, n) or (add is not None and add.shape != (batch, n, n)):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (left, right, add) if t is not None)
+        raise ValueError(f"operands of the shapes {shapes}: they must be [b, n, k], [b, k, n] and [b, n, n]")
     out = torch.empty(batch, n, n, dtype=left.dtype, device=left.device)
     tiles = triton.cdiv(n, TILE)
     with torch.cuda.device_of(left):
@@ -103,6 +112,11 @@ def lower_tiles(left: Tensor, right: Tensor, add: Tensor | None, beta: float, al
             **OPTIONS,
         )
     return out
+
+
+@lower_tiles.register_fake
+def _fake(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
+    return left.new_empty(left.shape[0], left.shape[1], left.shape[1])
 
 
 @register_flop_formula(torch.ops.megamult.lower_tiles)

@@ -19,7 +19,7 @@ class Cut:
     layout: Layout
     intervals: tuple[tuple[int, int], ...]
     """(start, length) in the flattened tensor-parallel shard, by data-parallel rank; length 0: holds nothing."""
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
     """Of the model's parameter."""
 
 

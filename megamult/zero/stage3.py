@@ -31,7 +31,8 @@ class Zero3Partition(Partition):
             master, position = zero.fp32_partitioned_groups_flat[sub_group], 0
             for i, parameter in enumerate(parameters):
                 name, piece, group = names[parameter], parameter.partition_numel(), parameter.ds_process_group
-                cut = Cut(name, layout_of(parameter, name), flat_intervals(0, parameter.ds_numel, piece, group.size()))
+                intervals = flat_intervals(0, parameter.ds_numel, piece, group.size())
+                cut = Cut(name, layout_of(parameter, name), intervals, parameter.dtype)
                 self.cuts.append(cut)
                 self._parameters[name] = parameter
                 start, length = cut.intervals[group.rank()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -57,7 +58,8 @@ def _world() -> int:
 class Routed(torch.nn.Module):
     """A router, which every tensor-parallel rank has whole, beside a sharded matrix and a norm.
 
-    The objective's gradient is the one that `forward` is told: any number of processes knows the others' shards.
+    The objective's gradient is the one that `forward` is told: any number of processes knows the others' shards. Those
+    of the router's other replicas are wrong: the first alone counts.
     """
 
     LAYOUTS: ClassVar = {
@@ -83,17 +85,18 @@ class Routed(torch.nn.Module):
 
     def forward(self, step: int, factor: float) -> Tensor:
         """Sum of parameters times their gradients of `step` times `factor`."""
-        products = [
-            (parameter * self._shard(self.LAYOUTS[name], factor * self._random(name, 1 + step))).sum()
-            for name, parameter in self.named_parameters()
-        ]
-        return torch.stack(products).sum()
+        total = torch.zeros(())
+        for name, parameter in self.named_parameters():
+            gradient = self._shard(self.LAYOUTS[name], factor * self._random(name, 1 + step))
+            wrong = 2 if name == "router" and self.tp_rank else 1
+            total = total + (wrong * gradient * parameter).sum()
+        return total
 
 
-def routed(tensor: int, stages: list[int | None]) -> list[tuple[dict[str, Tensor], int]]:
-    """Per ZeRO stage, or without DeepSpeed: full parameters after some steps, on global rank 0, and bytes sent.
+def routed(tensor: int, stages: list[int | None]) -> list[dict[str, Tensor]]:
+    """Per ZeRO stage, or without DeepSpeed: full parameters after some steps, on global rank 0.
 
-    Every process must have the same router: an assertion.
+    Every process must have the same router, and sends what the plan says: assertions.
     """
     import deepspeed
 
@@ -108,7 +111,7 @@ def routed(tensor: int, stages: list[int | None]) -> list[tuple[dict[str, Tensor
     for stage in stages:
         model = Routed(tensor, grid.tensor_rank)
         groups = param_groups(model, lr=0.02, weight_decay=0.1)
-        optimizer = DistributedMuon(groups, model=model, bucket_elements=500)  # two buckets
+        optimizer = DistributedMuon(groups, model=model, bucket_elements=1)
         if stage is None:
             forward, partition = model, WholePartition(optimizer.param_groups, layout.names_of(model))
         else:
@@ -136,7 +139,10 @@ def routed(tensor: int, stages: list[int | None]) -> list[tuple[dict[str, Tensor
         mine = first.clone()
         torch.distributed.broadcast(first, src=0)
         assert torch.equal(mine, first), "replicas differ"
-        found.append(({name: value for name, _, _, value in gather(model, partition)}, optimizer.bytes_sent))
+        if stage:  # at 0 there are all-gathers beside
+            assert optimizer.plan is not None and len(optimizer.plan.buckets) == 2
+            assert optimizer.bytes_sent == STEPS * 4 * optimizer.plan.sent[grid.rank]
+        found.append({name: value for name, _, _, value in gather(model, partition)})
         if stage is not None:
             forward.destroy()
     return found
@@ -176,7 +182,22 @@ def two_processes(cases: list[Case]) -> dict[str, Any]:
     result: dict[str, Any] = {f"own loop, TP {tensor}": own_loop(tensor) for tensor in (1, 2)}
     result["figures"] = exchange_figures(cases)
     result["wrong maps"] = wrong_maps()
+    result["automatic dtypes"] = automatic_dtypes()
     return result
+
+
+def automatic_dtypes() -> dict[tuple[int, str], set[torch.dtype | None]]:
+    """That Newton-Schulz computes and the pieces travel in where nothing is said, by ZeRO stage and model's dtype."""
+    from megamult import parallel
+    from megamult.train.engine import build
+
+    found = {}
+    for stage, dtype in itertools.product(range(4), ("fp32", "bf16")):
+        engine = build(Case(stage=stage, dtype=dtype, optimizer="muon").config(2), VOCAB, parallel.initialize(1))
+        optimizer: Any = engine.optimizer
+        found[stage, dtype] = {optimizer.ns_dtype, optimizer.exchange_dtype}
+        engine.deepspeed.destroy()
+    return found
 
 
 def wrong_maps() -> dict[str, str]:

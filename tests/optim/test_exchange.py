@@ -228,6 +228,10 @@ def check_exchange(
 
     def on_rank(rank: int) -> None:
         mine = held(plan, before, rank, values_dtype)
+        if rank % plan.tp_size:
+            for index, slice_index in mine.slice_of_cut.items():
+                if plan.cuts[index].layout.tp_dim is None:
+                    mine.values[slice_index].add_(1)  # the first replica alone counts
         exchange = Exchange(plan, rank, mine.slice_of_cut, dtype, torch.device("cpu"))
         for _ in range(steps):
             exchange.run(mine.values, whole_matrix_function)
@@ -302,7 +306,7 @@ def test_a_rank_that_holds_nothing_can_own_or_only_take_part(
 ) -> None:
     """Matrices of 2 elements per tensor-parallel shard, over 5 data-parallel ranks, one more than have holders."""
     stated = layout.single_matrix("down", 2, tensor, 1)
-    cuts = [Cut(f"{i}", stated, even_intervals(2, 5)) for i in range(2 * tensor + 1)]
+    cuts = [Cut(f"{i}", stated, even_intervals(2, 5), torch.float32) for i in range(2 * tensor + 1)]
     plan = make_plan(cuts, tensor, 5, bucket_elements)
     empty = set(np.flatnonzero(plan.held.sum(axis=0) == 0))
     assert len(empty) == 3 * tensor and len(empty & set(plan.owners)) == 1
@@ -313,7 +317,9 @@ def test_while_one_bucket_is_computed_the_next_arrives_and_the_previous_returns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stated = layout.single_matrix("down", 6, 8, None)
-    plan = make_plan([Cut(f"{i}", stated, even_intervals(48, 2)) for i in range(8)], 1, 5, bucket_elements=1)
+    plan = make_plan(
+        [Cut(f"{i}", stated, even_intervals(48, 2), torch.float32) for i in range(8)], 1, 5, bucket_elements=1
+    )
     assert [sorted(plan.owners[i] for i in bucket) for bucket in plan.buckets] == [[0, 1]] * 4
     network = Network(2)
     monkeypatch.setattr(torch.distributed, "all_to_all_single", network.all_to_all_single)

@@ -275,19 +275,14 @@ def test_gradients_that_a_scaler_scaled_are_unscaled_by_it() -> None:
 
 def test_a_matrix_that_tensor_parallel_ranks_replicate_is_updated_once_for_all() -> None:
     stages = [None, 0, 1, 2, 3]
-    (((expected, _),),) = run_distributed(1, routed, 1, [None])
-    ranks = run_distributed(4, routed, 2, stages)
-    router, down = 5 * 24, 24 * 36
-    for i, stage in enumerate(stages):
+    ((expected,),) = run_distributed(1, routed, 1, [None])
+    found = run_distributed(4, routed, 2, stages)[0]
+    for stage, actual in zip(stages, found, strict=True):
         for name, value in expected.items():
             # As below: roundings of the sums, amplified by up to 484 in each of three updates of 2e-2 per element, on
             # weights of 1.
-            difference = torch.linalg.vector_norm(ranks[0][i][0][name] - value)
+            difference = torch.linalg.vector_norm(actual[name] - value)
             assert difference <= 1e-5 * torch.linalg.vector_norm(value), (stage, name)
-        if stage:
-            # fp32, three steps. One replica travels to the owner, and results to both; of `down` each element travels
-            # there and back.
-            assert sum(sent for _, sent in (rank[i] for rank in ranks)) <= 3 * 4 * (3 * router + 2 * down)
 
 
 FIGURES = [Case(stage=stage, optimizer="muon") for stage in range(4)] + [
@@ -342,6 +337,12 @@ def test_deepspeed_reports_the_norm_of_the_gradients_and_not_of_the_updates(
         ours, theirs = rank["figures"][FIGURES.index(case)]["norms"]
         assert theirs is None or theirs == ours
         assert case.stage != 3 or theirs is not None
+
+
+def test_where_nothing_is_said_muon_computes_and_exchanges_in_the_models_dtype(two: list[dict[str, Any]]) -> None:
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for rank in two:
+        assert rank["automatic dtypes"] == {(stage, name): {dtypes[name]} for stage in range(4) for name in dtypes}
 
 
 def test_the_start_up_check_sees_a_wrong_map_even_where_all_values_are_alike(two: list[dict[str, Any]]) -> None:

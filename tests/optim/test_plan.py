@@ -6,10 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from examples.benchmarks.muon_plan import LLAMA, zero_cuts
 from megamult import layout
-from megamult.optim.newton_schulz import flops
+from megamult.optim.newton_schulz import flops, workspace
 from megamult.optim.plan import Matrix, Plan, assign, lower_bound, make_plan
 from megamult.rectangles import rectangles
 from megamult.zero.slices import Cut, even_intervals, flat_intervals
@@ -65,20 +66,40 @@ def test_traffic_is_what_the_fragments_say(stage: int, data: int, tensor: int) -
 
 
 @pytest.mark.parametrize(("stage", "data", "tensor"), [(1, 2, 2), (3, 3, 4), (1, 2, 1)])
-def test_of_replicas_those_in_the_owners_column_send_and_all_get_results(stage: int, data: int, tensor: int) -> None:
+def test_of_replicas_the_first_travel_to_the_owner_and_all_take_its_results(stage: int, data: int, tensor: int) -> None:
     stated = layout.single_matrix("gate", 8, 96, None)
-    plan = make_plan(zero_cuts([*LAYOUTS, stated], tensor, data, stage), tensor, 5)
+    limit = 20_000
+    plan = make_plan(zero_cuts([*LAYOUTS, stated], tensor, data, stage), tensor, 5, limit)
     i = next(i for i, matrix in enumerate(plan.matrices) if plan.cuts[matrix.cut].layout is stated)
-    owner = plan.owners[i]
+    given, taken = np.zeros((2, *plan.held.shape), dtype=int)
+    for k, rank in itertools.product(range(len(plan.matrices)), range(plan.ranks)):
+        taken[k, rank] = sum(r.numel for _, r in plan.fragments(k, rank))
+        given[k, rank] = taken[k, rank] if k != i or rank % tensor == 0 else 0
+    assert (plan.held == taken).all() and (plan.given == given).all()
+    assert given[i].sum() == 8 * 96 and taken[i].sum() == tensor * 8 * 96
+    sent = np.zeros(plan.ranks, dtype=int)
+    for bucket in plan.buckets:
+        for k, rank in itertools.product(bucket, range(plan.ranks)):
+            if rank != (owner := plan.owners[k]):
+                sent[rank] += given[k, rank]
+                sent[owner] += taken[k, rank]
+    assert (plan.sent == sent).all()
+    for bucket, rank in itertools.product(plan.buckets, range(plan.ranks)):
+        others = [k for k in bucket if plan.owners[k] != rank]
+        mine = [k for k in bucket if plan.owners[k] == rank]
+        assert sum(taken[k, rank] for k in others) <= limit or len([k for k in others if taken[k, rank]]) == 1
+        assert sum(taken[k].sum() for k in mine) <= limit or len(mine) == 1
+
+
+def test_results_for_replicas_are_temporary_memory_of_all_that_take_them() -> None:
+    stated = layout.single_matrix("gate", 8, 96, None)
+    plan = make_plan(zero_cuts([stated], 4, 2, 1), 4, 5)
+    (owner,) = plan.owners
     for rank in range(plan.ranks):
-        held = sum(r.numel for _, r in plan.fragments(i, rank))
-        assert plan.held[i, rank] == held
-        assert plan.given[i, rank] == (held if rank % tensor == owner % tensor else 0)
-    assert plan.given[i].sum() == 8 * 96 and plan.held[i].sum() == tensor * 8 * 96
-    sharded = [k for k in range(len(plan.matrices)) if k != i]
-    assert (plan.given[sharded] == plan.held[sharded]).all()
-    own = plan.held[np.arange(len(plan.owners)), plan.owners]
-    assert plan.sent.sum() == (plan.given.sum(axis=1) + plan.held.sum(axis=1) - 2 * own).sum()
+        if rank != owner:
+            assert plan.temporary[rank] == plan.held[0, rank] == 8 * 96 / 2
+    # The matrix, what Newton-Schulz needs, and the results for the seven others.
+    assert plan.temporary[owner] == 8 * 96 + workspace(8, 96) + 7 * 8 * 96 / 2
 
 
 @pytest.mark.parametrize(("stage", "data", "tensor"), [(1, 2, 1), (1, 4, 2), (3, 2, 2)])
@@ -134,7 +155,7 @@ def test_owners_that_hold_much_halve_the_traffic_of_contiguous_partitions() -> N
 
 def test_a_cut_that_nobody_shares_sends_nothing() -> None:
     stated = LAYOUTS[1]
-    plan = make_plan([Cut("w", stated, even_intervals(96 * 96, 1))], 1, 5)
+    plan = make_plan([Cut("w", stated, even_intervals(96 * 96, 1), torch.float32)], 1, 5)
     assert plan.sent.tolist() == [0]
     assert sum(r.numel for r in rectangles(stated, 0, 1, 0, 96 * 96)) == plan.held.sum()
 

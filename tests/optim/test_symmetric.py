@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megamult.optim import symmetric
+from megamult.optim.newton_schulz import Form, coefficients, orthogonalize
+from tests.optim.test_newton_schulz import reference
+
+TILE = 128  # symmetric_triton.TILE, of a module that not every machine can import
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton: pip install 'megamult[test]'"
@@ -77,10 +82,10 @@ def test_the_kernel_computes_the_product(interpreter: Executor, n: int, depth: i
 def test_the_kernel_computes_the_lower_tiles_and_mirrors_them(interpreter: Executor) -> None:
     """Operands whose product is not symmetric show which half was computed, tile by tile. More tile rows than a group
     has."""
-    n = 9 * symmetric.TILE + 1
+    n = 9 * TILE + 1
     left, right = operands(n, 4, torch.float32)[0], operands(n, 4, torch.float32)[0].mT * 2 + 1
     actual, _ = interpreter.submit(lower_tiles, left, right, None, 0.0, 1.0).result()
-    full, tile = left @ right, torch.arange(n) // symmetric.TILE
+    full, tile = left @ right, torch.arange(n) // TILE
     torch.testing.assert_close(actual, torch.where(tile[:, None] >= tile[None, :], full, full.mT))
 
 
@@ -89,8 +94,47 @@ def test_the_kernel_computes_the_lower_tiles_and_mirrors_them(interpreter: Execu
 def test_the_kernels_flops_are_counted(interpreter: Executor, n: int) -> None:
     x, _ = operands(n, 16, torch.float16)
     _, flops = interpreter.submit(lower_tiles, x, x.mT, None, 0.0, 1.0).result()
-    side = -(-n // symmetric.TILE)
-    assert flops == 2 * 2 * 16 * symmetric.TILE**2 * sum(range(1, side + 1))
+    side = -(-n // TILE)
+    assert flops == 2 * 2 * 16 * TILE**2 * sum(range(1, side + 1))
+
+
+def through_the_kernel(given: Tensor, form: Form) -> tuple[Tensor, int]:
+    """Five quintic steps as on a GPU, and how often the kernel ran; for the interpreter's process."""
+    from megamult.optim import symmetric_triton
+
+    calls = []
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return symmetric_triton.lower_tiles(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(symmetric, "lower_tiles", counted, raising=False)
+        patch.setattr(symmetric, "_has_kernel", lambda device: True)
+        patch.setattr(symmetric, "_FEWEST_ROWS", 129)
+        return orthogonalize(given, coefficients("quintic", 5), torch.float16, form), len(calls)
+
+
+@needs_triton
+@pytest.mark.parametrize(("form", "products"), [("standard", 10), ("gram", 16)])
+def test_newton_schulz_through_the_kernel_is_newton_schulz(interpreter: Executor, form: Form, products: int) -> None:
+    given = torch.randn(144, 320, generator=torch.Generator().manual_seed(0))
+    actual, calls = interpreter.submit(through_the_kernel, given, form).result()
+    expected = reference(given, coefficients("quintic", 5))
+    assert calls == products  # gram: R made twice, and R^2, ZQ, ZR, ZRZ where they are needed
+    # As in half precision by torch's products (test_newton_schulz.py): a few roundings per step, ten products deep.
+    assert torch.linalg.vector_norm(actual.double() - expected) < 20 * 2**-11 * torch.linalg.vector_norm(expected)
+    # Sizes that do not suit it are torch's.
+    _, calls = interpreter.submit(through_the_kernel, given[:, :-1], form).result()
+    assert calls == (5 if form == "standard" else 14)
+
+
+@needs_triton
+def test_operands_that_do_not_fit_are_an_error(interpreter: Executor) -> None:
+    x, c = operands(20, 30, torch.float16)
+    for right, add in ((x, None), (x.mT[:, :, :10], None), (x.mT, c[:1])):
+        with pytest.raises(ValueError, match=r"\(2, 20, 30\).*must be \[b, n, k\]"):
+            interpreter.submit(lower_tiles, x, right, add, 1.0, 1.0).result()
 
 
 @needs_triton
@@ -98,9 +142,12 @@ def test_the_kernels_flops_are_counted(interpreter: Executor, n: int) -> None:
 @pytest.mark.parametrize(
     ("capability", "instruction", "memory"),
     # KiB of shared memory of a block, from the CUDA C++ programming guide's table of compute capabilities.
-    [(80, r"mma\.sync", 163), (89, r"mma\.sync", 99), (90, r"wgmma\.mma_async", 227), (100, r"tcgen05\.mma", 227)],
+    [
+        *((80, r"mma\.sync", 163), (89, r"mma\.sync", 99), (90, r"wgmma\.mma_async", 227)),
+        *((100, r"tcgen05\.mma", 227), (120, r"mma\.sync", 99)),
+    ],
 )
-def test_the_kernel_compiles_to_matrix_instructions_without_spills(
+def test_for_sizes_that_it_is_chosen_for_the_kernel_compiles_to_matrix_instructions_without_spills(
     tmp_path: Path, capability: int, instruction: str, memory: int, add: bool, transposed: bool, dtype: str
 ) -> None:
     import triton
@@ -124,8 +171,10 @@ def test_the_kernel_compiles_to_matrix_instructions_without_spills(
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=symmetric_triton.OPTIONS)
     assert re.search(instruction, result.asm["ptx"])
     assert result.metadata.shared <= memory * 1024
+    assert "cp.async" in result.asm["ptx"], "loads do not overlap with products"
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(result.asm["cubin"])
-    dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary]
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    dump = [tool, "--dump-resource-usage", binary]
     resources = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
     assert "STACK:0 " in resources and "LOCAL:0 " in resources, "registers are spilled"
