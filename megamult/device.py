@@ -28,6 +28,11 @@ def local_device() -> torch.device:
     return torch.device("cuda", environment.local_rank() if torch.cuda.device_count() > 1 else 0)
 
 
+def upload(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor on the device of this process, which does not wait until it is there."""
+    return tensor.pin_memory().to(local_device(), non_blocking=True) if has_cuda() else tensor
+
+
 def backend() -> str:
     """The torch.distributed backend for this device."""
     return "nccl" if has_cuda() else "gloo"

@@ -151,6 +151,7 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
 
     outcomes = []
     for case in cases:
+        torch.compiler.reset()  # of all cases together there are more compilations than torch's limit
         config = case.config()
         mpu = parallel.initialize(case.tensor)
         engine = build(config, VOCAB, mpu)

@@ -13,13 +13,14 @@ the operands for each side that is summed over.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Rows [start, stop) of the local weight, scaled by row `col` of kappa (None: no column multipliers)."""
 
     start: int
@@ -29,7 +30,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Backward:
-    """dL/dW[out, in]; row_dot[out] = sum_j W kappa G, in fp32; dL/dkappa[parts, in], in fp32."""
+    """dL/dW[out, in]; row_dot[out] = sum_j W kappa G, in fp32; dL/dkappa[parts, in], in fp32 (on CUDA it was rounded to
+    the weight's dtype once)."""
 
     weight: Tensor
     row_dot: Tensor | None
@@ -51,7 +53,7 @@ def _blocks(spans: tuple[Span, ...], columns: int) -> list[Span]:
 def scale(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]) -> Tensor:
     """W_eff[out, in] in the weight's dtype."""
     if weight.is_cuda:
-        index = _rows_to_cols(spans, weight) if kappa is not None else None
+        index = _rows_to_cols(spans, weight.shape[0], weight.device) if kappa is not None else None
         # Detached, or the compiler would make one kernel for a Parameter and another for the same plain tensor.
         return _scale_compiled(weight.detach(), _detached(rho), _detached(kappa), index)
     if kappa is None:
@@ -137,18 +139,20 @@ def scale_rows_backward(
 # ---- CUDA ----------------------------------------------------------------------------------------------------
 
 
-def _rows_to_cols(spans: tuple[Span, ...], weight: Tensor) -> Tensor:
-    """For each local row the row of kappa (padded with a row of ones at the end) that scales it."""
-    key = (spans, weight.device)
-    if key not in _INDEX_CACHE:
-        index = torch.empty(weight.shape[0], dtype=torch.long)
-        for span in spans:
-            index[span.start : span.stop] = -1 if span.col is None else span.col
-        _INDEX_CACHE[key] = index.to(weight.device)
-    return _INDEX_CACHE[key]
+@cache
+def _rows_to_cols(spans: tuple[Span, ...], rows: int, device: torch.device) -> Tensor:
+    """[rows]: for each the row of kappa (padded with a row of ones at the end) that scales it."""
+    index = torch.empty(rows, dtype=torch.long)
+    for span in spans:
+        index[span.start : span.stop] = -1 if span.col is None else span.col
+    return index.to(device)
 
 
-_INDEX_CACHE: dict[tuple[tuple[Span, ...], torch.device], Tensor] = {}
+@cache
+def _members(spans: tuple[Span, ...], rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[cols, rows]: 1 where a row of kappa, of which there are `cols`, scales a row, else 0."""
+    index = _rows_to_cols(spans, rows, device)
+    return (index == torch.arange(cols, device=device)[:, None]).to(dtype)
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -224,11 +228,10 @@ def _scale_backward_compiled(
     spans: tuple[Span, ...],
     needs_row_dot: bool,
 ) -> Backward:
-    index = _rows_to_cols(spans, weight) if kappa is not None else None
+    rows, device = weight.shape[0], weight.device
+    index = _rows_to_cols(spans, rows, device) if kappa is not None else None
     grad_weight, row_dot, h = _products_compiled(grad, weight, rho, kappa, index)
     col = None
     if kappa is not None:
-        assert index is not None
-        members = torch.nn.functional.one_hot(index + 1, kappa.shape[0] + 1)[:, 1:].to(h.dtype)
-        col = (members.t() @ h).float()
+        col = (_members(spans, rows, kappa.shape[0], device, h.dtype) @ h).float()
     return Backward(grad_weight, row_dot if needs_row_dot else None, col)

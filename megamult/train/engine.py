@@ -45,7 +45,7 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
     if stage:
         zero |= {
             "contiguous_gradients": True,
-            "overlap_comm": device.has_cuda(),
+            "overlap_comm": device.has_cuda() and data_parallel > 1,  # it waits for the device, other ranks or not
             "reduce_bucket_size": _BUCKET_ELEMENTS,
         }
     if stage in (1, 2):
@@ -71,6 +71,8 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
                 f"deepspeed.{key} is set: megamult decides it (optimizer.*, train.dtype); remove it from deepspeed"
             )
     merged = _merged(produced, overrides, "deepspeed")
+    # Unless asked for: it waits for the device in every micro-batch.
+    merged.setdefault("timers", {"throughput": {"enabled": False}})
     for key in ("offload_optimizer", "offload_param"):
         section = merged["zero_optimization"].get(key) or {"device": "none"}
         device_name = section.get("device", "none") if isinstance(section, dict) else section

@@ -80,11 +80,8 @@ class Trainer:
         start = first + (micro * parallel.data_group().size() + self._data_rank) * size
         rows = [samples[i] for i in range(start, start + size)]
         self._progress.at(step, which)
-        here = device.local_device()
-        return (
-            torch.stack([row["tokens"] for row in rows]).to(here),
-            torch.stack([row["labels"] for row in rows]).to(here),
-        )
+        tokens, labels = (torch.stack([row[key] for row in rows]) for key in ("tokens", "labels"))
+        return device.upload(tokens), device.upload(labels)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns the step's record."""

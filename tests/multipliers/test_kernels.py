@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -103,7 +103,7 @@ def run_compiled_eagerly(problem: Problem, needs_row_dot: bool = True) -> tuple[
     """The functions that CUDA compiles, run by Python on the CPU."""
     p = problem
     with torch.compiler.set_stance("force_eager"):
-        index = None if p.kappa is None else kernels._rows_to_cols(p.spans, p.weight)
+        index = None if p.kappa is None else kernels._rows_to_cols(p.spans, len(p.weight), p.weight.device)
         effective = kernels._scale_compiled(p.weight, p.rho, p.kappa, index)
         back = kernels._scale_backward_compiled(p.grad.clone(), p.weight, p.rho, p.kappa, p.spans, needs_row_dot)
     return effective, back
@@ -122,6 +122,14 @@ def run_rows(problem: Problem, compiled: bool = False) -> tuple[Tensor, Backward
     kernels._scale_rows_fused(effective, *factors)
     row, col = kernels._scale_rows_backward_fused(grad, p.weight, *factors)
     return effective, Backward(grad, row, None if kappa is None else col[None])
+
+
+@pytest.fixture(autouse=True)
+def whatever_is_compiled_stays_compiled() -> Iterator[None]:
+    """Each test has torch's whole limit of compilations, after which functions would silently run uncompiled."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 Run = Callable[..., tuple[Tensor, Backward]]
@@ -178,7 +186,6 @@ PIECES = ((40, 40), (300, 40), (40, 300), (7, 40), (64, 64), (40, 40), (1, 30))
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
 def test_few_compilations_serve_pieces_of_every_shape_wherever_they_lie_in_a_buffer(device: str) -> None:
-    torch.compiler.reset()
     # What follows of sizes, strides and offsets is the same for every backend, and this one compiles in no time.
     backend = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
     scale, backward = (
