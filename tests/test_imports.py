@@ -63,6 +63,7 @@ PURE = [
     "megamult.multipliers.placement",
     "megamult.multipliers.reference",
     "megamult.multipliers.merge",
+    "megamult.optim.bands",
     "megamult.optim.clip",
     "megamult.optim.newton_schulz",
     "megamult.optim.param_groups",

@@ -3,9 +3,8 @@
 W_eff[i, j] = rho[i] kappa[m(i), j] W[i, j], where rho[out] joins row multipliers and scalars, kappa[parts, in]
 holds one column vector per logical matrix and m(i) is the matrix that row i belongs to. The rows of one matrix
 come as :class:`Span`s. On CUDA each function is one compiled kernel (plus one skinny product); on a CPU, where
-compiling would take longer than a test, rows are worked on in blocks that stay in the cache. Rows of a single matrix,
-such as a block or a piece of a partition, have functions of their own, which work in place and compile to a pass over
-the operands for each side that is summed over.
+compiling would take longer than a test, rows are worked on in blocks that stay in the cache. Rows of a partition's
+piece have functions of their own, which work in place, and whose compiled form serves pieces of every shape.
 
 `megamult.multipliers.reference` is what both are tested against.
 """
@@ -83,56 +82,63 @@ def scale_backward(
     """Gradients of :func:`scale` from grad = dL/dW_eff[out, in], which is overwritten."""
     if weight.is_cuda:
         return _scale_backward_compiled(grad, weight, rho, kappa, spans, needs_row_dot)
-    row_dot = torch.empty(weight.shape[0], dtype=torch.float32) if needs_row_dot else None
-    col = torch.zeros(kappa.shape, dtype=torch.float32) if kappa is not None else None
-    for block in _blocks(spans, weight.shape[1]):
-        rows = slice(block.start, block.stop)
-        r = None if rho is None else rho[rows]
-        c = None if block.col is None or kappa is None else kappa[block.col]
-        row_sum, col_sum = scale_rows_backward(grad[rows], weight[rows], r, c, row=needs_row_dot, col=c is not None)
-        if row_dot is not None and row_sum is not None:
-            row_dot[rows] = row_sum
-        if col is not None and col_sum is not None:
-            col[block.col] += col_sum
-    return Backward(grad, row_dot, col)
+    row, col = scale_rows_backward(grad, weight, rho, kappa, spans, row=needs_row_dot, col=kappa is not None)
+    return Backward(grad, row, col)
 
 
-# ---- rows of one matrix --------------------------------------------------------------------------------------
+# ---- in place ------------------------------------------------------------------------------------------------
 
 
-def scale_rows(weight: Tensor, rho: Tensor | None, kappa: Tensor | None) -> None:
-    """W[rows, cols] becomes diag(rho) W diag(kappa)."""
+def scale_rows(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]) -> None:
+    """:func:`scale` in place."""
     if _worth_compiling(weight):
-        _scale_rows_compiled(weight, *_given(weight, rho, kappa))
+        _scale_rows_compiled(weight, *_given(weight, rho, kappa, spans))
         return
-    if kappa is not None:
-        weight.mul_(kappa)
-    if rho is not None:
-        weight.mul_(rho[:, None])
+    for block in _blocks(spans, weight.shape[1]):
+        rows = weight[block.start : block.stop]
+        if kappa is not None and block.col is not None:
+            rows.mul_(kappa[block.col])
+        if rho is not None:
+            rows.mul_(rho[block.start : block.stop, None])
 
 
 def scale_rows_backward(
-    grad: Tensor, weight: Tensor, rho: Tensor | None, kappa: Tensor | None, *, row: bool, col: bool
+    grad: Tensor,
+    weight: Tensor,
+    rho: Tensor | None,
+    kappa: Tensor | None,
+    spans: tuple[Span, ...],
+    *,
+    row: bool,
+    col: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`scale_rows`: grad [rows, cols], of what it makes, becomes that of W, which is not changed.
 
     Returns:
-        sum_j W kappa G [rows] if `row`, and sum_i rho W G [cols] if `col`.
+        sum_j W kappa G [rows] if `row`, and if `col`, for each row of kappa, sum_i rho W G [parts, cols].
     """
+    rows, device = weight.shape[0], weight.device
     if _worth_compiling(grad):
-        sums = _scale_rows_backward_compiled(grad, weight, *_given(grad, rho, kappa))
-        return sums[0] if row else None, sums[1] if col else None
-    row_sum = col_sum = None
-    if row or col:
-        h = grad * weight
-        if row:
-            row_sum = h.sum(1) if kappa is None else torch.mv(h, kappa)
-        if col:
-            col_sum = h.sum(0) if rho is None else torch.mv(h.t(), rho)
-    if kappa is not None:
-        grad.mul_(kappa)
-    if rho is not None:
-        grad.mul_(rho[:, None])
+        dots, scaled = _scale_rows_backward_compiled(grad, weight, *_given(grad, rho, kappa, spans))
+        if not col or kappa is None:
+            return dots if row else None, None
+        return dots if row else None, _members(spans, rows, kappa.shape[0], device, scaled.dtype) @ scaled
+    row_sum = torch.empty(rows, dtype=torch.float32, device=device) if row else None
+    col_sum = torch.zeros_like(kappa, dtype=torch.float32) if col and kappa is not None else None
+    for block in _blocks(spans, weight.shape[1]):
+        here = slice(block.start, block.stop)
+        r = None if rho is None else rho[here]
+        c = None if kappa is None or block.col is None else kappa[block.col]
+        if row_sum is not None or col_sum is not None:
+            h = grad[here] * weight[here]
+            if row_sum is not None:
+                row_sum[here] = h.sum(1) if c is None else torch.mv(h, c)
+            if col_sum is not None and block.col is not None:
+                col_sum[block.col] += h.sum(0) if r is None else torch.mv(h.t(), r)
+        if c is not None:
+            grad[here].mul_(c)
+        if r is not None:
+            grad[here].mul_(r[:, None])
     return row_sum, col_sum
 
 
@@ -168,25 +174,32 @@ def _worth_compiling(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.numel() >= 1 << 16
 
 
-def _given(matrix: Tensor, rho: Tensor | None, kappa: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Ones for what there is not: one kernel does for all placements, and every further one counts towards torch's
-    limit of compilations, after which it would run uncompiled."""
+def _given(
+    matrix: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rho, kappa with a row of ones at its end, and for each row the row of that which scales it.
+
+    Ones for what there is not: one kernel does for all placements, and every further one counts towards torch's limit
+    of compilations, after which it would run uncompiled.
+    """
     rows, cols = matrix.shape
     rho = matrix.new_ones(rows) if rho is None else rho.clone()
-    kappa = matrix.new_ones(cols) if kappa is None else kappa.clone()
-    return rho, kappa
+    kappa = matrix.new_ones(2, cols) if kappa is None else _with_ones(kappa)
+    return rho, kappa, _rows_to_cols(spans, rows, matrix.device)
 
 
-def _scale_rows_fused(weight: Tensor, rho: Tensor, kappa: Tensor) -> None:
+def _scale_rows_fused(weight: Tensor, rho: Tensor, kappa: Tensor, index: Tensor) -> None:
     # One tensor, in its place: of two views of one buffer a compiled function takes the first call's offset for good.
-    weight.mul_(kappa).mul_(rho[:, None])
+    weight.mul_(kappa[index]).mul_(rho[:, None])
 
 
-def _scale_rows_backward_fused(grad: Tensor, weight: Tensor, rho: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
-    h = grad * weight
-    row_sum, col_sum = (h * kappa).sum(1), (h * rho[:, None]).sum(0)
-    grad.mul_(kappa).mul_(rho[:, None])
-    return row_sum, col_sum
+def _scale_rows_backward_fused(
+    grad: Tensor, weight: Tensor, rho: Tensor, kappa: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    h, factor = grad * weight, kappa[index]
+    row_sum, scaled = (h * factor).sum(1), h * rho[:, None]
+    grad.mul_(factor).mul_(rho[:, None])
+    return row_sum, scaled
 
 
 _scale_rows_compiled = torch.compile(_scale_rows_fused, dynamic=True)

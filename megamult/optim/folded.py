@@ -23,12 +23,9 @@ from megamult.layout import Layout, Role, Side
 from megamult.multipliers import kernels
 from megamult.multipliers.merge import LEAVES
 from megamult.multipliers.placement import Placement
-from megamult.rectangles import Rectangle, rectangles
+from megamult.optim.bands import Band, bands
+from megamult.rectangles import rectangles
 from megamult.zero.slices import Partition
-
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Elements of a matrix that are worked on at once: bounds temporary memory (of a GPU to 128 MiB), stays in a CPU's
-cache."""
 
 LATENT = "latent_weight"
 """Key of W in the optimizer's state."""
@@ -44,20 +41,6 @@ class Vector:
     side: Side
     start: int
     length: int
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A rectangle of a slice, with the packed entries that scale its rows and columns and the scalar (None: none)."""
-
-    rectangle: Rectangle
-    row: slice | None
-    col: slice | None
-    scalar: int | None
-
-    def scales(self) -> bool:
-        """Whether its matrix has multipliers: not all that share a parameter need to."""
-        return not (self.row is None and self.col is None and self.scalar is None)
 
 
 def covers(layout: Layout, placement: Placement) -> bool:
@@ -95,7 +78,7 @@ class FoldedMultipliers:
         self._settings: dict[str, Any] = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
         self.vectors: list[Vector] = []
         self.partition: Partition | None = None
-        self._blocks: list[list[_Block]] = []  # of each slice of the partition
+        self._bands: list[list[Band]] = []  # of each slice of the partition
         self._slices_of: dict[Tensor, list[int]] = {}  # of each tensor that holds folded weights
         self._state: MutableMapping[Tensor, Any] = {}
 
@@ -119,7 +102,8 @@ class FoldedMultipliers:
         here = device.local_device()
         starts = torch.cat([torch.full((v.length,), self.initial(v.role, v.side)) for v in self.vectors])
         self.values = torch.nn.Parameter(starts.to(here, torch.float32))
-        self.gradient = torch.zeros_like(self.values)
+        self._sums = torch.zeros(len(starts) + 1, device=here)  # the last: of what has no multiplier
+        self.gradient = self._sums[:-1]
         self._adamw = torch.optim.AdamW([self.values], lr=self.lr, fused=True, **self._settings)
         self._adamw.state[self.values] = {
             "step": torch.zeros((), device=here),
@@ -127,9 +111,9 @@ class FoldedMultipliers:
             "exp_avg_sq": torch.zeros_like(self.gradient),
         }
         grid = parallel.grid()
-        self._blocks, self._slices_of = [], {}
+        self._bands, self._slices_of = [], {}
         for i, piece in enumerate(partition.slices):
-            self._blocks.append([])
+            self._bands.append([])
             if not self.covers(piece.layout):
                 continue
             if piece.tensor.dtype != torch.float32:
@@ -138,8 +122,8 @@ class FoldedMultipliers:
                     "DeepSpeed wrap the optimizer, or train in fp32"
                 )
             self._slices_of.setdefault(piece.tensor, []).append(i)
-            for r in rectangles(piece.layout, grid.tensor_rank, grid.tensor_size, piece.start, piece.length):
-                self._blocks[i].append(_block(r, places[piece.name]))
+            found = rectangles(piece.layout, grid.tensor_rank, grid.tensor_size, piece.start, piece.length)
+            self._bands[i] = list(bands(found, places[piece.name], len(starts), here))
         for tensor in self._slices_of:
             state[tensor][LATENT] = tensor.detach().clone()
         if bool((self.values != 1).any()):
@@ -177,40 +161,32 @@ class FoldedMultipliers:
         assert self.partition is not None
         grid = parallel.grid()
         replica = not self.partition.sharded and grid.data_rank != 0
-        self.gradient.zero_()
-        for piece, blocks, gradient in zip(self.partition.slices, self._blocks, gradients, strict=True):
+        self._sums.zero_()
+        packed = self._packed()
+        for piece, found, gradient in zip(self.partition.slices, self._bands, gradients, strict=True):
             counts = piece.layout.counted_on(grid.tensor_rank) and not replica
-            latent = self.latent(piece.tensor, piece.offset, piece.length) if blocks else None
-            for block in filter(_Block.scales, blocks):
-                assert latent is not None
-                r = block.rectangle
-                g = gradient[r.offset : r.offset + r.numel].view(r.height, r.width)
-                w = latent[r.offset : r.offset + r.numel].view(r.height, r.width)
-                self._backward(g, w, block, counts)
+            latent = self.latent(piece.tensor, piece.offset, piece.length) if found else gradient
+            for band in found:
+                self._backward(band.of(gradient), band.of(latent), band, packed, counts)
         if grid.size > 1:
             torch.distributed.all_reduce(self.gradient)
 
-    def _backward(self, gradient: Tensor, weight: Tensor, block: _Block, counts: bool) -> None:
-        row, rho, kappa = self._factors(block, weight.shape[0])
-        dots = []
-        for chunk in _chunks(weight):
-            g = gradient[chunk].float()
-            rho_part = None if rho is None else rho[chunk]
-            dot, col = kernels.scale_rows_backward(
-                g, weight[chunk], rho_part, kappa, row=counts and rho is not None, col=counts and kappa is not None
-            )
-            if gradient.dtype != g.dtype:
-                gradient[chunk] = g
-            if dot is not None:
-                dots.append(dot)
-            if col is not None:
-                self.gradient[block.col] += col
-        if dots:
-            dot = torch.cat(dots)
-            if block.row is not None:
-                self.gradient[block.row] += dot if block.scalar is None else dot * self.values[block.scalar]
-            if block.scalar is not None:
-                self.gradient[block.scalar] += dot.sum() if row is None else torch.dot(dot, row)
+    def _backward(self, gradient: Tensor, weight: Tensor, band: Band, packed: Tensor, counts: bool) -> None:
+        row, scalar, rho, kappa = band.factors(packed)
+        g = gradient.float()
+        dot, col = kernels.scale_rows_backward(
+            g, weight, rho, kappa, band.spans, row=counts and rho is not None, col=counts and kappa is not None
+        )
+        if gradient.dtype != g.dtype:
+            gradient.copy_(g)
+        # No entry is twice in what is added at once, but the last: sums have one order on a GPU too.
+        if dot is not None and band.row is not None:
+            self._sums.index_add_(0, band.row, dot if scalar is None else dot * scalar)
+        if dot is not None and band.scalars is not None:
+            entries, members = band.scalars
+            self._sums.index_add_(0, entries, members @ (dot if row is None else dot * row))
+        if col is not None and band.col is not None:
+            self._sums.index_add_(0, band.col.view(-1), col.view(-1))
 
     @torch.no_grad()
     def update(self, factor: float, schedule: float) -> None:
@@ -289,40 +265,14 @@ class FoldedMultipliers:
         """W_eff of the present multipliers to a tensor."""
         assert self.partition is not None
         flat, latent = tensor.detach().view(-1), self._state[tensor][LATENT].view(-1)
-        flat.copy_(latent)  # what no multiplier scales
+        flat.copy_(latent)
+        packed = self._packed()
         for i in self._slices_of[tensor]:
             piece = self.partition.slices[i]
-            for block in filter(_Block.scales, self._blocks[i]):
-                r = block.rectangle
-                begin = piece.offset + r.offset
-                target = flat[begin : begin + r.numel].view(r.height, r.width)
-                _, rho, kappa = self._factors(block, r.height)
-                for chunk in _chunks(target):
-                    kernels.scale_rows(target[chunk], None if rho is None else rho[chunk], kappa)
+            for band in self._bands[i]:
+                _, _, rho, kappa = band.factors(packed)
+                kernels.scale_rows(band.of(flat[piece.offset : piece.offset + piece.length]), rho, kappa, band.spans)
 
-    def _factors(self, block: _Block, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of a block: row multipliers, those joined with the scalar, column multipliers."""
-        values = self.values.detach()
-        row, kappa = (None if part is None else values[part] for part in (block.row, block.col))
-        if block.scalar is None:
-            return row, row, kappa
-        scalar = values[block.scalar]
-        return row, scalar.repeat(rows) if row is None else row * scalar, kappa
-
-
-def _block(r: Rectangle, places: dict[tuple[int, Side], slice]) -> _Block:
-    row, col, scalar = (places.get((r.part, side)) for side in ("row", "col", "scalar"))
-    return _Block(
-        r,
-        None if row is None else slice(row.start + r.row, row.start + r.row + r.height),
-        None if col is None else slice(col.start + r.col, col.start + r.col + r.width),
-        None if scalar is None else scalar.start,
-    )
-
-
-def _chunks(matrix: Tensor) -> Iterator[slice]:
-    """Of its rows."""
-    rows, cols = matrix.shape
-    step = max(1, _CHUNK_ELEMENTS[matrix.device.type] // cols)
-    for first in range(0, rows, step):
-        yield slice(first, first + step)
+    def _packed(self) -> Tensor:
+        """[entries + 1]: the multipliers and 1."""
+        return torch.cat([self.values.detach(), self.values.new_ones(1)])

@@ -110,18 +110,20 @@ def run_compiled_eagerly(problem: Problem, needs_row_dot: bool = True) -> tuple[
 
 
 def run_rows(problem: Problem, compiled: bool = False) -> tuple[Tensor, Backward]:
-    """The functions for rows of one matrix, which work in place; with `compiled` those that CUDA compiles."""
+    """The functions that work in place; with `compiled` those that CUDA compiles."""
     p = problem
-    kappa = None if p.kappa is None else p.kappa[0]
     effective, grad = p.weight.clone(), p.grad.clone()
     if not compiled:
-        kernels.scale_rows(effective, p.rho, kappa)
-        row, col = kernels.scale_rows_backward(grad, p.weight, p.rho, kappa, row=True, col=kappa is not None)
-        return effective, Backward(grad, row, None if col is None else col[None])
-    factors = kernels._given(grad, p.rho, kappa)
-    kernels._scale_rows_fused(effective, *factors)
-    row, col = kernels._scale_rows_backward_fused(grad, p.weight, *factors)
-    return effective, Backward(grad, row, None if kappa is None else col[None])
+        kernels.scale_rows(effective, p.rho, p.kappa, p.spans)
+        sums = kernels.scale_rows_backward(grad, p.weight, p.rho, p.kappa, p.spans, row=True, col=p.kappa is not None)
+        return effective, Backward(grad, *sums)
+    given = kernels._given(grad, p.rho, p.kappa, p.spans)
+    kernels._scale_rows_fused(effective, *given)
+    row, scaled = kernels._scale_rows_backward_fused(grad, p.weight, *given)
+    if p.kappa is None:
+        return effective, Backward(grad, row, None)
+    members = kernels._members(p.spans, len(grad), len(p.kappa), grad.device, grad.dtype)
+    return effective, Backward(grad, row, members @ scaled)
 
 
 @pytest.fixture(autouse=True)
@@ -175,8 +177,9 @@ def test_ones_leave_a_bf16_weight_and_its_gradient_bitwise_alone(run: Run) -> No
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("rho", "kappa"), [*RHO_KAPPA, (False, False)])
-def test_rows_of_one_matrix_are_scaled_in_place_as_the_reference_says(rho: bool, kappa: bool, compiled: bool) -> None:
-    problem = Problem.draw(SPANS["one matrix"], rho, kappa, torch.float32)
+@pytest.mark.parametrize("spans", SPANS)
+def test_rows_are_scaled_in_place_as_the_reference_says(spans: str, rho: bool, kappa: bool, compiled: bool) -> None:
+    problem = Problem.draw(SPANS[spans], rho, kappa, torch.float32)
     assert_agrees(problem, *run_rows(problem, compiled))
 
 
@@ -206,8 +209,10 @@ def test_few_compilations_serve_pieces_of_every_shape_wherever_they_lie_in_a_buf
             wanted_grads[here] = wanted.weight.flatten()
             effective = effective_weight(wanted_scaled[here].view(rows, cols), rho.double(), kappa.double())
             wanted_scaled[here] = effective.flatten()
-            scale(scaled[here].view(rows, cols), rho, kappa)
-            row, col = backward(grads[here].view(rows, cols), weights[here].view(rows, cols), rho, kappa)
+            factors = kernels._given(weights[here].view(rows, cols), rho, kappa[None], (Span(0, rows, 0),))
+            scale(scaled[here].view(rows, cols), *factors)
+            row, products = backward(grads[here].view(rows, cols), weights[here].view(rows, cols), *factors)
+            col = products.sum(0)
             # Sums of up to 300 fp32 products of some size 1.
             torch.testing.assert_close(row.double(), wanted.row, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(col.double(), wanted.col, rtol=1e-5, atol=1e-4)
@@ -222,8 +227,9 @@ def test_few_compilations_serve_pieces_of_every_shape_wherever_they_lie_in_a_buf
 @pytest.mark.gpu
 @NEEDS_CUDA
 @pytest.mark.parametrize(("rho", "kappa"), [*RHO_KAPPA, (False, False)])
-def test_the_compiled_kernels_of_one_matrix_are_the_float64_reference(rho: bool, kappa: bool) -> None:
-    problem = Problem.draw(SPANS["one matrix"], rho, kappa, torch.float32, device="cuda")
+@pytest.mark.parametrize("spans", SPANS)
+def test_the_compiled_kernels_in_place_are_the_float64_reference(spans: str, rho: bool, kappa: bool) -> None:
+    problem = Problem.draw(SPANS[spans], rho, kappa, torch.float32, device="cuda")
     assert kernels._worth_compiling(problem.weight)
     assert_agrees(problem, *run_rows(problem))
 

@@ -1,0 +1,95 @@
+"""Bands of pieces: every element is scaled by what its place in its logical matrix says, in few bands."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from megamult import layout
+from megamult.layout import Layout, Side
+from megamult.optim import bands as module
+from megamult.optim.bands import bands
+from megamult.rectangles import rectangles
+
+CPU = torch.device("cpu")
+QKV = layout.fused_qkv(32, 16, 4, 24)  # 16 groups of [q q k v]
+LAYOUTS = {
+    "qkv": QKV,
+    "gate_up": layout.fused_gate_up(40, 24),
+    "down": layout.single_matrix("down", 24, 40, 1),
+    "embedding": layout.vocabulary("embedding", 29, 32, 24),
+}
+Places = dict[tuple[int, Side], slice]
+
+
+def packed(stated: Layout, sides: dict[int, tuple[Side, ...]]) -> tuple[Places, Tensor]:
+    """Random multipliers of some sides of some parts, one after the other, and 1."""
+    places: Places = {}
+    position = 0
+    for part, of_part in sides.items():
+        rows, cols = stated.parts[part].shape
+        for side in of_part:
+            length = {"row": rows, "col": cols, "scalar": 1}[side]
+            places[part, side] = slice(position, position + length)
+            position += length
+    values = torch.randn(position, generator=torch.Generator().manual_seed(1))
+    return places, torch.cat([values, torch.ones(1)])
+
+
+SIDES: list[tuple[Side, ...]] = [("row", "col", "scalar"), ("row",), ("col",), ("scalar",), ()]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("elements", [1 << 20, 100])
+def test_every_element_is_scaled_by_its_row_its_column_and_its_scalar(
+    name: str, tensor: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(module._ELEMENTS, "cpu", elements)
+    stated = LAYOUTS[name]
+    numel = torch.Size(stated.local_shape(tensor)).numel()
+    cuts = [(0, numel), (5, numel - 9), (24 * 3 + 1, 20), (24 * 7, 24 * 20 + 3)]
+    parts = range(len(stated.parts))
+    for given, (start, length) in itertools.product(itertools.product(SIDES, repeat=len(parts)), cuts):
+        places, values = packed(stated, dict(zip(parts, given, strict=True)))
+        for tp_rank in range(tensor):
+            found = rectangles(stated, tp_rank, tensor, start, length)
+            wanted, actual = torch.ones(2, length)
+            for r in found:
+                of_part = {side: values[places[r.part, side]] for side in given[r.part]}
+                factor = torch.ones(r.height, r.width)
+                if "row" in of_part:
+                    factor = of_part["row"][r.row : r.row + r.height, None] * factor
+                if "scalar" in of_part:
+                    factor = factor * of_part["scalar"]
+                if "col" in of_part:
+                    factor = factor * of_part["col"][r.col : r.col + r.width]
+                wanted[r.offset : r.offset + r.numel] = factor.view(-1)
+            for band in bands(found, places, len(values) - 1, CPU):
+                assert band.height == 1 or band.height * band.width <= elements
+                _, _, rho, kappa = band.factors(values)
+                here = band.of(actual)
+                for span in band.spans:
+                    if kappa is not None and span.col is not None:
+                        here[span.start : span.stop] *= kappa[span.col]
+                if rho is not None:
+                    here *= rho[:, None]
+            torch.testing.assert_close(actual, wanted, rtol=3e-7, atol=0)  # two products
+
+
+def test_an_interleaved_parameter_is_one_band() -> None:
+    places, values = packed(QKV, {0: ("row", "col"), 1: ("row", "col"), 2: ("row", "col")})
+    whole = rectangles(QKV, 0, 1, 0, 16 * 16 * 24)
+    assert len(whole) == 48
+    (band,) = bands(whole, places, len(values) - 1, CPU)
+    assert (band.height, band.width, len(band.spans)) == (256, 24, 48)
+    # A cut within a row leaves its end, the whole rows, and the next row's beginning.
+    assert [b.height for b in bands(rectangles(QKV, 0, 1, 5, 24 * 100), places, len(values) - 1, CPU)] == [1, 99, 1]
+
+
+def test_what_nothing_scales_is_no_band() -> None:
+    places, values = packed(QKV, {})
+    assert list(bands(rectangles(QKV, 0, 1, 0, 24 * 256), places, len(values) - 1, CPU)) == []
