@@ -29,7 +29,7 @@ def local_device() -> torch.device:
 
 
 def upload(tensor: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor on the device of this process, which does not wait until it is there."""
+    """A CPU tensor on the device of this process; itself if that is the CPU. The caller does not wait for the copy."""
     return tensor.pin_memory().to(local_device(), non_blocking=True) if has_cuda() else tensor
 
 

@@ -160,7 +160,7 @@ class Contestant:
                     model=self.model,
                     model_parameters=[p for p in self.model.parameters() if p.requires_grad],
                     config=settings,
-                    mpu=mpu if arguments.tensor > 1 else None,  # with one its Muon refuses bf16 at ZeRO 1
+                    mpu=mpu if arguments.tensor > 1 else None,  # given one, its Muon refuses bf16 at ZeRO 1
                     dist_init_required=False,
                 )
             self.states = [self.engine.optimizer.optimizer.state]

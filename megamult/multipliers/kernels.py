@@ -12,7 +12,6 @@ piece have functions of their own, which work in place, and whose compiled form 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,8 +28,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Backward:
-    """dL/dW[out, in]; row_dot[out] = sum_j W kappa G, in fp32; dL/dkappa[parts, in], in fp32 (on CUDA it was rounded to
-    the weight's dtype once)."""
+    """dL/dW[out, in]; row_dot[out] = sum_j W kappa G, in fp32; dL/dkappa[parts, in], in fp32 (on CUDA of the precision
+    of the weight's dtype)."""
 
     weight: Tensor
     row_dot: Tensor | None
@@ -91,7 +90,7 @@ def scale_backward(
 
 def scale_rows(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]) -> None:
     """:func:`scale` in place."""
-    if _worth_compiling(weight):
+    if _worth_compiling(weight, spans):
         _scale_rows_compiled(weight, *_given(weight, rho, kappa, spans))
         return
     for block in _blocks(spans, weight.shape[1]):
@@ -115,10 +114,11 @@ def scale_rows_backward(
     """Gradients of :func:`scale_rows`: grad [rows, cols], of what it makes, becomes that of W, which is not changed.
 
     Returns:
-        sum_j W kappa G [rows] if `row`, and if `col`, for each row of kappa, sum_i rho W G [parts, cols].
+        sum_j W kappa G [rows] if `row`, and if `col`, for each row of kappa, sum_i rho W G [parts, cols] (on CUDA a
+        product, in TF32 where torch is told to allow that).
     """
     rows, device = weight.shape[0], weight.device
-    if _worth_compiling(grad):
+    if _worth_compiling(grad, spans):
         dots, scaled = _scale_rows_backward_compiled(grad, weight, *_given(grad, rho, kappa, spans))
         if not col or kappa is None:
             return dots if row else None, None
@@ -145,20 +145,28 @@ def scale_rows_backward(
 # ---- CUDA ----------------------------------------------------------------------------------------------------
 
 
-@cache
 def _rows_to_cols(spans: tuple[Span, ...], rows: int, device: torch.device) -> Tensor:
     """[rows]: for each the row of kappa (padded with a row of ones at the end) that scales it."""
-    index = torch.empty(rows, dtype=torch.long)
-    for span in spans:
-        index[span.start : span.stop] = -1 if span.col is None else span.col
-    return index.to(device)
+    key = (spans, rows, device)
+    if key not in _INDICES:
+        index = torch.empty(rows, dtype=torch.long)
+        for span in spans:
+            index[span.start : span.stop] = -1 if span.col is None else span.col
+        _INDICES[key] = index.to(device)
+    return _INDICES[key]
 
 
-@cache
 def _members(spans: tuple[Span, ...], rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[cols, rows]: 1 where a row of kappa, of which there are `cols`, scales a row, else 0."""
-    index = _rows_to_cols(spans, rows, device)
-    return (index == torch.arange(cols, device=device)[:, None]).to(dtype)
+    key = (spans, rows, cols, device, dtype)
+    if key not in _MEMBERS:
+        index = _rows_to_cols(spans, rows, device)
+        _MEMBERS[key] = (index == torch.arange(cols, device=device)[:, None]).to(dtype)
+    return _MEMBERS[key]
+
+
+_INDICES: dict[tuple[tuple[Span, ...], int, torch.device], Tensor] = {}
+_MEMBERS: dict[tuple[tuple[Span, ...], int, int, torch.device, torch.dtype], Tensor] = {}
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -169,9 +177,9 @@ def _with_ones(kappa: Tensor) -> Tensor:
     return torch.cat([kappa, torch.ones_like(kappa[:1])])
 
 
-def _worth_compiling(tensor: Tensor) -> bool:
-    """The odd ends of a matrix, of one row say, would be a kernel each."""
-    return tensor.is_cuda and tensor.numel() >= 1 << 16
+def _worth_compiling(tensor: Tensor, spans: tuple[Span, ...]) -> bool:
+    """Of the odd ends of a matrix, one row say, it would be the launch that takes the time."""
+    return tensor.is_cuda and (tensor.numel() >= 1 << 16 or len(spans) > 1)
 
 
 def _given(
@@ -183,7 +191,7 @@ def _given(
     of compilations, after which it would run uncompiled.
     """
     rows, cols = matrix.shape
-    rho = matrix.new_ones(rows) if rho is None else rho.clone()
+    rho = matrix.new_ones(rows) if rho is None else rho
     kappa = matrix.new_ones(2, cols) if kappa is None else _with_ones(kappa)
     return rho, kappa, _rows_to_cols(spans, rows, matrix.device)
 

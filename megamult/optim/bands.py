@@ -18,7 +18,7 @@ from megamult.multipliers.kernels import Span
 from megamult.rectangles import Rectangle
 
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Of a band at most: bounds temporary memory (of a GPU to 128 MiB), stays in a CPU's cache."""
+"""Of a band at most: bounds temporary memory (of a GPU to 256 MiB), stays in a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Band:
 
 def bands(
     found: Iterable[Rectangle], places: Mapping[tuple[int, Side], slice], one: int, here: torch.device
-) -> Iterator[Band]:
+) -> list[Band]:
     """As few as widths and the bound of temporary memory allow; none where nothing is scaled.
 
     Args:
@@ -62,17 +62,23 @@ def bands(
         one: the entry that is 1.
         here: where the entries are needed.
     """
+    made = (_band(together, places, one, here) for together in _together(found, _ELEMENTS[here.type]))
+    return [band for band in made if band is not None]
+
+
+def _together(found: Iterable[Rectangle], elements: int) -> Iterator[list[Rectangle]]:
+    """Rectangles, or rows of them, that follow one another and are equally wide: so many elements, or one row."""
     together: list[Rectangle] = []
-    for r in itertools.chain.from_iterable(_bounded(r, _ELEMENTS[here.type]) for r in found):
+    for r in itertools.chain.from_iterable(_bounded(r, elements) for r in found):
         if together:
             first, last = together[0], together[-1]
             follows = (r.col, r.width, r.offset) == (last.col, last.width, last.offset + last.numel)
-            if not follows or r.offset + r.numel - first.offset > _ELEMENTS[here.type]:
-                yield from _band(together, places, one, here)
+            if not follows or r.offset + r.numel - first.offset > elements:
+                yield together
                 together = []
         together.append(r)
     if together:
-        yield from _band(together, places, one, here)
+        yield together
 
 
 def _bounded(r: Rectangle, elements: int) -> Iterator[Rectangle]:
@@ -85,7 +91,7 @@ def _bounded(r: Rectangle, elements: int) -> Iterator[Rectangle]:
 
 def _band(
     together: list[Rectangle], places: Mapping[tuple[int, Side], slice], one: int, here: torch.device
-) -> Iterator[Band]:
+) -> Band | None:
     """The band of these rectangles, unless nothing scales it."""
     row, scalar = torch.full((2, sum(r.height for r in together)), one)
     cols: dict[int, Tensor] = {}
@@ -100,14 +106,15 @@ def _band(
             cols.setdefault(r.part, of_cols.start + r.col + torch.arange(r.width))
         spans.append(Span(start, stop, list(cols).index(r.part) if of_cols is not None else None))
     has_rows, entries = bool((row != one).any()), scalar[scalar != one].unique()
-    if has_rows or cols or len(entries):
-        yield Band(
-            together[0].offset,
-            len(row),
-            together[0].width,
-            row.to(here) if has_rows else None,
-            scalar.to(here) if len(entries) else None,
-            (entries.to(here), (scalar == entries[:, None]).float().to(here)) if len(entries) else None,
-            torch.stack(list(cols.values())).to(here) if cols else None,
-            tuple(spans),
-        )
+    if not (has_rows or cols or len(entries)):
+        return None
+    return Band(
+        together[0].offset,
+        len(row),
+        together[0].width,
+        row.to(here) if has_rows else None,
+        scalar.to(here) if len(entries) else None,
+        (entries.to(here), (scalar == entries[:, None]).float().to(here)) if len(entries) else None,
+        torch.stack(list(cols.values())).to(here) if cols else None,
+        tuple(spans),
+    )

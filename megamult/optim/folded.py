@@ -102,7 +102,9 @@ class FoldedMultipliers:
         here = device.local_device()
         starts = torch.cat([torch.full((v.length,), self.initial(v.role, v.side)) for v in self.vectors])
         self.values = torch.nn.Parameter(starts.to(here, torch.float32))
-        self._sums = torch.zeros(len(starts) + 1, device=here)  # the last: of what has no multiplier
+        self._sums = torch.zeros(
+            len(starts) + 1, dtype=torch.float32, device=here
+        )  # the last: of what has no multiplier
         self.gradient = self._sums[:-1]
         self._adamw = torch.optim.AdamW([self.values], lr=self.lr, fused=True, **self._settings)
         self._adamw.state[self.values] = {
@@ -123,7 +125,7 @@ class FoldedMultipliers:
                 )
             self._slices_of.setdefault(piece.tensor, []).append(i)
             found = rectangles(piece.layout, grid.tensor_rank, grid.tensor_size, piece.start, piece.length)
-            self._bands[i] = list(bands(found, places[piece.name], len(starts), here))
+            self._bands[i] = bands(found, places[piece.name], len(starts), here)
         for tensor in self._slices_of:
             state[tensor][LATENT] = tensor.detach().clone()
         if bool((self.values != 1).any()):
@@ -164,8 +166,10 @@ class FoldedMultipliers:
         self._sums.zero_()
         packed = self._packed()
         for piece, found, gradient in zip(self.partition.slices, self._bands, gradients, strict=True):
+            if not found:
+                continue
             counts = piece.layout.counted_on(grid.tensor_rank) and not replica
-            latent = self.latent(piece.tensor, piece.offset, piece.length) if found else gradient
+            latent = self.latent(piece.tensor, piece.offset, piece.length)
             for band in found:
                 self._backward(band.of(gradient), band.of(latent), band, packed, counts)
         if grid.size > 1:

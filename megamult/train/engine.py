@@ -45,7 +45,8 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
     if stage:
         zero |= {
             "contiguous_gradients": True,
-            "overlap_comm": device.has_cuda() and data_parallel > 1,  # it waits for the device, other ranks or not
+            "overlap_comm": device.has_cuda()
+            and data_parallel > 1,  # it waits for the device even where nobody else is
             "reduce_bucket_size": _BUCKET_ELEMENTS,
         }
     if stage in (1, 2):
@@ -72,7 +73,7 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
             )
     merged = _merged(produced, overrides, "deepspeed")
     # Unless asked for: it waits for the device in every micro-batch.
-    merged.setdefault("timers", {"throughput": {"enabled": False}})
+    merged.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     for key in ("offload_optimizer", "offload_param"):
         section = merged["zero_optimization"].get(key) or {"device": "none"}
         device_name = section.get("device", "none") if isinstance(section, dict) else section

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -110,25 +111,23 @@ def run_compiled_eagerly(problem: Problem, needs_row_dot: bool = True) -> tuple[
 
 
 def run_rows(problem: Problem, compiled: bool = False) -> tuple[Tensor, Backward]:
-    """The functions that work in place; with `compiled` those that CUDA compiles."""
+    """The functions that work in place; with `compiled` those that CUDA compiles, run by Python."""
     p = problem
     effective, grad = p.weight.clone(), p.grad.clone()
-    if not compiled:
+    with contextlib.ExitStack() as stack:
+        if compiled:
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr(kernels, "_worth_compiling", lambda *_: True)
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         kernels.scale_rows(effective, p.rho, p.kappa, p.spans)
         sums = kernels.scale_rows_backward(grad, p.weight, p.rho, p.kappa, p.spans, row=True, col=p.kappa is not None)
-        return effective, Backward(grad, *sums)
-    given = kernels._given(grad, p.rho, p.kappa, p.spans)
-    kernels._scale_rows_fused(effective, *given)
-    row, scaled = kernels._scale_rows_backward_fused(grad, p.weight, *given)
-    if p.kappa is None:
-        return effective, Backward(grad, row, None)
-    members = kernels._members(p.spans, len(grad), len(p.kappa), grad.device, grad.dtype)
-    return effective, Backward(grad, row, members @ scaled)
+    return effective, Backward(grad, *sums)
 
 
 @pytest.fixture(autouse=True)
-def whatever_is_compiled_stays_compiled() -> Iterator[None]:
-    """Each test has torch's whole limit of compilations, after which functions would silently run uncompiled."""
+def several_blocks_and_no_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test has torch's whole limit of compilations, after which functions would silently run uncompiled; and the
+    CPU's blocks are small enough for several."""
+    monkeypatch.setattr(kernels, "_BLOCK_ELEMENTS", 1 << 16)
     torch.compiler.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
@@ -209,7 +208,9 @@ def test_few_compilations_serve_pieces_of_every_shape_wherever_they_lie_in_a_buf
             wanted_grads[here] = wanted.weight.flatten()
             effective = effective_weight(wanted_scaled[here].view(rows, cols), rho.double(), kappa.double())
             wanted_scaled[here] = effective.flatten()
-            factors = kernels._given(weights[here].view(rows, cols), rho, kappa[None], (Span(0, rows, 0),))
+            # The matrix and up to two of no rows.
+            kappas = torch.cat([kappa[None], torch.ones(rows % 3, cols, device=device)])
+            factors = kernels._given(weights[here].view(rows, cols), rho, kappas, (Span(0, rows, 0),))
             scale(scaled[here].view(rows, cols), *factors)
             row, products = backward(grads[here].view(rows, cols), weights[here].view(rows, cols), *factors)
             col = products.sum(0)
@@ -230,7 +231,7 @@ def test_few_compilations_serve_pieces_of_every_shape_wherever_they_lie_in_a_buf
 @pytest.mark.parametrize("spans", SPANS)
 def test_the_compiled_kernels_in_place_are_the_float64_reference(spans: str, rho: bool, kappa: bool) -> None:
     problem = Problem.draw(SPANS[spans], rho, kappa, torch.float32, device="cuda")
-    assert kernels._worth_compiling(problem.weight)
+    assert kernels._worth_compiling(problem.weight, problem.spans)
     assert_agrees(problem, *run_rows(problem))
 
 

@@ -70,7 +70,12 @@ def test_every_element_is_scaled_by_its_row_its_column_and_its_scalar(
                 wanted[r.offset : r.offset + r.numel] = factor.view(-1)
             for band in bands(found, places, len(values) - 1, CPU):
                 assert band.height == 1 or band.height * band.width <= elements
-                _, _, rho, kappa = band.factors(values)
+                _, scalar, rho, kappa = band.factors(values)
+                if band.scalars is not None:  # what sums are added to, and of which rows
+                    entries, members = band.scalars
+                    assert len(entries.unique()) == len(entries) and (values[entries] != 1).all()
+                    rest = 1 - members.sum(0)
+                    torch.testing.assert_close(scalar, values[entries] @ members + rest, rtol=0, atol=0)
                 here = band.of(actual)
                 for span in band.spans:
                     if kappa is not None and span.col is not None:
@@ -92,4 +97,4 @@ def test_an_interleaved_parameter_is_one_band() -> None:
 
 def test_what_nothing_scales_is_no_band() -> None:
     places, values = packed(QKV, {})
-    assert list(bands(rectangles(QKV, 0, 1, 0, 24 * 256), places, len(values) - 1, CPU)) == []
+    assert bands(rectangles(QKV, 0, 1, 0, 24 * 256), places, len(values) - 1, CPU) == []
