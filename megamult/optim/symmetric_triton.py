@@ -1,7 +1,7 @@
 """Products with a symmetric result on CUDA: tiles on and below the diagonal are computed, those below written twice.
 
-One kernel for all shapes, with one tile size: what it computes depends on nothing that was timed, so a run resumes bit
-by bit. Imported where torch is built for CUDA, which brings Triton, and by tests.
+One kernel for all shapes, with one tile size: nothing is chosen by timing, so equal operands give equal bits in every
+run. Imported where torch is built for CUDA, which brings Triton, and by tests.
 """
 
 from __future__ import annotations
