@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import tempfile
 import time
@@ -16,10 +18,13 @@ import torch.multiprocessing as mp
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port that nobody listens on, of those that Linux gives to no outgoing connection (it takes 32768 and more):
+    between here and the listener's start no other process of a test gets it by chance."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def run_distributed(

@@ -84,6 +84,7 @@ with StopRequests() as stop:
     while (why := stop.agreed()) is None:
         pass
     print(why)
+torch.distributed.destroy_process_group()  # as a program does: gloo has aborted one that ended without
 """
 
 

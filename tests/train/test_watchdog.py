@@ -55,11 +55,14 @@ class Plays:
                 [sys.executable, "-m", "tests.train.watched", own, str(timeout), *parts.split(", ")],
                 cwd=REPOSITORY,
                 stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
             )
 
     def __call__(self, parts: str) -> Ended:
-        said = json.loads(self._drivers[parts].communicate(timeout=120)[0])
+        output, errors = self._drivers[parts].communicate(timeout=120)
+        assert output, errors
+        said = json.loads(output)
         codes = said["codes"]
         own = self._folder / str(list(PLAYS).index(parts))
         screens, logs = (
