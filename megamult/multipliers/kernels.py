@@ -178,7 +178,7 @@ def _with_ones(kappa: Tensor) -> Tensor:
 
 
 def _worth_compiling(tensor: Tensor, spans: tuple[Span, ...]) -> bool:
-    """Of the odd ends of a matrix, one row say, it would be the launch that takes the time."""
+    """Whether one compiled call is less than a call for each span: not for the odd ends of a matrix, one row say."""
     return tensor.is_cuda and (tensor.numel() >= 1 << 16 or len(spans) > 1)
 
 

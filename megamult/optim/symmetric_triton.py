@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 @triton.jit
-def _lower_tiles(  # type: ignore[no-untyped-def]
+def _lower_tiles(  # type: ignore[no-untyped-def]  # pointers and integers to Triton, which types them itself
     left,
     right,
     add,

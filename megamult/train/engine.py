@@ -45,8 +45,8 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
     if stage:
         zero |= {
             "contiguous_gradients": True,
-            "overlap_comm": device.has_cuda()
-            and data_parallel > 1,  # it waits for the device even where nobody else is
+            # It waits for the device, also where there is nobody to reduce with.
+            "overlap_comm": device.has_cuda() and data_parallel > 1,
             "reduce_bucket_size": _BUCKET_ELEMENTS,
         }
     if stage in (1, 2):
