@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Logits that are held in fp32 at a time: they stay in a CPU's cache, and take at most 256 MiB of a GPU."""
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
@@ -13,6 +17,9 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
 
     Two collectives of one number per token and statistic: the maximum; then the sum of exponentials together with
     the target's logit. Logits of padding (ids from `vocab_size` on) count as -inf and get no gradient.
+
+    All arithmetic is fp32, a chunk of tokens at a time: backward keeps the logits in their own dtype and makes the
+    softmax again, so in bf16 nothing of the logits' size is held in fp32.
     """
 
     @staticmethod
@@ -20,33 +27,62 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, group: torch.distributed.ProcessGroup
     ) -> tuple[Tensor, Tensor]:
         """logits: [seq, batch, padded vocabulary/tp]; labels: [seq, batch] global ids."""
+        logits = logits.contiguous()
         local = logits.shape[-1]
         start = group.rank() * local
-        scores = logits.float()
-        if start + local > vocab_size:
-            if scores is logits:
-                scores = scores.clone()
-            scores[..., max(0, vocab_size - start) :] = -torch.inf
-        maximum = scores.amax(-1)
+        real = min(max(vocab_size - start, 0), local)
+        maximum = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
+        for at in _chunks(logits):
+            maximum.view(-1)[at] = _scores(logits, at, real).amax(-1)
         if group.size() > 1:
             torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX, group=group)
         elsewhere = (labels < start) | (labels >= start + local)
         target = (labels - start).masked_fill(elsewhere, 0)
-        predicted = (scores.gather(-1, target.unsqueeze(-1)).squeeze(-1) - maximum).masked_fill(elsewhere, 0.0)
-        exponentials = (scores - maximum.unsqueeze(-1)).exp_()
-        sums = torch.stack([exponentials.sum(-1), predicted])
+        chosen = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1).float()
+        sums = torch.empty(2, *labels.shape, dtype=torch.float32, device=logits.device)
+        sums[1] = (chosen - maximum).masked_fill(elsewhere, 0.0)
+        for at in _chunks(logits):
+            sums[0].view(-1)[at] = _exponentials(logits, at, real, maximum).sum(-1)
         if group.size() > 1:
             torch.distributed.all_reduce(sums, group=group)
-        softmax = exponentials.div_(sums[0].unsqueeze(-1))
-        ctx.save_for_backward(softmax.to(logits.dtype), target, elsewhere)
+        ctx.save_for_backward(logits, maximum, sums[0], target, elsewhere)
+        ctx.real = real
         log_sum = sums[0].log()
         return log_sum - sums[1], log_sum + maximum
 
     @staticmethod
     def backward(ctx: Any, grad_entropy: Tensor, grad_log_sum_exp: Tensor) -> tuple[Tensor | None, ...]:
         """d entropy = softmax - onehot; d log-sum-exp = softmax."""
-        softmax, target, elsewhere = ctx.saved_tensors
-        grad = softmax * (grad_entropy + grad_log_sum_exp).to(softmax.dtype).unsqueeze(-1)
-        at_target = -grad_entropy.masked_fill(elsewhere, 0.0).to(softmax.dtype)
-        grad.scatter_add_(-1, target.unsqueeze(-1), at_target.unsqueeze(-1))
+        logits, maximum, sums, target, elsewhere = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        rows = grad.view(-1, grad.shape[-1])
+        of_softmax = (grad_entropy + grad_log_sum_exp).reshape(-1, 1)
+        at_target = -grad_entropy.masked_fill(elsewhere, 0.0).reshape(-1, 1)
+        target = target.reshape(-1, 1)
+        for at in _chunks(logits):
+            softmax = _exponentials(logits, at, ctx.real, maximum).div_(sums.view(-1, 1)[at])
+            # The 1 of the target is subtracted before rounding: near p = 1 the difference is all there is.
+            exact = softmax.mul_(of_softmax[at]).scatter_add_(-1, target[at], at_target[at])
+            rows[at] = exact
         return grad, None, None, None
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    """Slices of tokens, which together have at most CHUNK_ELEMENTS logits or are one token."""
+    tokens, local = logits.shape[:-1].numel(), logits.shape[-1]
+    size = max(1, CHUNK_ELEMENTS[logits.device.type] // local)
+    return (slice(first, first + size) for first in range(0, tokens, size))
+
+
+def _scores(logits: Tensor, at: slice, real: int) -> Tensor:
+    """Logits of a chunk of tokens in fp32, of which all from `real` on are padding: [tokens, padded vocabulary/tp]."""
+    scores = logits.view(-1, logits.shape[-1])[at]
+    if real < scores.shape[-1]:
+        scores = scores.to(torch.float32, copy=True)
+        scores[:, real:] = -torch.inf
+    return scores.float()
+
+
+def _exponentials(logits: Tensor, at: slice, real: int, maximum: Tensor) -> Tensor:
+    """exp(score - maximum) of a chunk of tokens, in new memory."""
+    return (_scores(logits, at, real) - maximum.view(-1, 1)[at]).exp_()

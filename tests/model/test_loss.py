@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from megamult.model import loss
+from megamult.model.loss import VocabParallelCrossEntropy
 from tests.model.conftest import Ranks
 from tests.model.workers import LOSS_CASES, VOCAB, loss_inputs
 
@@ -46,10 +53,62 @@ def test_gradients_of_logits_are_torchs_and_exactly_zero_for_padding(ranks: Rank
     assert got.dtype == LOSS_CASES[case][0]
     assert got.isfinite().all()
     assert (got[..., VOCAB:] == 0).all()
-    # Entries are at most about 5 in size. Softmax, the weights, their product and the target's subtraction are each
-    # rounded to the logits' dtype (half its epsilon); in fp32 the exponential's argument (about 20) rounds as well.
-    tolerance = 4 * 5 * torch.finfo(got.dtype).eps / 2 + 20 * 2**-24
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+    # The result is rounded once to the logits' dtype (half its epsilon). Before that all is fp32: the exponential's
+    # argument (about 20) rounds, and the softmax, the weights (of at most 3), their product and the difference.
+    tolerance = (20 + 4) * 3 * 2**-24
+    torch.testing.assert_close(got.double(), want, rtol=torch.finfo(got.dtype).eps / 2, atol=tolerance)
+
+
+@pytest.mark.parametrize("probability", [0.9, 0.99, 0.999])
+def test_the_gradient_of_a_confident_target_in_bf16_is_that_of_fp32_rounded(probability: float) -> None:
+    """At p = 0.999 the target's gradient is -0.001: a softmax that is rounded to bf16 before the 1 is subtracted has
+    lost it (bf16 has no number between 0.996 and 1)."""
+    vocab = 1000
+    logits = torch.zeros(4, 1, vocab)
+    labels = torch.tensor([[0], [1], [500], [999]])
+    logits.scatter_(-1, labels.unsqueeze(-1), math.log(probability / (1 - probability) * (vocab - 1)))
+    logits = logits.bfloat16()
+    exact = logits.double().requires_grad_()
+    torch.nn.functional.cross_entropy(exact.flatten(0, 1), labels.flatten()).backward()
+    found = logits.clone().requires_grad_()
+    entropy, _ = VocabParallelCrossEntropy.apply(found, labels, vocab, OneRank())
+    entropy.mean().backward()
+    # Half of bf16's epsilon is the one rounding at the end; 0.1 % is what fp32 may lose of 1 - p before it.
+    torch.testing.assert_close(found.grad.double(), exact.grad, rtol=2**-8 + 1e-3, atol=0)
+
+
+def test_nothing_of_the_size_of_bf16_logits_is_made_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, vocab = 512, 384
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 16 * vocab)
+    logits = torch.randn(tokens, 1, vocab, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+    labels = torch.randint(0, 300, (tokens, 1), generator=torch.Generator().manual_seed(2))
+    with LargestFp32() as largest:
+        entropy, log_sum_exp = VocabParallelCrossEntropy.apply(logits, labels, 300, OneRank())
+        (entropy.sum() + log_sum_exp.square().sum()).backward()
+    assert 0 < largest.elements <= 16 * vocab
+
+
+class OneRank:
+    """A process group of one."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+class LargestFp32(TorchDispatchMode):
+    """Notes the largest fp32 tensor that an operation returns while it is entered."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor) and each.dtype == torch.float32:
+                self.elements = max(self.elements, each.numel())
+        return result
 
 
 @every_size
