@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megamult import layout as lo
-from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, register_multipliers
+from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, full_precision, register_multipliers
 from megamult.multipliers.placement import NAMED, Placement
 from megamult.multipliers.sharded_state import multiplier_sharded_tensors
 
@@ -47,7 +47,7 @@ class _ScaledLookup(torch.autograd.Function):
         if row is not None:
             dots = (flat_grad.float() * weight[flat_ids].float()).sum(-1)
             grad_row = torch.zeros_like(row, dtype=torch.float32).index_add_(0, flat_ids, dots).to(row.dtype)
-            flat_grad = flat_grad * row[flat_ids].unsqueeze(-1)
+            flat_grad = (flat_grad * row[flat_ids].unsqueeze(-1)).to(grad.dtype)
         grad_weight = torch.ops.aten.embedding_dense_backward(flat_grad, flat_ids, weight.shape[0], -1, False)
         return None, None, grad_weight, grad_row
 
@@ -97,18 +97,20 @@ class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
         if self.tp_group.size() > 1:
             elsewhere = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
             ids = (input_ - self.vocab_start_index).masked_fill(elsewhere, 0)
-        output = _ScaledLookup.apply(ids, elsewhere, self.weight, self.row_multiplier)
+        row = None if self.row_multiplier is None else full_precision(self.row_multiplier)
+        output = _ScaledLookup.apply(ids, elsewhere, self.weight, row)
         if self.reduce_scatter_embeddings:
             output = output.transpose(0, 1).contiguous()
             output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
         else:
             output = reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
-        after = [p for p in (self.col_multiplier, self.scalar_multiplier) if p is not None]
+        after = [full_precision(p) for p in (self.col_multiplier, self.scalar_multiplier) if p is not None]
         if after and self._sum_in_backward:
             after = list(SumOverTensorParallel.apply(self.tp_group, *after))
+        dtype = output.dtype
         for multiplier in after:
             output = output * multiplier
-        return output
+        return output.to(dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

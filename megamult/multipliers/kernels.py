@@ -54,18 +54,20 @@ def scale(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple
         index = _rows_to_cols(spans, weight.shape[0], weight.device) if kappa is not None else None
         # Detached, or the compiler would make one kernel for a Parameter and another for the same plain tensor.
         return _scale_compiled(weight.detach(), _detached(rho), _detached(kappa), index)
-    if kappa is None:
+    dtype = _computed_in(weight)
+    rho, kappa = _in(dtype, rho), _in(dtype, kappa)
+    if kappa is None and dtype == weight.dtype:
         assert rho is not None
         return weight * rho[:, None]
     effective = torch.empty_like(weight)
     for block in _blocks(spans, weight.shape[1]):
         target, source = effective[block.start : block.stop], weight[block.start : block.stop]
-        if block.col is not None:
-            torch.mul(source, kappa[block.col], out=target)
-            source = target
+        made = target if dtype == weight.dtype else torch.empty_like(target, dtype=dtype)
+        if kappa is not None and block.col is not None:
+            source = torch.mul(source, kappa[block.col], out=made)
         if rho is not None:
-            torch.mul(source, rho[block.start : block.stop, None], out=target)
-        elif block.col is None:
+            source = torch.mul(source, rho[block.start : block.stop, None], out=made)
+        if source is not target:
             target.copy_(source)
     return effective
 
@@ -83,6 +85,15 @@ def scale_backward(
         return _scale_backward_compiled(grad, weight, rho, kappa, spans, needs_row_dot)
     row, col = scale_rows_backward(grad, weight, rho, kappa, spans, row=needs_row_dot, col=kappa is not None)
     return Backward(grad, row, col)
+
+
+def _computed_in(weight: Tensor) -> torch.dtype:
+    """The dtype that scaling a weight computes in: its own, or fp32 where that is narrower, rounded once at the end."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _in(dtype: torch.dtype, factors: Tensor | None) -> Tensor | None:
+    return None if factors is None else factors.to(dtype)
 
 
 # ---- in place ------------------------------------------------------------------------------------------------
@@ -123,22 +134,27 @@ def scale_rows_backward(
         if not col or kappa is None:
             return dots if row else None, None
         return dots if row else None, _members(spans, rows, kappa.shape[0], device, scaled.dtype) @ scaled
+    dtype = _computed_in(weight)
+    rho, kappa = _in(dtype, rho), _in(dtype, kappa)
     row_sum = torch.empty(rows, dtype=torch.float32, device=device) if row else None
     col_sum = torch.zeros_like(kappa, dtype=torch.float32) if col and kappa is not None else None
     for block in _blocks(spans, weight.shape[1]):
         here = slice(block.start, block.stop)
         r = None if rho is None else rho[here]
         c = None if kappa is None or block.col is None else kappa[block.col]
+        g = grad[here].to(dtype)  # a view, unless the gradient is narrower
         if row_sum is not None or col_sum is not None:
-            h = grad[here] * weight[here]
+            h = g * weight[here]
             if row_sum is not None:
                 row_sum[here] = h.sum(1) if c is None else torch.mv(h, c)
             if col_sum is not None and block.col is not None:
                 col_sum[block.col] += h.sum(0) if r is None else torch.mv(h.t(), r)
         if c is not None:
-            grad[here].mul_(c)
+            g.mul_(c)
         if r is not None:
-            grad[here].mul_(r[:, None])
+            g.mul_(r[:, None])
+        if grad.dtype != dtype:
+            grad[here] = g
     return row_sum, col_sum
 
 

@@ -29,7 +29,7 @@ from torch.nn import Parameter
 
 from megamult import layout as lo
 from megamult.layout import Layout, Role
-from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, register_multipliers
+from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, full_precision, register_multipliers
 from megamult.multipliers.placement import NAMED, Placement
 from megamult.multipliers.plan import ScalePlan
 from megamult.multipliers.sharded_state import multiplier_sharded_tensors
@@ -89,8 +89,9 @@ class _MultiplierLinear:
         return self.row_multiplier, self.col_multiplier, self.scalar_multiplier
 
     def _completed(self) -> list[Tensor | None]:
-        """The multipliers; replicated ones get their gradient summed over TP in backward if that is our job."""
-        tensors: list[Tensor | None] = list(self._multipliers())
+        """The multipliers, in fp32 where that is kept; replicated ones get their gradient summed over TP in backward if
+        that is our job."""
+        tensors: list[Tensor | None] = [None if p is None else full_precision(p) for p in self._multipliers()]
         if self._sum_in_backward:
             replicated = [
                 i for i, p in enumerate(self._multipliers()) if p is not None and lo.layout_of(p).tp_dim is None

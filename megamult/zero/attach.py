@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from megamult.layout import check_complete, names_of
 from megamult.zero.flat import Bf16Partition, Zero12Partition
+from megamult.zero.full_precision import FullPrecision
 from megamult.zero.slices import Partition
 from megamult.zero.stage3 import Zero3Partition
 from megamult.zero.whole import UnfusedPartition, WholePartition
@@ -88,13 +89,17 @@ def attach(engine: Any, optimizer: TwoPhase) -> Partition:
             "it to 0.0, and give the optimizer clip_grad_norm"
         )
     partition.check()
+    partition.full_precision = FullPrecision.of(partition)
+    partition.stepped()
     optimizer.bind(partition)
     deepspeed_step = engine.optimizer.step
 
     def step(*args: Any, **kwargs: Any) -> Any:
         optimizer.prepare(partition)
         try:
-            return deepspeed_step(*args, **kwargs)
+            result = deepspeed_step(*args, **kwargs)
+            partition.stepped()
+            return result
         finally:
             optimizer.finish()
             # DeepSpeed took the norm of what `prepare` left in the gradients' place; engine.get_global_grad_norm()

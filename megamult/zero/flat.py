@@ -25,7 +25,7 @@ class FlatPartition(Partition):
         self._zero = zero
         self.slices, self.cuts = [], []
         self._places: list[tuple[int, int]] = []  # (group, position in the partition) of each slice
-        self._parameters: dict[str, Parameter] = {}
+        self.parameters = {}
 
     def _add_group(
         self,
@@ -46,7 +46,7 @@ class FlatPartition(Partition):
                 parameter.dtype,
             )
             self.cuts.append(cut)
-            self._parameters[name] = parameter
+            self.parameters[name] = parameter
             start, length = cut.intervals[rank]
             if length:
                 position = offset + start - rank * size
@@ -60,7 +60,7 @@ class FlatPartition(Partition):
 
     def read_back(self, piece: Slice) -> Tensor | None:
         """DeepSpeed's link from a parameter to its fragment of the flat fp32 partition."""
-        mapping = self._parameters[piece.name]._hp_mapping  # type: ignore[attr-defined]
+        mapping = self.parameters[piece.name]._hp_mapping  # type: ignore[attr-defined]
         address = mapping.lp_fragment_address
         if (address.start, address.numel) != (piece.start, piece.length):
             raise self._mismatch(piece, f"belong to [{address.start}:{address.start + address.numel}] in DeepSpeed")

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from megamult.layout import Layout
+from megamult.zero.full_precision import FullPrecision
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class Partition(ABC):
     cuts: list[Cut]
     """What every rank holds: every parameter, in an order that is the same on all ranks."""
     sharded: bool
+    parameters: dict[str, Parameter]
+    """The model's, by name."""
+    full_precision: FullPrecision | None = None
+    """Kept where the model's multipliers are narrower than their masters."""
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
@@ -93,6 +99,12 @@ class Partition(ABC):
         for piece in self.slices:
             piece.source.copy_(piece.master)
         self.spread()
+        self.stepped()
+
+    def stepped(self) -> None:
+        """Bring the masters of multipliers to every forward pass, once they have changed. Collective."""
+        if self.full_precision is not None:
+            self.full_precision.refresh()
 
     def spread(self) -> None:  # noqa: B027
         """This rank's slices of the model were written to: bring them to all ranks that hold them."""

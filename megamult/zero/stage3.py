@@ -26,7 +26,7 @@ class Zero3Partition(Partition):
         self._zero = zero
         self.slices, self.cuts = [], []
         self._places: list[tuple[int, int]] = []  # (sub-group, index of the parameter in it)
-        self._parameters: dict[str, Parameter] = {}
+        self.parameters = {}
         for sub_group, parameters in enumerate(zero.fp16_groups):
             master, position = zero.fp32_partitioned_groups_flat[sub_group], 0
             for i, parameter in enumerate(parameters):
@@ -34,7 +34,7 @@ class Zero3Partition(Partition):
                 intervals = flat_intervals(0, parameter.ds_numel, piece, group.size())
                 cut = Cut(name, layout_of(parameter, name), intervals, parameter.dtype)
                 self.cuts.append(cut)
-                self._parameters[name] = parameter
+                self.parameters[name] = parameter
                 start, length = cut.intervals[group.rank()]
                 if length:
                     source = parameter.ds_tensor.detach().view(-1)[:length]
@@ -51,7 +51,7 @@ class Zero3Partition(Partition):
 
     def read_back(self, piece: Slice) -> Tensor:
         """DeepSpeed's accessor of this rank's part of a parameter's fp32 masters."""
-        return self._zero.get_local_fp32_param(self._parameters[piece.name]).view(-1)[: piece.length]
+        return self._zero.get_local_fp32_param(self.parameters[piece.name]).view(-1)[: piece.length]
 
     def gradients(self) -> list[Tensor]:
         """Views into `averaged_gradients`: per sub-group one cut per parameter."""

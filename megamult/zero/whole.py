@@ -24,7 +24,7 @@ class WholePartition(Partition):
         self._build([(p, p) for p in parameters], names)
 
     def _build(self, pairs: list[tuple[Parameter, Tensor]], names: Mapping[Parameter, str]) -> None:
-        self._parameters = [parameter for parameter, _ in pairs]
+        self.parameters = {names[parameter]: parameter for parameter, _ in pairs}
         self._borrowed: list[Parameter] = []  # whose .grad is their main_grad
         self.slices, self.cuts = [], []
         for parameter, master in pairs:
@@ -39,12 +39,12 @@ class WholePartition(Partition):
         Raises:
             RuntimeError: no parameter has a gradient, or one has another dtype than its parameter.
         """
-        if all(p.grad is None and getattr(p, "main_grad", None) is None for p in self._parameters):
+        if all(p.grad is None and getattr(p, "main_grad", None) is None for p in self.parameters.values()):
             raise RuntimeError(
-                f"none of {len(self._parameters)} parameters has a gradient: call backward before step, and leave "
+                f"none of {len(self.parameters)} parameters has a gradient: call backward before step, and leave "
                 "gradients in .grad or main_grad"
             )
-        for parameter, piece in zip(self._parameters, self.slices, strict=True):
+        for parameter, piece in zip(self.parameters.values(), self.slices, strict=True):
             main = getattr(parameter, "main_grad", None)
             if parameter.grad is None and main is not None:
                 if main.dtype != parameter.dtype:
@@ -58,7 +58,7 @@ class WholePartition(Partition):
                 parameter.grad = torch.zeros_like(parameter)
             elif not parameter.grad.is_contiguous():
                 parameter.grad = parameter.grad.contiguous()
-        return [parameter.grad.view(-1) for parameter in self._parameters if parameter.grad is not None]
+        return [parameter.grad.view(-1) for parameter in self.parameters.values() if parameter.grad is not None]
 
     def release(self) -> None:
         """Megatron's hooks add `.grad` to `main_grad`, and must not find the one in the other."""

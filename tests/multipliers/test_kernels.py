@@ -155,6 +155,24 @@ def test_scaling_and_its_gradients_are_the_float64_reference(
     assert_agrees(problem, effective, back)
 
 
+@pytest.mark.parametrize(("rho", "kappa"), RHO_KAPPA)
+@pytest.mark.parametrize("spans", SPANS)
+def test_a_bf16_weight_is_scaled_by_fp32_factors_and_rounded_once(spans: str, rho: bool, kappa: bool) -> None:
+    drawn, factors = (Problem.draw(SPANS[spans], rho, kappa, dtype) for dtype in (torch.bfloat16, torch.float32))
+    problem = Problem(drawn.weight, drawn.grad, factors.rho, factors.kappa, drawn.spans)
+    effective, back = run_cpu(problem)
+    wanted, magnitudes = problem.reference(), problem.reference(magnitudes=True)
+    for got, want in ((effective, wanted[0]), (back.weight, wanted[1])):
+        assert got.dtype == torch.bfloat16
+        # Half of bf16's epsilon, and two fp32 products before it.
+        torch.testing.assert_close(got.double(), want, rtol=2**-8 + 2 * 2**-24, atol=0)
+    # fp32 sums of at most 600 terms, whose roundings grow as the square root of their number.
+    for sums, want, scale in zip((back.row_dot, back.col), wanted[2:], magnitudes[2:], strict=True):
+        assert (sums is None) == (want is None)
+        if sums is not None and want is not None and scale is not None:
+            assert bool(((sums.double() - want).abs() <= 25 * 2**-24 * scale).all())
+
+
 @pytest.mark.parametrize("run", [run_cpu, run_compiled_eagerly])
 def test_row_sums_that_nobody_asked_for_are_left_out(run: Run) -> None:
     problem = Problem.draw(SPANS["one matrix"], rho=False, kappa=True, dtype=torch.float32)

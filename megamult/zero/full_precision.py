@@ -1,0 +1,61 @@
+"""fp32 values of a bf16 model's multipliers, whole on every data-parallel rank: what its forward passes scale by.
+
+DeepSpeed gives all parameters of a model one dtype and shards their fp32 masters. A matrix can bear that: each of its
+elements is rounded by itself. A multiplier in bf16 moves a whole row at once, in steps of 2^-8 to 2^-7.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megamult import device, parallel
+from megamult.multipliers.parameters import FULL_PRECISION
+
+if TYPE_CHECKING:
+    from megamult.zero.slices import Partition, Slice
+
+
+class FullPrecision:
+    """The multipliers' masters of all ranks in one packed buffer, of which each parameter has its view.
+
+    Args:
+        partition: whose masters these are.
+        narrow: names of the parameters, the same on every data-parallel rank.
+    """
+
+    def __init__(self, partition: Partition, narrow: list[str]) -> None:
+        self._sharded = partition.sharded
+        tensor_size = parallel.grid().tensor_size
+        cuts = [cut for cut in partition.cuts if cut.name in set(narrow)]
+        sizes = [torch.Size(cut.layout.local_shape(tensor_size)).numel() for cut in cuts]
+        self._values = torch.zeros(sum(sizes), dtype=torch.float32, device=device.local_device())
+        views = dict(zip((cut.name for cut in cuts), self._values.split(sizes), strict=True))
+        for cut in cuts:
+            parameter: Parameter = partition.parameters[cut.name]
+            setattr(parameter, FULL_PRECISION, views[cut.name].view(cut.layout.local_shape(tensor_size)))
+        self._held: list[tuple[Slice, Tensor]] = [
+            (piece, views[piece.name][piece.start : piece.start + piece.length])
+            for piece in partition.slices
+            if piece.name in views
+        ]
+
+    @staticmethod
+    def of(partition: Partition) -> FullPrecision | None:
+        """That of the partition's multipliers, if the model's own are narrower than fp32."""
+        narrow = [c.name for c in partition.cuts if c.layout.kind == "multiplier" and c.dtype.itemsize < 4]
+        return FullPrecision(partition, narrow) if narrow else None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the present masters: one all-reduce over the data-parallel ranks where they are sharded."""
+        if self._sharded:
+            self._values.zero_()
+        if self._held:
+            torch._foreach_copy_([value for _, value in self._held], [piece.master for piece, _ in self._held])
+        if self._sharded and parallel.data_group().size() > 1:
+            # Every element is held by one rank, all others add zero: the sum is exact.
+            torch.distributed.all_reduce(self._values, group=parallel.data_group())
