@@ -111,3 +111,18 @@ def test_muon_step_counts_what_newton_schulz_costs() -> None:
     assert passes == pytest.approx(one * 524288 / tokens, rel=0.05)
     step = float(ours[1]) / 1e3
     assert share == pytest.approx(100 * step / (step + passes), rel=0.05)
+
+
+def test_step_launches_counts_few_kernels_for_a_band_and_for_all_norms() -> None:
+    """A gradient's band takes one kernel, one product for its columns and one sum; its weight a copy and one kernel."""
+    said = _run(str(EXAMPLES / "benchmarks" / "step_launches.py"), "--data", "8")
+    rows = re.findall(r"(8B|70B) +(\d+) +(\d+) +(gradient norms|chain rule|effective weights)[a-z, ]* +(\d+)", said)
+    assert len(rows) == 6
+    for _, slices, bands, work, calls in rows:
+        # Beside what each band or tensor takes, a dozen for all together: gathers, sums, the multipliers and 1.
+        most = {
+            "gradient norms": 0,
+            "chain rule": 3 * int(bands),
+            "effective weights": int(bands) + int(slices),
+        }[work] + 12
+        assert 0 < int(calls) <= most, (work, calls)

@@ -201,14 +201,17 @@ def _worth_compiling(tensor: Tensor, spans: tuple[Span, ...]) -> bool:
 def _given(
     matrix: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """rho, kappa with a row of ones at its end, and for each row the row of that which scales it.
+    """rho, kappa (with a row of ones at its end if any row needs it), and for each row the row of that which scales it.
 
     Ones for what there is not: one kernel does for all placements, and every further one counts towards torch's limit
     of compilations, after which it would run uncompiled.
     """
     rows, cols = matrix.shape
     rho = matrix.new_ones(rows) if rho is None else rho
-    kappa = matrix.new_ones(2, cols) if kappa is None else _with_ones(kappa)
+    if kappa is None:
+        kappa = matrix.new_ones(2, cols)
+    elif any(span.col is None for span in spans):
+        kappa = _with_ones(kappa)
     return rho, kappa, _rows_to_cols(spans, rows, matrix.device)
 
 

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from megamult import device, parallel
 from megamult.layout import Layout, check_complete, has_layout, names_of
-from megamult.optim.clip import Norms, clip_factor, local_squares
+from megamult.optim.clip import LocalSquares, Norms, clip_factor
 from megamult.optim.folded import FoldedMultipliers
 from megamult.optim.param_groups import check_groups
 from megamult.zero.slices import Partition, Slice
@@ -85,6 +85,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         self._driven = False  # someone else calls prepare
         self._whole: WholePartition | None = None
         self._prepared: Partition | None = None
+        self._squares: tuple[Partition, LocalSquares] | None = None
 
     @property
     def gradient_norm(self) -> float | None:
@@ -123,8 +124,9 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         sum_partial_gradients(partition, gradients)
         if self.folded is not None:
             self.folded.chain_rule(gradients)
-        squares = local_squares(partition.slices, gradients, grid.tensor_rank)
-        squares = squares.to(device.local_device())  # a rank without slices has made it on the CPU
+        if self._squares is None or self._squares[0] is not partition:
+            self._squares = partition, LocalSquares(partition.slices, grid.tensor_rank, device.local_device())
+        squares = self._squares[1](gradients)
         if not partition.sharded and grid.data_rank != 0:
             squares.zero_()  # data-parallel replicas count once
         if grid.size > 1:

@@ -7,8 +7,9 @@ lie one after the other and are as wide as each other are scaled together.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +30,15 @@ class Band:
     """In the piece."""
     height: int
     width: int
-    row: Tensor | None
-    """[height] entries of row multipliers; None: no row has any. Likewise below."""
-    scalar: Tensor | None
+    row: Tensor
+    """[height] entries of row multipliers; 1's where a row has none. Likewise below."""
+    scalar: Tensor
     """[height] entries of scalars."""
+    has_rho: bool
+    """Whether any row has a row multiplier or a scalar."""
     scalars: tuple[Tensor, Tensor] | None
     """[count] entries of scalars, each once, and [count, height]: 1 where it scales a row, else 0."""
-    col: Tensor | None
+    col: Tensor
     """[vectors, width] entries of column multipliers."""
     spans: tuple[Span, ...]
     """Which of these vectors scales which rows."""
@@ -44,25 +47,71 @@ class Band:
         """[height, width] view of the band in the values [length] of its piece."""
         return values[self.offset : self.offset + self.height * self.width].view(self.height, self.width)
 
-    def factors(self, packed: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Of the multipliers and 1: rows' own, their scalars, both joined [height]; columns' [vectors, width]."""
-        row, scalar, kappa = (None if at is None else packed[at] for at in (self.row, self.scalar, self.col))
-        rho = scalar if row is None else row if scalar is None else row * scalar
-        return row, scalar, rho, kappa
+
+class Factors(NamedTuple):
+    """The multipliers of all rows of a table's bands, one band after the other, and those of each band."""
+
+    row: Tensor
+    """[rows] row multipliers; 1 where a row has none. Likewise below."""
+    scalar: Tensor
+    """[rows] scalars."""
+    bands: list[tuple[Tensor | None, Tensor | None]]
+    """rho [height], the product of both, and kappa [vectors, width], the column multipliers; None: all are 1."""
+
+
+class Table:
+    """Entries of the rows and columns of many bands, so that their multipliers are looked up together.
+
+    Args:
+        bands: in the order in which they are worked on.
+        here: where the entries are needed.
+    """
+
+    def __init__(self, bands: Sequence[Band], here: torch.device) -> None:
+        nothing = [torch.empty(0, dtype=torch.long)]
+        self.bands = bands
+        self.rows = torch.cat([band.row for band in bands] or nothing).to(here)
+        """[rows]: the entry of each row's multiplier."""
+        self._scalars = torch.cat([band.scalar for band in bands] or nothing).to(here)
+        self._cols = torch.cat([band.col.view(-1) for band in bands] or nothing).to(here)
+        self._heights = [band.height for band in bands]
+        self._widths = [band.col.numel() for band in bands]
+        self.cols = self._cols.split(self._widths)
+        """[vectors * width] by band: the entry of each column's multiplier."""
+        self.scalars = [None if b.scalars is None else (b.scalars[0].to(here), b.scalars[1].to(here)) for b in bands]
+
+    def factors(self, packed: Tensor) -> Factors:
+        """Look the multipliers up: four kernels for all bands.
+
+        Args:
+            packed: [entries + 1] multipliers and 1.
+        """
+        row, scalar = packed[self.rows], packed[self._scalars]
+        rhos = (row * scalar).split(self._heights)
+        kappas = packed[self._cols].split(self._widths)
+        by_band = [
+            (rho if band.has_rho else None, kappa.view(-1, band.width) if kappa.numel() else None)
+            for band, rho, kappa in zip(self.bands, rhos, kappas, strict=True)
+        ]
+        return Factors(row, scalar, by_band)
+
+    def by_band(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """[height] views of values of all rows."""
+        return rows.split(self._heights)
 
 
 def bands(
-    found: Iterable[Rectangle], places: Mapping[tuple[int, Side], slice], one: int, here: torch.device
+    found: Iterable[Rectangle], places: Mapping[tuple[int, Side], slice], one: int, device_type: str
 ) -> list[Band]:
-    """As few as widths and the bound of temporary memory allow; none where nothing is scaled.
+    """Make as few as widths and the bound of temporary memory allow; none where nothing is scaled.
 
     Args:
         found: the rectangles of one piece, in the order of their offsets.
         places: packed entries of each (part, side) that has multipliers.
         one: the entry that is 1.
-        here: where the entries are needed.
+        device_type: cpu or cuda, where the piece is.
     """
-    made = (_band(together, places, one, here) for together in _together(found, _ELEMENTS[here.type]))
+    made = (_band(together, places, one) for together in _together(found, _ELEMENTS[device_type]))
     return [band for band in made if band is not None]
 
 
@@ -89,9 +138,7 @@ def _bounded(r: Rectangle, elements: int) -> Iterator[Rectangle]:
         yield Rectangle(r.part, r.row + row, r.col, height, r.width, r.offset + row * r.width)
 
 
-def _band(
-    together: list[Rectangle], places: Mapping[tuple[int, Side], slice], one: int, here: torch.device
-) -> Band | None:
+def _band(together: list[Rectangle], places: Mapping[tuple[int, Side], slice], one: int) -> Band | None:
     """The band of these rectangles, unless nothing scales it."""
     row, scalar = torch.full((2, sum(r.height for r in together)), one)
     cols: dict[int, Tensor] = {}
@@ -105,16 +152,19 @@ def _band(
         if (of_cols := places.get((r.part, "col"))) is not None:
             cols.setdefault(r.part, of_cols.start + r.col + torch.arange(r.width))
         spans.append(Span(start, stop, list(cols).index(r.part) if of_cols is not None else None))
-    has_rows, entries = bool((row != one).any()), scalar[scalar != one].unique()
-    if not (has_rows or cols or len(entries)):
+    entries = scalar[scalar != one].unique()
+    has_rho = bool((row != one).any()) or len(entries) > 0
+    if not (has_rho or cols):
         return None
+    width = together[0].width
     return Band(
         together[0].offset,
         len(row),
-        together[0].width,
-        row.to(here) if has_rows else None,
-        scalar.to(here) if len(entries) else None,
-        (entries.to(here), (scalar == entries[:, None]).float().to(here)) if len(entries) else None,
-        torch.stack(list(cols.values())).to(here) if cols else None,
+        width,
+        row,
+        scalar,
+        has_rho,
+        (entries, (scalar == entries[:, None]).float()) if len(entries) else None,
+        torch.stack(list(cols.values())) if cols else torch.empty(0, width, dtype=torch.long),
         tuple(spans),
     )

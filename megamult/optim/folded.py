@@ -23,7 +23,7 @@ from megamult.layout import Layout, Role, Side
 from megamult.multipliers import kernels
 from megamult.multipliers.merge import LEAVES
 from megamult.multipliers.placement import Placement
-from megamult.optim.bands import Band, bands
+from megamult.optim.bands import Band, Factors, Table, bands
 from megamult.rectangles import rectangles
 from megamult.zero.slices import Partition
 
@@ -78,7 +78,9 @@ class FoldedMultipliers:
         self._settings: dict[str, Any] = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
         self.vectors: list[Vector] = []
         self.partition: Partition | None = None
-        self._bands: list[list[Band]] = []  # of each slice of the partition
+        self._table: Table
+        self._bands_of: dict[int, range] = {}  # which of the table's bands each scaled slice has
+        self._present: Factors | None = None  # of the present values, once they were asked for
         self._slices_of: dict[Tensor, list[int]] = {}  # of each tensor that holds folded weights
         self._state: MutableMapping[Tensor, Any] = {}
 
@@ -113,9 +115,9 @@ class FoldedMultipliers:
             "exp_avg_sq": torch.zeros_like(self.gradient),
         }
         grid = parallel.grid()
-        self._bands, self._slices_of = [], {}
+        self._bands_of, self._slices_of = {}, {}
+        all_bands: list[Band] = []
         for i, piece in enumerate(partition.slices):
-            self._bands.append([])
             if not self.covers(piece.layout):
                 continue
             if piece.tensor.dtype != torch.float32:
@@ -124,8 +126,11 @@ class FoldedMultipliers:
                     "DeepSpeed wrap the optimizer, or train in fp32"
                 )
             self._slices_of.setdefault(piece.tensor, []).append(i)
-            found = rectangles(piece.layout, grid.tensor_rank, grid.tensor_size, piece.start, piece.length)
-            self._bands[i] = bands(found, places[piece.name], len(starts), here)
+            held = rectangles(piece.layout, grid.tensor_rank, grid.tensor_size, piece.start, piece.length)
+            found = bands(held, places[piece.name], len(starts), here.type)
+            self._bands_of[i] = range(len(all_bands), len(all_bands) + len(found))
+            all_bands += found
+        self._table, self._present = Table(all_bands, here), None
         for tensor in self._slices_of:
             state[tensor][LATENT] = tensor.detach().clone()
         if bool((self.values != 1).any()):
@@ -164,33 +169,56 @@ class FoldedMultipliers:
         grid = parallel.grid()
         replica = not self.partition.sharded and grid.data_rank != 0
         self._sums.zero_()
-        packed = self._packed()
-        for piece, found, gradient in zip(self.partition.slices, self._bands, gradients, strict=True):
-            if not found:
-                continue
+        factors = self._factors()
+        nothing = self._sums.new_zeros(1)
+        dots: list[Tensor] = []
+        for i, numbers in self._bands_of.items():
+            piece = self.partition.slices[i]
             counts = piece.layout.counted_on(grid.tensor_rank) and not replica
             latent = self.latent(piece.tensor, piece.offset, piece.length)
-            for band in found:
-                self._backward(band.of(gradient), band.of(latent), band, packed, counts)
+            for k in numbers:
+                band = self._table.bands[k]
+                dot = self._backward(k, band.of(gradients[i]), band.of(latent), factors.bands[k], counts)
+                dots.append(nothing.expand(band.height) if dot is None else dot)
+        if dots and not replica:
+            self._add_rows(torch.cat(dots), factors)
         if grid.size > 1:
             torch.distributed.all_reduce(self.gradient)
 
-    def _backward(self, gradient: Tensor, weight: Tensor, band: Band, packed: Tensor, counts: bool) -> None:
-        row, scalar, rho, kappa = band.factors(packed)
+    def _backward(
+        self, k: int, gradient: Tensor, weight: Tensor, factors: tuple[Tensor | None, Tensor | None], counts: bool
+    ) -> Tensor | None:
+        """Turn the gradient [height, width] of band k into that of W, and add to the sums of its columns if it counts.
+
+        Returns:
+            sum_j W kappa G [height] if it counts and its rows are scaled.
+        """
+        rho, kappa = factors
         g = gradient.float()
         dot, col = kernels.scale_rows_backward(
-            g, weight, rho, kappa, band.spans, row=counts and rho is not None, col=counts and kappa is not None
+            g,
+            weight,
+            rho,
+            kappa,
+            self._table.bands[k].spans,
+            row=counts and rho is not None,
+            col=counts and kappa is not None,
         )
         if gradient.dtype != g.dtype:
             gradient.copy_(g)
-        # No entry is twice in what is added at once, but the last: sums have one order on a GPU too.
-        if dot is not None and band.row is not None:
-            self._sums.index_add_(0, band.row, dot if scalar is None else dot * scalar)
-        if dot is not None and band.scalars is not None:
-            entries, members = band.scalars
-            self._sums.index_add_(0, entries, members @ (dot if row is None else dot * row))
-        if col is not None and band.col is not None:
-            self._sums.index_add_(0, band.col.view(-1), col.view(-1))
+        if col is not None:
+            self._sums.index_add_(0, self._table.cols[k], col.view(-1))
+        return dot
+
+    def _add_rows(self, dots: Tensor, factors: Factors) -> None:
+        """Add sum_j W kappa G [rows], of all bands, to the sums of their row multipliers and scalars."""
+        # Nothing but the last entry is twice in what is added at once: sums have one order on a GPU too.
+        self._sums.index_add_(0, self._table.rows, dots * factors.scalar)
+        if any(self._table.scalars):
+            for scalars, dot in zip(self._table.scalars, self._table.by_band(dots * factors.row), strict=True):
+                if scalars is not None:
+                    entries, members = scalars
+                    self._sums.index_add_(0, entries, members @ dot)
 
     @torch.no_grad()
     def update(self, factor: float, schedule: float) -> None:
@@ -198,6 +226,7 @@ class FoldedMultipliers:
         self.values.grad = self.gradient * factor
         self._adamw.param_groups[0]["lr"] = self.lr * schedule
         self._adamw.step()
+        self._present = None
 
     @contextlib.contextmanager
     def latent_weights(self, tensors: list[Tensor]) -> Iterator[None]:
@@ -233,6 +262,7 @@ class FoldedMultipliers:
             updates: steps that had been applied when they were kept.
         """
         self._adamw.state[self.values]["step"].fill_(updates)
+        self._present = None
         for tensor in self._slices_of:
             self._write(tensor)
 
@@ -258,6 +288,7 @@ class FoldedMultipliers:
         self._state = optimizer_state
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
+        self._present = None
 
     def named(self) -> Iterator[tuple[Vector, Tensor]]:
         """Every vector of multipliers, whole on every rank."""
@@ -270,13 +301,15 @@ class FoldedMultipliers:
         assert self.partition is not None
         flat, latent = tensor.detach().view(-1), self._state[tensor][LATENT].view(-1)
         flat.copy_(latent)
-        packed = self._packed()
+        factors = self._factors()
         for i in self._slices_of[tensor]:
             piece = self.partition.slices[i]
-            for band in self._bands[i]:
-                _, _, rho, kappa = band.factors(packed)
+            for k in self._bands_of[i]:
+                band, (rho, kappa) = self._table.bands[k], factors.bands[k]
                 kernels.scale_rows(band.of(flat[piece.offset : piece.offset + piece.length]), rho, kappa, band.spans)
 
-    def _packed(self) -> Tensor:
-        """[entries + 1]: the multipliers and 1."""
-        return torch.cat([self.values.detach(), self.values.new_ones(1)])
+    def _factors(self) -> Factors:
+        """The present multipliers of every band."""
+        if self._present is None:
+            self._present = self._table.factors(torch.cat([self.values.detach(), self.values.new_ones(1)]))
+        return self._present

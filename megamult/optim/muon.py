@@ -14,7 +14,7 @@ from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.optim.exchange import Exchange
 from megamult.optim.newton_schulz import coefficients, orthogonalize, scale
 from megamult.optim.plan import BUCKET_ELEMENTS, Plan, make_plan
-from megamult.zero.slices import Partition, Slice
+from megamult.zero.slices import Partition, Slice, buckets
 from megamult.zero.virtual import kept_once
 
 
@@ -125,19 +125,25 @@ class DistributedMuon(TwoPhaseAdamW):
         assert self._factors is not None and self._pieces is not None and self._exchange is not None
         assert self.exchange_dtype is not None
         gradients = self._pieces.gradients()
-        for i in self._indices:
-            self._advance(self._pieces.slices[i], gradients[i], self._factors[0])
+        sizes = [self._pieces.slices[i].length for i in self._indices]
+        for bucket in buckets(sizes, self.bucket_elements):
+            part = self._indices[bucket]
+            self._advance([self._pieces.slices[i] for i in part], [gradients[i] for i in part], self._factors[0])
         self._exchange.run([gradients[i] for i in self._indices], self._update)
         self._bytes_gathered += self._pieces.complete(self.exchange_dtype, self.bucket_elements)
 
-    def _advance(self, piece: Slice, gradient: Tensor, factor: float) -> None:
-        """Take the clipped gradient into the momentum, and put what is to be orthogonalized in the gradient's place."""
-        momentum = self._momentum(piece)
-        value = gradient.float()
+    def _advance(self, pieces: list[Slice], gradients: list[Tensor], factor: float) -> None:
+        """Take clipped gradients into the momentum, and put what is to be orthogonalized in the gradients' place."""
+        momenta = [self._momentum(piece) for piece in pieces]
+        values = [gradient.float() for gradient in gradients]  # themselves, unless they are narrower
         if factor != 1.0:
-            value.mul_(factor)
-        momentum.lerp_(value, 1 - self.momentum)
-        gradient.copy_(value.lerp_(momentum, self.momentum) if self.nesterov else momentum)
+            torch._foreach_mul_(values, factor)
+        torch._foreach_lerp_(momenta, values, 1 - self.momentum)
+        if self.nesterov:
+            torch._foreach_lerp_(values, momenta, self.momentum)
+        results = values if self.nesterov else momenta
+        if any(result is not gradient for result, gradient in zip(results, gradients, strict=True)):
+            torch._foreach_copy_(gradients, results)
 
     def _momentum(self, piece: Slice) -> Tensor:
         """[length] view of the momentum of a slice; zeros at first."""

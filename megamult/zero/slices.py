@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +40,18 @@ def flat_intervals(offset: int, numel: int, partition_size: int, ranks: int) -> 
 def even_intervals(numel: int, ranks: int) -> tuple[tuple[int, int], ...]:
     """Of a parameter that is cut by itself into pieces of one size, the last ones possibly shorter or empty."""
     return flat_intervals(0, numel, -(-numel // ranks), ranks)
+
+
+def buckets(sizes: Sequence[int], elements: int) -> list[slice]:
+    """Consecutive items of these sizes, together at most `elements` in a bucket, or one item."""
+    bounds: list[int] = []
+    filled = 0
+    for i, size in enumerate(sizes):
+        if not bounds or filled + size > elements:
+            bounds.append(i)
+            filled = 0
+        filled += size
+    return [slice(first, last) for first, last in itertools.pairwise([*bounds, len(sizes)])]
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megamult import parallel
 from megamult.layout import Layout
-from megamult.zero.slices import Cut, Partition, Slice, even_intervals
+from megamult.zero.slices import Cut, Partition, Slice, buckets, even_intervals
 
 
 def kept_once(partition: Partition, select: Callable[[Layout], bool]) -> Partition:
@@ -63,7 +63,9 @@ class VirtualPartition(Partition):
             return 0
         gradients = self._whole.gradients()
         sent = 0
-        for bucket in _bounded(list(zip(self._indices, self.cuts, strict=True)), bucket_elements):
+        sizes = [sum(length for _, length in cut.intervals) for cut in self.cuts]
+        for part in buckets(sizes, bucket_elements):
+            bucket = list(zip(self._indices[part], self.cuts[part], strict=True))
             widths = [max(length for _, length in cut.intervals) for _, cut in bucket]
             device = gradients[bucket[0][0]].device
             mine = torch.zeros(sum(widths), dtype=dtype, device=device)
@@ -78,17 +80,3 @@ class VirtualPartition(Partition):
                     start, length = cut.intervals[rank]
                     gradients[i][start : start + length] = part[:length]
         return sent
-
-
-def _bounded(items: Sequence[tuple[int, Cut]], elements: int) -> list[list[tuple[int, Cut]]]:
-    """Consecutive items in buckets of at most so many elements, each bucket with one item at least."""
-    buckets: list[list[tuple[int, Cut]]] = []
-    filled = elements
-    for item in items:
-        size = sum(length for _, length in item[1].intervals)
-        if not buckets or filled + size > elements:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(item)
-        filled += size
-    return buckets

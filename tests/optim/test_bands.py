@@ -11,10 +11,9 @@ from torch import Tensor
 from megamult import layout
 from megamult.layout import Layout, Side
 from megamult.optim import bands as module
-from megamult.optim.bands import bands
+from megamult.optim.bands import Table, bands
 from megamult.rectangles import rectangles
 
-CPU = torch.device("cpu")
 QKV = layout.fused_qkv(32, 16, 4, 24)  # 16 groups of [q q k v]
 LAYOUTS = {
     "qkv": QKV,
@@ -68,9 +67,12 @@ def test_every_element_is_scaled_by_its_row_its_column_and_its_scalar(
                 if "col" in of_part:
                     factor = factor * of_part["col"][r.col : r.col + r.width]
                 wanted[r.offset : r.offset + r.numel] = factor.view(-1)
-            for band in bands(found, places, len(values) - 1, CPU):
+            table = Table(bands(found, places, len(values) - 1, "cpu"), torch.device("cpu"))
+            factors = table.factors(values)
+            for band, scalar, (rho, kappa) in zip(
+                table.bands, table.by_band(factors.scalar), factors.bands, strict=True
+            ):
                 assert band.height == 1 or band.height * band.width <= elements
-                _, scalar, rho, kappa = band.factors(values)
                 if band.scalars is not None:  # what sums are added to, and of which rows
                     entries, members = band.scalars
                     assert len(entries.unique()) == len(entries) and (values[entries] != 1).all()
@@ -89,12 +91,12 @@ def test_an_interleaved_parameter_is_one_band() -> None:
     places, values = packed(QKV, {0: ("row", "col"), 1: ("row", "col"), 2: ("row", "col")})
     whole = rectangles(QKV, 0, 1, 0, 16 * 16 * 24)
     assert len(whole) == 48
-    (band,) = bands(whole, places, len(values) - 1, CPU)
+    (band,) = bands(whole, places, len(values) - 1, "cpu")
     assert (band.height, band.width, len(band.spans)) == (256, 24, 48)
     # A cut within a row leaves its end, the whole rows, and the next row's beginning.
-    assert [b.height for b in bands(rectangles(QKV, 0, 1, 5, 24 * 100), places, len(values) - 1, CPU)] == [1, 99, 1]
+    assert [b.height for b in bands(rectangles(QKV, 0, 1, 5, 24 * 100), places, len(values) - 1, "cpu")] == [1, 99, 1]
 
 
 def test_what_nothing_scales_is_no_band() -> None:
     places, values = packed(QKV, {})
-    assert bands(rectangles(QKV, 0, 1, 0, 24 * 256), places, len(values) - 1, CPU) == []
+    assert bands(rectangles(QKV, 0, 1, 0, 24 * 256), places, len(values) - 1, "cpu") == []

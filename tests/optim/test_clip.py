@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megamult import layout
 from megamult.layout import Layout
-from megamult.optim.clip import Norms, clip_factor, local_squares
+from megamult.optim.clip import LocalSquares, Norms, clip_factor
 from megamult.zero.slices import Slice
 
 MATRIX = layout.single_matrix("down", 4, 6, tp_dim=1)
@@ -22,6 +22,10 @@ COL = layout.col_multiplier(MATRIX, [0], partial_over_tp=False)  # sharded
 def pieces(*gradients: tuple[Layout, Tensor]) -> tuple[list[Slice], list[Tensor]]:
     slices = [Slice("x", stated, 0, g.numel(), g, 0, g) for stated, g in gradients]
     return slices, [g for _, g in gradients]
+
+
+def local_squares(slices: list[Slice], gradients: list[Tensor], tp_rank: int) -> Tensor:
+    return LocalSquares(slices, tp_rank, torch.device("cpu"))(gradients)
 
 
 def test_squares_of_two_tensor_parallel_ranks_add_up_to_those_of_the_full_gradients() -> None:

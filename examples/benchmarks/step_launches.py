@@ -1,0 +1,158 @@
+"""How many kernels a rank of Llama-3 8B and 70B starts in an optimizer step, beside the optimizer's own updates.
+
+    python examples/benchmarks/step_launches.py
+
+Counts operations, without a GPU: what torch compiles for CUDA counts as one, views as none, and torch's `foreach`
+functions by tensor as well as by call (on CUDA a call is one kernel for some 100 tensors). The model has all layers,
+each 32 times narrower, with the slices that ZeRO 3 leaves on one of `--data` data-parallel ranks, and bands of rows as
+the whole model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from megamult import layout
+from megamult.layout import Layout
+from megamult.multipliers import kernels
+from megamult.multipliers.placement import resolve
+from megamult.optim import bands
+from megamult.optim.clip import LocalSquares
+from megamult.optim.folded import FoldedMultipliers
+from megamult.zero.slices import Cut, Partition, Slice, even_intervals
+
+NARROWER = 32
+# (layers, hidden, query heads, query groups, ffn): A. Grattafiori et al., arXiv 2407.21783, table 3.
+LLAMA = {"8B": (32, 4096, 32, 8, 14336), "70B": (80, 8192, 64, 8, 28672)}
+VOCABULARY = 128256
+
+
+def layouts(name: str, tensor: int) -> dict[str, Layout]:
+    """What one tensor-parallel rank holds of every parameter, as a model of its own."""
+    layers, hidden, heads, groups, ffn = LLAMA[name]
+    hidden, ffn = hidden // NARROWER, ffn // NARROWER // tensor
+    heads, groups = heads // tensor, max(1, groups // tensor)
+    dim = max(2, hidden // (heads * tensor))
+    block = {
+        "qkv.weight": layout.fused_qkv(heads, groups, dim, hidden),
+        "proj.weight": layout.single_matrix("attention_out", hidden, heads * dim, 1),
+        "fc1.weight": layout.fused_gate_up(ffn, hidden),
+        "fc2.weight": layout.single_matrix("down", hidden, ffn, 1),
+        "norm_1": layout.norm(hidden, False),
+        "norm_2": layout.norm(hidden, False),
+    }
+    rows = VOCABULARY // NARROWER // tensor
+    found = {"embedding.weight": layout.vocabulary("embedding", rows, rows, hidden)}
+    found |= {f"{i}.{key}": stated for i in range(layers) for key, stated in block.items()}
+    return found | {"norm": layout.norm(hidden, False), "head": layout.vocabulary("head", rows, rows, hidden)}
+
+
+class RankPartition(Partition):
+    """What ZeRO 3 leaves on one data-parallel rank, one buffer for each parameter."""
+
+    sharded = True
+
+    def __init__(self, stated: dict[str, Layout], data: int) -> None:
+        self.slices, self.cuts, self._gradients = [], [], []
+        for name, each in stated.items():
+            intervals = even_intervals(torch.Size(each.shape).numel(), data)
+            self.cuts.append(Cut(name, each, intervals, torch.bfloat16))
+            start, length = intervals[data // 3]
+            if length:
+                master = torch.randn(length)
+                self.slices.append(Slice(name, each, start, length, master, 0, master.bfloat16()))
+                self._gradients.append(torch.randn(length))
+
+    def gradients(self) -> list[Tensor]:
+        """Random ones."""
+        return self._gradients
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are not views while it is entered."""
+
+    calls = 0
+    tensors = 0
+    """The same, with every tensor of a `foreach` function counted."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.calls += 1
+            self.tensors += len(args[0]) if "_foreach_" in func.name() else 1
+        return func(*args, **(kwargs or {}))
+
+    def one(self, function: Any) -> Any:
+        """The function as one launch, whatever it does."""
+
+        def compiled(*args: Any) -> Any:
+            self.calls += 1
+            self.tensors += 1
+            with _disable_current_modes():
+                return function(*args)
+
+        return compiled
+
+
+@contextmanager
+def counting() -> Iterator[Launches]:
+    """Count as on CUDA."""
+    launches = Launches()
+    fused = {
+        "_scale_rows_compiled": launches.one(kernels._scale_rows_fused),
+        "_scale_rows_backward_compiled": launches.one(kernels._scale_rows_backward_fused),
+        "_worth_compiling": lambda tensor, spans: True,
+    }
+    with patch.multiple(kernels, **fused), launches:
+        yield launches
+
+
+@torch.no_grad()
+def report(name: str, tensor: int, data: int) -> None:
+    """Print the rows of one model."""
+    partition = RankPartition(layouts(name, tensor), data)
+    folded = FoldedMultipliers(resolve("all"), lr=1e-3)
+    with patch.dict(bands._ELEMENTS, cpu=bands._ELEMENTS["cuda"] // NARROWER**2):
+        folded.bind(partition, {each.tensor: {} for each in partition.slices})
+    squares = LocalSquares(partition.slices, 0, torch.device("cpu"))
+    count = len(folded._table.bands)
+
+    def write() -> None:
+        folded._present = None  # as after an update
+        with folded.latent_weights([each.tensor for each in partition.slices]):
+            pass
+
+    for work, do in (
+        ("gradient norms", lambda: squares(partition.gradients())),
+        ("chain rule, folded", lambda: folded.chain_rule(partition.gradients())),
+        ("effective weights, folded", write),
+    ):
+        for _ in range(2):  # indices are made in the first step
+            with counting() as launches:
+                do()
+        print(
+            f"{name:<7}{len(partition.slices):>8}{count:>8}{work:>27}{launches.calls:>8}{launches.tensors:>9}"
+            f"{launches.calls / count:>10.1f}"
+        )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tensor", type=int, default=8, help="tensor-parallel size")
+    parser.add_argument("--data", type=int, default=64, help="data-parallel size")
+    arguments = parser.parse_args()
+    print(f"{'model':<7}{'slices':>8}{'bands':>8}{'work':>27}{'calls':>8}{'tensors':>9}{'per band':>10}")
+    for name in LLAMA:
+        report(name, arguments.tensor, arguments.data)
+
+
+if __name__ == "__main__":
+    main()
