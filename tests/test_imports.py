@@ -31,6 +31,8 @@ DATA_FLOW = [
     ["megamult.optim"],
     ["megamult.checkpoint", "megamult.monitor"],
     ["megamult.train.command_line"],
+    ["megamult.train.deepspeed_keys"],
+    ["megamult.train.deepspeed_config"],
     ["megamult.train.engine"],
     ["megamult.train.lock", "megamult.train.logs", "megamult.train.progress", "megamult.train.signals"],
     ["megamult.train.run_dir", "megamult.train.verdict"],

@@ -119,7 +119,8 @@ class Contestant:
         from megamult import device, parallel
         from megamult.model.gpt import GPT
         from megamult.optim.muon import DistributedMuon
-        from megamult.train.engine import build_optimizer, deepspeed_config
+        from megamult.train.deepspeed_config import deepspeed_config
+        from megamult.train.engine import build_optimizer
         from megamult.zero.attach import attach
 
         self.name = name

@@ -16,11 +16,9 @@ from megamult.config import Config
 from megamult.model.gpt import GPT
 from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.optim.build import make_optimizer
+from megamult.train.deepspeed_config import deepspeed_config
 from megamult.zero.attach import attach
 from megamult.zero.slices import Partition
-
-_BUCKET_ELEMENTS = 50_000_000
-"""Elements of a ZeRO communication bucket: 100 MB in bf16, enough to fill a link, little beside a model."""
 
 
 @dataclass
@@ -33,58 +31,6 @@ class Engine:
     partition: Partition
 
 
-def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run, with the user's part merged in.
-
-    Raises:
-        ValueError: the user's part sets what a key of ours decides, to something else.
-    """
-    stage, train = config.parallel.zero_stage, config.train
-    bf16 = train.dtype == "bf16"
-    zero: dict[str, Any] = {"stage": stage}
-    if stage:
-        zero |= {
-            "contiguous_gradients": True,
-            # It waits for the device, also where there is nobody to reduce with.
-            "overlap_comm": device.has_cuda() and data_parallel > 1,
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-        }
-    if stage in (1, 2):
-        zero["allgather_bucket_size"] = _BUCKET_ELEMENTS
-        # Our optimizer takes the norm and skips bad steps; DeepSpeed need not do so again where it can be told.
-        zero["compute_grad_norm"] = bf16 and stage == 1 and train.accumulation_dtype == "fp32"
-    produced: dict[str, Any] = {
-        "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation(data_parallel),
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
-        "bf16": {"enabled": bf16} | ({"check_grad_overflow": False} if bf16 else {}),
-        "data_types": {"grad_accum_dtype": train.accumulation_dtype},
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
-    overrides = config.deepspeed_overrides()
-    for key in ("optimizer", "scheduler", "fp16", "torch_autocast"):
-        if key in overrides:
-            raise ValueError(
-                f"deepspeed.{key} is set: megamult decides it (optimizer.*, train.dtype); remove it from deepspeed"
-            )
-    merged = _merged(produced, overrides, "deepspeed")
-    # Unless asked for: it waits for the device in every micro-batch.
-    merged.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
-    for key in ("offload_optimizer", "offload_param"):
-        section = merged["zero_optimization"].get(key) or {"device": "none"}
-        device_name = section.get("device", "none") if isinstance(section, dict) else section
-        if device_name != "none":
-            raise ValueError(
-                f"deepspeed.zero_optimization.{key}.device is {device_name!r}: megamult clips gradients on the device "
-                "that computes them; remove it"
-            )
-    return merged
-
-
 def check_deepspeed(config: Config, mpu: parallel.ModelParallelUnit) -> None:
     """Let our rules and DeepSpeed's own look at the DeepSpeed configuration before anything is built.
 
@@ -92,36 +38,20 @@ def check_deepspeed(config: Config, mpu: parallel.ModelParallelUnit) -> None:
         ValueError: the user's part of it is not possible.
     """
     from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
 
     settings = deepspeed_config(config, parallel.data_group().size())
     if config.deepspeed:
         try:
             DeepSpeedConfig(settings, mpu=mpu)
+        except ValidationError as error:
+            each = "; ".join(
+                f"{'.'.join(map(str, part['loc'])) or error.title}: {part['msg']}" for part in error.errors()
+            )
+            raise ValueError(f"deepspeed: DeepSpeed refuses it ({each}); correct or remove that") from None
         # DeepSpeedConfigError is an Exception of its own; wrong types surface as whatever its parser trips over.
         except Exception as error:
             raise ValueError(f"deepspeed: DeepSpeed refuses it ({error}); correct or remove that key") from None
-
-
-def _merged(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[str, Any]:
-    result = dict(ours)
-    for key, value in theirs.items():
-        where = f"{path}.{key}"
-        if key not in ours:
-            result[key] = value
-        elif isinstance(ours[key], dict) and isinstance(value, dict):
-            result[key] = _merged(ours[key], value, where)
-        elif ours[key] != value and key not in _TUNABLE:
-            raise ValueError(
-                f"{where} is {value!r}, and megamult's own keys make it {ours[key]!r}: remove it, or change the key "
-                "that decides it (parallel.zero_stage, train.*, optimizer.clip_grad_norm)"
-            )
-        else:
-            result[key] = value
-    return result
-
-
-_TUNABLE = {"overlap_comm", "reduce_bucket_size", "allgather_bucket_size", "steps_per_print", "wall_clock_breakdown"}
-"""Keys that we give a default, and that change no result."""
 
 
 def build(config: Config, vocab_size: int, mpu: parallel.ModelParallelUnit) -> Engine:

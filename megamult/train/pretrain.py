@@ -24,6 +24,7 @@ from megamult.train.command_line import (
     fail_alone,
     parse,
 )
+from megamult.train.deepspeed_config import deepspeed_config
 
 if TYPE_CHECKING:
     from megamult.rendezvous import Meeting
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config, resolved = parse(arguments)
         config.check_world(environment.world_size())
-        config.deepspeed_overrides()
+        deepspeed_config(config, environment.world_size() // config.parallel.tensor)
     except (ValueError, OSError) as error:
         fail_alone(str(error))
     run(config, resolved)

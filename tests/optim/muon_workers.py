@@ -102,7 +102,7 @@ def routed(tensor: int, stages: list[int | None]) -> list[dict[str, Tensor]]:
 
     from megamult import DistributedMuon, parallel, param_groups
     from megamult.checkpoint.logical import gather
-    from megamult.train.engine import deepspeed_config
+    from megamult.train.deepspeed_config import deepspeed_config
     from megamult.zero.attach import attach
     from megamult.zero.whole import WholePartition
 

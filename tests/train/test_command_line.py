@@ -32,6 +32,7 @@ FILES = {
     "broken.yaml": "model: [1\n",
     "list.json": "[1]",
     "broken.json": "{",
+    "conflict.json": '{"train_batch_size": 7, "wall_clok_breakdown": true}',
 }
 EARLY: list[tuple[list[str], str]] = [
     # bad key
@@ -88,6 +89,16 @@ EARLY: list[tuple[list[str], str]] = [
     (["--deepspeed", "FOLDER/none.json"], r"deepspeed is '.*none\.json': there is no such file; give a path"),
     (["--deepspeed", "FOLDER/list.json"], r"list\.json holds no JSON object: give a mapping"),
     (["--deepspeed", "FOLDER/broken.json"], r"broken\.json is no JSON file: .*line 1"),
+    (
+        ["--deepspeed", "FOLDER/conflict.json"],
+        r"deepspeed\.train_batch_size is 7, and here it is 32: train\.global_batch_size decides; remove it; "
+        r"deepspeed\.wall_clok_breakdown is no key of DeepSpeed's: did you mean wall_clock_breakdown",
+    ),
+    (
+        ["--deepspeed", "{gradient_clipping: 1.0}"],
+        r"gradient_clipping is 1\.0, .*: optimizer\.clip_grad_norm clips; rem",
+    ),
+    (["--deepspeed", "{tensor_parallel: {autotp_size: 2}}"], r"tensor_parallel is .*: use parallel\.tensor; remove it"),
 ]
 
 
@@ -186,19 +197,8 @@ LATE: list[tuple[list[str], str]] = [
         r"checkpoint's 'muon' \(.*\): set them back",
     ),
     (
-        ["--deepspeed={gradient_clipping: 1.0}"],
-        r"deepspeed\.gradient_clipping is 1\.0, and megamult's own keys make it 0\.0: remove it, or change",
-    ),
-    (
-        ["--deepspeed={zero_optimization: {stage: 2}}"],
-        r"deepspeed\.zero_optimization\.stage is 2, and megamult's own keys make it 1: remove it, or change",
-    ),
-    (["--deepspeed={optimizer: {type: Adam}}"], r"deepspeed\.optimizer is set: megamult decides it .*; remove it"),
-    (["--deepspeed=FOLDER/conflict.json"], r"deepspeed\.train_batch_size is 7, and megamult's own keys make it 16"),
-    (["--deepspeed={zero_optimization: {stagee: 1}}"], r"deepspeed: DeepSpeed refuses it \(.*stagee.*\); correct"),
-    (
-        ["--deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"],
-        r"deepspeed\.zero_optimization\.offload_optimizer\.device is 'cpu': .*; remove it",
+        ["--deepspeed={zero_optimization: {stagee: 1, overlap_comm: perhaps}}"],
+        r"deepspeed: DeepSpeed refuses it \(overlap_comm: .*; stagee: Extra inputs.*\); correct",
     ),
 ]
 
@@ -216,7 +216,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "foreign.bin").write_bytes(whole[:14] + struct.pack("<H", VOCAB) + whole[16:])  # uint16 token 7
     (folder / "damaged.model").write_bytes((folder / "tiny.model").read_bytes()[:500])
     (folder / "file").write_text("a file", encoding="utf-8")
-    (folder / "conflict.json").write_text('{"train_batch_size": 7}', encoding="utf-8")
     (folder / "used" / "tensorboard").mkdir(parents=True)
     (folder / "used" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n', encoding="utf-8")
     (folder / "used" / "config.yaml").write_text("train: {steps: 1}\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""The DeepSpeed configuration of a run: what the run's keys produce, with the user's part checked and merged in."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from megamult import device
+from megamult.config import Config
+from megamult.train.deepspeed_keys import CHECKED_BY_DEEPSPEED, KEYS, SECTIONS, TOP_LEVEL
+
+_BUCKET_ELEMENTS = 50_000_000
+"""Elements of a ZeRO communication bucket: 100 MB in bf16, enough to fill a link, little beside a model."""
+
+
+def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a run over `data_parallel` ranks, with the user's part merged in.
+
+    Raises:
+        ValueError: the user's part has keys that DeepSpeed does not know, that have no effect here, or that differ from
+            what a key of ours decides; all of them at once.
+    """
+    overrides = without_auto(config.deepspeed_overrides())
+    return merged(_produced(config, data_parallel), overrides)
+
+
+def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
+    """What the run's own keys make of it."""
+    stage, train = config.parallel.zero_stage, config.train
+    bf16, accumulation = train.dtype == "bf16", train.accumulation_dtype
+    zero: dict[str, Any] = {"stage": stage}
+    if stage:
+        zero |= {
+            "contiguous_gradients": True,
+            # It waits for the device, also where there is nobody to reduce with.
+            "overlap_comm": device.has_cuda() and data_parallel > 1,
+            "reduce_bucket_size": _BUCKET_ELEMENTS,
+        }
+    if stage in (1, 2):
+        zero["allgather_bucket_size"] = _BUCKET_ELEMENTS
+        # Our optimizer takes the norm and skips bad steps; DeepSpeed need not do so again where it can be told.
+        zero["compute_grad_norm"] = bf16 and stage == 1 and accumulation == "fp32"
+        # With it DeepSpeed divides by the number of ranks before it casts to the communication dtype. It saves no
+        # traffic: buckets of several owners are all-reduced either way.
+        zero["reduce_scatter"] = not (bf16 and accumulation == "fp32")
+    return {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation(data_parallel),
+        "managed_gradient_accumulation": True,
+        "gradient_clipping": 0.0,
+        "gradient_allreduce_op": "mean",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        # A gradient is added to its fp32 sum as soon as backward has it, instead of after all of them.
+        "bf16": {"enabled": bf16} | ({"check_grad_overflow": False, "immediate_grad_update": True} if bf16 else {}),
+        "data_types": {"grad_accum_dtype": accumulation},
+        # DeepSpeed's default is the dtype of the model: sums over ranks would be rounded to bf16.
+        "communication_data_type": accumulation,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        # It waits for the device in every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
+    }
+
+
+def without_auto(overrides: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return `overrides` without any "auto", which means megamult's value, and without mappings that are then empty or
+    switched off."""
+    kept = {}
+    for key, value in overrides.items():
+        name = f"{path}{key}"
+        if value == "auto" or (name in KEYS and KEYS[name].use == "refused" and KEYS[name].off(value)):
+            continue
+        if isinstance(value, dict) and value:
+            value = without_auto(value, f"{name}.")
+            if not value:
+                continue
+        kept[key] = value
+    return kept
+
+
+def merged(produced: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return `produced` with the free keys of `overrides`.
+
+    Raises:
+        ValueError: keys that cannot be taken, all at once, each with its remedy.
+    """
+    problems = [problem for key, value in overrides.items() for problem in _problems(key, value, produced)]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return _overlaid(produced, overrides)
+
+
+def _problems(key: str, value: Any, produced: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with one top-level key of the user's."""
+    if key not in TOP_LEVEL:
+        yield _unknown(key, TOP_LEVEL)
+    elif key not in SECTIONS:
+        yield from _problem(key, value, produced.get(key, value))
+    elif not isinstance(value, dict):
+        yield f"deepspeed.{key} is {value!r}: it is a section; give a mapping of its keys"
+    else:
+        ours = produced.get(key, {})
+        for inner, each in value.items():
+            yield from _problem(f"{key}.{inner}", each, ours.get(inner, each))
+
+
+def _problem(name: str, value: Any, ours: Any) -> Iterator[str]:
+    """What is wrong with one key, where `ours` is what the run's keys make it."""
+    section = name.rpartition(".")[0]
+    if name not in KEYS:
+        if section not in CHECKED_BY_DEEPSPEED:
+            yield _unknown(name, [each for each in KEYS if each.startswith(f"{section}.")])
+        return
+    key = KEYS[name]
+    shown = repr(value) if len(repr(value)) < 80 else "set"
+    if key.use == "refused":
+        if isinstance(value, dict) and key.switch in value:
+            name, shown = f"{name}.{key.switch}", repr(value[key.switch])
+        yield f"deepspeed.{name} is {shown}: {key.text}; remove it"
+    elif key.use == "decided" and value != ours:
+        yield f"deepspeed.{name} is {shown}, and here it is {ours!r}: {key.text}; remove it"
+    elif key.values and str(value).lower() not in key.values:
+        yield f"deepspeed.{name} is {shown}: {key.text}; use {' or '.join(key.values)}, or remove it"
+    elif isinstance(value, dict):
+        yield from (
+            _unknown(f"{name}.{each}", [f"{name}.{known}" for known in key.keys])
+            for each in value
+            if key.keys and each not in key.keys
+        )
+        if key.package and value.get("enabled") and importlib.util.find_spec(key.package) is None:
+            yield (
+                f"deepspeed.{name} is enabled and the package {key.package} is not installed: pip install "
+                f"{key.package}, or remove it"
+            )
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"deepspeed.{name} is no key of DeepSpeed's: " + (f"did you mean {near[0]}" if near else "remove it")
+
+
+def _overlaid(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    result = dict(ours)
+    for key, value in theirs.items():
+        both = isinstance(ours.get(key), dict) and isinstance(value, dict)
+        result[key] = _overlaid(ours[key], value) if both else value
+    return result

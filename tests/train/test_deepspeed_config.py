@@ -1,0 +1,213 @@
+"""The user's part of the DeepSpeed configuration: what is handed on, what is refused, and with which remedy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from megamult.config import Config, ParallelConfig, TrainConfig
+from megamult.train.deepspeed_config import deepspeed_config
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def made(overrides: dict[str, Any], stage: int = 1, dtype: Any = "bf16", **train: Any) -> dict[str, Any]:
+    return deepspeed_config(
+        Config(
+            parallel=ParallelConfig(zero_stage=stage),
+            train=TrainConfig(dtype=dtype, global_batch_size=16, micro_batch_size=4, **train),
+            deepspeed=overrides,
+        ),
+        data_parallel=2,
+    )
+
+
+def refusals(overrides: dict[str, Any], **more: Any) -> list[str]:
+    """What the one error says, key by key."""
+    with pytest.raises(ValueError, match="deepspeed") as caught:
+        made(overrides, **more)
+    return str(caught.value).split("; deepspeed.")
+
+
+# Each is a configuration that did nothing, something else, or crashed; and what must be said of it.
+ALONE: list[tuple[dict[str, Any], str]] = [
+    ({"gradient_acumulation_steps": 4}, r"no key of DeepSpeed's: did you mean gradient_accumulation_steps$"),
+    ({"zero_optimizaton": {"stage": 1}}, r"no key of DeepSpeed's: did you mean zero_optimization$"),
+    ({"superoffload": True}, r"superoffload is no key of DeepSpeed's: remove it$"),
+    ({"data_types": {"grad_acum_dtype": "fp32"}}, r"no key of DeepSpeed's: did you mean data_types\.grad_accum_dtype$"),
+    ({"flops_profiler": {"enabled": True, "profile_setp": 2}}, r"did you mean flops_profiler\.profile_step$"),
+    ({"timers": {"thruput": {}}}, r"timers\.thruput is no key"),
+    ({"communication_data_type": "fp16"}, r"is 'fp16': .*65,504; use fp32 or bf16, or remove it$"),
+    (
+        {"activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": True}},
+        r"activation_checkpointing is .*use train\.recompute full; remove it$",
+    ),
+    ({"wandb": {"enabled": True}}, r"the package wandb is not installed: pip install wandb, or remove it$"),
+    ({"comet": {"enabled": True}}, r"the package comet_ml is not installed: pip install comet_ml, or remove it$"),
+    ({"tensor_parallel": {"autotp_size": 2}}, r"tensor_parallel is .*: use parallel\.tensor; remove it$"),
+    ({"sequence_parallel_size": 2}, r"sequence_parallel_size is 2: use parallel\.sequence"),
+    ({"checkpoint": {"load_universal": True}}, r"checkpoint is .*\(checkpoint\.\*\); remove it$"),
+    ({"hybrid_engine": {"enabled": True}}, r"hybrid_engine\.enabled is True: .*; remove it$"),
+    ({"compile": {"deepcompile": True}}, r"compile is .*never compiled.*; remove it$"),
+    ({"elasticity": {"enabled": True, "version": 0.1}}, r"elasticity\.enabled is True: .*checkpoint\.load latest"),
+    ({"prescale_gradients": True}, r"prescale_gradients is True: .*no fp16 here.*; remove it$"),
+    ({"gradient_predivide_factor": 2.0}, r"gradient_predivide_factor is 2\.0: .*; remove it$"),
+    ({"gradient_allreduce_op": "sum"}, r"is 'sum', and here it is 'mean': gradients are averaged.*; remove it$"),
+    ({"amp": {"enabled": True}}, r"amp\.enabled is True: .*train\.dtype decides; remove it$"),
+    ({"fp16": {"enabled": True}}, r"fp16\.enabled is True: train\.dtype decides"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, r"optimizer is .*: optimizer\.\* and multipliers\.\*"),
+    ({"gradient_clipping": 1.0}, r"is 1\.0, and here it is 0\.0: optimizer\.clip_grad_norm clips; remove it$"),
+    ({"train_batch_size": 7}, r"is 7, and here it is 16: train\.global_batch_size decides; remove it$"),
+    ({"zero_optimization": {"stage": 3}}, r"is 3, and here it is 1: parallel\.zero_stage decides; remove it$"),
+    ({"zero_optimization": True}, r"zero_optimization is True: it is a section; give a mapping"),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}},
+        r"offload_optimizer\.device is 'cpu': .*higher parallel\.zero_stage.*recompute full.*; remove it$",
+    ),
+    ({"bf16": {"enabled": False}}, r"bf16\.enabled is False, and here it is True: train\.dtype decides; remove it$"),
+    ({"log_level": "debug"}, r"log_level is 'debug': .*; remove it$"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "says"), ALONE, ids=[next(iter(case)) for case, _ in ALONE])
+def test_a_key_that_does_not_do_what_it_says_is_refused_with_its_remedy(
+    overrides: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no monitor's package is there
+    (said,) = refusals(overrides)
+    assert re.search(says, said), said
+
+
+def test_all_mistakes_are_in_one_error() -> None:
+    """A Hugging Face file with its autos resolved, of which every conflict is named at once."""
+    file = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "scheduler": {"type": "WarmupLR"},
+        "fp16": {"enabled": True},
+        "gradient_accumulation_steps": 7,
+        "gradient_clipping": 1.0,
+        "train_batch_size": 7,
+        "train_micro_batch_size_per_gpu": 7,
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "overlap_comm": True},
+        "gradient_acumulation_steps": 4,
+        "steps_per_print": 10,
+    }
+    said = refusals(file)
+    named = {each.removeprefix("deepspeed.").split(" ")[0] for each in said}
+    assert named == {
+        *("optimizer", "scheduler", "fp16.enabled", "gradient_accumulation_steps", "gradient_clipping"),
+        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_acumulation_steps"),
+        *("zero_optimization.stage", "zero_optimization.stage3_gather_16bit_weights_on_model_save"),
+    }
+
+
+def test_auto_means_megamults_value_at_any_depth() -> None:
+    file = {
+        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000},
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "auto", "params": {"lr": "auto", "betas": "auto"}},
+        "scheduler": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "communication_data_type": "auto",
+        "zero_optimization": {
+            "stage": "auto",
+            "reduce_bucket_size": "auto",
+            "allgather_bucket_size": "auto",
+            "offload_optimizer": {"device": "auto", "pin_memory": True},
+        },
+    }
+    assert made(file, stage=2) == made({}, stage=2)
+    assert made(file, stage=2)["zero_optimization"]["reduce_bucket_size"] == 50_000_000
+
+
+def test_what_is_switched_off_or_equal_asks_for_nothing() -> None:
+    file = {
+        "fp16": {"enabled": False, "loss_scale": 0},
+        "amp": {"enabled": False},  # DeepSpeed refuses the section by its mere presence
+        "elasticity": {"enabled": False},
+        "activation_checkpointing": {},
+        "sequence_parallel_size": 1,
+        "gradient_predivide_factor": 1.0,
+        "prescale_gradients": False,
+        "dump_state": False,
+        "gradient_clipping": 0,
+        "train_batch_size": 16,
+        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}, "cpu_offload": False},
+        "wandb": {"enabled": False},
+    }
+    assert {k: v for k, v in made(file).items() if k != "wandb"} == made({})
+
+
+def test_free_keys_are_handed_on() -> None:
+    file = {
+        "communication_data_type": "BF16",
+        "zero_optimization": {"reduce_bucket_size": 7, "round_robin_gradients": True},
+        "steps_per_print": 3,
+        "timers": {"throughput": {"synchronized": False}},
+        "tensorboard": {"enabled": True, "output_path": "x"},
+        "flops_profiler": {"enabled": True, "profile_step": 2},
+    }
+    result = made(file)
+    assert result["communication_data_type"] == "BF16"
+    assert result["zero_optimization"]["reduce_bucket_size"] == 7
+    assert result["zero_optimization"]["round_robin_gradients"] is True
+    assert result["zero_optimization"]["allgather_bucket_size"] == 50_000_000
+    assert result["timers"] == {"throughput": {"enabled": False, "synchronized": False}}
+    assert result["flops_profiler"]["profile_step"] == 2 and result["tensorboard"]["enabled"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("dtype", "accumulation"), [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")])
+def test_gradients_travel_in_what_they_are_accumulated_in(stage: int, dtype: str, accumulation: Any) -> None:
+    if stage == 0 and dtype != accumulation:
+        pytest.skip("refused: DeepSpeed accumulates in bf16 there")
+    assert made({}, stage, dtype, grad_accum_dtype=accumulation)["communication_data_type"] == accumulation
+
+
+class _Recording(dict[str, Any]):
+    """A mapping that notes which keys it was asked for."""
+
+    asked: ClassVar[set[str]] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> _Recording:
+        return _Recording(self.items())
+
+
+def test_the_table_has_every_key_that_deepspeed_reads() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    from megamult.train.deepspeed_keys import TOP_LEVEL
+
+    ours = made({}, stage=2)
+    DeepSpeedConfig(_Recording(ours | {"train_batch_size": 8, "gradient_accumulation_steps": 2}))
+    assert len(_Recording.asked) > 50
+    # zero.Init's and initialize's are read elsewhere.
+    assert _Recording.asked <= TOP_LEVEL, _Recording.asked - TOP_LEVEL
+    assert ours.keys() <= TOP_LEVEL
+
+
+def test_the_document_is_the_table() -> None:
+    from megamult.train.deepspeed_keys import as_markdown
+
+    assert (REPOSITORY / "docs" / "deepspeed.md").read_text(encoding="utf-8") == as_markdown(), (
+        "python -m megamult.train.deepspeed_keys > docs/deepspeed.md"
+    )
