@@ -1,0 +1,80 @@
+"""What the processes of test_gradient_sums.py do: reduce gradients by DeepSpeed, and average them themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamult.config import Config, ModelConfig, ParallelConfig, TrainConfig
+
+VOCAB, SEQ, MICRO_BATCHES = 200, 16, 2
+
+
+def _config(stage: int, ranks: int, deepspeed: dict[str, Any] | None = None) -> Config:
+    return Config(
+        model=ModelConfig(
+            num_layers=1, hidden_size=48, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=60, seq_length=SEQ
+        ),
+        parallel=ParallelConfig(zero_stage=stage),
+        train=TrainConfig(steps=1, global_batch_size=MICRO_BATCHES * ranks, micro_batch_size=1, dtype="bf16"),
+        deepspeed=deepspeed,
+    )
+
+
+def _batches(rank: int) -> list[tuple[Tensor, Tensor]]:
+    """The micro-batches of a data-parallel rank."""
+    generator = torch.Generator().manual_seed(rank)
+    texts = [torch.randint(0, VOCAB, (1, SEQ + 1), generator=generator) for _ in range(MICRO_BATCHES)]
+    return [(text[:, :-1].contiguous(), text[:, 1:].contiguous()) for text in texts]
+
+
+def _averages(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Means over ranks and micro-batches, in float64, of the bf16 gradients and of their magnitudes, by parameter."""
+    from megamult.model.gpt import GPT
+
+    model = GPT(config, VOCAB, config.train.seed)
+    mean = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    magnitude = {name: torch.zeros_like(total) for name, total in mean.items()}
+    terms = config.train.global_batch_size
+    for tokens, labels in _batches(torch.distributed.get_rank()):
+        model.zero_grad()
+        model(tokens, labels)[0].backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.dtype == torch.bfloat16
+            mean[name] += parameter.grad.double() / terms
+            magnitude[name] += parameter.grad.double().abs() / terms
+    for total in (*mean.values(), *magnitude.values()):
+        torch.distributed.all_reduce(total)
+    return mean, magnitude
+
+
+def reduction_errors(stages: list[int], deepspeed: dict[str, Any] | None = None) -> dict[int, float]:
+    """By ZeRO stage: the largest error, over the elements that this rank's optimizer gets, of a reduced gradient
+    against the mean of all gradients, in units of the mean of their magnitudes."""
+    from megamult import parallel
+    from megamult.train.engine import build
+
+    mpu = parallel.initialize(1)
+    ranks = torch.distributed.get_world_size()
+    mean, magnitude = _averages(_config(1, ranks))
+    errors = {}
+    for stage in stages:
+        engine = build(_config(stage, ranks, deepspeed), VOCAB, mpu)
+        for tokens, labels in _batches(torch.distributed.get_rank()):
+            objective, _ = engine.deepspeed(tokens, labels)
+            engine.deepspeed.backward(objective)
+            last = engine.deepspeed.is_gradient_accumulation_boundary()
+            if not last:
+                engine.deepspeed.step()
+        assert last
+        errors[stage] = 0.0
+        for piece, gradient in zip(engine.partition.slices, engine.partition.gradients(), strict=True):
+            of = slice(piece.start, piece.start + piece.length)
+            off = (gradient.double() - mean[piece.name].view(-1)[of]).abs()
+            scale = magnitude[piece.name].view(-1)[of]
+            assert bool((off[scale == 0] == 0).all())
+            errors[stage] = max(errors[stage], float((off / scale)[scale > 0].max()) if bool((scale > 0).any()) else 0)
+        engine.deepspeed.destroy()
+    return errors
