@@ -184,8 +184,11 @@ class ParallelConfig:
     """Tensor-parallel size."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals sharded over the tensor-parallel ranks."""
-    zero_stage: int = 1
-    """DeepSpeed ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    zero_stage: int = 2
+    """DeepSpeed ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters. 1 keeps whole
+    gradients and reduces them once per step, after the last backward pass. 2 reduces them in every micro-batch while
+    backward runs: the same traffic with one micro-batch per step, more with several. Where memory allows 1 and short
+    micro-batches do not hide the traffic of 2, 1 is faster (examples/benchmarks/zero_stages.py)."""
     tensor_across_nodes: bool = False
     """Let the ranks of a tensor-parallel group run on several nodes, with every layer's collectives on the network."""
     rendezvous_seconds: float = 45.0
@@ -246,7 +249,7 @@ class TrainConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of parameters and activations; masters and optimizer state are fp32."""
     grad_accum_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of accumulated gradients. auto: fp32. ZeRO 0 in bf16 can do bf16 alone: say so, or use ZeRO 1."""
+    """Of accumulated gradients. auto: fp32. ZeRO 0 in bf16 can only do bf16: say so, or use ZeRO 1 to 3."""
     recompute: Literal["none", "full"] = "none"
     """full: keep each layer's input alone and recompute the rest in backward."""
     seed: int = 1234
@@ -356,7 +359,7 @@ class Config:
         _require(
             not (train.dtype == "bf16" and self.parallel.zero_stage == 0 and train.accumulation_dtype == "fp32"),
             "parallel.zero_stage is 0 with train.dtype bf16: DeepSpeed accumulates gradients in bf16 there; use "
-            "parallel.zero_stage 1, or accept it with train.grad_accum_dtype bf16",
+            "parallel.zero_stage 1 to 3, or accept it with train.grad_accum_dtype bf16",
         )
         _require(
             self.checkpoint.load != "latest" or train.run_dir is not None,

@@ -69,12 +69,18 @@ def install_cpu_shim() -> None:
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
 
-def prepare() -> torch.device:
-    """Select this process's device, install the shim where it is needed, and return the device."""
+def prepare(tensor: int = 1) -> torch.device:
+    """Select this process's device, install the shim where it is needed, and return the device.
+
+    Args:
+        tensor: tensor-parallel size.
+    """
     device = local_device()
     if has_cuda():
-        # Megatron overlaps tensor-parallel collectives with products by the order in which kernels are queued.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # Before CUDA starts. Megatron overlaps tensor-parallel collectives, with and without sequence parallelism, with
+        # products by the order in which kernels are queued. Elsewhere one queue only holds ZeRO's collectives back.
+        if tensor > 1:
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -56,7 +56,7 @@ def initialize(
         raise ValueError(
             f"parallel.tensor is {tensor} and {processes} processes were started: start a multiple of {tensor}"
         )
-    here = device.prepare()
+    here = device.prepare(tensor)
     import deepspeed
 
     if not torch.distributed.is_initialized():

@@ -99,7 +99,7 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ),
     (
         {"parallel": {"zero_stage": 0}, "train": {"dtype": "bf16"}},
-        r"zero_stage is 0 with train\.dtype bf16: .*use parallel\.zero_stage 1, or .*grad_accum_dtype bf16",
+        r"zero_stage is 0 with train\.dtype bf16: .*use parallel\.zero_stage 1 to 3, or .*grad_accum_dtype bf16",
     ),
     ({"train": {"grad_accum_dtype": "bf16"}}, r"grad_accum_dtype is bf16 with train\.dtype fp32: use auto or fp32"),
     ({"train": {"steps": 0}}, r"train\.steps is 0"),
@@ -219,7 +219,7 @@ UNUSUAL = [
     "--optimizer.betas=[0.8, 0.99]",
     "--optimizer.decay=cosine",
     "--optimizer.decay_steps=10",
-    "--parallel.zero_stage=2",
+    "--parallel.zero_stage=3",
     "--data.train={some/corpus: 0.3, other: 2}",
     "--data.valid=[a, b]",
     "--data.tokenizer=t.model",

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SEEDS = (1, 2, 3)
 RUNS = [("layer", 1), ("layer", 3), ("folded", 1), ("folded", 2), ("folded", 3)]
-"""ZeRO 2 rounds as ZeRO 1 does; ZeRO 3 reduces bf16 gradients as they are, so it has a `layer` of its own."""
+"""ZeRO 2 sums as ZeRO 1 does; ZeRO 3 has another order of sums, so it has a `layer` of its own."""
 
 
 def valid_loss(run_dir: Path) -> float | None:

@@ -1,0 +1,274 @@
+"""What each ZeRO stage sends per optimizer step and keeps per rank, in bf16 with gradients accumulated in fp32.
+
+    deepspeed --num_gpus 2 examples/benchmarks/zero_stages.py --stage 1     # counted, on a small model and any ranks
+    python examples/benchmarks/zero_stages.py --arithmetic                  # Llama-3 8B and 70B, by the counted rules
+
+Counted: every collective of torch.distributed that reaches the backend in one step of --accumulation micro-batches, and
+the bytes of all tensors that Python can reach (activations that autograd saves are not among them): kept between steps,
+and at most while gradients are reduced. Per parameter, so that it carries over to other sizes.
+
+Arithmetic: the time in which a rank only sends, for one step of as many tokens, if a ring moves --link gigabytes per
+second and a GPU computes --flops TFLOP/s. ZeRO 1 reduces after the last backward pass; ZeRO 2 and 3 reduce within every
+one, and what is longer than it is waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gc
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megamult import device, parallel
+from megamult.config import Config, ModelConfig, MultipliersConfig, ParallelConfig, TrainConfig
+from megamult.train.engine import Engine, build
+
+VOCAB = 512
+STAGES = (1, 2, 3)
+PARAMETERS = {"8B": 8.03e9, "70B": 70.55e9}
+"""Of Llama 3 (arXiv 2407.21783)."""
+BUCKET = 50_000_000
+"""Elements that ZeRO reduces together, unless the user says otherwise."""
+
+_WARMUP = 3
+"""Optimizer steps before the one that is counted."""
+
+_RING = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1}
+"""How often a ring of D ranks moves (D - 1) / D of the whole tensor through each rank."""
+
+
+class Wire(TorchDispatchMode):
+    """Counts collectives and their bytes by kind, and calls `sample` at each."""
+
+    def __init__(self, sample: Callable[[], None]) -> None:
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.bytes: collections.Counter[str] = collections.Counter()
+        self._sample = sample
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__
+            kind = next((kind for kind in _RING if name.strip("_").startswith(kind)), None)
+            if kind is None:
+                raise RuntimeError(f"c10d.{name}: a collective that this benchmark does not know")
+            tensors = [each for each in _flat(args) if isinstance(each, torch.Tensor)]
+            # Of what is scattered or gathered, the whole is the larger of input and output.
+            whole = sum(map(_bytes, tensors)) if kind == "allreduce" else max(map(_bytes, tensors))
+            self.calls[kind] += 1
+            self.bytes[kind] += whole
+            self._sample()
+        return func(*args, **(kwargs or {}))
+
+
+def _flat(value: Any) -> list[Any]:
+    return [leaf for each in value for leaf in _flat(each)] if isinstance(value, (list, tuple)) else [value]
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def reachable() -> collections.Counter[str]:
+    """Bytes of the storages of all tensors that Python can reach, by dtype."""
+    storages: dict[int, tuple[str, int]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the search touches deprecated attributes of modules
+        for thing in gc.get_objects():
+            if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided:
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = (str(thing.dtype).removeprefix("torch."), storage.nbytes())
+    total: collections.Counter[str] = collections.Counter()
+    for dtype, size in storages.values():
+        total[dtype] += size
+    return total
+
+
+@dataclass
+class Counted:
+    """One optimizer step of one stage on this rank; bytes are per parameter."""
+
+    calls: dict[str, int]
+    whole: dict[str, float]
+    """Bytes of the tensors that collectives worked on, by kind."""
+    sent: float
+    """Bytes that a ring moves through this rank."""
+    kept: dict[str, float]
+    peak: float
+
+
+def count(stage: int, arguments: argparse.Namespace, mpu: parallel.ModelParallelUnit) -> Counted:
+    """Count one optimizer step of a small model: earlier ones make the optimizer's state and ZeRO 3's trace."""
+    ranks = parallel.data_group().size()
+    config = Config(
+        model=ModelConfig(
+            num_layers=arguments.layers,
+            hidden_size=arguments.hidden,
+            num_attention_heads=4,
+            ffn_hidden_size=4 * arguments.hidden,
+            seq_length=16,
+        ),
+        multipliers=MultipliersConfig(implementation="none"),
+        parallel=ParallelConfig(zero_stage=stage),
+        train=TrainConfig(
+            global_batch_size=ranks * arguments.accumulation,
+            micro_batch_size=1,
+            dtype="bf16",
+            steps=_WARMUP + 1,
+        ),
+        deepspeed={
+            "zero_optimization": {
+                "reduce_bucket_size": arguments.bucket,
+                "allgather_bucket_size": arguments.bucket,
+                # As in a large model, no parameter is small enough to stay whole, and few fit at once.
+                "stage3_param_persistence_threshold": 0,
+                "stage3_prefetch_bucket_size": arguments.bucket,
+                "stage3_max_live_parameters": arguments.bucket,
+                "stage3_max_reuse_distance": 0,
+            }
+        },
+    )
+    engine = build(config, VOCAB, mpu)
+    elements = sum(cut.layout.numel_logical for cut in engine.partition.cuts)
+    for _ in range(_WARMUP):
+        step(engine, arguments.accumulation)
+    peak = 0
+
+    def sample() -> None:
+        nonlocal peak
+        peak = max(peak, sum(reachable().values()))
+
+    with Wire(sample) as wire:
+        step(engine, arguments.accumulation)
+    gc.collect()
+    kept = reachable()
+    engine.deepspeed.destroy()
+    share = (ranks - 1) / ranks
+    return Counted(
+        dict(wire.calls),
+        {kind: size / elements for kind, size in wire.bytes.items()},
+        sum(share * _RING[kind] * size for kind, size in wire.bytes.items()) / elements,
+        {dtype: size / elements for dtype, size in kept.items() if size > 0.005 * elements},
+        peak / elements,
+    )
+
+
+def step(engine: Engine, accumulation: int) -> None:
+    """One optimizer step on random tokens."""
+    text = torch.randint(0, VOCAB, (1, 17), generator=torch.Generator().manual_seed(0)).to(device.local_device())
+    for _ in range(accumulation):
+        objective, _ = engine.deepspeed(text[:, :-1].contiguous(), text[:, 1:].contiguous())
+        engine.deepspeed.backward(objective)
+        engine.deepspeed.step()
+
+
+def whole_bytes(stage: int, accumulation: int) -> dict[str, float]:
+    """Bytes per parameter of what one step's collectives work on: fp32 gradients, bf16 parameters."""
+    if stage == 1:
+        return {"allreduce": 4.0, "allgather": 2.0}
+    if stage == 2:
+        return {"allreduce": 4.0 * accumulation, "allgather": 2.0}
+    # Parameters are gathered for forward and again for backward.
+    return {"reduce_scatter": 4.0 * accumulation, "allgather": 2 * 2.0 * accumulation}
+
+
+def kept_bytes(stage: int, ranks: int) -> dict[str, float]:
+    """Bytes per parameter that a rank keeps while it accumulates gradients: parameters, gradients, optimizer state."""
+    return {
+        "parameters": 2.0 / (ranks if stage == 3 else 1),
+        "gradients": 4.0 / (ranks if stage > 1 else 1),
+        "masters and moments": 12.0 / ranks,
+    }
+
+
+def print_counted(arguments: argparse.Namespace) -> None:
+    """Print what one step of the stage sends and keeps."""
+    mpu = parallel.initialize(1)
+    counted = count(arguments.stage, arguments, mpu)
+    if torch.distributed.get_rank() == 0:
+        print(
+            f"ZeRO {arguments.stage}, {torch.distributed.get_world_size()} ranks, {arguments.accumulation} "
+            "micro-batches per step, bf16, sums in fp32"
+        )
+        print(f"{'collective':<16}{'calls':>6}{'bytes per parameter':>21}")
+        for kind in sorted(counted.calls):
+            print(f"{kind:<16}{counted.calls[kind]:>6}{counted.whole[kind]:>21.2f}")
+        print(f"a ring sends from each rank {counted.sent:.2f} bytes per parameter")
+        by_dtype = ", ".join(f"{dtype} {size:.2f}" for dtype, size in sorted(counted.kept.items()))
+        print(f"kept {sum(counted.kept.values()):.2f} ({by_dtype}), at most {counted.peak:.2f} bytes per parameter")
+    parallel.destroy()
+
+
+def waiting(stage: int, parameters: float, accumulation: int, ranks: int, arguments: argparse.Namespace) -> float:
+    """Seconds of one step in which a rank with so many parameters of its own only sends or receives."""
+    share = (ranks - 1) / ranks
+    seconds = {
+        kind: share * _RING[kind] * size * parameters / (arguments.link * 1e9)
+        for kind, size in whole_bytes(stage, accumulation).items()
+    }
+    if stage == 1:
+        return sum(seconds.values())
+    forward = 2 * parameters * arguments.tokens / accumulation / (arguments.flops * 1e12)
+    if stage == 2:
+        return seconds["allgather"] + accumulation * max(0.0, seconds["allreduce"] / accumulation - 2 * forward)
+    gathering = seconds["allgather"] / accumulation / 2
+    backward = max(0.0, gathering + seconds["reduce_scatter"] / accumulation - 2 * forward)
+    return accumulation * (max(0.0, gathering - forward) + backward)
+
+
+def print_arithmetic(arguments: argparse.Namespace) -> None:
+    """Print what a rank keeps and waits for, for published sizes."""
+    ranks = arguments.data_parallel
+    print(
+        f"data parallel {ranks}, {arguments.tokens:,} tokens per rank and step, {arguments.link:.0f} GB/s, "
+        f"{arguments.flops:.0f} TFLOP/s"
+    )
+    print(f"{'':<41}s waited in a step of so many micro-batches")
+    columns = "".join(f"{count:>9}" for count in arguments.accumulations)
+    print(f"{'model':<7}{'TP':>3}{'ZeRO':>6}{'GB kept':>9}{'GB buckets':>12}{columns}")
+    for name, whole in PARAMETERS.items():
+        for tensor in (1, 8):
+            parameters = whole / tensor
+            for stage in STAGES:
+                kept = sum(kept_bytes(stage, ranks).values()) * parameters / 1e9
+                # ZeRO 1 joins param groups of up to half a billion elements for the all-reduce. ZeRO 2 and 3 have a
+                # bucket in bf16, another that fills while the first is reduced, and a copy in fp32.
+                buckets = (4 * 5e8 if stage == 1 else BUCKET * (2 + 2 + 4)) / 1e9
+                row = "".join(
+                    f"{waiting(stage, parameters, count, ranks, arguments):>9.2f}" for count in arguments.accumulations
+                )
+                print(f"{name:<7}{tensor:>3}{stage:>6}{kept:>9.1f}{buckets:>12.1f}{row}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--stage", type=int, choices=STAGES, default=2, help="ZeRO stage to count")
+    made.add_argument("--hidden", type=int, default=128, help="model width of the counted model")
+    made.add_argument("--layers", type=int, default=4, help="transformer layers of the counted model")
+    made.add_argument("--accumulation", type=int, default=4, help="micro-batches per optimizer step")
+    made.add_argument("--bucket", type=int, default=200_000, help="elements reduced or gathered together")
+    made.add_argument("--arithmetic", action="store_true", help="print the table for published sizes instead")
+    made.add_argument("--data_parallel", type=int, default=64, help="ranks that share the batch")
+    made.add_argument("--tokens", type=int, default=65536, help="tokens per rank and optimizer step")
+    made.add_argument("--accumulations", type=int, nargs="+", default=[1, 2, 4, 8], help="micro-batches per step")
+    made.add_argument("--link", type=float, default=50.0, help="GB/s that a ring moves through a rank")
+    made.add_argument("--flops", type=float, default=400.0, help="TFLOP/s of a rank in matrix products")
+    made.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    return made
+
+
+def main() -> None:
+    """Count, or calculate."""
+    arguments = parser().parse_args()
+    (print_arithmetic if arguments.arithmetic else print_counted)(arguments)
+
+
+if __name__ == "__main__":
+    main()
