@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megamult import device, environment, rendezvous
+from megamult import device, environment, open_files, process_groups, rendezvous
 
 Result = TypeVar("Result")
 
@@ -47,23 +45,26 @@ def initialize(
         meeting: of all processes; None: they meet now.
 
     Raises:
-        ValueError: the sizes do not fit, or a tensor-parallel group would span nodes.
+        ValueError: the sizes do not fit, a tensor-parallel group would span nodes, or the limit of open files is too
+            low for the connections between ranks.
         megamult.rendezvous.NobodyThere: not all processes came.
     """
     environment.set_defaults()
+    open_files.raise_limit()
     processes = environment.world_size()
     if processes % tensor:
         raise ValueError(
             f"parallel.tensor is {tensor} and {processes} processes were started: start a multiple of {tensor}"
         )
     here = device.prepare(tensor)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     import deepspeed
 
     if not torch.distributed.is_initialized():
+        open_files.check_limit(environment.rank(), processes, tensor, gloo=device.backend() == "gloo")
         meeting = meeting or rendezvous.meet(rendezvous.SECONDS)
         if not across_nodes:
             meeting.check_nodes(tensor)
-        timeout = datetime.timedelta(minutes=timeout_minutes)
         meeting.store.set_timeout(timeout)
         torch.distributed.init_process_group(
             device.backend(),
@@ -80,10 +81,8 @@ def initialize(
     if parallel_state.model_parallel_is_initialized():
         if tensor_group().size() == tensor:
             return ModelParallelUnit()
-        _release_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, distributed_timeout_minutes=math.ceil(timeout_minutes)
-    )
+        parallel_state.destroy_model_parallel()
+    process_groups.create(tensor, timeout)
     if here.type == "cuda":
         # Megatron forks its CUDA random state around dropout under sequence parallelism, and wants one to fork. We
         # have no dropout, so the seed changes nothing.
@@ -115,18 +114,6 @@ def _forget_shared_memory() -> None:
     names = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ.get('MASTER_PORT', '')}_*"
     for path in Path("/dev/shm").glob(names):
         path.unlink(missing_ok=True)
-
-
-def _release_groups() -> None:
-    """Take Megatron's groups down. It forgets them only, and each of gloo's keeps two threads that wake 100 times a
-    second. Every rank must release them in one order: NCCL's communicate as they go."""
-    named = list(vars(parallel_state).values())
-    parallel_state.destroy_model_parallel()
-    for group in dict.fromkeys(each for each in named if isinstance(each, torch.distributed.ProcessGroup)):
-        if group is torch.distributed.group.WORLD:
-            continue
-        with contextlib.suppress(ValueError):  # released before: Megatron does not forget them all
-            torch.distributed.destroy_process_group(group)
 
 
 def destroy() -> None:

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from megamult import parallel
+from megamult import parallel, process_groups
 from megamult.checkpoint import directory, rng
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import INFO, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
-from megamult.checkpoint.saver import GROUP_TIMEOUT
 from megamult.checkpoint.state import held
 from megamult.config import Config, ModelConfig, MultipliersConfig
 from megamult.multipliers.merge import LEAVES
@@ -170,9 +169,7 @@ def restore(
     chunks = held(partition, optimizer)
     new = {c.name for c in chunks if c.name not in checkpoint.shapes and c.name.rpartition(".")[2] in LEAVES.values()}
     wanted = [c for c in chunks if c.name not in new and not (fresh and c.name.startswith("optimizer."))]
-    group = torch.distributed.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-    checkpoint.load(wanted, group)
-    torch.distributed.destroy_process_group(group)
+    checkpoint.load(wanted, process_groups.files())
     counts = {"updates": 0, "skipped_steps": 0} if fresh else info.optimizer
     assert counts is not None
     optimizer.restored(partition, counts["updates"], counts["skipped_steps"])

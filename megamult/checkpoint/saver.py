@@ -1,13 +1,12 @@
 """Saves while training goes on: state is copied aside, a thread of every rank writes it.
 
-A save is collective: every rank calls it at the same step. Ranks talk about it over CPUs, in a group of its own, so
-that nothing of it meets the training's collectives.
+A save is collective: every rank calls it at the same step. Ranks talk about it over CPUs, in the group for work on
+files, so that nothing of it meets the training's collectives.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 import sys
 import threading
@@ -19,17 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamult import device
+from megamult import device, process_groups
 from megamult.checkpoint import directory, saved
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import CheckpointInfo
-from megamult.patience import ON_FILES
 
 _ALIGNMENT = 64
 _BLOCK_BYTES = 1 << 29
 """Of memory to stage in: torch rounds pinned memory up to a power of two, which for one large buffer may double it."""
-GROUP_TIMEOUT = datetime.timedelta(seconds=ON_FILES)
-"""How long the fastest rank's file system may wait for the slowest's."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Saver:
 
     def __init__(self, parent: Path, *, keep: int = 0, keep_every: int = 0, asynchronous: bool = True) -> None:
         self.parent, self.keep, self.keep_every, self.asynchronous = parent, keep, keep_every, asynchronous
-        self.group = torch.distributed.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        self.group = process_groups.files()
         self._first = torch.distributed.get_rank() == 0
         self._blocks: list[Tensor] = []
         self._thread: threading.Thread | None = None

@@ -67,7 +67,7 @@ def run(config: Config, resolved: str) -> None:
         progress.at(0, "importing", ON_FILES)
         # Megatron says at import, on every rank, which optional packages it does without.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-        from megamult import parallel
+        from megamult import parallel, process_groups
         from megamult.train.signals import StopRequests
 
         progress.at(0, "joining the process groups")
@@ -78,7 +78,8 @@ def run(config: Config, resolved: str) -> None:
             across_nodes=True,  # asked already
             meeting=meeting,
         )
-        progress.at(0, "joining the group that agrees to stop")
+        progress.at(0, "joining the group for work on files")
+        process_groups.files()
         stop = stack.enter_context(StopRequests(None if minutes is None else _BEGAN + 60 * minutes))
         code = _train(config, resolved, mpu, progress, log, lock, stop)
         parallel.destroy()
@@ -168,8 +169,14 @@ def _train(
 
 def _meet(config: Config) -> Meeting:
     """All processes come together, or this one ends. What they import is little: a host that is down is named soon."""
-    from megamult import rendezvous
+    from megamult import device, open_files, rendezvous
 
+    open_files.raise_limit()
+    try:
+        gloo = device.backend() == "gloo"
+        open_files.check_limit(environment.rank(), environment.world_size(), config.parallel.tensor, gloo)
+    except ValueError as error:
+        fail_alone(str(error))
     try:
         meeting = rendezvous.meet(config.parallel.rendezvous_seconds)
         if not config.parallel.tensor_across_nodes:

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import resource
 import secrets
 import signal
 import socket
@@ -56,9 +55,6 @@ class Watchdog:
         if self._rank == 0:
             address = _address(meeting)
             self._listener = _listen(address)
-            # TCPStore, the gloo meshes and all ranks' connections add up.
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             port, token = self._listener.getsockname()[1], secrets.token_hex(16)
             meeting.store.set("watchdog", json.dumps([address, port, token, [os.getpid(), _where()]]))
         self._address, self._port, self._token, self._rank_0 = json.loads(meeting.store.get("watchdog"))

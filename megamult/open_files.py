@@ -1,0 +1,47 @@
+"""How many sockets a rank of a run holds open, and the limit of open files that must let it."""
+
+from __future__ import annotations
+
+import resource
+
+_SPARE = 256
+"""Open files beside the sockets to other ranks: libraries, data, checkpoints, logs, DeepSpeed's extensions."""
+
+
+def raise_limit() -> None:
+    """Raise this process's soft limit of open files to the hard one, which an ordinary user may."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def sockets(rank: int, processes: int, tensor: int, gloo: bool) -> int:
+    """Sockets from one rank to others: gloo connects every two ranks of a group.
+
+    Args:
+        rank: its number; rank 0 serves the store and the watchdog, and every rank has a connection to each.
+        processes: of the run.
+        tensor: tensor-parallel size.
+        gloo: training itself communicates over gloo, as on CPUs; NCCL's connections are no concern of this limit.
+    """
+    meshes = [processes]  # the group for work on files
+    if gloo:
+        # All ranks, and this rank's tensor- and data-parallel groups where those are neither all ranks nor one.
+        meshes += [processes, *(size for size in (tensor, processes // tensor) if size < processes)]
+    served = 2 * (processes + 1) if rank == 0 else 2  # rank 0 has both ends of its own connections
+    return sum(size - 1 for size in meshes) + served
+
+
+def check_limit(rank: int, processes: int, tensor: int, gloo: bool) -> None:
+    """Make sure that the hard limit of open files lets this rank connect to its peers; arguments as of `sockets`.
+
+    Raises:
+        ValueError: it does not.
+    """
+    needed = sockets(rank, processes, tensor, gloo) + _SPARE
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError(
+            f"the hard limit of open files is {hard} per process, and rank {rank} of {processes} needs {needed}: raise "
+            f"it to at least that (`ulimit -Hn {needed}` as root, limits.conf, or LimitNOFILE of the service that "
+            "starts jobs)"
+        )
