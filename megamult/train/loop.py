@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,6 +68,8 @@ class Trainer:
         self.last_checkpoint: Path | None = None
         self.bad_steps = 0
         """In a row."""
+        self.votes: list[float] = []
+        """Sums over all ranks of what was voted at the end of the last step."""
 
     def _micro_batch(self, samples: Samples, first: int, micro: int, step: int, of: str = "") -> tuple[Tensor, Tensor]:
         """Tokens and labels, [micro batch, seq] each: this rank's part of the global batch that begins at `first`.
@@ -83,8 +85,12 @@ class Trainer:
         tokens, labels = (torch.stack([row[key] for row in rows]) for key in ("tokens", "labels"))
         return device.upload(tokens), device.upload(labels)
 
-    def train_step(self) -> dict[str, float]:
-        """One optimizer step; returns the step's record."""
+    def train_step(self, ballot: Callable[[], Sequence[float]] = tuple) -> dict[str, float]:
+        """One optimizer step; returns the step's record.
+
+        Args:
+            ballot: asked for this rank's vote when the step is done; `votes` then holds the sums over all ranks.
+        """
         began = time.perf_counter()
         config, step, first = self.config, self.step_count, self.samples
         batch = config.train.global_batch_size
@@ -103,7 +109,7 @@ class Trainer:
         self.samples += batch
         norms = self.engine.optimizer.norms
         assert norms is not None
-        mean_loss = self._mean(loss / self._accumulation)
+        mean_loss, self.votes = mean_and_votes(loss / self._accumulation, ballot())
         seconds = time.perf_counter() - began
         tokens_per_step = batch * config.model.seq_length
         return {
@@ -135,12 +141,7 @@ class Trainer:
                 _, entropy = self.engine.deepspeed(tokens, labels)
                 loss += entropy.float()
         self.engine.deepspeed.train()
-        return self._mean(loss / (config.train.eval_batches * self._accumulation))
-
-    def _mean(self, value: Tensor) -> float:
-        """Mean over data-parallel ranks (tensor-parallel ranks agree)."""
-        torch.distributed.all_reduce(value, group=parallel.data_group())
-        return value.item() / parallel.data_group().size()
+        return mean_and_votes(loss / (config.train.eval_batches * self._accumulation))[0]
 
     def multipliers(self) -> dict[str, Tensor]:
         """All multipliers by "role/side", complete on global rank 0. Collective."""
@@ -180,7 +181,7 @@ class Trainer:
             if main_rank:
                 out = stack.enter_context(Writers(run_dir, config.train.steps, self.step_count, skipped))
             while self.step_count < config.train.steps and reason is None:
-                record = self.train_step()
+                record = self.train_step(stop.ballot)
                 bad = record["skipped_steps"] > skipped or not math.isfinite(record["loss"])
                 skipped = int(record["skipped_steps"])
                 self.bad_steps = self.bad_steps + 1 if bad else 0
@@ -204,8 +205,8 @@ class Trainer:
                     self.figures["valid_loss"] = self.evaluate()
                     if out is not None:
                         out.evaluation({"step": self.step_count, "valid_loss": self.figures["valid_loss"]})
-                self._progress.at(self.step_count, "vote on stopping")
-                reason = None if last else stop.agreed()
+                self._progress.at(self.step_count, "after the records")
+                reason = None if last else stop.decided(self.votes)
                 _report(out, checkpoints.poll())
                 # Not while steps are bad: what is wrong may be in the weights already.
                 unsaved |= checkpoints.due(self.step_count)
@@ -225,6 +226,20 @@ class Trainer:
         elif outcome is not None and outcome.step == self.step_count:
             raise CheckpointFailed(outcome, reason)
         return reason
+
+
+def mean_and_votes(value: Tensor, votes: Sequence[float] = ()) -> tuple[float, list[float]]:
+    """The mean of an fp32 scalar over data-parallel ranks, and sums of `votes` over all ranks, in one collective.
+
+    Tensor-parallel ranks hold the same value but vote each for itself, as a signal may reach only one of them. So all
+    ranks take part, and of the value's replicas the first counts: zeros added to an fp32 sum change no bit.
+    """
+    packed = device.upload(torch.tensor([0.0, *votes], dtype=torch.float32))
+    if parallel.tensor_group().rank() == 0:
+        packed[0] = value
+    torch.distributed.all_reduce(packed)
+    total, *sums = packed.tolist()
+    return total / parallel.data_group().size(), sums
 
 
 _LAST_SAVE_SECONDS = 60.0

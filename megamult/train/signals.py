@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import select
 import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from megamult import environment, launcher
-from megamult.patience import ON_FILES
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""A scheduler's, and Ctrl-C, which reaches ranks from the terminal or their launcher."""
+"""A scheduler's, and Ctrl-C, which reaches ranks from the terminal or their launcher. Where ranks have heard different
+ones, the first of these is the run's reason to stop."""
 
 _ABANDONED = 255
 """In the place of a signal's number: a launcher above this rank is gone."""
-
-_VOTE_TIMEOUT = datetime.timedelta(seconds=1.5 * ON_FILES)
-"""A peer may be at work on files; one that is gone is the watchdog's business."""
 
 SAME_REQUEST_SECONDS = 5.0
 """Signals that follow the first one within this time are the same request: a scheduler sends one to every process of a
@@ -48,8 +43,6 @@ class StopRequests:
         self._deadline = deadline
         self._asked = 0  # the first signal's number, or _ABANDONED
         self._before: dict[signal.Signals, Any] = {}
-        # CPU ranks of its own: a vote waits for no GPU, and meets no other collective.
-        self._group = torch.distributed.new_group(backend="gloo", timeout=_VOTE_TIMEOUT)
 
     def __enter__(self) -> StopRequests:
         self._reader, self._writer = os.pipe()
@@ -110,14 +103,19 @@ class StopRequests:
                 elif now - first > SAME_REQUEST_SECONDS and number != _ABANDONED:
                     os._exit(128 + number)
 
-    def agreed(self) -> str | None:
-        """Why all ranks should stop now, if one was asked to. Collective."""
+    def ballot(self) -> list[float]:
+        """This rank's vote on stopping now, which travels beside the loss: a number for each possible reason, 1 where
+        this rank has it. Sums over ranks are what :meth:`decided` takes, exact in fp32 up to 2^24 ranks."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
-        vote = torch.tensor([self._asked, int(late)])
-        torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX, group=self._group)
-        asked, late_somewhere = vote.tolist()
-        if asked == _ABANDONED:
-            return "the launcher is gone"
-        if asked:
-            return signal.Signals(asked).name
-        return "train.max_minutes" if late_somewhere else None
+        asked = self._asked
+        return [float(asked == number) for number in (_ABANDONED, *SIGNALS)] + [float(late)]
+
+    @staticmethod
+    def decided(votes: Sequence[float]) -> str | None:
+        """Why all ranks should stop now; None: no rank was asked to.
+
+        Args:
+            votes: the sum of all ranks' ballots. It is the same on all of them, and so is the answer.
+        """
+        reasons = ["the launcher is gone", *(number.name for number in SIGNALS), "train.max_minutes"]
+        return next((reason for reason, count in zip(reasons, votes, strict=True) if count), None)

@@ -31,7 +31,8 @@ class Signalling(Samples):
 
 def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[str]]]:
     """(reason, steps done, checkpoints) of runs over 6 steps: a signal to the second rank in step 3, with and without
-    checkpoints in between; a deadline that is past; none of these."""
+    checkpoints in between, and where it is the second of a tensor-parallel group; a deadline that is past; none of
+    these."""
     from megamult import parallel
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build
@@ -39,17 +40,19 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
     from megamult.train.signals import StopRequests
 
     found = []
-    third = 2 * batch + batch // 2  # the first sample of the second rank's half of step 3
+    third = 2 * batch + batch // 2  # the first sample of the second data-parallel rank's half of step 3
     cases = [
-        (third, signal.SIGTERM, None, 0),
-        (third, signal.SIGUSR1, None, 2),
-        (-1, None, time.monotonic(), 0),
-        (-1, None, None, 4),
+        (1, third, signal.SIGTERM, None, 0),
+        (1, third, signal.SIGUSR1, None, 2),
+        (2, third, signal.SIGUSR1, None, 0),
+        (1, -1, None, time.monotonic(), 0),
+        (1, -1, None, None, 4),
     ]
-    for i, (at, number, deadline, save_every) in enumerate(cases):
-        config = Case(world=2, zero=1, steps=6).config()
+    for i, (tensor, at, number, deadline, save_every) in enumerate(cases):
+        config = Case(world=2, tensor=tensor, zero=1, steps=6).config()
         config.checkpoint.save_every, config.checkpoint.keep = save_every, 0
-        engine = build(config, VOCAB, parallel.initialize(1))
+        engine = build(config, VOCAB, parallel.initialize(tensor))
+        at = -1 if torch.distributed.get_rank() == 0 else at  # tensor-parallel ranks read the same samples
         samples = Signalling(at, number or signal.SIGTERM, VOCAB, config.model.seq_length)
         trainer = Trainer(config, engine, samples, None, VOCAB)
         run_dir = folder / str(i)

@@ -33,6 +33,7 @@ def test_a_signal_to_one_rank_or_a_deadline_stops_all_after_the_same_step_with_a
         == [
             ("SIGTERM", 3, ["latest", "step_3"]),
             ("SIGUSR1", 3, ["latest", "step_2", "step_3"]),
+            ("SIGUSR1", 3, ["latest", "step_3"]),
             ("train.max_minutes", 1, ["latest", "step_1"]),
             (None, 6, ["latest", "step_4", "step_6"]),
         ]
@@ -46,11 +47,11 @@ torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}
 from megamult.train import signals
 signals.SAME_REQUEST_SECONDS = 1.0
 with signals.StopRequests() as stop:
-    assert stop.agreed() is None
+    assert stop.decided(stop.ballot()) is None
     for _ in range(3):  # to every process of a job, and once more from its launcher
         os.kill(os.getpid(), signal.{first})
     time.sleep(0.2)
-    assert stop.agreed() == "{first}", stop.agreed()
+    assert stop.decided(stop.ballot()) == "{first}", stop.decided(stop.ballot())
     print("asked", flush=True)
     threading.Timer(1.5, os.kill, (os.getpid(), signal.{second})).start()
     # Waits in C, as in a collective that a peer never joins.
@@ -79,9 +80,9 @@ torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}
 from megamult.train.signals import StopRequests
 with StopRequests() as stop:
     os.kill(os.getpid(), signal.SIGINT)
-    assert stop.agreed() is None
+    assert stop.decided(stop.ballot()) is None
     os.kill(os.getpid(), signal.SIGUSR1)
-    while (why := stop.agreed()) is None:
+    while (why := stop.decided(stop.ballot())) is None:
         pass
     print(why)
 torch.distributed.destroy_process_group()  # as a program does: gloo has aborted one that ended without
