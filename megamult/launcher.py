@@ -1,4 +1,4 @@
-"""The programs above this process: where DeepSpeed's launcher started the ranks, and which launcher's end is ours."""
+"""The programs above this process: which launcher started it, on which hosts, and what tells its launch from others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 from pathlib import Path
+
+from megamult import environment
 
 
 def _command(process: int) -> list[str]:
@@ -45,3 +47,36 @@ def launchers() -> list[int]:
         runner = any(Path(part).name in ("deepspeed", "ds") for part in _command(above)[:2])
         return [parent, above] if runner else [parent]
     return [parent] if any(Path(part).name == "torchrun" or part == "torch.distributed.run" for part in command) else []
+
+
+def process() -> str:
+    """The process that started this rank, unlike any other that is or was; "" if it is no launcher that is known."""
+    above = launchers()
+    if not above:
+        return ""
+    with contextlib.suppress(OSError, IndexError):
+        begun = Path(f"/proc/{above[0]}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+        return f"{environment.machine()} {os.readlink('/proc/self/ns/pid')} {above[0]} {begun}"
+    return ""
+
+
+def launch() -> str:
+    """The name that a scheduler gave to this launch, unlike any other's: torchrun's --rdzv-id, or a job step of Slurm
+    whose tasks are the ranks; "" if there is none."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        name = os.environ["TORCHELASTIC_RUN_ID"]
+        return "" if name == "none" else f"torchrun {name}"  # its default, which all jobs share
+    if not launchers() and os.environ.get("SLURM_STEP_NUM_TASKS") == str(environment.world_size()):
+        return f"Slurm {os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    return ""
+
+
+def siblings() -> tuple[int, int]:
+    """(first, number) of the ranks that this rank's launcher starts on its node, this one among them."""
+    rank, hosts = environment.rank(), hosts_of_ranks()
+    if rank in hosts:
+        here = [each for each, host in hosts.items() if host == hosts[rank]]
+        return here[0], len(here)
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return rank - environment.local_rank(), int(os.environ["LOCAL_WORLD_SIZE"])
+    return rank, 1

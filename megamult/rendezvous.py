@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
-import secrets
 import socket
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megamult import environment, launcher
-from megamult.console import ranges
+from megamult.claims import Claim
+from megamult.reception import (
+    CLAIMS,
+    HEAR,
+    MET,
+    RANK_0,
+    TELL_SECONDS,
+    Reception,
+    answer_key,
+    claim_key,
+    configuration_key,
+    heard_key,
+    refusal,
+)
 
 SECONDS = 45.0
 """For which to wait, if nothing else is asked for: with the launcher's own start a host that is down is named within a
 minute."""
+
+
+class Refused(Exception):
+    """Rank 0 takes this process for one of another launch, or of another configuration."""
+
+    def __init__(self, message: str, configuration: bool) -> None:
+        super().__init__(message)
+        self.configuration = configuration
+        """Whether the configuration is what differs: the same command again would be refused again."""
 
 
 class NobodyThere(Exception):
@@ -60,59 +85,43 @@ class Meeting:
                 )
 
 
-def meet(seconds: float) -> Meeting:
-    """Wait until every process has come to rank 0's store. Collective over all ranks.
+def meet(seconds: float, configuration: Mapping[str, Any] | None = None) -> Meeting:
+    """Wait until every process of this launch has come to rank 0's store. Collective over all ranks.
+
+    A process of another launch is refused and told by whom; this launch goes on waiting for its own.
 
     Args:
-        seconds: for which to wait.
+        seconds: how long to wait.
+        configuration: of the run, flat (:func:`megamult.settings.flat`): the same on all ranks.
 
     Raises:
         NobodyThere: on every rank that is here: who did not come, on which hosts; on a rank that finds nobody: that.
-        ValueError: on every rank: what one excused itself with.
+        Refused: rank 0 does not take this process for one of its launch.
+        ValueError: on every rank: what one excused itself with, or every key whose value is not the same on all.
     """
-    rank, size = environment.rank(), environment.world_size()
     deadline = time.monotonic() + seconds
+    configuration = dict(configuration or {})
+    claim = _claim(configuration)
     store = _store(seconds)
-    _come(store, machine=environment.machine())
-    if rank == 0:
-        missing = _missing(store, size, min(deadline, time.monotonic() + _TELL_SECONDS))
-        if missing and time.monotonic() < deadline:
-            print(f"waiting for {_who(missing)}, up to {seconds:.0f} s in all", file=sys.stderr, flush=True)
-            missing = _missing(store, size, deadline)
-        here = [each for each in range(size) if each not in missing]
-        came = [json.loads(value) for value in store.multi_get([f"here/{each}" for each in here])]
-        name = secrets.token_hex(8)
-        store.set("met", json.dumps({"missing": missing, "came": came, "name": name}))
-        # The store goes with this process: it may leave only once all others have heard.
-        with contextlib.suppress(RuntimeError):
-            takes_part = [f"heard/{each}" for each, said in zip(here, came, strict=True) if each and "machine" in said]
-            store.wait(takes_part, _HEAR)
-            # Under torchrun the store may serve these ranks once more, without a new count of restarts.
-            for key in ["met", *takes_part, *(f"here/{each}" for each in here)]:
-                store.delete_key(key)
-        met: dict[str, Any] = {"missing": missing, "came": came, "name": name}
+    if claim.rank == 0:
+        met = Reception(store, claim, configuration).receive(seconds, deadline)
     else:
+        number = _come(store, claim, configuration)
         # Rank 0 may have begun later, and waits for as long.
-        met = _heard(store, time.monotonic() + 2 * seconds + _HEAR.total_seconds())
-        store.set(f"heard/{rank}", "")
-    if met["missing"]:
-        raise NobodyThere(
-            f"{len(met['missing'])} of {size} processes did not come within {seconds:.0f} s "
-            f"(parallel.rendezvous_seconds): {_who(met['missing'])}; see whether the host is up and what its own "
-            "output says"
-        )
-    for each in met["came"]:
-        if "problem" in each:
-            raise ValueError(each["problem"])
+        met = _heard(store, claim, number, time.monotonic() + 2 * seconds + HEAR.total_seconds())
+    if met["problem"] is not None:
+        raise ValueError(met["problem"])
+    if met["missing"] is not None:
+        raise NobodyThere(met["missing"])
     shared = PrefixStore(met["name"], store)
     shared.set_timeout(_PATIENCE)
-    return Meeting(shared, [each["machine"] for each in met["came"]])
+    return Meeting(shared, met["machines"])
 
 
 def excuse(problem: str) -> None:
     """Come in order to say that this rank cannot take part, if rank 0 is there to hear it."""
     with contextlib.suppress(NobodyThere, RuntimeError):
-        _come(_store(_EXCUSE_SECONDS), problem=f"rank {environment.rank()} on {environment.host()}: {problem}")
+        _come(_store(_EXCUSE_SECONDS), _claim({}, problem), {})
 
 
 _EXCUSE_SECONDS = 15.0
@@ -122,15 +131,31 @@ _EXCUSE_SECONDS = 15.0
 _PATIENCE = datetime.timedelta(minutes=30)
 """For what ranks that have met ask the store: some import longer than others."""
 
-_TELL_SECONDS = 15.0
-"""After which a rank that still waits says for whom."""
 
-_HEAR = datetime.timedelta(seconds=10)
-"""For which rank 0 waits until what it has found is heard."""
+def _claim(configuration: Mapping[str, Any], problem: str | None = None) -> Claim:
+    """What this process says of itself."""
+    text = json.dumps(configuration, sort_keys=True)
+    return Claim(
+        rank=environment.rank(),
+        size=environment.world_size(),
+        host=environment.host(),
+        pid=os.getpid(),
+        machine=environment.machine(),
+        launch=launcher.launch(),
+        launcher=launcher.process(),
+        siblings=launcher.siblings(),
+        command=" ".join(sys.argv),
+        configuration=hashlib.sha256(text.encode()).hexdigest(),
+        problem=problem,
+    )
 
 
-def _come(store: Store, **what: str) -> None:
-    store.set(f"here/{environment.rank()}", json.dumps(what))
+def _come(store: Store, claim: Claim, configuration: Mapping[str, Any]) -> int:
+    """Hand a claim in; its number among all of them."""
+    store.set(configuration_key(claim.configuration), json.dumps(configuration))
+    number = int(store.add(CLAIMS, 1))
+    store.set(claim_key(number), json.dumps(dataclasses.asdict(claim)))
+    return number
 
 
 def _store(seconds: float) -> Store:
@@ -141,21 +166,14 @@ def _store(seconds: float) -> Store:
     try:
         if not serves:
             _reach(address, port, deadline)
-        store = TCPStore(
-            address,
-            port,
-            environment.world_size(),
-            is_master=serves,
-            timeout=datetime.timedelta(seconds=max(1.0, deadline - time.monotonic())),
-            wait_for_workers=False,
-        )
+        store = _connect(address, port, max(1.0, deadline - time.monotonic()), serves)
     except (RuntimeError, OSError) as error:
         # torch's message goes on with the C++ stack.
         why = str(error).splitlines()[0]
         if "EADDRINUSE" in str(error):
             raise NobodyThere(
-                f"port {port} on {environment.host()} is in use ({why}): choose another one by the launcher's "
-                "--master_port, or MASTER_PORT"
+                f"port {port} on {environment.host()} is in use{_by_whom(address, port)} ({why}): choose another one "
+                "by the launcher's --master_port, or MASTER_PORT"
             ) from None
         raise NobodyThere(
             f"rank {environment.rank()} on {environment.host()} did not reach rank 0 at {address}:{port} within "
@@ -163,8 +181,51 @@ def _store(seconds: float) -> Store:
             "--master_addr or MASTER_ADDR names, and whether a firewall closes the port",
             rank_0_is_missing=True,
         ) from None
-    # torchrun's store outlives the processes that it starts again.
+    return _of_this_start(store)
+
+
+def _of_this_start(store: Store) -> Store:
+    """torchrun's store outlives the processes that it starts again."""
     return PrefixStore(f"megamult/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _connect(address: str, port: int, seconds: float, serves: bool) -> Store:
+    """The store at an address.
+
+    Raises:
+        OSError, RuntimeError: it cannot be reached or served, or what listens there is none.
+    """
+    found: list[Store | RuntimeError] = []
+
+    def connect() -> None:
+        timeout = datetime.timedelta(seconds=seconds)
+        size = environment.world_size()
+        try:
+            found.append(TCPStore(address, port, size, is_master=serves, timeout=timeout, wait_for_workers=False))
+        except RuntimeError as error:
+            found.append(error)
+
+    # torch waits for ever for the greeting of a server that is no store of its own.
+    thread = threading.Thread(target=connect, name="store", daemon=True)
+    thread.start()
+    thread.join(seconds + 1.0)
+    if not found:
+        raise OSError(f"what listens there did not greet as torch's store within {seconds:.0f} s")
+    if isinstance(found[0], RuntimeError):
+        raise found[0]
+    return found[0]
+
+
+def _by_whom(address: str, port: int) -> str:
+    """The run that listens there, for a message; nothing if it is none of megamult's."""
+    with contextlib.suppress(OSError, RuntimeError):
+        store = _of_this_start(_connect(address, port, _ASK_SECONDS, serves=False))
+        if store.check([RANK_0]):
+            return f" by the run of {store.get(RANK_0).decode()}"
+    return ""
+
+
+_ASK_SECONDS = 3.0
 
 
 def _reach(address: str, port: int, deadline: float) -> None:
@@ -173,7 +234,7 @@ def _reach(address: str, port: int, deadline: float) -> None:
     Raises:
         OSError: nobody does by then.
     """
-    tell = time.monotonic() + _TELL_SECONDS if environment.local_rank() == 0 else math.inf
+    tell = time.monotonic() + TELL_SECONDS if environment.local_rank() == 0 else math.inf
     while True:
         try:
             socket.create_connection((address, port), timeout=max(0.1, min(2.0, deadline - time.monotonic()))).close()
@@ -188,34 +249,24 @@ def _reach(address: str, port: int, deadline: float) -> None:
         time.sleep(0.2)
 
 
-def _missing(store: Store, size: int, deadline: float) -> list[int]:
-    """The ranks that have not come by then."""
-    keys = [f"here/{rank}" for rank in range(size)]
-    return [] if _wait(store, keys, deadline) else [rank for rank, key in enumerate(keys) if not store.check([key])]
-
-
-def _heard(store: Store, deadline: float) -> dict[str, Any]:
-    """What rank 0 has found."""
+def _heard(store: Store, claim: Claim, number: int, deadline: float) -> dict[str, Any]:
+    """What rank 0 has found, if it counts this process in."""
+    answer = answer_key(number)
     try:
-        if not _wait(store, ["met"], deadline):
-            raise NobodyThere("rank 0 was there, and has said nothing since", rank_0_is_missing=True)
-        return dict(json.loads(store.get("met")))
+        while not store.check([answer]):
+            if store.check([MET]):
+                break
+            if time.monotonic() > deadline:
+                raise NobodyThere("rank 0 was there, and has said nothing since", rank_0_is_missing=True)
+            time.sleep(0.2)
+        if store.check([answer]):
+            told = json.loads(store.get(answer))
+            raise Refused(told["why"], told["configuration"])
+        met = dict(json.loads(store.get(MET)))
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         raise NobodyThere(f"rank 0 has left before all had come ({why})", rank_0_is_missing=True) from None
-
-
-def _wait(store: Store, keys: list[str], deadline: float) -> bool:
-    """Until all of them are set; False: not by then. torch's own wait is not ended by Ctrl-C, and prints a warning."""
-    while not store.check(keys):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)
-    return True
-
-
-def _who(ranks: list[int]) -> str:
-    """Ranks with their hosts, where those are known."""
-    hosts = launcher.hosts_of_ranks()
-    named = sorted({hosts[rank] for rank in ranks if rank in hosts})
-    return f"rank {ranges(ranks)}{' on ' + ', '.join(named) if named else ''}"
+    if number not in met["numbers"]:
+        raise Refused(refusal(claim, met["by"], "the processes of its launch have all come"), False)
+    store.set(heard_key(number), "")
+    return met

@@ -32,7 +32,7 @@ EXIT_DIVERGED = 65
 EXIT_UNAVAILABLE = 69
 """Not all processes of the launch came together (EX_UNAVAILABLE)."""
 
-_HEAD_START_SECONDS = 2.0
+HEAD_START_SECONDS = 2.0
 """Launchers end all ranks once one has left: the others let rank 0 speak first."""
 
 _SECTIONS: dict[str, type] = {
@@ -93,6 +93,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
         raise ValueError(f"the file that --config names is not UTF-8 ({error}): save it as UTF-8") from None
     del namespace["config"], namespace["local_rank"]
     config = Config(**{name: sections[name] for name in _SECTIONS}, deepspeed=sections["deepspeed"])
+    # The contents of a file of DeepSpeed's belong to the configuration: they may be others the next time, or elsewhere.
+    config.deepspeed = namespace["deepspeed"] = config.deepspeed_overrides() or None
     return config, made.dump(namespace, skip_validation=True, skip_none=False)
 
 
@@ -101,7 +103,7 @@ def fail(message: str) -> NoReturn:
     if environment.rank() == 0:
         say_error(message)
     else:
-        time.sleep(_HEAD_START_SECONDS)
+        time.sleep(HEAD_START_SECONDS)
     sys.exit(EXIT_USER_ERROR)
 
 

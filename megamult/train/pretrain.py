@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 import warnings
@@ -10,15 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megamult import environment
+from megamult import environment, launcher
 from megamult.config import Config, DataConfig
-from megamult.console import say_error
+from megamult.console import EXIT_USER_ERROR, say_error
 from megamult.patience import ON_FILES
+from megamult.settings import flat
 from megamult.train.command_line import (
     EXIT_DIVERGED,
     EXIT_NO_CHECKPOINT,
     EXIT_RESUME,
     EXIT_UNAVAILABLE,
+    HEAD_START_SECONDS,
     agreed,
     fail,
     fail_alone,
@@ -178,12 +181,19 @@ def _meet(config: Config) -> Meeting:
     except ValueError as error:
         fail_alone(str(error))
     try:
-        meeting = rendezvous.meet(config.parallel.rendezvous_seconds)
+        meeting = rendezvous.meet(config.parallel.rendezvous_seconds, flat(dataclasses.asdict(config)))
         if not config.parallel.tensor_across_nodes:
             meeting.check_nodes(config.parallel.tensor)
         return meeting
     except ValueError as error:
         fail(str(error))
+    except rendezvous.Refused as error:
+        # The first of a launcher's ranks that is refused speaks for its node.
+        if environment.rank() <= max(1, launcher.siblings()[0]):
+            say_error(str(error))
+        else:
+            time.sleep(HEAD_START_SECONDS)
+        sys.exit(EXIT_USER_ERROR if error.configuration else EXIT_UNAVAILABLE)
     except rendezvous.NobodyThere as error:
         # Who is missing, rank 0 says; that rank 0 is, one rank of each node.
         if environment.rank() == 0 or (error.rank_0_is_missing and environment.local_rank() == 0):

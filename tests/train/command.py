@@ -154,7 +154,7 @@ def answers(cases: list[list[str]]) -> list[tuple[object, str]]:
         stream, code = io.StringIO(), None
         with (
             mock.patch.object(parallel, "destroy"),
-            mock.patch.object(command_line, "_HEAD_START_SECONDS", 0.0),
+            mock.patch.object(command_line, "HEAD_START_SECONDS", 0.0),
             mock.patch.object(pretrain, "_meet", return_value=meeting),
             contextlib.redirect_stderr(stream),
         ):

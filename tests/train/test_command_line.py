@@ -135,7 +135,7 @@ def test_a_mistake_in_the_keys_is_one_line_and_code_2_before_anything_runs(
 
 def test_ranks_other_than_0_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(command_line, "_HEAD_START_SECONDS", 0.0)
+    monkeypatch.setattr(command_line, "HEAD_START_SECONDS", 0.0)
     with pytest.raises(SystemExit) as exit_:
         pretrain.main(["--train.steps", "0"])
     assert exit_.value.code == 2

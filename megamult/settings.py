@@ -1,0 +1,45 @@
+"""A run's configuration as flat keys, and how two configurations differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key whose value differs; each side's value, or ABSENT."""
+
+    key: str
+    mine: Any
+    its: Any
+
+
+ABSENT = object()
+"""Stands for the value of a key that a configuration does not have."""
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves of nested mappings by dotted key: {"optimizer": {"lr": 1}} is {"optimizer.lr": 1}; values as JSON has them
+    (a tuple is a list)."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            found |= {f"{key}.{inner}": leaf for inner, leaf in flat(value).items()}
+        else:
+            found[str(key)] = json.loads(json.dumps(value))
+    return found
+
+
+def differences(mine: Mapping[str, Any], its: Mapping[str, Any]) -> list[Difference]:
+    """Keys of two flat configurations whose values differ: in the order of `mine`, then those that only `its` has."""
+    keys = [*mine, *(key for key in its if key not in mine)]
+    pairs = [Difference(key, mine.get(key, ABSENT), its.get(key, ABSENT)) for key in keys]
+    return [pair for pair in pairs if pair.mine != pair.its or type(pair.mine) is not type(pair.its)]
+
+
+def shown(value: Any) -> str:
+    """A value as YAML's flow style has it; "not set" for ABSENT."""
+    return "not set" if value is ABSENT else json.dumps(value, ensure_ascii=False)
