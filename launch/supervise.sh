@@ -173,12 +173,22 @@ rest() {
     wait "$!" || true
 }
 
+# Whether a live process holds the run's lock, on any host. Where locks reach no further than one node, only the record
+# in the file tells: a live holder writes into it every three seconds. Keeps what it saw in this shell.
+readonly longest_beat=8
+lock_text="" lock_since=0
 is_locked() {
-    local status=0
+    local status=0 text="" here
     [[ -e "$run_dir/lock" ]] || return 1
     # Another status than 9 says that locks do not work here.
     flock --shared --nonblock --conflict-exit-code 9 "$run_dir/lock" true 2>/dev/null || status=$?
-    ((status == 9))
+    ((status != 9)) || return 0
+    { text="$(<"$run_dir/lock")"; } 2>/dev/null || return 1
+    here="\"machine\": \"$(uname -n) $(</proc/sys/kernel/random/boot_id)\""
+    # A live holder on this host would have it locked.
+    [[ "$text" == *'"machine": '* && "$text" != *"$here"* ]] || return 1
+    if [[ "$text" != "$lock_text" ]]; then lock_text="$text" lock_since="$SECONDS"; fi
+    ((SECONDS - lock_since < longest_beat))
 }
 
 # A launcher may be gone before its ranks, which then save and end by themselves.

@@ -32,6 +32,9 @@ EXIT_DIVERGED = 65
 EXIT_UNAVAILABLE = 69
 """Not all processes of the launch came together (EX_UNAVAILABLE)."""
 
+EXIT_WATCHDOG = 70
+"""The run was ended because a rank died or stood still (EX_SOFTWARE)."""
+
 HEAD_START_SECONDS = 2.0
 """Launchers end all ranks once one has left: the others let rank 0 speak first."""
 

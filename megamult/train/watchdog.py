@@ -23,12 +23,10 @@ from typing import Any, NoReturn
 
 from megamult import environment
 from megamult.rendezvous import Meeting
+from megamult.train.command_line import EXIT_WATCHDOG
 from megamult.train.hub import CONNECT_SECONDS, LEFT_SECONDS, Deadlines, Hub, keep_alive, send
 from megamult.train.logs import RankLog
 from megamult.train.progress import Progress
-
-EXIT_WATCHDOG = 70
-"""The run was ended because a rank died or stood still (EX_SOFTWARE)."""
 
 _HEARTBEAT_SECONDS = 10.0
 _LEAVE_SECONDS = 5.0
