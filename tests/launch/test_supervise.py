@@ -21,7 +21,7 @@ STEPS = 20
 # Plays one life of a run: the next entry of RUN/../plan.json. A life waits for a signal ("until": its name), lingers
 # ("linger": seconds), saves a checkpoint ("step"), and ends ("code").
 _PRETRAIN = """
-import fcntl, json, os, signal, sys, time
+import fcntl, json, os, signal, sys, threading, time
 from pathlib import Path
 
 run = Path(sys.argv[sys.argv.index("--train.run_dir") + 1])
@@ -35,7 +35,19 @@ for name in ("SIGUSR1", "SIGTERM"):
 (run / "checkpoints").mkdir(parents=True, exist_ok=True)
 sections = ("model:", "  steps: 3", "train:", "  seed: 1", "  steps: STEPS", "checkpoint:", "  steps: 4")
 (run / "config.yaml").write_text("\\n".join(sections) + "\\n")
-if life.get("lock", True):  # held by rank 0
+guard, over = threading.Lock(), []
+def beat():  # as on a node of its own, where flock tells nobody here
+    for count in range(10 ** 6):
+        with guard:
+            if over:
+                return
+            (run / "beat").write_text(json.dumps({"machine": "n2 its-kernel", "beats": count}))
+            (run / "beat").rename(run / "lock")
+        time.sleep(0.2)
+if life.get("lock") == "far":
+    assert not (run / "lock").exists(), "two runs at once"
+    threading.Thread(target=beat, daemon=True).start()
+elif life.get("lock", True):  # held by rank 0
     lock = (run / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 (run.parent / "ready").touch()
@@ -46,6 +58,10 @@ if "step" in life:
     (run / "checkpoints" / "latest").write_text(f"step_{life['step']}\\n")
 with (run.parent / "got").open("a") as file:
     file.write(" ".join(["life", *got]) + "\\n")
+if life.get("lock") == "far":
+    with guard:
+        over.append(True)
+        (run / "lock").unlink()
 code = life["code"]
 os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
 """.replace("STEPS", str(STEPS))
@@ -369,6 +385,26 @@ def test_it_does_not_start_a_second_run_while_a_rank_on_another_host_holds_the_l
         ],
     )
     assert len(run.got()) == 2, "both lives had the lock to themselves"
+
+
+def test_it_knows_a_live_run_on_another_host_by_its_beats_where_locks_do_not_reach(play: Play) -> None:
+    run = play(
+        *({"lock": "far", "linger": 3, "step": step, "code": 0} for step in (7, 8)), options=["--max_restarts", "1"]
+    )
+    _, said = run.finish(run.start(sys.executable, str(run.folder / "far_away"), str(run.folder)))
+    assert said == [
+        "exit code 1, newest checkpoint step_7: restart 1 of 1 in 0 s",
+        "exit code 1, newest checkpoint step_8: giving up after 1 restarts",
+    ]
+    assert len(run.got()) == 2, "both lives had the lock to themselves"
+
+
+def test_a_lock_on_another_host_that_stands_still_is_the_next_runs_business(play: Play) -> None:
+    run = play({"code": 1, "lock": False}, {"code": 0, "step": STEPS, "lock": False})
+    (run.folder / "run").mkdir()
+    (run.folder / "run" / "lock").write_text(json.dumps({"machine": "n2 its-kernel", "beats": 5}))
+    code, said = run.finish(run.start())
+    assert (code, len(run.lives())) == (0, 2), said
 
 
 def test_a_lock_that_is_never_released_ends_it(play: Play) -> None:
