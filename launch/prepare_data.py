@@ -11,14 +11,15 @@ from megamult.data.corpus import prepare_corpus
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Writes PREFIX_{train,valid}.{bin,idx} and PREFIX.model; on an error it writes nothing.",
+        epilog="Writes PREFIX_{train,valid}.{bin,idx,stamp.json} and PREFIX.model; on an error it writes nothing.",
     )
     parser.add_argument(
         "--input",
         nargs="+",
         required=True,
         metavar="FILE",
-        help="UTF-8 files; .jsonl: one document per line; any other: one per blank-line-separated block",
+        help="UTF-8 files; JSON lines (known by their content): one document per line; plain text: one per block "
+        "between blank lines",
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
@@ -31,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="fraction of documents held out (default 0.01)",
     )
-    parser.add_argument("--json_key", default="text", metavar="KEY", help="field of a .jsonl line (default text)")
+    parser.add_argument(
+        "--json_key", default="text", metavar="KEY", help="field of a JSON line that holds the text (default text)"
+    )
     parser.add_argument(
         "--workers",
         type=int,

@@ -45,8 +45,10 @@ def interruptible() -> Iterator[None]:
 @contextlib.contextmanager
 def whole_or_nothing() -> Iterator[None]:
     """Around a program's work, which writes nothing unless it ends: ValueError and OSError are a user's mistake (exit
-    code 2), Ctrl-C is 130, and SIGTERM cleans up as Ctrl-C does."""
+    code 2), Ctrl-C is 130, and SIGTERM (143) and the terminal's end (SIGHUP, 129) clean up as Ctrl-C does."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it is ignored, and shall be
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         yield
     except (ValueError, OSError) as error:

@@ -16,7 +16,14 @@ PACKAGE = REPOSITORY / "megamult"
 # `placement` because it validates by their vocabulary of roles and sides; neither of the two reads the configuration.
 DATA_FLOW = [
     ["megamult"],  # imports nothing at import time; its public names are looked up when asked for
-    ["megamult.console", "megamult.environment", "megamult.open_files", "megamult.patience", "megamult.settings"],
+    [
+        "megamult.console",
+        "megamult.environment",
+        "megamult.open_files",
+        "megamult.partial",
+        "megamult.patience",
+        "megamult.settings",
+    ],
     ["megamult.claims", "megamult.launcher"],
     ["megamult.reception"],
     ["megamult.device", "megamult.rendezvous"],

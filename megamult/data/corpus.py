@@ -1,6 +1,6 @@
 """A corpus made ready for training: documents encoded by several processes into indexed train and valid sets.
 
-The output bytes depend on the input, the tokenizer and the split alone, never on the number of processes.
+The output bytes depend only on the input, the tokenizer and the split, never on the number of processes.
 Everything is written in a hidden directory next to the output and renamed once all of it is complete and
 checked.
 """
@@ -8,7 +8,6 @@ checked.
 import contextlib
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,9 @@ from megamult.data.encoding import encode_in_order
 from megamult.data.indexed import unigram_entropy, validate_indexed
 from megamult.data.split import ValidSplit
 from megamult.data.splitmix import splitmix
+from megamult.data.stamp import SUFFIX, Stamp
 from megamult.data.tokenizer import Tokenizer, train_tokenizer
+from megamult.partial import partial_folder
 
 # sentencepiece holds its training text in memory, and more than this hardly changes the merges.
 _TOKENIZER_BYTES = 200_000_000
@@ -57,29 +58,28 @@ def prepare_corpus(
     json_key: str = "text",
     workers: int = 1,
 ) -> CorpusSummary:
-    """Write OUTPUT_{train,valid}.{bin,idx} and OUTPUT.model; earlier ones are replaced at the very end.
+    """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and OUTPUT.model; earlier ones are replaced at the very end.
 
     Either a tokenizer of `vocab_size` is trained on the training documents (a sample of them beyond 200 MB),
     or the given model file is used. Each document must decode to itself and is followed by the
     end-of-document token. With `valid_fraction` 0 there is no valid set, and an earlier one under the same
-    name is removed.
+    name is removed. What an earlier call that was killed left unfinished under the same name is removed first.
 
     Raises:
-        ValueError: bad input (file and line are named), options that do not fit, or text the tokenizer
-            cannot keep.
+        ValueError: bad inputs (the first mistake of each file, by its line), options that do not fit, or text the
+            tokenizer cannot keep.
     """
     if (vocab_size is None) == (tokenizer is None):
         raise ValueError(f"vocab_size is {vocab_size} and tokenizer is {tokenizer}; give exactly one of them")
     if workers < 1:
         raise ValueError(f"workers is {workers}; give at least 1 process")
     given = Tokenizer(tokenizer) if tokenizer is not None else None
-    prefix = _checked_prefix(output)
-    count, text_bytes = _survey(read_documents(inputs, json_key))
+    prefix = _checked_prefix(output, inputs)
+    count, text_bytes = _survey(inputs, json_key)
     split = ValidSplit.of(count, valid_fraction)
 
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.", suffix=".partial", dir=prefix.parent))
-    try:
+    with partial_folder(prefix) as partial:
         model = partial / "model"
         if given is not None:
             shutil.copyfile(given.model_path, model)
@@ -89,7 +89,8 @@ def prepare_corpus(
             assert vocab_size is not None
             texts = _tokenizer_texts(read_documents(inputs, json_key), split, text_bytes)
             train_tokenizer(texts, vocab_size, model)
-        size = Tokenizer(model).vocab_size
+        used = Tokenizer(model)
+        size = used.vocab_size
         documents = _with_progress(read_documents(inputs, json_key), text_bytes)
         with contextlib.closing(encode_in_order(documents, encoder, workers)) as encoded:
             written = _write_sets(encoded, partial, split, size)
@@ -98,11 +99,13 @@ def prepare_corpus(
                 f"the inputs held {count} documents when they were checked and {sum(written.values())} when "
                 "they were encoded; run again when nothing else writes to them"
             )
-        tokens = {name: validate_indexed(partial / name, size).tokens for name in written}
+        tokens = {}
+        for name in written:
+            files = validate_indexed(partial / name, size)
+            tokens[name] = files.tokens
+            Stamp.of(files, used).write(partial / f"{name}{SUFFIX}")
         entropy = unigram_entropy(partial / "train", size)
         _publish(partial, prefix)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return CorpusSummary(
         train_documents=written["train"],
         valid_documents=written.get("valid", 0),
@@ -115,30 +118,44 @@ def prepare_corpus(
 
 
 def _outputs(prefix: Path) -> dict[str, Path]:
-    names = [f"{part}.{kind}" for part in ("train", "valid") for kind in ("bin", "idx")]
-    return {name: prefix.with_name(f"{prefix.name}_{name}") for name in names} | {
-        "model": prefix.with_name(f"{prefix.name}.model")
+    """Every file that may be written, by its name in the partial folder; stamps last, which vouch for the others."""
+    names = [f"{part}{kind}" for kind in (".bin", ".idx", SUFFIX) for part in ("train", "valid")]
+    return {"model": prefix.with_name(f"{prefix.name}.model")} | {
+        name: prefix.with_name(f"{prefix.name}_{name}") for name in names
     }
 
 
-def _checked_prefix(output: str | Path) -> Path:
+def _checked_prefix(output: str | Path, inputs: Sequence[str | Path]) -> Path:
     if str(output).endswith(("/", os.sep)) or Path(output).name in ("", ".", ".."):
         raise ValueError(f"output is {str(output)!r}; give a prefix such as data/corpus, not a directory")
     prefix = Path(output)
     for file in _outputs(prefix).values():
         if file.is_dir():
             raise ValueError(f"output file {file} is a directory; choose another prefix or move it")
+        for path in inputs:
+            if file.exists() and Path(path).exists() and file.samefile(path):
+                raise ValueError(f"input {path} is also the output file {file}; choose another prefix")
     existing = next(parent for parent in prefix.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"cannot write under {existing}; choose an output prefix in a directory that you may write to")
     return prefix
 
 
-def _survey(documents: Iterable[Document]) -> tuple[int, int]:
+def _survey(inputs: Sequence[str | Path], json_key: str) -> tuple[int, int]:
+    """Documents and UTF-8 bytes of all inputs, which are read to their ends: bad ones are all named together."""
     count = size = 0
-    for document in documents:
-        count += 1
-        size += len(document.text.encode())
+    mistakes: list[str] = []
+    for path in inputs:
+        try:
+            for document in read_documents([path], json_key):
+                count += 1
+                size += len(document.text.encode())
+        except ValueError as error:
+            mistakes.append(str(error))
+    if len(mistakes) > 1:
+        raise ValueError(f"{len(mistakes)} of {len(inputs)} inputs cannot be read: {'; '.join(mistakes)}")
+    if mistakes:
+        raise ValueError(mistakes[0])
     return count, size
 
 
@@ -186,6 +203,8 @@ def _write_sets(encoded: Iterable[np.ndarray], partial: Path, split: ValidSplit,
 def _publish(partial: Path, prefix: Path) -> None:
     outputs = _outputs(prefix)
     for name in outputs:
+        if name.endswith(SUFFIX):  # an earlier one shall vouch for nothing that is replaced
+            outputs[name].unlink(missing_ok=True)
         if (partial / name).exists():
             with open(partial / name, "rb") as stream:
                 os.fsync(stream.fileno())

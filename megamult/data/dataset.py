@@ -2,34 +2,27 @@
 
 A GPTDataset orders its documents by how many epochs it is asked for, so one that covers a whole run changes
 when the run gets longer. Here each (source, epoch) is a dataset of exactly one epoch with a seed of its own.
-Sample k of a source is then a function of (seed, source, k) alone, wherever the source stands in a blend, and a
+Sample k of a source is then a function of (seed, source, k) only, wherever the source stands in a blend, and a
 run resumes at any sample without a state. A source is known by its contents.
 """
 
-import contextlib
 import hashlib
-import logging
-import os
-import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from megamult.data.ahead import BuildsAhead
 from megamult.data.blend import Blend
-from megamult.data.indexed import IndexedFiles, read_index
-from megamult.data.splitmix import splitmix
+from megamult.data.described import Described, describe
+from megamult.data.epochs import MOST_DOCUMENTS, EpochFiles, TokenizerFacts, open_indexed
+from megamult.data.names import Names
 from megamult.data.tokenizer import Tokenizer
 
 # How long a network file system may take to show rank 0's index files to the other ranks.
 _SHARED_FILES_SECONDS = 60
-# Megatron zeroes and masks tokens equal to its padding id, by default -1, which a damaged corpus may hold and
-# which would then pass unseen. No token type holds this one.
-_NO_PADDING = -(1 << 40)
 
 
 class BlendedDataset:
@@ -41,15 +34,18 @@ class BlendedDataset:
     last label) and shuffles those. The last, incomplete sample of an epoch is left out; no sample is padded,
     none is masked.
 
-    In a distributed run call `prepare` on all ranks before reading; a single process may skip it.
+    In a distributed run call `prepare` on all ranks before reading; a single process may skip it. A thread may read
+    prepared samples while another one prepares.
 
     Args:
         cache_dir: where GPTDataset keeps its index files, on a file system that all ranks see. Files are
             keyed by source contents, seed, seq_length and tokenizer, so a directory may be used again and by
             several runs.
+        described: what `describe` says of each prefix, where it has been asked already.
 
     Raises:
-        ValueError: bad weights, damaged files (see `read_index`), or a source shorter than one sample.
+        ValueError: bad weights, damaged files or another tokenizer's (see `describe`), a source shorter than one
+            sample, or one with more documents than Megatron's index holds.
     """
 
     def __init__(
@@ -59,6 +55,7 @@ class BlendedDataset:
         seq_length: int,
         seed: int,
         cache_dir: str | Path,
+        described: Mapping[str, Described] | None = None,
     ) -> None:
         if seq_length < 1:
             raise ValueError(f"seq_length is {seq_length}; give at least 1 token")
@@ -67,50 +64,85 @@ class BlendedDataset:
         self._origin = 0  # global sample with which the present blend began,
         self._first = [0] * len(sources)  # and each source's sample there
         self._left: dict[str, int] = {}  # next samples of sources that an earlier blend had
-        self._sources: list[_Source] = []
-        for prefix, _ in sources:
-            files = read_index(prefix)
-            identity = _contents_digest(files)
-            twins = sum(source.identity == identity for source in self._sources)
-            self._sources.append(_Source(files, (identity, twins), tokenizer, seq_length, seed, Path(cache_dir)))
+        found = described or {prefix: describe(prefix, tokenizer) for prefix, _ in sources}
+        each = [found[prefix] for prefix, _ in sources]
+        self._names = Names.fresh([one.identity for one in each])
+        cache = Path(cache_dir)
+        self._sources = [
+            _Source(one, twin, tokenizer, seq_length, seed, cache)
+            for one, twin in zip(each, self._names.twins, strict=True)
+        ]
         self._prepared: set[tuple[int, int]] = set()
+        self._ahead = BuildsAhead()
 
     @property
     def samples_per_epoch(self) -> list[int]:
         """How many samples one epoch of each source has."""
         return [source.samples_per_epoch for source in self._sources]
 
-    def prepare(self, first: int, last: int, barrier: Callable[[], None] | None = None) -> None:
+    def prepare(self, first: int, last: int, barrier: Callable[[], None] | None = None, end: int | None = None) -> None:
         """Open every (source, epoch) that the samples [first, last) touch and close all others.
 
         Global rank 0 builds the index files that do not exist yet, then `barrier` is called, then the other
         ranks load them. All ranks must make the same calls; where nothing new is touched there is neither
         work nor a barrier.
 
+        Args:
+            end: sample before which the run will end. Index files that it will need next, each source's next epoch, are
+                built in the background from now on; None: each when it is needed.
+
         Raises:
             RuntimeError: rank 0's index files do not appear on this rank (cache_dir is not shared).
         """
-        needed: set[tuple[int, int]] = set()
-        counts = zip(self._positions(first), self._positions(last), self._sources, strict=True)
-        for position, (start, stop, source) in enumerate(counts):
-            if stop > start:
-                epochs = range(start // source.samples_per_epoch, (stop - 1) // source.samples_per_epoch + 1)
-                needed.update((position, epoch) for epoch in epochs)
+        needed = self._touched(first, last)
         new = sorted(needed - self._prepared)
         if new:
             # The barrier is reached even if building fails: rank 0's error is then the one that is seen.
             try:
                 if _global_rank() == 0:
                     for position, epoch in new:
+                        self._ahead.wait_for(self._sources[position].epochs, epoch)
                         self._sources[position].open(epoch)
             finally:
                 if barrier is not None:
                     barrier()
             for position, epoch in new:
                 self._sources[position].open(epoch)
-        self._prepared = needed
-        for position, source in enumerate(self._sources):
-            source.keep({epoch for p, epoch in needed if p == position})
+        if needed != self._prepared:
+            for position, source in enumerate(self._sources):
+                source.keep({epoch for p, epoch in needed if p == position})
+            self._prepared = needed
+            if end is not None and end > last and _global_rank() == 0:
+                self._ahead.start(self._next_epochs(last, end))
+
+    def _touched(self, first: int, last: int) -> set[tuple[int, int]]:
+        """(position of the source, epoch) of every epoch that the samples [first, last) are of."""
+        touched: set[tuple[int, int]] = set()
+        counts = zip(self._positions(first), self._positions(last), self._sources, strict=True)
+        for position, (start, stop, source) in enumerate(counts):
+            if stop > start:
+                epochs = range(start // source.samples_per_epoch, (stop - 1) // source.samples_per_epoch + 1)
+                touched.update((position, epoch) for epoch in epochs)
+        return touched
+
+    def _next_epochs(self, last: int, end: int) -> list[tuple[EpochFiles, int]]:
+        """What the samples [last, end) touch first beyond what is prepared, one epoch per source, the soonest first."""
+        found = []
+        for position, (reached, stop, share) in enumerate(
+            zip(self._positions(last), self._positions(end), self._weights, strict=True)
+        ):
+            source = self._sources[position]
+            epoch = max(
+                (e + 1 for p, e in self._prepared if p == position), default=reached // source.samples_per_epoch
+            )
+            if epoch * source.samples_per_epoch < stop:
+                away = (epoch * source.samples_per_epoch - reached) / share
+                found.append((away, position, epoch))
+        return [(self._sources[position].epochs, epoch) for _, position, epoch in sorted(found)]
+
+    def close(self) -> None:
+        """End what is built in the background."""
+        self._ahead.close()
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         """Global sample `i` >= 0.
@@ -129,47 +161,66 @@ class BlendedDataset:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold, beside the number of samples, to go on with every source's next sample."""
-        sources = zip(self._sources, self._weights, self._first, strict=True)
+        sources = zip(self._names.names, self._weights, self._first, strict=True)
         return {
             "origin": self._origin,
-            "sources": [{"source": source.name, "weight": w, "first": first} for source, w, first in sources],
+            "sources": [{"source": name, "weight": w, "first": first} for name, w, first in sources],
             "left": self._left,
+            "contents": self._names.contents,
         }
 
-    def load_state_dict(self, state: dict[str, Any], samples: int) -> None:
-        """Go on before global sample `samples` of a run that left `state`.
+    def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
+        """Go on before global sample `samples` of a run that left `state`; nothing has been prepared or read yet.
 
         The same sources and weights go on with the same blend. Otherwise a new blend begins here, in which each
         source that the run had goes on with its next sample, and others begin.
+
+        Returns:
+            What a user should know: sources that are new to the run or left out from here on, and what an older
+            checkpoint does not hold.
         """
         saved = state["sources"]
-        mine = [(source.name, weight) for source, weight in zip(self._sources, self._weights, strict=True)]
+        known = [*(each["source"] for each in saved), *state["left"]]
+        contents: dict[str, str] = state.get("contents", {})
+        self._names = Names.resumed([source.identity for source in self._sources], known, contents)
+        for source, twin in zip(self._sources, self._names.twins, strict=True):
+            source.draw_as(twin)
+        notes = []
+        if any(name not in contents for name in known):
+            notes.append(
+                "the checkpoint holds no digests of the tokens: its data sources are recognized by their sizes and by "
+                "where their documents start"
+            )
+        for name, source in zip(self._names.names, self._sources, strict=True):
+            if name not in known:
+                notes.append(f"data source {source.prefix} is new to this run and begins with its first sample")
+        names = set(self._names.names)
+        gone = sum(each["source"] not in names for each in saved)
+        if gone:
+            notes.append(f"{gone} of the {len(saved)} data sources that the run had are not in its blend any more")
+        mine = list(zip(self._names.names, self._weights, strict=True))
         if [(each["source"], each["weight"]) for each in saved] == mine:
             self._origin, self._first = state["origin"], [each["first"] for each in saved]
             self._left = state["left"]
-            return
+            return notes
         counts = Blend([each["weight"] for each in saved]).counts(samples - state["origin"])
         reached = state["left"] | {
             each["source"]: each["first"] + count for each, count in zip(saved, counts, strict=True)
         }
         self._origin = samples
-        self._first = [reached.pop(source.name, 0) for source in self._sources]
+        self._first = [reached.pop(name, 0) for name in self._names.names]
         self._left = reached
+        return notes
 
 
 class _Source:
     """One indexed dataset and its open epochs."""
 
     def __init__(
-        self,
-        files: IndexedFiles,
-        which: tuple[str, int],
-        tokenizer: Tokenizer,
-        seq_length: int,
-        seed: int,
-        cache_dir: Path,
+        self, described: Described, twin: int, tokenizer: Tokenizer, seq_length: int, seed: int, cache_dir: Path
     ) -> None:
-        """`which`: a digest of the contents, and how many sources with the same contents come before."""
+        """`twin`: as `draw_as`."""
+        files = described.files
         prefix = files.prefix
         if files.tokens < seq_length + 1:
             raise ValueError(
@@ -177,20 +228,47 @@ class _Source:
                 f"{seq_length + 1} (seq_length + 1); prepare more text (for a valid set, a larger "
                 "valid_fraction) or shorten model.seq_length"
             )
-        self.prefix, self._tokenizer, self._seq_length = prefix, tokenizer, seq_length
+        if files.sequences > MOST_DOCUMENTS:
+            raise ValueError(
+                f"data source {prefix} has {files.sequences} documents, and Megatron's sample index numbers at most "
+                f"{MOST_DOCUMENTS}; prepare it in several parts, and list them in data.train with weights in "
+                "proportion to their tokens"
+            )
+        self.prefix, self.identity, self._tokenizer, self._seq_length = (
+            prefix,
+            described.identity,
+            tokenizer,
+            seq_length,
+        )
         self.samples_per_epoch = (files.tokens - 1) // seq_length
-        self.identity, twins = which
-        self._seed = (seed, int(self.identity[:16], 16), twins)
-        self.name = f"{self.identity}.{twins}"
-        key = repr((self.identity, tokenizer.sha256, seq_length, seed, twins))
-        self._directory = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16]
+        self._seed, self._cache_dir = seed, cache_dir
         self._indexed: Any = None
         self._epochs: dict[int, Any] = {}
+        self.draw_as(twin)
+
+    def draw_as(self, twin: int) -> None:
+        """Draw orders as the `twin`-th of sources with one `Identity.order`: each of them has orders of its own."""
+        order, contents = self.identity.order, self.identity.contents
+        key = repr((order, contents, self._tokenizer.sha256, self._seq_length, self._seed, twin))
+        self.epochs = EpochFiles(
+            prefix=self.prefix,
+            name=order,
+            seed=(self._seed, int(order[:16], 16), twin),
+            seq_length=self._seq_length,
+            tokenizer=TokenizerFacts(
+                self._tokenizer.vocab_size, self._tokenizer.eod, self._tokenizer.unique_identifiers
+            ),
+            directory=str(self._cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16]),
+        )
+        self._epochs = {}
 
     def keep(self, epochs: set[int]) -> None:
+        """Close all other epochs."""
+        # A new mapping: a thread may be reading from the old one.
         self._epochs = {epoch: dataset for epoch, dataset in self._epochs.items() if epoch in epochs}
 
     def sample(self, k: int) -> dict[str, torch.Tensor]:
+        """The source's sample `k`, its token ids checked."""
         epoch, place = divmod(k, self.samples_per_epoch)
         item = self.open(epoch)[place]
         tokens, labels = item["tokens"], item["labels"]
@@ -205,65 +283,19 @@ class _Source:
         return {"tokens": tokens, "labels": labels}
 
     def open(self, epoch: int) -> Any:
-        """The GPTDataset of one epoch, loaded from complete index files or, on global rank 0, built."""
+        """The GPTDataset of one epoch, loaded from complete index files; global rank 0 builds them first."""
         if epoch in self._epochs:
             return self._epochs[epoch]
-        final = self._directory / f"epoch_{epoch}"
-        if final.exists():
-            dataset = self._load(epoch, final)
-        elif _global_rank() == 0:
-            # Built aside and renamed: a run that is killed meanwhile leaves no half-written index behind.
-            partial = self._directory / f"epoch_{epoch}.{os.getpid()}.partial"
-            try:
-                dataset = self._load(epoch, partial)
-                try:
-                    os.rename(partial, final)
-                except OSError:
-                    if not final.exists():  # otherwise another process was faster, with the same files
-                        raise
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        if _global_rank() == 0:
+            self.epochs.build(epoch)
         else:
-            _wait_for(final, self._directory.parent)
-            dataset = self._load(epoch, final)
+            _wait_for(self.epochs.path(epoch), self._cache_dir)
+        if self._indexed is None:
+            self._indexed = open_indexed(self.prefix)
+        dataset = self.epochs.load(epoch, self._indexed)
         assert len(dataset) == self.samples_per_epoch, (len(dataset), self.samples_per_epoch)
         self._epochs[epoch] = dataset
         return dataset
-
-    def _load(self, epoch: int, directory: Path) -> Any:
-        with _quiet_megatron():
-            from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-            from megatron.core.datasets.indexed_dataset import IndexedDataset
-            from megatron.core.datasets.utils import Split
-
-            if self._indexed is None:
-                self._indexed = IndexedDataset(self.prefix)
-            config = GPTDatasetConfig(
-                random_seed=splitmix(*self._seed, epoch) >> 32,  # numpy's RandomState takes 32 bits
-                sequence_length=self._seq_length,
-                # Not None, or the config switches to mock data; the dataset below is given its files.
-                blend=([self.prefix], None),
-                split="1,0,0",
-                path_to_cache=str(directory),
-                tokenizer=self._tokenizer,
-                reset_position_ids=False,
-                reset_attention_mask=False,
-                eod_mask_loss=False,
-                create_attention_mask=False,
-            )
-            documents = np.arange(len(self._indexed), dtype=np.int32)
-            # The name enters the cache key: contents, not a path that may move or be spelled in two ways.
-            dataset = GPTDataset(self._indexed, self.identity, documents, None, Split.train, config)
-        assert dataset._pad_token_id < 0, dataset._pad_token_id
-        dataset._pad_token_id = _NO_PADDING
-        return dataset
-
-
-def _contents_digest(files: IndexedFiles) -> str:
-    """A digest of the sizes and of where up to 65,536 evenly spaced documents start."""
-    digest = hashlib.sha256(f"{files.dtype.__name__} {files.tokens} {files.sequences}".encode())
-    digest.update(files.pointers[:: 1 + files.sequences // 65536].tobytes())
-    return digest.hexdigest()
 
 
 def _global_rank() -> int:
@@ -279,17 +311,3 @@ def _wait_for(directory: Path, cache_dir: Path) -> None:
                 f"call prepare() on all ranks, and put {cache_dir} on a file system that all nodes share"
             )
         time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def _quiet_megatron() -> Iterator[None]:
-    """Keep Megatron's INFO lines per index and its warnings on missing packages out of a run's output."""
-    logger = logging.getLogger("megatron.core.datasets")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

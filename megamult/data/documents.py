@@ -1,10 +1,12 @@
-"""Documents read one by one from text and JSON-lines files, with errors that name file and line."""
+"""Documents read one by one from files of text and of JSON lines, with errors that name file and line."""
 
 import codecs
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from megamult.data.formats import recognize
 
 
 @dataclass(frozen=True)
@@ -19,17 +21,27 @@ class Document:
 def read_documents(paths: Iterable[str | Path], json_key: str = "text") -> Iterator[Document]:
     """Yield the documents of all files in order.
 
-    A `.jsonl` file holds one JSON object per line, its text under `json_key`. Any other file is plain text:
+    JSON lines, whatever the file's name, hold one object each, its text under `json_key`. Any other text is plain:
     a document is a run of non-blank lines, without the line ending of its last line. Everything else is kept
     as it stands, except a byte-order mark at the start of a file.
 
     Raises:
-        ValueError: a file is missing, empty or not UTF-8; a JSON line is blank, invalid, lacks the field, or
-            its field is not a string or holds no text.
+        ValueError: a file is missing, empty, not UTF-8 or of a format that is not read (see `recognize`); a JSON line
+            is blank, invalid, lacks the field, or its field is not a string or holds no text.
     """
     for path in map(str, paths):
+        # Every file is read twice (checked before anything is written, then encoded), which a pipe cannot give.
+        if not Path(path).is_file():
+            fact = "is not a regular file" if Path(path).exists() else "does not exist"
+            raise ValueError(f"input {path} {fact}; give the path of a file of text or JSON lines")
+        try:
+            if Path(path).stat().st_size == 0:
+                raise ValueError(f"input {path} is empty (0 bytes); remove it from the inputs or fill it")
+            form = recognize(path, json_key)
+        except OSError as error:
+            raise ValueError(f"cannot read input {path}: {error.strerror}; check its permissions") from error
         lines = _decoded_lines(path)
-        if path.endswith(".jsonl"):
+        if form == "json lines":
             yield from _json_documents(path, lines, json_key)
         else:
             yield from _text_blocks(path, lines)
@@ -37,10 +49,6 @@ def read_documents(paths: Iterable[str | Path], json_key: str = "text") -> Itera
 
 def _decoded_lines(path: str) -> Iterator[tuple[int, str]]:
     """Yield (line number, line with its ending); split as bytes, so that each error has its line."""
-    # Every file is read twice (checked before anything is written, then encoded), which a pipe cannot give.
-    if not Path(path).is_file():
-        fact = "is not a regular file" if Path(path).exists() else "does not exist"
-        raise ValueError(f"input {path} {fact}; give the path of a text or .jsonl file")
     number = 0
     try:
         with open(path, "rb") as stream:
@@ -56,8 +64,6 @@ def _decoded_lines(path: str) -> Iterator[tuple[int, str]]:
                     ) from error
     except OSError as error:
         raise ValueError(f"cannot read input {path}: {error.strerror}; check its permissions") from error
-    if number == 0:
-        raise ValueError(f"input {path} is empty (0 bytes); remove it from the inputs or fill it")
 
 
 def _text_blocks(path: str, lines: Iterable[tuple[int, str]]) -> Iterator[Document]:

@@ -6,9 +6,10 @@ bounds (i64[D], sequences). Read here without Megatron, whose own reader answers
 numpy errors.
 """
 
+import hashlib
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,32 +24,63 @@ _TOKEN_TYPES: dict[int, type[np.integer]] = {
     5: np.int64,
     8: np.uint16,
 }
+PIECE_BYTES = 1 << 28
+"""A file's checksums are of pieces of so many bytes, which several processes can check at the same time."""
+
 _CHUNK_TOKENS = 1 << 22
+_CHUNK_SEQUENCES = 1 << 20
+_BLOCKS = 16
 _REMEDY = "copy the pair again or rerun launch/prepare_data.py"
 
 
 @dataclass(frozen=True)
 class IndexedFiles:
-    """Two files that fit each other; `pointers` are the byte offsets of the sequences in the .bin."""
+    """Two files that fit each other. Nothing of them stays in memory: each method reads what it is asked for."""
 
     prefix: str
     dtype: type[np.integer]
     tokens: int
     sequences: int
     documents: int
-    pointers: np.ndarray
 
-    def chunks(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (position of the first token, token ids) over the .bin, memory-mapped: every n-th chunk from the
-        k-th on, for share (k, n)."""
-        if self.tokens:
-            ids = np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r", shape=(self.tokens,))
-            for start in range(share[0] * _CHUNK_TOKENS, self.tokens, share[1] * _CHUNK_TOKENS):
-                yield start, ids[start : start + _CHUNK_TOKENS]
+    @property
+    def bin(self) -> Path:
+        """The file of the token ids."""
+        return Path(f"{self.prefix}.bin")
+
+    @property
+    def idx(self) -> Path:
+        """The file that says where they are."""
+        return Path(f"{self.prefix}.idx")
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, i32[sequences], memory-mapped."""
+        return self._table("<i4", self.sequences, 0)
+
+    def pointers(self) -> np.ndarray:
+        """Bytes of the .bin before each sequence, i64[sequences], memory-mapped."""
+        return self._table("<i8", self.sequences, 4 * self.sequences)
+
+    def bounds(self) -> np.ndarray:
+        """Sequences before each document, and in all, i64[documents + 1], memory-mapped."""
+        return self._table("<i8", self.documents + 1, 12 * self.sequences)
+
+    def _table(self, dtype: str, count: int, at: int) -> np.ndarray:
+        return np.memmap(self.idx, dtype, "r", offset=_HEADER.size + at, shape=(count,))
+
+    def chunks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position of the first token, token ids) over the tokens [first, last) of the .bin."""
+        last = self.tokens if last is None else min(last, self.tokens)
+        itemsize = np.dtype(self.dtype).itemsize
+        # Read, not mapped: the pages of a mapped file would count as this process's memory.
+        for start in range(first, last, _CHUNK_TOKENS):
+            count = min(_CHUNK_TOKENS, last - start)
+            yield start, np.fromfile(self.bin, self.dtype, count, offset=start * itemsize)
 
 
 def read_index(prefix: str | Path) -> IndexedFiles:
-    """Open PREFIX.idx and check it against PREFIX.bin without reading a token: magic, type, lengths, sizes.
+    """Open PREFIX.idx and check that it fits PREFIX.bin, in a few small reads whatever their size: magic, token type,
+    both files' lengths, and where the last sequence ends.
 
     Raises:
         ValueError: one of the files is missing, damaged, or they do not belong together.
@@ -80,23 +112,19 @@ def read_index(prefix: str | Path) -> IndexedFiles:
             f"take {_HEADER.size + 12 * sequences + 8 * bounds}; {_REMEDY}"
         )
     dtype = _TOKEN_TYPES[code]
-    table = np.memmap(idx, np.uint8, "r")
-    at = _HEADER.size
-    lengths = np.frombuffer(table, np.dtype("<i4"), sequences, at)
-    pointers = np.frombuffer(table, np.dtype("<i8"), sequences, at + 4 * sequences)
-    document_bounds = np.frombuffer(table, np.dtype("<i8"), bounds, at + 12 * sequences)
-    ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(dtype).itemsize
-    expected = int(ends[-1]) if sequences else 0
-    starts = np.concatenate((np.zeros(1, np.int64), ends))[:-1]
-    wrong = np.flatnonzero((lengths < 0) | (pointers != starts))
-    if len(wrong):
-        n = int(wrong[0])
-        raise ValueError(
-            f"{idx} is damaged: sequence {n} has length {lengths[n]} at byte {pointers[n]}, "
-            f"which does not follow sequence {n - 1}; {_REMEDY}"
-        )
-    if bounds == 0 or document_bounds[-1] != sequences:
+    itemsize = np.dtype(dtype).itemsize
+    files = IndexedFiles(prefix, dtype, 0, sequences, max(bounds - 1, 0))
+    if bounds == 0 or _entry(files.bounds(), -1) != sequences:
         raise ValueError(f"{idx} is damaged: {bounds} document bounds do not end at sequence {sequences}; {_REMEDY}")
+    expected = 0
+    if sequences:
+        length, pointer = _entry(files.lengths(), -1), _entry(files.pointers(), -1)
+        if length < 0 or pointer < 0:
+            raise ValueError(
+                f"{idx} is damaged: its last sequence, {sequences - 1}, has length {length} at byte {pointer}; "
+                f"{_REMEDY}"
+            )
+        expected = pointer + length * itemsize
     actual = bin_.stat().st_size
     if actual != expected:
         raise ValueError(
@@ -104,34 +132,143 @@ def read_index(prefix: str | Path) -> IndexedFiles:
             f"{'cut off' if actual < expected else 'longer than its index or belongs to another one'}; "
             f"{_REMEDY}"
         )
-    tokens = expected // np.dtype(dtype).itemsize
-    return IndexedFiles(prefix, dtype, tokens, sequences, max(bounds - 1, 0), pointers)
+    return replace(files, tokens=expected // itemsize)
 
 
-def validate_indexed(prefix: str | Path, vocab_size: int, share: tuple[int, int] = (0, 1)) -> IndexedFiles:
-    """Check an indexed dataset whole: what `read_index` checks, and each token id against the vocabulary.
+def _entry(table: np.ndarray, at: int) -> int:
+    return int(table[at])
 
-    The scan reads the .bin once through a memory map, at the disk's speed or at about 1 GB per second from the
-    page cache. In a distributed run rank k of n reads the share (k, n).
+
+def blocks(size: int, block: int) -> list[tuple[int, int]]:
+    """(start, stop) of 16 evenly spaced blocks of `size` things, the first and the last among them; all of the things
+    where they are not more than those blocks hold."""
+    if size <= _BLOCKS * block:
+        return [(0, size)] if size else []
+    starts = [i * (size - block) // (_BLOCKS - 1) for i in range(_BLOCKS)]
+    return [(start, start + block) for start in starts]
+
+
+def check_sequences(files: IndexedFiles, first: int, last: int) -> None:
+    """Check that each of the sequences [first, last) begins where the one before it ends.
 
     Raises:
-        ValueError: the files do not fit each other, or a token id lies outside [0, vocab_size).
+        ValueError: one does not.
+    """
+    itemsize = np.dtype(files.dtype).itemsize
+    all_lengths, all_pointers = files.lengths(), files.pointers()
+    for start in range(first, last, _CHUNK_SEQUENCES):
+        stop = min(start + _CHUNK_SEQUENCES, last)
+        before = max(start - 1, 0)
+        lengths = all_lengths[before:stop].astype(np.int64)
+        pointers = np.array(all_pointers[before:stop])
+        wrong = np.flatnonzero((lengths[1:] < 0) | (pointers[1:] != pointers[:-1] + lengths[:-1] * itemsize)) + 1
+        if start == 0 and (lengths[0] < 0 or pointers[0] != 0):
+            wrong = np.zeros(1, np.int64)
+        if len(wrong):
+            n = int(wrong[0])
+            raise ValueError(
+                f"{files.idx} is damaged: sequence {before + n} has length {lengths[n]} at byte {pointers[n]}, "
+                f"which does not follow sequence {before + n - 1}; {_REMEDY}"
+            )
+
+
+def check_ids(files: IndexedFiles, vocab_size: int, start: int, ids: np.ndarray) -> None:
+    """Check token ids, the first of which is the corpus's token `start`, against the vocabulary.
+
+    Raises:
+        ValueError: one lies outside [0, vocab_size).
+    """
+    if not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
+        return
+    position = start + int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+    byte = position * np.dtype(files.dtype).itemsize
+    # The last sequence that starts at or before this token: an empty one shares its successor's pointer.
+    sequence = int(np.searchsorted(files.pointers(), byte, side="right")) - 1
+    raise ValueError(
+        f"{files.bin}: token id {int(ids[position - start])} at token {position} (document {sequence}) "
+        f"is outside the vocabulary of {vocab_size}; use the tokenizer that the corpus was prepared "
+        "with, or prepare it again"
+    )
+
+
+def validate_sample(files: IndexedFiles, vocab_size: int) -> int:
+    """Check what `validate_indexed` checks in 16 evenly spaced blocks of each file.
+
+    Returns:
+        How many tokens were looked at.
+
+    Raises:
+        ValueError: as `validate_indexed`.
+    """
+    for first, last in blocks(files.sequences, 512):
+        check_sequences(files, first, last)
+    seen = 0
+    for first, last in blocks(files.tokens, 2048):
+        for start, ids in files.chunks(first, last):
+            check_ids(files, vocab_size, start, ids)
+            seen += len(ids)
+    return seen
+
+
+def validate_indexed(
+    prefix: str | Path,
+    vocab_size: int,
+    share: tuple[int, int] = (0, 1),
+    checksums: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> IndexedFiles:
+    """Check an indexed dataset whole: what `read_index` checks, where each sequence begins, each token id against the
+    vocabulary, and both files' checksums if they are known.
+
+    It reads both files once, in chunks: memory does not grow with them. In a distributed run rank k of n checks the
+    share (k, n).
+
+    Args:
+        checksums: `piece_checksums` of the .bin and of the .idx.
+
+    Raises:
+        ValueError: the files do not fit each other, a token id lies outside [0, vocab_size), or a file has changed
+            since its checksums were taken.
     """
     files = read_index(prefix)
-    for start, ids in files.chunks(share):
-        low, high = int(ids.min()), int(ids.max())
-        if low >= 0 and high < vocab_size:
-            continue
-        position = start + int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
-        byte = position * np.dtype(files.dtype).itemsize
-        # The last sequence that starts at or before this token: an empty one shares its successor's pointer.
-        sequence = int(np.searchsorted(files.pointers, byte, side="right")) - 1
-        raise ValueError(
-            f"{prefix}.bin: token id {int(ids[position - start])} at token {position} (document {sequence}) "
-            f"is outside the vocabulary of {vocab_size}; use the tokenizer that the corpus was prepared "
-            "with, or prepare it again"
-        )
+    first, step = share
+    for start in range(first * _CHUNK_SEQUENCES, files.sequences, step * _CHUNK_SEQUENCES):
+        check_sequences(files, start, min(start + _CHUNK_SEQUENCES, files.sequences))
+    tokens = PIECE_BYTES // np.dtype(files.dtype).itemsize
+    for number in range(first, -(-files.tokens // tokens), step):
+        digest = hashlib.sha256()
+        for start, ids in files.chunks(number * tokens, (number + 1) * tokens):
+            check_ids(files, vocab_size, start, ids)
+            digest.update(ids.data)
+        if checksums is not None:
+            _check_piece(files.bin, number, digest.hexdigest(), checksums[0])
+    if checksums is not None:
+        for number in range(first, len(checksums[1]), step):
+            _check_piece(files.idx, number, _piece_checksum(files.idx, number), checksums[1])
     return files
+
+
+def piece_checksums(file: Path) -> list[str]:
+    """SHA-256 of each `PIECE_BYTES` bytes of a file."""
+    return [_piece_checksum(file, number) for number in range(-(-file.stat().st_size // PIECE_BYTES))]
+
+
+def _piece_checksum(file: Path, number: int) -> str:
+    digest, left = hashlib.sha256(), PIECE_BYTES
+    with open(file, "rb") as stream:
+        stream.seek(number * PIECE_BYTES)
+        while content := stream.read(min(left, 1 << 22)):
+            digest.update(content)
+            left -= len(content)
+    return digest.hexdigest()
+
+
+def _check_piece(file: Path, number: int, found: str, checksums: Sequence[str]) -> None:
+    expected = checksums[number] if number < len(checksums) else None
+    if found != expected:
+        raise ValueError(
+            f"{file} has changed since launch/prepare_data.py wrote it: the SHA-256 of its bytes from "
+            f"{number * PIECE_BYTES} on is {found[:12]}..., and it was {str(expected)[:12]}...; {_REMEDY}"
+        )
 
 
 def unigram_entropy(prefix: str | Path, vocab_size: int) -> float:

@@ -250,3 +250,148 @@ def test_after_a_change_of_the_blend_every_source_goes_on_where_it_was(write_ind
     four.load_state_dict(three.state_dict(), 41)
     check(four, 41, 60)
     assert min(taken.values()) > 8, taken
+
+
+def same_lengths(start: int) -> list[list[int]]:
+    """Documents whose lengths are always the same: only their tokens tell corpora apart."""
+    return [list(range(start + 10 * n, start + 10 * n + 10)) for n in range(40)]
+
+
+def of(dataset: BlendedDataset, samples: range) -> list[list[int]]:
+    return [window(dataset[i]) for i in samples]
+
+
+def test_corpora_of_equal_lengths_that_swap_places_go_on_each_with_its_own_samples(
+    write_indexed: Write, make: Callable
+) -> None:
+    a, b = write_indexed("a", same_lengths(0)), write_indexed("b", same_lengths(5000))
+    first = make((a, 3.0), (b, 1.0))
+    before = of(first, range(20))
+    straight = of(first, range(20, 60))
+    swapped = make((b, 1.0), (a, 3.0))
+    assert swapped.load_state_dict(json.loads(json.dumps(first.state_dict())), 20) == []
+    after = of(swapped, range(20, 60))
+    for mine in (lambda w: w[0] < 5000, lambda w: w[0] >= 5000):
+        ours, theirs = list(filter(mine, after)), list(filter(mine, straight))
+        n = min(len(ours), len(theirs))
+        assert n > 8 and ours[:n] == theirs[:n]
+        assert not [w for w in ours if w in before]
+
+
+def test_another_corpus_under_a_known_name_is_a_new_source_and_that_is_said(
+    write_indexed: Write, make: Callable
+) -> None:
+    a = write_indexed("a", same_lengths(0))
+    first = make(a)
+    state = json.loads(json.dumps(first.state_dict()))
+    write_indexed("a", same_lengths(5000))
+    other = make(a)
+    assert other.load_state_dict(state, 7) == [
+        f"data source {a} is new to this run and begins with its first sample",
+        "1 of the 1 data sources that the run had are not in its blend any more",
+    ]
+    write_indexed("a", same_lengths(0))
+    back = make(a)
+    back.load_state_dict(json.loads(json.dumps(other.state_dict())), 9)
+    assert window(back[9]) == window(make(a)[7])  # seven of its samples were taken before it left
+
+
+def test_a_checkpoint_without_digests_of_tokens_goes_on_with_the_same_samples(
+    write_indexed: Write, make: Callable
+) -> None:
+    sources = [(write_indexed("a", same_lengths(0)), 3.0), (write_indexed("b", same_lengths(5000)), 1.0)]
+    first = make(*sources)
+    old = {key: value for key, value in first.state_dict().items() if key != "contents"}
+    again = make(*sources)
+    (note,) = again.load_state_dict(json.loads(json.dumps(old)), 13)
+    assert note.startswith("the checkpoint holds no digests of the tokens")
+    assert of(again, range(13, 50)) == of(first, range(13, 50))
+    assert again.state_dict()["contents"] == first.state_dict()["contents"] != {}
+
+
+def test_the_order_of_samples_is_that_of_older_versions(write_indexed: Write, make: Callable) -> None:
+    """Drawn by the code of version 0.1.0: a run of that time has the same losses today."""
+    a, b = write_indexed("a", distinct_ids(0, 1)), write_indexed("b", same_lengths(5000))
+    found = [window(make(a, b, b)[i])[0] for i in range(0, 120, 7)]
+    assert found == [92, 5290, 5262, 198, 5192, 5216, 240, 5324, 5356, 165, 5114, 5068, 61, 5280, 5234, 138, 5066, 5140]
+
+
+def test_one_with_more_documents_than_megatron_numbers_is_refused(
+    write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megamult.data.dataset.MOST_DOCUMENTS", 29)
+    with pytest.raises(
+        ValueError, match=r"a has 30 documents, and Megatron's sample index numbers at most 29; prepare"
+    ):
+        make(write_indexed("a", distinct_ids(0, 1)))
+
+
+def test_no_list_of_documents_stays_in_memory(write_indexed: Write, make: Callable) -> None:
+    dataset = make(write_indexed("a", distinct_ids(0, 1)))
+    window(dataset[0])
+    assert len(dataset._sources[0]._epochs[0].indices) == 0
+
+
+def built(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_the_next_epoch_is_built_before_it_is_needed_with_the_same_bytes(
+    write_indexed: Write, make: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = write_indexed("a", distinct_ids(0, 1)), write_indexed("b", distinct_ids(5000, 2))
+    expected = make(a, b, cache_dir=tmp_path / "expected")
+    per_epoch = expected.samples_per_epoch[0]
+    expected.prepare(0, 4 * per_epoch)
+    samples = of(expected, range(4 * per_epoch))
+
+    dataset = make(a, b)
+    dataset.prepare(0, 4, end=4 * per_epoch)
+    process = dataset._ahead._process
+    assert process is not None and process.wait(60) == 0
+    # Both sources' second epochs; no third one is needed yet.
+    assert sorted(p.name for p in tmp_path.glob("cache/*/*")) == ["epoch_0", "epoch_0", "epoch_1", "epoch_1"]
+    assert built(tmp_path / "cache") == built(tmp_path / "expected")
+
+    def build(*_: object) -> None:
+        raise AssertionError("built at its turn")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron.core.datasets.gpt_dataset._build_document_index", build)
+        for first in range(0, 4 * per_epoch, 4):
+            dataset.prepare(first, first + 4, end=4 * per_epoch)
+        assert of(dataset, range(4 * per_epoch - 4, 4 * per_epoch)) == samples[-4:]
+    dataset.close()
+
+
+def test_nothing_is_built_ahead_that_the_run_does_not_reach(write_indexed: Write, make: Callable) -> None:
+    dataset = make(write_indexed("a", distinct_ids(0, 1)))
+    (per_epoch,) = dataset.samples_per_epoch
+    dataset.prepare(0, 4, end=per_epoch)
+    assert dataset._ahead._process is None
+    dataset.prepare(per_epoch - 1, per_epoch + 1, end=per_epoch + 1)
+    assert dataset._ahead._process is None
+
+
+def test_a_failure_to_build_ahead_is_said_and_the_epoch_is_built_at_its_turn(
+    write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = make(write_indexed("a", distinct_ids(0, 1)))
+    (per_epoch,) = dataset.samples_per_epoch
+    monkeypatch.setattr("megamult.data.ahead.to_json", lambda *_: '{"files": 3}')
+    dataset.prepare(0, 4, end=3 * per_epoch)
+    dataset.prepare(per_epoch, per_epoch + 1, end=3 * per_epoch)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("warning: indices of coming epochs could not be built ahead (AttributeError")
+    assert window(dataset[per_epoch])
+    dataset.close()
+
+
+def test_the_builder_ends_with_its_run(write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make(write_indexed("a", distinct_ids(0, 1)))
+    dataset.prepare(0, 4, end=10 * dataset.samples_per_epoch[0])
+    process = dataset._ahead._process
+    assert process is not None and process.stdin is not None
+    process.stdin.close()  # as the kernel does where the run is killed
+    assert process.wait(60) in (0, 1)

@@ -12,6 +12,8 @@ from megamult.data import indexed
 from megamult.data.indexed import read_index, unigram_entropy, validate_indexed
 
 Write = Callable[..., str]
+DEEP = r"good\.idx is damaged: sequence 1 has length 1 at byte 6, which does not follow sequence 0"
+"""What only a check of every sequence finds."""
 
 
 def test_a_good_pair_is_described(write_indexed: Write) -> None:
@@ -38,7 +40,8 @@ def test_a_good_pair_is_described(write_indexed: Write) -> None:
         (".idx", lambda b: b[:-1], r"good\.idx is cut off"),
         (".idx", lambda b: b[:9] + b"\2" + b[10:], r"good\.idx has version 2"),
         (".idx", lambda b: b[:17] + b"\6" + b[18:], r"token type code 6"),
-        (".idx", lambda b: b[:34] + b"\4" + b[35:], r"good\.idx is damaged: sequence 1"),
+        (".idx", lambda b: b[:34] + b"\4" + b[35:], DEEP),
+        (".idx", lambda b: b[:38] + b"\xff" * 4 + b[42:], r"good\.idx is damaged: its last sequence, 1, has length -1"),
         (".idx", lambda b: b[:-8] + b"\1" + b[-7:], r"good\.idx is damaged: 3 document bounds"),
     ],
 )
@@ -52,7 +55,10 @@ def test_damage_is_named(
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_index(prefix)
+        validate_indexed(prefix, 100)
+    if message != DEEP:
+        with pytest.raises(ValueError, match=message):
+            read_index(prefix)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

@@ -134,29 +134,88 @@ def test_the_summary_is_printed(tmp_path: Path) -> None:
     assert entropy and 3 < float(entropy[1]) < 6
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "when"),
-    [(signal.SIGINT, 130, ".c.*.partial/train.bin"), (signal.SIGTERM, 143, ".c.*.partial/model")],
-)
-def test_a_signal_leaves_nothing(tmp_path: Path, model: Path, number: int, code: int, when: str) -> None:
-    (tmp_path / "c.txt").write_text("\n\n".join(make_documents(1000) * 30))
-    before = sorted(tmp_path.iterdir())
+def start_long_run(directory: Path, model: Path) -> subprocess.Popen[str]:
+    """A preparation that takes a while."""
+    (directory / "c.txt").write_text("\n\n".join(make_documents(1000) * 30))
     arguments = ["--input", "c.txt", "--output", "c", "--tokenizer", str(model), "--workers", "2"]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*SCRIPT, *arguments],
-        cwd=tmp_path,
+        cwd=directory,
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
         # A shell starts its background jobs, and so the tests in one, with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
     )
+
+
+def wait_until_it_writes(process: subprocess.Popen[str], directory: Path, what: str) -> None:
     deadline = time.monotonic() + 60
-    while not any(p.stat().st_size for p in tmp_path.glob(when)):
+    while not any(p.stat().st_size for p in directory.glob(f".c.*.partial/contents/{what}")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "when"),
+    [(signal.SIGINT, 130, "train.bin"), (signal.SIGTERM, 143, "model"), (signal.SIGHUP, 129, "train.bin")],
+)
+def test_a_signal_leaves_nothing(tmp_path: Path, model: Path, number: int, code: int, when: str) -> None:
+    process = start_long_run(tmp_path, model)
+    wait_until_it_writes(process, tmp_path, when)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == code
     assert "Traceback" not in errors
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.txt"]
+
+
+def test_what_a_killed_run_leaves_is_removed_at_the_next_start_and_a_live_one_is_not(
+    tmp_path: Path, model: Path
+) -> None:
+    live = start_long_run(tmp_path, model)
+    try:
+        wait_until_it_writes(live, tmp_path, "train.bin")
+        live.send_signal(signal.SIGSTOP)  # it holds its folder, and does not finish meanwhile
+        (living,) = tmp_path.glob(".c.*.partial")
+        killed = start_long_run(tmp_path, model)
+        while len(list(tmp_path.glob(".c.*.partial/contents/train.bin"))) < 2:
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+        killed.communicate(timeout=30)
+        (dead,) = set(tmp_path.glob(".c.*.partial")) - {living}
+        (tmp_path / "small.txt").write_text("one\n\ntwo")
+        arguments = ["--input", "small.txt", "--output", "c", "--tokenizer", str(model), "--workers", "1"]
+        result = run(tmp_path, *arguments)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == f"removed {dead.name}, which process {killed.pid} left unfinished\n"
+        assert [p.name for p in tmp_path.glob(".c.*.partial")] == [living.name]
+    finally:
+        live.kill()
+        live.communicate(timeout=30)
+
+
+def test_all_bad_inputs_are_named_together(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("fine\n\ntext\n")
+    (tmp_path / "table.csv").write_text("id,text\n1,one\n")
+    (tmp_path / "list.json").write_text('[\n {"text": "a"},\n {"text": "b"}\n]\n')
+    (tmp_path / "hole.jsonl").write_bytes(good(2) + b"\n")
+    names = ["nowhere.txt", "good.txt", "table.csv", "list.json", "hole.jsonl"]
+    result = run(tmp_path, "--input", *names, "--output", "c", "--vocab_size", "280", "--workers", "1")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: 4 of 5 inputs cannot be read: input nowhere.txt does not exist; ")
+    for part in (
+        "; input table.csv is a table ('id,text'); ",
+        "; input list.json is one JSON array",
+        "hole.jsonl, line 3",
+    ):
+        assert part in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[1:])
+
+
+def test_an_input_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "c_train.stamp.json").write_bytes(good(5))
+    result = run(tmp_path, "--input", "c_train.stamp.json", "--output", "c", "--vocab_size", "280")
+    assert result.returncode == 2
+    assert "input c_train.stamp.json is also the output file c_train.stamp.json; choose another prefix" in result.stderr

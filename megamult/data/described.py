@@ -1,0 +1,97 @@
+"""The description of a run's sources: what every rank must know of them, read by one rank of each node."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from megamult.data.identity import Identity, contents_digest, order_digest
+from megamult.data.indexed import IndexedFiles, read_index, validate_indexed, validate_sample
+from megamult.data.stamp import Stamp
+from megamult.data.tokenizer import Tokenizer
+
+# Every source takes some 40 small reads, which wait for a file server rather than for a processor.
+_THREADS = 16
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Described:
+    """One source: its files, what it is known by, and whether it has a stamp."""
+
+    files: IndexedFiles
+    identity: Identity
+    stamped: bool
+
+
+def describe(prefix: str, tokenizer: Tokenizer) -> Described:
+    """Read headers, sizes, the stamp, and samples of both files. Without a stamp also up to all of the .idx's pointers.
+
+    Raises:
+        ValueError: a file is missing or damaged, does not fit its stamp, or was encoded with another tokenizer.
+    """
+    files, stamp = read_index(prefix), Stamp.read(prefix)
+    if stamp is None:
+        return Described(files, Identity(order_digest(files), contents_digest(files)), stamped=False)
+    identity = stamp.check_files(files)
+    stamp.check_tokenizer(prefix, tokenizer)
+    return Described(files, identity, stamped=True)
+
+
+def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Described]:
+    """Describe each source, and check samples of the token ids of those that have no stamp.
+
+    Raises:
+        ValueError: as `describe`, or a token id is outside the vocabulary; all mistakes in one message.
+    """
+
+    def check(prefix: str) -> Described:
+        found = describe(prefix, tokenizer)
+        if not found.stamped:
+            validate_sample(found.files, tokenizer.vocab_size)
+        return found
+
+    return _each(check, prefixes)
+
+
+def validate_all(prefixes: Sequence[str], tokenizer: Tokenizer, share: tuple[int, int]) -> None:
+    """Read every byte of each source, rank k of n its share (k, n), and compare checksums where there is a stamp.
+
+    Raises:
+        ValueError: as `validate_indexed`; all mistakes in one message.
+    """
+
+    def check(prefix: str) -> None:
+        stamp = Stamp.read(prefix)
+        checksums = None if stamp is None else (stamp.bin_sha256, stamp.idx_sha256)
+        validate_indexed(prefix, tokenizer.vocab_size, share, checksums)
+
+    _each(check, prefixes)
+
+
+def _each(check: Callable[[str], _Result], prefixes: Sequence[str]) -> dict[str, _Result]:
+    found: dict[str, _Result] = {}
+    mistakes: list[str] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        tasks = {prefix: pool.submit(check, prefix) for prefix in dict.fromkeys(prefixes)}
+        for prefix, task in tasks.items():
+            try:
+                found[prefix] = task.result()
+            except ValueError as error:
+                mistakes.append(str(error))
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+    return found
+
+
+def unchecked(described: Sequence[Described]) -> str | None:
+    """What could not be checked for lack of stamps, in one line; None: everything was."""
+    bare = [each for each in described if not each.stamped]
+    if not bare:
+        return None
+    names = ", ".join(each.files.prefix for each in bare[:3]) + (", ..." if len(bare) > 3 else "")
+    return (
+        f"{len(bare)} of {len(described)} data sources have no stamp of launch/prepare_data.py ({names}): that they "
+        "were encoded with data.tokenizer is taken on trust, and their token ids are checked in samples, and as they "
+        "are read (data.validate full checks all)"
+    )

@@ -1,0 +1,166 @@
+"""One epoch of one source: Megatron's `GPTDataset` over it, and the index files that say in which order it is read.
+
+As a program (`python -m megamult.data.epochs`) it builds the index files that standard input names, one JSON object per
+line, until standard input ends: `megamult.data.ahead` starts it so.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from megamult.data.splitmix import splitmix
+from megamult.partial import partial_folder
+
+MOST_DOCUMENTS = 2**31 - 1
+"""Megatron's builder of sample indices takes document numbers as 32-bit integers."""
+
+# Megatron zeroes and masks tokens equal to its padding id, by default -1, which a damaged corpus may hold and
+# which would then pass unseen. No token type holds this one.
+_NO_PADDING = -(1 << 40)
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What a GPTDataset asks of a tokenizer. It has no `pad`: Megatron would zero every token equal to it."""
+
+    vocab_size: int
+    eod: int
+    unique_identifiers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class EpochFiles:
+    """The epochs of one source: where their index files are, and all that their contents depend on.
+
+    Attributes:
+        prefix: of the source's .bin and .idx.
+        name: what Megatron names the index files by; a digest of the source.
+        seed: hashed together with the epoch's number.
+        directory: of the epochs' folders.
+    """
+
+    prefix: str
+    name: str
+    seed: tuple[int, ...]
+    seq_length: int
+    tokenizer: TokenizerFacts
+    directory: str
+
+    def path(self, epoch: int) -> Path:
+        """The folder of an epoch's index files; it is there once they are complete."""
+        return Path(self.directory) / f"epoch_{epoch}"
+
+    def build(self, epoch: int) -> None:
+        """Write an epoch's index files, unless they are there.
+
+        In a distributed run only global rank 0 can: Megatron writes nothing on another one.
+        """
+        final = self.path(epoch)
+        if final.exists():
+            return
+        final.parent.mkdir(parents=True, exist_ok=True)
+        # Built aside and renamed: a process that is killed meanwhile leaves no half-written index behind.
+        with partial_folder(final) as partial:
+            self._dataset(epoch, partial, None)
+            try:
+                os.rename(partial, final)
+            except OSError:
+                if not final.exists():  # otherwise another process was faster, with the same files
+                    raise
+
+    def load(self, epoch: int, indexed: Any) -> Any:
+        """The GPTDataset of an epoch whose index files are there, over an open `IndexedDataset`."""
+        return self._dataset(epoch, self.path(epoch), indexed)
+
+    def _dataset(self, epoch: int, directory: Path, indexed: Any) -> Any:
+        with quiet_megatron():
+            from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+            from megatron.core.datasets.utils import Split
+
+            # The list of documents is needed to build an index, and would stay in memory beside a loaded one.
+            documents = np.empty(0, np.int32)
+            if indexed is None:
+                indexed = open_indexed(self.prefix)
+                documents = np.arange(len(indexed), dtype=np.int32)
+            config = GPTDatasetConfig(
+                random_seed=splitmix(*self.seed, epoch) >> 32,  # numpy's RandomState takes 32 bits
+                sequence_length=self.seq_length,
+                # Not None, or the config switches to mock data; the dataset below is given its files.
+                blend=([self.prefix], None),
+                split="1,0,0",
+                path_to_cache=str(directory),
+                tokenizer=cast(Any, self.tokenizer),
+                reset_position_ids=False,
+                reset_attention_mask=False,
+                eod_mask_loss=False,
+                create_attention_mask=False,
+            )
+            # The name enters the cache key: contents, not a path that may move or be spelled in two ways.
+            dataset = GPTDataset(indexed, self.name, documents, None, Split.train, config)
+        assert dataset._pad_token_id < 0, dataset._pad_token_id
+        dataset._pad_token_id = _NO_PADDING
+        return dataset
+
+
+def open_indexed(prefix: str) -> Any:
+    """Megatron's `IndexedDataset` over memory-mapped files."""
+    with quiet_megatron():
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        return IndexedDataset(prefix)
+
+
+@contextlib.contextmanager
+def quiet_megatron() -> Iterator[None]:
+    """Keep Megatron's INFO lines per index and its warnings on missing packages out of a run's output."""
+    logger = logging.getLogger("megatron.core.datasets")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def to_json(files: EpochFiles, epoch: int) -> str:
+    """One line for the program."""
+    return json.dumps({"files": dataclasses.asdict(files), "epoch": epoch})
+
+
+def _from_json(line: str) -> tuple[EpochFiles, int]:
+    content = json.loads(line)
+    files = content["files"]
+    facts = TokenizerFacts(**files.pop("tokenizer"))
+    seed = tuple(files.pop("seed"))
+    return EpochFiles(**files, seed=seed, tokenizer=facts), content["epoch"]
+
+
+def _main() -> None:
+    # Ctrl-C reaches the whole process group; the run that started this one decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(10)
+    work = [_from_json(line) for line in iter(sys.stdin.readline, "\n")]
+    # The pipe stays open as long as the run lives.
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    for files, epoch in work:
+        files.build(epoch)
+    sys.stdout.flush()
+    os._exit(0)  # the thread waits in a read that a usual exit would wait for
+
+
+if __name__ == "__main__":
+    _main()

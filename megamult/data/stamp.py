@@ -1,0 +1,131 @@
+"""The stamp that launch/prepare_data.py leaves beside a corpus, PREFIX.stamp.json: its tokenizer, sizes and digests.
+
+With it a run knows at its start, without reading the corpus, that the files are whole and of its own tokenizer.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamult.data.identity import Identity, contents_digest, order_digest
+from megamult.data.indexed import PIECE_BYTES, IndexedFiles, piece_checksums
+from megamult.data.tokenizer import Tokenizer
+
+SUFFIX = ".stamp.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What was known of a corpus when it was written.
+
+    Attributes:
+        tokenizer_sha256, vocab_size: the tokenizer that encoded it.
+        dtype, tokens, documents, bin_bytes, idx_bytes: of the two files.
+        order, contents: their `Identity`.
+        piece_bytes, bin_sha256, idx_sha256: checksums of consecutive pieces of each file.
+        format: raised when an older version could not read what a newer one writes.
+    """
+
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: str
+    tokens: int
+    documents: int
+    bin_bytes: int
+    idx_bytes: int
+    order: str
+    contents: str
+    piece_bytes: int
+    bin_sha256: list[str]
+    idx_sha256: list[str]
+    format: int = _FORMAT
+
+    @staticmethod
+    def of(files: IndexedFiles, tokenizer: Tokenizer) -> "Stamp":
+        """The stamp of two files that `tokenizer` was used for; reads them once."""
+        return Stamp(
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            dtype=files.dtype.__name__,
+            tokens=files.tokens,
+            documents=files.sequences,
+            bin_bytes=files.bin.stat().st_size,
+            idx_bytes=files.idx.stat().st_size,
+            order=order_digest(files),
+            contents=contents_digest(files),
+            piece_bytes=PIECE_BYTES,
+            bin_sha256=piece_checksums(files.bin),
+            idx_sha256=piece_checksums(files.idx),
+        )
+
+    @staticmethod
+    def read(prefix: str) -> "Stamp | None":
+        """The stamp beside PREFIX.bin; None: there is none.
+
+        Raises:
+            ValueError: it is damaged, or of a newer version.
+        """
+        path = Path(prefix + SUFFIX)
+        remedy = "rerun launch/prepare_data.py, or remove this file (the corpus is then checked in samples only)"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON file ({error}); {remedy}") from None
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            found = content.get("format") if isinstance(content, dict) else None
+            raise ValueError(f"{path} has format {found!r}, and this version reads {_FORMAT}; {remedy}")
+        try:
+            stamp = Stamp(**content)
+        except TypeError as error:
+            raise ValueError(f"{path} is damaged ({error}); {remedy}") from None
+        if stamp.piece_bytes != PIECE_BYTES:
+            raise ValueError(f"{path} has piece_bytes {stamp.piece_bytes!r}, not {PIECE_BYTES}; {remedy}")
+        return stamp
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON, one key per line."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def check_files(self, files: IndexedFiles) -> Identity:
+        """Compare two files with it, by sizes and in samples.
+
+        Raises:
+            ValueError: they are not those that it was written for.
+        """
+        found = {
+            "dtype": files.dtype.__name__,
+            "tokens": files.tokens,
+            "documents": files.sequences,
+            "bin_bytes": files.bin.stat().st_size,
+            "idx_bytes": files.idx.stat().st_size,
+            "contents": contents_digest(files),
+        }
+        different = [
+            f"{key} {value!r} where the stamp says {getattr(self, key)!r}"
+            for key, value in found.items()
+            if value != getattr(self, key)
+        ]
+        if different:
+            raise ValueError(
+                f"{files.prefix}.bin and .idx are not those that {files.prefix}{SUFFIX} was written for: "
+                f"{'; '.join(different)}: copy all three again, or rerun launch/prepare_data.py"
+            )
+        return Identity(self.order, self.contents)
+
+    def check_tokenizer(self, prefix: str, tokenizer: Tokenizer) -> None:
+        """Compare the tokenizer of a run with the corpus's.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        if tokenizer.sha256 != self.tokenizer_sha256:
+            raise ValueError(
+                f"data source {prefix} was encoded with another tokenizer: its SHA-256 is "
+                f"{self.tokenizer_sha256[:12]}... ({self.vocab_size} tokens; {prefix}{SUFFIX}), and that of "
+                f"{tokenizer.model_path} is {tokenizer.sha256[:12]}... ({tokenizer.vocab_size} tokens): give the "
+                ".model file that the corpus was prepared with, or prepare it again with this one"
+            )
