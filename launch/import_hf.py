@@ -36,7 +36,8 @@ def main() -> None:
     for note in done.notes:
         print(f"note: {note}")
     print(f"{args.output}: {done.parameters} parameters and {done.multipliers} multipliers, {done.dtype}")
-    print(f"train on from it: --checkpoint.load {args.output}")
+    if done.trainable:
+        print(f"train on from it: --checkpoint.load {args.output}")
 
 
 if __name__ == "__main__":

@@ -218,6 +218,9 @@ class DataConfig:
     """The same for evaluation; null: no evaluation."""
     tokenizer: str | None = None
     """The sentencepiece model that the corpora were encoded with."""
+    validate: Literal["stamp", "full"] = "stamp"
+    """What a start reads of the corpora. stamp: sizes, headers and samples, compared with the stamp that
+    launch/prepare_data.py wrote; full: every byte besides, shared among all processes."""
 
     @staticmethod
     def sources(value: str | dict[str, float] | list[str] | None) -> list[tuple[str, float]]:

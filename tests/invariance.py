@@ -138,7 +138,7 @@ class RandomSamples:
         text = torch.randint(0, self.vocab_size, (self.seq_length + 1,), generator=generator)
         return {"tokens": text[:-1], "labels": text[1:]}
 
-    def prepare(self, first: int, last: int, barrier: Callable[[], None]) -> None:
+    def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
         """Nothing to open."""
 
 
@@ -162,6 +162,7 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
                 outcome.records = [trainer.train_step() for _ in range(case.steps)]
             for item in trained(engine.model, engine.partition, engine.optimizer):
                 tensors[item.name], outcome.kinds[item.name] = item.tensor.cpu().clone(), item.kind
+        trainer.close()
         engine.deepspeed.destroy()
         outcomes.append(outcome if torch.distributed.get_rank() == 0 else Outcome())
     return outcomes

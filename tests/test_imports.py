@@ -43,7 +43,7 @@ DATA_FLOW = [
     ["megamult.train.command_line"],
     ["megamult.train.deepspeed_keys"],
     ["megamult.train.deepspeed_config"],
-    ["megamult.train.engine"],
+    ["megamult.train.batches", "megamult.train.corpora", "megamult.train.engine"],
     ["megamult.train.lock", "megamult.train.logs", "megamult.train.progress", "megamult.train.signals"],
     ["megamult.train.run_dir", "megamult.train.verdict"],
     ["megamult.train.hub"],

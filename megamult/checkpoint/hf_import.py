@@ -20,9 +20,9 @@ from tqdm import tqdm
 from megamult.checkpoint import directory
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.hf_config import from_hugging_face
-from megamult.checkpoint.hf_files import TOKENIZER_FILES, TOKENIZER_FOLDER, check_output
+from megamult.checkpoint.hf_files import TOKENIZER_FILES, TOKENIZER_FOLDER, check_output, tokenizer_identity
 from megamult.checkpoint.hf_names import Weight, weights
-from megamult.checkpoint.info import CheckpointInfo
+from megamult.checkpoint.info import SENTENCEPIECE, CheckpointInfo
 from megamult.checkpoint.saved import write
 from megamult.config import Config, ModelConfig, MultipliersConfig, TrainConfig
 from megamult.data.tokenizer import Tokenizer
@@ -43,6 +43,8 @@ class Imported:
     parameters: int
     multipliers: int
     dtype: str
+    trainable: bool = True
+    """Whether training from it is possible: not with a tokenizer that it cannot read."""
     notes: list[str] = field(default_factory=list)
     """What a user might not expect."""
 
@@ -88,7 +90,7 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
     except ValueError as error:
         raise ValueError(f"{source}/{error}") from None
     assert model.vocab_size is not None
-    files, tokenizer_sha256, notes = _tokenizer(source, described)
+    files, tokenizer, notes = _tokenizer(source, described)
     resolved: Placement = resolve(placement) if placement != "none" else {}
     with contextlib.ExitStack() as stack:
         stored = _open(source, stack)
@@ -101,8 +103,9 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
             samples=0,
             config=_configuration(model, placement, dtype),
             vocab_size=model.vocab_size,
-            tokenizer_sha256=tokenizer_sha256,
         )
+        if tokenizer is not None:
+            info.tokenizer_files, info.tokenizer_sha256 = tokenizer
         bar = stack.enter_context(tqdm(total=4 * parameters, desc="importing", unit="B", unit_scale=True, disable=None))
         chunks = [chunk for weight, found in matched for chunk in _chunks(weight, found, bar.update)]
         chunks += [Chunk.whole(f"model.{name}", torch.ones(shape)) for name, shape in multipliers.items()]
@@ -110,7 +113,8 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
             write(output, chunks, info, files)
         finally:
             shutil.rmtree(directory.temporary(output), ignore_errors=True)
-    return Imported(parameters, sum(math.prod(shape) for shape in multipliers.values()), dtype, notes)
+    trainable = tokenizer is None or info.tokenizer_files == SENTENCEPIECE
+    return Imported(parameters, sum(math.prod(shape) for shape in multipliers.values()), dtype, trainable, notes)
 
 
 def _configuration(model: ModelConfig, placement: str, dtype: Any) -> dict[str, Any]:
@@ -217,24 +221,31 @@ def _chunks(weight: Weight, found: _Stored, read: Callable[[int], object]) -> It
         yield Chunk(f"model.{weight.logical}", found.shape, offsets, (stop - start, *rest), load)
 
 
-def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes], str | None, list[str]]:
-    """The tokenizer's files as they are, its identity if it is a sentencepiece model, and what to say of it."""
+def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, str] | None, list[str]]:
+    """The tokenizer's files as they are, what it is known by (file names, SHA-256), and what to say of it."""
     found = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
+    identity = tokenizer_identity(found)
+    files = {f"{TOKENIZER_FOLDER}/{name}": content for name, content in found.items()}
     notes = []
-    if not any(name.startswith("tokenizer") for name in found):
-        notes.append("the input has no tokenizer: the checkpoint has none either, and an export of it will have none")
+    try:
+        # A model that has one was trained with it, whatever other files say the same in another way.
+        identity = (SENTENCEPIECE, Tokenizer(source / "tokenizer.model").sha256)
+        files[SENTENCEPIECE] = found["tokenizer.model"]
+    except ValueError:
+        if identity is None:
+            notes.append(
+                "the input has no tokenizer: the checkpoint has none either, and an export of it will have none"
+            )
+        else:
+            names = identity[0].replace(f"{TOKENIZER_FOLDER}/", "")
+            notes.append(
+                f"the tokenizer ({names}) is no sentencepiece model, and training reads no other kind yet: its files "
+                "are kept for export, and training from this checkpoint is refused"
+            )
     # Without the file, what config.json says of special tokens would be lost with it.
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in described}
-    found.setdefault("generation_config.json", (json.dumps(ids, indent=2) + "\n").encode())
-    files = {f"{TOKENIZER_FOLDER}/{name}": content for name, content in found.items()}
-    model, sha256 = source / "tokenizer.model", None
-    if model.is_file():
-        try:
-            sha256 = Tokenizer(model).sha256
-            files["tokenizer.model"] = found["tokenizer.model"]
-        except ValueError:
-            notes.append("tokenizer.model is no sentencepiece model: it is kept for export alone")
-    return files, sha256, notes
+    files.setdefault(f"{TOKENIZER_FOLDER}/generation_config.json", (json.dumps(ids, indent=2) + "\n").encode())
+    return files, identity, notes
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,9 @@ FORMAT = 1
 
 INFO = "checkpoint.json"
 
+SENTENCEPIECE = "tokenizer.model"
+"""The sentencepiece model in a checkpoint's directory that the run's data was encoded with."""
+
 _PACKAGES = ("megamult", "torch", "deepspeed", "megatron-core", "numpy", "safetensors", "sentencepiece")
 
 
@@ -41,7 +44,9 @@ class CheckpointInfo:
     vocab_size: int
     """Exact, without padding."""
     tokenizer_sha256: str | None = None
-    """Of the sentencepiece model; None: not known."""
+    """Of the files that define the tokenizer; None: not known."""
+    tokenizer_files: str = SENTENCEPIECE
+    """Those files' names in the checkpoint; training reads a sentencepiece model only."""
     optimizer: dict[str, Any] | None = None
     """`name`, `updates` (steps applied) and `skipped_steps`; None: there is no optimizer state."""
     data: dict[str, Any] | None = None

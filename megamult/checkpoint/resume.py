@@ -16,7 +16,8 @@ import torch
 from megamult import parallel, process_groups
 from megamult.checkpoint import directory, rng
 from megamult.checkpoint.chunks import Chunk
-from megamult.checkpoint.info import INFO, CheckpointInfo
+from megamult.checkpoint.hf_files import TOKENIZER_FOLDER, tokenizer_identity
+from megamult.checkpoint.info import INFO, SENTENCEPIECE, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import held
 from megamult.config import Config, ModelConfig, MultipliersConfig
@@ -65,7 +66,7 @@ def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> Sa
     share = (torch.distributed.get_rank(), torch.distributed.get_world_size())
     problem = None
     for path in candidates:
-        checkpoint, problem = parallel.everywhere(partial(SavedCheckpoint, path))
+        checkpoint, problem = parallel.everywhere(partial(_opened, path))
         if checkpoint is not None:
             _, unfit = parallel.everywhere(partial(fits, checkpoint.info))
             if unfit is not None:
@@ -80,6 +81,17 @@ def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> Sa
     raise ValueError(
         f"none of the {len(candidates)} checkpoints in {candidates[0].parent} is whole; the last: {problem}"
     )
+
+
+def _opened(path: Path) -> SavedCheckpoint:
+    """A checkpoint. Imports of older versions do not say what their tokenizer is known by: its files do."""
+    checkpoint = SavedCheckpoint(path)
+    if checkpoint.info.tokenizer_sha256 is None:
+        files = checkpoint.files(TOKENIZER_FOLDER)
+        found = tokenizer_identity({Path(name).name: content for name, content in files.items()})
+        if found is not None:
+            checkpoint.info.tokenizer_files, checkpoint.info.tokenizer_sha256 = found
+    return checkpoint
 
 
 def _listed(load: str, run_dir: Path) -> list[Path]:
@@ -121,12 +133,20 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
         raise ValueError(f"the checkpoint's configuration is not one that this version knows ({error!r})") from None
     pairs = [(f"model.{key}", getattr(config.model, at), getattr(model, at)) for key, at in _SAME.items()]
     pairs.append(("model.vocab_size", vocab_size, info.vocab_size))
-    if info.tokenizer_sha256 is not None and tokenizer_sha256 is not None:
+    known = info.tokenizer_sha256 is not None and tokenizer_sha256 is not None
+    if known and info.tokenizer_files == SENTENCEPIECE:
         pairs.append(("the SHA-256 of data.tokenizer", tokenizer_sha256, info.tokenizer_sha256))
     if info.samples:  # what these decide is which samples come next
         pairs.append(("model.seq_length", config.model.seq_length, model.seq_length))
         pairs.append(("train.seed (the data's order)", config.train.seed, seed))
     found = [f"{key} is {mine!r} and the checkpoint's {its!r}" for key, mine, its in pairs if mine != its]
+    if info.tokenizer_files != SENTENCEPIECE and tokenizer_sha256 != info.tokenizer_sha256:
+        found.append(
+            f"data.tokenizer is {config.data.tokenizer} (SHA-256 {tokenizer_sha256}) and the checkpoint's tokenizer "
+            f"{info.tokenizer_files} (SHA-256 {info.tokenizer_sha256}), which is no sentencepiece model: training "
+            "reads no other kind yet, so this model can be imported and exported, but not trained with its own "
+            "tokenizer, and with another one its token ids would mean other texts"
+        )
     here = _placement(config.multipliers)
     for role, sides in _placement(multipliers).items():
         lost = sorted(sides - here.get(role, frozenset()))

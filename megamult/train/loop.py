@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,26 +22,24 @@ from megamult.monitor.statistics import by_role, flops_per_token
 from megamult.monitor.writers import Writers
 from megamult.optim.schedule import lr_factor
 from megamult.patience import ON_FILES
+from megamult.train.batches import MicroBatches, Readable
 from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.engine import Engine
 from megamult.train.progress import Progress
 from megamult.train.signals import StopRequests
 
 
-class Samples(Protocol):
-    """Sample i of a run: a function of i alone, whatever the layout (:class:`megamult.data.BlendedDataset`)."""
+class Samples(Readable, Protocol):
+    """Sample i of a run: a function of i only, whatever the layout (:class:`megamult.data.BlendedDataset`)."""
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`tokens` and `labels`, [seq] each."""
-
-    def prepare(self, first: int, last: int, barrier: Callable[[], None]) -> None:
-        """Make samples [first, last) ready; all ranks call it together."""
+    def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
+        """Make samples [first, last) ready, and the run's others, before `end`, in time; all ranks call it together."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold of them."""
 
-    def load_state_dict(self, state: dict[str, Any], samples: int) -> None:
-        """Go on before global sample `samples` of a run that left `state`."""
+    def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
+        """Go on before global sample `samples` of a run that left `state`; what a user should know of it."""
 
 
 class Trainer:
@@ -60,6 +59,7 @@ class Trainer:
         self._train, self._valid = train, valid
         self._data_rank = parallel.data_group().rank()
         self._accumulation = config.accumulation(parallel.data_group().size())
+        self._reading: MicroBatches | None = None
         self._flops = flops_per_token(config.model, vocab_size)
         self.step_count = 0
         self.samples = 0
@@ -71,19 +71,27 @@ class Trainer:
         self.votes: list[float] = []
         """Sums over all ranks of what was voted at the end of the last step."""
 
-    def _micro_batch(self, samples: Samples, first: int, micro: int, step: int, of: str = "") -> tuple[Tensor, Tensor]:
-        """Tokens and labels, [micro batch, seq] each: this rank's part of the global batch that begins at `first`.
+    def _batches(self, samples: Samples, first: int) -> MicroBatches:
+        """This rank's micro-batches of the global batches from sample `first` on."""
+        train, data_size = self.config.train, parallel.data_group().size()
+        size = train.micro_batch_size
+        starts = (
+            batch + (micro * data_size + self._data_rank) * size
+            for batch in itertools.count(first, train.global_batch_size)
+            for micro in range(self._accumulation)
+        )
+        return MicroBatches(samples, starts, size, self.config.model.seq_length)
 
-        Notes the progress of `step`: reading is work on files, what follows it is not.
+    def _micro_batch(self, batches: MicroBatches, micro: int, step: int, of: str = "") -> tuple[Tensor, Tensor]:
+        """Tokens and labels, [micro batch, seq] each.
+
+        Notes the progress of `step`: waiting for them is work on files, what follows it is not.
         """
         which = f"micro-batch {micro + 1} of {self._accumulation}{of}"
         self._progress.at(step, f"reading {which}", ON_FILES)
-        size = self.config.train.micro_batch_size
-        start = first + (micro * parallel.data_group().size() + self._data_rank) * size
-        rows = [samples[i] for i in range(start, start + size)]
+        tokens, labels = batches.take()
         self._progress.at(step, which)
-        tokens, labels = (torch.stack([row[key] for row in rows]) for key in ("tokens", "labels"))
-        return device.upload(tokens), device.upload(labels)
+        return tokens, labels
 
     def train_step(self, ballot: Callable[[], Sequence[float]] = tuple) -> dict[str, float]:
         """One optimizer step; returns the step's record.
@@ -95,12 +103,18 @@ class Trainer:
         config, step, first = self.config, self.step_count, self.samples
         batch = config.train.global_batch_size
         self._progress.at(step + 1, "samples", ON_FILES)
-        self._train.prepare(first, first + batch, torch.distributed.barrier)
+        end = first + max(1, config.train.steps - step) * batch
+        # The next step's too: they are read while this one computes.
+        ready = min(first + 2 * batch, end)
+        self._train.prepare(first, ready, torch.distributed.barrier, end)
+        if self._reading is None:
+            self._reading = self._batches(self._train, first)
+        self._reading.allow(ready)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(step, config.train.steps, config.optimizer)
         loss = torch.zeros((), device=device.local_device())
         for micro in range(self._accumulation):
-            tokens, labels = self._micro_batch(self._train, first, micro, step + 1)
+            tokens, labels = self._micro_batch(self._reading, micro, step + 1)
             objective, entropy = self.engine.deepspeed(tokens, labels)
             self.engine.deepspeed.backward(objective)
             self.engine.deepspeed.step()
@@ -129,17 +143,19 @@ class Trainer:
         """Mean cross entropy in nats over the first `train.eval_batches` global batches of data.valid."""
         assert self._valid is not None
         config = self.config
-        batch = config.train.global_batch_size
         self._progress.at(self.step_count, "samples of the evaluation", ON_FILES)
-        self._valid.prepare(0, config.train.eval_batches * batch, torch.distributed.barrier)
+        end = config.train.eval_batches * config.train.global_batch_size
+        self._valid.prepare(0, end, torch.distributed.barrier, end)
         self.engine.deepspeed.eval()
         loss = torch.zeros((), device=device.local_device())
-        for index in range(config.train.eval_batches):
-            of = f", evaluation's batch {index + 1} of {config.train.eval_batches}"
-            for micro in range(self._accumulation):
-                tokens, labels = self._micro_batch(self._valid, index * batch, micro, self.step_count, of)
-                _, entropy = self.engine.deepspeed(tokens, labels)
-                loss += entropy.float()
+        with contextlib.closing(self._batches(self._valid, 0)) as batches:
+            batches.allow(end)
+            for index in range(config.train.eval_batches):
+                of = f", evaluation's batch {index + 1} of {config.train.eval_batches}"
+                for micro in range(self._accumulation):
+                    tokens, labels = self._micro_batch(batches, micro, self.step_count, of)
+                    _, entropy = self.engine.deepspeed(tokens, labels)
+                    loss += entropy.float()
         self.engine.deepspeed.train()
         return mean_and_votes(loss / (config.train.eval_batches * self._accumulation))[0]
 
@@ -149,12 +165,22 @@ class Trainer:
         found = trained(engine.model, engine.partition, engine.optimizer, kinds=("multiplier",))
         return by_role((item.role, item.side or "", item.tensor.cpu()) for item in found)
 
-    def resume(self, info: CheckpointInfo) -> None:
-        """Go on after the step at which a checkpoint was saved, with the next sample of every source."""
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
+
+    def resume(self, info: CheckpointInfo) -> list[str]:
+        """Go on after the step at which a checkpoint was saved, with the next sample of every source.
+
+        Returns:
+            What a user should know of the sources.
+        """
+        self.close()
         self.step_count, self.samples, self.figures = info.step, info.samples, dict(info.figures)
         self.bad_steps = int(self.figures.get("bad_steps", 0))
-        if info.data is not None:
-            self._train.load_state_dict(info.data, info.samples)
+        return [] if info.data is None else self._train.load_state_dict(info.data, info.samples)
 
     def run(self, run_dir: Path, checkpoints: RunCheckpoints, stop: StopRequests) -> str | None:
         """All remaining steps, with evaluation, records and checkpoints. Records are written by global rank 0.
@@ -177,6 +203,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             # If training fails, the checkpoint that is being written shall be there all the same.
             stack.callback(checkpoints.wait, _LAST_SAVE_SECONDS)
+            stack.callback(self.close)
             out = None
             if main_rank:
                 out = stack.enter_context(Writers(run_dir, config.train.steps, self.step_count, skipped))

@@ -98,6 +98,7 @@ def _train(
 
     from megamult import parallel
     from megamult.checkpoint import resume
+    from megamult.train import corpora
     from megamult.train import run_dir as run_dirs
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build, check_deepspeed, parameter_count
@@ -106,7 +107,7 @@ def _train(
     main_rank = environment.rank() == 0
     agreed(lambda: check_deepspeed(config, mpu))
     run_dir = run_dirs.choose(config.train.run_dir)
-    tokenizer, vocab_size = agreed(lambda: _vocabulary(config))
+    tokenizer, vocab_size = agreed(lambda: corpora.vocabulary(config))
     load = config.checkpoint.load
     checkpoint = None
     # Before the newest checkpoint is looked for: an earlier part of the run may be writing it.
@@ -122,7 +123,7 @@ def _train(
     ours = None if checkpoint is None else run_dirs.own(checkpoint.path, run_dir)
     agreed(lambda: run_dirs.claim(run_dir, load == "latest" or ours is not None))
     progress.at(0, "checking the data", ON_FILES)
-    train, valid = agreed(lambda: _datasets(config, tokenizer, run_dir))
+    train, valid = corpora.open_datasets(config, tokenizer, run_dir)
     files = agreed(lambda: _files(resolved, tokenizer, checkpoint))
     agreed(lambda: run_dirs.begin(run_dir, resolved, ours, lock))
     agreed(lambda: run_dirs.check_shared(run_dir))
@@ -144,11 +145,15 @@ def _train(
                 checkpoint, engine.partition, engine.optimizer, reset_optimizer=config.checkpoint.reset_optimizer
             )
         )
-        trainer.resume(checkpoint.info)
+        notes = trainer.resume(checkpoint.info)
         if main_rank:
             fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
             step, samples = trainer.step_count, trainer.samples
             print(f"going on from {checkpoint.path}: step {step}, {samples} sequences{fresh}", flush=True)
+            if checkpoint.info.tokenizer_sha256 is None:
+                notes.append("the checkpoint does not say which tokenizer is its own: data.tokenizer is taken on trust")
+            for note in notes:
+                print(f"note: {note}", flush=True)
     elif load and main_rank:
         print(f"no checkpoint in {run_dir / 'checkpoints'} yet: starting anew", flush=True)
     checkpoints = RunCheckpoints(run_dir, config, vocab_size, tokenizer.sha256, files)
@@ -160,6 +165,7 @@ def _train(
         error, reason, code = str(failed), failed.reason, EXIT_NO_CHECKPOINT
     except Diverged as diverged:
         error, code = f"{diverged}; {run_dirs.after_divergence(run_dir, diverged.last_good_step)}", EXIT_DIVERGED
+    train.close()
     if main_rank:
         if code != EXIT_DIVERGED:
             _conclude(config, vocab_size, trainer, reason, run_dir, code)
@@ -229,47 +235,6 @@ def _files(resolved: str, tokenizer: Any, checkpoint: Any) -> dict[str, bytes]:
     if checkpoint is not None and checkpoint.info.tokenizer_sha256 == tokenizer.sha256:
         files = checkpoint.files(TOKENIZER_FOLDER) | files
     return files
-
-
-def _vocabulary(config: Config) -> tuple[Any, int]:
-    from megamult.data.tokenizer import Tokenizer
-
-    if config.data.tokenizer is None:
-        raise ValueError("data.tokenizer is not set: give the .model file that launch/prepare_data.py wrote")
-    tokenizer = Tokenizer(config.data.tokenizer)
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size is {vocab_size} and the tokenizer {config.data.tokenizer} has "
-            f"{tokenizer.vocab_size} tokens: leave vocab_size null, or make it at least that"
-        )
-    return tokenizer, vocab_size
-
-
-def _datasets(config: Config, tokenizer: Any, run_dir: Path) -> tuple[Any, Any]:
-    from megamult.data.dataset import BlendedDataset
-    from megamult.data.indexed import validate_indexed
-
-    sources = {key: DataConfig.sources(getattr(config.data, key)) for key in ("train", "valid")}
-    if not sources["train"]:
-        raise ValueError("data.train is not set: give a prefix that launch/prepare_data.py wrote (PREFIX_train)")
-    datasets = []
-    for key, blend in sources.items():
-        for prefix, _ in blend:
-            # Reads every token, each rank its share.
-            validate_indexed(prefix, tokenizer.vocab_size, share=(environment.rank(), environment.world_size()))
-        datasets.append(
-            BlendedDataset(
-                blend,
-                tokenizer,
-                config.model.seq_length,
-                config.train.seed,
-                cache_dir=run_dir / "cache" / key,
-            )
-            if blend
-            else None
-        )
-    return datasets[0], datasets[1]
 
 
 _ENTROPY_TOKENS = 1 << 28

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,16 @@ from tests.invariance import VOCAB, Case
 
 
 class Signalling(Samples):
-    """Sends this process a signal when a sample is asked for."""
+    """Sends this process a signal when the step that begins with sample `at` begins."""
 
     def __init__(self, at: int, number: signal.Signals, vocab_size: int, seq_length: int) -> None:
         super().__init__(vocab_size, seq_length)
         self.at, self.number = at, number
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if index == self.at:
+    def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
+        """Samples themselves are read before their step begins."""
+        if first == self.at:
             os.kill(os.getpid(), self.number)
-        return super().__getitem__(index)
 
 
 def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[str]]]:
@@ -40,7 +41,7 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
     from megamult.train.signals import StopRequests
 
     found = []
-    third = 2 * batch + batch // 2  # the first sample of the second data-parallel rank's half of step 3
+    third = 2 * batch  # the first sample of step 3
     cases = [
         (1, third, signal.SIGTERM, None, 0),
         (1, third, signal.SIGUSR1, None, 2),
@@ -52,7 +53,7 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
         config = Case(world=2, tensor=tensor, zero=1, steps=6).config()
         config.checkpoint.save_every, config.checkpoint.keep = save_every, 0
         engine = build(config, VOCAB, parallel.initialize(tensor))
-        at = -1 if torch.distributed.get_rank() == 0 else at  # tensor-parallel ranks read the same samples
+        at = -1 if torch.distributed.get_rank() == 0 else at  # only the second rank is signalled
         samples = Signalling(at, number or signal.SIGTERM, VOCAB, config.model.seq_length)
         trainer = Trainer(config, engine, samples, None, VOCAB)
         run_dir = folder / str(i)

@@ -60,7 +60,7 @@ class Samples:
         text = torch.randint(0, self.vocab_size, (self.seq_length + 1,), generator=generator) ** 2 // self.vocab_size
         return {"tokens": text[:-1], "labels": text[1:]}
 
-    def prepare(self, first: int, last: int, barrier: Callable[[], None]) -> None:
+    def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
         """Nothing to open."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,6 +92,7 @@ def _run(run: Run) -> Trace:
     trace = Trace()
     if run.warm:
         trainer.train_step()
+        trainer.close()
         samples.seen.clear()
     torch.manual_seed(0)
     if run.load is not None:
@@ -115,11 +116,13 @@ def _run(run: Run) -> Trace:
             torch.rand(5)
             save()
             trace.drawn = torch.rand(3).tolist()
+    trainer.close()
     outcome = saves.wait()
     assert outcome is None or outcome.error is None, outcome
     seen: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(seen, samples.seen)
-    trace.seen = sorted({index for rank in seen for index in rank})
+    # Samples of the step after the last one have been read ahead.
+    trace.seen = sorted({index for rank in seen for index in rank if index < trainer.samples})
     trace.state = {
         f"{chunk.name}@{chunk.offsets}": chunk.load().clone() for chunk in held(engine.partition, engine.optimizer)
     }

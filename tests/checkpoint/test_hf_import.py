@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -139,18 +140,51 @@ def test_the_tokenizer_comes_along_and_back(make: Callable[..., Path], tmp_path:
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 9])
 
 
+def test_a_tokenizer_of_another_kind_is_known_by_the_files_that_define_it(
+    make: Callable[..., Path], tmp_path: Path, tokenizer: Path
+) -> None:
+    source = make()
+    files = {"vocab.json": b"{}", "merges.txt": b"a b", "chat_template.jinja": b"{{ x }}"}
+    digests: list[str] = []
+    for number, (name, content, expected) in enumerate(
+        [
+            ("vocab.json", b"{}", "hf_tokenizer/vocab.json, hf_tokenizer/merges.txt"),
+            ("merges.txt", b"a c", "hf_tokenizer/vocab.json, hf_tokenizer/merges.txt"),
+            ("tokenizer.model", b"no sentencepiece", "hf_tokenizer/tokenizer.model"),
+            ("tokenizer.json", b"{}", "hf_tokenizer/tokenizer.json"),
+            ("chat_template.jinja", b"{{ y }}", "hf_tokenizer/tokenizer.json"),
+            ("tokenizer.model", tokenizer.read_bytes(), "tokenizer.model"),
+        ]
+    ):
+        files[name] = content
+        for each, its in files.items():
+            (source / each).write_bytes(its)
+        done = import_(source, tmp_path / str(number))
+        info = SavedCheckpoint(tmp_path / str(number)).info
+        assert (info.tokenizer_files, done.trainable) == (expected, expected == "tokenizer.model")
+        assert done.notes == [] or "and training from this checkpoint is refused" in done.notes[0]
+        assert info.tokenizer_sha256 is not None
+        digests.append(info.tokenizer_sha256)
+    assert digests[3] == digests[4] == hashlib.sha256(b"{}").hexdigest()  # as sha256sum says of tokenizer.json
+    assert digests[5] == Tokenizer(tokenizer).sha256
+    assert len(set(digests)) == 5
+
+
 def test_without_a_tokenizer_special_ids_survive(make: Callable[..., Path], tmp_path: Path) -> None:
     source = make()
     (source / "generation_config.json").unlink()
     (source / "tokenizer.model").write_bytes(b"no sentencepiece")
-    notes = import_(source, tmp_path / "checkpoint").notes
-    assert notes == ["tokenizer.model is no sentencepiece model: it is kept for export alone"]
-    assert SavedCheckpoint(tmp_path / "checkpoint").info.tokenizer_sha256 is None
+    (note,) = import_(source, tmp_path / "checkpoint").notes
+    assert note.startswith(
+        "the tokenizer (tokenizer.model) is no sentencepiece model, and training reads no other kind"
+    )
     export(tmp_path / "checkpoint", tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == [2, 9]
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == b"no sentencepiece"
     (source / "tokenizer.model").unlink()
-    assert "the input has no tokenizer" in import_(source, tmp_path / "second").notes[0]
+    done = import_(source, tmp_path / "second")
+    assert "the input has no tokenizer" in done.notes[0] and done.trainable
+    assert SavedCheckpoint(tmp_path / "second").info.tokenizer_sha256 is None
 
 
 def test_a_tied_model_may_carry_its_head(make: Callable[..., Path], tmp_path: Path) -> None:

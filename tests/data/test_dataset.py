@@ -269,13 +269,14 @@ def test_corpora_of_equal_lengths_that_swap_places_go_on_each_with_its_own_sampl
     before = of(first, range(20))
     straight = of(first, range(20, 60))
     swapped = make((b, 1.0), (a, 3.0))
-    assert swapped.load_state_dict(json.loads(json.dumps(first.state_dict())), 20) == []
+    notes = swapped.load_state_dict(json.loads(json.dumps(first.state_dict())), 20)
     after = of(swapped, range(20, 60))
     for mine in (lambda w: w[0] < 5000, lambda w: w[0] >= 5000):
         ours, theirs = list(filter(mine, after)), list(filter(mine, straight))
         n = min(len(ours), len(theirs))
         assert n > 8 and ours[:n] == theirs[:n]
         assert not [w for w in ours if w in before]
+    assert notes == []
 
 
 def test_another_corpus_under_a_known_name_is_a_new_source_and_that_is_said(

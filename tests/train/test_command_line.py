@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import shutil
 import struct
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from megamult.checkpoint import saved
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import CheckpointInfo
 from megamult.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from megamult.data.tokenizer import train_tokenizer
 from megamult.train import command_line, pretrain
 from tests.distributed import run_distributed
 from tests.train.command import VOCAB, answers, data_arguments, make_corpus, snapshot, start
@@ -197,6 +200,29 @@ LATE: list[tuple[list[str], str]] = [
         r"checkpoint's 'muon' \(.*\): set them back",
     ),
     (
+        ["--data.tokenizer=FOLDER/other.model"],
+        r"data source FOLDER/tiny_train was encoded with another tokenizer: its SHA-256 is \w{12}\.\.\. "
+        rf"\({VOCAB} tokens; FOLDER/tiny_train\.stamp\.json\), and that of FOLDER/other\.model is \w{{12}}\.\.\. .*"
+        r"; data source FOLDER/tiny_valid was encoded with another tokenizer",
+    ),
+    (
+        ["--data.train=FOLDER/swapped"],
+        r"FOLDER/swapped\.bin and \.idx are not those that .* was written for: contents '",
+    ),
+    (
+        ["--data.train=FOLDER/late", "--data.validate=full"],
+        rf"FOLDER/late\.bin: token id {VOCAB} at token \d+ .* is outside the vocabulary of {VOCAB}; use the tokenizer",
+    ),
+    (
+        ["--checkpoint.load=FOLDER/saved/imported"],
+        r"does not fit this run: data\.tokenizer is FOLDER/tiny\.model \(SHA-256 \w{64}\) and the checkpoint's "
+        r"tokenizer hf_tokenizer/tokenizer\.json \(SHA-256 0{64}\), which is no sentencepiece model: training reads",
+    ),
+    (
+        ["--checkpoint.load=FOLDER/saved/imported_before"],
+        rf"tokenizer hf_tokenizer/tokenizer\.json \(SHA-256 {hashlib.sha256(b'{}').hexdigest()}\), which is no",
+    ),
+    (
         ["--deepspeed={zero_optimization: {stagee: 1, overlap_comm: perhaps}}"],
         r"deepspeed: DeepSpeed refuses it \(overlap_comm: .*; stagee: Extra inputs.*\); correct",
     ),
@@ -214,6 +240,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = (folder / "cut.bin").read_bytes()
     (folder / "cut.bin").write_bytes(whole[:-10])
     (folder / "foreign.bin").write_bytes(whole[:14] + struct.pack("<H", VOCAB) + whole[16:])  # uint16 token 7
+    for suffix in (".idx", ".stamp.json"):
+        shutil.copy(f"{tiny}_train{suffix}", folder / f"swapped{suffix}")
+    (folder / "swapped.bin").write_bytes(whole[2:4] + whole[:2] + whole[4:])
+    _make_long(folder / "late")
+    other = (folder / "text.txt").read_text(encoding="utf-8").upper()
+    train_tokenizer([other], VOCAB, folder / "other.model")
     (folder / "damaged.model").write_bytes((folder / "tiny.model").read_bytes()[:500])
     (folder / "file").write_text("a file", encoding="utf-8")
     (folder / "used" / "tensorboard").mkdir(parents=True)
@@ -221,6 +253,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "used" / "config.yaml").write_text("train: {steps: 1}\n", encoding="utf-8")
     _make_checkpoints(folder)
     return folder
+
+
+def _make_long(prefix: Path) -> None:
+    """A corpus without a stamp, with a token outside the vocabulary between the samples that a start looks at."""
+    lengths = np.full(300, 1000, "<i4")
+    ids = np.ones(300_000, "<u2")
+    ids[5000] = VOCAB
+    prefix.with_suffix(".bin").write_bytes(ids.tobytes())
+    pointers, bounds = np.arange(300, dtype="<i8") * 2000, np.arange(301, dtype="<i8")
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 300, 301)
+    prefix.with_suffix(".idx").write_bytes(header + lengths.tobytes() + pointers.tobytes() + bounds.tobytes())
 
 
 def _make_checkpoints(folder: Path) -> None:
@@ -249,6 +292,12 @@ def _make_checkpoints(folder: Path) -> None:
         optimizer={"name": "adamw", "updates": 1, "skipped_steps": 0},
     )
     saved.write(folder / "saved/fits", chunks, fits, {})
+    # Imports of a model without a sentencepiece model, by this version and by one that kept no digest of such.
+    ids = {"hf_tokenizer/tokenizer.json": b"{}"}
+    kept = {"tokenizer_files": "hf_tokenizer/tokenizer.json", "tokenizer_sha256": "0" * 64}
+    for name, known in (("imported", kept), ("imported_before", {})):
+        begun = dataclasses.replace(fits, step=0, samples=0, optimizer=None, **known)
+        saved.write(folder / "saved" / name, chunks, begun, ids)
     shard = "shard_00000_0000.safetensors"
     for name in ("cut", "flipped", "lost", "unlisted"):
         shutil.copytree(folder / "saved/fits", folder / "saved" / name)

@@ -1,0 +1,84 @@
+"""A run's tokenizer and its data as it starts: checked once on every node, described to all ranks, then opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megamult import environment
+from megamult.config import Config, DataConfig
+from megamult.data.dataset import BlendedDataset
+from megamult.data.described import Described, describe_all, unchecked, validate_all
+from megamult.data.tokenizer import Tokenizer
+from megamult.train.command_line import agreed
+
+
+def vocabulary(config: Config) -> tuple[Tokenizer, int]:
+    """The tokenizer, and the model's vocabulary size.
+
+    Raises:
+        ValueError: there is no tokenizer, or it does not fit model.vocab_size.
+    """
+    if config.data.tokenizer is None:
+        raise ValueError("data.tokenizer is not set: give the .model file that launch/prepare_data.py wrote")
+    tokenizer = Tokenizer(config.data.tokenizer)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {vocab_size} and the tokenizer {config.data.tokenizer} has "
+            f"{tokenizer.vocab_size} tokens: leave vocab_size null, or make it at least that"
+        )
+    return tokenizer, vocab_size
+
+
+def open_datasets(config: Config, tokenizer: Tokenizer, run_dir: Path) -> tuple[BlendedDataset, BlendedDataset | None]:
+    """The samples of data.train and, if it is set, of data.valid. Collective over all ranks; a mistake ends them all.
+
+    One rank of each node reads headers, sizes, stamps and samples of the files; what rank 0 has found is sent to
+    everyone, and each node's rank compares its own findings with that. With data.validate full every rank then reads
+    its share of all bytes.
+    """
+    sources = {key: DataConfig.sources(getattr(config.data, key)) for key in ("train", "valid")}
+    prefixes = list(dict.fromkeys(prefix for blend in sources.values() for prefix, _ in blend))
+
+    def look() -> dict[str, Described] | None:
+        if not sources["train"]:
+            raise ValueError("data.train is not set: give a prefix that launch/prepare_data.py wrote (PREFIX_train)")
+        return describe_all(prefixes, tokenizer) if environment.local_rank() == 0 else None
+
+    mine = agreed(look)
+    sent = [mine]
+    torch.distributed.broadcast_object_list(sent, src=0)
+    described = sent[0]
+    assert described is not None
+    agreed(lambda: _check_same(mine, described))
+    if config.data.validate == "full":
+        share = (environment.rank(), environment.world_size())
+        agreed(lambda: validate_all(prefixes, tokenizer, share))
+    doubt = unchecked(list(described.values()))
+    if doubt is not None and config.data.validate != "full" and environment.rank() == 0:
+        print(f"note: {doubt}", flush=True)
+
+    def opened(key: str) -> BlendedDataset | None:
+        if not sources[key]:
+            return None
+        cache = run_dir / "cache" / key
+        return BlendedDataset(
+            sources[key], tokenizer, config.model.seq_length, config.train.seed, cache, described=described
+        )
+
+    train, valid = agreed(lambda: (opened("train"), opened("valid")))
+    assert train is not None
+    return train, valid
+
+
+def _check_same(mine: Mapping[str, Described] | None, described: Mapping[str, Described]) -> None:
+    """Compare what this node's rank has found with what rank 0 has."""
+    different = [prefix for prefix, found in (mine or {}).items() if found != described[prefix]]
+    if different:
+        raise ValueError(
+            f"{environment.host()} has other files than rank 0's host under {', '.join(different[:3])} "
+            f"({len(different)} data sources): put the data on a file system that all nodes share, or copy it again"
+        )

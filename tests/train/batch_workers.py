@@ -1,0 +1,79 @@
+"""Micro-batches as the ranks of a launch take them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+
+import torch
+from torch import Tensor
+
+SEQ, SIZE = 4, 2
+
+
+class Recorded:
+    """Sample i holds i; remembers what was read, and by which thread."""
+
+    def __init__(self, bad: int = -1) -> None:
+        self.read: list[int] = []
+        self.threads: set[str] = set()
+        self.bad = bad
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self.read.append(index)
+        self.threads.add(threading.current_thread().name)
+        if index == self.bad:
+            raise ValueError(f"sample {index} is bad")
+        return {"tokens": torch.full((SEQ,), index), "labels": torch.full((SEQ,), -index)}
+
+
+def settle(samples: Recorded) -> list[int]:
+    """What has been read once nothing more is."""
+    before: list[int] = [-1]
+    while before != samples.read:
+        before = list(samples.read)
+        time.sleep(0.1)
+    return before
+
+
+def taken(tensor: int) -> tuple[list[list[int]], list[int], set[str]]:
+    """(first column of tokens and labels of six micro-batches, what was read, by which threads)."""
+    from megamult import parallel
+    from megamult.train.batches import MicroBatches
+
+    parallel.initialize(tensor)
+    samples, data = Recorded(), parallel.data_group()
+    starts = itertools.count(data.rank() * SIZE, data.size() * SIZE)
+    batches = MicroBatches(samples, starts, SIZE, SEQ)
+    found = []
+    for number in range(6):
+        batches.allow(data.size() * SIZE * min(number + 2, 6))  # the next one too, and none beyond the last
+        tokens, labels = batches.take()
+        assert tokens.shape == labels.shape == (SIZE, SEQ)
+        found.append([*tokens[:, 0].tolist(), *labels[:, -1].tolist()])
+    read = settle(samples)
+    batches.close()
+    return found, read, samples.threads
+
+
+def ahead() -> tuple[list[int], list[int], list[str]]:
+    """What is read before the first micro-batch is taken, and after; what a bad sample raises, and where."""
+    from megamult import parallel
+    from megamult.train.batches import MicroBatches
+
+    parallel.initialize(1)
+    samples = Recorded(bad=5)
+    batches = MicroBatches(samples, itertools.count(0, SIZE), SIZE, SEQ)
+    batches.allow(100)
+    before = settle(samples)
+    raised = []
+    for _ in range(4):
+        try:
+            raised.append(str(int(batches.take()[0][0, 0])))
+        except ValueError as error:
+            raised.append(str(error))
+    after = settle(samples)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "samples"]
+    return before, after, raised
