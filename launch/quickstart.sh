@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a bare machine to a pretrained small model: makes .venv, fetches and tokenizes the default corpus, trains by
+# From a bare machine to a pretrained small model: makes the environment, fetches and tokenizes the default corpus, trains by
 # examples/configs/quickstart.yaml, and says where the results are. What is there already is kept; each call trains
 # anew, in a run directory of its own. Takes pretrain.py's overrides; paths in them start from the repository:
 #
@@ -59,5 +59,5 @@ cat <<END
 The run is in $run_dir: metrics.jsonl has one line per step, config.yaml every setting.
 Look at the curves and at the multipliers:
 
-    .venv/bin/tensorboard --logdir ${run_dir@Q}
+    ${VIRTUAL_ENV#"$PWD/"}/bin/tensorboard --logdir ${run_dir@Q}
 END

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv ready and, when sourced, puts it to use in this shell:
+# Makes this checkout's environment ready, .venv, and, when sourced, puts it to use in this shell:
 #
 #     source launch/setup_env.sh
 #
@@ -8,33 +8,35 @@
 # configuration (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf). Reads, all optional:
 #
 #     MEGAMULT_EXTRAS       extras of setup.py to install, separated by commas (test, export)
-#     MEGAMULT_PYTHON       the Python to make .venv with
-#     TORCH_EXTENSIONS_DIR  where compiled operators are kept (.venv/torch_extensions)
+#     MEGAMULT_PYTHON       the Python to make the environment with
+#     TORCH_EXTENSIONS_DIR  where compiled operators are kept (torch_extensions in the environment)
 #
 # Sets PATH, VIRTUAL_ENV, TORCH_EXTENSIONS_DIR, MEGAMULT_GPUS (how many CUDA GPUs torch sees) and, where that is 0,
 # DS_ACCELERATOR=cpu.
+#
+# Nothing is ever deleted from an environment, or installed into one, that another checkout made. Where .venv is one
+# (a link to it, or a folder that came along when the checkout was moved, copied or mounted elsewhere), it is left as it
+# is, and .venv-NUMBER is made and used instead; the number stands for the checkout's path.
 
 megamult_root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
 if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
     # Sourced. The work is done in a process of its own, so that its strictness leaves this shell as it was.
-    MEGAMULT_GPUS="$(bash "$megamult_root/launch/setup_env.sh" --count-gpus)" || return 1
-    export MEGAMULT_GPUS
-    export VIRTUAL_ENV="$megamult_root/.venv"
+    megamult_report="$(bash "$megamult_root/launch/setup_env.sh" --report)" || return 1
+    export MEGAMULT_GPUS="${megamult_report%%$'\n'*}"
+    export VIRTUAL_ENV="${megamult_report#*$'\n'}"
     # First in PATH: an operator is compiled again whenever another ninja is found.
     [[ "$PATH" == "$VIRTUAL_ENV/bin:"* ]] || export PATH="$VIRTUAL_ENV/bin:$PATH"
     # Inside .venv, because the build depends on its paths: two checkouts that share a folder undo each other's.
     export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}"
     [[ "$MEGAMULT_GPUS" != 0 ]] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
-    unset megamult_root
+    unset megamult_root megamult_report
     return 0
 fi
 
 set -euo pipefail
-exec 3>&1 1>&2 # what is said goes to stderr; stdout is for the one number that --count-gpus prints
+exec 3>&1 1>&2 # what is said goes to stderr; stdout is for what --report prints: the number of GPUs, the environment
 cd -- "$megamult_root"
-venv="$megamult_root/.venv"
-stamp="$venv/.megamult-installed" # line 1: hash of what was installed; line 2: its extras
 
 say() { printf 'megamult: %s\n' "$*"; }
 die() {
@@ -56,9 +58,9 @@ count_gpus() {
 import torch
 print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')"
     [[ "$gpus" != 0 ]] ||
-        say "warning: this machine has an NVIDIA GPU, but the torch in .venv cannot use it; going on with the CPU." \
-            "See why: .venv/bin/python -c 'import torch; print(torch.version.cuda); torch.zeros(1).cuda()'." \
-            "If that prints None, torch is a CPU build: let pip find a CUDA build, remove .venv and start again."
+        say "warning: this machine has an NVIDIA GPU, but ${venv##*/}'s torch cannot use it; going on with the CPU." \
+            "See why: ${venv##*/}/bin/python -c 'import torch; print(torch.version.cuda); torch.zeros(1).cuda()'." \
+            "If that prints None, torch is a CPU build: let pip find a CUDA build, remove ${venv##*/} and start again."
 }
 
 # What a Python lacks for our purpose, one word each; "version" when it is too old or does not start.
@@ -76,6 +78,59 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 PY
 }
 
+# What this checkout writes into an environment that it makes: its path, and a number that no other checkout has, also
+# where two are seen at one path (in containers). A copy of the checkout has the number, and another path.
+owner() {
+    printf '%s\n' "$megamult_root" && cat .venv-id 2>/dev/null
+}
+
+# Did this checkout make the environment $1?
+is_ours() { [[ "$(head -n 2 "$1/.megamult-owner" 2>/dev/null)" == "$(owner)" ]]; }
+
+# May what is at $1 be deleted? On this machine only: elsewhere its Python may start, and jobs use it.
+is_disposable() { is_ours "$1" && [[ "$(tail -n 1 "$1/.megamult-owner")" == "$(uname -n)" ]]; }
+
+# Is there nothing at $1, or an empty folder?
+is_free() { [[ ! -e "$1" && ! -L "$1" ]] || { [[ -d "$1" ]] && [[ -z "$(ls -A "$1/")" ]]; }; }
+
+# Does the environment $1 work at this path? The scripts in its bin hold it.
+works() { "$1/bin/python" -c '' 2>/dev/null && grep -qsF -- "$1" "$1/bin/activate" "$1/bin/pip"; }
+
+# May $1 be used as it is? Made by this checkout; or made by hand in it, and nobody else's.
+is_usable() { works "$1" && { is_ours "$1" || [[ ! -L "$1" && ! -e "$1/.megamult-owner" ]]; }; }
+
+# Sets venv: the environment of this checkout, which may have to be made.
+choose_venv() {
+    local number
+    number="$(printf %s "$megamult_root" | sha256sum | cut -c 1-8)"
+    for venv in "$megamult_root/.venv" "$megamult_root/.venv-$number"; do
+        if is_usable "$venv"; then return; fi
+    done
+    for venv in "$megamult_root/.venv" "$megamult_root/.venv-$number"; do
+        if is_free "$venv" || is_disposable "$venv"; then
+            make_venv
+            return
+        fi
+        say "${venv##*/} $(fault_of "$venv"): it is left as it is."
+    done
+    die "no name is left for an environment: move .venv-$number away."
+}
+
+# Why the environment $1 is not used, in words.
+fault_of() {
+    local made_for
+    made_for="$({ head -n 1 "$1/.megamult-owner" ||
+        sed -nE "s/^ *(export )?VIRTUAL_ENV=['\"]?(\/[^'\"]*).*/\2/p" "$1/bin/activate"; } 2>/dev/null)" || true
+    if [[ -L "$1" ]]; then
+        echo "is a link to $(readlink -m "$1"), which this checkout did not make"
+    elif [[ -n "$made_for" && "$made_for" != "$1" && "$made_for" != "$megamult_root" ]]; then
+        echo "was made for $made_for (moved, copied, or seen from elsewhere)"
+    else
+        echo "does not work, and was not made by this checkout on this machine"
+    fi
+}
+
+# Makes the environment venv: nothing is there, or what this checkout once made.
 make_venv() {
     local python candidate missing=version lacking
     if [[ -n "${MEGAMULT_PYTHON:-}" ]]; then
@@ -104,8 +159,12 @@ make_venv() {
                 "or name another Python in MEGAMULT_PYTHON."
             ;;
     esac
-    say "making .venv with $python ($("$python" -V))"
-    "$python" -m venv --clear "$venv"
+    say "making ${venv##*/} with $python ($("$python" -V))"
+    [[ -s .venv-id ]] || printf '%s\n' "$(od -An -N8 -tx8 /dev/urandom | tr -d ' ')" >.venv-id
+    mkdir -p "$venv"
+    { owner && uname -n; } >"$venv/.megamult-owner" # first: what is made is ours even if this is interrupted
+    find "$venv/" -mindepth 1 -maxdepth 1 ! -name .megamult-owner -exec rm -rf {} +
+    "$python" -m venv "$venv"
 }
 
 # Without a GPU, DeepSpeed compiles its shared-memory collectives; with one, torch compiles kernels. Say what is missing
@@ -118,8 +177,8 @@ check_compiler() {
     if [[ "$(lacks "$venv/bin/python")" == *headers* ]]; then
         version="$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
         die "the header files of Python $version are missing: torch and DeepSpeed compile kernels when they are first" \
-            "used. Debian, Ubuntu: apt-get install python$version-dev, or remove .venv and name another Python in" \
-            "MEGAMULT_PYTHON."
+            "used. Debian, Ubuntu: apt-get install python$version-dev, or remove ${venv##*/} and name another Python" \
+            "in MEGAMULT_PYTHON."
     fi
     [[ "$megamult_root" != *[[:space:]]* ]] ||
         die "the path '$megamult_root' has a space in it, and DeepSpeed's operators do not compile there." \
@@ -146,48 +205,11 @@ print("cuda" if any(name.startswith(("nvidia-", "cuda-")) for name in requires) 
     fi
 }
 
-# A process killed while it compiled an operator leaves a lock file, for which every later one waits for ever.
-remove_stale_locks() {
-    local lock
-    for lock in "$TORCH_EXTENSIONS_DIR"/*/lock; do
-        [[ -e "$lock" ]] || continue
-        "$venv/bin/python" - "$lock" <<'PY'
-import glob, os, sys, time
-
-lock, patience = sys.argv[1], 120  # seconds; another machine may be compiling into a shared folder
-
-
-def held() -> bool:
-    """Does a process of this machine compile here? It has the lock open; its ninja, alive or orphaned, works here."""
-    for pattern, target in (("fd/*", lock), ("cwd", os.path.dirname(lock))):
-        for link in glob.glob("/proc/[0-9]*/" + pattern):
-            try:
-                if os.path.samefile(link, target):
-                    return True
-            except OSError:  # gone, or not ours to see
-                pass
-    return False
-
-
-told = False
-try:
-    while held() or time.time() - os.path.getmtime(lock) < patience:
-        if not told:
-            print(f"megamult: waiting for {lock}: another process may be compiling there", file=sys.stderr)
-        told = True
-        time.sleep(1)
-    os.remove(lock)
-    print(f"megamult: removed {lock}, left by a process that is gone", file=sys.stderr)
-except FileNotFoundError:  # released
-    pass
-PY
-    done
-}
-
 # Compiles DeepSpeed's shared-memory collectives now, once, instead of in every rank of the first run.
 warm_shm_op() {
     local log="$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm.log" done_file="$TORCH_EXTENSIONS_DIR/.megamult-compiled"
-    remove_stale_locks
+    # A process that is killed while it compiles leaves a lock, for which every later one would wait for ever.
+    "$venv/bin/python" megamult/extensions.py "$TORCH_EXTENSIONS_DIR"
     if [[ "$(cat "$done_file" 2>/dev/null)" == "$wanted" ]]; then return; fi
     check_compiler
     say "compiling DeepSpeed's shared-memory collectives (half a minute)"
@@ -206,11 +228,11 @@ if command -v flock >/dev/null; then
     flock 9
 fi
 
-# The scripts in .venv/bin hold its path, so a moved .venv is made anew, like one whose Python is gone.
-if ! "$venv/bin/python" -c '' 2>/dev/null || ! grep -qF -- "$venv" "$venv/bin/activate"; then make_venv; fi
+choose_venv
 [[ "$(lacks "$venv/bin/python")" != *version* ]] ||
-    die "$("$venv/bin/python" -V) in .venv is older than 3.11. Remove .venv and start again."
+    die "$("$venv/bin/python" -V) in ${venv##*/} is older than 3.11. Remove ${venv##*/} and start again."
 "$venv/bin/python" -c 'import pip' 2>/dev/null || "$venv/bin/python" -m ensurepip
+stamp="$venv/.megamult-installed" # line 1: hash of what was installed; line 2: its extras
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}"
 
 wanted="$({ cat setup.py constraints.txt && "$venv/bin/python" -V && echo "$venv"; } | sha256sum | cut -d ' ' -f 1)"
@@ -225,15 +247,15 @@ done
 
 if [[ "$installed" != "$wanted" ]]; then
     check_compiler
-    export PIP_USER=0 # an install for the user would miss .venv
+    export PIP_USER=0 # an install for the user would miss the environment
     pip=("$venv/bin/python" -m pip --disable-pip-version-check install -c constraints.txt)
     # First pip itself: older ones download all of torch to read its requirements.
     "${pip[@]}" -q --upgrade pip || say "warning: pip could not be updated; going on with the one that is there"
     check_torch_build
-    say "installing into .venv (a few minutes the first time)"
+    say "installing into ${venv##*/} (a few minutes the first time)"
     "${pip[@]}" -e ".${extras:+[$extras]}"
     printf '%s\n%s\n' "$wanted" "$extras" >"$stamp"
 fi
 count_gpus
 if [[ "$gpus" == 0 ]]; then warm_shm_op; fi
-if [[ "${1:-}" == --count-gpus ]]; then echo "$gpus" >&3; fi
+if [[ "${1:-}" == --report ]]; then printf '%s\n%s\n' "$gpus" "$venv" >&3; fi
