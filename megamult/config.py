@@ -350,7 +350,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     deepspeed: dict[str, Any] | str | None = None
-    """Merged into the DeepSpeed configuration that the other keys produce; a conflict is an error."""
+    """Merged into the DeepSpeed configuration that the other keys produce; docs/deepspeed.md says what its keys do."""
 
     def __post_init__(self) -> None:
         optimizer, train = self.optimizer, self.train

@@ -69,7 +69,8 @@ def parser() -> Any:
         "--deepspeed",
         type=dict[str, Any] | str | None,
         default=None,
-        help="DeepSpeed configuration (a mapping or a JSON file) merged into the one that the keys produce",
+        help="DeepSpeed configuration (a mapping or a JSON file) merged into the one that the keys produce; "
+        'docs/deepspeed.md lists its keys, and "auto" is megamult\'s value',
     )
     made.add_argument("--local_rank", type=int, default=None, help="set by the launcher; LOCAL_RANK is what counts")
     return made

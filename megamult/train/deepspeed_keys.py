@@ -102,12 +102,16 @@ KEYS: dict[str, Key] = {
     "zero_optimization.stage": _decided("parallel.zero_stage decides"),
     "zero_optimization.contiguous_gradients": _decided("reduced gradients are copied into one buffer"),
     "zero_optimization.compute_grad_norm": _decided("megamult's optimizer takes the norm"),
-    "zero_optimization.overlap_comm": _free("reduce while backward runs (default: with GPUs and several ranks)"),
-    "zero_optimization.reduce_scatter": _free(
-        "ZeRO 1 and 2: average before the sum instead of after it. In bf16 with sums in fp32 the default is false: "
-        "DeepSpeed would divide the gradients in bf16, which rounds them unless the ranks are a power of two"
+    "zero_optimization.overlap_comm": _free(
+        "reduce while backward runs (default: with GPUs and several ranks; not at ZeRO 1 in bf16)"
     ),
-    "zero_optimization.reduce_bucket_size": _free("elements reduced together (default 50,000,000; ZeRO 1 to 3)"),
+    "zero_optimization.reduce_scatter": _free(
+        "ZeRO 1 and 2: divide by the number of ranks before the sum instead of after it. In bf16 runs the default is "
+        "false: DeepSpeed would divide in bf16, which rounds unless the ranks are a power of two"
+    ),
+    "zero_optimization.reduce_bucket_size": _free(
+        "elements reduced together (default 50,000,000; ZeRO 2, 3, and 1 in fp32)"
+    ),
     "zero_optimization.allgather_bucket_size": _free("elements gathered together (default 50,000,000; ZeRO 1 and 2)"),
     "zero_optimization.offload_optimizer": _refused(_OFFLOAD, switch="device"),
     "zero_optimization.offload_param": _refused(_OFFLOAD, switch="device"),
