@@ -215,6 +215,18 @@ await_end() {
     done
 }
 
+# Names the ranks on this host that ended without a word of their own: killed, or out of memory.
+tell_who_left() {
+    local file name step
+    step="$(tail -n 1 "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*/\1/p')" || true
+    for file in "$run_dir"/logs/rank_*.running; do
+        { read -r name <"$file"; } 2>/dev/null || continue
+        [[ "$name" == *" on $(uname -n) (process "* ]] || continue # others may still be about to end
+        rm -f "$file"
+        say "$name ended without a word (killed, or out of memory?), last step in metrics.jsonl: ${step:-none}"
+    done
+}
+
 # Runs the command to its end; sets code.
 run_once() {
     told=()
@@ -233,6 +245,7 @@ while [[ -z "$asked" ]]; do
     run_once "$@"
     ended=yes
     await_end || ended=""
+    [[ -n "$asked" ]] || tell_who_left
     step="$(newest_step)"
     state="exit code $code, $(describe "$step")"
     case "$code" in

@@ -1,4 +1,4 @@
-"""What a rank says: into a file of its own, rank 0's on the screen too."""
+"""What a rank says: into a file of its own, rank 0's on the screen too; and which ranks ended without a word."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ class RankLog:
         self._before = sys.stdout, sys.stderr
         self._screen: list[int] = []
         self._file: IO[str] | None = None
+        self._mark: Path | None = None
         return self
 
     def __exit__(
@@ -87,6 +88,7 @@ class RankLog:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
+        self.ended()
         for number, screen in zip((1, 2), self._screen, strict=False):
             os.dup2(screen, number)
             os.close(screen)
@@ -97,6 +99,9 @@ class RankLog:
     def open(self, folder: Path) -> None:
         """From now on into `folder`/rank_N.log, after what an earlier part of the run said there.
 
+        While this process is there, so is `folder`/rank_N.running, which names it: a process that is killed leaves it
+        behind, and with it the word that it could not say.
+
         Raises:
             OSError: it cannot be written.
         """
@@ -104,6 +109,8 @@ class RankLog:
         path = folder / f"rank_{environment.rank()}.log"
         self._file = path.open("a", encoding="utf-8", buffering=1)
         faulthandler.enable(self._file)
+        self._mark = path.with_suffix(_RUNNING)
+        self._mark.write_text(f"rank {environment.rank()} on {environment.host()} (process {os.getpid()})\n")
         if environment.rank() == 0:
             sys.stdout, sys.stderr = _Both(sys.stdout, self._file), _Both(sys.stderr, self._file)
             return
@@ -121,3 +128,24 @@ class RankLog:
                 os.write(self._file.fileno(), f"{line}\n".encode())
             if on_screen or self._file is None:
                 os.write(self._screen[1] if self._screen else 2, f"{line}\n".encode())
+
+    def ended(self) -> None:
+        """This process is about to end and has said why; from any thread."""
+        if self._mark is not None:
+            with contextlib.suppress(OSError):
+                self._mark.unlink()
+
+
+_RUNNING = ".running"
+
+
+def left_without_a_word(folder: Path) -> list[str]:
+    """Names of the processes of an earlier part of the run that were killed, in the order of their ranks; each is told
+    once."""
+    marks = list(folder.glob(f"rank_*{_RUNNING}"))
+    names = {}
+    for mark in sorted(marks, key=lambda each: (len(each.name), each.name)):
+        with contextlib.suppress(FileNotFoundError):
+            names[mark] = mark.read_text(encoding="utf-8").strip()
+            mark.unlink()
+    return list(names.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from megamult import environment
 from megamult.checkpoint import directory
 from megamult.train.lock import LOCK, RunLock
+from megamult.train.logs import left_without_a_word
 
 
 def choose(configured: str | None) -> Path:
@@ -55,6 +58,7 @@ def begin(run_dir: Path, resolved: str, checkpoint: Path | None, lock: RunLock) 
             run_dir.mkdir(parents=True, exist_ok=True)
             if lock.acquire(run_dir):
                 raise ValueError(f"another run used {run_dir} meanwhile: start the same command again")
+            _tell_who_left(run_dir)
             directory.clean(run_dir / "checkpoints")
             if checkpoint is not None:
                 directory.point(checkpoint.parent, checkpoint)
@@ -64,6 +68,33 @@ def begin(run_dir: Path, resolved: str, checkpoint: Path | None, lock: RunLock) 
                 f"train.run_dir {run_dir} cannot be written ({error.strerror}: {error.filename}): choose another "
                 "with --train.run_dir"
             ) from None
+
+
+def _tell_who_left(run_dir: Path) -> None:
+    """Name the ranks that an earlier part of the run lost without a word, in one line."""
+    if left := left_without_a_word(run_dir / "logs"):
+        print(
+            f"an earlier part of this run, whose metrics.jsonl ends at step {_last_step(run_dir)}, lost without a word "
+            f"(killed, or out of memory?): {', '.join(left[:8])}"
+            + (f" and {len(left) - 8} more" if len(left) > 8 else ""),
+            flush=True,
+        )
+
+
+def _last_step(run_dir: Path) -> int:
+    """The step of the last record in metrics.jsonl; 0: there is none."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _RECORD_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return 0
+    steps = [int(found[1]) for line in lines if (found := re.match(rb'{"step": ([0-9]+),', line))]
+    return steps[-1] if steps else 0
+
+
+_RECORD_BYTES = 1 << 14
+"""More than the last records of metrics.jsonl have."""
 
 
 def check_shared(run_dir: Path) -> None:

@@ -31,6 +31,8 @@ from megamult.train.progress import Progress
 _HEARTBEAT_SECONDS = 10.0
 _LEAVE_SECONDS = 5.0
 """For which the ends of ranks may lie apart."""
+_LAST_WORD_SECONDS = 3.0
+"""A rank that is told to end by SIGTERM waits so long for the verdict: rank 0 takes half a second to find it."""
 _LINE_BYTES = 1 << 24
 _TRACEBACK_CHARACTERS = 20_000
 
@@ -64,8 +66,10 @@ class Watchdog:
         self._done = threading.Event()  # over everywhere, or ended by a verdict
         self._guilty: list[int] = []
         self._patience_since = 0.0
+        self._sigterm_before: Any = None
 
     def __enter__(self) -> Watchdog:
+        self._hear_sigterm()
         self._thread.start()
         if not self._connected.wait(CONNECT_SECONDS / 2) or self._problem is not None:
             raise ConnectionError(
@@ -84,6 +88,7 @@ class Watchdog:
             alone = LEFT_SECONDS + 2 * _LEAVE_SECONDS
             self._done.wait(alone if error is not None else self._deadlines.timeout + _LEAVE_SECONDS)
             self._thread.join(_LEAVE_SECONDS if not self._guilty else 0.0)
+            self._restore_signals()
             return
         text = "".join(traceback.format_exception(kind, error, trace))
         self._tell({"failed": text[-_TRACEBACK_CHARACTERS:], "place": vars(self.progress.place)})
@@ -91,7 +96,30 @@ class Watchdog:
             # It failed because another one had; the thread says so and ends the process.
             self._thread.join()
         print(text, end="", file=sys.stderr, flush=True)
+        self._log.ended()
         os._exit(1)  # the interpreter's clean-up may wait for peers that are gone
+
+    def _hear_sigterm(self) -> None:
+        """Launchers send SIGTERM to all ranks as soon as they see one die. It must not end this one before it has said
+        whose death that was: while no training does (:class:`megamult.train.signals.StopRequests`), the thread hears
+        the signal, through a pipe that Python's own C handler writes to, whatever the main thread waits for."""
+        self._sigterm_before = signal.getsignal(signal.SIGTERM)
+        if self._sigterm_before == signal.SIG_IGN:
+            return
+        self._reader, self._writer = os.pipe()
+        for end in (self._reader, self._writer):
+            os.set_blocking(end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def _restore_signals(self) -> None:
+        if self._sigterm_before == signal.SIG_IGN:
+            return
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # else it has been acted on already
+            signal.signal(signal.SIGTERM, self._sigterm_before)
+        signal.set_wakeup_fd(self._wakeup_before)
+        for end in (self._reader, self._writer):
+            os.close(end)
 
     def _tell(self, message: dict[str, Any]) -> None:
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, message)
@@ -106,7 +134,17 @@ class Watchdog:
             self._problem = problem
             self._connected.set()
 
+    def _on_signal(self) -> None:
+        if signal.SIGTERM in os.read(self._reader, 64):
+            asyncio.get_running_loop().call_later(_LAST_WORD_SECONDS, self._end_of_sigterm)
+
+    def _end_of_sigterm(self) -> None:
+        self._log.ended()
+        os._exit(128 + signal.SIGTERM)
+
     async def _run(self) -> None:
+        if self._sigterm_before != signal.SIG_IGN:
+            asyncio.get_running_loop().add_reader(self._reader, self._on_signal)
         if self._listener is not None:
             hub = Hub(self._token, environment.world_size(), self._deadlines, self.progress)
             server = await asyncio.start_server(hub.serve, sock=self._listener, limit=_LINE_BYTES, backlog=1024)
@@ -173,7 +211,8 @@ class Watchdog:
     def _without_rank_0(self, what: str) -> NoReturn:
         """Every rank decides by itself."""
         self._guilty = [0]
-        why = f"rank 0 on {self._host_of_rank_0} {what}; this rank was at {self.progress.place}"
+        rank_0 = f"rank 0 on {self._host_of_rank_0} (process {self._rank_0[0]})"
+        why = f"{rank_0} {what}; this rank was at {self.progress.place}"
         self._end(why, [self._rank_0], self._speaks())  # a stopped process would otherwise be its launcher's to end
 
     def _speaks(self) -> bool:
@@ -190,6 +229,7 @@ class Watchdog:
             time.sleep(_LEAVE_SECONDS)  # the main thread says what was wrong, and ends the process
         line = f"error: rank {self._rank} on {environment.host()} ends: {why}"
         self._log.say(line, on_screen=on_screen)
+        self._log.ended()
         os._exit(EXIT_WATCHDOG)
 
 

@@ -62,6 +62,12 @@ if life.get("lock") == "far":
     with guard:
         over.append(True)
         (run / "lock").unlink()
+if "dies_at" in life:
+    (run / "logs").mkdir()
+    name = f"rank 0 on {os.uname().nodename} (process {os.getpid()})"
+    (run / "logs" / "rank_0.running").write_text(name + "\\n")
+    (run / "logs" / "rank_1.running").write_text("rank 1 on elsewhere (process 5)\\n")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": life["dies_at"], "loss": 1.0}) + "\\n")
 code = life["code"]
 os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
 """.replace("STEPS", str(STEPS))
@@ -405,6 +411,16 @@ def test_a_lock_on_another_host_that_stands_still_is_the_next_runs_business(play
     (run.folder / "run" / "lock").write_text(json.dumps({"machine": "n2 its-kernel", "beats": 5}))
     code, said = run.finish(run.start())
     assert (code, len(run.lives())) == (0, 2), said
+
+
+def test_ranks_that_were_killed_are_named_with_the_last_step(play: Play) -> None:
+    run = play({"code": -signal.SIGKILL, "dies_at": 12}, {"code": 0, "step": STEPS})
+    code, said = run.finish(run.start())
+    name = f"rank 0 on {os.uname().nodename} (process {run.lives()[0]})"
+    assert code == 0
+    assert said[0] == f"{name} ended without a word (killed, or out of memory?), last step in metrics.jsonl: 12"
+    assert said[1].endswith("restart 1 of 10 in 0 s") and len(said) == 3, "once"
+    assert (run.folder / "run" / "logs" / "rank_1.running").exists(), "which may still be about to end"
 
 
 def test_a_lock_that_is_never_released_ends_it(play: Play) -> None:

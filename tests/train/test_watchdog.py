@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megamult import environment
+from megamult.train.logs import left_without_a_word
 from tests.train.command import REPOSITORY
 
 # What each rank does -> seconds within which a run without progress is ended. A minute: no test waits for it.
@@ -21,6 +23,9 @@ PLAYS = {
     "fail, wait": 60,
     "wait, die, wait": 60,
     "die, wait, wait": 60,
+    "wait, die and be told of": 60,
+    "die and be told of, wait": 60,
+    "wait, be told to end": 60,
     "wait, stop, wait": 18,
     "stop, wait, wait": 18,
     "wait, hang": 18,
@@ -48,6 +53,7 @@ class Plays:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._drivers: dict[str, subprocess.Popen[str]] = {}
+        self._outputs: dict[str, tuple[str, str]] = {}
         for number, (parts, timeout) in enumerate(PLAYS.items()):
             own = folder / str(number)
             own.mkdir()
@@ -59,12 +65,18 @@ class Plays:
                 text=True,
             )
 
+    def folder(self, parts: str) -> Path:
+        """Where a play's ranks write."""
+        return self._folder / str(list(PLAYS).index(parts))
+
     def __call__(self, parts: str) -> Ended:
-        output, errors = self._drivers[parts].communicate(timeout=120)
+        if parts not in self._outputs:
+            self._outputs[parts] = self._drivers[parts].communicate(timeout=120)
+        output, errors = self._outputs[parts]
         assert output, errors
         said = json.loads(output)
         codes = said["codes"]
-        own = self._folder / str(list(PLAYS).index(parts))
+        own = self.folder(parts)
         screens, logs = (
             [(own / name.format(rank)).read_text() for rank in range(len(codes))]
             for name in ("screen_{}", "rank_{}.log")
@@ -120,7 +132,37 @@ def test_a_killed_rank_is_named_at_once_and_all_end(play: Plays) -> None:
 def test_when_rank_0_is_killed_the_next_one_says_so_on_its_screen(play: Plays) -> None:
     ended = play("die, wait, wait")
     assert ended.codes == [-9, 70, 70]
-    assert f"rank 0 on {environment.host()} is gone" in ended.screens[1] and ended.screens[2] == ""
+    assert re.search(rf"rank 0 on {environment.host()} \(process [0-9]+\) is gone", ended.screens[1])
+    assert ended.screens[2] == ""
+
+
+def test_a_launcher_that_ends_all_ranks_at_once_does_not_silence_the_one_that_says_whose_death_it_was(
+    play: Plays,
+) -> None:
+    ended = play("wait, die and be told of")
+    assert ended.codes == [70, -9]
+    assert f"rank 1 on {environment.host()} (process " in ended.screens[0].splitlines()[-1]
+    assert "was killed, or went without a word, with rank 0 at step " in ended.screens[0]
+    ended = play("die and be told of, wait")
+    assert ended.codes == [-9, 70]
+    assert re.search(rf"rank 0 on {environment.host()} \(process [0-9]+\) is gone: killed", ended.screens[1])
+
+
+def test_sigterm_while_no_training_hears_it_ends_a_rank_once_the_watchdog_has_had_its_say(play: Plays) -> None:
+    ended = play("wait, be told to end")
+    assert ended.codes == [70, 128 + 15]
+    assert "rank 1 on " in ended.screens[0].splitlines()[-1]
+
+
+def test_only_a_killed_rank_leaves_its_mark(play: Plays) -> None:
+    play("wait, die, wait")
+    folder = play.folder("wait, die, wait")
+    found = left_without_a_word(folder)
+    assert len(found) == 1 and found[0].startswith(f"rank 1 on {environment.host()} (process ")
+    assert left_without_a_word(folder) == [], "each is told once"
+    for parts in ("end, end, end", "wait, wait, fail", "wait, leave"):
+        play(parts)
+        assert left_without_a_word(play.folder(parts)) == [], parts
 
 
 def test_a_stopped_rank_is_the_late_one_and_ended_too(play: Plays) -> None:
@@ -136,7 +178,7 @@ def test_a_stopped_rank_is_the_late_one_and_ended_too(play: Plays) -> None:
 def test_when_rank_0_is_stopped_the_others_end_by_themselves(play: Plays) -> None:
     ended = play("stop, wait, wait")
     assert ended.codes == [-9, 70, 70]
-    assert f"rank 0 on {environment.host()} has not answered" in ended.screens[1]
+    assert re.search(rf"rank 0 on {environment.host()} \(process [0-9]+\) has not answered", ended.screens[1])
     assert ended.seconds < 18
 
 

@@ -20,7 +20,7 @@ from tests.distributed import free_port
 
 
 def main(folder: Path, timeout: float, part: str) -> None:
-    """Step for a while; then, by `part`, what a rank does: end, fail, die, stop, hang, linger, crawl, leave."""
+    """Step for a while; then do what `part` says: end, fail, die, be told to end, stop, hang, linger, crawl, leave."""
     meeting = rendezvous.meet(60)
     with RankLog() as log, Watchdog(meeting, timeout, log) as watchdog:
         log.open(folder)
@@ -34,8 +34,16 @@ def main(folder: Path, timeout: float, part: str) -> None:
         (folder / f"since_{environment.rank()}").write_text(str(time.monotonic()))
         if part == "fail":
             raise LookupError("no such token")
-        if part == "die":
+        if part == "die and be told of":
+            # As a launcher does that sees the death at once: it ends all others.
+            ranks = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()
+            for other in {int(rank) for rank in ranks} - {os.getpid()}:
+                os.kill(other, signal.SIGTERM)
+        if part in ("die", "die and be told of"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if part == "be told to end":
+            os.kill(os.getpid(), signal.SIGTERM)
+            _never_ends()
         if part == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         if part == "leave":
@@ -89,7 +97,8 @@ def _all(folder: Path, timeout: float, parts: list[str]) -> None:
     for process in ranks[1:]:
         codes[process] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     codes[ranks[0]] = os.waitstatus_to_exitcode(os.waitpid(ranks[0], 0)[1])
-    since = max(float((folder / f"since_{rank}").read_text()) for rank in range(len(ranks)))
+    # A rank that is ended before it has got so far has none.
+    since = max(float(path.read_text()) for path in folder.glob("since_*"))
     print(json.dumps({"codes": [codes[process] for process in ranks], "seconds": time.monotonic() - since}))
 
 
