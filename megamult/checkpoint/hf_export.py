@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import ModelConfig
 from megamult.multipliers.merge import merge
 from megamult.multipliers.placement import Placement, resolve
+from megamult.partial import partial_folder
 
 _RUN_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -94,9 +94,8 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
     sources = list(_sources(saved, model, placement))
     tied = model.tie_embeddings and sources[-1].name != "lm_head.weight"
 
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with partial_folder(output) as partial:
         files, token_ids, notes = _tokenizer(saved, model.seq_length)
         if model.tie_embeddings and not tied:
             notes.append(
@@ -113,8 +112,6 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
         for name in shards:
             shutil.copymode(partial / "config.json", partial / name)  # safetensors lets the owner alone read its files
         partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Exported(len(sources), parameters, [*shards, *files], dtype, notes)
 
 

@@ -114,11 +114,11 @@ def read_index(prefix: str | Path) -> IndexedFiles:
     dtype = _TOKEN_TYPES[code]
     itemsize = np.dtype(dtype).itemsize
     files = IndexedFiles(prefix, dtype, 0, sequences, max(bounds - 1, 0))
-    if bounds == 0 or _entry(files.bounds(), -1) != sequences:
+    if bounds == 0 or _number(idx, "<i8", 12 * sequences + 8 * (bounds - 1)) != sequences:
         raise ValueError(f"{idx} is damaged: {bounds} document bounds do not end at sequence {sequences}; {_REMEDY}")
     expected = 0
     if sequences:
-        length, pointer = _entry(files.lengths(), -1), _entry(files.pointers(), -1)
+        length, pointer = _number(idx, "<i4", 4 * (sequences - 1)), _number(idx, "<i8", 12 * sequences - 8)
         if length < 0 or pointer < 0:
             raise ValueError(
                 f"{idx} is damaged: its last sequence, {sequences - 1}, has length {length} at byte {pointer}; "
@@ -135,8 +135,9 @@ def read_index(prefix: str | Path) -> IndexedFiles:
     return replace(files, tokens=expected // itemsize)
 
 
-def _entry(table: np.ndarray, at: int) -> int:
-    return int(table[at])
+def _number(idx: Path, dtype: str, at: int) -> int:
+    """One number, `at` bytes behind the header; read, because a fault in a mapped file reads its surroundings too."""
+    return int(np.fromfile(idx, dtype, 1, offset=_HEADER.size + at)[0])
 
 
 def blocks(size: int, block: int) -> list[tuple[int, int]]:
