@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megamult import device, environment, open_files, process_groups, rendezvous
+from megamult import device, environment, extensions, open_files, process_groups, rendezvous
 
 Result = TypeVar("Result")
 
@@ -48,6 +49,7 @@ def initialize(
         ValueError: the sizes do not fit, a tensor-parallel group would span nodes, or the limit of open files is too
             low for the connections between ranks.
         megamult.rendezvous.NobodyThere: not all processes came.
+        TimeoutError: DeepSpeed's operator is being compiled by another process, which does not end.
     """
     environment.set_defaults()
     open_files.raise_limit()
@@ -75,6 +77,9 @@ def initialize(
             # NCCL then connects at once, and splits later groups off.
             device_id=here if here.type == "cuda" and processes > 1 else None,
         )
+        if here.type == "cpu":  # where DeepSpeed loads an operator, and would wait for a leftover lock for ever
+            first_here = environment.local_rank() == 0
+            extensions.release(extensions.build_root(), _say, name="deepspeed_shm_comm*", waits_aloud=first_here)
         deepspeed.init_distributed(dist_backend=device.backend(), timeout=timeout, verbose=False)
         if here.type == "cpu":
             _forget_shared_memory()
@@ -105,6 +110,10 @@ def everywhere(do: Callable[[], Result]) -> tuple[Result | None, str | None]:
     torch.distributed.all_gather_object(messages, message)
     first = next((each for each in messages if each is not None), None)
     return (result, None) if first is None else (None, first)
+
+
+def _say(line: str) -> None:
+    print(f"megamult: {line}", file=sys.stderr, flush=True)
 
 
 def _forget_shared_memory() -> None:

@@ -19,6 +19,7 @@ DATA_FLOW = [
     [
         "megamult.console",
         "megamult.environment",
+        "megamult.extensions",
         "megamult.open_files",
         "megamult.partial",
         "megamult.patience",
