@@ -76,6 +76,7 @@ PURE = [
     "megamult.multipliers.placement",
     "megamult.multipliers.reference",
     "megamult.multipliers.merge",
+    "megamult.model.draw",
     "megamult.optim.bands",
     "megamult.optim.clip",
     "megamult.optim.newton_schulz",

@@ -182,7 +182,7 @@ def restore(
         Names of multipliers that the checkpoint does not have: they start at 1, where they change nothing.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor, or has it in another shape.
+        ValueError: the checkpoint lacks a tensor, or has it in another shape, or a weight is NaN afterwards.
     """
     info = checkpoint.info
     fresh = reset_optimizer or info.optimizer is None
@@ -193,9 +193,28 @@ def restore(
     counts = {"updates": 0, "skipped_steps": 0} if fresh else info.optimizer
     assert counts is not None
     optimizer.restored(partition, counts["updates"], counts["skipped_steps"])
+    _check_defined(partition)
     if info.layout.get("processes") == torch.distributed.get_world_size():
         prefix, states = rng.prefix(torch.distributed.get_rank()), rng.states()
         saved = {key: state for key, state in states.items() if prefix + key in checkpoint.shapes}
         checkpoint.load([Chunk.whole(prefix + key, state) for key, state in saved.items()])
         rng.restore(states)
     return sorted(name for name in new if name.startswith("model."))
+
+
+def _check_defined(partition: Partition) -> None:
+    """A model that waits for a checkpoint is NaN; now no weight may be.
+
+    Raises:
+        ValueError: some are.
+    """
+    if not partition.slices:
+        return
+    # One wait for the device.
+    undefined = torch.stack([piece.source.isnan().any() for piece in partition.slices]).tolist()
+    names = [piece.name for piece, found in zip(partition.slices, undefined, strict=True) if found]
+    if names:
+        raise ValueError(
+            f"{len(names)} parameters are NaN after the checkpoint was loaded, the first is {names[0]}: it does not "
+            "cover them, or they had diverged when it was saved; load an earlier checkpoint"
+        )

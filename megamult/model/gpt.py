@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -14,7 +15,8 @@ from torch import Tensor
 from megamult import device, layout
 from megamult.config import Config
 from megamult.layers import MultiplierVocabParallelEmbedding
-from megamult.model.initialization import normal
+from megamult.layout import Role
+from megamult.model.initialization import initialize
 from megamult.model.loss import VocabParallelCrossEntropy
 from megamult.model.norm import RMSNorm
 from megamult.model.spec import gpt_layer_spec
@@ -36,13 +38,15 @@ class GPT(GPTModel):
     Args:
         config: of the run.
         vocab_size: exact number of tokens.
-        seed: of the weights; the same model for every layout.
+        seed: of the weights; the same model for every layout. None: weights are NaN until a checkpoint is loaded.
+        note: told what is being done, a parameter at a time.
     """
 
-    def __init__(self, config: Config, vocab_size: int, seed: int) -> None:
-        generator = torch.Generator(device="cpu").manual_seed(seed)
+    def __init__(
+        self, config: Config, vocab_size: int, seed: int | None, note: Callable[[str], None] = lambda doing: None
+    ) -> None:
         model, multipliers = config.model, config.multipliers
-        transformer = transformer_config(config, generator)
+        transformer = transformer_config(config)
         placement: Placement = resolve(multipliers.placement) if multipliers.implementation == "layer" else {}
         spec = gpt_layer_spec(
             transformer,
@@ -60,12 +64,12 @@ class GPT(GPTModel):
             position_embedding_type="rope",
             rotary_base=model.rotary_base,
         )
-        # GPTModel names the classes of embedding and head itself, so they are replaced after it has built them.
-        init = normal(model.init_std, generator, rows=vocab_size)
+        # GPTModel names the classes of embedding and head itself, so they are replaced after it has built them, of
+        # memory that nobody has written to.
         self.embedding.word_embeddings = MultiplierVocabParallelEmbedding(
             padded,
             model.hidden_size,
-            init_method=init,
+            init_method=_nothing,
             config=transformer,
             vocab_size=vocab_size,
             placement=placement,
@@ -74,7 +78,7 @@ class GPT(GPTModel):
             tp_group=self.pg_collection.tp,
         )
         if not model.tie_embeddings:
-            self.output_layer = Head(vocab_size, padded, transformer, init, self.pg_collection.tp)
+            self.output_layer = Head(vocab_size, padded, transformer, self.pg_collection.tp)
         self.setup_embeddings_and_output_layer()
         # zero.Init casts what is made under it to the parameters' dtype; rotary angles need fp32.
         dim = transformer.kv_channels
@@ -82,6 +86,8 @@ class GPT(GPTModel):
         self.rotary_pos_emb.inv_freq = (1.0 / model.rotary_base**exponents).to(torch.float32)
         self.exact_vocab_size = vocab_size
         self.z_loss = model.z_loss
+        tensor = self.pg_collection.tp
+        initialize(self, standard_deviations(config), seed, tensor.rank(), tensor.size(), note)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of a micro-batch.
@@ -114,14 +120,13 @@ class Head(ColumnParallelLinear):
         vocab_size: int,
         padded: int,
         config: TransformerConfig,
-        init_method: object,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
         super().__init__(
             config.hidden_size,
             padded,
             config=config,
-            init_method=init_method,
+            init_method=_nothing,
             bias=False,
             gather_output=False,
             tp_group=tp_group,
@@ -129,8 +134,22 @@ class Head(ColumnParallelLinear):
         layout.attach(self.weight, layout.vocabulary("head", vocab_size, padded, config.hidden_size))
 
 
-def transformer_config(config: Config, generator: torch.Generator) -> TransformerConfig:
-    """Megatron's configuration of this run's transformer; weights are drawn from `generator`."""
+def _nothing(weight: Tensor) -> Tensor:
+    """The init method of layers whose weights are set once the model is complete."""
+    return weight
+
+
+def standard_deviations(config: Config) -> dict[Role, float]:
+    """Of the initial weights, by role: those of projections back into the residual stream shrink with depth."""
+    std = config.model.init_std
+    into_stream = std / math.sqrt(2 * config.model.num_layers)
+    roles: tuple[Role, ...] = ("q", "k", "v", "gate", "up", "embedding", "head")
+    return dict.fromkeys(roles, std) | {"attention_out": into_stream, "down": into_stream}
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Megatron's configuration of this run's transformer. Its layers allocate their weights where they will be used,
+    and leave them as they are."""
     model = config.model
     dtype = config.train.torch_dtype
     fused = device.has_cuda()  # Megatron's fusions compile, which on a CPU takes longer than it saves
@@ -145,9 +164,8 @@ def transformer_config(config: Config, generator: torch.Generator) -> Transforme
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=True,
-        init_method=normal(model.init_std, generator),
-        output_layer_init_method=normal(model.init_std / math.sqrt(2 * model.num_layers), generator),
+        use_cpu_initialization=False,
+        perform_initialization=False,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,10 +55,21 @@ def check_deepspeed(config: Config, mpu: parallel.ModelParallelUnit) -> None:
             raise ValueError(f"deepspeed: DeepSpeed refuses it ({error}); correct or remove that key") from None
 
 
-def build(config: Config, vocab_size: int, mpu: parallel.ModelParallelUnit) -> Engine:
+def build(
+    config: Config,
+    vocab_size: int,
+    mpu: parallel.ModelParallelUnit,
+    *,
+    draw: bool = True,
+    note: Callable[[str], None] = lambda doing: None,
+) -> Engine:
     """Model, optimizer and engine for this rank.
 
     At ZeRO 3 the model is partitioned while it is constructed, so it may be larger than one device.
+
+    Args:
+        draw: initial weights; False: they are NaN until a checkpoint is loaded.
+        note: told what is being done, as the model of a large run takes minutes.
     """
     from deepspeed.utils import logger as deepspeed_logger
 
@@ -73,9 +85,10 @@ def build(config: Config, vocab_size: int, mpu: parallel.ModelParallelUnit) -> E
             mpu=mpu,
         )
     with context:
-        model = GPT(config, vocab_size, config.train.seed)
+        model = GPT(config, vocab_size, config.train.seed if draw else None, note)
     if config.parallel.zero_stage != 3:
         model.to(device.local_device())
+    note("building the optimizer")
     optimizer = build_optimizer(config, model)
     # DeepSpeed warns of every optimizer that is not its own, and its bf16 wrapper prints memory figures per group.
     deepspeed_logger.setLevel(logging.ERROR)
@@ -84,6 +97,7 @@ def build(config: Config, vocab_size: int, mpu: parallel.ModelParallelUnit) -> E
             model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
         )
     deepspeed_logger.setLevel(logging.WARNING)
+    note("checking the partition")
     return Engine(engine, model, optimizer, attach(engine, optimizer))
 
 

@@ -129,7 +129,7 @@ def _train(
     agreed(lambda: run_dirs.check_shared(run_dir))
     agreed(lambda: log.open(run_dir / "logs"))
     progress.at(0, "building the model")
-    engine = build(config, vocab_size, mpu)
+    engine = build(config, vocab_size, mpu, draw=checkpoint is None, note=lambda doing: progress.at(0, doing))
     if main_rank:
         print(
             f"{parameter_count(engine.model):,} parameters, {torch.distributed.get_world_size()} processes "
