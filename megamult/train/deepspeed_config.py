@@ -42,8 +42,8 @@ def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
         zero["allgather_bucket_size"] = _BUCKET_ELEMENTS
         # Our optimizer takes the norm and skips bad steps; DeepSpeed need not do so again where it can be told.
         zero["compute_grad_norm"] = bf16 and stage == 1 and accumulation == "fp32"
-        # With it DeepSpeed divides by the number of ranks in the model's dtype, before it casts to the one that gradients
-        # travel in. It saves no traffic: buckets of several owners are all-reduced either way.
+        # With it DeepSpeed divides by the number of ranks in the model's dtype, before it casts to the one in which
+        # gradients travel. It saves no traffic: buckets of several owners are all-reduced either way.
         zero["reduce_scatter"] = not bf16
     return {
         "train_batch_size": train.global_batch_size,
