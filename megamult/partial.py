@@ -53,11 +53,16 @@ def _lock(owner: IO[str]) -> bool:
     return True
 
 
+def unfinished(final: Path) -> list[Path]:
+    """The partial folders for `final` that are there, of the living and of the dead."""
+    found = final.parent.glob(f".{_escaped(final.name)}.*.partial")
+    # What follows NAME must be mkdtemp's eight characters: `.a.b.x.partial` belongs to `a.b`, not to `a`.
+    ours = [path for path in found if "." not in path.name.removeprefix(f".{final.name}.").removesuffix(".partial")]
+    return sorted(path for path in ours if path.is_dir())
+
+
 def _remove_leftovers(final: Path) -> None:
-    for folder in sorted(final.parent.glob(f".{_escaped(final.name)}.*.partial")):
-        # What follows NAME must be mkdtemp's eight characters: `.a.b.x.partial` belongs to `a.b`, not to `a`.
-        if "." in folder.name.removeprefix(f".{final.name}.").removesuffix(".partial") or not folder.is_dir():
-            continue
+    for folder in unfinished(final):
         owner = _dead_owner(folder)
         if owner is not None:
             shutil.rmtree(folder, ignore_errors=True)

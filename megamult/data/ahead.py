@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megamult.data.epochs import EpochFiles, to_json
+from megamult.partial import unfinished
 
 
 class BuildsAhead:
@@ -23,10 +24,14 @@ class BuildsAhead:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (as long as this object)
         self._given: set[Path] = set()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a process is still at work."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self, epochs: Sequence[tuple[EpochFiles, int]]) -> None:
-        """Begin with those that are neither there nor given before, unless a process is still at work."""
-        if self._process is not None and self._process.poll() is None:
-            return
+        """Begin with those that are neither there nor given before; no process may be at work."""
+        assert not self.busy
         self._end()
         new = [(files, n) for files, n in epochs if files.path(n) not in self._given and not files.path(n).exists()]
         self._given |= {files.path(n) for files, n in new}
@@ -51,13 +56,13 @@ class BuildsAhead:
             pass
 
     def wait_for(self, files: EpochFiles, epoch: int) -> None:
-        """Return once the process has built an epoch that it was given, or will not."""
+        """Return once the process has built an epoch that it is at. One that it has not come to is not waited for: to
+        build that here is faster."""
         path = files.path(epoch)
-        while path in self._given and not path.exists():
-            if self._process is None or self._process.poll() is not None:
-                self._end()
-                return
+        while path in self._given and self.busy and not path.exists() and unfinished(path):
             time.sleep(0.05)
+        if not self.busy:
+            self._end()
 
     def close(self) -> None:
         """End the process, if there is one; what it has not built is left."""

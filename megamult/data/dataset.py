@@ -73,6 +73,7 @@ class BlendedDataset:
             for one, twin in zip(each, self._names.twins, strict=True)
         ]
         self._prepared: set[tuple[int, int]] = set()
+        self._look_ahead = False
         self._ahead = BuildsAhead()
 
     @property
@@ -111,9 +112,10 @@ class BlendedDataset:
         if needed != self._prepared:
             for position, source in enumerate(self._sources):
                 source.keep({epoch for p, epoch in needed if p == position})
-            self._prepared = needed
-            if end is not None and end > last and _global_rank() == 0:
-                self._ahead.start(self._next_epochs(last, end))
+            self._prepared, self._look_ahead = needed, True
+        if self._look_ahead and end is not None and _global_rank() == 0 and not self._ahead.busy:
+            self._look_ahead = False
+            self._ahead.start(self._next_epochs(last, end))
 
     def _touched(self, first: int, last: int) -> set[tuple[int, int]]:
         """(position of the source, epoch) of every epoch that the samples [first, last) are of."""

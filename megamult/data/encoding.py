@@ -87,8 +87,9 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _start_worker(model_path: str) -> None:
     global _worker_tokenizer
-    # Ctrl-C reaches the whole process group; the parent alone decides and cleans up.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and the terminal's end reach the whole process group; only the parent decides and cleans up.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker_tokenizer = Tokenizer(model_path)
 

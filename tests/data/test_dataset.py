@@ -3,7 +3,9 @@
 import itertools
 import json
 import logging
+import os
 import random
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from megamult.data.dataset import BlendedDataset
+from megamult.partial import partial_folder
 
 Write = Callable[..., str]
 SEQ = 8
@@ -381,12 +384,39 @@ def test_a_failure_to_build_ahead_is_said_and_the_epoch_is_built_at_its_turn(
     (per_epoch,) = dataset.samples_per_epoch
     monkeypatch.setattr("megamult.data.ahead.to_json", lambda *_: '{"files": 3}')
     dataset.prepare(0, 4, end=3 * per_epoch)
+    process = dataset._ahead._process
+    assert process is not None and process.wait(60) == 1
     dataset.prepare(per_epoch, per_epoch + 1, end=3 * per_epoch)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.startswith("warning: indices of coming epochs could not be built ahead (AttributeError")
     assert window(dataset[per_epoch])
     dataset.close()
+
+
+def test_an_epoch_that_the_builder_has_not_come_to_is_not_waited_for_and_one_that_it_is_at_is(
+    write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make(write_indexed("a", distinct_ids(0, 1)))
+    (per_epoch,) = dataset.samples_per_epoch
+    dataset.prepare(0, 4, end=3 * per_epoch)
+    process, slept = dataset._ahead._process, []
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)  # busy for ever, and at nothing
+    dataset.prepare(per_epoch, per_epoch + 1, end=3 * per_epoch)
+    path = dataset._sources[0].epochs.path(2)
+    dataset._ahead._given.add(path)
+    with partial_folder(path) as folder:
+
+        def finish(_: float) -> None:
+            slept.append(1)
+            folder.rename(path)
+
+        monkeypatch.setattr("megamult.data.ahead.time.sleep", finish)
+        dataset._ahead.wait_for(dataset._sources[0].epochs, 2)
+    assert slept == [1]
+    dataset.close()
+    assert process.poll() is not None
 
 
 def test_the_builder_ends_with_its_run(write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
