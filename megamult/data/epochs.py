@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from megamult.data.positioned import PositionedReader
 from megamult.data.splitmix import splitmix
 from megamult.partial import partial_folder
 
@@ -115,11 +116,13 @@ class EpochFiles:
 
 
 def open_indexed(prefix: str) -> Any:
-    """Megatron's `IndexedDataset` over memory-mapped files."""
+    """Megatron's `IndexedDataset`: its .idx memory-mapped, its .bin read by position."""
     with quiet_megatron():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        return IndexedDataset(prefix)
+        dataset = IndexedDataset(prefix, mmap=False)
+    dataset.bin_reader = PositionedReader(f"{prefix}.bin")
+    return dataset
 
 
 @contextlib.contextmanager

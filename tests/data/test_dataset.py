@@ -426,3 +426,15 @@ def test_the_builder_ends_with_its_run(write_indexed: Write, make: Callable, mon
     assert process is not None and process.stdin is not None
     process.stdin.close()  # as the kernel does where the run is killed
     assert process.wait(60) in (0, 1)
+
+
+def test_a_file_that_is_cut_off_meanwhile_is_an_error(write_indexed: Write, make: Callable) -> None:
+    """Not SIGBUS, which a mapped file gives, and which kills the process without a word."""
+    prefix = write_indexed("a", [list(range(40))] * 500)
+    dataset = make(prefix)
+    dataset.prepare(0, dataset.samples_per_epoch[0])
+    os.truncate(f"{prefix}.bin", 4096)
+    with pytest.raises(
+        ValueError, match=r"a\.bin has 4096 bytes, and the run reads up to byte \d+, .*it has been cut off"
+    ):
+        of(dataset, range(dataset.samples_per_epoch[0]))
