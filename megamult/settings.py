@@ -23,21 +23,29 @@ ABSENT = object()
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of nested mappings by dotted key: {"optimizer": {"lr": 1}} is {"optimizer.lr": 1}; values as JSON has them
-    (a tuple is a list)."""
+    (a tuple is a list). An empty mapping has no leaves."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             found |= {f"{key}.{inner}": leaf for inner, leaf in flat(value).items()}
         else:
             found[str(key)] = json.loads(json.dumps(value))
     return found
 
 
+def run_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's whole configuration, flat; a `deepspeed` section that is not given is an empty one."""
+    return flat({**configuration, "deepspeed": configuration.get("deepspeed") or {}})
+
+
 def differences(mine: Mapping[str, Any], its: Mapping[str, Any]) -> list[Difference]:
     """Keys of two flat configurations whose values differ: in the order of `mine`, then those that only `its` has."""
     keys = [*mine, *(key for key in its if key not in mine)]
     pairs = [Difference(key, mine.get(key, ABSENT), its.get(key, ABSENT)) for key in keys]
-    return [pair for pair in pairs if pair.mine != pair.its or type(pair.mine) is not type(pair.its)]
+    # In Python True is 1; 1 and 1.0 are the same setting.
+    return [
+        pair for pair in pairs if pair.mine != pair.its or isinstance(pair.mine, bool) is not isinstance(pair.its, bool)
+    ]
 
 
 def shown(value: Any) -> str:

@@ -41,7 +41,7 @@ DATA_FLOW = [
     ["megamult.zero"],
     ["megamult.optim"],
     ["megamult.checkpoint", "megamult.monitor"],
-    ["megamult.train.command_line"],
+    ["megamult.train.changes", "megamult.train.command_line"],
     ["megamult.train.deepspeed_keys"],
     ["megamult.train.deepspeed_config"],
     ["megamult.train.batches", "megamult.train.corpora", "megamult.train.engine"],

@@ -15,7 +15,7 @@ from megamult import environment, launcher
 from megamult.config import Config, DataConfig
 from megamult.console import EXIT_USER_ERROR, say_error
 from megamult.patience import ON_FILES
-from megamult.settings import flat
+from megamult.settings import run_settings
 from megamult.train.command_line import (
     EXIT_DIVERGED,
     EXIT_NO_CHECKPOINT,
@@ -100,6 +100,7 @@ def _train(
     from megamult.checkpoint import resume
     from megamult.train import corpora
     from megamult.train import run_dir as run_dirs
+    from megamult.train.changes import changes
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build, check_deepspeed, parameter_count
     from megamult.train.loop import CheckpointFailed, Diverged, Trainer
@@ -125,7 +126,8 @@ def _train(
     progress.at(0, "checking the data", ON_FILES)
     train, valid = corpora.open_datasets(config, tokenizer, run_dir)
     files = agreed(lambda: _files(resolved, tokenizer, checkpoint))
-    agreed(lambda: run_dirs.begin(run_dir, resolved, ours, lock))
+    first_step = 0 if checkpoint is None else checkpoint.info.step
+    agreed(lambda: run_dirs.begin(run_dir, resolved, ours, first_step, lock))
     agreed(lambda: run_dirs.check_shared(run_dir))
     agreed(lambda: log.open(run_dir / "logs"))
     progress.at(0, "building the model")
@@ -150,6 +152,8 @@ def _train(
             fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
             step, samples = trainer.step_count, trainer.samples
             print(f"going on from {checkpoint.path}: step {step}, {samples} sequences{fresh}", flush=True)
+            if changed := changes(checkpoint.info.config, config):
+                print(changed, flush=True)
             if checkpoint.info.tokenizer_sha256 is None:
                 notes.append("the checkpoint does not say which tokenizer is its own: data.tokenizer is taken on trust")
             for note in notes:
@@ -187,7 +191,7 @@ def _meet(config: Config) -> Meeting:
     except ValueError as error:
         fail_alone(str(error))
     try:
-        meeting = rendezvous.meet(config.parallel.rendezvous_seconds, flat(dataclasses.asdict(config)))
+        meeting = rendezvous.meet(config.parallel.rendezvous_seconds, run_settings(dataclasses.asdict(config)))
         if not config.parallel.tensor_across_nodes:
             meeting.check_nodes(config.parallel.tensor)
         return meeting

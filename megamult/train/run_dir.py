@@ -46,12 +46,18 @@ def wait_for(lock: RunLock, run_dir: Path) -> None:
         lock.acquire(run_dir)
 
 
-def begin(run_dir: Path, resolved: str, checkpoint: Path | None, lock: RunLock) -> None:
-    """Make the run directory, write config.yaml, remove what an interrupted save left; on rank 0.
+def begin(run_dir: Path, resolved: str, checkpoint: Path | None, step: int, lock: RunLock) -> None:
+    """Make the run directory, write the configuration, remove what an interrupted save left; on rank 0.
 
     Args:
-        checkpoint: of this run, that it goes on from: what came after it counts no more.
-        lock: to be held from now on.
+        resolved: the configuration: config.yaml, and config_step_N.yaml besides, which a later start from another step
+            leaves as it is.
+        checkpoint: the one of this run that it goes on from: what came after it counts no more.
+        step: the step that the run goes on from.
+        lock: held from now on.
+
+    Raises:
+        ValueError: the directory cannot be written, or another run used it meanwhile.
     """
     if environment.rank() == 0:
         try:
@@ -62,7 +68,8 @@ def begin(run_dir: Path, resolved: str, checkpoint: Path | None, lock: RunLock) 
             directory.clean(run_dir / "checkpoints")
             if checkpoint is not None:
                 directory.point(checkpoint.parent, checkpoint)
-            (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
+            for name in ("config.yaml", f"config_step_{step}.yaml"):
+                (run_dir / name).write_text(resolved, encoding="utf-8")
         except OSError as error:
             raise ValueError(
                 f"train.run_dir {run_dir} cannot be written ({error.strerror}: {error.filename}): choose another "
