@@ -31,7 +31,19 @@ for argument in "$@"; do
     previous="$argument"
 done
 if [[ -z "$run_dir" ]]; then
-    run_dir="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
+    name="runs/quickstart-$(date +%Y%m%d-%H%M%S)" number=1
+    run_dir="$name"
+    mkdir -p runs
+    # Only one of two that start in the same second makes it.
+    until mkdir "$run_dir" 2>/dev/null; do
+        if [[ ! -e "$run_dir" ]]; then
+            echo "error: $PWD/$run_dir cannot be made: see that runs/ can be written" >&2
+            exit 2
+        fi
+        number=$((number + 1))
+        run_dir="$name-$number"
+    done
+    trap 'rmdir "$run_dir" 2>/dev/null || true' EXIT # if nothing was written
     set -- --train.run_dir "$run_dir" "$@"
 fi
 

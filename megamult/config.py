@@ -258,7 +258,7 @@ class TrainConfig:
     seed: int = 1234
     """Of weights and data order."""
     run_dir: str | None = None
-    """Where everything that the run writes goes; must not hold another run. null: runs/ and the time."""
+    """Where everything that the run writes goes; must not hold another run. null: a new one, runs/ and the time."""
     eval_every: int = 0
     """Steps between evaluations on data.valid; 0: at the end alone."""
     eval_batches: int = 8

@@ -84,14 +84,24 @@ def run(config: Config, resolved: str) -> None:
         progress.at(0, "joining the group for work on files")
         process_groups.files()
         stop = stack.enter_context(StopRequests(None if minutes is None else _BEGAN + 60 * minutes))
-        code = _train(config, resolved, mpu, progress, log, lock, stop)
+        from megamult.train import run_dir as run_dirs
+
+        run_dir = agreed(lambda: stack.enter_context(run_dirs.chosen(config.train.run_dir)))
+        code = _train(config, resolved, run_dir, mpu, progress, log, lock, stop)
         parallel.destroy()
     if code:
         sys.exit(code)
 
 
 def _train(
-    config: Config, resolved: str, mpu: Any, progress: Progress, log: RankLog, lock: RunLock, stop: StopRequests
+    config: Config,
+    resolved: str,
+    run_dir: Path,
+    mpu: Any,
+    progress: Progress,
+    log: RankLog,
+    lock: RunLock,
+    stop: StopRequests,
 ) -> int:
     """The run, from its data to its last checkpoint; the exit code."""
     import torch
@@ -107,7 +117,6 @@ def _train(
 
     main_rank = environment.rank() == 0
     agreed(lambda: check_deepspeed(config, mpu))
-    run_dir = run_dirs.choose(config.train.run_dir)
     tokenizer, vocab_size = agreed(lambda: corpora.vocabulary(config))
     load = config.checkpoint.load
     checkpoint = None

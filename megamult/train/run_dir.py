@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,11 +18,48 @@ from megamult.train.lock import LOCK, RunLock
 from megamult.train.logs import left_without_a_word
 
 
-def choose(configured: str | None) -> Path:
-    """The run directory that the configuration names, or one of rank 0's choice."""
-    chosen = [configured or time.strftime("runs/%Y%m%d-%H%M%S")]
-    torch.distributed.broadcast_object_list(chosen, src=0)
-    return Path(chosen[0])
+@contextlib.contextmanager
+def chosen(configured: str | None) -> Iterator[Path]:
+    """The run directory that the configuration names, or a new one under runs/, named by the time on rank 0, which goes
+    if nothing was written into it. Collective over all ranks.
+
+    Raises:
+        ValueError: it cannot be made; on every rank.
+    """
+    if configured is not None:
+        yield Path(configured)
+        return
+    made: list[Path] = []
+    found: list[str | None] = [None, None]
+    if environment.rank() == 0:
+        try:
+            made = _made_alone(Path(time.strftime("runs/%Y%m%d-%H%M%S")))
+            found = [str(made[-1]), None]
+        except OSError as error:
+            found = [None, f"{error.strerror}: {error.filename}"]
+    torch.distributed.broadcast_object_list(found, src=0)
+    name, problem = found
+    if name is None:
+        raise ValueError(f"no run directory can be made under runs/ ({problem}): name one with --train.run_dir")
+    try:
+        yield Path(name)
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # it is used
+                path.rmdir()
+
+
+def _made_alone(path: Path) -> list[Path]:
+    """Make a directory that no other process has made, of this name or with -2, -3, ... after it. Its parent, if it had
+    to be made, and the directory."""
+    made = [] if path.parent.exists() else [path.parent]
+    for number in itertools.count(1):
+        own = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            own.mkdir(parents=True)
+            made.append(own)
+            break
+    return made
 
 
 def own(checkpoint: Path, run_dir: Path) -> Path | None:
