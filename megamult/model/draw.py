@@ -18,6 +18,7 @@ from decimal import Decimal, localcontext
 from functools import lru_cache
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133
 _PIECE_BITS = 6
 """Pieces of an octave, as a power of two."""
 _OCTAVES = 53
-_BLOCK = {"cpu": 1 << 14, "cuda": 1 << 22}
+_BLOCK = {"cpu": 1 << 15, "cuda": 1 << 22}
 """Numbers that are drawn at once: on a CPU intermediate values stay in its cache, on a GPU few kernels are started."""
 
 
@@ -101,9 +102,9 @@ def _normal(bits: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _table(device: torch.device) -> tuple[Tensor, ...]:
     """The coefficients on `device`, [pieces] each, from the constant on."""
-    return tuple(
-        torch.tensor(column, dtype=torch.float64, device=device) for column in zip(*_coefficients(), strict=True)
-    )
+    # Through NumPy: `deepspeed.zero.Init` casts what torch.tensor and its like make to the dtype of the model.
+    columns = torch.from_numpy(np.array(_coefficients()).T.copy())
+    return tuple(column.to(device) for column in columns)
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import megamult
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.train.command_line import parse
+from tests.distributed import run_distributed
 from tests.train.command import REPOSITORY, VOCAB, data_arguments, make_corpus, start
 
 STEPS, SEQ, BATCH = 4, 32, 16  # the batch is tiny.yaml's
@@ -206,3 +208,39 @@ def test_the_run_says_where_the_weights_are_and_how_far_it_is_below_the_unigram_
         assert f"valid loss {metrics(run_dir)[-1]['valid_loss']:.4f} nats per token" in said
         assert "unigram entropy of the training tokens" in said
         assert "gate/row" in said  # the table of spreads
+
+
+def numbers_drawn(arguments: list[str]) -> tuple[int, set[str]]:
+    """How many initial weights a run draws on this rank, and what its watchdog hears while it builds the model."""
+    from megamult.model import draw
+    from megamult.train.pretrain import main
+    from megamult.train.progress import Progress
+
+    with (
+        mock.patch.object(draw, "fill_normal", wraps=draw.fill_normal) as fill,
+        mock.patch.object(Progress, "at", autospec=True, side_effect=Progress.at) as at,
+    ):
+        main(arguments)
+    heard = {call.args[2] for call in at.call_args_list}
+    return sum(call.args[0].numel() for call in fill.call_args_list), heard
+
+
+def test_a_run_that_resumes_draws_no_weights_and_new_multipliers_start_at_1(tmp_path: Path) -> None:
+    run = [
+        *("--config", str(REPOSITORY / "examples/configs/tiny.yaml"), *data_arguments(make_corpus(tmp_path))),
+        *("--train.run_dir", str(tmp_path / "run"), "--model.seq_length", "32", "--optimizer.warmup_steps", "0"),
+    ]
+    parts: list[list[str]] = [
+        ["--train.steps", "1", "--multipliers.implementation", "none"],
+        ["--train.steps", "2", "--checkpoint.load", "latest"],
+    ]
+    (fresh, heard), (resumed, _) = (run_distributed(1, numbers_drawn, run + part)[0] for part in parts)
+    assert fresh > 400_000 and "drawing decoder.layers.0.mlp.linear_fc1.weight" in heard
+    assert resumed == 0
+    first, second = (record["loss"] for record in metrics(tmp_path / "run") if "loss" in record)
+    # One step of 0.004 from where the model knows nothing: it neither explodes nor begins anew.
+    assert second < first
+    assert (
+        SavedCheckpoint(tmp_path / "run" / "checkpoints" / "step_2").shapes.keys()
+        > SavedCheckpoint(tmp_path / "run" / "checkpoints" / "step_1").shapes.keys()
+    )

@@ -1,0 +1,114 @@
+"""Seconds to give Llama-3's weights their first values on one rank's CPU: by index, and drawn whole then sliced.
+
+    python examples/benchmarks/model_start.py
+
+CPU seconds of one core. `whole` is the measured rate of `torch.normal` and of a copy of the rank's slice, times all
+elements of the model: what every rank did when each matrix was drawn whole. `by index` is measured on one block and on
+the embedding of one rank's shard, through `megamult.model.initialization.initialize`, and multiplied by the number of
+blocks; `resume` likewise, where a checkpoint will be loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from muon_plan import LLAMA, Llama
+
+from megamult import layout
+from megamult.layout import Layout, Role
+from megamult.model.gpt import padded_vocab_size
+from megamult.model.initialization import initialize
+
+VOCAB = 128_256
+_STD: dict[Role, float] = dict.fromkeys(
+    ("q", "k", "v", "attention_out", "gate", "up", "down", "embedding", "head"), 0.02
+)
+
+
+def rank_holds(layouts: list[Layout], tensor: int, data: int) -> torch.nn.Module:
+    """The bf16 parameters of the last rank of each axis; with `data` above 1 its partitions at ZeRO 3."""
+    held = torch.nn.Module()
+    for i, stated in enumerate(layouts):
+        rows, cols = stated.local_shape(tensor)
+        size = -(-rows * cols // data)
+        parameter = torch.nn.Parameter(torch.zeros((rows, cols) if data == 1 else 0, dtype=torch.bfloat16))
+        if data > 1:
+            parameter.ds_tensor = torch.zeros(size, dtype=torch.bfloat16)  # type: ignore[attr-defined]
+            parameter.ds_process_group = SimpleNamespace(rank=lambda: data - 1)  # type: ignore[attr-defined]
+            parameter.ds_numel = rows * cols  # type: ignore[attr-defined]
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+        layout.attach(parameter, stated)
+        held.register_parameter(f"weight_{i}", parameter)
+    return held
+
+
+def seconds_to_set(model: Llama, tensor: int, data: int, seed: int | None) -> float:
+    """For one rank: a block times the number of blocks, and embedding and head."""
+    padded, total = padded_vocab_size(VOCAB), 0.0
+    for layouts, times in (
+        (model.layouts()[:4], model.layers),
+        ([layout.vocabulary("embedding", VOCAB, padded, model.hidden)], 2),
+    ):
+        held = rank_holds(layouts, tensor, data)
+        began = time.process_time()
+        initialize(held, _STD, seed, tensor - 1, tensor)
+        total += times * (time.process_time() - began)
+    return total
+
+
+def elements(model: Llama) -> int:
+    """Of the whole model's matrices, embedding and head."""
+    return sum(each.shape[0] * each.shape[1] for each in model.layouts()) + 2 * padded_vocab_size(VOCAB) * model.hidden
+
+
+def seconds_per_element_of_a_whole_draw(tensor: int) -> float:
+    """`torch.normal` on the CPU in fp32, and the copy of a slice of it as bf16."""
+    generator, best = torch.Generator().manual_seed(1), float("inf")
+    weight = torch.zeros(4096 // tensor, 8192, dtype=torch.bfloat16)
+    for _ in range(3):
+        began = time.process_time()
+        drawn = torch.normal(0.0, 0.02, (4096, 8192), generator=generator)
+        weight.copy_(drawn[: len(weight)])
+        best = min(best, time.process_time() - began)
+    return best / drawn.numel()
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tensor", type=int, default=8, help="tensor-parallel size")
+    parser.add_argument("--data", type=int, default=8, help="data-parallel size at ZeRO 3")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    # The table of the normal distribution, once per process.
+    began = time.process_time()
+    initialize(rank_holds([layout.single_matrix("down", 8, 8, None)], 1, 1), _STD, 1, 0, 1)
+    table = time.process_time() - began
+    rate = seconds_per_element_of_a_whole_draw(arguments.tensor)
+    print(f"{processor()}, one core; torch {torch.__version__}; tensor parallel {arguments.tensor}")
+    print(f"drawn whole: {rate * 1e9:.1f} ns per element; table for draws by index: {table:.2f} s, once")
+    columns = f"{'whole, s':>10}{'by index, s':>13}{'ns/element':>12}{'resume, s':>11}"
+    print(f"{'model':<7}{'ZeRO':>8}{'elements here':>15}{columns}")
+    for name, model in LLAMA.items():
+        for stage, data in (("0 to 2", 1), (f"3, of {arguments.data}", arguments.data)):
+            here = elements(model) // arguments.tensor // data
+            drawn, loaded = (seconds_to_set(model, arguments.tensor, data, seed) for seed in (1, None))
+            print(
+                f"{name:<7}{stage:>8}{here:>15,}{rate * elements(model):>10.0f}{drawn:>13.1f}"
+                f"{drawn / here * 1e9:>12.1f}{loaded:>11.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
