@@ -226,3 +226,30 @@ def test_a_port_that_another_run_listens_at_is_said_with_that_runs_name() -> Non
     said = come(0, 3, port, *meet(5)).communicate(timeout=60)[0]
     first.kill()
     assert f"is in use by the run of rank 0 on {environment.host()} (process {first.pid}: -c meet" in said
+
+
+_AGAIN = """
+import os, sys
+from megamult import environment, rendezvous
+for _ in range(2):  # a change of members starts ranks again, at the same store and with the same count
+    meeting = rendezvous.meet(60, {"lr": 1})
+    meeting.store.set(f"here {environment.rank()}", "")
+    meeting.store.wait(["here 0", "here 1"])
+    with open(f"{sys.argv[1]}/rank_{environment.rank()}", "a") as file:
+        file.write(os.environ["TORCHELASTIC_RESTART_COUNT"])
+sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and environment.rank() == 1)
+"""
+
+
+def test_torchruns_store_serves_the_ranks_that_it_starts_again(tmp_path: Path) -> None:
+    (tmp_path / "again.py").write_text(_AGAIN)
+    ranks = ["--nproc-per-node", "2", "--max-restarts", "1", "--rdzv-backend", "c10d"]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *ranks, "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+        + [str(tmp_path / "again.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        check=True,
+        capture_output=True,
+        timeout=180,
+    )
+    assert [(tmp_path / f"rank_{rank}").read_text() for rank in (0, 1)] == ["0011", "0011"]

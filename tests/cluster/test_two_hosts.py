@@ -313,6 +313,39 @@ def check_missing(job: Job, launcher: Launcher) -> None:
     assert 0 not in ended.codes.values(), ended.text
 
 
+@pytest.mark.cluster
+def test_another_learning_rate_on_the_second_host_ends_both_with_the_key(
+    launch: Callable[..., Job], prefix: Path, tmp_path: Path
+) -> None:
+    jobs = [
+        launch(
+            "no_ssh", arguments(prefix, tmp_path / "run", STEPS, *TWO_BY_TWO, "--optimizer.lr", f"{host}e-3"), on=[host]
+        )
+        for host in (1, 2)
+    ]
+    ended = [job.wait(60.0 + START) for job in jobs]
+    assert ended[0].codes == {1: 2} and ended[1].codes == {2: 2}, ended[0].text + ended[1].text
+    told = "optimizer.lr is 0.002 on rank 2 (n2) and 0.001 on rank 0 (n1)"
+    assert all(told in why(each.text) for each in ended), ended[0].text + ended[1].text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.cluster
+def test_a_job_that_comes_to_another_ones_port_is_refused_and_the_other_one_trains(
+    launch: Callable[..., Job], prefix: Path, reference: dict[int, float], tmp_path: Path
+) -> None:
+    # The second host's half of a job whose first half did not start, before the job that does.
+    stranger = launch("no_ssh", arguments(prefix, tmp_path / "other", STEPS, *TWO_BY_TWO), on=[2])
+    stranger.wait_for(lambda: len(stranger.ranks()) == 2, "the stranger's ranks")
+    ours = launch("no_ssh", arguments(prefix, tmp_path / "run", STEPS, *TWO_BY_TWO))
+    refused = stranger.launchers[2].wait(timeout=60.0 + START)
+    ended = ours.wait()
+    assert refused == 2, stranger.text()
+    assert "which refuses it: train.run_dir is " in why(stranger.text()[2])
+    assert set(ended.codes.values()) == {0}, ended.text
+    assert_same(losses(tmp_path / "run"), reference)
+
+
 @pytest.mark.parametrize("first_host", ["off", "idle"])
 def test_nobody_waits_longer_than_asked_for_a_first_host_that_does_not_come(hosts: Hosts, first_host: str) -> None:
     if first_host == "off":
