@@ -124,7 +124,7 @@ def count(stage: int, arguments: argparse.Namespace, mpu: parallel.ModelParallel
         ),
         deepspeed={
             "zero_optimization": {
-                "reduce_bucket_size": arguments.bucket,
+                **({} if stage == 1 else {"reduce_bucket_size": arguments.bucket}),
                 "allgather_bucket_size": arguments.bucket,
                 # As in a large model, no parameter is small enough to stay whole, and few fit at once.
                 "stage3_param_persistence_threshold": 0,

@@ -22,8 +22,19 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
         ValueError: the user's part has keys that DeepSpeed does not know, that have no effect here, or that differ from
             what a key of ours decides; all of them at once.
     """
-    overrides = without_auto(config.deepspeed_overrides())
-    return merged(_produced(config, data_parallel), overrides)
+    produced, overrides = _produced(config, data_parallel), without_auto(config.deepspeed_overrides())
+    problems = [problem for key, value in overrides.items() for problem in _problems(key, value, produced)]
+    problems += _without_effect(overrides.get("zero_optimization"), config)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return _overlaid(produced, overrides)
+
+
+def _is_bf16_optimizer(config: Config) -> bool:
+    """Whether DeepSpeed wraps the optimizer in its BF16_Optimizer: none of its keys chooses another class for ZeRO 1 in
+    bf16 with sums in fp32."""
+    train = config.train
+    return config.parallel.zero_stage == 1 and train.dtype == "bf16" and train.accumulation_dtype == "fp32"
 
 
 def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
@@ -41,9 +52,9 @@ def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
     if stage in (1, 2):
         zero["allgather_bucket_size"] = _BUCKET_ELEMENTS
         # Our optimizer takes the norm and skips bad steps; DeepSpeed need not do so again where it can be told.
-        zero["compute_grad_norm"] = bf16 and stage == 1 and accumulation == "fp32"
-        # With it DeepSpeed divides by the number of ranks in the model's dtype, before it casts to the one in which
-        # gradients travel. It saves no traffic: buckets of several owners are all-reduced either way.
+        zero["compute_grad_norm"] = _is_bf16_optimizer(config)
+        # With it DeepSpeed divides by the number of ranks in the model's dtype, before it casts to the one it sends.
+        # It saves no traffic: buckets of several owners are all-reduced either way.
         zero["reduce_scatter"] = not bf16
     return {
         "train_batch_size": train.global_batch_size,
@@ -80,18 +91,6 @@ def without_auto(overrides: dict[str, Any], path: str = "") -> dict[str, Any]:
                 continue
         kept[key] = value
     return kept
-
-
-def merged(produced: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return `produced` with the free keys of `overrides`.
-
-    Raises:
-        ValueError: keys that cannot be taken, all at once, each with its remedy.
-    """
-    problems = [problem for key, value in overrides.items() for problem in _problems(key, value, produced)]
-    if problems:
-        raise ValueError("; ".join(problems))
-    return _overlaid(produced, overrides)
 
 
 def _problems(key: str, value: Any, produced: dict[str, Any]) -> Iterator[str]:
@@ -136,6 +135,23 @@ def _problem(name: str, value: Any, ours: Any) -> Iterator[str]:
                 f"deepspeed.{name} is enabled and the package {key.package} is not installed: pip install "
                 f"{key.package}, or remove it"
             )
+
+
+_OF_BUCKETS = {"overlap_comm", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"}
+"""Keys of `zero_optimization` that DeepSpeed's BF16_Optimizer does not look at."""
+
+
+def _without_effect(zero: Any, config: Config) -> list[str]:
+    """What is wrong with the user's keys of `zero_optimization` at the stage of the run."""
+    names = zero.keys() - {"stage"} if isinstance(zero, dict) else set()
+    where, remedy = "at parallel.zero_stage 0", "raise that"
+    if config.parallel.zero_stage:
+        names &= _OF_BUCKETS if _is_bf16_optimizer(config) else set()
+        where = "at parallel.zero_stage 1 in bf16, where gradients are reduced once, after the last backward pass"
+        remedy = "use parallel.zero_stage 2"
+    return [
+        f"deepspeed.zero_optimization.{name} has no effect {where}: {remedy}, or remove it" for name in sorted(names)
+    ]
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

@@ -91,7 +91,7 @@ def test_all_mistakes_are_in_one_error() -> None:
         "gradient_clipping": 1.0,
         "train_batch_size": 7,
         "train_micro_batch_size_per_gpu": 7,
-        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "overlap_comm": True},
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "sub_group_size": 7},
         "gradient_acumulation_steps": 4,
         "steps_per_print": 10,
     }
@@ -102,6 +102,16 @@ def test_all_mistakes_are_in_one_error() -> None:
         *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_acumulation_steps"),
         *("zero_optimization.stage", "zero_optimization.stage3_gather_16bit_weights_on_model_save"),
     }
+
+
+def test_zero_keys_without_effect_at_the_stage_of_the_run_are_refused() -> None:
+    zero = {"overlap_comm": True, "reduce_bucket_size": 7, "allgather_bucket_size": 7}
+    one = refusals({"zero_optimization": zero})  # DeepSpeed's BF16_Optimizer reads only the last
+    assert [each.split(" ")[0].rpartition(".")[2] for each in one] == ["overlap_comm", "reduce_bucket_size"]
+    assert all(each.endswith("use parallel.zero_stage 2, or remove it") for each in one)
+    assert made({"zero_optimization": zero}, dtype="fp32")["zero_optimization"]["reduce_bucket_size"] == 7
+    none = refusals({"zero_optimization": zero | {"stage": 0}}, stage=0, dtype="fp32")
+    assert len(none) == 3 and all("no effect at parallel.zero_stage 0: raise that" in each for each in none)
 
 
 def test_auto_means_megamults_value_at_any_depth() -> None:
@@ -151,7 +161,7 @@ def test_free_keys_are_handed_on() -> None:
         "tensorboard": {"enabled": True, "output_path": "x"},
         "flops_profiler": {"enabled": True, "profile_step": 2},
     }
-    result = made(file)
+    result = made(file, stage=2)
     assert result["communication_data_type"] == "BF16"
     assert result["zero_optimization"]["reduce_bucket_size"] == 7
     assert result["zero_optimization"]["round_robin_gradients"] is True
