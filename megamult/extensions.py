@@ -106,7 +106,7 @@ def _holders(lock: Path) -> list[int]:
 
 
 def _last_change(lock: Path) -> float:
-    """When a file in the locked folder was last written, in seconds since the epoch.
+    """Return when a file in the locked folder was last written, in seconds since the epoch.
 
     Raises:
         FileNotFoundError: the lock is gone.

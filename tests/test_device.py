@@ -1,4 +1,4 @@
-"""What a process prepares before CUDA starts, on a machine that has none."""
+"""Preparations of a process before CUDA starts, on a machine that has none."""
 
 from __future__ import annotations
 

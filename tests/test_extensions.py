@@ -124,7 +124,7 @@ def test_a_lock_that_a_faster_process_has_taken_meanwhile_is_not_removed(tmp_pat
 
 
 def start(root: str) -> list[bool]:
-    """Whether a lock was there each time that DeepSpeed loaded its operator."""
+    """Tell whether a lock was there each time that DeepSpeed loaded its operator."""
     backend = importlib.import_module("deepspeed.comm.torch")  # its package has an attribute `torch` that is torch
     from megamult import parallel
 

@@ -1,4 +1,4 @@
-"""What each ZeRO stage sends per optimizer step and keeps per rank, in bf16 with gradients accumulated in fp32.
+"""Traffic per optimizer step and memory per rank of each ZeRO stage, in bf16 with gradients accumulated in fp32.
 
     deepspeed --num_gpus 2 examples/benchmarks/zero_stages.py --stage 1     # counted, on a small model and any ranks
     python examples/benchmarks/zero_stages.py --arithmetic                  # Llama-3 8B and 70B, by the counted rules
@@ -32,7 +32,7 @@ from megamult.train.engine import Engine, build
 VOCAB = 512
 STAGES = (1, 2, 3)
 PARAMETERS = {"8B": 8.03e9, "70B": 70.55e9}
-"""Of Llama 3 (arXiv 2407.21783)."""
+"""Sizes of Llama 3 (arXiv 2407.21783)."""
 BUCKET = 50_000_000
 """Elements that ZeRO reduces together, unless the user says otherwise."""
 
@@ -40,7 +40,7 @@ _WARMUP = 3
 """Optimizer steps before the one that is counted."""
 
 _RING = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1}
-"""How often a ring of D ranks moves (D - 1) / D of the whole tensor through each rank."""
+"""Passes in which a ring of D ranks moves (D - 1) / D of the whole tensor through each rank."""
 
 
 class Wire(TorchDispatchMode):

@@ -31,14 +31,14 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
 
 
 def _is_bf16_optimizer(config: Config) -> bool:
-    """Whether DeepSpeed wraps the optimizer in its BF16_Optimizer: none of its keys chooses another class for ZeRO 1 in
-    bf16 with sums in fp32."""
+    """Tell whether DeepSpeed wraps the optimizer in its BF16_Optimizer. It does so at ZeRO 1 in bf16 with sums in fp32,
+    and none of its keys chooses another class."""
     train = config.train
     return config.parallel.zero_stage == 1 and train.dtype == "bf16" and train.accumulation_dtype == "fp32"
 
 
 def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
-    """What the run's own keys make of it."""
+    """Return the configuration that the run's own keys make."""
     stage, train = config.parallel.zero_stage, config.train
     bf16, accumulation = train.dtype == "bf16", train.accumulation_dtype
     zero: dict[str, Any] = {"stage": stage}
@@ -94,7 +94,7 @@ def without_auto(overrides: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _problems(key: str, value: Any, produced: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with one top-level key of the user's."""
+    """Yield a message for each mistake in one of the user's top-level keys."""
     if key not in TOP_LEVEL:
         yield _unknown(key, TOP_LEVEL)
     elif key not in SECTIONS:
@@ -108,7 +108,7 @@ def _problems(key: str, value: Any, produced: dict[str, Any]) -> Iterator[str]:
 
 
 def _problem(name: str, value: Any, ours: Any) -> Iterator[str]:
-    """What is wrong with one key, where `ours` is what the run's keys make it."""
+    """Yield a message for each mistake in one key; `ours` is the value that the run's keys give it."""
     section = name.rpartition(".")[0]
     if name not in KEYS:
         if section not in CHECKED_BY_DEEPSPEED:
@@ -142,7 +142,7 @@ _OF_BUCKETS = {"overlap_comm", "reduce_scatter", "reduce_bucket_size", "use_mult
 
 
 def _without_effect(zero: Any, config: Config) -> list[str]:
-    """What is wrong with the user's keys of `zero_optimization` at the stage of the run."""
+    """Return a message for each of the user's keys of `zero_optimization` that the run's stage does not look at."""
     names = zero.keys() - {"stage"} if isinstance(zero, dict) else set()
     where, remedy = "at parallel.zero_stage 0", "raise that"
     if config.parallel.zero_stage:

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Key:
-    """What becomes of one key of the user's DeepSpeed configuration."""
+    """Treatment of one key of the user's DeepSpeed configuration."""
 
     use: Literal["free", "decided", "refused"]
-    """free: handed to DeepSpeed. decided: the run's other keys make it, so that only their value is accepted.
+    """free: handed to DeepSpeed. decided: set by megamult's own keys, so that only the same value is accepted.
     refused: it has no effect in a run, or a wrong one."""
     text: str
     """free: what it does. decided: which key decides it. refused: why, and what to use instead."""
@@ -25,12 +25,12 @@ class Key:
     values: tuple[str, ...] = ()
     """The only values that are accepted, if there is a choice (free keys)."""
     keys: tuple[str, ...] = ()
-    """All keys of a section of which DeepSpeed ignores those that it does not know."""
+    """All keys of a section in which DeepSpeed ignores keys that it does not know."""
     package: str | None = None
-    """The package, and the module in it, that the section needs once it is enabled."""
+    """The package that the section needs once it is enabled; its module has the same name."""
 
     def off(self, value: Any) -> bool:
-        """Whether `value` asks for nothing."""
+        """Tell whether `value` asks for nothing."""
         if self.switch is not None and isinstance(value, dict) and self.switch in value:
             return value[self.switch] in (None, False, "none", "auto")
         return value is None or value is False or value == {} or (self.neutral is not None and value == self.neutral)
@@ -183,14 +183,14 @@ KEYS: dict[str, Key] = {
     "dump_state": _refused("DeepSpeed's lines below a warning are not shown; config.yaml has every key of the run"),
     "log_level": _refused("DeepSpeed's warnings and errors are shown, and nothing below"),
 }
-"""By dotted name. Of `zero_optimization` and `bf16` only the keys that need a word are here: DeepSpeed itself refuses
-what it does not know in them, and in every free section without `keys`."""
+"""The table, by dotted name. It holds only those keys of `zero_optimization` and `bf16` that need a word: DeepSpeed
+itself refuses what it does not know in them, and in every free section without `keys`."""
 
 SECTIONS = frozenset(name.partition(".")[0] for name in KEYS if "." in name)
 """Top-level keys whose own keys are in the table."""
 
 CHECKED_BY_DEEPSPEED = frozenset({"zero_optimization", "bf16"})
-"""Those of them whose other keys DeepSpeed checks; in `data_types` it ignores what it does not know."""
+"""Sections whose other keys DeepSpeed checks; in `data_types` it ignores what it does not know."""
 
 TOP_LEVEL = SECTIONS | {name for name in KEYS if "." not in name}
 """All top-level keys that DeepSpeed knows."""

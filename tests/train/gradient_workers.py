@@ -1,4 +1,4 @@
-"""What the processes of test_gradient_sums.py do: reduce gradients by DeepSpeed, and average them themselves."""
+"""Work of the processes of test_gradient_sums.py: reduce gradients by DeepSpeed, and average them themselves."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def _averages(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def reduction_errors(stages: list[int], deepspeed: dict[str, Any] | None = None) -> dict[int, float]:
-    """By ZeRO stage: the largest error, over the elements that this rank's optimizer gets, of a reduced gradient
-    against the mean of all gradients, in units of the mean of their magnitudes."""
+    """Return the largest error of the reduced gradients that this rank's optimizer gets, by ZeRO stage: the distance to
+    the mean of all gradients, in units of the mean of their magnitudes."""
     from megamult import parallel
     from megamult.train.engine import build
 

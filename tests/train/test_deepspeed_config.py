@@ -26,7 +26,7 @@ def made(overrides: dict[str, Any], stage: int = 1, dtype: Any = "bf16", **train
 
 
 def refusals(overrides: dict[str, Any], **more: Any) -> list[str]:
-    """What the one error says, key by key."""
+    """Return the parts of the one error, key by key."""
     with pytest.raises(ValueError, match="deepspeed") as caught:
         made(overrides, **more)
     return str(caught.value).split("; deepspeed.")

@@ -24,3 +24,9 @@ def test_the_optimizer_gets_the_fp32_mean_of_the_gradients(errors: tuple[int, di
     # An fp32 sum of n terms is off by at most (n - 1) roundings of 2^-24 of the sum of magnitudes, in whatever order;
     # two more are for the division and its reciprocal. One rounding to bf16 is 2^-9.
     assert by_stage[stage] <= (ranks * MICRO_BATCHES + 1) * 2**-24
+
+
+def test_a_user_may_choose_to_sum_in_bf16() -> None:
+    errors = run_distributed(2, reduction_errors, [2], {"communication_data_type": "bf16"})
+    # A sum of two bf16 numbers is rounded to 8 bits: by up to 2^-9 of it, and much less cannot be among thousands.
+    assert 2**-11 < max(by_stage[2] for by_stage in errors) < 2**-7

@@ -1,4 +1,4 @@
-"""What the processes of test_zero_traffic.py do: run the benchmark that counts what a ZeRO stage sends and keeps."""
+"""Work of the processes of test_zero_traffic.py: the benchmark that counts what a ZeRO stage sends and keeps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def benchmark() -> Any:
 
 
 def counts(stage: int, accumulation: int) -> dict[str, Any]:
-    """What one optimizer step of a small bf16 model sends and keeps, in bytes per parameter."""
+    """Count what one optimizer step of a small bf16 model sends and keeps, in bytes per parameter."""
     from megamult import parallel
 
     arguments = argparse.Namespace(hidden=128, layers=4, accumulation=accumulation, bucket=200_000)
