@@ -123,6 +123,15 @@ def test_a_lock_that_a_faster_process_has_taken_meanwhile_is_not_removed(tmp_pat
         assert failed and lock.exists(), said
 
 
+def test_it_runs_as_a_program_before_anything_is_installed(tmp_path: Path) -> None:
+    """As launch/setup_env.sh runs it: -I and -S leave only the standard library."""
+    lock = locked(tmp_path, age=HOUR)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", extensions.__file__, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert not lock.exists() and done.stderr == f"megamult: removed {lock}: it was left by a process that is gone\n"
+
+
 def start(root: str) -> list[bool]:
     """Tell whether a lock was there each time that DeepSpeed loaded its operator."""
     backend = importlib.import_module("deepspeed.comm.torch")  # its package has an attribute `torch` that is torch

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Makes "environments" that hold itself and their path, and notes what pip is asked for.
+# Makes "environments" that hold itself and their path, and notes what it is asked for.
 _PYTHON = """#!/bin/bash
 case "$1" in
     -V) echo Python 3.11.99 ;;
@@ -22,9 +22,10 @@ case "$1" in
             [[ "$3" != --clear ]] || { shift && rm -rf "$3"/* "$3"/.[!.]*; }
             mkdir -p "$3/bin" && cp "$FAKE" "$3/bin/python" && echo "VIRTUAL_ENV=\\"$3\\"" >"$3/bin/activate"
         elif [[ "$2" == pip ]]; then
-            echo "$0 $*" >>"$PIP_LOG"
+            echo "$0 $*" >>"$LOG"
         fi
         ;;
+    megamult/extensions.py) echo "$0 $*" >>"$LOG" ;;
 esac
 """
 
@@ -55,7 +56,7 @@ class Place:
                 "CXX": "true",
                 "MEGAMULT_PYTHON": str(self.folder / "python"),
                 "FAKE": str(self.folder / "python"),
-                "PIP_LOG": str(self.folder / "pip.log"),
+                "LOG": str(self.folder / "log"),
             },
             capture_output=True,
             text=True,
@@ -66,9 +67,11 @@ class Place:
 
     def installed_into(self) -> set[Path]:
         """Environments that pip has installed into."""
-        log = self.folder / "pip.log"
-        lines = log.read_text().splitlines() if log.exists() else []
-        return {Path(line.split(" ")[0]).parents[1] for line in lines if " install " in line}
+        return {Path(line.split(" ")[0]).parents[1] for line in self.log() if " install " in line}
+
+    def log(self) -> list[str]:
+        """Calls of pip and of the program that frees locks."""
+        return (self.folder / "log").read_text().splitlines()
 
 
 @pytest.fixture
@@ -97,6 +100,9 @@ def test_a_fresh_checkout_gets_its_venv_and_keeps_it(place: Place) -> None:
     (made / "precious").write_text("packages")
     again, said = place.source(checkout)
     assert again == made and said == "" and (made / "precious").exists()
+    assert place.log()[-1] == f"{made}/bin/python megamult/extensions.py {made}/torch_extensions", (
+        "frees locks each time"
+    )
 
 
 def test_another_checkouts_environment_behind_a_link_is_neither_emptied_nor_installed_into(place: Place) -> None:
