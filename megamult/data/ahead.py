@@ -20,7 +20,7 @@ class BuildsAhead:
     """
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (as long as this object)
         self._given: set[Path] = set()
 
@@ -40,20 +40,18 @@ class BuildsAhead:
         # What runs may be a script of the user's, from which the package is found by another way.
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megamult.data.epochs"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write("".join(f"{to_json(files, n)}\n" for files, n in new) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:  # it has ended already; _end says why
-            pass
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as work:
+            work.writelines(f"{to_json(files, n)}\n" for files, n in new)
+            work.flush()
+            work.seek(0)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megamult.data.epochs", str(work.fileno())],
+                stdin=subprocess.PIPE,  # which nothing is written to: the kernel closes it when this process ends
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                pass_fds=(work.fileno(),),
+                env={**os.environ, "PYTHONPATH": path},
+            )
 
     def wait_for(self, files: EpochFiles, epoch: int) -> None:
         """Return once the process has built an epoch that it is at. One that it has not come to is not waited for: to

@@ -84,14 +84,18 @@ def _each(check: Callable[[str], _Result], prefixes: Sequence[str]) -> dict[str,
     return found
 
 
-def unchecked(described: Sequence[Described]) -> str | None:
-    """What could not be checked for lack of stamps, in one line; None: everything was."""
+def unchecked(described: Sequence[Described], full: bool) -> str | None:
+    """What could not be checked for lack of stamps, in one line; None: everything was.
+
+    Args:
+        full: whether `validate_all` has been asked for.
+    """
     bare = [each for each in described if not each.stamped]
     if not bare:
         return None
     names = ", ".join(each.files.prefix for each in bare[:3]) + (", ..." if len(bare) > 3 else "")
+    ids = "" if full else "; token ids are checked in samples, and as they are read (data.validate full checks all)"
     return (
         f"{len(bare)} of {len(described)} data sources have no stamp of launch/prepare_data.py ({names}): that they "
-        "were encoded with data.tokenizer is taken on trust, and their token ids are checked in samples, and as they "
-        "are read (data.validate full checks all)"
+        f"were encoded with data.tokenizer is taken on trust{ids}"
     )

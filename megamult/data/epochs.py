@@ -1,7 +1,7 @@
 """One epoch of one source: Megatron's `GPTDataset` over it, and the index files that say in which order it is read.
 
-As a program (`python -m megamult.data.epochs`) it builds the index files that standard input names, one JSON object per
-line, until standard input ends: `megamult.data.ahead` starts it so.
+As a program (`python -m megamult.data.epochs DESCRIPTOR`) it builds the index files that an open file names, one JSON
+object per line, as long as standard input is open: `megamult.data.ahead` starts it so.
 """
 
 import contextlib
@@ -153,16 +153,20 @@ def _from_json(line: str) -> tuple[EpochFiles, int]:
 
 
 def _main() -> None:
-    # Ctrl-C reaches the whole process group; the run that started this one decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Requests to stop reach every process of a job; the run that started this one decides, and this one ends with it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     os.nice(10)
-    work = [_from_json(line) for line in iter(sys.stdin.readline, "\n")]
-    # The pipe stays open as long as the run lives.
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
-    for files, epoch in work:
-        files.build(epoch)
-    sys.stdout.flush()
-    os._exit(0)  # the thread waits in a read that a usual exit would wait for
+    with open(int(sys.argv[1]), encoding="utf-8") as lines:
+        work = [_from_json(line) for line in lines]
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+    try:
+        for files, epoch in work:
+            files.build(epoch)
+    except Exception as error:
+        # The last line is what the run will say of it.
+        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -54,11 +54,12 @@ def open_datasets(config: Config, tokenizer: Tokenizer, run_dir: Path) -> tuple[
     described = sent[0]
     assert described is not None
     agreed(lambda: _check_same(mine, described))
-    if config.data.validate == "full":
+    full = config.data.validate == "full"
+    if full:
         share = (environment.rank(), environment.world_size())
         agreed(lambda: validate_all(prefixes, tokenizer, share))
-    doubt = unchecked(list(described.values()))
-    if doubt is not None and config.data.validate != "full" and environment.rank() == 0:
+    doubt = unchecked(list(described.values()), full)
+    if doubt is not None and environment.rank() == 0:
         print(f"note: {doubt}", flush=True)
 
     def opened(key: str) -> BlendedDataset | None:

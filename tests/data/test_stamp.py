@@ -34,7 +34,7 @@ def test_the_stamp_says_what_the_files_are(prefix: str, tokenizer: Tokenizer) ->
     assert (stamp.tokens, stamp.documents, stamp.dtype) == (files.tokens, 55, "uint16")
     assert (stamp.bin_bytes, stamp.idx_bytes) == (files.bin.stat().st_size, files.idx.stat().st_size)
     found = describe(prefix, tokenizer)
-    assert found.stamped and unchecked([found]) is None
+    assert found.stamped and unchecked([found], full=False) is None
     assert (found.identity.order, found.identity.contents) == (order_digest(files), contents_digest(files))
     validate_all([prefix], tokenizer, (0, 1))
 
@@ -102,8 +102,9 @@ def test_without_a_stamp_samples_are_checked_and_that_is_said(write_indexed: Wri
     good, bad = write_indexed("good", [[1, 2, 3]] * 9), write_indexed("bad", [[1, 2, 3], [4, 60_000]])
     found = describe_all([good], tokenizer)
     assert not found[good].stamped
-    said = unchecked(list(found.values()))
-    assert said is not None
+    said, rest = (unchecked(list(found.values()), full) for full in (False, True))
+    assert said is not None and rest is not None
+    assert said.removeprefix(rest).startswith("; token ids are checked in samples")
     assert said.startswith(f"1 of 1 data sources have no stamp of launch/prepare_data.py ({good}): that they were")
     with pytest.raises(ValueError, match=r"bad\.bin: token id 60000 at token 4 \(document 1\)"):
         describe_all([good, bad], tokenizer)
