@@ -219,8 +219,8 @@ class DataConfig:
     tokenizer: str | None = None
     """The sentencepiece model that the corpora were encoded with."""
     validate: Literal["stamp", "full"] = "stamp"
-    """What a start reads of the corpora. stamp: sizes, headers and samples, compared with the stamp that
-    launch/prepare_data.py wrote; full: every byte besides, shared among all processes."""
+    """Check of the corpora at a start. stamp: sizes, headers and samples are compared with the stamp that
+    launch/prepare_data.py wrote; full: every byte is read besides, by all processes together."""
 
     @staticmethod
     def sources(value: str | dict[str, float] | list[str] | None) -> list[tuple[str, float]]:

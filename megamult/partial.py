@@ -74,7 +74,7 @@ def _escaped(name: str) -> str:
 
 
 def _dead_owner(folder: Path) -> str | None:
-    """Whose folder it was, if that process is known to be dead."""
+    """Name the process that a folder belonged to, if it is known to be dead; None: it lives, or nobody can know."""
     doubt = f"{folder} is unfinished, and whether its process still runs cannot be seen from here: remove it if not"
     try:
         with open(folder / _OWNER, "r+", encoding="utf-8") as file:

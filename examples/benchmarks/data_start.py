@@ -1,4 +1,4 @@
-"""What a run reads of its corpora at its start, and the memory that this takes: by stamps, against reading everything.
+"""Bytes that a run reads of its corpora at its start, and memory that this takes: by stamps, and reading everything.
 
     python examples/benchmarks/data_start.py
 
@@ -32,7 +32,7 @@ _INT32 = 4
 
 
 class Tokenizer:
-    """What a dataset asks of one; no file is needed."""
+    """Stands in for one, as far as a dataset asks; no file is needed."""
 
     vocab_size, eod, sha256, model_path = 128_256, 2, "0" * 64, "none"
     unique_identifiers: ClassVar = {"class": "none"}

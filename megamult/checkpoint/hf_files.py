@@ -28,7 +28,7 @@ _DEFINING = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.t
 
 
 def tokenizer_identity(files: Mapping[str, bytes]) -> tuple[str, str] | None:
-    """What a tokenizer that is no sentencepiece model is known by.
+    """Return the identity of a tokenizer that is no sentencepiece model.
 
     Args:
         files: of a Hugging Face directory, by name.

@@ -222,7 +222,7 @@ def _chunks(weight: Weight, found: _Stored, read: Callable[[int], object]) -> It
 
 
 def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, str] | None, list[str]]:
-    """The tokenizer's files as they are, what it is known by (file names, SHA-256), and what to say of it."""
+    """Return the tokenizer's files as they are, its identity (file names, SHA-256), and what to say of it."""
     found = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
     identity = tokenizer_identity(found)
     files = {f"{TOKENIZER_FOLDER}/{name}": content for name, content in found.items()}

@@ -44,9 +44,9 @@ class CheckpointInfo:
     vocab_size: int
     """Exact, without padding."""
     tokenizer_sha256: str | None = None
-    """Of the files that define the tokenizer; None: not known."""
+    """SHA-256 of the files that define the tokenizer; None: not known."""
     tokenizer_files: str = SENTENCEPIECE
-    """Those files' names in the checkpoint; training reads a sentencepiece model only."""
+    """Names of those files in the checkpoint; training reads a sentencepiece model only."""
     optimizer: dict[str, Any] | None = None
     """`name`, `updates` (steps applied) and `skipped_steps`; None: there is no optimizer state."""
     data: dict[str, Any] | None = None

@@ -84,7 +84,7 @@ def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> Sa
 
 
 def _opened(path: Path) -> SavedCheckpoint:
-    """A checkpoint. Imports of older versions do not say what their tokenizer is known by: its files do."""
+    """Open a checkpoint. Imports by older versions hold no digest of their tokenizer: it is taken of its files."""
     checkpoint = SavedCheckpoint(path)
     if checkpoint.info.tokenizer_sha256 is None:
         files = checkpoint.files(TOKENIZER_FOLDER)

@@ -178,8 +178,8 @@ class BlendedDataset:
         source that the run had goes on with its next sample, and others begin.
 
         Returns:
-            What a user should know: sources that are new to the run or left out from here on, and what an older
-            checkpoint does not hold.
+            Lines that a user should read: on sources that are new to the run or left out from here on, and on what
+            an older checkpoint does not hold.
         """
         saved = state["sources"]
         known = [*(each["source"] for each in saved), *state["left"]]

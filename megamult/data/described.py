@@ -85,7 +85,7 @@ def _each(check: Callable[[str], _Result], prefixes: Sequence[str]) -> dict[str,
 
 
 def unchecked(described: Sequence[Described], full: bool) -> str | None:
-    """What could not be checked for lack of stamps, in one line; None: everything was.
+    """Say in one line what could not be checked for lack of stamps; None: everything was.
 
     Args:
         full: whether `validate_all` has been asked for.

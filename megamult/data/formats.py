@@ -1,4 +1,4 @@
-"""What an input file holds, told by its first bytes: JSON lines, plain text, or something that must be converted first.
+"""Formats of input files, known by their first bytes: JSON lines, plain text, and what must be converted first.
 
 A name decides only where the content leaves it open: text that is no JSON under `.jsonl` is a mistake in that file, and
 `.csv` or `.json` promise what plain text is not.
@@ -45,7 +45,7 @@ _TABLE_HEADER = re.compile(r'"?\w+"?(?:([,\t;])"?\w+"?)(?:\1"?\w+"?)*$')
 
 
 def recognize(path: str, json_key: str) -> Format:
-    """What `path`, which is not empty, holds.
+    """Return the format of `path`, which is not empty.
 
     Raises:
         ValueError: a format that is not read here, by its name, with what to do.

@@ -11,11 +11,11 @@ _BLOCK_BYTES = 4096
 
 @dataclass(frozen=True)
 class Identity:
-    """What tells a corpus from others.
+    """Digests that tell a corpus from others.
 
     Attributes:
         order: digest of the sizes and of where up to 65,536 evenly spaced documents start. The order of a run's samples
-            is drawn from it, and from the text nothing: corpora whose documents have the same lengths share it.
+            is drawn from it, and does not depend on the text: corpora whose documents have the same lengths share it.
         contents: digest of the sizes and of 16 evenly spaced blocks of 4 KiB of each file, token ids among them. By it
             a run that goes on recognizes its sources.
     """

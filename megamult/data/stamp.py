@@ -18,7 +18,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Stamp:
-    """What was known of a corpus when it was written.
+    """Facts about a corpus from the time when it was written.
 
     Attributes:
         tokenizer_sha256, vocab_size: the tokenizer that encoded it.

@@ -105,4 +105,4 @@ class MicroBatches:
 
 
 _CLOSE_SECONDS = 5.0
-"""For which `close` waits: the thread may be in a read that a file server does not answer."""
+"""Seconds that `close` waits: the thread may be in a read that a file server does not answer."""

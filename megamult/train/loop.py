@@ -39,7 +39,7 @@ class Samples(Readable, Protocol):
         """What a checkpoint must hold of them."""
 
     def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
-        """Go on before global sample `samples` of a run that left `state`; what a user should know of it."""
+        """Go on before global sample `samples` of a run that left `state`; return lines that a user should read."""
 
 
 class Trainer:
@@ -175,7 +175,7 @@ class Trainer:
         """Go on after the step at which a checkpoint was saved, with the next sample of every source.
 
         Returns:
-            What a user should know of the sources.
+            Lines on the sources of data that a user should read.
         """
         self.close()
         self.step_count, self.samples, self.figures = info.step, info.samples, dict(info.figures)
