@@ -60,11 +60,12 @@ def recognize(path: str, json_key: str) -> Format:
     text = head.decode("utf-8", errors="replace").lstrip()
     line, rest, _ = text.partition("\n")
     line = line.rstrip()
-    if _is_object(line) or (not rest and not complete and line.startswith('{"')):  # one line longer than the head
+    longer_than_head = not rest and not complete
+    if _is_object(line) or (longer_than_head and re.match(r'\{\s*"', line)):
         return "json lines"
     if suffix in _LINES_SUFFIXES:
         return "json lines"  # its first mistake will be named with its line
-    if _JSON_DOCUMENT.match(text if line in "[{" else line):
+    if _JSON_DOCUMENT.match(text if line in ("[", "{", "[{") else line):
         kind = "one JSON array" if text.startswith("[") else "a JSON object over several lines, or damaged JSON"
         raise ValueError(
             f"input {path} is {kind}, not one JSON object per line; write it as JSON lines, for example with jq -c "
