@@ -34,7 +34,7 @@ _NO_PADDING = -(1 << 40)
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Properties of a tokenizer that a GPTDataset asks for. No `pad` is among them: tokens equal to it would be zeroed."""
+    """Properties of a tokenizer that a GPTDataset asks for. There is no `pad`: Megatron zeroes tokens equal to it."""
 
     vocab_size: int
     eod: int
