@@ -1,13 +1,16 @@
-"""A small corpus, a tokenizer trained on it, and indexed files written without Megatron or megamult."""
+"""A small corpus, a tokenizer trained on it, indexed files written without Megatron or megamult, samples of them."""
 
 import random
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from megamult.data.dataset import BlendedDataset
 from megamult.data.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -57,3 +60,58 @@ def write_indexed(tmp_path: Path) -> Callable[..., str]:
         return str(prefix)
 
     return write
+
+
+SEQ = 8
+
+
+@dataclass
+class StubTokenizer:
+    """What the dataset reads of a tokenizer, for ids that no trained one is needed for."""
+
+    vocab_size: int = 60_000
+    eod: int = 2
+    sha256: str = "stub"
+    unique_identifiers: dict[str, str] = field(default_factory=lambda: {"class": "stub"})
+
+
+def distinct_ids(start: int, seed: int) -> list[list[int]]:
+    """Documents in which every token id occurs once in all, so that a sample tells where it was cut."""
+    draw, documents = random.Random(seed), []
+    for _ in range(30):
+        length = draw.choice([1, 2, 5, 9, 40])
+        documents.append(list(range(start, start + length)))
+        start += length
+    return documents
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., BlendedDataset]:
+    def make(*sources: str | tuple[str, float], seed: int = 7, **changes: object) -> BlendedDataset:
+        weighted = [s if isinstance(s, tuple) else (s, 1.0) for s in sources]
+        options = {
+            "tokenizer": StubTokenizer(),
+            "seq_length": SEQ,
+            "cache_dir": tmp_path / "cache",
+            **changes,
+        }
+        return BlendedDataset(weighted, seed=seed, **options)
+
+    return make
+
+
+def window(item: dict[str, torch.Tensor]) -> list[int]:
+    assert set(item) == {"tokens", "labels"}
+    assert item["tokens"].dtype == item["labels"].dtype == torch.int64
+    assert item["tokens"].shape == item["labels"].shape == (SEQ,)
+    assert item["tokens"][1:].tolist() == item["labels"][:-1].tolist()
+    return [*item["tokens"].tolist(), int(item["labels"][-1])]
+
+
+def of(dataset: BlendedDataset, samples: range) -> list[list[int]]:
+    return [window(dataset[i]) for i in samples]
+
+
+def same_lengths(start: int) -> list[list[int]]:
+    """Documents whose lengths are always the same: only their tokens tell corpora apart."""
+    return [list(range(start + 10 * n, start + 10 * n + 10)) for n in range(40)]

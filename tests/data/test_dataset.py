@@ -4,68 +4,20 @@ import itertools
 import json
 import logging
 import os
-import random
-import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import SEQ, StubTokenizer, distinct_ids, of, same_lengths, window
 
 from megamult.data.dataset import BlendedDataset
-from megamult.data.epochs import to_json
-from megamult.partial import partial_folder
 
 Write = Callable[..., str]
-SEQ = 8
 
 
 TWO = [("one", 10, 3.0), ("two", 1000, 1.0)]  # name, first token id, weight
-
-
-@dataclass
-class StubTokenizer:
-    """What the dataset reads of a tokenizer, for ids that no trained one is needed for."""
-
-    vocab_size: int = 60_000
-    eod: int = 2
-    sha256: str = "stub"
-    unique_identifiers: dict[str, str] = field(default_factory=lambda: {"class": "stub"})
-
-
-def distinct_ids(start: int, seed: int) -> list[list[int]]:
-    """Documents in which every token id occurs once in all, so that a sample tells where it was cut."""
-    draw, documents = random.Random(seed), []
-    for _ in range(30):
-        length = draw.choice([1, 2, 5, 9, 40])
-        documents.append(list(range(start, start + length)))
-        start += length
-    return documents
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Callable[..., BlendedDataset]:
-    def make(*sources: str | tuple[str, float], seed: int = 7, **changes: object) -> BlendedDataset:
-        weighted = [s if isinstance(s, tuple) else (s, 1.0) for s in sources]
-        options = {
-            "tokenizer": StubTokenizer(),
-            "seq_length": SEQ,
-            "cache_dir": tmp_path / "cache",
-            **changes,
-        }
-        return BlendedDataset(weighted, seed=seed, **options)
-
-    return make
-
-
-def window(item: dict[str, torch.Tensor]) -> list[int]:
-    assert set(item) == {"tokens", "labels"}
-    assert item["tokens"].dtype == item["labels"].dtype == torch.int64
-    assert item["tokens"].shape == item["labels"].shape == (SEQ,)
-    assert item["tokens"][1:].tolist() == item["labels"][:-1].tolist()
-    return [*item["tokens"].tolist(), int(item["labels"][-1])]
 
 
 def test_each_epoch_has_each_token_once_and_is_shuffled_anew(write_indexed: Write, make: Callable) -> None:
@@ -256,15 +208,6 @@ def test_after_a_change_of_the_blend_every_source_goes_on_where_it_was(write_ind
     assert min(taken.values()) > 8, taken
 
 
-def same_lengths(start: int) -> list[list[int]]:
-    """Documents whose lengths are always the same: only their tokens tell corpora apart."""
-    return [list(range(start + 10 * n, start + 10 * n + 10)) for n in range(40)]
-
-
-def of(dataset: BlendedDataset, samples: range) -> list[list[int]]:
-    return [window(dataset[i]) for i in samples]
-
-
 def test_corpora_of_equal_lengths_that_swap_places_go_on_each_with_its_own_samples(
     write_indexed: Write, make: Callable
 ) -> None:
@@ -329,105 +272,6 @@ def test_one_with_more_documents_than_megatron_numbers_is_refused(
         ValueError, match=r"a has 30 documents, and Megatron's sample index numbers at most 29; prepare"
     ):
         make(write_indexed("a", distinct_ids(0, 1)))
-
-
-def test_no_list_of_documents_stays_in_memory(write_indexed: Write, make: Callable) -> None:
-    dataset = make(write_indexed("a", distinct_ids(0, 1)))
-    window(dataset[0])
-    assert len(dataset._sources[0]._epochs[0].indices) == 0
-
-
-def built(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def test_the_next_epoch_is_built_before_it_is_needed_with_the_same_bytes(
-    write_indexed: Write, make: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    a, b = write_indexed("a", distinct_ids(0, 1)), write_indexed("b", distinct_ids(5000, 2))
-    expected = make(a, b, cache_dir=tmp_path / "expected")
-    per_epoch = expected.samples_per_epoch[0]
-    expected.prepare(0, 4 * per_epoch)
-    samples = of(expected, range(4 * per_epoch))
-
-    dataset = make(a, b)
-    dataset.prepare(0, 4, end=4 * per_epoch)
-    process = dataset._ahead._process
-    assert process is not None and process.wait(60) == 0
-    # Both sources' second epochs; no third one is needed yet.
-    assert sorted(p.name for p in tmp_path.glob("cache/*/*")) == ["epoch_0", "epoch_0", "epoch_1", "epoch_1"]
-    assert built(tmp_path / "cache") == built(tmp_path / "expected")
-
-    def build(*_: object) -> None:
-        raise AssertionError("built at its turn")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("megatron.core.datasets.gpt_dataset._build_document_index", build)
-        for first in range(0, 4 * per_epoch, 4):
-            dataset.prepare(first, first + 4, end=4 * per_epoch)
-        assert of(dataset, range(4 * per_epoch - 4, 4 * per_epoch)) == samples[-4:]
-    dataset.close()
-
-
-def test_nothing_is_built_ahead_that_the_run_does_not_reach(write_indexed: Write, make: Callable) -> None:
-    dataset = make(write_indexed("a", distinct_ids(0, 1)))
-    (per_epoch,) = dataset.samples_per_epoch
-    dataset.prepare(0, 4, end=per_epoch)
-    assert dataset._ahead._process is None
-    dataset.prepare(per_epoch - 1, per_epoch + 1, end=per_epoch + 1)
-    assert dataset._ahead._process is None
-
-
-def test_a_failure_to_build_ahead_is_said_and_the_epoch_is_built_at_its_turn(
-    write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dataset = make(write_indexed("a", distinct_ids(0, 1)))
-    (per_epoch,) = dataset.samples_per_epoch
-    wrong = replace(dataset._sources[0].epochs, prefix="nowhere")  # it fails while it builds
-    monkeypatch.setattr("megamult.data.ahead.to_json", lambda _, epoch: to_json(wrong, epoch))
-    dataset.prepare(0, 4, end=3 * per_epoch)
-    process = dataset._ahead._process
-    assert process is not None and process.wait(60) == 1
-    dataset.prepare(per_epoch, per_epoch + 1, end=3 * per_epoch)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert said.startswith("warning: indices of coming epochs could not be built ahead (AssertionError: One or")
-    assert window(dataset[per_epoch])
-    dataset.close()
-
-
-def test_an_epoch_that_the_builder_has_not_come_to_is_not_waited_for_and_one_that_it_is_at_is(
-    write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = make(write_indexed("a", distinct_ids(0, 1)))
-    (per_epoch,) = dataset.samples_per_epoch
-    dataset.prepare(0, 4, end=3 * per_epoch)
-    process, slept = dataset._ahead._process, []
-    assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)  # busy for ever, and at nothing
-    dataset.prepare(per_epoch, per_epoch + 1, end=3 * per_epoch)
-    path = dataset._sources[0].epochs.path(2)
-    dataset._ahead._given.add(path)
-    with partial_folder(path) as folder:
-
-        def finish(_: float) -> None:
-            slept.append(1)
-            folder.rename(path)
-
-        monkeypatch.setattr("megamult.data.ahead.time.sleep", finish)
-        dataset._ahead.wait_for(dataset._sources[0].epochs, 2)
-    assert slept == [1]
-    dataset.close()
-    assert process.poll() is not None
-
-
-def test_the_builder_ends_with_its_run(write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = make(write_indexed("a", distinct_ids(0, 1)))
-    dataset.prepare(0, 4, end=10 * dataset.samples_per_epoch[0])
-    process = dataset._ahead._process
-    assert process is not None and process.stdin is not None
-    process.stdin.close()  # as the kernel does where the run is killed
-    assert process.wait(60) in (0, 1)
 
 
 def test_a_file_that_is_cut_off_meanwhile_is_an_error(write_indexed: Write, make: Callable) -> None:
