@@ -49,6 +49,7 @@ def initialize(
         ValueError: the sizes do not fit, a tensor-parallel group would span nodes, or the limit of open files is too
             low for the connections between ranks.
         megamult.rendezvous.NobodyThere: not all processes came.
+        megamult.rendezvous.Refused: this process came to another launch's port.
         TimeoutError: DeepSpeed's operator is being compiled by another process, which does not end.
     """
     environment.set_defaults()

@@ -34,6 +34,8 @@ TELL_SECONDS = 15.0
 
 _PORT = "Give this run another port (the launcher's --master_port, or MASTER_PORT)"
 
+_ANOTHER_VERSION = "it runs another version of megamult: use one on all nodes"
+
 
 def claim_key(number: int) -> str:
     """The store's key of a claim."""
@@ -55,9 +57,14 @@ def configuration_key(digest: str) -> str:
     return f"configuration/{digest}"
 
 
-def refusal(claim: Claim, by: str, why: str) -> str:
-    """What a process is told that may not take part."""
-    return f"{claim} came to the port of {by}, which refuses it: {why}. {_PORT}"
+def refusal(claim: str, by: str, why: str, configuration: bool = False) -> str:
+    """What a process is told that may not take part.
+
+    Args:
+        claim, by: the process and rank 0, as text.
+        configuration: whether its configuration is the reason.
+    """
+    return f"{claim} came to the port of {by}, which refuses it: {why}. {REMEDY if configuration else _PORT}"
 
 
 class Reception:
@@ -111,7 +118,13 @@ class Reception:
             if self._store.check([claim_key(number)]):
                 self._unread.discard(number)
                 came = json.loads(self._store.get(claim_key(number)))
-                self._judge(number, Claim(**came | {"siblings": tuple(came["siblings"])}))
+                try:
+                    claim = Claim(**came | {"siblings": tuple(came["siblings"])})
+                except (TypeError, KeyError):
+                    name = f"rank {came.get('rank')} on {came.get('host')} (process {came.get('pid')})"
+                    self._refuse(number, name, _ANOTHER_VERSION, True)
+                else:
+                    self._judge(number, claim)
         return [rank for rank in range(self._claim.size) if rank not in self._taken]
 
     def _judge(self, number: int, claim: Claim) -> None:
@@ -125,17 +138,17 @@ class Reception:
         if why is None:
             before = self._numbers.get(claim.rank)
             if before is not None and same_launch(self._taken[claim.rank], claim) is not True:
-                self._refuse(before, self._taken[claim.rank], "its place belongs to another launch", False)
+                self._refuse(before, str(self._taken[claim.rank]), "its place belongs to another launch", False)
             self._taken[claim.rank], self._numbers[claim.rank] = claim, number
             return
         own_fault = why in (claim.problem, different)
-        self._refuse(number, claim, why, own_fault)
+        self._refuse(number, str(claim), why, own_fault)
         if own_fault:
             self._refused.append((claim, why))
 
-    def _refuse(self, number: int, claim: Claim, why: str, configuration: bool) -> None:
+    def _refuse(self, number: int, claim: str, why: str, configuration: bool) -> None:
         print(f"refused {claim}: {why}", file=sys.stderr, flush=True)
-        told = {"why": refusal(claim, str(self._claim), why), "configuration": configuration}
+        told = {"why": refusal(claim, str(self._claim), why, configuration), "configuration": configuration}
         self._store.set(answer_key(number), json.dumps(told))
 
     def _conclude(self, missing: Sequence[int], seconds: float) -> dict[str, Any]:

@@ -37,8 +37,8 @@ from megamult.reception import (
 )
 
 SECONDS = 45.0
-"""For which to wait, if nothing else is asked for: with the launcher's own start a host that is down is named within a
-minute."""
+"""How long to wait if nothing else is asked for: together with the launcher's own start, a host that is down is named
+within a minute."""
 
 
 class Refused(Exception):
@@ -63,9 +63,9 @@ class Meeting:
     """All processes of a launch."""
 
     store: Store
-    """That they share."""
+    """What they share; strangers do not know its prefix."""
     machines: list[str]
-    """Of each rank (:func:`megamult.environment.machine`)."""
+    """The node of each rank (:func:`megamult.environment.machine`)."""
 
     def check_nodes(self, tensor: int) -> None:
         """Refuse tensor-parallel groups of `tensor` consecutive ranks that span nodes.
@@ -129,7 +129,7 @@ _EXCUSE_SECONDS = 15.0
 
 
 _PATIENCE = datetime.timedelta(minutes=30)
-"""For what ranks that have met ask the store: some import longer than others."""
+"""How long ranks that have met wait for one another's keys in the store: some import longer than others."""
 
 
 def _claim(configuration: Mapping[str, Any], problem: str | None = None) -> Claim:
@@ -226,6 +226,7 @@ def _by_whom(address: str, port: int) -> str:
 
 
 _ASK_SECONDS = 3.0
+"""How long to wait for the greeting of who listens at a port that is in use."""
 
 
 def _reach(address: str, port: int, deadline: float) -> None:
@@ -258,7 +259,7 @@ def _heard(store: Store, claim: Claim, number: int, deadline: float) -> dict[str
                 break
             if time.monotonic() > deadline:
                 raise NobodyThere("rank 0 was there, and has said nothing since", rank_0_is_missing=True)
-            time.sleep(0.2)
+            time.sleep(0.4)  # thousands of ranks ask the one store
         if store.check([answer]):
             told = json.loads(store.get(answer))
             raise Refused(told["why"], told["configuration"])
@@ -267,6 +268,6 @@ def _heard(store: Store, claim: Claim, number: int, deadline: float) -> dict[str
         why = str(error).splitlines()[0]
         raise NobodyThere(f"rank 0 has left before all had come ({why})", rank_0_is_missing=True) from None
     if number not in met["numbers"]:
-        raise Refused(refusal(claim, met["by"], "the processes of its launch have all come"), False)
+        raise Refused(refusal(str(claim), met["by"], "the processes of its launch have all come"), False)
     store.set(heard_key(number), "")
     return met

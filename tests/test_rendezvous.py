@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -16,6 +17,8 @@ import pytest
 from torch.distributed import HashStore
 
 from megamult import environment, rendezvous
+from megamult.claims import Claim
+from megamult.reception import CLAIMS, Reception, answer_key, claim_key, heard_key
 from tests.distributed import free_port
 
 
@@ -196,6 +199,20 @@ def test_another_configuration_on_a_node_of_its_own_is_refused_at_once_and_named
     assert time.monotonic() - began > 10
 
 
+def test_a_process_of_another_version_is_refused_and_ends_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    store, places = HashStore(), {"launch": "", "launcher": "A", "command": "pretrain.py", "configuration": "a"}
+    ours = [Claim(rank, 2, "n1", 10 + rank, "n1", siblings=(0, 2), **places) for rank in (0, 1)]
+    other = dataclasses.asdict(ours[1]) | {"colour": "blue", "pid": 99}
+    for claim in (other, dataclasses.asdict(ours[1])):
+        store.set(claim_key(store.add(CLAIMS, 1)), json.dumps(claim))
+    store.set(heard_key(2), "")
+    met = Reception(store, ours[0], {}).receive(5.0, time.monotonic() + 5.0)
+    assert met["numbers"] == [2] and met["problem"] is None and met["missing"] is None
+    told = json.loads(store.get(answer_key(1)))
+    assert told["configuration"] and "rank 1 on n1 (process 99) came to the port of rank 0 on n1" in told["why"]
+    assert "another version of megamult" in told["why"] and "refused rank 1 on n1" in capsys.readouterr().err
+
+
 def test_who_comes_when_all_have_met_is_told_so() -> None:
     port = free_port()
     first, second = (come(rank, 2, port, "stay", *meet(60)[1:]) for rank in (0, 1))
@@ -231,6 +248,8 @@ def test_a_port_that_another_run_listens_at_is_said_with_that_runs_name() -> Non
 _AGAIN = """
 import os, sys
 from megamult import environment, rendezvous
+from megamult.claims import Claim
+from megamult.reception import CLAIMS, Reception, answer_key, claim_key, heard_key
 for _ in range(2):  # a change of members starts ranks again, at the same store and with the same count
     meeting = rendezvous.meet(60, {"lr": 1})
     meeting.store.set(f"here {environment.rank()}", "")
