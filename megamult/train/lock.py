@@ -72,7 +72,7 @@ class RunLock:
                 continue
             flocked = _flock(descriptor, insist=made)
             text = _read(self._path)
-            ours = made or (flocked is True and _machine(text) == environment.machine())
+            ours = made or (flocked is True and _is_here(text))
             looks = looks + 1 if text == before else 0
             if flocked is not False and (ours or looks >= LOOKS):
                 if not ours:
@@ -212,9 +212,13 @@ def _record(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _machine(text: str) -> str | None:
-    """Where the holder runs; None: the record does not say."""
-    return _record(text).get("machine")
+def _is_here(text: str) -> bool:
+    """Whether the record's process ran on this node, whose kernel tells of its lock; a record without a machine, as runs
+    of older versions left it, goes by the host's name."""
+    found = _record(text)
+    if "machine" in found:
+        return bool(found["machine"] == environment.machine())
+    return bool(found.get("host") == environment.host())
 
 
 def _holder(text: str) -> str:

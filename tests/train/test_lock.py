@@ -147,6 +147,14 @@ def test_a_dead_run_on_another_node_is_taken_over_with_a_line_once_it_has_stood_
         assert json.loads((tmp_path / "lock").read_text())["host"] == environment.host()
 
 
+def test_the_lock_that_an_older_version_left_on_this_host_is_nobodys(tmp_path: Path, fast: None) -> None:
+    (tmp_path / "lock").write_text(json.dumps({"host": environment.host(), "process": 1, "since": "then"}))
+    with lock.RunLock() as mine:
+        began = time.monotonic()
+        assert not mine.acquire(tmp_path)
+        assert time.monotonic() - began < lock.LOOKS * lock.LOOK_SECONDS
+
+
 def test_who_takes_a_dead_runs_lock_over_just_before_another_does_has_it_not(
     tmp_path: Path, fast: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
