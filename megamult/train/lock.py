@@ -213,8 +213,8 @@ def _record(text: str) -> dict[str, Any]:
 
 
 def _is_here(text: str) -> bool:
-    """Whether the record's process ran on this node, whose kernel tells of its lock; a record without a machine, as runs
-    of older versions left it, goes by the host's name."""
+    """Whether the record's process ran on this node, whose kernel tells of its lock. A record of an older version names
+    no machine: there the host's name decides."""
     found = _record(text)
     if "machine" in found:
         return bool(found["machine"] == environment.machine())
