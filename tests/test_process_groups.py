@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megamult import open_files, parallel, process_groups
 from megamult.checkpoint.saver import Saver
 from tests.distributed import run_distributed
+from tests.invariance import VOCAB, Case
 
 TIMEOUT = datetime.timedelta(minutes=1)
 
@@ -146,6 +147,36 @@ def test_groups_communicate_and_may_be_made_again_for_another_size() -> None:
         for tensor, got in zip(order, found, strict=True):
             first = rank - rank % tensor
             assert got == (sum(range(first, first + tensor)), sum(range(rank % tensor, 4, tensor)), rank)
+
+
+def groups_of_a_run(folder: Path) -> list[list[int]]:
+    """The ranks of each group that this rank makes, from the first to an engine of every ZeRO stage with a save."""
+    from megamult.train.checkpoints import RunCheckpoints
+    from megamult.train.engine import build
+
+    made: list[list[int]] = []
+    new_group = torch.distributed.new_group
+
+    def noted(ranks: list[int] | None = None, **options: Any) -> Any:
+        made.append(list(range(torch.distributed.get_world_size())) if ranks is None else list(ranks))
+        return new_group(ranks, **options)
+
+    with mock.patch.object(torch.distributed, "new_group", noted):
+        mpu = parallel.initialize(2)
+        for stage in range(4):
+            config = Case(world=4, tensor=2, zero=stage).config()
+            engine = build(config, VOCAB, mpu)
+            checkpoints = RunCheckpoints(folder, config, VOCAB)
+            checkpoints.save(engine, stage, 0, None, {})
+            checkpoints.wait()
+            engine.deepspeed.destroy()
+    return made
+
+
+def test_deepspeed_and_checkpoints_make_no_group_of_their_own(tmp_path: Path) -> None:
+    for rank, made in enumerate(run_distributed(4, groups_of_a_run, tmp_path)):
+        first = rank - rank % 2
+        assert made == [[first, first + 1], [rank % 2, rank % 2 + 2], [rank], [0, 1, 2, 3]]
 
 
 def limit_of_open_files(lowered: int) -> tuple[int, int]:

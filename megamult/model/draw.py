@@ -49,7 +49,7 @@ def fill_normal(target: Tensor, std: float, key: int, row: int, col: int, column
     """
     height, width = target.shape
     block = _BLOCK[target.device.type]
-    # On to the next row where the rectangle has whole rows: then its numbers have consecutive indices.
+    # Whole rows are one run of consecutive indices.
     if width == columns and target.is_contiguous():
         target, row, col, height, width = target.view(1, -1), 0, row * columns + col, 1, height * width
         columns = 0

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamult import layout
 from megamult.model import draw
+from megamult.model.initialization import initialize
 from megamult.multipliers.merge import LEAVES
 from tests.distributed import run_distributed
 from tests.invariance import VOCAB, Case
@@ -153,3 +155,15 @@ def left_undefined() -> str:
 
 def test_an_element_that_a_checkpoint_left_undefined_is_an_error_by_name() -> None:
     assert "decoder.layers.0.mlp.linear_fc2.weight" in run_distributed(1, left_undefined)[0]
+
+
+@pytest.mark.parametrize("kept", ["quantized", "twice"])
+def test_a_partition_that_deepspeed_keeps_quantized_or_twice_is_refused(kept: str) -> None:
+    weight: Any = torch.nn.Parameter(torch.zeros(0))
+    weight.ds_tensor = torch.zeros(8, dtype=torch.int8 if kept == "quantized" else torch.float32)
+    weight.ds_secondary_tensor = torch.zeros(8) if kept == "twice" else None
+    layout.attach(weight, layout.single_matrix("down", 4, 4, 1))
+    model = torch.nn.Module()
+    model.register_parameter("weight", weight)
+    with pytest.raises(ValueError, match=r"keeps weight quantized, or a second time within a node: .*; remove zero_"):
+        initialize(model, {"down": 0.1}, 1, 0, 1)
