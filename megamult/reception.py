@@ -71,7 +71,7 @@ class Reception:
     """Receives the processes of rank 0's launch.
 
     Args:
-        store: that they come to.
+        store: where they hand their claims in.
         claim: rank 0's own.
         configuration: rank 0's, flat.
     """
@@ -94,7 +94,7 @@ class Reception:
 
         Returns:
             name: a token of this run, which nobody else has; numbers: of the claims that take part; machines: each
-            rank's, or None where one is missing; problem: the mistake of which the launch ends, or None; missing: who
+            rank's, or None where one is missing; problem: the mistake that ends the launch, or None; missing: who
             did not come, as text, or None; by: rank 0, as text.
         """
         tell = min(deadline, time.monotonic() + TELL_SECONDS)

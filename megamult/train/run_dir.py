@@ -33,7 +33,7 @@ def chosen(configured: str | None) -> Iterator[Path]:
     found: list[str | None] = [None, None]
     if environment.rank() == 0:
         try:
-            made = _made_alone(Path(time.strftime("runs/%Y%m%d-%H%M%S")))
+            made = _new_directory(Path(time.strftime("runs/%Y%m%d-%H%M%S")))
             found = [str(made[-1]), None]
         except OSError as error:
             found = [None, f"{error.strerror}: {error.filename}"]
@@ -49,9 +49,12 @@ def chosen(configured: str | None) -> Iterator[Path]:
                 path.rmdir()
 
 
-def _made_alone(path: Path) -> list[Path]:
-    """Make a directory that no other process has made, of this name or with -2, -3, ... after it. Its parent, if it had
-    to be made, and the directory."""
+def _new_directory(path: Path) -> list[Path]:
+    """Make a directory that no other process has made, of this name or with -2, -3, ... after it.
+
+    Returns:
+        What was made: its parent, if that was not there, and the directory.
+    """
     made = [] if path.parent.exists() else [path.parent]
     for number in itertools.count(1):
         own = path if number == 1 else path.with_name(f"{path.name}-{number}")
