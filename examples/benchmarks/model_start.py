@@ -2,10 +2,10 @@
 
     python examples/benchmarks/model_start.py
 
-CPU seconds of one core. `whole` is the measured rate of `torch.normal` and of a copy of the rank's slice, times all
-elements of the model: what every rank did when each matrix was drawn whole. `by index` is measured on one block and on
-the embedding of one rank's shard, through `megamult.model.initialization.initialize`, and multiplied by the number of
-blocks; `resume` likewise, where a checkpoint will be loaded.
+CPU seconds of one core. `whole` is the measured rate of Megatron's `use_cpu_initialization` with `torch.normal`, times
+all elements of the model: every rank draws each matrix whole and keeps a slice. `by index` is measured on one block and
+on the embedding of one rank's shard, through `megamult.model.initialization.initialize`, and multiplied by the number
+of blocks; `resume` likewise, where a checkpoint will be loaded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from megatron.core.tensor_parallel.layers import _initialize_affine_weight_cpu
 from muon_plan import LLAMA, Llama
 
 from megamult import layout
@@ -67,15 +68,30 @@ def elements(model: Llama) -> int:
 
 
 def seconds_per_element_of_a_whole_draw(tensor: int) -> float:
-    """`torch.normal` on the CPU in fp32, and the copy of a slice of it as bf16."""
+    """Megatron's `use_cpu_initialization`: `torch.normal` in fp32, a copy into the whole matrix, a cast, a slice."""
     generator, best = torch.Generator().manual_seed(1), float("inf")
-    weight = torch.zeros(4096 // tensor, 8192, dtype=torch.bfloat16)
+    rows, cols = 8192, 8192
+    weight = torch.nn.Parameter(torch.zeros(rows // tensor, cols, dtype=torch.bfloat16))
+
+    def draw(whole: torch.Tensor) -> torch.Tensor:
+        return whole.copy_(torch.normal(0.0, 0.02, tuple(whole.shape), generator=generator))
+
     for _ in range(3):
         began = time.process_time()
-        drawn = torch.normal(0.0, 0.02, (4096, 8192), generator=generator)
-        weight.copy_(drawn[: len(weight)])
+        _initialize_affine_weight_cpu(
+            weight,
+            rows,
+            cols,
+            rows // tensor,
+            0,
+            draw,
+            params_dtype=torch.bfloat16,
+            rank=0,
+            world_size=tensor,
+            skip_set_tensor_parallel_attributes=True,
+        )
         best = min(best, time.process_time() - began)
-    return best / drawn.numel()
+    return best / (rows * cols)
 
 
 def processor() -> str:
