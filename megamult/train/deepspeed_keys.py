@@ -53,6 +53,7 @@ _OFFLOAD = (
     "megamult clips gradients on the device that computes them; a higher parallel.zero_stage, a larger parallel.tensor "
     "or train.recompute full save memory"
 )
+_ONE_PARTITION = "megamult sets and reads each parameter in one partition over all data-parallel ranks, as it is"
 _OWN_CHECKPOINTS = "megamult writes its own checkpoints, which every layout of processes can load (checkpoint.*)"
 _OWN_DATA = "megamult reads its own data (data.*, train.seed)"
 
@@ -125,6 +126,9 @@ KEYS: dict[str, Key] = {
     "zero_optimization.gather_16bit_weights_on_model_save": _refused(
         "DeepSpeed saves nothing here; launch/export_hf.py writes whole weights"
     ),
+    "zero_optimization.zero_quantized_weights": _refused(_ONE_PARTITION),
+    "zero_optimization.zero_quantized_nontrainable_weights": _refused(_ONE_PARTITION),
+    "zero_optimization.zero_hpz_partition_size": _refused(_ONE_PARTITION, neutral=1),
     "zero_force_ds_cpu_optimizer": _refused(_OFFLOAD),
     "aio": _refused("it is for offloading to disks. " + _OFFLOAD),
     # Other kinds of parallelism and of memory saving.

@@ -69,6 +69,11 @@ ALONE: list[tuple[dict[str, Any], str]] = [
     ),
     ({"bf16": {"enabled": False}}, r"bf16\.enabled is False, and here it is True: train\.dtype decides; remove it$"),
     ({"log_level": "debug"}, r"log_level is 'debug': .*; remove it$"),
+    (
+        {"zero_optimization": {"zero_hpz_partition_size": 8}},
+        r"hpz_partition_size is 8: .*in one partition.*; remove it$",
+    ),
+    ({"zero_optimization": {"zero_quantized_weights": True}}, r"quantized_weights is True: .*as it is; remove it$"),
 ]
 
 
