@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a bare machine to a pretrained small model: makes the environment, fetches and tokenizes the default corpus, trains by
-# examples/configs/quickstart.yaml, and says where the results are. What is there already is kept; each call trains
-# anew, in a run directory of its own. Takes pretrain.py's overrides; paths in them start from the repository:
+# From a bare machine to a pretrained small model: makes the environment, fetches and tokenizes the default corpus,
+# trains by examples/configs/quickstart.yaml, and says where the results are. What is there already is kept; each call
+# trains anew, in a run directory of its own. Takes pretrain.py's overrides; paths in them start from the repository:
 #
 #     launch/quickstart.sh [--section.key value ...]
 set -euo pipefail

@@ -21,7 +21,9 @@
 megamult_root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
 if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
-    # Sourced. The work is done in a process of its own, so that its strictness leaves this shell as it was.
+    # Sourced. What another checkout's setup_env.sh left in this shell is not this one's.
+    [[ "${TORCH_EXTENSIONS_DIR-}" != "${VIRTUAL_ENV-}/torch_extensions" ]] || unset TORCH_EXTENSIONS_DIR
+    # The work is done in a process of its own, so that its strictness leaves this shell as it was.
     megamult_report="$(bash "$megamult_root/launch/setup_env.sh" --report)" || return 1
     export MEGAMULT_GPUS="${megamult_report%%$'\n'*}"
     export VIRTUAL_ENV="${megamult_report#*$'\n'}"

@@ -33,7 +33,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Around all that a program imports and does: Ctrl-C is a word of rank 0 and exit code 130, no traceback."""
+    """Let Ctrl-C end a program with one word of rank 0 and exit code 130, no traceback. It goes around all imports."""
     try:
         yield
     except KeyboardInterrupt:
@@ -44,8 +44,8 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_or_nothing() -> Iterator[None]:
-    """Around a program's work, which writes nothing unless it ends: ValueError and OSError are a user's mistake (exit
-    code 2), Ctrl-C is 130, and SIGTERM (143) and the terminal's end (SIGHUP, 129) clean up as Ctrl-C does."""
+    """Run a program's work, which writes nothing unless it ends in order. ValueError and OSError are a user's mistake
+    (exit code 2), Ctrl-C is 130; SIGTERM (143) and the terminal's end (SIGHUP, 129) clean up as Ctrl-C does."""
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it is ignored, and shall be
         signal.signal(signal.SIGHUP, _terminate)

@@ -61,8 +61,10 @@ def process() -> str:
 
 
 def launch() -> str:
-    """The name that a scheduler gave to this launch, unlike any other's: torchrun's --rdzv-id, or a job step of Slurm
-    whose tasks are the ranks; "" if there is none."""
+    """The name of this launch, unlike any other's: what MEGAMULT_LAUNCH gives to all its processes, or torchrun's
+    --rdzv-id, or a job step of Slurm whose tasks are the ranks; "" if there is none."""
+    if name := os.environ.get("MEGAMULT_LAUNCH"):
+        return f"MEGAMULT_LAUNCH {name}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         name = os.environ["TORCHELASTIC_RUN_ID"]
         return "" if name == "none" else f"torchrun {name}"  # its default, which all jobs share

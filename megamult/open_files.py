@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 
 _SPARE = 256
@@ -11,7 +12,9 @@ _SPARE = 256
 def raise_limit() -> None:
     """Raise this process's soft limit of open files to the hard one, which an ordinary user may."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # A hard limit above the kernel's own, as some containers inherit, cannot be set; the soft one then stays.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def sockets(rank: int, processes: int, tensor: int, gloo: bool) -> int:
@@ -21,7 +24,7 @@ def sockets(rank: int, processes: int, tensor: int, gloo: bool) -> int:
         rank: its number; rank 0 serves the store and the watchdog, and every rank has a connection to each.
         processes: of the run.
         tensor: tensor-parallel size.
-        gloo: training itself communicates over gloo, as on CPUs; NCCL's connections are no concern of this limit.
+        gloo: training itself communicates over gloo, as on CPUs; NCCL's connections are not counted.
     """
     meshes = [processes]  # the group for work on files
     if gloo:

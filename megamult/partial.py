@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -24,15 +25,18 @@ _OWNER = "owner"
 def partial_folder(final: Path) -> Iterator[Path]:
     """An empty folder beside `final` to write it in; removed at the end with what is still in it.
 
-    First it removes folders for the same `final` that dead processes left, and says so on standard error. What belongs
-    to a process of another machine, or to nobody that can be known, stays, with a line that names it.
+    First it removes folders for the same `final` that dead processes left, and says so on standard error. A folder of
+    another machine, of this one before it was started anew, or of nobody that can be known stays, with a line that
+    names it; so does every folder on a file system without locks.
     """
     _remove_leftovers(final)
     folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
     try:
         with open(folder / _OWNER, "x", encoding="utf-8") as owner:
-            # The lock comes before the text: a file with text that is not locked is a dead process's.
-            _lock(owner)
+            # The lock comes before the text: a file with text that is not locked is a dead process's. Who has it locked
+            # before us only looks, and leaves at once.
+            while _lock(owner) is False:
+                time.sleep(0.01)
             json.dump({"machine": environment.machine(), "host": environment.host(), "process": os.getpid()}, owner)
             owner.flush()
             contents = folder / "contents"
@@ -42,18 +46,27 @@ def partial_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lock(owner: IO[str]) -> bool:
-    """Take the lock; whether it was free. A file system without locks gives it to everybody."""
+def _lock(owner: IO[str]) -> bool | None:
+    """Take the lock, and return whether it was free; None: this file system has no locks."""
     try:
         fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        print(f"warning: {owner.name} cannot be locked ({error.strerror})", file=sys.stderr)
+    except OSError:
+        return None
     return True
 
 
-def unfinished(final: Path) -> list[Path]:
+def is_being_written(final: Path) -> bool:
+    """Whether a process of this machine is writing `final` in a partial folder now."""
+    for folder in _unfinished(final):
+        with contextlib.suppress(OSError), open(folder / _OWNER, "r+", encoding="utf-8") as file:
+            if _lock(file) is False:
+                return True
+    return False
+
+
+def _unfinished(final: Path) -> list[Path]:
     """The partial folders for `final` that are there, of the living and of the dead."""
     found = final.parent.glob(f".{_escaped(final.name)}.*.partial")
     # What follows NAME must be mkdtemp's eight characters: `.a.b.x.partial` belongs to `a.b`, not to `a`.
@@ -62,7 +75,7 @@ def unfinished(final: Path) -> list[Path]:
 
 
 def _remove_leftovers(final: Path) -> None:
-    for folder in unfinished(final):
+    for folder in _unfinished(final):
         owner = _dead_owner(folder)
         if owner is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -78,7 +91,8 @@ def _dead_owner(folder: Path) -> str | None:
     doubt = f"{folder} is unfinished, and whether its process still runs cannot be seen from here: remove it if not"
     try:
         with open(folder / _OWNER, "r+", encoding="utf-8") as file:
-            if not _lock(file):
+            free = _lock(file)
+            if free is False:
                 return None
             owner = json.loads(file.read())
             machine, host, process = owner["machine"], owner["host"], owner["process"]
@@ -86,10 +100,8 @@ def _dead_owner(folder: Path) -> str | None:
         # No record, or none yet: it was made this moment, or by a version that kept none.
         print(doubt, file=sys.stderr)
         return None
-    if machine == environment.machine():
+    if free and machine == environment.machine():
         return f"process {process}"
-    if host == environment.host():
-        return f"process {process}, before this machine was started anew,"
-    # Locks of many file systems are known on one node only.
+    # Locks of many file systems are known on one node only, and two machines may have one name.
     print(f"{doubt} (process {process} on {host})", file=sys.stderr)
     return None

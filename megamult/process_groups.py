@@ -22,8 +22,9 @@ _FILES_TIMEOUT = datetime.timedelta(seconds=ON_FILES)
 """How long the fastest rank's file system may wait for the slowest's."""
 
 _made: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...] | str, ProcessGroup]] = WeakKeyDictionary()
-"""By default group: what was made beside it, by its ranks. torch names a group after its ranks and the number of this
-process's groups, so that one which is made again after others have gone could meet the first one's addresses."""
+"""Groups that were made beside each default group, by their ranks: made once, and kept. torch names a group after its
+ranks and the number of this process's groups, so that one which is made anew after others have gone could meet the
+first one's addresses."""
 
 
 def create(tensor: int, timeout: datetime.timedelta) -> None:

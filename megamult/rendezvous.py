@@ -230,7 +230,7 @@ _ASK_SECONDS = 3.0
 
 
 def _reach(address: str, port: int, deadline: float) -> None:
-    """Until somebody listens there. torch's own retries wait longer and longer, up to twice as long as it was told.
+    """Wait until somebody listens there. torch's own retries wait ever longer, up to twice as long as they were told.
 
     Raises:
         OSError: nobody does by then.

@@ -1,5 +1,6 @@
 """A partial folder is its process's while that lives, and nobody's once it is known to be dead."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megamult import environment
+from megamult import environment, partial
 from megamult.partial import partial_folder
 
 HOLD = """
@@ -62,11 +63,43 @@ def test_only_what_is_known_to_be_dead_is_removed(tmp_path: Path, capsys: pytest
     (just_made / "owner").touch()
     with partial_folder(tmp_path / "a"):
         pass
-    assert [path.exists() for path in (rebooted, elsewhere, unknown, just_made)] == [False, True, True, True]
+    assert all(path.exists() for path in (rebooted, elsewhere, unknown, just_made))
     said = capsys.readouterr().err
-    assert f"removed {rebooted}, which process 7, before this machine was started anew, left unfinished" in said
+    assert f"{rebooted} is unfinished" in said and "removed" not in said
     assert f"{elsewhere} is unfinished, and whether its process still runs cannot be seen from here" in said
     assert "(process 7 on n2)" in said
+
+
+def test_nothing_is_removed_where_there_are_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(partial.fcntl, "flock", refuse)
+    with partial_folder(tmp_path / "a") as first:
+        (first / "work").touch()
+        with partial_folder(tmp_path / "a"):
+            assert (first / "work").exists()
+    assert f"{first.parent} is unfinished, and whether its process still runs cannot be seen" in capsys.readouterr().err
+
+
+def test_a_folder_is_locked_though_an_onlooker_held_its_lock_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = [BlockingIOError(), BlockingIOError()]
+    flock = partial.fcntl.flock
+
+    def late(*arguments: object) -> None:
+        if refusals:
+            raise refusals.pop()
+        flock(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(partial.fcntl, "flock", late)
+    with partial_folder(tmp_path / "a") as first:
+        assert partial.is_being_written(tmp_path / "a")
+        with partial_folder(tmp_path / "a"):
+            assert first.exists()
 
 
 def test_names_with_patterns_in_them_are_taken_literally(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def rank_holds(layouts: list[Layout], tensor: int, data: int) -> torch.nn.Module
 
 
 def seconds_to_set(model: Llama, tensor: int, data: int, seed: int | None) -> float:
-    """For one rank: a block times the number of blocks, and embedding and head."""
+    """Seconds of one rank: a block's times the number of blocks, and those of embedding and head."""
     padded, total = padded_vocab_size(VOCAB), 0.0
     for layouts, times in (
         (model.layouts()[:4], model.layers),

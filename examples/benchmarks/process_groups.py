@@ -42,7 +42,7 @@ def groups_made(rank: int, size: int, make: Callable[[], object]) -> list[tuple[
 
 
 def sockets(rank: int, size: int, made: list[tuple[list[int], bool]], gloo: bool) -> int:
-    """Of gloo's meshes, and to the store and the watchdog, as :func:`megamult.open_files.sockets` counts."""
+    """Sockets of gloo's meshes, and to the store and the watchdog, as :func:`megamult.open_files.sockets` counts."""
     meshes = sum(len(ranks) - 1 for ranks, by_request in made if rank in ranks and (gloo or by_request))
     default = size - 1 if gloo else 0
     return meshes + default + (2 * (size + 1) if rank == 0 else 2)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megamult.data.epochs import EpochFiles, to_json
-from megamult.partial import unfinished
+from megamult.partial import is_being_written
 
 
 class BuildsAhead:
@@ -57,7 +57,7 @@ class BuildsAhead:
         """Return once the process has built an epoch that it is at. One that it has not come to is not waited for: to
         build that here is faster."""
         path = files.path(epoch)
-        while path in self._given and self.busy and not path.exists() and unfinished(path):
+        while path in self._given and self.busy and not path.exists() and is_being_written(path):
             time.sleep(0.05)
         if not self.busy:
             self._end()

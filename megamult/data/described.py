@@ -1,5 +1,6 @@
 """The description of a run's sources: what every rank must know of them, read by one rank of each node."""
 
+import concurrent.futures
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from megamult.data.tokenizer import Tokenizer
 
 # Every source takes some 40 small reads, which wait for a file server rather than for a processor.
 _THREADS = 16
+_TELL_SECONDS = 5.0
+"""How often a long check says how far it has got."""
 _Result = TypeVar("_Result")
 
 
@@ -54,26 +57,46 @@ def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Des
     return _each(check, prefixes)
 
 
-def validate_all(prefixes: Sequence[str], tokenizer: Tokenizer, share: tuple[int, int]) -> None:
+def validate_all(
+    prefixes: Sequence[str], tokenizer: Tokenizer, share: tuple[int, int], note: Callable[[int], None] = lambda n: None
+) -> None:
     """Read every byte of each source, rank k of n its share (k, n), and compare checksums where there is a stamp.
+
+    Args:
+        note: told how many pieces of the files have been checked so far, every few seconds in which there are more.
 
     Raises:
         ValueError: as `validate_indexed`; all mistakes in one message.
     """
 
+    checked: list[str] = []  # a piece each, by its source; several threads append
+
     def check(prefix: str) -> None:
         stamp = Stamp.read(prefix)
         checksums = None if stamp is None else (stamp.bin_sha256, stamp.idx_sha256)
-        validate_indexed(prefix, tokenizer.vocab_size, share, checksums)
+        validate_indexed(prefix, tokenizer.vocab_size, share, checksums, lambda: checked.append(prefix))
 
-    _each(check, prefixes)
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        if len(checked) > told:
+            told = len(checked)
+            note(told)
+
+    _each(check, prefixes, tell)
 
 
-def _each(check: Callable[[str], _Result], prefixes: Sequence[str]) -> dict[str, _Result]:
+def _each(
+    check: Callable[[str], _Result], prefixes: Sequence[str], waiting: Callable[[], None] = lambda: None
+) -> dict[str, _Result]:
+    """What `check` returns for each source, in several threads; `waiting` is called every few seconds meanwhile."""
     found: dict[str, _Result] = {}
     mistakes: list[str] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         tasks = {prefix: pool.submit(check, prefix) for prefix in dict.fromkeys(prefixes)}
+        while concurrent.futures.wait(tasks.values(), _TELL_SECONDS).not_done:
+            waiting()
         for prefix, task in tasks.items():
             try:
                 found[prefix] = task.result()

@@ -58,9 +58,9 @@ def recognize(path: str, json_key: str) -> Format:
     suffix = Path(path).suffix.lower()
     head = head.removeprefix(codecs.BOM_UTF8)
     text = head.decode("utf-8", errors="replace").lstrip()
-    line, rest, _ = text.partition("\n")
+    line, newline, _ = text.partition("\n")
     line = line.rstrip()
-    longer_than_head = not rest and not complete
+    longer_than_head = not newline and not complete
     if _is_object(line) or (longer_than_head and re.match(r'\{\s*"', line)):
         return "json lines"
     if suffix in _LINES_SUFFIXES:
@@ -68,8 +68,8 @@ def recognize(path: str, json_key: str) -> Format:
     if _JSON_DOCUMENT.match(text if line in ("[", "{", "[{") else line):
         kind = "one JSON array" if text.startswith("[") else "a JSON object over several lines, or damaged JSON"
         raise ValueError(
-            f"input {path} is {kind}, not one JSON object per line; write it as JSON lines, for example with jq -c "
-            f"{'.[]' if text.startswith('[') else '.'}"
+            f"input {path} looks like {kind}, not one JSON object per line; write it as JSON lines, for example with "
+            f"jq -c {'.[]' if text.startswith('[') else '.'}"
         )
     if suffix == ".json" and line:
         raise ValueError(

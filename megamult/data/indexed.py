@@ -8,7 +8,7 @@ numpy errors.
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -216,6 +216,7 @@ def validate_indexed(
     vocab_size: int,
     share: tuple[int, int] = (0, 1),
     checksums: tuple[Sequence[str], Sequence[str]] | None = None,
+    checked: Callable[[], None] = lambda: None,
 ) -> IndexedFiles:
     """Check an indexed dataset whole: what `read_index` checks, where each sequence begins, each token id against the
     vocabulary, and both files' checksums if they are known.
@@ -225,6 +226,7 @@ def validate_indexed(
 
     Args:
         checksums: `piece_checksums` of the .bin and of the .idx.
+        checked: called after each piece of the files.
 
     Raises:
         ValueError: the files do not fit each other, a token id lies outside [0, vocab_size), or a file has changed
@@ -234,6 +236,7 @@ def validate_indexed(
     first, step = share
     for start in range(first * _CHUNK_SEQUENCES, files.sequences, step * _CHUNK_SEQUENCES):
         check_sequences(files, start, min(start + _CHUNK_SEQUENCES, files.sequences))
+        checked()
     tokens = PIECE_BYTES // np.dtype(files.dtype).itemsize
     for number in range(first, -(-files.tokens // tokens), step):
         digest = hashlib.sha256()
@@ -242,9 +245,11 @@ def validate_indexed(
             digest.update(ids.data)
         if checksums is not None:
             _check_piece(files.bin, number, digest.hexdigest(), checksums[0])
+        checked()
     if checksums is not None:
         for number in range(first, len(checksums[1]), step):
             _check_piece(files.idx, number, _piece_checksum(files.idx, number), checksums[1])
+            checked()
     return files
 
 

@@ -140,7 +140,7 @@ def _nothing(weight: Tensor) -> Tensor:
 
 
 def standard_deviations(config: Config) -> dict[Role, float]:
-    """Of the initial weights, by role: those of projections back into the residual stream shrink with depth."""
+    """Standard deviations of initial weights by role; projections into the residual stream shrink with depth."""
     std = config.model.init_std
     into_stream = std / math.sqrt(2 * config.model.num_layers)
     roles: tuple[Role, ...] = ("q", "k", "v", "gate", "up", "embedding", "head")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Logits that are held in fp32 at a time: they stay in a CPU's cache, and take at most 256 MiB of a GPU."""
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Logits that are worked on in fp32 at a time, in up to two tensors: they stay in a CPU's cache, and take at most
+256 MiB of a GPU."""
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
@@ -38,7 +39,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
             torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX, group=group)
         elsewhere = (labels < start) | (labels >= start + local)
         target = (labels - start).masked_fill(elsewhere, 0)
-        chosen = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1).float()
+        chosen = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1).float().masked_fill(target >= real, -torch.inf)
         sums = torch.empty(2, *labels.shape, dtype=torch.float32, device=logits.device)
         sums[1] = (chosen - maximum).masked_fill(elsewhere, 0.0)
         for at in _chunks(logits):
@@ -62,8 +63,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         for at in _chunks(logits):
             softmax = _exponentials(logits, at, ctx.real, maximum).div_(sums.view(-1, 1)[at])
             # The 1 of the target is subtracted before rounding: near p = 1 the difference is all there is.
-            exact = softmax.mul_(of_softmax[at]).scatter_add_(-1, target[at], at_target[at])
-            rows[at] = exact
+            rows[at] = softmax.mul_(of_softmax[at]).scatter_add_(-1, target[at], at_target[at])
+            del softmax  # before the next chunk is made
         return grad, None, None, None
 
 

@@ -125,8 +125,9 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         if self.folded is not None:
             self.folded.chain_rule(gradients)
         if self._squares is None or self._squares[0] is not partition:
-            self._squares = partition, LocalSquares(partition.slices, grid.tensor_rank, device.local_device())
-        squares = self._squares[1](gradients)
+            here = partition.slices[0].tensor.device if partition.slices else device.local_device()
+            self._squares = partition, LocalSquares(partition.slices, grid.tensor_rank, here)
+        squares = self._squares[1](gradients).to(device.local_device())
         if not partition.sharded and grid.data_rank != 0:
             squares.zero_()  # data-parallel replicas count once
         if grid.size > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -69,16 +69,34 @@ class Table:
 
     def __init__(self, bands: Sequence[Band], here: torch.device) -> None:
         nothing = [torch.empty(0, dtype=torch.long)]
-        self.bands = bands
         self.rows = torch.cat([band.row for band in bands] or nothing).to(here)
         """[rows]: the entry of each row's multiplier."""
         self._scalars = torch.cat([band.scalar for band in bands] or nothing).to(here)
         self._cols = torch.cat([band.col.view(-1) for band in bands] or nothing).to(here)
         self._heights = [band.height for band in bands]
         self._widths = [band.col.numel() for band in bands]
-        self.cols = self._cols.split(self._widths)
-        """[vectors * width] by band: the entry of each column's multiplier."""
-        self.scalars = [None if b.scalars is None else (b.scalars[0].to(here), b.scalars[1].to(here)) for b in bands]
+        views = zip(
+            *(
+                each.split(sizes)
+                for each, sizes in (
+                    (self.rows, self._heights),
+                    (self._scalars, self._heights),
+                    (self._cols, self._widths),
+                )
+            ),
+            strict=True,
+        )
+        self.bands = [
+            replace(
+                band,
+                row=row,
+                scalar=scalar,
+                col=col.view(-1, band.width),
+                scalars=None if band.scalars is None else (band.scalars[0].to(here), band.scalars[1].to(here)),
+            )
+            for band, (row, scalar, col) in zip(bands, views, strict=True)
+        ]
+        """The bands, whose entries are views of the table's."""
 
     def factors(self, packed: Tensor) -> Factors:
         """Look the multipliers up: four kernels for all bands.

@@ -34,7 +34,7 @@ class LocalSquares:
     Args:
         slices: of the partition.
         tp_rank: of this process.
-        device: of the result, and of the gradients.
+        device: of the slices.
     """
 
     def __init__(self, slices: Sequence[Slice], tp_rank: int, device: torch.device) -> None:

@@ -207,17 +207,17 @@ class FoldedMultipliers:
         if gradient.dtype != g.dtype:
             gradient.copy_(g)
         if col is not None:
-            self._sums.index_add_(0, self._table.cols[k], col.view(-1))
+            self._sums.index_add_(0, self._table.bands[k].col.view(-1), col.view(-1))
         return dot
 
     def _add_rows(self, dots: Tensor, factors: Factors) -> None:
         """Add sum_j W kappa G [rows], of all bands, to the sums of their row multipliers and scalars."""
         # Nothing but the last entry is twice in what is added at once: sums have one order on a GPU too.
         self._sums.index_add_(0, self._table.rows, dots * factors.scalar)
-        if any(self._table.scalars):
-            for scalars, dot in zip(self._table.scalars, self._table.by_band(dots * factors.row), strict=True):
-                if scalars is not None:
-                    entries, members = scalars
+        if any(band.scalars is not None for band in self._table.bands):
+            for band, dot in zip(self._table.bands, self._table.by_band(dots * factors.row), strict=True):
+                if band.scalars is not None:
+                    entries, members = band.scalars
                     self._sums.index_add_(0, entries, members @ dot)
 
     @torch.no_grad()

@@ -60,7 +60,8 @@ class MicroBatches:
         """Tokens and labels of the next micro-batch, [micro batch, seq] each, on this process's device.
 
         Raises:
-            Exception: what reading this micro-batch raised, on the rank that reads.
+            Exception: what reading this micro-batch raised, on the rank that reads. Its tensor-parallel peers wait for
+                the tokens until that rank's end ends them.
         """
         if self._thread is None:
             both = torch.empty(self._shape, dtype=torch.int64, device=device.local_device())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -33,12 +33,17 @@ def vocabulary(config: Config) -> tuple[Tokenizer, int]:
     return tokenizer, vocab_size
 
 
-def open_datasets(config: Config, tokenizer: Tokenizer, run_dir: Path) -> tuple[BlendedDataset, BlendedDataset | None]:
+def open_datasets(
+    config: Config, tokenizer: Tokenizer, run_dir: Path, note: Callable[[int], None] = lambda pieces: None
+) -> tuple[BlendedDataset, BlendedDataset | None]:
     """The samples of data.train and, if it is set, of data.valid. Collective over all ranks; a mistake ends them all.
 
     One rank of each node reads headers, sizes, stamps and samples of the files; what rank 0 has found is sent to
     everyone, and each node's rank compares its own findings with that. With data.validate full every rank then reads
     its share of all bytes.
+
+    Args:
+        note: told how many pieces of files this rank has checked so far, every few seconds.
     """
     sources = {key: DataConfig.sources(getattr(config.data, key)) for key in ("train", "valid")}
     prefixes = list(dict.fromkeys(prefix for blend in sources.values() for prefix, _ in blend))
@@ -57,7 +62,7 @@ def open_datasets(config: Config, tokenizer: Tokenizer, run_dir: Path) -> tuple[
     full = config.data.validate == "full"
     if full:
         share = (environment.rank(), environment.world_size())
-        agreed(lambda: validate_all(prefixes, tokenizer, share))
+        agreed(lambda: validate_all(prefixes, tokenizer, share, note))
     doubt = unchecked(list(described.values()), full)
     if doubt is not None and environment.rank() == 0:
         print(f"note: {doubt}", flush=True)

@@ -142,7 +142,8 @@ _OF_BUCKETS = {"overlap_comm", "reduce_scatter", "reduce_bucket_size", "use_mult
 
 
 def _without_effect(zero: Any, config: Config) -> list[str]:
-    """Return a message for each of the user's keys of `zero_optimization` that the run's stage does not look at."""
+    """Return a message for each of the user's keys of `zero_optimization` that seems to act in this run and does not:
+    any at ZeRO 0, those of buckets at ZeRO 1 in bf16. Keys of another stage (stage3_...) pass: files serve several."""
     names = zero.keys() - {"stage"} if isinstance(zero, dict) else set()
     where, remedy = "at parallel.zero_stage 0", "raise that"
     if config.parallel.zero_stage:

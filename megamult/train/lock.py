@@ -10,6 +10,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,9 +27,10 @@ PATIENCE_SECONDS = 120.0
 BEAT_SECONDS = 3.0
 """How often the holder writes into the lock that it is alive."""
 
-LOOKS = 30
-"""A holder on another node is dead once its lock has been read so often, LOOK_SECONDS apart, without a beat between. It
-is reads that count: a file server that hangs lets no time pass for either side, and no clocks are compared."""
+LOOKS = 120
+"""A holder on another node is dead once its lock has been read so often, LOOK_SECONDS apart, without a beat between. A
+live one may hold its interpreter that long: shuffling the 2^31 documents that a source may have takes 90 s. It is reads
+that count: a file server that hangs lets no time pass for either side, and no clocks are compared."""
 
 LOOK_SECONDS = 1.0
 
@@ -43,9 +45,13 @@ class RunLock:
     Two things keep others out. flock: released the moment the process ends, but on some file systems unknown to other
     nodes. And the record in the file, which names the holder and counts its beats: seen by every node, but a dead
     holder's only gives itself away by standing still. A run that ends in order removes the file.
+
+    Args:
+        ending: called before this process ends because another run has the lock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ending: Callable[[], None] = lambda: None) -> None:
+        self._ending = ending
         self._descriptor: int | None = None
         self._path = Path()
         self._token = secrets.token_hex(8)
@@ -152,8 +158,9 @@ class RunLock:
                 if text and self._token not in text:
                     say_error(
                         f"{_holder(text)} has taken {self._path} over, because this run (process {os.getpid()} on "
-                        f"{environment.host()}) was held up for more than {LOOKS} s: this one ends"
+                        f"{environment.host()}) was held up for over {LOOKS} s or its lock was removed: this one ends"
                     )
+                    self._ending()
                     os._exit(EXIT_WATCHDOG)
                 self._write(self._descriptor)
             except OSError as problem:

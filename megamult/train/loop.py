@@ -139,8 +139,12 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean cross entropy in nats over the first `train.eval_batches` global batches of data.valid."""
+    def evaluate(self, ballot: Callable[[], Sequence[float]] = tuple) -> float:
+        """Mean cross entropy in nats over the first `train.eval_batches` global batches of data.valid.
+
+        Args:
+            ballot: asked for this rank's vote at the end, as in :meth:`train_step`, whose `votes` it replaces.
+        """
         assert self._valid is not None
         config = self.config
         self._progress.at(self.step_count, "samples of the evaluation", ON_FILES)
@@ -157,7 +161,8 @@ class Trainer:
                     _, entropy = self.engine.deepspeed(tokens, labels)
                     loss += entropy.float()
         self.engine.deepspeed.train()
-        return mean_and_votes(loss / (config.train.eval_batches * self._accumulation))[0]
+        mean_loss, self.votes = mean_and_votes(loss / (config.train.eval_batches * self._accumulation), ballot())
+        return mean_loss
 
     def multipliers(self) -> dict[str, Tensor]:
         """All multipliers by "role/side", complete on global rank 0. Collective."""
@@ -229,7 +234,7 @@ class Trainer:
                         out.histograms(self.last_multipliers, self.step_count)
                 due = config.train.eval_every and self.step_count % config.train.eval_every == 0
                 if self._valid is not None and (due or last):
-                    self.figures["valid_loss"] = self.evaluate()
+                    self.figures["valid_loss"] = self.evaluate(stop.ballot)
                     if out is not None:
                         out.evaluation({"step": self.step_count, "valid_loss": self.figures["valid_loss"]})
                 self._progress.at(self.step_count, "after the records")

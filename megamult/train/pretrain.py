@@ -62,7 +62,8 @@ def run(config: Config, resolved: str) -> None:
 
     minutes = config.train.max_minutes
     with contextlib.ExitStack() as stack:
-        log, lock = stack.enter_context(RankLog()), stack.enter_context(RunLock())
+        log = stack.enter_context(RankLog())
+        lock = stack.enter_context(RunLock(log.ended))
         progress = Progress()
         if environment.world_size() > 1:
             watchdog = Watchdog(meeting, 60 * config.parallel.timeout_minutes, log)
@@ -70,20 +71,24 @@ def run(config: Config, resolved: str) -> None:
         progress.at(0, "importing", ON_FILES)
         # Megatron says at import, on every rank, which optional packages it does without.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-        from megamult import parallel, process_groups
+        from megamult import extensions, parallel, process_groups
         from megamult.train.signals import StopRequests
 
-        progress.at(0, "joining the process groups")
-        mpu = parallel.initialize(
-            config.parallel.tensor,
-            # The watchdog comes first; alone, a group's own timeout would also end who waits for work on files.
-            timeout_minutes=config.parallel.timeout_minutes + ON_FILES / 60,
-            across_nodes=True,  # asked already
-            meeting=meeting,
-        )
+        progress.at(0, "joining the process groups", extensions.LIMIT)
+        try:
+            mpu = parallel.initialize(
+                config.parallel.tensor,
+                # The watchdog comes first; alone, a group's own timeout would also end who waits for work on files.
+                timeout_minutes=config.parallel.timeout_minutes + ON_FILES / 60,
+                across_nodes=True,  # asked already
+                meeting=meeting,
+            )
+        except TimeoutError as error:
+            say_error(f"rank {environment.rank()} on {environment.host()}: {error}")
+            sys.exit(EXIT_UNAVAILABLE)
         progress.at(0, "joining the group for work on files")
         process_groups.files()
-        stop = stack.enter_context(StopRequests(None if minutes is None else _BEGAN + 60 * minutes))
+        stop = stack.enter_context(StopRequests(None if minutes is None else _BEGAN + 60 * minutes, log.ended))
         from megamult.train import run_dir as run_dirs
 
         run_dir = agreed(lambda: stack.enter_context(run_dirs.chosen(config.train.run_dir)))
@@ -133,7 +138,9 @@ def _train(
     ours = None if checkpoint is None else run_dirs.own(checkpoint.path, run_dir)
     agreed(lambda: run_dirs.claim(run_dir, load == "latest" or ours is not None))
     progress.at(0, "checking the data", ON_FILES)
-    train, valid = corpora.open_datasets(config, tokenizer, run_dir)
+    train, valid = corpora.open_datasets(
+        config, tokenizer, run_dir, lambda pieces: progress.at(0, f"checking the data, piece {pieces}", ON_FILES)
+    )
     files = agreed(lambda: _files(resolved, tokenizer, checkpoint))
     first_step = 0 if checkpoint is None else checkpoint.info.step
     agreed(lambda: run_dirs.begin(run_dir, resolved, ours, first_step, lock))
@@ -161,7 +168,9 @@ def _train(
             fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
             step, samples = trainer.step_count, trainer.samples
             print(f"going on from {checkpoint.path}: step {step}, {samples} sequences{fresh}", flush=True)
-            if changed := changes(checkpoint.info.config, config):
+            # An imported model's configuration is no run's: all but its sizes are defaults.
+            changed = changes(checkpoint.info.config, config) if checkpoint.info.data is not None else None
+            if changed is not None:
                 print(changed, flush=True)
             if checkpoint.info.tokenizer_sha256 is None:
                 notes.append("the checkpoint does not say which tokenizer is its own: data.tokenizer is taken on trust")

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -37,10 +37,11 @@ class StopRequests:
 
     Args:
         deadline: of `time.monotonic()`, from which on to stop; None: never.
+        ending: called before a later signal ends the process.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
-        self._deadline = deadline
+    def __init__(self, deadline: float | None = None, ending: Callable[[], None] = lambda: None) -> None:
+        self._deadline, self._ending = deadline, ending
         self._asked = 0  # the first signal's number, or _ABANDONED
         self._before: dict[signal.Signals, Any] = {}
 
@@ -101,6 +102,7 @@ class StopRequests:
                             flush=True,
                         )
                 elif now - first > SAME_REQUEST_SECONDS and number != _ABANDONED:
+                    self._ending()
                     os._exit(128 + number)
 
     def ballot(self) -> list[float]:

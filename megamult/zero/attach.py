@@ -67,7 +67,8 @@ def _complete(partition: Partition, names: Mapping[Parameter, str]) -> Partition
 
 
 def attach(engine: Any, optimizer: TwoPhase) -> Partition:
-    """Make `engine.step()` run `optimizer.prepare` once, before DeepSpeed's first per-group `optimizer.step()`.
+    """Make `engine.step()` run `optimizer.prepare` once, before DeepSpeed's first per-group `optimizer.step()`, and
+    forward passes in bf16 follow the multipliers' fp32 masters after a step and after `engine.load_checkpoint`.
 
     Args:
         engine: from `deepspeed.initialize(optimizer=optimizer, ...)`.
@@ -108,4 +109,12 @@ def attach(engine: Any, optimizer: TwoPhase) -> Partition:
                 engine.optimizer._global_grad_norm = optimizer.gradient_norm
 
     engine.optimizer.step = step
+    deepspeed_load = engine.load_checkpoint
+
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        found = deepspeed_load(*args, **kwargs)
+        partition.stepped()
+        return found
+
+    engine.load_checkpoint = load_checkpoint
     return partition

@@ -45,7 +45,7 @@ class FullPrecision:
 
     @staticmethod
     def of(partition: Partition) -> FullPrecision | None:
-        """That of the partition's multipliers, if the model's own are narrower than fp32."""
+        """Return the fp32 values of a partition's multipliers; None: the model's own are fp32."""
         narrow = [c.name for c in partition.cuts if c.layout.kind == "multiplier" and c.dtype.itemsize < 4]
         return FullPrecision(partition, narrow) if narrow else None
 

@@ -33,7 +33,7 @@ class Signalling(Samples):
 def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[str]]]:
     """(reason, steps done, checkpoints) of runs over 6 steps: a signal to the second rank in step 3, with and without
     checkpoints in between, and where it is the second of a tensor-parallel group; a deadline that is past; none of
-    these."""
+    these; a signal during the evaluation after step 2."""
     from megamult import parallel
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build
@@ -48,14 +48,20 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
         (2, third, signal.SIGUSR1, None, 0),
         (1, -1, None, time.monotonic(), 0),
         (1, -1, None, None, 4),
+        (1, "evaluation", signal.SIGUSR1, None, 0),
     ]
     for i, (tensor, at, number, deadline, save_every) in enumerate(cases):
         config = Case(world=2, tensor=tensor, zero=1, steps=6).config()
         config.checkpoint.save_every, config.checkpoint.keep = save_every, 0
         engine = build(config, VOCAB, parallel.initialize(tensor))
-        at = -1 if torch.distributed.get_rank() == 0 else at  # only the second rank is signalled
+        second = torch.distributed.get_rank() == 1  # only this one is signalled
+        valid = None
+        if at == "evaluation":
+            config.train.eval_every, config.train.eval_batches = 2, 1
+            valid = Signalling(0 if second else -1, number or signal.SIGTERM, VOCAB, config.model.seq_length)
+        at = at if second and at != "evaluation" else -1
         samples = Signalling(at, number or signal.SIGTERM, VOCAB, config.model.seq_length)
-        trainer = Trainer(config, engine, samples, None, VOCAB)
+        trainer = Trainer(config, engine, samples, valid, VOCAB)
         run_dir = folder / str(i)
         with StopRequests(deadline) as stop:
             reason = trainer.run(run_dir, RunCheckpoints(run_dir, config, VOCAB), stop)

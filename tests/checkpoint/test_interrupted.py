@@ -36,6 +36,7 @@ def test_a_signal_to_one_rank_or_a_deadline_stops_all_after_the_same_step_with_a
             ("SIGUSR1", 3, ["latest", "step_3"]),
             ("train.max_minutes", 1, ["latest", "step_1"]),
             (None, 6, ["latest", "step_4", "step_6"]),
+            ("SIGUSR1", 2, ["latest", "step_2"]),
         ]
     )
     assert sorted(losses(tmp_path / "1")) == [1, 2, 3]

@@ -70,11 +70,15 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "array": (
         "a.json",
         json.dumps([{"text": t} for t in TEXTS]).encode(),
-        "is one JSON array, not one JSON object per",
+        "looks like one JSON array, not one JSON object per",
     ),
-    "indented array": ("a.txt", json.dumps([{"text": "a"}], indent=2).encode(), "is one JSON array"),
+    "indented array": ("a.txt", json.dumps([{"text": "a"}], indent=2).encode(), "looks like one JSON array"),
     "array of strings": ("a.json", json.dumps(TEXTS).encode(), "for example with jq -c .[]"),
-    "indented object": ("a.txt", json.dumps({"text": "a"}, indent=2).encode(), "is a JSON object over several lines"),
+    "indented object": (
+        "a.txt",
+        json.dumps({"text": "a"}, indent=2).encode(),
+        "looks like a JSON object over several lines",
+    ),
     "object in parts": ("a.json", b'{"text": "a",\n "id": 1}\n', "for example with jq -c ."),
     "no JSON": ("a.json", b"plain words\n", "begins with 'plain words', which is no JSON object"),
     "table by name": ("a.csv", b"a;b\n1;2\n", "is a table ('a;b')"),

@@ -207,7 +207,7 @@ def test_all_bad_inputs_are_named_together(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: 4 of 5 inputs cannot be read: input nowhere.txt does not exist; ")
     for part in (
         "; input table.csv is a table ('id,text'); ",
-        "; input list.json is one JSON array",
+        "; input list.json looks like one JSON array",
         "hole.jsonl, line 3",
     ):
         assert part in result.stderr

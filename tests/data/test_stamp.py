@@ -93,8 +93,7 @@ def test_a_change_between_the_samples_is_found_on_request(
     assert f"{prefix}.bin has changed since launch/prepare_data.py wrote it" in wrong[0][1]
     flip(f"{prefix}.bin", 200_000)
     flip(f"{prefix}.idx", len(Path(f"{prefix}.idx").read_bytes()) - 20)  # a bound that only older readers use
-    with pytest.raises(ValueError, match=r"are not those|\.idx has changed since"):
-        describe(prefix, tokenizer)
+    with pytest.raises(ValueError, match=r"\.idx has changed since"):
         validate_all([prefix], tokenizer, (0, 1))
 
 

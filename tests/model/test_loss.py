@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -82,10 +83,17 @@ def test_nothing_of_the_size_of_bf16_logits_is_made_in_fp32(monkeypatch: pytest.
     monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 16 * vocab)
     logits = torch.randn(tokens, 1, vocab, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
     labels = torch.randint(0, 300, (tokens, 1), generator=torch.Generator().manual_seed(2))
-    with LargestFp32() as largest:
+    with LiveFp32() as live:
         entropy, log_sum_exp = VocabParallelCrossEntropy.apply(logits, labels, 300, OneRank())
         (entropy.sum() + log_sum_exp.square().sum()).backward()
-    assert 0 < largest.elements <= 16 * vocab
+    # Two chunks, and some twenty numbers of every token.
+    assert 16 * vocab <= live.most <= 2 * 16 * vocab + 20 * tokens
+
+
+def test_a_label_in_the_padding_is_an_infinite_loss_and_not_a_wrong_one() -> None:
+    logits, labels = torch.zeros(2, 1, 384), torch.tensor([[310], [5]])
+    entropy, _ = VocabParallelCrossEntropy.apply(logits, labels, 300, OneRank())
+    assert entropy[0, 0] == torch.inf and entropy[1, 0] == pytest.approx(math.log(300), rel=1e-6)
 
 
 class OneRank:
@@ -98,16 +106,22 @@ class OneRank:
         return 1
 
 
-class LargestFp32(TorchDispatchMode):
-    """Notes the largest fp32 tensor that an operation returns while it is entered."""
+class LiveFp32(TorchDispatchMode):
+    """Notes how many elements fp32 tensors, made while it is entered, have held at most at one time."""
 
-    elements = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for each in tree_leaves(result):
             if isinstance(each, torch.Tensor) and each.dtype == torch.float32:
-                self.elements = max(self.elements, each.numel())
+                storage = each.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes() // 4
+        self._storages = {key: found for key, found in self._storages.items() if not found[0].expired()}
+        self.most = max(self.most, sum(elements for _, elements in self._storages.values()))
         return result
 
 

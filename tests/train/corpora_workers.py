@@ -45,7 +45,7 @@ def opened(prefix: str, folder: Path, nodes: int, other: bool) -> tuple[object, 
     with (
         mock.patch.object(corpora, "describe_all", described),
         mock.patch.object(parallel, "destroy"),
-        mock.patch.object(command_line, "_HEAD_START_SECONDS", 0.0),
+        mock.patch.object(command_line, "HEAD_START_SECONDS", 0.0),
         contextlib.redirect_stderr(stream),
         contextlib.redirect_stdout(stream),
     ):

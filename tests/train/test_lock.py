@@ -82,6 +82,7 @@ def hold(tmp_path: Path) -> Iterator[Hold]:
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is waited for, and a holder is dead after three seconds without a beat."""
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "LOOKS", 30)
     monkeypatch.setattr(lock, "LOOK_SECONDS", 0.1)
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.2)
     monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.0)

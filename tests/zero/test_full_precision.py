@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ CASES = [Case(stage=stage, dtype="bf16") for stage in range(4)]
 CASES += [Case(tensor=2, sequence=True, stage=stage, dtype="bf16") for stage in (1, 3)]
 
 
-def run(cases: list[Case]) -> list[dict[str, Any]]:
-    """By case: what went wrong on this rank, as text."""
+def run(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
+    """What went wrong on this rank, as text, by case."""
     from megamult import parallel
     from megamult.train.engine import build
 
@@ -28,6 +29,11 @@ def run(cases: list[Case]) -> list[dict[str, Any]]:
         for step in range(2):
             _step(engine, config, step)
         outcome["after two steps"] = stale(engine)
+        if case.stage and case.tensor == 1:
+            engine.deepspeed.save_checkpoint(f"{folder}/{case.stage}")
+            _step(engine, config, 2)
+            engine.deepspeed.load_checkpoint(f"{folder}/{case.stage}")
+            outcome["after DeepSpeed's own load"] = stale(engine)
         outcome["in bf16"] = sum(moved_in_bf16(engine), torch.zeros(2))
         if case.stage == 1 and case.tensor == 1:
             outcome["weights"] = wrong_weights(engine.model)
@@ -99,9 +105,9 @@ def wrong_weights(model: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> list[list[dict[str, Any]]]:
-    """By rank and case."""
-    return run_distributed(2, run, CASES)
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """What `run` returns, by rank and case."""
+    return run_distributed(2, run, CASES, tmp_path_factory.mktemp("deepspeed"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -110,6 +116,13 @@ def test_every_rank_scales_by_the_fp32_masters_of_its_multipliers(
     outcomes: list[list[dict[str, Any]]], case: Case, when: str
 ) -> None:
     assert [rank[CASES.index(case)][when] for rank in outcomes] == [[], []]
+
+
+@pytest.mark.parametrize("case", CASES[1:4], ids=str)
+def test_every_rank_scales_by_the_masters_that_deepspeed_has_loaded(
+    outcomes: list[list[dict[str, Any]]], case: Case
+) -> None:
+    assert [rank[CASES.index(case)]["after DeepSpeed's own load"] for rank in outcomes] == [[], []]
 
 
 def test_the_masters_are_not_what_bf16_could_hold(outcomes: list[list[dict[str, Any]]]) -> None:
