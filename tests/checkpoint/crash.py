@@ -76,6 +76,16 @@ def stepping(run_dir: Path) -> Callable[[], bool]:
     return lambda: metrics.exists() and metrics.stat().st_mtime_ns > max(before, started) and metrics.stat().st_size > 0
 
 
+def further(run_dir: Path, steps: int) -> Callable[[], bool]:
+    """Whether the run has recorded so many steps more than now: lives get equally far on any machine."""
+
+    def recorded() -> int:
+        return (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+
+    before = recorded()
+    return lambda: recorded() >= before + steps
+
+
 @dataclass
 class Life:
     """One start and its end."""
@@ -87,12 +97,12 @@ class Life:
 
 
 def live_and_die(run_dir: Path, command: list[str], draw: random.Random, inside_save: bool, everyone: bool) -> Life:
-    """Start, and kill one rank or all processes: while a checkpoint is written, or at a random moment."""
+    """Start, and kill one rank or all processes: while a checkpoint is written to a slow disk, or at a random step."""
     before = newest(run_dir)
     ready = stepping(run_dir)
-    launch = Launch(command, processes=2)
+    launch = Launch(command, processes=2, first=Path(__file__).parent / "slow_disk" if inside_save else None)
     wait_for(ready, launch, "step")
-    time.sleep(draw.uniform(0.0, 2.0))
+    wait_for(further(run_dir, draw.randrange(5)), launch, "further steps")
     if inside_save:
         wait_for(lambda: any((run_dir / "checkpoints").glob("step_*.tmp")), launch, "save")
         time.sleep(draw.uniform(0.0, 0.03))
@@ -114,7 +124,7 @@ def stop(run_dir: Path, command: list[str], draw: random.Random, whom: str) -> L
     ready = stepping(run_dir)
     launch = Launch(command, processes=2)
     wait_for(ready, launch, "step")
-    time.sleep(draw.uniform(0.0, 1.0))
+    wait_for(further(run_dir, draw.randrange(4)), launch, "further steps")
     ranks = launch.ranks()
     asked = {"one rank": [draw.choice(ranks)], "all ranks, twice": ranks * 2, "the launcher": [launch.process.pid]}
     number = signal.SIGUSR1 if whom == "one rank" else signal.SIGTERM

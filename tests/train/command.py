@@ -83,11 +83,16 @@ class Outcome:
 
 
 class Launch:
-    """launch/pretrain.py as it runs: by itself, or on `processes` ranks under DeepSpeed's launcher."""
+    """launch/pretrain.py as it runs: by itself, or on `processes` ranks under DeepSpeed's launcher.
 
-    def __init__(self, arguments: list[str], processes: int | None = None) -> None:
+    Args:
+        first: a folder to import from before all others.
+    """
+
+    def __init__(self, arguments: list[str], processes: int | None = None, first: Path | None = None) -> None:
         self._marker = f"MEGAMULT_TEST_{uuid.uuid4().hex}"
-        environment = {**os.environ, self._marker: "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        environment = {**os.environ, self._marker: "1", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in (first, REPOSITORY) if path is not None)
         environment.pop("PYTHONWARNINGS", None)  # what a user would see
         script = str(REPOSITORY / "launch" / "pretrain.py")
         if processes is None:

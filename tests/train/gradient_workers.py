@@ -32,9 +32,14 @@ def _batches(rank: int) -> list[tuple[Tensor, Tensor]]:
 
 def _averages(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Means over ranks and micro-batches, in float64, of the bf16 gradients and of their magnitudes, by parameter."""
+    from megamult.layout import named_layouts
     from megamult.model.gpt import GPT
+    from megamult.multipliers.parameters import FULL_PRECISION
 
     model = GPT(config, VOCAB, config.train.seed)
+    for _, parameter, layout in named_layouts(model):
+        if layout.kind == "multiplier":  # as the engine's optimizer makes forward passes scale
+            setattr(parameter, FULL_PRECISION, parameter.detach().float())
     mean = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
     magnitude = {name: torch.zeros_like(total) for name, total in mean.items()}
     terms = config.train.global_batch_size
