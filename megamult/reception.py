@@ -24,7 +24,7 @@ MET = "met"
 """What rank 0 has found, once its wait is over."""
 
 RANK_0 = "rank 0"
-"""Who serves this store, for those that find its port in use."""
+"""Key of the name of the process that serves this store, for those that find its port in use."""
 
 HEAR = datetime.timedelta(seconds=10)
 """How long rank 0 waits until what it has found is heard."""

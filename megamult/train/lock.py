@@ -35,8 +35,8 @@ that count: a file server that hangs lets no time pass for either side, and no c
 LOOK_SECONDS = 1.0
 
 SETTLE_SECONDS = 1.0
-"""Who takes a dead run's lock over reads it again after so long: of several that do, the last to write has it; and who
-opened a file that its holder then removed finds that its name is another's."""
+"""How long after taking over a dead run's lock a run reads it again: of several that take it over, the last to write
+has it, and a run that had opened a file which its holder then removed finds another one under that name."""
 
 
 class RunLock:
@@ -229,7 +229,7 @@ def _is_here(text: str) -> bool:
 
 
 def _holder(text: str) -> str:
-    """Who holds the lock, for a message."""
+    """Name of the process that holds the lock, for a message."""
     found = _record(text)
     if not found:
         return "a process that has not said its name"
