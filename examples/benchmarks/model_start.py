@@ -63,7 +63,7 @@ def seconds_to_set(model: Llama, tensor: int, data: int, seed: int | None) -> fl
 
 
 def elements(model: Llama) -> int:
-    """Of the whole model's matrices, embedding and head."""
+    """Elements of the whole model's matrices, embedding and head."""
     return sum(each.shape[0] * each.shape[1] for each in model.layouts()) + 2 * padded_vocab_size(VOCAB) * model.hidden
 
 

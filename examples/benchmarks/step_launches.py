@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from muon_plan import LLAMA
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -30,16 +31,14 @@ from megamult.optim.folded import FoldedMultipliers
 from megamult.zero.slices import Cut, Partition, Slice, even_intervals
 
 NARROWER = 32
-# (layers, hidden, query heads, query groups, ffn): A. Grattafiori et al., arXiv 2407.21783, table 3.
-LLAMA = {"8B": (32, 4096, 32, 8, 14336), "70B": (80, 8192, 64, 8, 28672)}
 VOCABULARY = 128256
 
 
 def layouts(name: str, tensor: int) -> dict[str, Layout]:
     """What one tensor-parallel rank holds of every parameter, as a model of its own."""
-    layers, hidden, heads, groups, ffn = LLAMA[name]
-    hidden, ffn = hidden // NARROWER, ffn // NARROWER // tensor
-    heads, groups = heads // tensor, max(1, groups // tensor)
+    model = LLAMA[name]
+    hidden, ffn = model.hidden // NARROWER, model.ffn // NARROWER // tensor
+    heads, groups = model.heads // tensor, max(1, model.groups // tensor)
     dim = max(2, hidden // (heads * tensor))
     block = {
         "qkv.weight": layout.fused_qkv(heads, groups, dim, hidden),
@@ -51,7 +50,7 @@ def layouts(name: str, tensor: int) -> dict[str, Layout]:
     }
     rows = VOCABULARY // NARROWER // tensor
     found = {"embedding.weight": layout.vocabulary("embedding", rows, rows, hidden)}
-    found |= {f"{i}.{key}": stated for i in range(layers) for key, stated in block.items()}
+    found |= {f"{i}.{key}": stated for i in range(model.layers) for key, stated in block.items()}
     return found | {"norm": layout.norm(hidden, False), "head": layout.vocabulary("head", rows, rows, hidden)}
 
 

@@ -75,17 +75,8 @@ class Table:
         self._cols = torch.cat([band.col.view(-1) for band in bands] or nothing).to(here)
         self._heights = [band.height for band in bands]
         self._widths = [band.col.numel() for band in bands]
-        views = zip(
-            *(
-                each.split(sizes)
-                for each, sizes in (
-                    (self.rows, self._heights),
-                    (self._scalars, self._heights),
-                    (self._cols, self._widths),
-                )
-            ),
-            strict=True,
-        )
+        rows, scalars = self.rows.split(self._heights), self._scalars.split(self._heights)
+        cols = self._cols.split(self._widths)
         self.bands = [
             replace(
                 band,
@@ -94,7 +85,7 @@ class Table:
                 col=col.view(-1, band.width),
                 scalars=None if band.scalars is None else (band.scalars[0].to(here), band.scalars[1].to(here)),
             )
-            for band, (row, scalar, col) in zip(bands, views, strict=True)
+            for band, row, scalar, col in zip(bands, rows, scalars, cols, strict=True)
         ]
         """The bands, whose entries are views of the table's."""
 

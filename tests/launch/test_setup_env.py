@@ -147,7 +147,7 @@ def test_a_checkout_at_a_new_path_gets_a_new_environment_and_the_old_one_stays(p
 
 
 def test_an_environment_made_by_hand_in_the_checkout_is_used(place: Place) -> None:
-    """As in the image with NVIDIA's packages, or a conda prefix."""
+    """Such an environment is that of the image with NVIDIA's packages, or a conda prefix."""
     checkout = place.checkout("a")
     by_hand(checkout / ".venv", place)
     (checkout / ".venv" / "bin" / "activate").rename(checkout / ".venv" / "bin" / "pip")  # conda's has no activate

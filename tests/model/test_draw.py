@@ -14,7 +14,7 @@ from megamult.model import draw
 
 MASK = (1 << 64) - 1
 ACCURACY = 5e-10
-"""Of z before it is rounded to fp32, as the module states it."""
+"""Largest error of z before it is rounded to fp32, as the module states it."""
 
 
 RECORDED = [

@@ -78,7 +78,7 @@ def builds() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[list[dict[str, Any]]]:
-    """By rank and case."""
+    """What each rank found, by rank and case."""
     return run_distributed(4, builds)
 
 
