@@ -42,7 +42,7 @@ ARG MEGAMULT_EXTRAS=export,reproduce,test
 # installed as a link to this folder, and a link needs its target.
 COPY --chown=megamult:megamult setup.py pyproject.toml constraints.txt LICENSE ./
 COPY --chown=megamult:megamult launch/setup_env.sh launch/
-COPY --chown=megamult:megamult megamult/__init__.py megamult/extensions.py megamult/
+COPY --chown=megamult:megamult megamult/__init__.py megamult/distributed/extensions.py megamult/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,mode=0444 \
     PIP_NO_CACHE_DIR=1 launch/setup_env.sh
 
@@ -96,7 +96,7 @@ ENV PIP_CONSTRAINT=""
 # was built for this CUDA and NCCL. setup_env.sh keeps a .venv that it finds.
 COPY --chown=megamult:megamult setup.py pyproject.toml constraints.txt LICENSE ./
 COPY --chown=megamult:megamult launch/setup_env.sh launch/
-COPY --chown=megamult:megamult megamult/__init__.py megamult/extensions.py megamult/
+COPY --chown=megamult:megamult megamult/__init__.py megamult/distributed/extensions.py megamult/
 COPY --chown=megamult:megamult docker/hold_base.py docker/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,mode=0444 \
     python3 docker/hold_base.py constraints.txt \

@@ -4,7 +4,7 @@
     python examples/fold_megatron.py                         # one process
 
 A small GPTModel of Megatron's local layer spec learns one random batch. Embedding and head are padded to 1,024 tokens.
-`parallel.initialize` sets Megatron's process groups up and, where there is no GPU, lets its modules run on a CPU.
+`mesh.initialize` sets Megatron's process groups up and, where there is no GPU, lets its modules run on a CPU.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 
 import megamult
-from megamult import device, parallel
+from megamult.distributed import device, mesh
 
 SEQUENCES, TOKENS, VOCAB = 8, 32, 1000
 
@@ -24,7 +24,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
 parser.add_argument("--local_rank", help="DeepSpeed's launcher adds it")
 arguments = parser.parse_args()
-mpu = parallel.initialize(tensor=arguments.tensor)
+mpu = mesh.initialize(tensor=arguments.tensor)
 torch.manual_seed(1)  # with use_cpu_initialization weights are drawn whole, then cut: the same for any --tensor
 config = TransformerConfig(
     num_layers=2,
@@ -50,7 +50,7 @@ model = GPTModel(
     position_embedding_type="rope",
     share_embeddings_and_output_weights=False,
 )
-rank, ranks = parallel.data_group().rank(), parallel.data_group().size()
+rank, ranks = mesh.data_group().rank(), mesh.data_group().size()
 settings = {
     "train_micro_batch_size_per_gpu": SEQUENCES // ranks,
     "zero_optimization": {"stage": 1},
@@ -74,11 +74,11 @@ for step in range(10):
     engine.backward(loss)
     engine.step()
     mean = loss.detach().clone()
-    torch.distributed.all_reduce(mean, group=parallel.data_group())
+    torch.distributed.all_reduce(mean, group=mesh.data_group())
     values = optimizer.folded.values
     if torch.distributed.get_rank() == 0:
         print(f"step {step}: loss {mean / ranks:.4f}, multipliers {values.min():.4f} to {values.max():.4f}")
 for vector, multipliers in optimizer.folded.named():
     if torch.distributed.get_rank() == 0 and ".layers.1." not in vector.name:
         print(f"{vector.name:52} [{vector.length:4}]  mean {multipliers.mean():.4f}, spread {multipliers.std():.4f}")
-parallel.destroy()
+mesh.destroy()

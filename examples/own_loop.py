@@ -2,22 +2,23 @@
 
     deepspeed --num_gpus 2 examples/own_loop.py
 
-Every parameter must state its layout, as the modules of megamult.layers and megamult.model do; to a module of your
-own, `megamult.layout.attach` gives one.
+Every parameter must state its layout, as the modules of megamult.layers and megamult.models do; to a module of your
+own, `megamult.parameters.spec.attach` gives one.
 """
 
 import deepspeed
 import torch
 
 import megamult
-from megamult import device, parallel
-from megamult.config import Config, ModelConfig
-from megamult.model.gpt import GPT
+from megamult.config import Config
+from megamult.distributed import device, mesh
+from megamult.models.llama.config import ModelConfig
+from megamult.models.llama.model import GPT
 from megamult.zero.attach import attach
 
 VOCAB = 1000
 
-mpu = parallel.initialize(tensor=1)
+mpu = mesh.initialize(tensor=1)
 model = GPT(Config(model=ModelConfig(num_layers=2, seq_length=64)), VOCAB, seed=1).to(device.local_device())
 
 # Muon for the blocks' matrices, AdamW for everything else; megamult.TwoPhaseAdamW takes the same groups.
@@ -40,4 +41,4 @@ for step in range(10):
     engine.step()
     if torch.distributed.get_rank() == 0:
         print(f"step {step}: cross entropy {cross_entropy.item():.4f}, gradient norm {optimizer.norms.main:.4f}")
-parallel.destroy()
+mesh.destroy()

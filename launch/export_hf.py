@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megamult.console import whole_or_nothing
+from megamult.runtime.console import whole_or_nothing
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def main() -> None:
     args = _parser().parse_args()
     with whole_or_nothing():
         try:
-            from megamult.checkpoint.hf_export import export  # heavy: --help and a wrong argument need not wait for it
+            from megamult.huggingface.exporting import export  # heavy: --help and a wrong argument need not wait for it
         except ImportError as error:
             raise ValueError(f"{error.name} is not installed: pip install megamult[export]") from None
         done = export(args.checkpoint, args.output, args.dtype, args.max_shard_size)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megamult.console import whole_or_nothing
+from megamult.runtime.console import whole_or_nothing
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def main() -> None:
     """Run the command line; the exit code is 0, 2 for a user's mistake, 130 for Ctrl-C."""
     args = _parser().parse_args()
     with whole_or_nothing():
-        from megamult.checkpoint.hf_import import import_  # heavy: --help and a wrong argument need not wait for it
+        from megamult.huggingface.importing import import_  # heavy: --help and a wrong argument need not wait for it
 
         done = import_(args.input, args.output, args.placement)
     for note in done.notes:

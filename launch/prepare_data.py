@@ -4,8 +4,8 @@ import argparse
 import os
 from concurrent.futures.process import BrokenProcessPool
 
-from megamult.console import whole_or_nothing
 from megamult.data.corpus import prepare_corpus
+from megamult.runtime.console import whole_or_nothing
 
 
 def _parser() -> argparse.ArgumentParser:

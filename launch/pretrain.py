@@ -1,6 +1,6 @@
 """Pretrain: `deepspeed [launcher flags] launch/pretrain.py --config FILE.yaml [--section.key value ...]`."""
 
-from megamult.console import interruptible
+from megamult.runtime.console import interruptible
 
 if __name__ == "__main__":
     with interruptible():

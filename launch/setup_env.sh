@@ -211,7 +211,7 @@ print("cuda" if any(name.startswith(("nvidia-", "cuda-")) for name in requires) 
 warm_shm_op() {
     local log="$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm.log" done_file="$TORCH_EXTENSIONS_DIR/.megamult-compiled"
     # A process that is killed while it compiles leaves a lock, for which every later one would wait for ever.
-    "$venv/bin/python" megamult/extensions.py "$TORCH_EXTENSIONS_DIR"
+    "$venv/bin/python" megamult/distributed/extensions.py "$TORCH_EXTENSIONS_DIR"
     if [[ "$(cat "$done_file" 2>/dev/null)" == "$wanted" ]]; then return; fi
     check_compiler
     say "compiling DeepSpeed's shared-memory collectives (half a minute)"

@@ -9,11 +9,11 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "attach": "megamult.zero.attach",
-    "DistributedMuon": "megamult.optim.muon",
-    "fold": "megamult.optim.fold",
-    "gpt_layer_spec": "megamult.model.spec",
-    "LLAMA_RULES": "megamult.optim.rules",
-    "megatron_rules": "megamult.optim.rules",
+    "DistributedMuon": "megamult.optim.muon.rule",
+    "fold": "megamult.integrations.fold",
+    "gpt_layer_spec": "megamult.models.llama.layer",
+    "LLAMA_RULES": "megamult.integrations.rules",
+    "megatron_rules": "megamult.integrations.rules",
     "merge": "megamult.multipliers.merge",
     "param_groups": "megamult.optim.param_groups",
     "TwoPhaseAdamW": "megamult.optim.adamw",

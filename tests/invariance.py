@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult.config import (
-    Config,
-    ModelConfig,
-    MultipliersConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-)
-from tests.distributed import run_distributed
+from megamult.config import Config
+from megamult.distributed.config import ParallelConfig
+from megamult.models.llama.config import ModelConfig
+from megamult.multipliers.config import MultipliersConfig
+from megamult.optim.config import OptimizerConfig
+from megamult.train.config import TrainConfig
+from tests.processes import run_distributed
 
 VOCAB = 200  # not a multiple of 128: the last rows are padding, on the last tensor-parallel rank
 LR = 3e-3
@@ -144,16 +142,16 @@ class RandomSamples:
 
 def run_cases(cases: list[Case]) -> list[Outcome]:
     """Train every case, one after the other, on this launch's processes. Complete on rank 0."""
-    from megamult import parallel
-    from megamult.checkpoint.logical import trained
+    from megamult.distributed import mesh
     from megamult.train.engine import build
     from megamult.train.loop import Trainer
+    from megamult.zero.gather import trained
 
     outcomes = []
     for case in cases:
         torch.compiler.reset()  # of all cases together there are more compilations than torch's limit
         config = case.config()
-        mpu = parallel.initialize(case.tensor)
+        mpu = mesh.initialize(case.tensor)
         engine = build(config, VOCAB, mpu)
         trainer = Trainer(config, engine, RandomSamples(VOCAB, config.model.seq_length), None, VOCAB)
         outcome = Outcome()

@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
-from megamult.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    MultipliersConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from megamult.config import Config
+from megamult.data.config import DataConfig
+from megamult.distributed.config import ParallelConfig
+from megamult.models.llama.config import ModelConfig
+from megamult.multipliers.config import MultipliersConfig
+from megamult.optim.config import OptimizerConfig
 from megamult.train.command_line import parse
+from megamult.train.config import TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = sorted((REPOSITORY / "examples" / "configs").glob("*.yaml"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import free_port
+from tests.processes import free_port
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

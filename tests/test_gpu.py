@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed import run_distributed
 from tests.invariance import Case, Outcome, run_cases
+from tests.processes import run_distributed
 
 pytestmark = pytest.mark.gpu
 
@@ -57,7 +57,7 @@ def test_two_gpus_train_as_the_cpu_does() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "depth"), [(130, 70), (512, 1408), (1100, 333)])
 def test_the_symmetric_kernel_computes_the_product(n: int, depth: int, dtype: torch.dtype) -> None:
-    from megamult.optim.symmetric_triton import lower_tiles
+    from megamult.optim.muon.symmetric_triton import lower_tiles
 
     x = torch.randn(3, n, depth, device="cuda").to(dtype)
     c = torch.randn(3, n, n, device="cuda").to(dtype)

@@ -10,80 +10,102 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
+MESH = "megamult.distributed.mesh"
 PACKAGE = REPOSITORY / "megamult"
 
-# A module may import from its own line and from the lines above it. `megamult.config` stands below `layout` and
-# `placement` because it validates by their vocabulary of roles and sides; neither of the two reads the configuration.
+# A module may import from its own line and from the lines above it.
 DATA_FLOW = [
     ["megamult"],  # imports nothing at import time; its public names are looked up when asked for
     [
-        "megamult.console",
-        "megamult.environment",
-        "megamult.extensions",
-        "megamult.open_files",
-        "megamult.partial",
-        "megamult.patience",
+        "megamult.runtime.exit_codes",
+        "megamult.runtime.patience",
         "megamult.settings",
+        "megamult.validation",
     ],
-    ["megamult.claims", "megamult.launcher"],
-    ["megamult.reception"],
-    ["megamult.device", "megamult.rendezvous"],
-    ["megamult.process_groups"],
-    ["megamult.parallel"],
-    ["megamult.layout"],
-    ["megamult.rectangles"],
-    ["megamult.multipliers.placement"],
+    ["megamult.parameters"],
+    ["megamult.distributed.environment", "megamult.distributed.extensions", "megamult.distributed.open_files"],
+    ["megamult.runtime.console", "megamult.runtime.partial"],
+    ["megamult.distributed"],
+    # The sections of a run's configuration stand above the code that they configure.
+    [
+        "megamult.checkpoint.config",
+        "megamult.data.config",
+        "megamult.distributed.config",
+        "megamult.models.llama.config",
+        "megamult.multipliers.config",
+        "megamult.optim.config",
+        "megamult.train.config",
+    ],
     ["megamult.config"],
     ["megamult.data"],
     ["megamult.multipliers"],
     ["megamult.layers"],
-    ["megamult.model"],
+    ["megamult.models"],
     ["megamult.zero"],
     ["megamult.optim"],
+    ["megamult.integrations"],
+    ["megamult.huggingface.files"],
     ["megamult.checkpoint", "megamult.monitor"],
-    ["megamult.train.changes", "megamult.train.command_line"],
-    ["megamult.train.deepspeed_keys"],
-    ["megamult.train.deepspeed_config"],
-    ["megamult.train.batches", "megamult.train.corpora", "megamult.train.engine"],
-    ["megamult.train.lock", "megamult.train.logs", "megamult.train.progress", "megamult.train.signals"],
-    ["megamult.train.run_dir", "megamult.train.verdict"],
-    ["megamult.train.hub"],
-    ["megamult.train.watchdog"],
-    ["megamult.train.checkpoints"],
-    ["megamult.train.loop"],
+    ["megamult.huggingface"],
+    ["megamult.runtime"],
     ["megamult.train"],
+]
+# Order within a folder, where it has more than one floor.
+DATA_FLOW_INSIDE = [
+    ["megamult.parameters.spec", "megamult.parameters.rectangles", "megamult.parameters.roles"],
+    [
+        "megamult.distributed.claims",
+        "megamult.distributed.launcher",
+        "megamult.distributed.reception",
+        "megamult.distributed.device",
+        "megamult.distributed.rendezvous",
+        "megamult.distributed.process_groups",
+        "megamult.distributed.mesh",
+    ],
+    ["megamult.runtime.verdict", "megamult.runtime.hub", "megamult.runtime.watchdog"],
+    [
+        "megamult.train.command_line",
+        "megamult.train.deepspeed_config",
+        "megamult.train.engine",
+        "megamult.train.checkpoints",
+        "megamult.train.loop",
+        "megamult.train.pretrain",
+    ],
 ]
 # Side branches of the flow: on the way down, but no business of one another.
 FORBIDDEN = [
     ("megamult.data", "megamult.config"),  # a reader of files, of use without a run
-    ("megamult.data", "megamult.parallel"),
+    ("megamult.data", MESH),
     ("megamult.multipliers", "megamult.config"),  # others import the layers into loops of their own
     ("megamult.multipliers", "megamult.data"),
-    ("megamult.model", "megamult.data"),
-    ("megamult.zero", "megamult.model"),
+    ("megamult.models", "megamult.data"),
+    ("megamult.zero", "megamult.models"),
     ("megamult.zero", "megamult.config"),
-    ("megamult.optim", "megamult.model"),  # the optimizer knows layouts, no model
+    ("megamult.optim", "megamult.config"),
+    ("megamult.optim", "megamult.models"),  # the optimizer knows specs, no model
     ("megamult.optim", "megamult.data"),
-    ("megamult.checkpoint", "megamult.model"),
+    ("megamult.checkpoint", "megamult.models.llama.model"),
     ("megamult.checkpoint", "megamult.monitor"),
     ("megamult.monitor", "megamult.checkpoint"),
-    ("megamult.monitor", "megamult.model"),
+    ("megamult.monitor", "megamult.models"),
+    ("megamult.runtime", "megamult.train"),
+    ("megamult.huggingface", "megamult.train.loop"),
 ]
 # The mathematics stays apart from communication.
 PURE = [
-    "megamult.layout",
-    "megamult.rectangles",
-    "megamult.multipliers.placement",
+    "megamult.parameters.spec",
+    "megamult.parameters.rectangles",
+    "megamult.parameters.roles",
     "megamult.multipliers.reference",
     "megamult.multipliers.merge",
-    "megamult.model.draw",
+    "megamult.models.common.draw",
     "megamult.optim.bands",
     "megamult.optim.clip",
-    "megamult.optim.newton_schulz",
+    "megamult.optim.muon.newton_schulz",
     "megamult.optim.param_groups",
-    "megamult.optim.plan",
+    "megamult.optim.muon.plan",
     "megamult.optim.schedule",
-    "megamult.optim.symmetric",
+    "megamult.optim.muon.symmetric",
     "megamult.monitor.statistics",
     "megamult.data.blend",
     "megamult.data.splitmix",
@@ -132,8 +154,11 @@ def violations(name: str, source: str) -> list[str]:
     """What `source`, as module `name`, imports from further down, or from a branch that it must not know."""
     ours = {other for other in imports(name, source) if within(other, "megamult")}
     wrong = [f"{name} imports {other}, which lies below it" for other in ours if rank(other) > rank(name)]
+    for order in DATA_FLOW_INSIDE:
+        later = order[order.index(name) + 1 :] if name in order else []
+        wrong += [f"{name} imports {other}, which lies below it" for other in sorted(ours & set(later))]
     for branch, secret in FORBIDDEN:
-        # megamult.multipliers.placement belongs to the vocabulary above, not to the layers' branch.
+        # megamult.parameters.roles belongs to the vocabulary above, not to the layers' branch.
         if within(name, branch):
             wrong += [
                 f"{name} imports {other}: {branch} must not know {secret}" for other in ours if within(other, secret)
@@ -143,7 +168,8 @@ def violations(name: str, source: str) -> list[str]:
             other for other in imports(name, source) if other.startswith(("torch.distributed", "megatron", "deepspeed"))
         }
         wrong += [
-            f"{name} is pure mathematics and imports {other}" for other in outside | (ours & {"megamult.parallel"})
+            f"{name} is pure mathematics and imports {other}"
+            for other in outside | (ours & {"megamult.distributed.mesh"})
         ]
         wrong += [f"{name} is pure mathematics and calls torch.distributed"] * ("torch.distributed." in source)
     return wrong
@@ -161,16 +187,16 @@ def test_imports_go_only_down_the_data_flow(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("megamult.layout", "from megamult.config import Config"),
-        ("megamult.layout", "def f():\n    import megamult.optim.clip"),
+        ("megamult.parameters.spec", "from megamult.config import Config"),
+        ("megamult.parameters.spec", "def f():\n    import megamult.optim.clip"),
         ("megamult.optim.clip", "from megamult import train"),
         ("megamult.optim.clip", "from ..train.engine import build"),
-        ("megamult.model.gpt", "if True:\n    from megamult.optim import schedule"),
+        ("megamult.models.llama.model", "if True:\n    from megamult.optim import schedule"),
         ("megamult.train.engine", "from megamult.train.loop import Trainer"),
-        ("megamult.zero.slices", "from megamult.model.gpt import GPT"),
+        ("megamult.zero.partition", "from megamult.models.llama.model import GPT"),
         ("megamult.optim.schedule", "import torch.distributed as dist"),
         ("megamult.optim.schedule", "import torch\ndef f(x): torch.distributed.all_reduce(x)"),
-        ("megamult.data.indexed", "from megamult import parallel"),
+        ("megamult.data.indexed", "from megamult.distributed import mesh"),
     ],
 )
 def test_an_import_against_the_flow_is_found(name: str, source: str) -> None:

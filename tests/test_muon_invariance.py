@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from megamult.optim.newton_schulz import scale
+from megamult.optim.muon.newton_schulz import scale
 from tests.invariance import LR, Case, Outcome, name_of, pairwise_cases, train
 
 CASES = [

@@ -25,12 +25,17 @@ from pathlib import Path
 
 import torch
 
-from megamult import device, parallel
 from megamult.checkpoint import resume
+from megamult.checkpoint.config import CheckpointConfig
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import owned
-from megamult.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megamult.config import Config
+from megamult.distributed import device, mesh
+from megamult.distributed.config import ParallelConfig
+from megamult.models.llama.config import ModelConfig
+from megamult.optim.config import OptimizerConfig
 from megamult.train.checkpoints import RunCheckpoints
+from megamult.train.config import TrainConfig
 from megamult.train.engine import Engine, build, parameter_count
 
 VOCAB = 32_768
@@ -175,7 +180,7 @@ def main() -> None:
     made.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
     arguments = made.parse_args()
     config = configuration(arguments)
-    engine = build(config, VOCAB, parallel.initialize(arguments.tensor))
+    engine = build(config, VOCAB, mesh.initialize(arguments.tensor))
     main_rank = torch.distributed.get_rank() == 0
     train_step(engine)
     share = sum(chunk.nbytes for chunk in owned(engine.partition, engine.optimizer))
@@ -196,7 +201,7 @@ def main() -> None:
     if main_rank:
         report(engine, figures, loaded, state, largest, written, usual)
     torch.distributed.barrier()
-    parallel.destroy()
+    mesh.destroy()
 
 
 def report(

@@ -26,9 +26,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megamult import device, parallel
-from megamult.config import Config, ModelConfig, MultipliersConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megamult.model.gpt import GPT
+from megamult.config import Config
+from megamult.distributed import device, mesh
+from megamult.distributed.config import ParallelConfig
+from megamult.models.llama.config import ModelConfig
+from megamult.models.llama.model import GPT
+from megamult.multipliers.config import MultipliersConfig
+from megamult.optim.config import OptimizerConfig
+from megamult.train.config import TrainConfig
 from megamult.train.engine import Engine, build
 
 VOCAB = 4096
@@ -77,7 +82,7 @@ def optimizer_step(engine: Engine, tokens: torch.Tensor, labels: torch.Tensor, a
 
 def measure(arguments: argparse.Namespace) -> None:
     """Print tokens per second of all, their ratios, and the memory that folded multipliers add."""
-    mpu = parallel.initialize(1)
+    mpu = mesh.initialize(1)
     if torch.distributed.get_world_size() > 1:
         raise SystemExit("speed is measured in one process: start this with python, or count with --collectives")
     names = list(dict.fromkeys(["none", *arguments.implementations]))
@@ -108,7 +113,7 @@ def measure(arguments: argparse.Namespace) -> None:
         print(f"ratio {name} / none: {median['none'] / median[name]:.4f}")
     if "folded" in engines:
         print_memory(engines["folded"], engines["none"])
-    parallel.destroy()
+    mesh.destroy()
 
 
 def print_memory(folded: Engine, none: Engine) -> None:
@@ -118,7 +123,7 @@ def print_memory(folded: Engine, none: Engine) -> None:
     added = tensor_bytes(folded.optimizer.state.values()) - tensor_bytes(none.optimizer.state.values())
     packed = {"values": multipliers.values, "gradient": multipliers.gradient, "clipped": multipliers.values.grad}
     vectors = tensor_bytes([packed, *multipliers._adamw.state.values()])
-    elements = sum(piece.length for piece in folded.partition.slices if multipliers.covers(piece.layout))
+    elements = sum(piece.length for piece in folded.partition.slices if multipliers.covers(piece.spec))
     print(
         f"memory that folded adds: {added / elements:.4f} bytes per matrix element ({added:,} bytes, {elements:,} "
         f"elements), and vectors: {vectors / elements:.4f} ({vectors:,} bytes, {multipliers.values.numel():,} "
@@ -162,7 +167,7 @@ def counted() -> Iterator[collections.Counter[str]]:
 
 def count_collectives(arguments: argparse.Namespace) -> None:
     """Print the collectives of one micro-batch's forward and backward at TP 2."""
-    parallel.initialize(2)
+    mesh.initialize(2)
     tokens, labels = batch_of(arguments)
     rank = torch.distributed.get_rank()
     if rank == 0:
@@ -181,7 +186,7 @@ def count_collectives(arguments: argparse.Namespace) -> None:
                 print(f"{'on' if sequence else 'off':<5}{label:<13}{row}{sums[name]:>6}")
         if rank == 0:
             print(f"added by multipliers, per micro-batch: {sums['layer'] - sums['none']}")
-    parallel.destroy()
+    mesh.destroy()
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
 
 CPU seconds of one core. `whole` is the measured rate of Megatron's `use_cpu_initialization` with `torch.normal`, times
 all elements of the model: every rank draws each matrix whole and keeps a slice. `by index` is measured on one block and
-on the embedding of one rank's shard, through `megamult.model.initialization.initialize`, and multiplied by the number
-of blocks; `resume` likewise, where a checkpoint will be loaded.
+on the embedding of one rank's shard, through `megamult.models.common.initialization.initialize`, and multiplied by the
+number of blocks; `resume` likewise, where a checkpoint will be loaded.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from megatron.core.tensor_parallel.layers import _initialize_affine_weight_cpu
 from muon_plan import LLAMA, Llama
 
-from megamult import layout
-from megamult.layout import Layout, Role
-from megamult.model.gpt import padded_vocab_size
-from megamult.model.initialization import initialize
+from megamult.models.common.initialization import initialize
+from megamult.models.llama.model import padded_vocab_size
+from megamult.parameters import spec
+from megamult.parameters.spec import ParameterSpec, Role
 
 VOCAB = 128_256
 _STD: dict[Role, float] = dict.fromkeys(
@@ -31,10 +31,10 @@ _STD: dict[Role, float] = dict.fromkeys(
 )
 
 
-def rank_holds(layouts: list[Layout], tensor: int, data: int) -> torch.nn.Module:
+def rank_holds(specs: list[ParameterSpec], tensor: int, data: int) -> torch.nn.Module:
     """The bf16 parameters of the last rank of each axis; with `data` above 1 its partitions at ZeRO 3."""
     held = torch.nn.Module()
-    for i, stated in enumerate(layouts):
+    for i, stated in enumerate(specs):
         rows, cols = stated.local_shape(tensor)
         size = -(-rows * cols // data)
         parameter = torch.nn.Parameter(torch.zeros((rows, cols) if data == 1 else 0, dtype=torch.bfloat16))
@@ -43,7 +43,7 @@ def rank_holds(layouts: list[Layout], tensor: int, data: int) -> torch.nn.Module
             parameter.ds_process_group = SimpleNamespace(rank=lambda: data - 1)  # type: ignore[attr-defined]
             parameter.ds_numel = rows * cols  # type: ignore[attr-defined]
             parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
-        layout.attach(parameter, stated)
+        spec.set_spec(parameter, stated)
         held.register_parameter(f"weight_{i}", parameter)
     return held
 
@@ -51,11 +51,11 @@ def rank_holds(layouts: list[Layout], tensor: int, data: int) -> torch.nn.Module
 def seconds_to_set(model: Llama, tensor: int, data: int, seed: int | None) -> float:
     """Seconds of one rank: a block's times the number of blocks, and those of embedding and head."""
     padded, total = padded_vocab_size(VOCAB), 0.0
-    for layouts, times in (
-        (model.layouts()[:4], model.layers),
-        ([layout.vocabulary("embedding", VOCAB, padded, model.hidden)], 2),
+    for specs, times in (
+        (model.specs()[:4], model.layers),
+        ([spec.vocabulary("embedding", VOCAB, padded, model.hidden)], 2),
     ):
-        held = rank_holds(layouts, tensor, data)
+        held = rank_holds(specs, tensor, data)
         began = time.process_time()
         initialize(held, _STD, seed, tensor - 1, tensor)
         total += times * (time.process_time() - began)
@@ -64,7 +64,7 @@ def seconds_to_set(model: Llama, tensor: int, data: int, seed: int | None) -> fl
 
 def elements(model: Llama) -> int:
     """Elements of the whole model's matrices, embedding and head."""
-    return sum(each.shape[0] * each.shape[1] for each in model.layouts()) + 2 * padded_vocab_size(VOCAB) * model.hidden
+    return sum(each.shape[0] * each.shape[1] for each in model.specs()) + 2 * padded_vocab_size(VOCAB) * model.hidden
 
 
 def seconds_per_element_of_a_whole_draw(tensor: int) -> float:
@@ -109,7 +109,7 @@ def main() -> None:
     torch.set_num_threads(1)
     # The table of the normal distribution, once per process.
     began = time.process_time()
-    initialize(rank_holds([layout.single_matrix("down", 8, 8, None)], 1, 1), _STD, 1, 0, 1)
+    initialize(rank_holds([spec.single_matrix("down", 8, 8, None)], 1, 1), _STD, 1, 0, 1)
     table = time.process_time() - began
     rate = seconds_per_element_of_a_whole_draw(arguments.tensor)
     print(f"{processor()}, one core; torch {torch.__version__}; tensor parallel {arguments.tensor}")

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megamult import layout
-from megamult.layout import Layout
-from megamult.optim.newton_schulz import flops
-from megamult.optim.plan import lower_bound, make_plan
-from megamult.zero.slices import Cut, even_intervals, flat_intervals
+from megamult.optim.muon.newton_schulz import flops
+from megamult.optim.muon.plan import lower_bound, make_plan
+from megamult.parameters import spec
+from megamult.parameters.spec import ParameterSpec
+from megamult.zero.partition import Cut, even_intervals, flat_intervals
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Llama:
     groups: int
     ffn: int
 
-    def layouts(self) -> list[Layout]:
+    def specs(self) -> list[ParameterSpec]:
         """The matrix parameters of all blocks."""
         block = [
-            layout.fused_qkv(self.heads, self.groups, self.hidden // self.heads, self.hidden),
-            layout.single_matrix("attention_out", self.hidden, self.hidden, 1),
-            layout.fused_gate_up(self.ffn, self.hidden),
-            layout.single_matrix("down", self.hidden, self.ffn, 1),
+            spec.fused_qkv(self.heads, self.groups, self.hidden // self.heads, self.hidden),
+            spec.single_matrix("attention_out", self.hidden, self.hidden, 1),
+            spec.fused_gate_up(self.ffn, self.hidden),
+            spec.single_matrix("down", self.hidden, self.ffn, 1),
         ]
         return block * self.layers
 
@@ -47,12 +47,12 @@ class Llama:
 LLAMA = {"8B": Llama(32, 4096, 32, 8, 14336), "70B": Llama(80, 8192, 64, 8, 28672)}
 
 
-def zero_cuts(layouts: Sequence[Layout], tensor: int, data: int, stage: int) -> list[Cut]:
+def zero_cuts(specs: Sequence[ParameterSpec], tensor: int, data: int, stage: int) -> list[Cut]:
     """What ZeRO leaves on each data-parallel rank: a part of one flat buffer (1, 2), or of every parameter (3)."""
-    sizes = [stated.local_shape(tensor)[0] * stated.local_shape(tensor)[1] for stated in layouts]
+    sizes = [stated.local_shape(tensor)[0] * stated.local_shape(tensor)[1] for stated in specs]
     partition_size = -(-sum(sizes) // data)
     cuts, offset = [], 0
-    for i, (stated, size) in enumerate(zip(layouts, sizes, strict=True)):
+    for i, (stated, size) in enumerate(zip(specs, sizes, strict=True)):
         flat = flat_intervals(offset, size, partition_size, data)
         cuts.append(Cut(f"{i}", stated, even_intervals(size, data) if stage == 3 else flat, torch.bfloat16))
         offset += size
@@ -72,10 +72,10 @@ def main() -> None:
     )
     print(f"{'':<7}{'':>5}{'':>7}{'':>14}{'':>14}{'':>12}{'MB bf16':>12}{'MB bf16':>10}{'MB bf16':>11}{'s':>8}")
     for name, model in LLAMA.items():
-        layouts = model.layouts()
+        specs = model.specs()
         for stage in arguments.stages:
             for data in arguments.data:
-                cuts = zero_cuts(layouts, arguments.tensor, data, stage)
+                cuts = zero_cuts(specs, arguments.tensor, data, stage)
                 began = time.perf_counter()
                 plan = make_plan(cuts, arguments.tensor, 5)
                 seconds = time.perf_counter() - began

@@ -40,7 +40,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from megamult.layout import layout_of
+from megamult.parameters.spec import spec_of
 
 VOCAB = 4096
 TOKENS = 1 << 19  # of the training step that an optimizer step is compared with
@@ -116,9 +116,9 @@ class Contestant:
     def __init__(self, arguments: argparse.Namespace, name: str) -> None:
         import deepspeed
 
-        from megamult import device, parallel
-        from megamult.model.gpt import GPT
-        from megamult.optim.muon import DistributedMuon
+        from megamult.distributed import device, mesh
+        from megamult.models.llama.model import GPT
+        from megamult.optim.muon.rule import DistributedMuon
         from megamult.train.deepspeed_config import deepspeed_config
         from megamult.train.engine import build_optimizer
         from megamult.zero.attach import attach
@@ -126,8 +126,8 @@ class Contestant:
         self.name = name
         config = run_config(arguments)
         self.model = GPT(config, VOCAB, seed=1).to(device.local_device())
-        mpu = parallel.ModelParallelUnit()
-        settings = deepspeed_config(config, parallel.data_group().size())
+        mpu = mesh.ModelParallelUnit()
+        settings = deepspeed_config(config, mesh.data_group().size())
         self.ours: DistributedMuon | None = None
         if name == "torch.optim.Muon":
             self._plain(config)
@@ -144,7 +144,7 @@ class Contestant:
             self.states = [optimizer.state]
         else:
             for parameter in self.model.parameters():
-                parameter.use_muon = layout_of(parameter).kind == "matrix"  # type: ignore[attr-defined]
+                parameter.use_muon = spec_of(parameter).kind == "matrix"  # type: ignore[attr-defined]
             # Its Muon refuses to run at ZeRO 3 otherwise.
             settings["zero_optimization"]["reduce_scatter"] = arguments.zero_stage != 3
             settings["optimizer"] = {
@@ -171,10 +171,10 @@ class Contestant:
 
     def _plain(self, config: Any) -> None:
         """Every data-parallel rank updates everything, after gradients are averaged."""
-        from megamult import parallel
+        from megamult.distributed import mesh
 
-        matrices = [p for p in self.model.parameters() if layout_of(p).kind == "matrix"]
-        others = [p for p in self.model.parameters() if layout_of(p).kind != "matrix"]
+        matrices = [p for p in self.model.parameters() if spec_of(p).kind == "matrix"]
+        others = [p for p in self.model.parameters() if spec_of(p).kind != "matrix"]
         chosen = config.optimizer
         muon = torch.optim.Muon(
             matrices, lr=chosen.lr, weight_decay=chosen.weight_decay, adjust_lr_fn="match_rms_adamw"
@@ -184,8 +184,8 @@ class Contestant:
 
         def step() -> None:
             for parameter in self.model.parameters():
-                torch.distributed.all_reduce(parameter.grad, group=parallel.data_group())
-                parameter.grad /= parallel.data_group().size()
+                torch.distributed.all_reduce(parameter.grad, group=mesh.data_group())
+                parameter.grad /= mesh.data_group().size()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), chosen.clip_grad_norm)
             muon.step()
             adamw.step()
@@ -226,8 +226,8 @@ class Contestant:
 def pass_seconds(arguments: argparse.Namespace) -> float:
     """A forward and backward pass over one sequence, of the slowest rank; the fastest of a few: it is what an optimizer
     step is held against."""
-    from megamult import device
-    from megamult.model.gpt import GPT
+    from megamult.distributed import device
+    from megamult.models.llama.model import GPT
 
     here = device.local_device()
     model = GPT(run_config(arguments, arguments.seq), VOCAB, seed=1).to(here)
@@ -249,7 +249,12 @@ def pass_seconds(arguments: argparse.Namespace) -> float:
 
 def run_config(arguments: argparse.Namespace, seq_length: int = 64) -> Any:
     """A run of the benchmark's sizes, without multipliers."""
-    from megamult.config import Config, ModelConfig, MultipliersConfig, OptimizerConfig, ParallelConfig, TrainConfig
+    from megamult.config import Config
+    from megamult.distributed.config import ParallelConfig
+    from megamult.models.llama.config import ModelConfig
+    from megamult.multipliers.config import MultipliersConfig
+    from megamult.optim.config import OptimizerConfig
+    from megamult.train.config import TrainConfig
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return Config(
@@ -284,7 +289,7 @@ def quiet() -> Iterator[None]:
 
 def all_ranks(value: float) -> torch.Tensor:
     """[ranks], of a number on each."""
-    from megamult import device
+    from megamult.distributed import device
 
     mine = torch.tensor([value], dtype=torch.float64, device=device.local_device())
     gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
@@ -301,24 +306,24 @@ def synchronize() -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Print the table of whole optimizer steps, and what they cost of a training step."""
     count_collectives()
-    from megamult import parallel
+    from megamult.distributed import mesh
 
-    parallel.initialize(arguments.tensor)
+    mesh.initialize(arguments.tensor)
     median = measure_steps(arguments)
     gc.collect()  # the contestants: the pass that follows needs their memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     print_shares(arguments, median)
-    parallel.destroy()
+    mesh.destroy()
 
 
 def print_shares(arguments: argparse.Namespace, median: dict[str, float]) -> None:
     """What the optimizer steps of `median` seconds are of a training step."""
-    from megamult import parallel
+    from megamult.distributed import mesh
 
     one = pass_seconds(arguments)
     if torch.distributed.get_rank() == 0:
-        passes = one * TOKENS / arguments.seq / parallel.data_group().size()
+        passes = one * TOKENS / arguments.seq / mesh.data_group().size()
         shares = ", ".join(f"{100 * step / (step + passes):.4f} % ({name})" for name, step in median.items())
         print(
             f"of a training step of {TOKENS:,} tokens, in sequences of {arguments.seq}, forward and backward "
@@ -328,7 +333,7 @@ def print_shares(arguments: argparse.Namespace, median: dict[str, float]) -> Non
 
 def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
     """Print the table of whole optimizer steps; their median seconds."""
-    from megamult import device, parallel
+    from megamult.distributed import device, mesh
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // torch.distributed.get_world_size()))
     peers_dtype = arguments.peers_dtype or ("bf16" if bf16_is_fast() else "fp32")
@@ -336,7 +341,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
         peers_in_fp32()
     main_rank = torch.distributed.get_rank() == 0
     names = ["megamult", "DeepSpeed gram", "DeepSpeed standard", "torch.optim.Muon"]
-    text = torch.randint(0, VOCAB, (1, 65), generator=torch.Generator().manual_seed(parallel.data_group().rank()))
+    text = torch.randint(0, VOCAB, (1, 65), generator=torch.Generator().manual_seed(mesh.data_group().rank()))
     tokens, labels = (part.contiguous().to(device.local_device()) for part in (text[:, :-1], text[:, 1:]))
     contestants = [Contestant(arguments, name) for name in names]
     first = {contestant.name: contestant.run(tokens, labels) for contestant in contestants}
@@ -359,7 +364,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
         print(
             f"hidden {arguments.hidden}, ffn {arguments.ffn}, {arguments.layers} layers, {arguments.dtype}, "
             f"Newton-Schulz: ours {ours.ns_dtype}, peers' standard form {peers_dtype}; ZeRO {arguments.zero_stage}, "
-            f"data parallel {parallel.data_group().size()}, tensor parallel {arguments.tensor}, "
+            f"data parallel {mesh.data_group().size()}, tensor parallel {arguments.tensor}, "
             f"{device.local_device().type}, {torch.get_num_threads()} thread(s) per process, "
             f"medians of {arguments.steps}"
         )
@@ -393,9 +398,9 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
     then those of the symmetric products in it."""
     from torch.optim._muon import _zeropower_via_newtonschulz as torchs
 
-    from megamult import device
-    from megamult.optim.newton_schulz import QUINTIC, coefficients, orthogonalize
-    from megamult.optim.symmetric import block_rows, symmetric_product
+    from megamult.distributed import device
+    from megamult.optim.muon.newton_schulz import QUINTIC, coefficients, orthogonalize
+    from megamult.optim.muon.symmetric import block_rows, symmetric_product
 
     device.prepare()
     here, steps = device.local_device(), coefficients("quintic", 5)

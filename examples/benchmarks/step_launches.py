@@ -21,37 +21,37 @@ from muon_plan import LLAMA
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from megamult import layout
-from megamult.layout import Layout
 from megamult.multipliers import kernels
-from megamult.multipliers.placement import resolve
 from megamult.optim import bands
 from megamult.optim.clip import LocalSquares
 from megamult.optim.folded import FoldedMultipliers
-from megamult.zero.slices import Cut, Partition, Slice, even_intervals
+from megamult.parameters import spec
+from megamult.parameters.roles import resolve
+from megamult.parameters.spec import ParameterSpec
+from megamult.zero.partition import Cut, Partition, Slice, even_intervals
 
 NARROWER = 32
 VOCABULARY = 128256
 
 
-def layouts(name: str, tensor: int) -> dict[str, Layout]:
+def specs(name: str, tensor: int) -> dict[str, ParameterSpec]:
     """What one tensor-parallel rank holds of every parameter, as a model of its own."""
     model = LLAMA[name]
     hidden, ffn = model.hidden // NARROWER, model.ffn // NARROWER // tensor
     heads, groups = model.heads // tensor, max(1, model.groups // tensor)
     dim = max(2, hidden // (heads * tensor))
     block = {
-        "qkv.weight": layout.fused_qkv(heads, groups, dim, hidden),
-        "proj.weight": layout.single_matrix("attention_out", hidden, heads * dim, 1),
-        "fc1.weight": layout.fused_gate_up(ffn, hidden),
-        "fc2.weight": layout.single_matrix("down", hidden, ffn, 1),
-        "norm_1": layout.norm(hidden, False),
-        "norm_2": layout.norm(hidden, False),
+        "qkv.weight": spec.fused_qkv(heads, groups, dim, hidden),
+        "proj.weight": spec.single_matrix("attention_out", hidden, heads * dim, 1),
+        "fc1.weight": spec.fused_gate_up(ffn, hidden),
+        "fc2.weight": spec.single_matrix("down", hidden, ffn, 1),
+        "norm_1": spec.norm(hidden, False),
+        "norm_2": spec.norm(hidden, False),
     }
     rows = VOCABULARY // NARROWER // tensor
-    found = {"embedding.weight": layout.vocabulary("embedding", rows, rows, hidden)}
+    found = {"embedding.weight": spec.vocabulary("embedding", rows, rows, hidden)}
     found |= {f"{i}.{key}": stated for i in range(model.layers) for key, stated in block.items()}
-    return found | {"norm": layout.norm(hidden, False), "head": layout.vocabulary("head", rows, rows, hidden)}
+    return found | {"norm": spec.norm(hidden, False), "head": spec.vocabulary("head", rows, rows, hidden)}
 
 
 class RankPartition(Partition):
@@ -59,7 +59,7 @@ class RankPartition(Partition):
 
     sharded = True
 
-    def __init__(self, stated: dict[str, Layout], data: int) -> None:
+    def __init__(self, stated: dict[str, ParameterSpec], data: int) -> None:
         self.slices, self.cuts, self._gradients = [], [], []
         for name, each in stated.items():
             intervals = even_intervals(torch.Size(each.shape).numel(), data)
@@ -116,7 +116,7 @@ def counting() -> Iterator[Launches]:
 @torch.no_grad()
 def report(name: str, tensor: int, data: int) -> None:
     """Print the rows of one model."""
-    partition = RankPartition(layouts(name, tensor), data)
+    partition = RankPartition(specs(name, tensor), data)
     folded = FoldedMultipliers(resolve("all"), lr=1e-3)
     with patch.dict(bands._ELEMENTS, cpu=bands._ELEMENTS["cuda"] // NARROWER**2):
         folded.bind(partition, {each.tensor: {} for each in partition.slices})

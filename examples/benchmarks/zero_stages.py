@@ -25,8 +25,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megamult import device, parallel
-from megamult.config import Config, ModelConfig, MultipliersConfig, ParallelConfig, TrainConfig
+from megamult.config import Config
+from megamult.distributed import device, mesh
+from megamult.distributed.config import ParallelConfig
+from megamult.models.llama.config import ModelConfig
+from megamult.multipliers.config import MultipliersConfig
+from megamult.train.config import TrainConfig
 from megamult.train.engine import Engine, build
 
 VOCAB = 512
@@ -103,9 +107,9 @@ class Counted:
     peak: float
 
 
-def count(stage: int, arguments: argparse.Namespace, mpu: parallel.ModelParallelUnit) -> Counted:
+def count(stage: int, arguments: argparse.Namespace, mpu: mesh.ModelParallelUnit) -> Counted:
     """Count one optimizer step of a small model: earlier ones make the optimizer's state and ZeRO 3's trace."""
-    ranks = parallel.data_group().size()
+    ranks = mesh.data_group().size()
     config = Config(
         model=ModelConfig(
             num_layers=arguments.layers,
@@ -189,7 +193,7 @@ def kept_bytes(stage: int, ranks: int) -> dict[str, float]:
 
 def print_counted(arguments: argparse.Namespace) -> None:
     """Print what one step of the stage sends and keeps."""
-    mpu = parallel.initialize(1)
+    mpu = mesh.initialize(1)
     counted = count(arguments.stage, arguments, mpu)
     if torch.distributed.get_rank() == 0:
         print(
@@ -202,7 +206,7 @@ def print_counted(arguments: argparse.Namespace) -> None:
         print(f"a ring sends from each rank {counted.sent:.2f} bytes per parameter")
         by_dtype = ", ".join(f"{dtype} {size:.2f}" for dtype, size in sorted(counted.kept.items()))
         print(f"kept {sum(counted.kept.values()):.2f} ({by_dtype}), at most {counted.peak:.2f} bytes per parameter")
-    parallel.destroy()
+    mesh.destroy()
 
 
 def waiting(stage: int, parameters: float, accumulation: int, ranks: int, arguments: argparse.Namespace) -> float:

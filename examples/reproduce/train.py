@@ -21,11 +21,10 @@ from types import FrameType
 
 import report
 
+from megamult.runtime import exit_codes
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "launch" / "quickstart.sh"
-
-EXIT_USER_ERROR, EXIT_RESUME = 2, 75
-"""Those of launch/pretrain.py."""
 
 _PATIENCE_SECONDS = 60.0
 """For the rest of an interrupted run to end: ranks have 30 s to write their checkpoint."""
@@ -126,12 +125,12 @@ def train(output: Path, command: Callable[[Path, str, int], list[str]], seeds: S
             continue
         log = run_dir.with_suffix(".log")
         print(f"{name}: {'going on' if attempts else 'training'}; its words are in {log}", flush=True)
-        began, code = time.time(), EXIT_RESUME
+        began, code = time.time(), exit_codes.RESUME
         try:
             code = started(command(run_dir, implementation, seed), log)
         finally:
             report.record_attempt(run_dir, time.time() - began, code)
-        if code == EXIT_RESUME:
+        if code == exit_codes.RESUME:
             raise Interrupted
         if code:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
@@ -179,13 +178,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return exit_codes.USER_ERROR
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted:
         print("interrupted: the same command goes on where this one was", file=sys.stderr)
-        return EXIT_RESUME
+        return exit_codes.RESUME
     print(f"\n{text}\nwritten: {output / 'report.md'}, {output / report.PLOT}")
     return 0
 

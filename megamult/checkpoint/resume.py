@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 
-from megamult import parallel, process_groups
 from megamult.checkpoint import directory, rng
 from megamult.checkpoint.chunks import Chunk
-from megamult.checkpoint.hf_files import TOKENIZER_FOLDER, tokenizer_identity
 from megamult.checkpoint.info import INFO, SENTENCEPIECE, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import held
-from megamult.config import Config, ModelConfig, MultipliersConfig
+from megamult.config import Config
+from megamult.distributed import mesh, process_groups
+from megamult.huggingface.files import TOKENIZER_FOLDER, tokenizer_identity
+from megamult.models.llama.config import ModelConfig
+from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.merge import LEAVES
-from megamult.multipliers.placement import Placement, resolve
 from megamult.optim.adamw import TwoPhaseAdamW
-from megamult.zero.slices import Partition
+from megamult.parameters.roles import Placement, resolve
+from megamult.zero.partition import Partition
 
 _SAME = {
     "num_layers": "num_layers",
@@ -66,12 +68,12 @@ def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> Sa
     share = (torch.distributed.get_rank(), torch.distributed.get_world_size())
     problem = None
     for path in candidates:
-        checkpoint, problem = parallel.everywhere(partial(_opened, path))
+        checkpoint, problem = mesh.everywhere(partial(_opened, path))
         if checkpoint is not None:
-            _, unfit = parallel.everywhere(partial(fits, checkpoint.info))
+            _, unfit = mesh.everywhere(partial(fits, checkpoint.info))
             if unfit is not None:
                 raise ValueError(unfit)
-            _, problem = parallel.everywhere(partial(checkpoint.verify, share))
+            _, problem = mesh.everywhere(partial(checkpoint.verify, share))
             if problem is None:
                 return checkpoint
         if first and path != candidates[-1]:

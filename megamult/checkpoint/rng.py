@@ -14,7 +14,7 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
-from megamult import device
+from megamult.distributed import device
 
 _TRACKED = "megatron."
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamult import device, process_groups
 from megamult.checkpoint import directory, saved
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import CheckpointInfo
+from megamult.distributed import device, process_groups
 
 _ALIGNMENT = 64
 _BLOCK_BYTES = 1 << 29

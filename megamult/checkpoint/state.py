@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from megamult import parallel
 from megamult.checkpoint.chunks import Chunk
-from megamult.layout import Layout
+from megamult.distributed import mesh
 from megamult.optim.adamw import TwoPhaseAdamW
-from megamult.rectangles import rectangles
-from megamult.zero.slices import Partition, even_intervals
+from megamult.parameters.rectangles import rectangles
+from megamult.parameters.spec import ParameterSpec
+from megamult.zero.partition import Partition, even_intervals
 
 
 def full_name(what: str, logical_name: str) -> str:
@@ -39,25 +39,25 @@ def owned(partition: Partition, optimizer: TwoPhaseAdamW) -> list[Chunk]:
 
 
 def _chunks(partition: Partition, optimizer: TwoPhaseAdamW, once: bool) -> Iterator[Chunk]:
-    grid = parallel.grid()
+    grid = mesh.grid()
     for what, piece, values in optimizer.views(partition):
         start, length = 0, piece.length
         if once:
-            if not piece.layout.counted_on(grid.tensor_rank):
+            if not piece.spec.counted_on(grid.tensor_rank):
                 continue
             if not (partition.sharded or piece.shared):
                 start, length = even_intervals(piece.length, grid.data_size)[grid.data_rank]
-        yield from _of_interval(what, piece.name, piece.layout, piece.start + start, values[start : start + length])
+        yield from _of_interval(what, piece.name, piece.spec, piece.start + start, values[start : start + length])
     if optimizer.folded is not None and (grid.rank == 0 or not once):
         for what, vector, values in optimizer.folded.views():
             yield Chunk.whole(full_name(what, vector.name), values)
 
 
-def _of_interval(what: str, name: str, layout: Layout, start: int, values: Tensor) -> Iterator[Chunk]:
+def _of_interval(what: str, name: str, spec: ParameterSpec, start: int, values: Tensor) -> Iterator[Chunk]:
     """The logical content of elements [start, start + len(values)) of this rank's shard of a parameter."""
-    grid = parallel.grid()
-    for r in rectangles(layout, grid.tensor_rank, grid.tensor_size, start, values.numel()):
-        part = layout.parts[r.part]
+    grid = mesh.grid()
+    for r in rectangles(spec, grid.tensor_rank, grid.tensor_size, start, values.numel()):
+        part = spec.parts[r.part]
         dims = len(part.shape)
         view = values[r.offset : r.offset + r.numel].view((r.height, r.width)[:dims])
-        yield Chunk.of(full_name(what, layout.logical_name(name, part)), part.shape, (r.row, r.col)[:dims], view)
+        yield Chunk.of(full_name(what, spec.logical_name(name, part)), part.shape, (r.row, r.col)[:dims], view)

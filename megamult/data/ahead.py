@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megamult.data.epochs import EpochFiles, to_json
-from megamult.partial import is_being_written
+from megamult.runtime.partial import is_being_written
 
 
 class BuildsAhead:

@@ -24,7 +24,7 @@ from megamult.data.split import ValidSplit
 from megamult.data.splitmix import splitmix
 from megamult.data.stamp import SUFFIX, Stamp
 from megamult.data.tokenizer import Tokenizer, train_tokenizer
-from megamult.partial import partial_folder
+from megamult.runtime.partial import partial_folder
 
 # sentencepiece holds its training text in memory, and more than this hardly changes the merges.
 _TOKENIZER_BYTES = 200_000_000

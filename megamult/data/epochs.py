@@ -22,7 +22,7 @@ import numpy as np
 
 from megamult.data.positioned import PositionedReader
 from megamult.data.splitmix import splitmix
-from megamult.partial import partial_folder
+from megamult.runtime.partial import partial_folder
 
 MOST_DOCUMENTS = 2**31 - 1
 """Megatron's builder of sample indices takes document numbers as 32-bit integers."""

@@ -1,4 +1,4 @@
-"""Pure statistics: the spread of multipliers by role, the arithmetic of a step, model FLOP utilization."""
+"""Pure statistics: the spread of multipliers by role."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from megamult.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,3 @@ def spread_table(values: dict[str, Tensor]) -> str:
         s = spread(values[key])
         lines.append(f"{key:<22}{s.minimum:>9.4f}{s.median:>9.4f}{s.maximum:>9.4f}{s.std:>9.4f}{s.count:>9d}")
     return "\n".join(lines)
-
-
-def flops_per_token(model: ModelConfig, vocab_size: int) -> float:
-    """FLOPs of forward and backward per token: 6 per weight in a matrix product, and attention's two products over
-    the causal half of the sequence (recomputation not counted)."""
-    h, f, layers = model.hidden_size, model.ffn_hidden_size, model.num_layers
-    kv = h // model.num_attention_heads * model.query_groups
-    weights = layers * (2 * h * h + 2 * h * kv + 3 * h * f) + h * vocab_size
-    attention = layers * h * model.seq_length  # q k^T and p v: 2 x 2 FLOP x seq/2 x hidden, forward
-    return 6.0 * weights + 3 * 2.0 * attention

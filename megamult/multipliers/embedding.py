@@ -18,10 +18,10 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megamult import layout as lo
 from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, full_precision, register_multipliers
-from megamult.multipliers.placement import NAMED, Placement
 from megamult.multipliers.sharded_state import multiplier_sharded_tensors
+from megamult.parameters import spec as lo
+from megamult.parameters.roles import NAMED, Placement
 
 
 class _ScaledLookup(torch.autograd.Function):
@@ -76,14 +76,14 @@ class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, init_method=init_method, config=config, **kwargs)
-        layout = lo.vocabulary("embedding", vocab_size or num_embeddings, num_embeddings, embedding_dim)
-        lo.attach(self.weight, layout)
+        spec = lo.vocabulary("embedding", vocab_size or num_embeddings, num_embeddings, embedding_dim)
+        lo.set_spec(self.weight, spec)
         tp_size = self.tp_group.size()
         scattered = tp_size > 1 and self.reduce_scatter_embeddings
         register_multipliers(
             self,
             self.weight,
-            layout,
+            spec,
             NAMED["all"] if placement is None else placement,
             tp_size,
             partial=scattered and grad_sync == "step",

@@ -27,12 +27,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult import layout as lo
-from megamult.layout import Layout, Role
 from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, full_precision, register_multipliers
-from megamult.multipliers.placement import NAMED, Placement
 from megamult.multipliers.plan import ScalePlan
 from megamult.multipliers.sharded_state import multiplier_sharded_tensors
+from megamult.parameters import spec as lo
+from megamult.parameters.roles import NAMED, Placement
+from megamult.parameters.spec import ParameterSpec, Role
 
 
 class _EffectiveWeight(torch.autograd.Function):
@@ -62,21 +62,21 @@ class _MultiplierLinear:
     scalar_multiplier: Parameter | None
     tp_group: torch.distributed.ProcessGroup
 
-    def _setup_multipliers(self, layout: Layout, placement: Placement | None, grad_sync: GradSync) -> None:
+    def _setup_multipliers(self, spec: ParameterSpec, placement: Placement | None, grad_sync: GradSync) -> None:
         module: Any = self
         chosen = NAMED["all"] if placement is None else placement
         tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
-        lo.attach(self.weight, layout)
-        expected = layout.local_shape(tp_size)
+        lo.set_spec(self.weight, spec)
+        expected = spec.local_shape(tp_size)
         actual = tuple(getattr(self.weight, "ds_shape", self.weight.shape))
         if expected != actual:
             raise ValueError(
                 f"the layout of {type(self).__name__} describes a local weight {expected} at tensor parallel "
-                f"{tp_size}, Megatron made {actual}: pass the layout of the global matrix {layout.shape}"
+                f"{tp_size}, Megatron made {actual}: pass the layout of the global matrix {spec.shape}"
             )
         partial = tp_size > 1 and grad_sync == "step"
-        register_multipliers(module, self.weight, layout, chosen, tp_size, partial)
-        self._plan = ScalePlan(layout, chosen, tp_rank, tp_size)
+        register_multipliers(module, self.weight, spec, chosen, tp_size, partial)
+        self._plan = ScalePlan(spec, chosen, tp_rank, tp_size)
         self._has_multipliers = any(p is not None for p in self._multipliers())
         self._sum_in_backward = tp_size > 1 and grad_sync == "backward"
         if self._has_multipliers and module.config.gradient_accumulation_fusion:
@@ -94,7 +94,7 @@ class _MultiplierLinear:
         tensors: list[Tensor | None] = [None if p is None else full_precision(p) for p in self._multipliers()]
         if self._sum_in_backward:
             replicated = [
-                i for i, p in enumerate(self._multipliers()) if p is not None and lo.layout_of(p).tp_dim is None
+                i for i, p in enumerate(self._multipliers()) if p is not None and lo.spec_of(p).tp_dim is None
             ]
             if replicated:
                 summed = SumOverTensorParallel.apply(self.tp_group, *(tensors[i] for i in replicated))
@@ -144,8 +144,8 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
 
     Args:
         input_size, output_size: global sizes; all other arguments as in Megatron's `ColumnParallelLinear`.
-        layout: the logical matrices in the fused rows (:func:`megamult.layout.fused_qkv`,
-            :func:`~megamult.layout.fused_gate_up`); default: one matrix of role `role`.
+        layout: the logical matrices in the fused rows (:func:`megamult.parameters.spec.fused_qkv`,
+            :func:`~megamult.parameters.spec.fused_gate_up`); default: one matrix of role `role`.
         placement: multipliers by role; default: row and column on every matrix.
         grad_sync: who sums the column multipliers' gradients over TP (:mod:`megamult.multipliers.parameters`).
 
@@ -158,7 +158,7 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
         input_size: int,
         output_size: int,
         *,
-        layout: Layout | None = None,
+        spec: ParameterSpec | None = None,
         role: Role = "up",
         placement: Placement | None = None,
         grad_sync: GradSync = "backward",
@@ -167,7 +167,7 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
         super().__init__(input_size, output_size, **kwargs)
         if self.weight is None:
             raise ValueError("skip_weight_param_allocation is True: a layer with multipliers needs a weight of its own")
-        self._setup_multipliers(layout or lo.single_matrix(role, output_size, input_size, 0), placement, grad_sync)
+        self._setup_multipliers(spec or lo.single_matrix(role, output_size, input_size, 0), placement, grad_sync)
 
 
 class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
@@ -184,11 +184,11 @@ class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
         input_size: int,
         output_size: int,
         *,
-        layout: Layout | None = None,
+        spec: ParameterSpec | None = None,
         role: Role = "down",
         placement: Placement | None = None,
         grad_sync: GradSync = "backward",
         **kwargs: Any,
     ) -> None:
         super().__init__(input_size, output_size, **kwargs)
-        self._setup_multipliers(layout or lo.single_matrix(role, output_size, input_size, 1), placement, grad_sync)
+        self._setup_multipliers(spec or lo.single_matrix(role, output_size, input_size, 1), placement, grad_sync)

@@ -15,7 +15,7 @@ def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Logical tensors without multipliers: each `X.weight` scaled by the `X.*_multiplier` beside it.
 
     Args:
-        tensors: logical tensors by name, as :func:`megamult.checkpoint.logical.gather` yields them.
+        tensors: logical tensors by name, as :func:`megamult.zero.gather.gather` yields them.
 
     Returns:
         The tensors that are no multipliers, under their names; scaled ones in the dtype they came in.

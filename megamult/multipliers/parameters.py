@@ -23,31 +23,31 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult import layout as lo
-from megamult.layout import Layout
-from megamult.multipliers.placement import Placement
+from megamult.parameters import spec as lo
+from megamult.parameters.roles import Placement
+from megamult.parameters.spec import ParameterSpec
 
 GradSync = Literal["backward", "step"]
 
 
 def register_multipliers(
-    module: torch.nn.Module, weight: Parameter, layout: Layout, placement: Placement, tp_size: int, partial: bool
+    module: torch.nn.Module, weight: Parameter, spec: ParameterSpec, placement: Placement, tp_size: int, partial: bool
 ) -> None:
     """Create `row_multiplier`, `col_multiplier`, `scalar_multiplier` (None where not selected), all ones."""
-    makers: dict[str, Callable[..., Layout]] = {
+    makers: dict[str, Callable[..., ParameterSpec]] = {
         "row": lo.row_multiplier,
         "col": lo.col_multiplier,
         "scalar": lo.scalar_multiplier,
     }
     for side, make in makers.items():
-        parts = layout.parts_with(placement, side)  # type: ignore[arg-type]
+        parts = spec.parts_with(placement, side)  # type: ignore[arg-type]
         if not parts:
             module.register_parameter(f"{side}_multiplier", None)
             continue
-        side_layout = make(layout, parts, partial)
+        side_layout = make(spec, parts, partial)
         ones = torch.ones(side_layout.local_shape(tp_size), dtype=weight.dtype, device=weight.device)
         parameter = Parameter(ones)
-        lo.attach(parameter, side_layout)
+        lo.set_spec(parameter, side_layout)
         module.register_parameter(f"{side}_multiplier", parameter)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megamult.layout import Layout, Run
 from megamult.multipliers import kernels
-from megamult.multipliers.placement import Placement
+from megamult.parameters.roles import Placement
+from megamult.parameters.spec import ParameterSpec, Segment
 
 
 class _OnDevice:
@@ -27,7 +27,7 @@ def _with_one(values: Tensor) -> Tensor:
     return torch.cat([values, values.new_ones(1)])
 
 
-def _spans(runs: tuple[Run, ...], col_of: dict[int, int], rows: int) -> tuple[kernels.Span, ...]:
+def _spans(runs: tuple[Segment, ...], col_of: dict[int, int], rows: int) -> tuple[kernels.Span, ...]:
     """The runs as spans; rows of padding, which are part of no run, as spans without column multipliers."""
     spans: list[kernels.Span] = []
     position = 0
@@ -44,13 +44,13 @@ def _spans(runs: tuple[Run, ...], col_of: dict[int, int], rows: int) -> tuple[ke
 class ScalePlan:
     """Where the multipliers of one layer's local weight sit: local rows, column vectors, scalars."""
 
-    def __init__(self, weight: Layout, placement: Placement, tp_rank: int, tp_size: int) -> None:
+    def __init__(self, weight: ParameterSpec, placement: Placement, tp_rank: int, tp_size: int) -> None:
         self.row_parts = weight.parts_with(placement, "row")
         self.col_parts = weight.parts_with(placement, "col")
         self.scalar_parts = weight.parts_with(placement, "scalar")
         self.local_cols = weight.local_shape(tp_size)[1]
         self.local_rows = weight.local_shape(tp_size)[0]
-        runs = weight.local_runs(tp_rank, tp_size)
+        runs = weight.local_segments(tp_rank, tp_size)
         col_of = {part: i for i, part in enumerate(self.col_parts)}
         self.spans = _spans(runs, col_of, self.local_rows)
         rows = torch.arange(self.local_rows)

@@ -8,7 +8,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import get_pg_rank
 
-from megamult.layout import Layout, layout_of
+from megamult.parameters.spec import ParameterSpec, spec_of
 
 
 def multiplier_sharded_tensors(
@@ -30,23 +30,23 @@ def multiplier_sharded_tensors(
         parameter = getattr(module, leaf, None)
         if parameter is None:
             continue
-        layout = layout_of(parameter)
-        replica = (0, 0 if layout.tp_dim is not None else tp_group.rank(), dp_rank)
+        spec = spec_of(parameter)
+        replica = (0, 0 if spec.tp_dim is not None else tp_group.rank(), dp_rank)
         sharded[prefix + leaf] = _factory(
-            prefix + leaf, parameter, layout, sharded_offsets, tp_group.rank(), tp_group.size(), replica
+            prefix + leaf, parameter, spec, sharded_offsets, tp_group.rank(), tp_group.size(), replica
         )
 
 
 def _factory(
     key: str,
     parameter: torch.nn.Parameter,
-    layout: Layout,
+    spec: ParameterSpec,
     sharded_offsets: tuple[tuple[int, int, int], ...],
     tp_rank: int,
     tp_size: int,
     replica: tuple[int, int, int],
 ) -> ShardedTensorFactory:
-    runs = layout.local_runs(tp_rank, tp_size)
+    runs = spec.local_segments(tp_rank, tp_size)
     outer_shape = tuple(count for _, _, count in sharded_offsets)
     outer_offset = tuple(index for _, index, _ in sharded_offsets)
 
@@ -54,11 +54,11 @@ def _factory(
         assert flattened_range is None
         return [
             ShardedTensor(
-                layout.logical_name(key, layout.parts[run.part]),
+                spec.logical_name(key, spec.parts[run.part]),
                 data[run.start : run.start + run.length],
                 data.dtype,
                 (run.length,),
-                (*outer_shape, layout.parts[run.part].shape[0]),
+                (*outer_shape, spec.parts[run.part].shape[0]),
                 (*outer_offset, run.part_start),
                 None,
                 replica_id=replica_id,

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from megamult import device, parallel
-from megamult.layout import Layout, check_complete, has_layout, names_of
+from megamult.distributed import device, mesh
 from megamult.optim.clip import LocalSquares, Norms, clip_factor
 from megamult.optim.folded import FoldedMultipliers
 from megamult.optim.param_groups import check_groups
-from megamult.zero.slices import Partition, Slice
+from megamult.parameters.spec import ParameterSpec, check_complete, has_spec, names_of
+from megamult.zero.partition import Partition, Slice
 from megamult.zero.whole import WholePartition
 
 
@@ -68,7 +68,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
     ) -> None:
         groups = [{**group, "params": list(group["params"])} for group in groups]
         self._names = {} if model is None else names_of(model)
-        check_groups(groups, self._names, parallel.grid().tensor_size)
+        check_groups(groups, self._names, mesh.grid().tensor_size)
         held = {parameter for group in groups for parameter in group["params"]}
         check_complete({name for p, name in self._names.items() if p in held}, self._names.values())
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True})
@@ -118,7 +118,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def prepare(self, partition: Partition) -> None:
         """Complete the gradients, take their norms, decide on factors. Collective over all ranks."""
-        grid = parallel.grid()
+        grid = mesh.grid()
         self._fold(partition)
         gradients = partition.gradients()
         sum_partial_gradients(partition, gradients)
@@ -227,7 +227,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         """
         for piece in partition.slices:
             yield "weight", piece, self.weight(piece)
-            if self._has_moments(piece.layout):
+            if self._has_moments(piece.spec):
                 state = self._moments(piece.tensor)
                 for name in ("exp_avg", "exp_avg_sq"):
                     yield name, piece, state[name].view(-1)[piece.offset : piece.offset + piece.length]
@@ -248,7 +248,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
             self.folded.restored(updates)
         partition.publish()
 
-    def _has_moments(self, layout: Layout) -> bool:
+    def _has_moments(self, spec: ParameterSpec) -> bool:
         """Whether AdamW updates such a parameter."""
         return True
 
@@ -263,7 +263,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
 
     def _own_partition(self) -> WholePartition:
         parameters = [p for group in self.param_groups for p in group["params"]]
-        if self._driven or not all(has_layout(p) for p in parameters):
+        if self._driven or not all(has_spec(p) for p in parameters):
             raise RuntimeError(
                 "step() without prepare(), on parameters that someone else keeps: under DeepSpeed call "
                 "megamult.zero.attach.attach(engine, optimizer) after deepspeed.initialize; in a loop of your own give "
@@ -310,11 +310,11 @@ def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None
     A replicated parameter's slices are the same on every rank of a tensor-parallel group (shards have equal sizes),
     so the packed buffers line up.
     """
-    if parallel.grid().tensor_size == 1:
+    if mesh.grid().tensor_size == 1:
         return
-    partial = [g for piece, g in zip(partition.slices, gradients, strict=True) if piece.layout.partial_over_tp]
+    partial = [g for piece, g in zip(partition.slices, gradients, strict=True) if piece.spec.partial_over_tp]
     if not partial:
         return
     packed = torch.cat(partial)
-    torch.distributed.all_reduce(packed, group=parallel.tensor_group())
+    torch.distributed.all_reduce(packed, group=mesh.tensor_group())
     torch._foreach_copy_(partial, list(packed.split([g.numel() for g in partial])))

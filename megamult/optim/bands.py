@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megamult.layout import Side
 from megamult.multipliers.kernels import Span
-from megamult.rectangles import Rectangle
+from megamult.parameters.rectangles import Rectangle
+from megamult.parameters.spec import Side
 
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Of a band at most: bounds temporary memory (of a GPU to 256 MiB), stays in a CPU's cache."""

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from megamult.config import MultipliersConfig, OptimizerConfig
-from megamult.layout import Role, Side
-from megamult.multipliers.placement import resolve
+from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.adamw import TwoPhaseAdamW
+from megamult.optim.config import OptimizerConfig
 from megamult.optim.folded import FoldedMultipliers
-from megamult.optim.muon import DistributedMuon
+from megamult.optim.muon.rule import DistributedMuon
 from megamult.optim.param_groups import param_groups
+from megamult.parameters.roles import resolve
+from megamult.parameters.spec import Role, Side
 
 _DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamult.zero.slices import Slice
+from megamult.zero.partition import Slice
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class LocalSquares:
     """
 
     def __init__(self, slices: Sequence[Slice], tp_rank: int, device: torch.device) -> None:
-        self._counted = [i for i, piece in enumerate(slices) if piece.layout.counted_on(tp_rank)]
-        of_multipliers = [slices[i].layout.kind == "multiplier" for i in self._counted]
+        self._counted = [i for i, piece in enumerate(slices) if piece.spec.counted_on(tp_rank)]
+        of_multipliers = [slices[i].spec.kind == "multiplier" for i in self._counted]
         self._of_multipliers = torch.tensor(of_multipliers, dtype=torch.bool, device=device)
 
     def __call__(self, gradients: Sequence[Tensor]) -> Tensor:

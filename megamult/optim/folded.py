@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult import device, parallel
-from megamult.layout import Layout, Role, Side
+from megamult.distributed import device, mesh
 from megamult.multipliers import kernels
 from megamult.multipliers.merge import LEAVES
-from megamult.multipliers.placement import Placement
 from megamult.optim.bands import Band, Factors, Table, bands
-from megamult.rectangles import rectangles
-from megamult.zero.slices import Partition
+from megamult.parameters.rectangles import rectangles
+from megamult.parameters.roles import Placement
+from megamult.parameters.spec import ParameterSpec, Role, Side
+from megamult.zero.partition import Partition
 
 LATENT = "latent_weight"
 """Key of W in the optimizer's state."""
@@ -43,9 +43,9 @@ class Vector:
     length: int
 
 
-def covers(layout: Layout, placement: Placement) -> bool:
+def covers(spec: ParameterSpec, placement: Placement) -> bool:
     """Whether folded multipliers of this placement scale a parameter."""
-    return layout.kind in ("matrix", "embedding") and any(placement.get(part.role) for part in layout.parts)
+    return spec.kind in ("matrix", "embedding") and any(placement.get(part.role) for part in spec.parts)
 
 
 class FoldedMultipliers:
@@ -84,9 +84,9 @@ class FoldedMultipliers:
         self._slices_of: dict[Tensor, list[int]] = {}  # of each tensor that holds folded weights
         self._state: MutableMapping[Tensor, Any] = {}
 
-    def covers(self, layout: Layout) -> bool:
+    def covers(self, spec: ParameterSpec) -> bool:
         """Whether a parameter has multipliers."""
-        return covers(layout, self.placement)
+        return covers(spec, self.placement)
 
     @torch.no_grad()
     def bind(self, partition: Partition, state: MutableMapping[Tensor, Any]) -> None:
@@ -114,11 +114,11 @@ class FoldedMultipliers:
             "exp_avg": torch.zeros_like(self.gradient),
             "exp_avg_sq": torch.zeros_like(self.gradient),
         }
-        grid = parallel.grid()
+        grid = mesh.grid()
         self._bands_of, self._slices_of = {}, {}
         all_bands: list[Band] = []
         for i, piece in enumerate(partition.slices):
-            if not self.covers(piece.layout):
+            if not self.covers(piece.spec):
                 continue
             if piece.tensor.dtype != torch.float32:
                 raise ValueError(
@@ -126,7 +126,7 @@ class FoldedMultipliers:
                     "DeepSpeed wrap the optimizer, or train in fp32"
                 )
             self._slices_of.setdefault(piece.tensor, []).append(i)
-            held = rectangles(piece.layout, grid.tensor_rank, grid.tensor_size, piece.start, piece.length)
+            held = rectangles(piece.spec, grid.tensor_rank, grid.tensor_size, piece.start, piece.length)
             found = bands(held, places[piece.name], len(starts), here.type)
             self._bands_of[i] = range(len(all_bands), len(all_bands) + len(found))
             all_bands += found
@@ -143,14 +143,14 @@ class FoldedMultipliers:
         self.vectors, position = [], 0
         places: dict[str, dict[tuple[int, Side], slice]] = {}
         for cut in partition.cuts:
-            if not self.covers(cut.layout):
+            if not self.covers(cut.spec):
                 continue
             module = cut.name.rpartition(".")[0]
             for side, leaf in LEAVES.items():
-                for p in cut.layout.parts_with(self.placement, side):  # type: ignore[arg-type]
-                    part = cut.layout.parts[p]
+                for p in cut.spec.parts_with(self.placement, side):  # type: ignore[arg-type]
+                    part = cut.spec.parts[p]
                     length = {"row": part.shape[0], "col": part.shape[1], "scalar": 1}[side]
-                    name = cut.layout.logical_name(f"{module}.{leaf}" if module else leaf, part)
+                    name = cut.spec.logical_name(f"{module}.{leaf}" if module else leaf, part)
                     self.vectors.append(Vector(name, part.role, side, position, length))  # type: ignore[arg-type]
                     places.setdefault(cut.name, {})[p, side] = slice(position, position + length)  # type: ignore[index]
                     position += length
@@ -166,7 +166,7 @@ class FoldedMultipliers:
             gradients: of each slice of the partition.
         """
         assert self.partition is not None
-        grid = parallel.grid()
+        grid = mesh.grid()
         replica = not self.partition.sharded and grid.data_rank != 0
         self._sums.zero_()
         factors = self._factors()
@@ -174,7 +174,7 @@ class FoldedMultipliers:
         dots: list[Tensor] = []
         for i, numbers in self._bands_of.items():
             piece = self.partition.slices[i]
-            counts = piece.layout.counted_on(grid.tensor_rank) and not replica
+            counts = piece.spec.counted_on(grid.tensor_rank) and not replica
             latent = self.latent(piece.tensor, piece.offset, piece.length)
             for k in numbers:
                 band = self._table.bands[k]

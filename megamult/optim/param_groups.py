@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import torch
 
-from megamult.layout import Kind, layout_of, named_layouts
+from megamult.parameters.spec import Kind, named_specs, spec_of
 
 
 def param_groups(
@@ -34,13 +34,13 @@ def param_groups(
         ValueError: a parameter without layout, or a one-dimensional matrix.
     """
     members: dict[Kind, list[torch.nn.Parameter]] = {kind: [] for kind in get_args(Kind)}
-    for name, parameter, layout in named_layouts(model):
-        if layout.kind == "matrix" and len(layout.shape) != 2:
+    for name, parameter, spec in named_specs(model):
+        if spec.kind == "matrix" and len(spec.shape) != 2:
             raise ValueError(
-                f"{name} is of kind matrix with the global shape {layout.shape}: a matrix has two dimensions; give "
+                f"{name} is of kind matrix with the global shape {spec.shape}: a matrix has two dimensions; give "
                 "its layout the kind norm or multiplier"
             )
-        members[layout.kind].append(parameter)
+        members[spec.kind].append(parameter)
     decay = {"norm": 0.0, "multiplier": multiplier_weight_decay}
     rate = {"multiplier": lr if multiplier_lr is None else multiplier_lr}
     return [
@@ -76,28 +76,28 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
             )
         for i, parameter in enumerate(parameters):
             name = names.get(parameter, f"param_groups[{g}]['params'][{i}]")
-            layout = layout_of(parameter, name)
-            if layout.kind != kind:
+            spec = spec_of(parameter, name)
+            if spec.kind != kind:
                 raise ValueError(
-                    f"{name} is of kind {layout.kind} and in param_groups[{g}] of kind {kind}: move it to a group of "
+                    f"{name} is of kind {spec.kind} and in param_groups[{g}] of kind {kind}: move it to a group of "
                     "its own kind, or attach the layout that it has"
                 )
-            if kind == "matrix" and any(len(part.shape) != 2 for part in layout.parts):
-                shapes = ", ".join(str(part.shape) for part in layout.parts)
+            if kind == "matrix" and any(len(part.shape) != 2 for part in spec.parts):
+                shapes = ", ".join(str(part.shape) for part in spec.parts)
                 raise ValueError(
                     f"{name} is of kind matrix with the logical shape {shapes}: a matrix has two dimensions; give its "
                     "layout the kind norm or multiplier"
                 )
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 leaves the shape (0,)
-            if shape != layout.local_shape(tp_size):
+            if shape != spec.local_shape(tp_size):
                 raise ValueError(
                     f"{name} has the shape {shape}, and its layout at tensor parallel {tp_size} says "
-                    f"{layout.local_shape(tp_size)}: attach the layout that it has"
+                    f"{spec.local_shape(tp_size)}: attach the layout that it has"
                 )
-            if kind == "matrix" and sum(run.length for run in layout.runs) != layout.shape[0]:
+            if kind == "matrix" and sum(run.length for run in spec.segments) != spec.shape[0]:
                 raise ValueError(
-                    f"{name} is of kind matrix with {layout.shape[0]} rows, of which its logical matrices cover "
-                    f"{sum(run.length for run in layout.runs)}: it has no padding; give the rest a part of its own"
+                    f"{name} is of kind matrix with {spec.shape[0]} rows, of which its logical matrices cover "
+                    f"{sum(run.length for run in spec.segments)}: it has no padding; give the rest a part of its own"
                 )
             if parameter.dtype != parameters[0].dtype:
                 first = names.get(parameters[0], f"param_groups[{g}]['params'][0]")

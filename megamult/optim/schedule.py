@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megamult.config import OptimizerConfig
+from megamult.optim.config import OptimizerConfig
 
 
 def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megamult import device, parallel
+from megamult.distributed import device, mesh
 
 _AHEAD = 4
 """Micro-batches that are read before they are asked for: enough that one slow read is not felt."""
@@ -41,7 +41,7 @@ class MicroBatches:
         self._samples, self._starts, self._size = samples, starts, size
         self._shape = (2, size, seq_length)
         self._end = 0
-        self._group = parallel.tensor_group()
+        self._group = mesh.tensor_group()
         self._next: int | None = None  # the first start that has not been given to the thread
         self._waiting = 0  # given to it, and not taken yet
         self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()

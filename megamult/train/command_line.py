@@ -1,4 +1,4 @@
-"""The command line of a run: its keys, its exit codes, and how a user's mistake ends it on every rank at once."""
+"""The command line of a run: its keys, and how a user's mistake ends it on every rank at once."""
 
 from __future__ import annotations
 
@@ -7,33 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from megamult import environment
-from megamult.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    MultipliersConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-)
-from megamult.console import EXIT_USER_ERROR, say_error
-
-EXIT_RESUME = 75
-"""The run saved a checkpoint and stopped before its last step, as it was asked to: start it again (EX_TEMPFAIL)."""
-
-EXIT_NO_CHECKPOINT = 74
-"""The run's last checkpoint could not be written (EX_IOERR)."""
-
-EXIT_DIVERGED = 65
-"""`train.max_bad_steps` in a row were bad: the same command again would only repeat them (EX_DATAERR)."""
-
-EXIT_UNAVAILABLE = 69
-"""Not all processes of the launch came together (EX_UNAVAILABLE)."""
-
-EXIT_WATCHDOG = 70
-"""The run was ended because a rank died or stood still (EX_SOFTWARE)."""
+from megamult.checkpoint.config import CheckpointConfig
+from megamult.config import Config
+from megamult.data.config import DataConfig
+from megamult.distributed import environment
+from megamult.distributed.config import ParallelConfig
+from megamult.models.llama.config import ModelConfig
+from megamult.multipliers.config import MultipliersConfig
+from megamult.optim.config import OptimizerConfig
+from megamult.runtime import exit_codes
+from megamult.runtime.console import say_error
+from megamult.train.config import TrainConfig
 
 HEAD_START_SECONDS = 2.0
 """Launchers end all ranks once one has left: the others let rank 0 speak first."""
@@ -108,13 +92,13 @@ def fail(message: str) -> NoReturn:
         say_error(message)
     else:
         time.sleep(HEAD_START_SECONDS)
-    sys.exit(EXIT_USER_ERROR)
+    sys.exit(exit_codes.USER_ERROR)
 
 
 def fail_alone(message: str) -> NoReturn:
     """End this rank because of a mistake that the others may not have found, before all have met."""
     if environment.rank() != 0:
-        from megamult import rendezvous
+        from megamult.distributed import rendezvous
 
         rendezvous.excuse(message)
     fail(message)
@@ -122,10 +106,10 @@ def fail_alone(message: str) -> NoReturn:
 
 def agreed(check: Callable[[], _Result]) -> _Result:
     """Run `check` on every rank; if any rank raises ValueError or OSError, all end with the first one's message."""
-    from megamult import parallel
+    from megamult.distributed import mesh
 
-    result, problem = parallel.everywhere(check)
+    result, problem = mesh.everywhere(check)
     if problem is not None:
-        parallel.destroy()
+        mesh.destroy()
         fail(problem)
     return result  # type: ignore[return-value]

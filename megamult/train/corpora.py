@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from megamult import environment
-from megamult.config import Config, DataConfig
+from megamult.config import Config
+from megamult.data.config import DataConfig
 from megamult.data.dataset import BlendedDataset
 from megamult.data.described import Described, describe_all, unchecked, validate_all
 from megamult.data.tokenizer import Tokenizer
+from megamult.distributed import environment
 from megamult.train.command_line import agreed
 
 

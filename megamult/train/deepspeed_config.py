@@ -7,8 +7,8 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from megamult import device
 from megamult.config import Config
+from megamult.distributed import device
 from megamult.train.deepspeed_keys import CHECKED_BY_DEEPSPEED, KEYS, SECTIONS, TOP_LEVEL
 
 _BUCKET_ELEMENTS = 50_000_000

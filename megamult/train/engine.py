@@ -12,14 +12,14 @@ from typing import Any
 import deepspeed
 import torch
 
-from megamult import device, parallel
 from megamult.config import Config
-from megamult.model.gpt import GPT
+from megamult.distributed import device, mesh
+from megamult.models.llama.model import GPT
 from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.optim.build import make_optimizer
 from megamult.train.deepspeed_config import deepspeed_config
 from megamult.zero.attach import attach
-from megamult.zero.slices import Partition
+from megamult.zero.partition import Partition
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Engine:
     partition: Partition
 
 
-def check_deepspeed(config: Config, mpu: parallel.ModelParallelUnit) -> None:
+def check_deepspeed(config: Config, mpu: mesh.ModelParallelUnit) -> None:
     """Let our rules and DeepSpeed's own look at the DeepSpeed configuration before anything is built.
 
     Raises:
@@ -41,7 +41,7 @@ def check_deepspeed(config: Config, mpu: parallel.ModelParallelUnit) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
-    settings = deepspeed_config(config, parallel.data_group().size())
+    settings = deepspeed_config(config, mesh.data_group().size())
     if config.deepspeed:
         try:
             DeepSpeedConfig(settings, mpu=mpu)
@@ -58,7 +58,7 @@ def check_deepspeed(config: Config, mpu: parallel.ModelParallelUnit) -> None:
 def build(
     config: Config,
     vocab_size: int,
-    mpu: parallel.ModelParallelUnit,
+    mpu: mesh.ModelParallelUnit,
     *,
     draw: bool = True,
     note: Callable[[str], None] = lambda doing: None,
@@ -74,13 +74,13 @@ def build(
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(logging.WARNING)
-    settings = deepspeed_config(config, parallel.data_group().size())
+    settings = deepspeed_config(config, mesh.data_group().size())
     context: Any = contextlib.nullcontext()
     if config.parallel.zero_stage == 3:
         context = deepspeed.zero.Init(
             # Without the group, zero.Init partitions over the world and overwrites tensor-parallel shards. It takes
             # the dtype from the settings; its argument `dtype` is not heeded where fp16 is unsupported (CPUs).
-            data_parallel_group=parallel.data_group(),
+            data_parallel_group=mesh.data_group(),
             config_dict_or_path=settings,
             mpu=mpu,
         )
@@ -108,6 +108,6 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseAdamW:
 
 def parameter_count(model: torch.nn.Module) -> int:
     """Logical parameters (no padding) of the whole model."""
-    from megamult.layout import named_layouts
+    from megamult.parameters.spec import named_specs
 
-    return sum(layout.numel_logical for _, _, layout in named_layouts(model))
+    return sum(spec.numel_logical for _, _, spec in named_specs(model))

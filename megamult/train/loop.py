@@ -13,20 +13,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megamult import device, parallel
 from megamult.checkpoint.info import CheckpointInfo
-from megamult.checkpoint.logical import trained
 from megamult.checkpoint.saver import Outcome
 from megamult.config import Config
-from megamult.monitor.statistics import by_role, flops_per_token
+from megamult.distributed import device, mesh
+from megamult.models.llama.flops import flops_per_token
+from megamult.monitor.statistics import by_role
 from megamult.monitor.writers import Writers
 from megamult.optim.schedule import lr_factor
-from megamult.patience import ON_FILES
+from megamult.runtime.patience import ON_FILES
+from megamult.runtime.progress import Progress
+from megamult.runtime.signals import StopRequests
 from megamult.train.batches import MicroBatches, Readable
 from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.engine import Engine
-from megamult.train.progress import Progress
-from megamult.train.signals import StopRequests
+from megamult.zero.gather import trained
 
 
 class Samples(Readable, Protocol):
@@ -57,8 +58,8 @@ class Trainer:
         self.config, self.engine = config, engine
         self._progress = progress or Progress()
         self._train, self._valid = train, valid
-        self._data_rank = parallel.data_group().rank()
-        self._accumulation = config.accumulation(parallel.data_group().size())
+        self._data_rank = mesh.data_group().rank()
+        self._accumulation = config.accumulation(mesh.data_group().size())
         self._reading: MicroBatches | None = None
         self._flops = flops_per_token(config.model, vocab_size)
         self.step_count = 0
@@ -73,7 +74,7 @@ class Trainer:
 
     def _batches(self, samples: Samples, first: int) -> MicroBatches:
         """This rank's micro-batches of the global batches from sample `first` on."""
-        train, data_size = self.config.train, parallel.data_group().size()
+        train, data_size = self.config.train, mesh.data_group().size()
         size = train.micro_batch_size
         starts = (
             batch + (micro * data_size + self._data_rank) * size
@@ -267,11 +268,11 @@ def mean_and_votes(value: Tensor, votes: Sequence[float] = ()) -> tuple[float, l
     ranks take part, and of the value's replicas the first counts: zeros added to an fp32 sum change no bit.
     """
     packed = device.upload(torch.tensor([0.0, *votes], dtype=torch.float32))
-    if parallel.tensor_group().rank() == 0:
+    if mesh.tensor_group().rank() == 0:
         packed[0] = value
     torch.distributed.all_reduce(packed)
     total, *sums = packed.tolist()
-    return total / parallel.data_group().size(), sums
+    return total / mesh.data_group().size(), sums
 
 
 _LAST_SAVE_SECONDS = 60.0

@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megamult import environment, launcher
-from megamult.config import Config, DataConfig
-from megamult.console import EXIT_USER_ERROR, say_error
-from megamult.patience import ON_FILES
+from megamult.config import Config
+from megamult.data.config import DataConfig
+from megamult.distributed import environment, launcher
+from megamult.runtime import exit_codes
+from megamult.runtime.console import say_error
+from megamult.runtime.patience import ON_FILES
 from megamult.settings import run_settings
 from megamult.train.command_line import (
-    EXIT_DIVERGED,
-    EXIT_NO_CHECKPOINT,
-    EXIT_RESUME,
-    EXIT_UNAVAILABLE,
     HEAD_START_SECONDS,
     agreed,
     fail,
@@ -30,11 +28,11 @@ from megamult.train.command_line import (
 from megamult.train.deepspeed_config import deepspeed_config
 
 if TYPE_CHECKING:
-    from megamult.rendezvous import Meeting
-    from megamult.train.lock import RunLock
-    from megamult.train.logs import RankLog
-    from megamult.train.progress import Progress
-    from megamult.train.signals import StopRequests
+    from megamult.distributed.rendezvous import Meeting
+    from megamult.runtime.lock import RunLock
+    from megamult.runtime.logs import RankLog
+    from megamult.runtime.progress import Progress
+    from megamult.runtime.signals import StopRequests
 
 _BEGAN = time.monotonic()
 
@@ -55,10 +53,10 @@ def run(config: Config, resolved: str) -> None:
     """Train `config`; `resolved` is what config.yaml will say. Imports what is heavy only once the keys are right, and
     all processes watch one another."""
     meeting = _meet(config)
-    from megamult.train.lock import RunLock
-    from megamult.train.logs import RankLog
-    from megamult.train.progress import Progress
-    from megamult.train.watchdog import Watchdog
+    from megamult.runtime.lock import RunLock
+    from megamult.runtime.logs import RankLog
+    from megamult.runtime.progress import Progress
+    from megamult.runtime.watchdog import Watchdog
 
     minutes = config.train.max_minutes
     with contextlib.ExitStack() as stack:
@@ -71,12 +69,12 @@ def run(config: Config, resolved: str) -> None:
         progress.at(0, "importing", ON_FILES)
         # Megatron says at import, on every rank, which optional packages it does without.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-        from megamult import extensions, parallel, process_groups
-        from megamult.train.signals import StopRequests
+        from megamult.distributed import extensions, mesh, process_groups
+        from megamult.runtime.signals import StopRequests
 
         progress.at(0, "joining the process groups", extensions.LIMIT)
         try:
-            mpu = parallel.initialize(
+            mpu = mesh.initialize(
                 config.parallel.tensor,
                 # The watchdog comes first; alone, a group's own timeout would also end who waits for work on files.
                 timeout_minutes=config.parallel.timeout_minutes + ON_FILES / 60,
@@ -85,7 +83,7 @@ def run(config: Config, resolved: str) -> None:
             )
         except TimeoutError as error:
             say_error(f"rank {environment.rank()} on {environment.host()}: {error}")
-            sys.exit(EXIT_UNAVAILABLE)
+            sys.exit(exit_codes.UNAVAILABLE)
         progress.at(0, "joining the group for work on files")
         process_groups.files()
         stop = stack.enter_context(StopRequests(None if minutes is None else _BEGAN + 60 * minutes, log.ended))
@@ -93,7 +91,7 @@ def run(config: Config, resolved: str) -> None:
 
         run_dir = agreed(lambda: stack.enter_context(run_dirs.chosen(config.train.run_dir)))
         code = _train(config, resolved, run_dir, mpu, progress, log, lock, stop)
-        parallel.destroy()
+        mesh.destroy()
     if code:
         sys.exit(code)
 
@@ -111,8 +109,8 @@ def _train(
     """The run, from its data to its last checkpoint; the exit code."""
     import torch
 
-    from megamult import parallel
     from megamult.checkpoint import resume
+    from megamult.distributed import mesh
     from megamult.train import corpora
     from megamult.train import run_dir as run_dirs
     from megamult.train.changes import changes
@@ -151,7 +149,7 @@ def _train(
     if main_rank:
         print(
             f"{parameter_count(engine.model):,} parameters, {torch.distributed.get_world_size()} processes "
-            f"(tensor parallel {config.parallel.tensor}, data parallel {parallel.data_group().size()}), ZeRO "
+            f"(tensor parallel {config.parallel.tensor}, data parallel {mesh.data_group().size()}), ZeRO "
             f"{config.parallel.zero_stage}, {config.train.dtype}; writing {run_dir}",
             flush=True,
         )
@@ -182,14 +180,14 @@ def _train(
     error, reason, code = None, None, 0
     try:
         reason = trainer.run(run_dir, checkpoints, stop)
-        code = EXIT_RESUME if reason else 0
+        code = exit_codes.RESUME if reason else 0
     except CheckpointFailed as failed:
-        error, reason, code = str(failed), failed.reason, EXIT_NO_CHECKPOINT
+        error, reason, code = str(failed), failed.reason, exit_codes.NO_CHECKPOINT
     except Diverged as diverged:
-        error, code = f"{diverged}; {run_dirs.after_divergence(run_dir, diverged.last_good_step)}", EXIT_DIVERGED
+        error, code = f"{diverged}; {run_dirs.after_divergence(run_dir, diverged.last_good_step)}", exit_codes.DIVERGED
     train.close()
     if main_rank:
-        if code != EXIT_DIVERGED:
+        if code != exit_codes.DIVERGED:
             _conclude(config, vocab_size, trainer, reason, run_dir, code)
         if error is not None:
             say_error(error)
@@ -200,7 +198,7 @@ def _train(
 
 def _meet(config: Config) -> Meeting:
     """All processes come together, or this one ends. What they import is little: a host that is down is named soon."""
-    from megamult import device, open_files, rendezvous
+    from megamult.distributed import device, open_files, rendezvous
 
     open_files.raise_limit()
     try:
@@ -221,12 +219,12 @@ def _meet(config: Config) -> Meeting:
             say_error(str(error))
         else:
             time.sleep(HEAD_START_SECONDS)
-        sys.exit(EXIT_USER_ERROR if error.configuration else EXIT_UNAVAILABLE)
+        sys.exit(exit_codes.USER_ERROR if error.configuration else exit_codes.UNAVAILABLE)
     except rendezvous.NobodyThere as error:
         # Who is missing, rank 0 says; that rank 0 is, one rank of each node.
         if environment.rank() == 0 or (error.rank_0_is_missing and environment.local_rank() == 0):
             say_error(str(error))
-        sys.exit(EXIT_UNAVAILABLE)
+        sys.exit(exit_codes.UNAVAILABLE)
 
 
 def _conclude(config: Config, vocab_size: int, trainer: Any, reason: str | None, run_dir: Path, code: int) -> None:
@@ -249,7 +247,7 @@ def _conclude(config: Config, vocab_size: int, trainer: Any, reason: str | None,
 
 def _files(resolved: str, tokenizer: Any, checkpoint: Any) -> dict[str, bytes]:
     """What goes into every checkpoint beside the tensors; an imported tokenizer's own files stay with their model."""
-    from megamult.checkpoint.hf_files import TOKENIZER_FOLDER
+    from megamult.huggingface.files import TOKENIZER_FOLDER
 
     if environment.rank() != 0:
         return {}

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from megamult import environment
 from megamult.checkpoint import directory
-from megamult.train.lock import LOCK, RunLock
-from megamult.train.logs import left_without_a_word
+from megamult.distributed import environment
+from megamult.runtime.lock import LOCK, RunLock
+from megamult.runtime.logs import left_without_a_word
 
 
 @contextlib.contextmanager

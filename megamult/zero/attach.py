@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from torch.nn import Parameter
 
-from megamult.layout import check_complete, names_of
+from megamult.parameters.spec import check_complete, names_of
 from megamult.zero.flat import Bf16Partition, Zero12Partition
 from megamult.zero.full_precision import FullPrecision
-from megamult.zero.slices import Partition
+from megamult.zero.partition import Partition
 from megamult.zero.stage3 import Zero3Partition
 from megamult.zero.whole import UnfusedPartition, WholePartition
 

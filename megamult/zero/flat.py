@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult.layout import layout_of
-from megamult.zero.slices import Cut, Partition, Slice, flat_intervals
+from megamult.parameters.spec import spec_of
+from megamult.zero.partition import Cut, Partition, Slice, flat_intervals
 
 
 class FlatPartition(Partition):
@@ -41,7 +41,7 @@ class FlatPartition(Partition):
             name = names[parameter]
             cut = Cut(
                 name,
-                layout_of(parameter, name),
+                spec_of(parameter, name),
                 flat_intervals(offset, parameter.numel(), size, process_group.size()),
                 parameter.dtype,
             )
@@ -51,7 +51,7 @@ class FlatPartition(Partition):
             if length:
                 position = offset + start - rank * size
                 source = parameter.detach().view(-1)[start : start + length]
-                self.slices.append(Slice(name, cut.layout, start, length, master, position, source))
+                self.slices.append(Slice(name, cut.spec, start, length, master, position, source))
                 self._places.append((group, position))
 
     def spread(self) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult import device, parallel
+from megamult.distributed import device, mesh
 from megamult.multipliers.parameters import FULL_PRECISION
 
 if TYPE_CHECKING:
-    from megamult.zero.slices import Partition, Slice
+    from megamult.zero.partition import Partition, Slice
 
 
 class FullPrecision:
@@ -29,14 +29,14 @@ class FullPrecision:
 
     def __init__(self, partition: Partition, narrow: list[str]) -> None:
         self._sharded = partition.sharded
-        tensor_size = parallel.grid().tensor_size
+        tensor_size = mesh.grid().tensor_size
         cuts = [cut for cut in partition.cuts if cut.name in set(narrow)]
-        sizes = [torch.Size(cut.layout.local_shape(tensor_size)).numel() for cut in cuts]
+        sizes = [torch.Size(cut.spec.local_shape(tensor_size)).numel() for cut in cuts]
         self._values = torch.zeros(sum(sizes), dtype=torch.float32, device=device.local_device())
         views = dict(zip((cut.name for cut in cuts), self._values.split(sizes), strict=True))
         for cut in cuts:
             parameter: Parameter = partition.parameters[cut.name]
-            setattr(parameter, FULL_PRECISION, views[cut.name].view(cut.layout.local_shape(tensor_size)))
+            setattr(parameter, FULL_PRECISION, views[cut.name].view(cut.spec.local_shape(tensor_size)))
         self._held: list[tuple[Slice, Tensor]] = [
             (piece, views[piece.name][piece.start : piece.start + piece.length])
             for piece in partition.slices
@@ -46,7 +46,7 @@ class FullPrecision:
     @staticmethod
     def of(partition: Partition) -> FullPrecision | None:
         """Return the fp32 values of a partition's multipliers; None: the model's own are fp32."""
-        narrow = [c.name for c in partition.cuts if c.layout.kind == "multiplier" and c.dtype.itemsize < 4]
+        narrow = [c.name for c in partition.cuts if c.spec.kind == "multiplier" and c.dtype.itemsize < 4]
         return FullPrecision(partition, narrow) if narrow else None
 
     @torch.no_grad()
@@ -56,6 +56,6 @@ class FullPrecision:
             self._values.zero_()
         if self._held:
             torch._foreach_copy_([value for _, value in self._held], [piece.master for piece, _ in self._held])
-        if self._sharded and parallel.data_group().size() > 1:
+        if self._sharded and mesh.data_group().size() > 1:
             # Every element is held by one rank, all others add zero: the sum is exact.
-            torch.distributed.all_reduce(self._values, group=parallel.data_group())
+            torch.distributed.all_reduce(self._values, group=mesh.data_group())

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult.layout import layout_of
-from megamult.zero.slices import Cut, Partition, Slice, flat_intervals
+from megamult.parameters.spec import spec_of
+from megamult.zero.partition import Cut, Partition, Slice, flat_intervals
 
 
 class Zero3Partition(Partition):
@@ -32,13 +32,13 @@ class Zero3Partition(Partition):
             for i, parameter in enumerate(parameters):
                 name, piece, group = names[parameter], parameter.partition_numel(), parameter.ds_process_group
                 intervals = flat_intervals(0, parameter.ds_numel, piece, group.size())
-                cut = Cut(name, layout_of(parameter, name), intervals, parameter.dtype)
+                cut = Cut(name, spec_of(parameter, name), intervals, parameter.dtype)
                 self.cuts.append(cut)
                 self.parameters[name] = parameter
                 start, length = cut.intervals[group.rank()]
                 if length:
                     source = parameter.ds_tensor.detach().view(-1)[:length]
-                    self.slices.append(Slice(name, cut.layout, start, length, master, position, source))
+                    self.slices.append(Slice(name, cut.spec, start, length, master, position, source))
                     self._places.append((sub_group, i))
                 position += piece
 

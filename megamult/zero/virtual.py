@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megamult import parallel
-from megamult.layout import Layout
-from megamult.zero.slices import Cut, Partition, Slice, buckets, even_intervals
+from megamult.distributed import mesh
+from megamult.parameters.spec import ParameterSpec
+from megamult.zero.partition import Cut, Partition, Slice, buckets, even_intervals
 
 
-def kept_once(partition: Partition, select: Callable[[Layout], bool]) -> Partition:
+def kept_once(partition: Partition, select: Callable[[ParameterSpec], bool]) -> Partition:
     """A partition in which one data-parallel rank holds each element of the selected parameters."""
     return partition if partition.sharded else VirtualPartition(partition, select)
 
@@ -22,21 +22,21 @@ class VirtualPartition(Partition):
 
     sharded = True
 
-    def __init__(self, whole: Partition, select: Callable[[Layout], bool]) -> None:
+    def __init__(self, whole: Partition, select: Callable[[ParameterSpec], bool]) -> None:
         self._whole = whole
-        self._grid = parallel.grid()
-        self._indices = [i for i, piece in enumerate(whole.slices) if select(piece.layout)]
+        self._grid = mesh.grid()
+        self._indices = [i for i, piece in enumerate(whole.slices) if select(piece.spec)]
         self.cuts, self.slices = [], []
         self._indices_here: list[int] = []
         for i in self._indices:
             piece = whole.slices[i]
-            cut = Cut(piece.name, piece.layout, even_intervals(piece.length, self._grid.data_size), piece.source.dtype)
+            cut = Cut(piece.name, piece.spec, even_intervals(piece.length, self._grid.data_size), piece.source.dtype)
             self.cuts.append(cut)
             start, length = cut.intervals[self._grid.data_rank]
             if length:
                 source = piece.source[start : start + length]
                 self.slices.append(
-                    Slice(piece.name, piece.layout, start, length, piece.tensor, start, source, shared=True)
+                    Slice(piece.name, piece.spec, start, length, piece.tensor, start, source, shared=True)
                 )
                 self._indices_here.append(i)
 
@@ -73,7 +73,7 @@ class VirtualPartition(Partition):
                 start, length = cut.intervals[self._grid.data_rank]
                 part[:length] = gradients[i][start : start + length]
             everyone = torch.empty(ranks * mine.numel(), dtype=dtype, device=device)
-            torch.distributed.all_gather_into_tensor(everyone, mine, group=parallel.data_group())
+            torch.distributed.all_gather_into_tensor(everyone, mine, group=mesh.data_group())
             sent += (ranks - 1) * mine.numel() * mine.element_size()
             for rank, parts in enumerate(everyone.chunk(ranks)):
                 for (i, cut), part in zip(bucket, parts.split(widths), strict=True):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult import parallel
-from megamult.layout import layout_of
-from megamult.zero.slices import Cut, Partition, Slice
+from megamult.distributed import mesh
+from megamult.parameters.spec import spec_of
+from megamult.zero.partition import Cut, Partition, Slice
 
 
 class WholePartition(Partition):
@@ -29,9 +29,9 @@ class WholePartition(Partition):
         self.slices, self.cuts = [], []
         for parameter, master in pairs:
             name = names[parameter]
-            layout, numel = layout_of(parameter, name), parameter.numel()
-            self.slices.append(Slice(name, layout, 0, numel, master, 0, parameter.detach().view(-1)))
-            self.cuts.append(Cut(name, layout, ((0, numel),) * parallel.grid().data_size, parameter.dtype))
+            spec, numel = spec_of(parameter, name), parameter.numel()
+            self.slices.append(Slice(name, spec, 0, numel, master, 0, parameter.detach().view(-1)))
+            self.cuts.append(Cut(name, spec, ((0, numel),) * mesh.grid().data_size, parameter.dtype))
 
     def gradients(self) -> list[Tensor]:
         """The parameters' `.grad`, or Megatron DDP's `main_grad`; zeros where backward left none.

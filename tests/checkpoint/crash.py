@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamult.checkpoint import directory
-from megamult.train.command_line import EXIT_RESUME
+from megamult.runtime import exit_codes
 from tests.train.command import Launch, Outcome, data_arguments, make_corpus, start
 
 SAVE_EVERY = 3
@@ -131,7 +131,7 @@ def stop(run_dir: Path, command: list[str], draw: random.Random, whom: str) -> L
     for pid in asked[whom]:
         os.kill(pid, number)
     outcome = launch.wait()
-    assert outcome.code == (-number if whom == "the launcher" else EXIT_RESUME) and outcome.left == [], outcome
+    assert outcome.code == (-number if whom == "the launcher" else exit_codes.RESUME) and outcome.left == [], outcome
     assert newest(run_dir) == f"step_{max(losses(run_dir))}", "it saves the step that it has just done"
     return Life(f"{number.name} to {whom}", before, newest(run_dir), outcome)
 

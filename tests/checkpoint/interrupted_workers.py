@@ -34,11 +34,11 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
     """(reason, steps done, checkpoints) of runs over 6 steps: a signal to the second rank in step 3, with and without
     checkpoints in between, and where it is the second of a tensor-parallel group; a deadline that is past; none of
     these; a signal during the evaluation after step 2."""
-    from megamult import parallel
+    from megamult.distributed import mesh
+    from megamult.runtime.signals import StopRequests
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build
     from megamult.train.loop import Trainer
-    from megamult.train.signals import StopRequests
 
     found = []
     third = 2 * batch  # the first sample of step 3
@@ -53,7 +53,7 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
     for i, (tensor, at, number, deadline, save_every) in enumerate(cases):
         config = Case(world=2, tensor=tensor, zero=1, steps=6).config()
         config.checkpoint.save_every, config.checkpoint.keep = save_every, 0
-        engine = build(config, VOCAB, parallel.initialize(tensor))
+        engine = build(config, VOCAB, mesh.initialize(tensor))
         second = torch.distributed.get_rank() == 1  # only this one is signalled
         valid = None
         if at == "evaluation":
@@ -73,12 +73,12 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
 
 def overlapping_saves(folder: Path) -> dict[str, Any]:
     """Two saves at once, then one that the second rank cannot write, then a good one."""
-    from megamult import parallel
     from megamult.checkpoint.chunks import Chunk
     from megamult.checkpoint.info import CheckpointInfo
     from megamult.checkpoint.saver import Saver
+    from megamult.distributed import mesh
 
-    parallel.initialize(1)
+    mesh.initialize(1)
     rank = torch.distributed.get_rank()
     release = threading.Event()
     saver = Saver(folder)
@@ -122,12 +122,12 @@ def overlapping_saves(folder: Path) -> dict[str, Any]:
 def found_checkpoints(folder: Path) -> list[str]:
     """What `find` chooses, or says: the newest damaged in its description; a rank that the run does not fit; a
     checkpoint that a crash left half replaced; one named by a link."""
-    from megamult import parallel
     from megamult.checkpoint import directory, resume, saved
     from megamult.checkpoint.chunks import Chunk
     from megamult.checkpoint.info import INFO, CheckpointInfo
+    from megamult.distributed import mesh
 
-    parallel.initialize(1)
+    mesh.initialize(1)
     rank, parent = torch.distributed.get_rank(), folder / "checkpoints"
     if rank == 0:
         for step in (1, 2):

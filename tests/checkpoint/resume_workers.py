@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult.config import CheckpointConfig
+from megamult.checkpoint.config import CheckpointConfig
 from tests.invariance import VOCAB, Case
 
 
 @dataclass
-class Run:
+class Segment:
     """One run: from a checkpoint or anew, so many steps, saving on the way."""
 
     case: Case
@@ -68,16 +68,16 @@ class Samples:
         return {}
 
 
-def run_all(runs: list[Run]) -> list[Trace]:
+def run_all(runs: list[Segment]) -> list[Trace]:
     """One after the other."""
     return [_run(run) for run in runs]
 
 
-def _run(run: Run) -> Trace:
-    from megamult import parallel
+def _run(run: Segment) -> Trace:
     from megamult.checkpoint import resume
     from megamult.checkpoint.saved import SavedCheckpoint
     from megamult.checkpoint.state import held
+    from megamult.distributed import mesh
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.engine import build
     from megamult.train.loop import Trainer
@@ -85,7 +85,7 @@ def _run(run: Run) -> Trace:
     config = run.case.config()
     config.train.seed = run.weights_seed
     config.checkpoint = CheckpointConfig(keep=0, asynchronous=run.asynchronous)
-    mpu = parallel.initialize(run.case.tensor)
+    mpu = mesh.initialize(run.case.tensor)
     engine = build(config, VOCAB, mpu)
     samples = Samples(VOCAB, config.model.seq_length)
     trainer = Trainer(config, engine, samples, None, VOCAB)

@@ -15,7 +15,7 @@ import torch
 from megamult.checkpoint.saved import SavedCheckpoint
 from tests.checkpoint.crash import crash, losses
 from tests.checkpoint.interrupted_workers import found_checkpoints, overlapping_saves, stopped_runs
-from tests.distributed import free_port, run_distributed
+from tests.processes import free_port, run_distributed
 from tests.train.command import REPOSITORY, data_arguments, make_corpus, start
 
 
@@ -45,7 +45,7 @@ def test_a_signal_to_one_rank_or_a_deadline_stops_all_after_the_same_step_with_a
 _TWO_SIGNALS = """
 import datetime, os, signal, threading, time, torch
 torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=0, world_size=1)
-from megamult.train import signals
+from megamult.runtime import signals
 signals.SAME_REQUEST_SECONDS = 1.0
 with signals.StopRequests() as stop:
     assert stop.decided(stop.ballot()) is None
@@ -78,7 +78,7 @@ def test_a_second_request_ends_the_process_at_once_wherever_it_waits(first: str,
 _IGNORED = """
 import os, signal, torch
 torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=0, world_size=1)
-from megamult.train.signals import StopRequests
+from megamult.runtime.signals import StopRequests
 with StopRequests() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.decided(stop.ballot()) is None

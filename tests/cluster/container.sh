@@ -134,7 +134,7 @@ for target in "${targets[@]}"; do
         step "$target: examples/reproduce/run.sh, 2 seeds of 4 steps" "$target-reproduce" \
             inside "$target" examples/reproduce/run.sh --steps 4 --seeds 1 2 -- --train.eval_batches 2
         step "$target: launch/test.sh, smoke" "$target-tests" inside "$target" \
-            launch/test.sh -q tests/test_config.py tests/test_layout.py tests/test_rectangles.py tests/multipliers
+            launch/test.sh -q tests/test_config.py tests/parameters/test_spec.py tests/parameters/test_rectangles.py tests/multipliers
     fi
 done
 

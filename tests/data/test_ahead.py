@@ -10,7 +10,7 @@ import pytest
 from conftest import distinct_ids, of, window
 
 from megamult.data.epochs import to_json
-from megamult.partial import partial_folder
+from megamult.runtime.partial import partial_folder
 
 Write = Callable[..., str]
 

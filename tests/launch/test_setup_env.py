@@ -25,7 +25,7 @@ case "$1" in
             echo "$0 $*" >>"$LOG"
         fi
         ;;
-    megamult/extensions.py) echo "$0 $*" >>"$LOG" ;;
+    megamult/distributed/extensions.py) echo "$0 $*" >>"$LOG" ;;
 esac
 """
 
@@ -100,7 +100,7 @@ def test_a_fresh_checkout_gets_its_venv_and_keeps_it(place: Place) -> None:
     (made / "precious").write_text("packages")
     again, said = place.source(checkout)
     assert again == made and said == "" and (made / "precious").exists()
-    assert place.log()[-1] == f"{made}/bin/python megamult/extensions.py {made}/torch_extensions", (
+    assert place.log()[-1] == f"{made}/bin/python megamult/distributed/extensions.py {made}/torch_extensions", (
         "frees locks each time"
     )
 

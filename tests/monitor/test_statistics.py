@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from megamult.config import ModelConfig
-from megamult.monitor.statistics import by_role, flops_per_token, spread, spread_table
+from megamult.models.llama.config import ModelConfig
+from megamult.models.llama.flops import flops_per_token
+from megamult.monitor.statistics import by_role, spread, spread_table
 
 
 def test_spread_is_of_magnitudes() -> None:

@@ -1,4 +1,4 @@
-"""Dense float64 layers, and which entries of them each tensor-parallel rank holds, written without megamult.layout.
+"""Dense float64 layers, and which entries of them each tensor-parallel rank holds, written without ParameterSpec.
 
 A case is one layer in one setting. Its logical matrices, multipliers, inputs and output gradients are a function of
 the layer and the placement alone, so all tensor-parallel sizes run the same numbers.

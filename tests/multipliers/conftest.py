@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import run_distributed
 from tests.multipliers.cases import Case
 from tests.multipliers.workers import run_all
+from tests.processes import run_distributed
 
 ByRank = Callable[[str, Case], list[Any]]
 

@@ -18,7 +18,8 @@ def build(case: Case, plain: bool = False) -> torch.nn.Module:
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
-    from megamult import layers, layout
+    from megamult import layers
+    from megamult.parameters import spec
 
     config = ModelParallelConfig(
         tensor_model_parallel_size=case.tensor, sequence_parallel=case.sequence, use_cpu_initialization=True
@@ -38,9 +39,9 @@ def build(case: Case, plain: bool = False) -> torch.nn.Module:
         return kind(columns, rows, input_is_parallel=True, **common, **({} if plain else ours))
     kind = ColumnParallelLinear if plain else layers.MultiplierColumnParallelLinear
     if case.layer == "qkv":
-        ours["layout"] = layout.fused_qkv(cases.HEADS, cases.GROUPS, cases.HEAD_DIM, columns)
+        ours["layout"] = spec.fused_qkv(cases.HEADS, cases.GROUPS, cases.HEAD_DIM, columns)
     elif case.layer == "gate_up":
-        ours["layout"] = layout.fused_gate_up(cases.FFN, columns)
+        ours["layout"] = spec.fused_gate_up(cases.FFN, columns)
     return kind(columns, rows, gather_output=False, **common, **({} if plain else ours))
 
 
@@ -69,12 +70,12 @@ def forward_backward(case: Case, rank: int, layer: torch.nn.Module) -> dict[str,
 
 def gradients_of(case: Case, rank: int) -> dict[str, Any]:
     """Results with the case's multipliers, and what each parameter's layout says about its gradient."""
-    from megamult.layout import layout_of
+    from megamult.parameters.spec import spec_of
 
     layer = build(case)
     # Nothing may depend on the entries of a row multiplier that no row uses.
     load(layer, cases.shard(case, rank, cases.draw(case), unused=float("nan")))
-    partial = {name: layout_of(p).partial_over_tp for name, p in layer.named_parameters() if name != "bias"}
+    partial = {name: spec_of(p).partial_over_tp for name, p in layer.named_parameters() if name != "bias"}
     return {"results": forward_backward(case, rank, layer), "partial": partial}
 
 
@@ -207,11 +208,11 @@ RUNS: dict[str, tuple[Any, list[Case]]] = {
 
 def run_all() -> dict[tuple[str, Case], Any]:
     """Every run's result on this rank, by (run, case). A rank beyond a case's tensor parallel size leaves it out."""
-    from megamult import parallel
+    from megamult.distributed import mesh
 
     results = {}
     for tensor in sorted({case.tensor for case in CASES}):
-        parallel.initialize(tensor)
+        mesh.initialize(tensor)
         if torch.distributed.get_rank() < tensor:
             for run, (function, chosen) in RUNS.items():
                 for case in chosen:

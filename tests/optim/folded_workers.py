@@ -13,14 +13,14 @@ from tests.optim.workers import VOCAB, Case, _batch
 
 def _engine(case: Case, placement: Any, initial: Any = None) -> tuple[Any, Any]:
     """A fresh engine with folded multipliers, and its configuration."""
-    from megamult import environment, parallel
+    from megamult.distributed import environment, mesh
     from megamult.optim.build import make_optimizer
     from megamult.train import engine
 
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else environment.world_size()
     config = case.config(world)
     config.multipliers = replace(config.multipliers, implementation="folded", placement=placement)
-    mpu = parallel.initialize(case.tensor)
+    mpu = mesh.initialize(case.tensor)
     original = engine.build_optimizer
     if initial is not None:  # a run's configuration has no key for it
         engine.build_optimizer = lambda config, model: make_optimizer(
@@ -48,7 +48,7 @@ PLACEMENT = {
 
 def equations(cases: list[Case]) -> list[dict[str, Any]]:
     """Per case: full G, W, multipliers before; full dL/dW and the multipliers' gradient after. Whole on rank 0."""
-    from megamult.checkpoint.logical import gather
+    from megamult.zero.gather import gather
 
     results = []
     for case in cases:
@@ -61,9 +61,7 @@ def equations(cases: list[Case]) -> list[dict[str, Any]]:
         gradients = partition.gradients()
 
         def whole(values: Any, engine: Any = engine) -> dict[str, Tensor]:
-            found = gather(
-                engine.model, engine.partition, values, lambda layout: layout.kind in ("matrix", "embedding")
-            )
+            found = gather(engine.model, engine.partition, values, lambda spec: spec.kind in ("matrix", "embedding"))
             return {name: full.double() for name, _, _, full in found}
 
         result: dict[str, Any] = {
@@ -74,13 +72,13 @@ def equations(cases: list[Case]) -> list[dict[str, Any]]:
         folded.chain_rule(gradients)
         result["dW"] = whole(lambda i, gradients=gradients: gradients[i].float())
         result["dm"] = {v.name: folded.gradient[v.start : v.start + v.length].double() for v in folded.vectors}
-        pieces = [piece for piece in partition.slices if folded.covers(piece.layout)]
+        pieces = [piece for piece in partition.slices if folded.covers(piece.spec)]
         tensors: dict[int, set[str]] = {}
         for piece in pieces:
             tensors.setdefault(id(piece.tensor), set()).add(piece.name)
         result["several matrices in a partition"] = any(len(names) > 1 for names in tensors.values())
         result["straddling"] = any(
-            0 < piece.length < torch.Size(piece.layout.local_shape(case.tensor)).numel() for piece in pieces
+            0 < piece.length < torch.Size(piece.spec.local_shape(case.tensor)).numel() for piece in pieces
         )
         engine.deepspeed.destroy()
         results.append(result)
@@ -89,8 +87,8 @@ def equations(cases: list[Case]) -> list[dict[str, Any]]:
 
 def starts(cases: list[Case]) -> list[dict[str, float]]:
     """Per case, of this rank: first losses by how the multipliers start; and of a plain model of doubled matrices."""
-    from megamult.layout import named_layouts
-    from megamult.model.gpt import GPT
+    from megamult.models.llama.model import GPT
+    from megamult.parameters.spec import named_specs
 
     results = []
     for case in cases:
@@ -101,8 +99,8 @@ def starts(cases: list[Case]) -> list[dict[str, float]]:
             engine.deepspeed.destroy()
         model = GPT(config, VOCAB, config.train.seed)
         with torch.no_grad():
-            for _, parameter, layout in named_layouts(model):
-                if layout.kind in ("matrix", "embedding"):
+            for _, parameter, spec in named_specs(model):
+                if spec.kind in ("matrix", "embedding"):
                     parameter *= 2
         losses["plain, doubled"] = float(model(*_batch(0, config))[1])
         results.append(losses)

@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamult import layout
-from megamult.layout import Layout, Side
 from megamult.optim import bands as module
 from megamult.optim.bands import Table, bands
-from megamult.rectangles import rectangles
+from megamult.parameters import spec
+from megamult.parameters.rectangles import rectangles
+from megamult.parameters.spec import ParameterSpec, Side
 
-QKV = layout.fused_qkv(32, 16, 4, 24)  # 16 groups of [q q k v]
+QKV = spec.fused_qkv(32, 16, 4, 24)  # 16 groups of [q q k v]
 LAYOUTS = {
     "qkv": QKV,
-    "gate_up": layout.fused_gate_up(40, 24),
-    "down": layout.single_matrix("down", 24, 40, 1),
-    "embedding": layout.vocabulary("embedding", 29, 32, 24),
+    "gate_up": spec.fused_gate_up(40, 24),
+    "down": spec.single_matrix("down", 24, 40, 1),
+    "embedding": spec.vocabulary("embedding", 29, 32, 24),
 }
 Places = dict[tuple[int, Side], slice]
 
 
-def packed(stated: Layout, sides: dict[int, tuple[Side, ...]]) -> tuple[Places, Tensor]:
+def packed(stated: ParameterSpec, sides: dict[int, tuple[Side, ...]]) -> tuple[Places, Tensor]:
     """Random multipliers of some sides of some parts, one after the other, and 1."""
     places: Places = {}
     position = 0

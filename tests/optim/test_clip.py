@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamult import layout
-from megamult.layout import Layout
 from megamult.optim.clip import LocalSquares, Norms, clip_factor
-from megamult.zero.slices import Slice
+from megamult.parameters import spec
+from megamult.parameters.spec import ParameterSpec
+from megamult.zero.partition import Slice
 
-MATRIX = layout.single_matrix("down", 4, 6, tp_dim=1)
-NORM = layout.norm(4, partial_over_tp=False)
-ROW = layout.row_multiplier(MATRIX, [0], partial_over_tp=False)  # replicated: the columns are sharded
-COL = layout.col_multiplier(MATRIX, [0], partial_over_tp=False)  # sharded
+MATRIX = spec.single_matrix("down", 4, 6, tp_dim=1)
+NORM = spec.norm(4, partial_over_tp=False)
+ROW = spec.row_multiplier(MATRIX, [0], partial_over_tp=False)  # replicated: the columns are sharded
+COL = spec.col_multiplier(MATRIX, [0], partial_over_tp=False)  # sharded
 
 
-def pieces(*gradients: tuple[Layout, Tensor]) -> tuple[list[Slice], list[Tensor]]:
+def pieces(*gradients: tuple[ParameterSpec, Tensor]) -> tuple[list[Slice], list[Tensor]]:
     slices = [Slice("x", stated, 0, g.numel(), g, 0, g) for stated, g in gradients]
     return slices, [g for _, g in gradients]
 
@@ -54,7 +54,7 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("stated", [MATRIX, COL])
-def test_one_bad_element_makes_its_norm_and_no_other_one_not_finite(stated: Layout, bad: float) -> None:
+def test_one_bad_element_makes_its_norm_and_no_other_one_not_finite(stated: ParameterSpec, bad: float) -> None:
     gradients = {MATRIX: torch.ones(12), COL: torch.ones(3)}
     gradients[stated][1] = bad
     main, multipliers = local_squares(*pieces(*gradients.items()), tp_rank=1).sqrt().tolist()

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult import TwoPhaseAdamW, layout, param_groups
-from megamult.multipliers.placement import resolve
+from megamult import TwoPhaseAdamW, param_groups
 from megamult.multipliers.reference import effective_weight
 from megamult.optim.folded import LATENT, FoldedMultipliers
-from tests.distributed import run_distributed
+from megamult.parameters import spec
+from megamult.parameters.roles import resolve
 from tests.optim.folded_workers import PLACEMENT, all_of_it
 from tests.optim.workers import Case
+from tests.processes import run_distributed
 
 CASES = [
     *(Case(stage=stage) for stage in range(4)),
@@ -105,7 +106,7 @@ class Folded(torch.nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = Parameter(weight.clone())
-        layout.attach(self.weight, layout.single_matrix("down", ROWS, COLS, None))
+        spec.set_spec(self.weight, spec.single_matrix("down", ROWS, COLS, None))
 
 
 def batches(step: int) -> tuple[Tensor, Tensor]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamult import layout, param_groups
-from megamult.layout import Layout
+from megamult import param_groups
+from megamult.parameters import spec
+from megamult.parameters.spec import ParameterSpec
 
-QKV = layout.fused_qkv(4, 2, 4, 16)
-STATED: dict[str, Layout] = {
-    "embedding_weight": layout.vocabulary("embedding", 20, 128, 16),
+QKV = spec.fused_qkv(4, 2, 4, 16)
+STATED: dict[str, ParameterSpec] = {
+    "embedding_weight": spec.vocabulary("embedding", 20, 128, 16),
     "qkv_weight": QKV,
-    "qkv_row": layout.row_multiplier(QKV, [0, 1], False),
-    "qkv_col": layout.col_multiplier(QKV, [0, 2], False),
-    "out_weight": layout.single_matrix("attention_out", 16, 16, 1),
-    "out_scalar": layout.scalar_multiplier(layout.single_matrix("attention_out", 16, 16, 1), [0], False),
-    "final_norm": layout.norm(16, False),
-    "head_weight": layout.vocabulary("head", 20, 128, 16),
+    "qkv_row": spec.row_multiplier(QKV, [0, 1], False),
+    "qkv_col": spec.col_multiplier(QKV, [0, 2], False),
+    "out_weight": spec.single_matrix("attention_out", 16, 16, 1),
+    "out_scalar": spec.scalar_multiplier(spec.single_matrix("attention_out", 16, 16, 1), [0], False),
+    "final_norm": spec.norm(16, False),
+    "head_weight": spec.vocabulary("head", 20, 128, 16),
 }
 KINDS = {
     "matrix": {"qkv_weight", "out_weight"},
@@ -28,12 +29,12 @@ KINDS = {
 }
 
 
-def model(stated: dict[str, Layout] = STATED) -> torch.nn.Module:
+def model(stated: dict[str, ParameterSpec] = STATED) -> torch.nn.Module:
     """Parameters that look like vectors, as all do to a rank under ZeRO 3: only the layouts say what they are."""
     module = torch.nn.Module()
     for name, what in stated.items():
         parameter = torch.nn.Parameter(torch.empty(0))
-        layout.attach(parameter, what)
+        spec.set_spec(parameter, what)
         module.register_parameter(name, parameter)
     return module
 
@@ -83,7 +84,7 @@ def test_a_shared_parameter_is_in_one_group_once() -> None:
 
 
 def test_a_one_dimensional_matrix_is_refused_with_its_name_and_shape() -> None:
-    vector = Layout("matrix", (layout.Part("", "down", (16,)),), (16,), None, (layout.Run(0, 0, 0, 16),))
+    vector = ParameterSpec("matrix", (spec.Part("", "down", (16,)),), (16,), None, (spec.Run(0, 0, 0, 16),))
     with pytest.raises(ValueError, match=r"bad_weight .* \(16,\).*two dimensions"):
         param_groups(model({**STATED, "bad_weight": vector}), lr=0.1, weight_decay=0.2)
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from megamult.config import OptimizerConfig
+from megamult.optim.config import OptimizerConfig
 from megamult.optim.schedule import lr_factor
 
 DECAYS = ["linear", "cosine", "exponential", "inverse_sqrt"]

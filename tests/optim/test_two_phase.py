@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import run_distributed
 from tests.optim.workers import Case, one_process, run_cases
+from tests.processes import run_distributed
 
 TWO = [  # data parallel: every stage in both dtypes; tensor parallel: every stage, each dtype twice
     *(Case(stage=stage, poison="gradient" if stage else "objective") for stage in range(4)),

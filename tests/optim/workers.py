@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megamult.config import Config
+from megamult.distributed.config import ParallelConfig
+from megamult.models.llama.config import ModelConfig
+from megamult.optim.config import OptimizerConfig
+from megamult.train.config import TrainConfig
 
 VOCAB = 200  # padded to 256
 SEQ, BATCH = 16, 4
@@ -52,10 +56,10 @@ class Case:
 
 def _batch(step: int, config: Config) -> tuple[Tensor, Tensor]:
     """This data-parallel rank's rows of the global batch of `step`."""
-    from megamult import parallel
+    from megamult.distributed import mesh
 
     text = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(step))
-    size, rank = config.train.micro_batch_size, parallel.data_group().rank()
+    size, rank = config.train.micro_batch_size, mesh.data_group().rank()
     rows = text[rank * size : (rank + 1) * size]
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -68,7 +72,7 @@ def _step(engine: Any, config: Config, batch: int, poison: str | None = None) ->
     engine.deepspeed.backward(objective)
     if poison == "gradient" and last_rank:
         pieces = zip(engine.partition.slices, engine.partition.gradients(), strict=True)
-        next(g for piece, g in pieces if piece.layout.tp_dim is not None)[-1] = float("inf")
+        next(g for piece, g in pieces if piece.spec.tp_dim is not None)[-1] = float("inf")
     engine.deepspeed.step()
 
 
@@ -87,11 +91,11 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def run_case(case: Case) -> dict[str, Any]:
     """Steps on batch 0, a bad one, batch 1; and, in a second engine, batch 0 and batch 1 alone."""
-    from megamult import parallel
+    from megamult.distributed import mesh
     from megamult.train.engine import build
 
     config = case.config(torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world())
-    mpu = parallel.initialize(case.tensor)
+    mpu = mesh.initialize(case.tensor)
     result: dict[str, Any] = {}
     engine = build(config, VOCAB, mpu)
     fresh = _values(engine)
@@ -121,7 +125,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
 
 def _world() -> int:
-    from megamult import environment
+    from megamult.distributed import environment
 
     return environment.world_size()
 
@@ -133,10 +137,10 @@ def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
 
 def one_process(cases: list[Case]) -> dict[str, Any]:
     """References, and what needs one process alone."""
-    from megamult import parallel
+    from megamult.distributed import mesh
 
     results = {"cases": run_cases(cases)}
-    parallel.initialize(1)
+    mesh.initialize(1)
     results["autograd norms"] = autograd_norms()
     results["unfused"] = unfused_start()
     results["against torch"] = {clip: against_torch(clip) for clip in (False, True)}
@@ -146,27 +150,27 @@ def one_process(cases: list[Case]) -> dict[str, Any]:
 
 def autograd_norms() -> tuple[float, float]:
     """Norms of the gradient of batch 0 (all but multipliers, multipliers) from autograd alone."""
-    from megamult.layout import named_layouts
-    from megamult.model.gpt import GPT
+    from megamult.models.llama.model import GPT
+    from megamult.parameters.spec import named_specs
 
     config = Case().config(1)
     model = GPT(config, VOCAB, config.train.seed)
     model(*_batch(0, config))[0].backward()
     squares = [0.0, 0.0]
-    for _, parameter, layout in named_layouts(model):
+    for _, parameter, spec in named_specs(model):
         assert parameter.grad is not None
-        squares[layout.kind == "multiplier"] += float(parameter.grad.double().square().sum())
+        squares[spec.kind == "multiplier"] += float(parameter.grad.double().square().sum())
     return squares[0] ** 0.5, squares[1] ** 0.5
 
 
 def unfused_start() -> dict[str, Any]:
     """ZeRO 0 in bf16: masters of a fresh engine against the initial weights, drawn once more."""
-    from megamult import parallel
-    from megamult.model.gpt import GPT
+    from megamult.distributed import mesh
+    from megamult.models.llama.model import GPT
     from megamult.train.engine import build
 
     config = Case(dtype="bf16").config(1)
-    engine = build(config, VOCAB, parallel.initialize(1))
+    engine = build(config, VOCAB, mesh.initialize(1))
     initial = dict(GPT(config, VOCAB, config.train.seed).named_parameters())
     equal = [
         torch.equal(piece.master, initial[piece.name].detach().float().view(-1)) for piece in engine.partition.slices
@@ -180,29 +184,29 @@ class Small(torch.nn.Module):
     """One parameter of each kind."""
 
     def __init__(self) -> None:
-        from megamult import layout
+        from megamult.parameters import spec
 
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        weight = layout.single_matrix("down", 6, 5, None)
+        weight = spec.single_matrix("down", 6, 5, None)
         for name, stated in {
             "matrix": weight,
-            "embedding": layout.vocabulary("embedding", 7, 8, 5),
-            "head": layout.vocabulary("head", 7, 8, 5),
-            "norm": layout.norm(5, False),
-            "row_multiplier": layout.row_multiplier(weight, [0], False),
-            "col_multiplier": layout.col_multiplier(weight, [0], False),
+            "embedding": spec.vocabulary("embedding", 7, 8, 5),
+            "head": spec.vocabulary("head", 7, 8, 5),
+            "norm": spec.norm(5, False),
+            "row_multiplier": spec.row_multiplier(weight, [0], False),
+            "col_multiplier": spec.col_multiplier(weight, [0], False),
         }.items():
             parameter = torch.nn.Parameter(torch.randn(stated.shape, generator=generator))
-            layout.attach(parameter, stated)
+            spec.set_spec(parameter, stated)
             self.register_parameter(name, parameter)
 
 
 def against_torch(clip_multipliers: bool) -> dict[str, float]:
     """Largest relative difference per parameter from torch's AdamW and clip_grad_norm_ after five steps."""
     from megamult import param_groups
-    from megamult.layout import names_of
     from megamult.optim.adamw import TwoPhaseAdamW
+    from megamult.parameters.spec import names_of
     from megamult.zero.whole import WholePartition
 
     ours, theirs = Small(), Small()
@@ -247,8 +251,8 @@ def against_torch(clip_multipliers: bool) -> dict[str, float]:
 def unprepared() -> str:
     """The message of a step that nothing prepared, after one that was."""
     from megamult import param_groups
-    from megamult.layout import names_of
     from megamult.optim.adamw import TwoPhaseAdamW
+    from megamult.parameters.spec import names_of
     from megamult.zero.whole import WholePartition
 
     model = Small()

@@ -39,11 +39,11 @@ def settle(samples: Recorded) -> list[int]:
 
 def taken(tensor: int) -> tuple[list[list[int]], list[int], set[str]]:
     """(first column of tokens and labels of six micro-batches, what was read, by which threads)."""
-    from megamult import parallel
+    from megamult.distributed import mesh
     from megamult.train.batches import MicroBatches
 
-    parallel.initialize(tensor)
-    samples, data = Recorded(), parallel.data_group()
+    mesh.initialize(tensor)
+    samples, data = Recorded(), mesh.data_group()
     starts = itertools.count(data.rank() * SIZE, data.size() * SIZE)
     batches = MicroBatches(samples, starts, SIZE, SEQ)
     found = []
@@ -59,10 +59,10 @@ def taken(tensor: int) -> tuple[list[list[int]], list[int], set[str]]:
 
 def ahead() -> tuple[list[int], list[int], list[str]]:
     """What is read before the first micro-batch is taken, and after; what a bad sample raises, and where."""
-    from megamult import parallel
+    from megamult.distributed import mesh
     from megamult.train.batches import MicroBatches
 
-    parallel.initialize(1)
+    mesh.initialize(1)
     samples = Recorded(bad=5)
     batches = MicroBatches(samples, itertools.count(0, SIZE), SIZE, SEQ)
     batches.allow(100)

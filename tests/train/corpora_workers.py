@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megamult.config import Config, DataConfig, ModelConfig
+from megamult.config import Config
+from megamult.data.config import DataConfig
+from megamult.models.llama.config import ModelConfig
 
 
 def opened(prefix: str, folder: Path, nodes: int, other: bool) -> tuple[object, str, list[int] | None]:
@@ -20,12 +22,12 @@ def opened(prefix: str, folder: Path, nodes: int, other: bool) -> tuple[object, 
         nodes: on two, each rank is its node's first.
         other: the second rank's node has other files under the same name.
     """
-    from megamult import environment, parallel
+    from megamult.distributed import environment, mesh
     from megamult.train import command_line, corpora
 
     if nodes == 2:
         os.environ["LOCAL_RANK"] = "0"
-    parallel.initialize(1)
+    mesh.initialize(1)
     config = Config(model=ModelConfig(seq_length=32), data=DataConfig(train=f"{prefix}_train", valid=f"{prefix}_valid"))
     config.data.tokenizer = f"{prefix}.model"
     tokenizer, _ = corpora.vocabulary(config)
@@ -44,7 +46,7 @@ def opened(prefix: str, folder: Path, nodes: int, other: bool) -> tuple[object, 
     code, samples, stream = None, None, io.StringIO()
     with (
         mock.patch.object(corpora, "describe_all", described),
-        mock.patch.object(parallel, "destroy"),
+        mock.patch.object(mesh, "destroy"),
         mock.patch.object(command_line, "HEAD_START_SECONDS", 0.0),
         contextlib.redirect_stderr(stream),
         contextlib.redirect_stdout(stream),

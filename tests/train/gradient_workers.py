@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from megamult.config import Config
+from megamult.distributed.config import ParallelConfig
+from megamult.models.llama.config import ModelConfig
+from megamult.train.config import TrainConfig
 
 VOCAB, SEQ, MICRO_BATCHES = 200, 16, 2
 
@@ -32,13 +35,13 @@ def _batches(rank: int) -> list[tuple[Tensor, Tensor]]:
 
 def _averages(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Means over ranks and micro-batches, in float64, of the bf16 gradients and of their magnitudes, by parameter."""
-    from megamult.layout import named_layouts
-    from megamult.model.gpt import GPT
+    from megamult.models.llama.model import GPT
     from megamult.multipliers.parameters import FULL_PRECISION
+    from megamult.parameters.spec import named_specs
 
     model = GPT(config, VOCAB, config.train.seed)
-    for _, parameter, layout in named_layouts(model):
-        if layout.kind == "multiplier":  # as the engine's optimizer makes forward passes scale
+    for _, parameter, spec in named_specs(model):
+        if spec.kind == "multiplier":  # as the engine's optimizer makes forward passes scale
             setattr(parameter, FULL_PRECISION, parameter.detach().float())
     mean = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
     magnitude = {name: torch.zeros_like(total) for name, total in mean.items()}
@@ -58,10 +61,10 @@ def _averages(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def reduction_errors(stages: list[int], deepspeed: dict[str, Any] | None = None) -> dict[int, float]:
     """Return the largest error of the reduced gradients that this rank's optimizer gets, by ZeRO stage: the distance to
     the mean of all gradients, in units of the mean of their magnitudes."""
-    from megamult import parallel
+    from megamult.distributed import mesh
     from megamult.train.engine import build
 
-    mpu = parallel.initialize(1)
+    mpu = mesh.initialize(1)
     ranks = torch.distributed.get_world_size()
     mean, magnitude = _averages(_config(1, ranks))
     errors = {}

@@ -13,7 +13,10 @@ import torch
 from megamult.checkpoint import saved
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import CheckpointInfo
-from megamult.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from megamult.config import Config
+from megamult.models.llama.config import ModelConfig
+from megamult.optim.config import OptimizerConfig
+from megamult.train.config import TrainConfig
 from tests.train.command import VOCAB
 
 

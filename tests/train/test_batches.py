@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megamult.train import batches
-from tests.distributed import run_distributed
+from tests.processes import run_distributed
 from tests.train.batch_workers import SIZE, ahead, taken
 
 

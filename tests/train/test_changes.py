@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
-from megamult.config import Config, OptimizerConfig, TrainConfig
+from megamult.config import Config
+from megamult.optim.config import OptimizerConfig
 from megamult.train.changes import changes
+from megamult.train.config import TrainConfig
 from tests.train.command import data_arguments, make_corpus, start
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from megamult.data.tokenizer import train_tokenizer
 from megamult.train import command_line, pretrain
-from tests.distributed import run_distributed
+from tests.processes import run_distributed
 from tests.train.command import VOCAB, answers, data_arguments, make_corpus, snapshot, start
 from tests.train.mistaken import make_checkpoints, make_long
 

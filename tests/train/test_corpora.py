@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import run_distributed
+from tests.processes import run_distributed
 from tests.train.command import make_corpus
 from tests.train.corpora_workers import opened
 

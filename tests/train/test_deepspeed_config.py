@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from megamult.config import Config, ParallelConfig, TrainConfig
+from megamult.config import Config
+from megamult.distributed.config import ParallelConfig
+from megamult.train.config import TrainConfig
 from megamult.train.deepspeed_config import deepspeed_config
 
 REPOSITORY = Path(__file__).parents[2]

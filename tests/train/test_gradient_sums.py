@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import run_distributed
+from tests.processes import run_distributed
 from tests.train.gradient_workers import MICRO_BATCHES, reduction_errors
 
 STAGES = [1, 2, 3]

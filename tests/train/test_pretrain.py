@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import megamult
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.train.command_line import parse
-from tests.distributed import run_distributed
+from tests.processes import run_distributed
 from tests.train.command import REPOSITORY, VOCAB, data_arguments, make_corpus, start
 
 STEPS, SEQ, BATCH = 4, 32, 16  # the batch is tiny.yaml's
@@ -212,9 +212,9 @@ def test_the_run_says_where_the_weights_are_and_how_far_it_is_below_the_unigram_
 
 def numbers_drawn(arguments: list[str]) -> tuple[int, set[str]]:
     """How many initial weights a run draws on this rank, and what its watchdog hears while it builds the model."""
-    from megamult.model import draw
+    from megamult.models.common import draw
+    from megamult.runtime.progress import Progress
     from megamult.train.pretrain import main
-    from megamult.train.progress import Progress
 
     with (
         mock.patch.object(draw, "fill_normal", wraps=draw.fill_normal) as fill,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megamult.config import ParallelConfig
-from tests.distributed import run_distributed
+from megamult.distributed.config import ParallelConfig
+from tests.processes import run_distributed
 from tests.train.traffic_workers import benchmark, counts
 
 RANKS, MICRO_BATCHES = 2, 3

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed import run_distributed
 from tests.optim.workers import VOCAB, Case, _step
+from tests.processes import run_distributed
 
 CASES = [Case(stage=stage, dtype="bf16") for stage in range(4)]
 CASES += [Case(tensor=2, sequence=True, stage=stage, dtype="bf16") for stage in (1, 3)]
@@ -18,13 +18,13 @@ CASES += [Case(tensor=2, sequence=True, stage=stage, dtype="bf16") for stage in 
 
 def run(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
     """What went wrong on this rank, as text, by case."""
-    from megamult import parallel
+    from megamult.distributed import mesh
     from megamult.train.engine import build
 
     outcomes = []
     for case in cases:
         config = case.config(2)
-        engine = build(config, VOCAB, parallel.initialize(case.tensor))
+        engine = build(config, VOCAB, mesh.initialize(case.tensor))
         outcome = {"at the start": stale(engine)}
         for step in range(2):
             _step(engine, config, step)
@@ -44,9 +44,9 @@ def run(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
 
 def stale(engine: Any) -> list[str]:
     """Multipliers whose value in a forward pass is not their fp32 master, bit by bit."""
-    from megamult.checkpoint.logical import trained
-    from megamult.layout import named_layouts
     from megamult.multipliers.parameters import full_precision
+    from megamult.parameters.spec import named_specs
+    from megamult.zero.gather import trained
 
     masters = trained(engine.model, engine.partition, engine.optimizer, kinds=("multiplier",))
     whole = {item.name: item.tensor for item in masters}
@@ -54,12 +54,12 @@ def stale(engine: Any) -> list[str]:
         torch.distributed.broadcast(tensor, 0)
     tensor_group = engine.model.pg_collection.tp
     found = []
-    for name, parameter, layout in named_layouts(engine.model):
-        if layout.kind != "multiplier":
+    for name, parameter, spec in named_specs(engine.model):
+        if spec.kind != "multiplier":
             continue
         value = full_precision(parameter)
-        for run in layout.local_runs(tensor_group.rank(), tensor_group.size()):
-            master = whole[layout.logical_name(name, layout.parts[run.part])]
+        for run in spec.local_segments(tensor_group.rank(), tensor_group.size()):
+            master = whole[spec.logical_name(name, spec.parts[run.part])]
             held = value[run.start : run.start + run.length]
             if not torch.equal(held, master[run.part_start : run.part_start + run.length]):
                 found.append(f"{name} ({value.dtype})")
@@ -68,7 +68,7 @@ def stale(engine: Any) -> list[str]:
 
 def moved_in_bf16(engine: Any) -> list[Tensor]:
     """[2] for each slice of multipliers: how many there are, and how many bf16 could not hold."""
-    pieces = [piece for piece in engine.partition.slices if piece.layout.kind == "multiplier"]
+    pieces = [piece for piece in engine.partition.slices if piece.spec.kind == "multiplier"]
     return [torch.tensor([p.length, int((p.master.bfloat16().float() != p.master).sum())]) for p in pieces]
 
 

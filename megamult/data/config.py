@@ -1,0 +1,39 @@
+"""The section `data` of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megamult.validation import require
+
+
+@dataclass
+class DataConfig:
+    """Corpora made by launch/prepare_data.py."""
+
+    train: str | dict[str, float] | list[str] | None = None
+    """Prefix of .bin and .idx, a list of prefixes (equal weights), or a mapping from prefix to weight."""
+    valid: str | dict[str, float] | list[str] | None = None
+    """The same for evaluation; null: no evaluation."""
+    tokenizer: str | None = None
+    """The sentencepiece model that the corpora were encoded with."""
+    validate: Literal["stamp", "full"] = "stamp"
+    """Check of the corpora at a start. stamp: sizes, headers and samples are compared with the stamp that
+    launch/prepare_data.py wrote; full: every byte is read besides, by all processes together."""
+
+    @staticmethod
+    def sources(value: str | dict[str, float] | list[str] | None) -> list[tuple[str, float]]:
+        """(prefix, weight) of each source."""
+        if value is None:
+            return []
+        if isinstance(value, str):
+            return [(value, 1.0)]
+        if isinstance(value, dict):
+            return list(value.items())
+        return [(prefix, 1.0) for prefix in value]
+
+    def __post_init__(self) -> None:
+        for key, value in (("train", self.train), ("valid", self.valid)):
+            for prefix, weight in self.sources(value):
+                require(weight > 0, f"data.{key} gives {prefix} the weight {weight}: it must be positive")

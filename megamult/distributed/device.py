@@ -1,0 +1,120 @@
+"""The one place that knows whether there is CUDA: device, backend, peak rate, and the CPU shim for Megatron-Core.
+
+Megatron-Core allocates with ``torch.cuda.current_device()`` in its rotary embedding, mappings and layers, and forks
+the CUDA random state around dropout. Where there is no CUDA, :func:`install_cpu_shim` makes the first answer
+``torch.device("cpu")`` and the second a no-op, which is all that its models need to run on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from megamult.distributed import environment
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on a CUDA GPU: there is one, and DS_ACCELERATOR does not say otherwise."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def local_device() -> torch.device:
+    """The device of this process: the GPU numbered LOCAL_RANK, or the only one that it sees; or the CPU."""
+    if not has_cuda():
+        return torch.device("cpu")
+    return torch.device("cuda", environment.local_rank() if torch.cuda.device_count() > 1 else 0)
+
+
+def upload(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor on the device of this process; itself if that is the CPU. The caller does not wait for the copy."""
+    return tensor.pin_memory().to(local_device(), non_blocking=True) if has_cuda() else tensor
+
+
+def backend() -> str:
+    """The torch.distributed backend for this device."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+class _NoRandomState:
+    """Stands in for Megatron's CUDA random-state tracker: without CUDA there is no state to fork."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "") -> Iterator[None]:
+        yield
+
+    def add(self, name: str, seed: int) -> None:
+        """Nothing to track."""
+
+    def get_states(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        """Nothing to restore."""
+
+
+def install_cpu_shim() -> None:
+    """Let Megatron-Core build and run models where there is no CUDA. Does nothing where there is."""
+    if has_cuda():
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    megatron_random._CUDA_RNG_STATE_TRACKER = _NoRandomState()
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def prepare(tensor: int = 1) -> torch.device:
+    """Select this process's device, install the shim where it is needed, and return the device.
+
+    Args:
+        tensor: tensor-parallel size.
+    """
+    device = local_device()
+    if has_cuda():
+        # Before CUDA starts. Megatron overlaps tensor-parallel collectives, with and without sequence parallelism, with
+        # products by the order in which kernels are queued. Elsewhere one queue only holds ZeRO's collectives back.
+        if tensor > 1:
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        install_cpu_shim()
+    return device
+
+
+def memory_bytes() -> int:
+    """Peak bytes in use by this process: allocated on the GPU, or resident on the CPU."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+_PEAK_BF16_FLOPS = {
+    # Dense bf16 tensor-core peaks of NVIDIA's data sheets, FLOP/s; first match in the device's name counts.
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """Peak matrix rate of this device in FLOP/s, or None where it is not known (CPUs, other dtypes)."""
+    if not has_cuda() or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in _PEAK_BF16_FLOPS.items() if key in name), None)

@@ -1,0 +1,132 @@
+"""Locks in torch's cache of compiled extensions: wait for one that is held, remove one whose process is gone.
+
+torch compiles an extension under a file ``lock`` in its folder, and every other process waits until the file is gone:
+for ever, if the process that made it was killed. A run loads DeepSpeed's shared-memory collectives from there.
+
+Imports only the standard library and nothing of the package, so that launch/setup_env.sh can run it before anything is
+installed: ``python megamult/distributed/extensions.py FOLDER``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PATIENCE = 120.0
+"""Seconds without a change in a locked folder after which its lock is stale, if no process of this machine holds it:
+another machine, or another container, may be compiling there, and a compiler writes a file in less."""
+
+LIMIT = 300.0
+"""Seconds to wait for a lock that a process of this machine holds. Compiling takes half a minute."""
+
+
+def build_root() -> Path:
+    """The folder of torch's compiled extensions: TORCH_EXTENSIONS_DIR, or torch's default."""
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given)
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(get_default_build_root())
+
+
+def release(
+    root: Path,
+    say: Callable[[str], None],
+    name: str = "*",
+    waits_aloud: bool = True,
+    patience: float = PATIENCE,
+    limit: float = LIMIT,
+) -> None:
+    """Wait until no extension below `root` is locked, and remove the locks of processes that are gone.
+
+    Args:
+        root: the cache; extensions are its folders, or those of its folders.
+        say: takes a line for the user, without its end.
+        name: pattern of the extensions' names.
+        waits_aloud: say for what it waits; false where another rank of the node says it.
+        patience: seconds; see `PATIENCE`.
+        limit: seconds; see `LIMIT`.
+
+    Raises:
+        TimeoutError: a live process of this machine holds a lock for longer than `limit`.
+    """
+    for pattern in (f"{name}/lock", f"*/{name}/lock"):
+        for lock in sorted(root.glob(pattern)):
+            _release(lock, say, waits_aloud, patience, limit)
+
+
+def _release(lock: Path, say: Callable[[str], None], waits_aloud: bool, patience: float, limit: float) -> None:
+    began, told = time.monotonic(), not waits_aloud
+    holders: list[int] = []
+    while True:
+        # One process at a time judges and removes, so that none removes the new lock of another that was faster.
+        with _guarded(lock.parent), contextlib.suppress(FileNotFoundError):
+            holders, quiet = _holders(lock), time.time() - _last_change(lock)
+            if not holders and quiet > patience:
+                lock.unlink()
+                say(f"removed {lock}: it was left by a process that is gone")
+        if not lock.exists():
+            return
+        if holders and time.monotonic() - began > limit:
+            raise TimeoutError(
+                f"{lock} is held by {_name(holders[0])} for more than {limit:.0f} s: wait until it has compiled, or "
+                "end it, or set TORCH_EXTENSIONS_DIR to another folder"
+            )
+        if not told:
+            by = f"{_name(holders[0])} is" if holders else "another machine may be"
+            say(f"waiting for {lock}: {by} compiling there")
+            told = True
+        time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def _guarded(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _holders(lock: Path) -> list[int]:
+    """Processes of this machine that compile there: one has the lock open, its ninja, even orphaned, works there."""
+    found = []
+    for pattern, target in (("[0-9]*/fd/*", lock), ("[0-9]*/cwd", lock.parent)):
+        for link in Path("/proc").glob(pattern):
+            with contextlib.suppress(OSError):  # gone, or not ours to see
+                if os.path.samefile(link, target):
+                    found.append(int(link.parts[2]))
+    return [process for process in found if process != os.getpid()]
+
+
+def _last_change(lock: Path) -> float:
+    """Return when a file in the locked folder was last written, in seconds since the epoch.
+
+    Raises:
+        FileNotFoundError: the lock is gone.
+    """
+    newest = lock.stat().st_mtime
+    for file in lock.parent.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            newest = max(newest, file.stat().st_mtime)
+    return newest
+
+
+def _name(process: int) -> str:
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return f"process {process} ({words.strip()[:80]})"
+    return f"process {process}"
+
+
+if __name__ == "__main__":
+    try:
+        release(Path(sys.argv[1]), lambda line: print(f"megamult: {line}", file=sys.stderr))
+    except TimeoutError as error:
+        sys.exit(f"megamult: error: {error}")

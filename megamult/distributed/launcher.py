@@ -1,0 +1,84 @@
+"""The programs above this process: which launcher started it, on which hosts, and what tells its launch from others."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from megamult.distributed import environment
+
+
+def _command(process: int) -> list[str]:
+    """The command line of a process; empty if it is gone or not ours to see."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    return []
+
+
+def _parent(process: int) -> int:
+    """The process that it is a child of; 0 if that is not to be known."""
+    with contextlib.suppress(OSError):
+        # The second field is the program's name in parentheses, which may hold anything.
+        return int(Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    return 0
+
+
+def hosts_of_ranks() -> dict[int, str]:
+    """Rank -> host, as DeepSpeed's launcher lays them out; empty under another one, which names its hosts itself."""
+    for argument in _command(os.getppid()):
+        name, _, value = argument.partition("=")
+        if name == "--world_info":
+            with contextlib.suppress(ValueError):
+                world = json.loads(base64.urlsafe_b64decode(value))
+                return dict(enumerate(host for host, slots in world.items() for _ in slots))
+    return {}
+
+
+def launchers() -> list[int]:
+    """Process ids of the launchers whose end shall end the run: the one that started this rank and, where that is
+    DeepSpeed's own on this node, the `deepspeed` command above it, which passes no signal on."""
+    parent = os.getppid()
+    command = _command(parent)
+    if "deepspeed.launcher.launch" in command:
+        above = _parent(parent)
+        runner = any(Path(part).name in ("deepspeed", "ds") for part in _command(above)[:2])
+        return [parent, above] if runner else [parent]
+    return [parent] if any(Path(part).name == "torchrun" or part == "torch.distributed.run" for part in command) else []
+
+
+def process() -> str:
+    """The process that started this rank, unlike any other that is or was; "" if it is no launcher that is known."""
+    above = launchers()
+    if not above:
+        return ""
+    with contextlib.suppress(OSError, IndexError):
+        begun = Path(f"/proc/{above[0]}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+        return f"{environment.machine()} {os.readlink('/proc/self/ns/pid')} {above[0]} {begun}"
+    return ""
+
+
+def launch() -> str:
+    """The name of this launch, unlike any other's: what MEGAMULT_LAUNCH gives to all its processes, or torchrun's
+    --rdzv-id, or a job step of Slurm whose tasks are the ranks; "" if there is none."""
+    if name := os.environ.get("MEGAMULT_LAUNCH"):
+        return f"MEGAMULT_LAUNCH {name}"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        name = os.environ["TORCHELASTIC_RUN_ID"]
+        return "" if name == "none" else f"torchrun {name}"  # its default, which all jobs share
+    if not launchers() and os.environ.get("SLURM_STEP_NUM_TASKS") == str(environment.world_size()):
+        return f"Slurm {os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    return ""
+
+
+def siblings() -> tuple[int, int]:
+    """(first, number) of the ranks that this rank's launcher starts on its node, this one among them."""
+    rank, hosts = environment.rank(), hosts_of_ranks()
+    if rank in hosts:
+        here = [each for each, host in hosts.items() if host == hosts[rank]]
+        return here[0], len(here)
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return rank - environment.local_rank(), int(os.environ["LOCAL_WORLD_SIZE"])
+    return rank, 1

@@ -1,0 +1,165 @@
+"""Process groups of a grid of data-parallel x tensor-parallel ranks, as few as there can be.
+
+Megatron's `initialize_model_parallel` makes a group for every combination of its axes, and every rank takes part in
+making all ranks' groups: thousands at 1,024 ranks. A grid of two axes needs this rank's tensor-parallel group, its
+data-parallel group, and a group of this rank by itself for the axes that have one rank (pipeline, context, expert):
+three calls per rank at any size. A group that holds all ranks is the default group.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
+
+from megamult.runtime.patience import ON_FILES
+
+_FILES_TIMEOUT = datetime.timedelta(seconds=ON_FILES)
+"""How long the fastest rank's file system may wait for the slowest's."""
+
+_made: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...] | str, ProcessGroup]] = WeakKeyDictionary()
+"""Groups that were made beside each default group, by their ranks: made once, and kept. torch names a group after its
+ranks and the number of this process's groups, so that one which is made anew after others have gone could meet the
+first one's addresses."""
+
+
+def create(tensor: int, timeout: datetime.timedelta) -> None:
+    """Make the groups of a grid in which tensor-parallel ranks are consecutive, and let Megatron know them.
+
+    Collective over all ranks. Without a device bound to the default group, a group's members make it among themselves;
+    for that, all of them must be in equally many groups already.
+
+    Args:
+        tensor: tensor-parallel size; divides the number of ranks.
+        timeout: after which a collective of these groups fails.
+    """
+    size = torch.distributed.get_world_size()
+    tensor_group = _member(
+        [range(first, first + tensor) for first in range(0, size, tensor)], "tensor parallel", timeout
+    )
+    data_group = _member([range(first, size, tensor) for first in range(tensor)], "data parallel", timeout)
+    solo_group = _member([range(rank, rank + 1) for rank in range(size)], "one rank", timeout)
+    _register(tensor_group, data_group, solo_group)
+
+
+def files() -> ProcessGroup:
+    """The group over which all ranks' CPUs talk about files: loads, saves. Collective over all ranks on the first call.
+
+    It is apart from all others, so that a thread which saves meets none of the training's collectives.
+    """
+    made = _made.setdefault(_default(), {})
+    if "files" not in made:
+        made["files"] = torch.distributed.new_group(backend="gloo", timeout=_FILES_TIMEOUT, group_desc="files")
+    return made["files"]
+
+
+def _default() -> ProcessGroup:
+    group = torch.distributed.group.WORLD
+    assert group is not None, "torch.distributed is not initialized"
+    return group
+
+
+def _member(partition: Sequence[range], description: str, timeout: datetime.timedelta) -> ProcessGroup:
+    """This rank's group of disjoint ones that together hold all ranks."""
+    default, rank = _default(), torch.distributed.get_rank()
+    mine = next(tuple(ranks) for ranks in partition if rank in ranks)
+    if len(mine) == default.size():
+        return default
+    made = _made.setdefault(default, {})
+    if mine not in made:
+        if _is_bound(default):
+            # NCCL is connected, and splits off all groups of the partition at once.
+            group = torch.distributed.split_group(
+                split_ranks=[list(ranks) for ranks in partition], timeout=timeout, group_desc=description
+            )
+        else:
+            group = torch.distributed.new_group(
+                list(mine), timeout=timeout, use_local_synchronization=True, group_desc=description
+            )
+        assert group is not None
+        made[mine] = group
+    return made[mine]
+
+
+def _is_bound(default: ProcessGroup) -> bool:
+    """Whether the default group is bound to a device, so that NCCL connected all ranks when it was made."""
+    return default.bound_device_id is not None
+
+
+def _register(tensor: ProcessGroup, data: ProcessGroup, solo: ProcessGroup) -> None:
+    """Set the variables of `megatron.core.parallel_state` that its `initialize_model_parallel` sets.
+
+    Megatron offers no way to hand groups to its getters, which its layers and DeepSpeed (`mpu`) ask. Each variable gets
+    the group that has the same ranks as the one that Megatron would have made, so that all getters answer the same,
+    but for those of gloo groups: Megatron's own optimizer and checkpoints use these, ours do not.
+    """
+    everyone = _default()
+    for group, names in (
+        (
+            tensor,
+            [
+                "_TENSOR_MODEL_PARALLEL_GROUP",
+                "_MODEL_PARALLEL_GROUP",
+                "_TENSOR_AND_CONTEXT_PARALLEL_GROUP",
+                "_EXPERT_TENSOR_PARALLEL_GROUP",
+                "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP",
+                "_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP",
+            ],
+        ),
+        (
+            data,
+            [
+                "_DATA_PARALLEL_GROUP",
+                "_DATA_PARALLEL_GROUP_WITH_CP",
+                "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP",
+                "_EXPERT_DATA_PARALLEL_GROUP",
+                "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP",
+            ],
+        ),
+        (
+            solo,
+            [
+                "_PIPELINE_MODEL_PARALLEL_GROUP",
+                "_CONTEXT_PARALLEL_GROUP",
+                "_EMBEDDING_GROUP",
+                "_POSITION_EMBEDDING_GROUP",
+                "_EXPERT_MODEL_PARALLEL_GROUP",
+            ],
+        ),
+        (
+            everyone,
+            [
+                "_TENSOR_AND_DATA_PARALLEL_GROUP",
+                "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP",
+                "_INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP",
+            ],
+        ),
+    ):
+        for name in names:
+            setattr(parallel_state, name, group)
+    for group, names in (
+        (tensor, ["_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS", "_MODEL_PARALLEL_GLOBAL_RANKS"]),
+        (data, ["_DATA_PARALLEL_GLOBAL_RANKS", "_DATA_PARALLEL_GLOBAL_RANKS_WITH_CP"]),
+        (
+            solo,
+            [
+                "_PIPELINE_GLOBAL_RANKS",
+                "_CONTEXT_PARALLEL_GLOBAL_RANKS",
+                "_EMBEDDING_GLOBAL_RANKS",
+                "_POSITION_EMBEDDING_GLOBAL_RANKS",
+                "_EXPERT_MODEL_PARALLEL_RANKS",
+            ],
+        ),
+    ):
+        for name in names:
+            setattr(parallel_state, name, torch.distributed.get_process_group_ranks(group))
+    # None stands for the default group.
+    parallel_state._global_process_group_list = [
+        None,
+        *(each for each in dict.fromkeys((tensor, data, solo)) if each is not everyone),
+    ]
+    parallel_state._set_global_memory_buffer()

@@ -1,0 +1,193 @@
+"""Rank 0's part of the rendezvous: it reads the claims of those who come, refuses strangers, says who takes part."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from megamult.distributed import environment, launcher
+from megamult.distributed.claims import REMEDY, Claim, judge, mistake, same_launch, unlike
+from megamult.runtime.console import ranges
+
+CLAIMS = "claims"
+"""Counts the claims that have been handed in."""
+
+MET = "met"
+"""What rank 0 has found, once its wait is over."""
+
+RANK_0 = "rank 0"
+"""Key of the name of the process that serves this store, for those that find its port in use."""
+
+HEAR = datetime.timedelta(seconds=10)
+"""How long rank 0 waits until what it has found is heard."""
+
+TELL_SECONDS = 15.0
+"""A rank that still waits after so long says for whom."""
+
+_PORT = "Give this run another port (the launcher's --master_port, or MASTER_PORT)"
+
+_ANOTHER_VERSION = "it runs another version of megamult: use one on all nodes"
+
+
+def claim_key(number: int) -> str:
+    """The store's key of a claim."""
+    return f"claim/{number}"
+
+
+def answer_key(number: int) -> str:
+    """The store's key of a refusal."""
+    return f"answer/{number}"
+
+
+def heard_key(number: int) -> str:
+    """The store's key by which a process that takes part says that it has read MET."""
+    return f"heard/{number}"
+
+
+def configuration_key(digest: str) -> str:
+    """The store's key of a flat configuration, which all ranks of a launch share."""
+    return f"configuration/{digest}"
+
+
+def refusal(claim: str, by: str, why: str, configuration: bool = False) -> str:
+    """What a process is told that may not take part.
+
+    Args:
+        claim, by: the process and rank 0, as text.
+        configuration: whether its configuration is the reason.
+    """
+    return f"{claim} came to the port of {by}, which refuses it: {why}. {REMEDY if configuration else _PORT}"
+
+
+class Reception:
+    """Receives the processes of rank 0's launch.
+
+    Args:
+        store: where they hand their claims in.
+        claim: rank 0's own.
+        configuration: rank 0's, flat.
+    """
+
+    def __init__(self, store: Store, claim: Claim, configuration: Mapping[str, Any]) -> None:
+        self._store, self._claim = store, claim
+        self._configurations: dict[str, Mapping[str, Any]] = {claim.configuration: configuration}
+        self._taken: dict[int, Claim] = {0: claim}
+        self._numbers: dict[int, int] = {}  # rank -> number of the claim that has its place
+        self._refused: list[tuple[Claim, str]] = []  # for a configuration or a problem of their own
+        self._unread: set[int] = set()
+        self._read = 0
+        store.set(RANK_0, str(claim))
+
+    def receive(self, seconds: float, deadline: float) -> dict[str, Any]:
+        """Wait for all ranks until the deadline (of time.monotonic()), and let them know who came.
+
+        Args:
+            seconds: the whole wait, for messages.
+
+        Returns:
+            name: a token of this run, which nobody else has; numbers: of the claims that take part; machines: each
+            rank's, or None where one is missing; problem: the mistake that ends the launch, or None; missing: who
+            did not come, as text, or None; by: rank 0, as text.
+        """
+        tell = min(deadline, time.monotonic() + TELL_SECONDS)
+        while missing := self._missing():
+            now = time.monotonic()
+            if now > deadline:
+                break
+            if now > tell:
+                tell = deadline
+                print(f"waiting for {_who(missing)}, up to {seconds:.0f} s in all", file=sys.stderr, flush=True)
+            time.sleep(0.2)
+        return self._conclude(missing, seconds)
+
+    def _missing(self) -> list[int]:
+        """Ranks that have no process yet, once all claims that have come are judged."""
+        count = int(self._store.add(CLAIMS, 0))
+        self._unread |= set(range(self._read + 1, count + 1))
+        self._read = count
+        # A process counts its claim first and then hands it in.
+        for number in sorted(self._unread):
+            if self._store.check([claim_key(number)]):
+                self._unread.discard(number)
+                came = json.loads(self._store.get(claim_key(number)))
+                try:
+                    claim = Claim(**came | {"siblings": tuple(came["siblings"])})
+                except (TypeError, KeyError):
+                    name = f"rank {came.get('rank')} on {came.get('host')} (process {came.get('pid')})"
+                    self._refuse(number, name, _ANOTHER_VERSION, True)
+                else:
+                    self._judge(number, claim)
+        return [rank for rank in range(self._claim.size) if rank not in self._taken]
+
+    def _judge(self, number: int, claim: Claim) -> None:
+        different = None
+        if claim.configuration not in self._configurations:
+            text = self._store.get(configuration_key(claim.configuration))
+            self._configurations[claim.configuration] = json.loads(text)
+        if claim.problem is None:
+            different = unlike([self._claim, claim], self._configurations)
+        why = judge(claim, self._claim, self._taken, different)
+        if why is None:
+            before = self._numbers.get(claim.rank)
+            if before is not None and same_launch(self._taken[claim.rank], claim) is not True:
+                self._refuse(before, str(self._taken[claim.rank]), "its place belongs to another launch", False)
+            self._taken[claim.rank], self._numbers[claim.rank] = claim, number
+            return
+        own_fault = why in (claim.problem, different)
+        self._refuse(number, str(claim), why, own_fault)
+        if own_fault:
+            self._refused.append((claim, why))
+
+    def _refuse(self, number: int, claim: str, why: str, configuration: bool) -> None:
+        print(f"refused {claim}: {why}", file=sys.stderr, flush=True)
+        told = {"why": refusal(claim, str(self._claim), why, configuration), "configuration": configuration}
+        self._store.set(answer_key(number), json.dumps(told))
+
+    def _conclude(self, missing: Sequence[int], seconds: float) -> dict[str, Any]:
+        came = [self._taken[rank] for rank in sorted(self._taken)]
+        problem, absent = mistake(came, self._configurations), None
+        if missing and problem is None:
+            absent = (
+                f"{len(missing)} of {self._claim.size} processes did not come within {seconds:.0f} s "
+                f"(parallel.rendezvous_seconds): {_who(missing)}; see whether the host is up and what its own "
+                "output says"
+            )
+            if at_fault := [f"{claim}: {why}" for claim, why in self._refused if claim.rank in missing]:
+                problem = f"{_who(missing)} did not come within {seconds:.0f} s, but {'; '.join(at_fault)}. {REMEDY}"
+        met = {
+            "name": secrets.token_hex(8),
+            "numbers": sorted(self._numbers.values()),
+            "machines": None if missing else [claim.machine for claim in came],
+            "problem": problem,
+            "missing": absent,
+            "by": str(self._claim),
+        }
+        self._store.set(MET, json.dumps(met))
+        # The store goes with this process: it may leave only once all others have heard.
+        takes_part = [heard_key(number) for rank, number in self._numbers.items() if self._taken[rank].problem is None]
+        with contextlib.suppress(RuntimeError):
+            self._store.wait(takes_part, HEAR)
+        if environment.has_agent_store():
+            # torchrun's store may serve these ranks once more, without a new count of restarts. Our own one keeps what
+            # a stranger is told who comes later.
+            for number in range(1, self._read + 1):
+                for key in (claim_key(number), answer_key(number), heard_key(number)):
+                    self._store.delete_key(key)
+            self._store.delete_key(MET)
+            self._store.delete_key(CLAIMS)
+        return met
+
+
+def _who(ranks: Sequence[int]) -> str:
+    """Ranks with their hosts, where those are known."""
+    hosts = launcher.hosts_of_ranks()
+    named = sorted({hosts[rank] for rank in ranks if rank in hosts})
+    return f"rank {ranges(ranks)}{' on ' + ', '.join(named) if named else ''}"

@@ -1,0 +1,273 @@
+"""All processes of a launch meet, within a bounded time, or say who did not come."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from megamult.distributed import environment, launcher
+from megamult.distributed.claims import Claim
+from megamult.distributed.reception import (
+    CLAIMS,
+    HEAR,
+    MET,
+    RANK_0,
+    TELL_SECONDS,
+    Reception,
+    answer_key,
+    claim_key,
+    configuration_key,
+    heard_key,
+    refusal,
+)
+
+SECONDS = 45.0
+"""How long to wait if nothing else is asked for: together with the launcher's own start, a host that is down is named
+within a minute."""
+
+
+class Refused(Exception):
+    """Rank 0 takes this process for one of another launch, or of another configuration."""
+
+    def __init__(self, message: str, configuration: bool) -> None:
+        super().__init__(message)
+        self.configuration = configuration
+        """Whether the configuration is what differs: the same command again would be refused again."""
+
+
+class NobodyThere(Exception):
+    """Processes of this launch did not come together in time."""
+
+    def __init__(self, message: str, rank_0_is_missing: bool = False) -> None:
+        super().__init__(message)
+        self.rank_0_is_missing = rank_0_is_missing
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """All processes of a launch."""
+
+    store: Store
+    """What they share; strangers do not know its prefix."""
+    machines: list[str]
+    """The node of each rank (:func:`megamult.distributed.environment.machine`)."""
+
+    def check_nodes(self, tensor: int) -> None:
+        """Refuse tensor-parallel groups of `tensor` consecutive ranks that span nodes.
+
+        Raises:
+            ValueError: one does; on every rank.
+        """
+        for first in range(0, len(self.machines), tensor):
+            group = self.machines[first : first + tensor]
+            if len(set(group)) > 1:
+                names = list(dict.fromkeys(each.split()[0] for each in group))
+                fit = math.gcd(tensor, *Counter(self.machines).values())
+                raise ValueError(
+                    f"parallel.tensor is {tensor}: ranks {first} to {first + tensor - 1} run on {', '.join(names)}, "
+                    f"and every layer's collectives would cross the network; choose parallel.tensor {fit}, which stays "
+                    "inside a node, or allow it by parallel.tensor_across_nodes true"
+                )
+
+
+def meet(seconds: float, configuration: Mapping[str, Any] | None = None) -> Meeting:
+    """Wait until every process of this launch has come to rank 0's store. Collective over all ranks.
+
+    A process of another launch is refused and told by whom; this launch goes on waiting for its own.
+
+    Args:
+        seconds: how long to wait.
+        configuration: of the run, flat (:func:`megamult.settings.flat`): the same on all ranks.
+
+    Raises:
+        NobodyThere: on every rank that is here: who did not come, on which hosts; on a rank that finds nobody: that.
+        Refused: rank 0 does not take this process for one of its launch.
+        ValueError: on every rank: what one excused itself with, or every key whose value is not the same on all.
+    """
+    deadline = time.monotonic() + seconds
+    configuration = dict(configuration or {})
+    claim = _claim(configuration)
+    store = _store(seconds)
+    if claim.rank == 0:
+        met = Reception(store, claim, configuration).receive(seconds, deadline)
+    else:
+        number = _come(store, claim, configuration)
+        # Rank 0 may have begun later, and waits for as long.
+        met = _heard(store, claim, number, time.monotonic() + 2 * seconds + HEAR.total_seconds())
+    if met["problem"] is not None:
+        raise ValueError(met["problem"])
+    if met["missing"] is not None:
+        raise NobodyThere(met["missing"])
+    shared = PrefixStore(met["name"], store)
+    shared.set_timeout(_PATIENCE)
+    return Meeting(shared, met["machines"])
+
+
+def excuse(problem: str) -> None:
+    """Come in order to say that this rank cannot take part, if rank 0 is there to hear it."""
+    with contextlib.suppress(NobodyThere, RuntimeError):
+        _come(_store(_EXCUSE_SECONDS), _claim({}, problem), {})
+
+
+_EXCUSE_SECONDS = 15.0
+"""Rank 0 may still be importing what this one did not get to."""
+
+
+_PATIENCE = datetime.timedelta(minutes=30)
+"""How long ranks that have met wait for one another's keys in the store: some import longer than others."""
+
+
+def _claim(configuration: Mapping[str, Any], problem: str | None = None) -> Claim:
+    """What this process says of itself."""
+    text = json.dumps(configuration, sort_keys=True)
+    return Claim(
+        rank=environment.rank(),
+        size=environment.world_size(),
+        host=environment.host(),
+        pid=os.getpid(),
+        machine=environment.machine(),
+        launch=launcher.launch(),
+        launcher=launcher.process(),
+        siblings=launcher.siblings(),
+        command=" ".join(sys.argv),
+        configuration=hashlib.sha256(text.encode()).hexdigest(),
+        problem=problem,
+    )
+
+
+def _come(store: Store, claim: Claim, configuration: Mapping[str, Any]) -> int:
+    """Hand a claim in; its number among all of them."""
+    store.set(configuration_key(claim.configuration), json.dumps(configuration))
+    number = int(store.add(CLAIMS, 1))
+    store.set(claim_key(number), json.dumps(dataclasses.asdict(claim)))
+    return number
+
+
+def _store(seconds: float) -> Store:
+    """Rank 0's, or torchrun's own."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = environment.rank() == 0 and not environment.has_agent_store()
+    deadline = time.monotonic() + seconds
+    try:
+        if not serves:
+            _reach(address, port, deadline)
+        store = _connect(address, port, max(1.0, deadline - time.monotonic()), serves)
+    except (RuntimeError, OSError) as error:
+        # torch's message goes on with the C++ stack.
+        why = str(error).splitlines()[0]
+        if "EADDRINUSE" in str(error):
+            raise NobodyThere(
+                f"port {port} on {environment.host()} is in use{_by_whom(address, port)} ({why}): choose another one "
+                "by the launcher's --master_port, or MASTER_PORT"
+            ) from None
+        raise NobodyThere(
+            f"rank {environment.rank()} on {environment.host()} did not reach rank 0 at {address}:{port} within "
+            f"{seconds:.0f} s ({why}): see whether rank 0's host is up, whether its address is the one that "
+            "--master_addr or MASTER_ADDR names, and whether a firewall closes the port",
+            rank_0_is_missing=True,
+        ) from None
+    return _of_this_start(store)
+
+
+def _of_this_start(store: Store) -> Store:
+    """torchrun's store outlives the processes that it starts again."""
+    return PrefixStore(f"megamult/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _connect(address: str, port: int, seconds: float, serves: bool) -> Store:
+    """The store at an address.
+
+    Raises:
+        OSError, RuntimeError: it cannot be reached or served, or what listens there is none.
+    """
+    found: list[Store | RuntimeError] = []
+
+    def connect() -> None:
+        timeout = datetime.timedelta(seconds=seconds)
+        size = environment.world_size()
+        try:
+            found.append(TCPStore(address, port, size, is_master=serves, timeout=timeout, wait_for_workers=False))
+        except RuntimeError as error:
+            found.append(error)
+
+    # torch waits for ever for the greeting of a server that is no store of its own.
+    thread = threading.Thread(target=connect, name="store", daemon=True)
+    thread.start()
+    thread.join(seconds + 1.0)
+    if not found:
+        raise OSError(f"what listens there did not greet as torch's store within {seconds:.0f} s")
+    if isinstance(found[0], RuntimeError):
+        raise found[0]
+    return found[0]
+
+
+def _by_whom(address: str, port: int) -> str:
+    """The run that listens there, for a message; nothing if it is none of megamult's."""
+    with contextlib.suppress(OSError, RuntimeError):
+        store = _of_this_start(_connect(address, port, _ASK_SECONDS, serves=False))
+        if store.check([RANK_0]):
+            return f" by the run of {store.get(RANK_0).decode()}"
+    return ""
+
+
+_ASK_SECONDS = 3.0
+"""How long to wait for the greeting of who listens at a port that is in use."""
+
+
+def _reach(address: str, port: int, deadline: float) -> None:
+    """Wait until somebody listens there. torch's own retries wait ever longer, up to twice as long as they were told.
+
+    Raises:
+        OSError: nobody does by then.
+    """
+    tell = time.monotonic() + TELL_SECONDS if environment.local_rank() == 0 else math.inf
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(0.1, min(2.0, deadline - time.monotonic()))).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        if time.monotonic() > tell:
+            tell = math.inf
+            whom = "torchrun's store" if environment.has_agent_store() else "rank 0"
+            print(f"waiting for {whom} at {address}:{port}", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+
+
+def _heard(store: Store, claim: Claim, number: int, deadline: float) -> dict[str, Any]:
+    """What rank 0 has found, if it counts this process in."""
+    answer = answer_key(number)
+    try:
+        while not store.check([answer]):
+            if store.check([MET]):
+                break
+            if time.monotonic() > deadline:
+                raise NobodyThere("rank 0 was there, and has said nothing since", rank_0_is_missing=True)
+            time.sleep(0.4)  # thousands of ranks ask the one store
+        if store.check([answer]):
+            told = json.loads(store.get(answer))
+            raise Refused(told["why"], told["configuration"])
+        met = dict(json.loads(store.get(MET)))
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise NobodyThere(f"rank 0 has left before all had come ({why})", rank_0_is_missing=True) from None
+    if number not in met["numbers"]:
+        raise Refused(refusal(str(claim), met["by"], "the processes of its launch have all come"), False)
+    store.set(heard_key(number), "")
+    return met

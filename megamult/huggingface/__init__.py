@@ -1,0 +1,1 @@
+"""Models in Hugging Face's format: export and import of weights, configuration and tokenizer."""

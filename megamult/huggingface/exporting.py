@@ -1,0 +1,186 @@
+"""A checkpoint as a Hugging Face model: multipliers merged, streamed shard by shard, complete or not there at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from megamult.checkpoint.saved import SavedCheckpoint
+from megamult.huggingface import model_card as hf_card
+from megamult.huggingface import tokenizer as hf_tokenizer
+from megamult.huggingface.files import TOKENIZER_FILES, TOKENIZER_FOLDER, check_output
+from megamult.models.llama.config import ModelConfig
+from megamult.models.llama.hf_config import DTYPES, to_hugging_face
+from megamult.models.llama.hf_names import Weight, weights
+from megamult.multipliers.merge import merge
+from megamult.parameters.roles import Placement, resolve
+from megamult.runtime.partial import partial_folder
+
+_RUN_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass
+class Exported:
+    """What was written."""
+
+    tensors: int
+    parameters: int
+    files: list[str]
+    dtype: str
+    notes: list[str] = field(default_factory=list)
+    """What a user might not expect."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where one exported tensor comes from."""
+
+    name: str
+    """Hugging Face's."""
+    weight: Weight
+    multipliers: tuple[str, ...]
+    """Logical names of those to merge into it."""
+
+    def read(self, saved: SavedCheckpoint, dtype: torch.dtype) -> Tensor:
+        """Merge in fp32, then cast."""
+        tensors = {key: saved.read(f"model.{key}").float() for key in (self.weight.logical, *self.multipliers)}
+        effective = merge(tensors)[self.weight.logical]
+        tensor = effective.to(dtype)
+        if not tensor.isfinite().all() and effective.isfinite().all():
+            raise ValueError(
+                f"{self.name} holds {effective.abs().max().item():g}, and {dtype} ends at {torch.finfo(dtype).max:g}: "
+                "export with --dtype bfloat16 or float32"
+            )
+        return tensor.contiguous()
+
+
+def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: str = "5GB") -> Exported:
+    """Write a directory that `AutoModelForCausalLM` and `AutoTokenizer` load.
+
+    Memory: one shard, and three copies of one tensor in fp32 while its multipliers are merged.
+
+    Args:
+        checkpoint: a checkpoint's directory; all of it is verified first.
+        output: the directory to write; appears when it is complete.
+        dtype: of the weights: a key of :data:`hf_config.DTYPES`, or auto: what the run computed in.
+        max_shard_size: of a safetensors file, as "5GB"; a tensor that is larger gets a file of its own.
+
+    Raises:
+        ValueError: the checkpoint is none or damaged, the output is there already, or an argument is wrong.
+    """
+    check_output(output)
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}: use auto, {', '.join(DTYPES)}")
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
+        raise ValueError(f"max_shard_size is {max_shard_size!r}: give a number with KB, MB, GB or TB, as 5GB")
+    saved = SavedCheckpoint(checkpoint)
+    saved.verify()
+    config = saved.info.config
+    model = ModelConfig(**config["model"])
+    if dtype == "auto":
+        dtype = _RUN_DTYPES[config["train"]["dtype"]]
+    multipliers = config["multipliers"]
+    placement: Placement = resolve(multipliers["placement"]) if multipliers["implementation"] != "none" else {}
+    sources = list(_sources(saved, model, placement))
+    tied = model.tie_embeddings and sources[-1].name != "lm_head.weight"
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with partial_folder(output) as partial:
+        files, token_ids, notes = _tokenizer(saved, model.seq_length)
+        if model.tie_embeddings and not tied:
+            notes.append(
+                "the embedding is tied to the head and has multipliers, which the head does not: lm_head.weight is "
+                "written apart (tie_word_embeddings false)"
+            )
+        shards, parameters = _write_tensors(saved, sources, DTYPES[dtype], max_shard_size, partial)
+        described = to_hugging_face(model, saved.info.vocab_size, tied=tied, dtype=dtype, token_ids=token_ids)
+        files["config.json"] = _json(described)
+        files.setdefault("generation_config.json", _json(token_ids))
+        files["README.md"] = hf_card.render(saved.info, described, parameters, bool(placement)).encode()
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        for name in shards:
+            shutil.copymode(partial / "config.json", partial / name)  # safetensors lets the owner alone read its files
+        partial.rename(output)
+    return Exported(len(sources), parameters, [*shards, *files], dtype, notes)
+
+
+def _sources(saved: SavedCheckpoint, model: ModelConfig, placement: Placement) -> Iterator[_Source]:
+    """The exported tensors in Hugging Face's order; a tied head only where the embedding had to be parted from it."""
+    expected: dict[str, tuple[int, ...]] = {}
+    parted = None
+    for weight in weights(model, saved.info.vocab_size):
+        if weight.role == "head" and model.tie_embeddings:
+            if parted is not None:
+                yield _Source(weight.hugging_face, parted, ())
+            continue
+        multipliers = weight.multipliers(placement)
+        for name, shape in {weight.logical: weight.shape, **multipliers}.items():
+            expected[name] = shape
+            if saved.shapes.get(f"model.{name}") != shape:
+                raise ValueError(
+                    f"{saved.path} has {saved.shapes.get(f'model.{name}', 'no tensor')} under model.{name}, where its "
+                    f"configuration asks for {shape}: it is not a checkpoint of one model"
+                )
+        if weight.role == "embedding" and any((saved.read(f"model.{name}") != 1).any() for name in multipliers):
+            parted = weight
+        yield _Source(weight.hugging_face, weight, tuple(multipliers))
+    for name in saved.shapes:
+        if name.startswith("model.") and name.removeprefix("model.") not in expected:
+            raise ValueError(f"{saved.path} holds {name}, which its configuration does not have: it cannot be exported")
+
+
+def _write_tensors(
+    saved: SavedCheckpoint, sources: list[_Source], dtype: torch.dtype, max_shard_size: str, directory: Path
+) -> tuple[list[str], int]:
+    """Write safetensors files, and an index if they are several; return their names and the number of parameters."""
+    by_name = {source.name: source for source in sources}
+    sizes = {name: torch.empty(source.weight.shape, dtype=dtype, device="meta") for name, source in by_name.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    total = sum(size.nbytes for size in sizes.values())
+    # disable=None: a bar on a terminal only, so that logs and error messages stay clean.
+    with tqdm(total=total, desc="exporting", unit="B", unit_scale=True, disable=None) as bar:
+        for file, names in split.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                shard[name] = by_name[name].read(saved, dtype)
+                bar.update(shard[name].nbytes)
+            save_file(shard, directory / file, metadata={"format": "pt"})
+            del shard  # before the next one is filled
+    files = list(split.filename_to_tensors)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        files.append("model.safetensors.index.json")
+        (directory / files[-1]).write_bytes(_json(index))
+    return files, sum(size.numel() for size in sizes.values())
+
+
+def _tokenizer(saved: SavedCheckpoint, max_length: int) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:
+    """The tokenizer's files, the ids of its special tokens, and what to say of it."""
+    folder, model = saved.path / TOKENIZER_FOLDER, saved.path / "tokenizer.model"
+    files: dict[str, bytes] = {}
+    ids: dict[str, Any] = hf_tokenizer.special_ids(model) if model.is_file() else {}
+    if folder.is_dir():
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        generation = json.loads(files.get("generation_config.json", b"{}"))
+        ids |= {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
+    elif model.is_file():
+        files = {**hf_tokenizer.convert(model, max_length), "tokenizer.model": model.read_bytes()}
+    if any(name.startswith("tokenizer") for name in files):
+        return files, ids, []
+    return files, ids, ["the checkpoint has no tokenizer, so the export has none: put its files there"]
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

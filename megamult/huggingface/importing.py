@@ -1,0 +1,265 @@
+"""A Hugging Face Llama model as a checkpoint to train on from: multipliers at 1, the same function, streamed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from megamult.checkpoint import directory
+from megamult.checkpoint.chunks import Chunk
+from megamult.checkpoint.info import SENTENCEPIECE, CheckpointInfo
+from megamult.checkpoint.saved import write
+from megamult.config import Config
+from megamult.data.tokenizer import Tokenizer
+from megamult.huggingface.files import TOKENIZER_FILES, TOKENIZER_FOLDER, check_output, tokenizer_identity
+from megamult.models.llama.config import ModelConfig
+from megamult.models.llama.hf_config import from_hugging_face
+from megamult.models.llama.hf_names import Weight, weights
+from megamult.multipliers.config import MultipliersConfig
+from megamult.parameters.roles import Placement, resolve
+from megamult.train.config import TrainConfig
+
+PLACEMENTS = ("all", "none", "symmetry_free", "scalar")
+
+_CHUNK_BYTES = 256 << 20
+_FLOATS = ("F32", "BF16", "F16")
+# Recomputed from config.json; old models carry it.
+_DERIVED = ".rotary_emb.inv_freq"
+
+
+@dataclass
+class Imported:
+    """What was written."""
+
+    parameters: int
+    multipliers: int
+    dtype: str
+    trainable: bool = True
+    """Whether training from it is possible: not with a tokenizer that it cannot read."""
+    notes: list[str] = field(default_factory=list)
+    """What a user might not expect."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the input."""
+
+    file: Any
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """[start, stop) of its first dimension, fp32."""
+        values: Tensor = self.file.get_slice(self.name)[start:stop]
+        return values.float()
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of consecutive rows of bounded size."""
+        step = max(1, _CHUNK_BYTES // (4 * math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], step):
+            yield start, min(start + step, self.shape[0])
+
+
+def import_(source: Path, output: Path, placement: str = "all") -> Imported:
+    """Write a checkpoint at step 0 without optimizer state. Memory: one file of it.
+
+    Args:
+        source: a directory with config.json and safetensors.
+        output: the checkpoint's directory; appears when it is complete.
+        placement: of multipliers, which are 1; `none`: a plain model.
+
+    Raises:
+        ValueError: the model cannot be expressed here, its files are damaged, or the output is there already.
+    """
+    check_output(output)
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement is {placement!r}: use one of {', '.join(PLACEMENTS)}")
+    described = _read_json(source / "config.json")
+    try:
+        model = from_hugging_face(described)
+    except ValueError as error:
+        raise ValueError(f"{source}/{error}") from None
+    assert model.vocab_size is not None
+    files, tokenizer, notes = _tokenizer(source, described)
+    resolved: Placement = resolve(placement) if placement != "none" else {}
+    with contextlib.ExitStack() as stack:
+        stored = _open(source, stack)
+        matched = _match(source, stored, model)
+        parameters = sum(math.prod(weight.shape) for weight, _ in matched)
+        multipliers = {name: shape for weight, _ in matched for name, shape in weight.multipliers(resolved).items()}
+        dtype = "bf16" if all(found.dtype == "BF16" for _, found in matched) else "fp32"
+        info = CheckpointInfo(
+            step=0,
+            samples=0,
+            config=_configuration(model, placement, dtype),
+            vocab_size=model.vocab_size,
+        )
+        if tokenizer is not None:
+            info.tokenizer_files, info.tokenizer_sha256 = tokenizer
+        bar = stack.enter_context(tqdm(total=4 * parameters, desc="importing", unit="B", unit_scale=True, disable=None))
+        chunks = [chunk for weight, found in matched for chunk in _chunks(weight, found, bar.update)]
+        chunks += [Chunk.whole(f"model.{name}", torch.ones(shape)) for name, shape in multipliers.items()]
+        try:
+            write(output, chunks, info, files)
+        finally:
+            shutil.rmtree(directory.temporary(output), ignore_errors=True)
+    trainable = tokenizer is None or info.tokenizer_files == SENTENCEPIECE
+    return Imported(parameters, sum(math.prod(shape) for shape in multipliers.values()), dtype, trainable, notes)
+
+
+def _configuration(model: ModelConfig, placement: str, dtype: Any) -> dict[str, Any]:
+    """A run's resolved configuration around the model."""
+    multipliers = (
+        MultipliersConfig(implementation="none") if placement == "none" else MultipliersConfig("layer", placement)
+    )
+    config = dataclasses.asdict(Config(model=model, multipliers=multipliers, train=TrainConfig(dtype=dtype)))
+    plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a configuration that was read
+    return plain
+
+
+def _open(source: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
+    """Every tensor of the model's safetensors files, by name; open as long as `stack`."""
+    found: dict[str, _Stored] = {}
+    for path in _files(source):
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): it is missing or damaged, fetch it again") from None
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            if name.endswith(_DERIVED):
+                continue
+            if name in found:
+                raise ValueError(f"{path} holds {name}, and so does another file of the model: remove the one too many")
+            part = file.get_slice(name)
+            found[name] = _Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+def _files(source: Path) -> list[Path]:
+    index, single = source / "model.safetensors.index.json", source / "model.safetensors"
+    if index.is_file():
+        try:
+            return [source / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        except (KeyError, AttributeError, TypeError):
+            raise ValueError(f"{index} has no weight_map: the index is damaged, fetch it again") from None
+    if single.is_file():
+        return [single]
+    pickled = sorted(path.name for path in source.glob("pytorch_model*.bin"))
+    if pickled:
+        raise ValueError(
+            f"{source} holds {pickled[0]}, a pickle, which can run code when it is read: convert it to safetensors "
+            "(load it with transformers where you trust it, and save_pretrained)"
+        )
+    raise ValueError(f"{source} holds neither model.safetensors nor {index.name}: give a directory with one of them")
+
+
+def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list[tuple[Weight, _Stored]]:
+    """Each logical weight with its tensor; every tensor of the input is used.
+
+    Raises:
+        ValueError: one is missing, too many, of another shape, or of a dtype that is no plain float.
+    """
+    assert model.vocab_size is not None
+    left = dict(stored)
+    matched: list[tuple[Weight, _Stored]] = []
+    for weight in weights(model, model.vocab_size):
+        name = weight.hugging_face
+        if name not in left:
+            if weight.role == "head" and model.tie_embeddings:
+                continue
+            raise ValueError(f"{source} has no tensor {name}: config.json asks for it, with shape {weight.shape}")
+        found = left.pop(name)
+        if found.shape != weight.shape:
+            raise ValueError(f"{source}: {name} has shape {found.shape}, and config.json asks for {weight.shape}")
+        if found.dtype not in _FLOATS:
+            raise ValueError(
+                f"{source}: {name} is of dtype {found.dtype}: save the model in one of {', '.join(_FLOATS)}"
+            )
+        if weight.role == "head" and model.tie_embeddings:
+            _check_equal(source, found, matched[0][1])
+            continue
+        matched.append((weight, found))
+    if left:
+        first = left[min(left)]
+        raise ValueError(
+            f"{source} holds {first.name} {first.shape}, which a LlamaForCausalLM of this config.json does not have "
+            f"({len(left)} such tensors): the model here cannot express it, so it cannot be imported"
+        )
+    return matched
+
+
+def _check_equal(source: Path, head: _Stored, embedding: _Stored) -> None:
+    """A tied model that carries its head nevertheless."""
+    if any(not torch.equal(head.rows(*block), embedding.rows(*block)) for block in embedding.blocks()):
+        raise ValueError(
+            f"{source}: tie_word_embeddings is true, and {head.name} differs from {embedding.name}: remove it, or set "
+            "tie_word_embeddings to false in config.json, whichever is right"
+        )
+
+
+def _chunks(weight: Weight, found: _Stored, read: Callable[[int], object]) -> Iterator[Chunk]:
+    """A tensor in blocks of rows, each read when it is asked for."""
+    for start, stop in found.blocks():
+
+        def load(start: int = start, stop: int = stop) -> Tensor:
+            values = found.rows(start, stop)
+            read(values.nbytes)
+            return values
+
+        rest = found.shape[1:]
+        offsets = (start, *(0 for _ in rest))
+        yield Chunk(f"model.{weight.logical}", found.shape, offsets, (stop - start, *rest), load)
+
+
+def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, str] | None, list[str]]:
+    """Return the tokenizer's files as they are, its identity (file names, SHA-256), and what to say of it."""
+    found = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
+    identity = tokenizer_identity(found)
+    files = {f"{TOKENIZER_FOLDER}/{name}": content for name, content in found.items()}
+    notes = []
+    try:
+        # A model that has one was trained with it, whatever other files say the same in another way.
+        identity = (SENTENCEPIECE, Tokenizer(source / "tokenizer.model").sha256)
+        files[SENTENCEPIECE] = found["tokenizer.model"]
+    except ValueError:
+        if identity is None:
+            notes.append(
+                "the input has no tokenizer: the checkpoint has none either, and an export of it will have none"
+            )
+        else:
+            names = identity[0].replace(f"{TOKENIZER_FOLDER}/", "")
+            notes.append(
+                f"the tokenizer ({names}) is no sentencepiece model, and training reads no other kind yet: its files "
+                "are kept for export, and training from this checkpoint is refused"
+            )
+    # Without the file, what config.json says of special tokens would be lost with it.
+    ids = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in described}
+    files.setdefault(f"{TOKENIZER_FOLDER}/generation_config.json", (json.dumps(ids, indent=2) + "\n").encode())
+    return files, identity, notes
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): give the directory of a Hugging Face model"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file ({error}): fetch it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: fetch it again")
+    return content

@@ -1,0 +1,1 @@
+"""Multipliers for models that other people wrote."""

@@ -1,0 +1,228 @@
+"""Multipliers for a model that someone else wrote, in three lines of its DeepSpeed script."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch.nn import Parameter
+
+from megamult.distributed import mesh
+from megamult.integrations.rules import Rule, local_shape, one_tensor
+from megamult.multipliers.config import MultipliersConfig
+from megamult.optim.adamw import TwoPhaseAdamW
+from megamult.optim.build import make_optimizer
+from megamult.optim.config import OptimizerConfig
+from megamult.optim.folded import covers
+from megamult.parameters import spec as lo
+from megamult.parameters.roles import Placement, resolve
+from megamult.parameters.spec import ParameterSpec, Role, Side
+
+
+def fold(
+    optimizer: OptimizerConfig | Mapping[str, Any],
+    model: torch.nn.Module,
+    rules: Mapping[str, Rule],
+    *,
+    placement: str | Mapping[str, str | Sequence[str]] = "all",
+    multiplier_lr: float | None = None,
+    multiplier_weight_decay: float = 2e-3,
+    clip_multipliers: bool = False,
+    initial: float | Callable[[Role, Side], float] = 1.0,
+) -> TwoPhaseAdamW:
+    """Learnable multipliers (arXiv 2601.04890) for an unmodified model: an optimizer that holds and trains them.
+
+    The model keeps effective weights W_eff = diag(r) W diag(c) and runs as before; the optimizer keeps W, r and c
+    (:mod:`megamult.optim.folded`). Under DeepSpeed::
+
+        optimizer = megamult.fold({"name": "muon", "lr": 1e-3}, model, megamult.LLAMA_RULES)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        megamult.attach(engine, optimizer)
+
+    `settings` needs ``"zero_allow_untested_optimizer": true`` and ``"gradient_clipping": 0.0`` (DeepSpeed's default is
+    1.0; the optimizer clips, by `clip_grad_norm`); at ZeRO 0 in bf16 call initialize within ``optimizer.paused()``. In
+    a loop without DeepSpeed average gradients over ranks, call ``optimizer.step()``, and ``optimizer.begin()`` first if
+    `initial` is not 1.
+
+    Every parameter that no rule names is of kind norm if it is a vector (norms' weights, biases): AdamW, no weight
+    decay. What has a layout already, as parameters of megamult's own modules, needs no rule.
+
+    Args:
+        optimizer: keys as in the section `optimizer` of a run, without those of the schedule: whatever scales `lr` of
+            the optimizer's groups, a DeepSpeed or a torch scheduler, schedules the multipliers too.
+        model: built, also under `deepspeed.zero.Init`; Megatron's with its process groups set up.
+        rules: from a regular expression, searched in parameters' names, to a role, a layout, or a function from a
+            parameter to its layout. Ready-made: :data:`megamult.LLAMA_RULES`, :func:`megamult.megatron_rules`.
+        placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar.
+        multiplier_lr: peak learning rate of multipliers; None: the optimizer's.
+        multiplier_weight_decay: decoupled.
+        clip_multipliers: clip them, by their own norm; False: not at all.
+        initial: first value, of all or by role and side. Other than 1, it rescales the model's present weights.
+
+    Returns:
+        AdamW, or Muon for the matrices and AdamW for all else. Its `folded` holds the multipliers.
+
+    Raises:
+        ValueError: an unknown key or value; a rule that finds no parameter; a parameter that two rules find, or a
+            matrix that none finds; multipliers on what is frozen or tied to another role, or on nothing at all.
+    """
+    chosen = _optimizer_config(optimizer)
+    sides: Any = placement if isinstance(placement, str) else {r: _listed(s) for r, s in placement.items()}
+    multipliers = MultipliersConfig("folded", sides, multiplier_lr, multiplier_weight_decay, clip_multipliers)
+    start = initial if callable(initial) else lambda role, side: initial
+    resolved = resolve(placement)
+    for role, chosen_sides in resolved.items():
+        for side in chosen_sides:
+            if not math.isfinite(start(role, side)):
+                raise ValueError(f"initial of {role} {side} is {start(role, side)}: it must be finite")
+    specs = _layouts(model, rules, resolved)
+    reached = {part.role for spec in specs.values() if covers(spec, resolved) for part in spec.parts}
+    unreached = [role for role in resolved if role not in reached]
+    if unreached and (not isinstance(placement, str) or not reached):
+        raise ValueError(
+            f"placement gives multipliers to the role {unreached[0]}, and no parameter has it: add a rule for it, or "
+            "leave it out of placement"
+        )
+    if not reached:
+        raise ValueError(f"placement is {placement!r}: it gives multipliers to no role; name one")
+    for parameter, spec in specs.items():
+        lo.set_spec(parameter, spec)
+    return make_optimizer(model, chosen, multipliers, start)
+
+
+def _listed(sides: str | Sequence[str]) -> list[str]:
+    return [sides] if isinstance(sides, str) else list(sides)
+
+
+def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerConfig:
+    """The optimizer's configuration, checked as the command line would."""
+    hints = get_type_hints(OptimizerConfig)
+    values = vars(given).copy() if isinstance(given, OptimizerConfig) else dict(given)
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"optimizer has the key {key!r}: use {', '.join(hints)}")
+        if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
+            raise ValueError(f"optimizer.{key} is {value!r}: use one of {', '.join(get_args(hints[key]))}")
+        if hints[key] in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"optimizer.{key} is {value!r}: give a number")
+    if "betas" in values:
+        values["betas"] = tuple(values["betas"])
+    chosen = OptimizerConfig(**values)
+    for key in ("warmup_steps", "decay_steps", "min_lr"):
+        if getattr(chosen, key):
+            raise ValueError(
+                f"optimizer.{key} is {getattr(chosen, key)}: fold makes no schedule; leave it out, and let a scheduler "
+                "scale lr of the optimizer's groups"
+            )
+    return chosen
+
+
+def _layouts(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placement) -> dict[Parameter, ParameterSpec]:
+    """The layout of every trainable parameter: by the rules, stated before, or a vector's."""
+    names = _names(model)
+    claims = _claims([name for known in names.values() for name in known], rules)
+    tp_size = mesh.grid().tensor_size
+    specs: dict[Parameter, ParameterSpec] = {}
+    for parameter, known in names.items():
+        stated = {name: _state(parameter, name, rules[claims[name]], tp_size) for name in known if name in claims}
+        spec = next(iter(stated.values()), None)
+        if spec is None and lo.has_spec(parameter):
+            spec = lo.spec_of(parameter)
+        if spec is None and parameter.requires_grad:
+            spec = _unnamed(parameter, known[0], tp_size)
+        if spec is None:
+            continue
+        if spec.kind == "multiplier":
+            raise ValueError(
+                f"{known[0]} is a multiplier: the model has some of its own; build it without, or train it without fold"
+            )
+        if covers(spec, placement) and not parameter.requires_grad:
+            raise ValueError(
+                f"{known[0]} is frozen, and placement gives multipliers to its role {_roles(spec)}: set its "
+                "requires_grad to True, or leave the role out of placement"
+            )
+        _check_tie(known, stated, spec, placement)
+        if parameter.requires_grad:
+            specs[parameter] = spec
+    return specs
+
+
+def _names(model: torch.nn.Module) -> dict[Parameter, list[str]]:
+    """All names of each parameter: several where modules share it."""
+    names: dict[Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for path, module in model.named_modules():
+        # Megatron gives the embedding's weight to a head that has none: no parameter's name tells.
+        if getattr(module, "share_embeddings_and_output_weights", False):
+            shared = module.shared_embedding_or_output_weight()
+            head = f"{path}.output_layer.weight" if path else "output_layer.weight"
+            if shared in names and head not in names[shared]:
+                names[shared].append(head)
+    return names
+
+
+def _claims(names: Sequence[str], rules: Mapping[str, Rule]) -> dict[str, str]:
+    """The expression that finds each name, of those that are found."""
+    claims: dict[str, str] = {}
+    for expression in rules:
+        try:
+            found = [name for name in names if re.search(expression, name)]
+        except re.error as error:
+            raise ValueError(f"the rule {expression!r} is no regular expression ({error}): correct it") from None
+        if not found:
+            raise ValueError(
+                f"the rule {expression!r} matches no parameter of the model, whose names are like {names[0]}: correct "
+                "or remove it"
+            )
+        for name in found:
+            if name in claims:
+                raise ValueError(
+                    f"{name} is claimed by two rules, {claims[name]!r} and {expression!r}: make one of them narrower"
+                )
+            claims[name] = expression
+    return claims
+
+
+def _state(parameter: Parameter, name: str, rule: Rule, tp_size: int) -> ParameterSpec:
+    """What a rule says of a parameter."""
+    if isinstance(rule, ParameterSpec):
+        return rule
+    if not isinstance(rule, str):
+        return rule(parameter)
+    if rule not in get_args(Role):
+        raise ValueError(f"the rule of {name} gives the role {rule!r}: use one of {', '.join(get_args(Role))}")
+    if rule != "norm" and len(local_shape(parameter)) != 2:
+        raise ValueError(
+            f"{name} has the shape {local_shape(parameter)}, and its rule gives it the role {rule}, of a matrix: "
+            "narrow the rule (end it with weight$), or give a layout"
+        )
+    return one_tensor(rule, parameter, tp_size)
+
+
+def _unnamed(parameter: Parameter, name: str, tp_size: int) -> ParameterSpec:
+    if len(local_shape(parameter)) > 1:
+        raise ValueError(
+            f"{name} has the shape {local_shape(parameter)}, and no rule names it: add a rule with its role or layout "
+            "(norm: AdamW without weight decay and multipliers), or set its requires_grad to False"
+        )
+    return one_tensor("norm", parameter, tp_size)
+
+
+def _check_tie(known: list[str], stated: dict[str, ParameterSpec], spec: ParameterSpec, placement: Placement) -> None:
+    """A shared parameter with multipliers has one role under all of its names."""
+    roles = {name: _roles(stated[name]) if name in stated else "no rule" for name in known}
+    scaled = any(covers(each, placement) for each in (spec, *stated.values()))
+    if scaled and len(known) > 1 and ("no rule" in roles.values() or len(set(roles.values())) > 1):
+        listed = ", ".join(f"{name} ({role})" for name, role in roles.items())
+        raise ValueError(
+            f"{known[0]} is shared under several names: {listed}; multipliers of one role would reach the others: "
+            "untie them, leave the role out of placement, or give all names the same role"
+        )
+
+
+def _roles(spec: ParameterSpec) -> str:
+    return ", ".join(part.role for part in spec.parts)

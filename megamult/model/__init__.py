@@ -1,1 +1,0 @@
-"""The language model: Megatron-Core's GPT assembled from our modules."""

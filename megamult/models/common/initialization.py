@@ -1,0 +1,76 @@
+"""Initial weights that do not depend on the layout: each rank sets what it holds, element by element of the model.
+
+An element's value is a function of the seed, its logical tensor's name and its place in it
+(:mod:`megamult.models.common.draw`), so a rank draws nothing that only others hold, and never a whole matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megamult.models.common import draw
+from megamult.parameters.rectangles import rectangles
+from megamult.parameters.spec import Role, named_specs
+
+
+@torch.no_grad()
+def initialize(
+    model: torch.nn.Module,
+    std: Mapping[Role, float],
+    seed: int | None,
+    tp_rank: int,
+    tp_size: int,
+    note: Callable[[str], None] = lambda doing: None,
+) -> None:
+    """Set this rank's part of every trainable parameter, on the parameter's own device.
+
+    Matrices, embedding and head are drawn from N(0, std^2), in fp32, then cast; their padding is zero. Norms and
+    multipliers are 1. Parameters that `deepspeed.zero.Init` has partitioned are set in their partitions; nothing is
+    gathered.
+
+    Args:
+        model: every trainable parameter states its layout.
+        std: by role of the logical matrix.
+        seed: of the weights; None: a checkpoint will be loaded, and until then every element that it must have is NaN.
+        tp_rank, tp_size: place in the tensor-parallel group.
+        note: told of each parameter before it is drawn, as large ones take seconds.
+
+    Raises:
+        ValueError: a parameter without layout, or one whose partition DeepSpeed keeps quantized or twice.
+    """
+    for name, parameter, spec in named_specs(model):
+        values, start = _held(parameter, name)
+        if spec.kind in ("norm", "multiplier"):
+            values.fill_(1.0)
+            continue
+        note(f"drawing {name}")
+        values.zero_()
+        for rectangle in rectangles(spec, tp_rank, tp_size, start, values.numel()):
+            part = spec.parts[rectangle.part]
+            piece = values[rectangle.offset : rectangle.offset + rectangle.numel]
+            if seed is None:
+                piece.fill_(torch.nan)
+                continue
+            key = draw.key(seed, spec.logical_name(name, part))
+            piece = piece.view(rectangle.height, rectangle.width)
+            draw.fill_normal(piece, std[part.role], key, rectangle.row, rectangle.col, part.shape[1])
+
+
+def _held(parameter: Parameter, name: str) -> tuple[Tensor, int]:
+    """This rank's values of a parameter's tensor-parallel shard, flat, and where in the flattened shard they begin."""
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is None:
+        return parameter.detach().view(-1), 0
+    if parameter.ds_secondary_tensor is not None or not partition.is_floating_point():  # type: ignore[attr-defined]
+        raise ValueError(
+            f"DeepSpeed keeps {name} quantized, or a second time within a node: megamult sets weights in their one "
+            "partition; remove zero_quantized_weights and zero_hpz_partition_size from deepspeed.zero_optimization"
+        )
+    size = partition.numel()
+    start = size * parameter.ds_process_group.rank()  # type: ignore[attr-defined]
+    length = min(max(parameter.ds_numel - start, 0), size)  # type: ignore[attr-defined]
+    return partition.detach().view(-1)[:length], start

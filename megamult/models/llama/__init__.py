@@ -1,0 +1,1 @@
+"""Llama: grouped-query attention, RMSNorm and gated MLP, built from Megatron-Core's GPT."""

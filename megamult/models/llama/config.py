@@ -1,0 +1,68 @@
+"""Sizes of a model, the section `model` of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamult.validation import not_negative, positive, require
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the model."""
+
+    num_layers: int = 4
+    """Transformer layers."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_attention_heads: int = 8
+    """Query heads; their size is hidden_size / num_attention_heads."""
+    num_query_groups: int | None = None
+    """Key-value heads (grouped-query attention); null: one for each query head."""
+    ffn_hidden_size: int = 704
+    """Width of the gated MLP."""
+    seq_length: int = 256
+    """Tokens per sequence."""
+    vocab_size: int | None = None
+    """Exact vocabulary size; null: the tokenizer's. Padded internally to a multiple of 128."""
+    rotary_base: float = 10000.0
+    """Base period of the rotary embedding."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; output projections: divided by sqrt(2 * num_layers)."""
+    tie_embeddings: bool = False
+    """Use the embedding's weight as the LM head (without its multipliers)."""
+    z_loss: float = 1e-4
+    """Coefficient of log-sum-exp squared in the objective; 0: none."""
+
+    @property
+    def query_groups(self) -> int:
+        """Key-value heads."""
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    def __post_init__(self) -> None:
+        positive(
+            "model",
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.query_groups,
+            ffn_hidden_size=self.ffn_hidden_size,
+            seq_length=self.seq_length,
+            vocab_size=1 if self.vocab_size is None else self.vocab_size,
+            rotary_base=self.rotary_base,
+            norm_eps=self.norm_eps,
+            init_std=self.init_std,
+        )
+        not_negative("model", z_loss=self.z_loss)
+        heads, groups = self.num_attention_heads, self.query_groups
+        require(
+            self.hidden_size % heads == 0 and self.hidden_size // heads % 2 == 0,
+            f"model.hidden_size is {self.hidden_size} with model.num_attention_heads {heads}: a head's size must be "
+            "a whole even number (rotary embedding); choose hidden_size a multiple of 2 * num_attention_heads",
+        )
+        require(
+            heads % groups == 0,
+            f"model.num_query_groups is {groups}: it must divide model.num_attention_heads ({heads})",
+        )

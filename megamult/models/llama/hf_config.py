@@ -1,0 +1,162 @@
+"""Our model's sizes as Hugging Face's LlamaConfig, and back: whatever our model cannot express is an error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megamult.models.llama.config import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The names that config.json has for them."""
+
+# What transformers assumes where config.json has no such field.
+_SIZES = {
+    "num_layers": ("num_hidden_layers", 32),
+    "hidden_size": ("hidden_size", 4096),
+    "num_attention_heads": ("num_attention_heads", 32),
+    "ffn_hidden_size": ("intermediate_size", 11008),
+    "seq_length": ("max_position_embeddings", 2048),
+    "vocab_size": ("vocab_size", 32000),
+}
+_NUMBERS = {"norm_eps": ("rms_norm_eps", 1e-6), "init_std": ("initializer_range", 0.02)}
+_ROTARY_BASE = 10000.0
+
+# Field: what it must be (None: or absent), and what a user can do about it.
+_TRAIN_WITHOUT = "if the model computes the same without, correct config.json; else it cannot be imported"
+_MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "model_type": (("llama",), "import a model of the Llama architecture"),
+    "architectures": ((["LlamaForCausalLM"], None), "import a LlamaForCausalLM"),
+    "hidden_act": (("silu", "swish", None), "the MLP here is SwiGLU, so it cannot be imported"),
+    "attention_bias": ((False, None), "no matrix here has a bias, so it cannot be imported"),
+    "mlp_bias": ((False, None), "no matrix here has a bias, so it cannot be imported"),
+    "attention_dropout": ((0, None), "there is no dropout here; set it to 0.0 to train on without"),
+    "sliding_window": ((None,), "attention here sees the whole sequence; " + _TRAIN_WITHOUT),
+    "quantization_config": ((None,), "weights here are not quantized; dequantize and save the model first"),
+    "partial_rotary_factor": ((1, None), "all of a head is rotated here, so it cannot be imported"),
+}
+
+
+def to_hugging_face(
+    model: ModelConfig, vocab_size: int, *, tied: bool, dtype: str, token_ids: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What config.json says of an exported model.
+
+    Args:
+        model: sizes.
+        vocab_size: exact, without padding.
+        tied: whether the head is the embedding in the exported tensors.
+        dtype: a key of :data:`DTYPES`.
+        token_ids: `bos_token_id`, `eos_token_id` ... of the tokenizer.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.hidden_size // model.num_attention_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.seq_length,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
+        # Readers older than transformers 5 know this spelling alone, and would take 10000 without a word.
+        "rope_theta": model.rotary_base,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "tie_word_embeddings": tied,
+        "use_cache": True,
+        # transformers takes 1 and 2 where these are absent.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **token_ids,
+    }
+
+
+def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
+    """The model that config.json describes. Fields that do not change the function are not looked at.
+
+    Raises:
+        ValueError: a field asks for what our model cannot express, or has no sensible value.
+    """
+    for field, (allowed, remedy) in _MUST_BE.items():
+        if config.get(field) not in allowed:
+            raise ValueError(f"config.json: {field} is {config.get(field)!r}, not {allowed[0]!r}: {remedy}")
+    layers = config.get("layer_types")
+    if layers is not None and any(kind != "full_attention" for kind in layers):
+        raise ValueError(f"config.json: layer_types is {layers!r}: attention here is full everywhere; {_TRAIN_WITHOUT}")
+    sizes = {ours: _positive_integer(config, *theirs) for ours, theirs in _SIZES.items()}
+    numbers = {ours: _number(config, *theirs) for ours, theirs in _NUMBERS.items()}
+    heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+    groups = _positive_integer(config, "num_key_value_heads", heads)
+    head = _positive_integer(config, "head_dim", hidden // heads)
+    if head * heads != hidden or head % 2:
+        raise ValueError(
+            f"config.json: head_dim is {head} with num_attention_heads {heads} and hidden_size {hidden}: here a head's "
+            "size is even and the heads together have the hidden size, so it cannot be imported"
+        )
+    if heads % groups:
+        raise ValueError(
+            f"config.json: num_key_value_heads is {groups}: it must divide num_attention_heads ({heads}); correct it"
+        )
+    return ModelConfig(
+        num_layers=sizes["num_layers"],
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        ffn_hidden_size=sizes["ffn_hidden_size"],
+        seq_length=sizes["seq_length"],
+        vocab_size=sizes["vocab_size"],
+        rotary_base=_rotary_base(config),
+        norm_eps=numbers["norm_eps"],
+        init_std=numbers["init_std"],
+        tie_embeddings=bool(config.get("tie_word_embeddings") or False),
+    )
+
+
+def _rotary_base(config: Mapping[str, Any]) -> float:
+    """`rope_theta`, in transformers 5's `rope_parameters` or beside the older `rope_scaling`."""
+    bases = {}
+    for field in ("rope_parameters", "rope_scaling"):
+        rope = config.get(field) or {}
+        where = f"config.json: {field} is {rope!r}"
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"{where}, not a mapping: correct it")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{where}: positions here are not scaled (rope_type default), so it cannot be imported")
+        rest = {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
+        if rest.pop("partial_rotary_factor", 1) != 1 or any(value is not None for value in rest.values()):
+            raise ValueError(f"{where}: only rope_theta and rope_type default can be expressed here")
+        if rope.get("rope_theta") is not None:
+            bases[field] = _number(rope, "rope_theta", None)
+    if config.get("rope_theta") is not None:
+        bases["rope_theta"] = _number(config, "rope_theta", None)
+    if len(set(bases.values())) > 1:
+        raise ValueError(f"config.json gives different bases of the rotary embedding, {bases}: keep the right one")
+    return next(iter(bases.values()), _ROTARY_BASE)
+
+
+def _positive_integer(config: Mapping[str, Any], field: str, default: int) -> int:
+    value = config.get(field)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"config.json: {field} is {value!r}: it must be a positive whole number; correct it")
+    return value
+
+
+def _number(config: Mapping[str, Any], field: str, default: float | None) -> float:
+    value = config.get(field)
+    value = default if value is None else value
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {field} is {value!r}: it must be a positive number; correct it")
+    return float(value)

@@ -1,0 +1,91 @@
+"""The ModuleSpec of a transformer layer with multipliers, for Megatron-Core's GPTModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+
+from megamult.layers import MultiplierColumnParallelLinear, MultiplierRowParallelLinear
+from megamult.models.common.attention import SdpaAttention
+from megamult.models.common.norm import RMSNorm
+from megamult.multipliers.parameters import GradSync
+from megamult.parameters import spec
+from megamult.parameters.roles import resolve
+
+
+class RecomputedTransformerLayer(TransformerLayer):
+    """A layer that keeps its input alone and runs forward again in backward (no dropout: no random state)."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's TransformerLayer."""
+        run = super().forward
+        if not torch.is_grad_enabled():
+            return run(hidden_states, *args, **kwargs)
+        # Reentrant: the first pass runs without a graph, so that the layers' own hooks on saved tensors cannot
+        # keep activations that the recomputation is there to drop.
+        output = torch.utils.checkpoint.checkpoint(
+            lambda hidden: run(hidden, *args, **kwargs)[0],
+            hidden_states,
+            use_reentrant=True,
+            preserve_rng_state=False,
+        )
+        return output, kwargs.get("context")
+
+
+def gpt_layer_spec(
+    config: TransformerConfig,
+    placement: str | Mapping[str, str | Sequence[str]] = "all",
+    *,
+    grad_sync: GradSync = "backward",
+    recompute: bool = False,
+) -> ModuleSpec:
+    """A pre-norm transformer layer: RMSNorm, grouped-query attention, gated MLP, all matrices with multipliers.
+
+    Args:
+        config: Megatron's; sizes of heads, groups and MLP are read from it.
+        placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar; `{}`: none.
+        grad_sync: who sums replicated multipliers' gradients over tensor-parallel ranks
+            (:mod:`megamult.multipliers.parameters`); "step" needs an optimizer of ours.
+        recompute: keep a layer's input alone and recompute the rest in backward.
+
+    Raises:
+        ValueError: an unknown placement, or an MLP that is not gated.
+    """
+    if not config.gated_linear_unit:
+        raise ValueError("gated_linear_unit is False: this layer's MLP is gated (SwiGLU); set it to True")
+    resolved = resolve(placement)
+    common: dict[str, Any] = {"placement": resolved, "grad_sync": grad_sync}
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    qkv = spec.fused_qkv(config.num_attention_heads, config.num_query_groups, config.kv_channels, hidden)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=partial(MultiplierColumnParallelLinear, spec=qkv, **common),
+        core_attention=SdpaAttention,
+        linear_proj=ModuleSpec(MultiplierRowParallelLinear, params={"role": "attention_out", **common}),
+    )
+    mlp = MLPSubmodules(
+        linear_fc1=ModuleSpec(
+            MultiplierColumnParallelLinear, params={"layout": spec.fused_gate_up(ffn, hidden), **common}
+        ),
+        linear_fc2=ModuleSpec(MultiplierRowParallelLinear, params={"role": "down", **common}),
+    )
+    return ModuleSpec(
+        module=RecomputedTransformerLayer if recompute else TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(MLP, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

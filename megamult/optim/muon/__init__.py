@@ -1,0 +1,1 @@
+"""Muon on logical matrices: mathematics, plan and exchange between ranks."""

@@ -1,0 +1,205 @@
+"""Bring flat pieces of logical matrices to their owners, let the owners compute, and bring the results back.
+
+The pure plan says what travels where; this file packs, sends and unpacks. Two all-to-alls per bucket over all ranks;
+bucket k + 1 arrives and the results of k - 1 return while bucket k is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed import Work
+
+from megamult.optim.muon.plan import Plan
+from megamult.parameters.rectangles import Rectangle
+
+
+@dataclass
+class _Direction:
+    """What this rank moves from holders to owners or back, in the order of the buffers."""
+
+    held: list[tuple[int, int, int]] = field(default_factory=list)
+    """(slice, offset in it, elements) of what this rank holds of others' matrices."""
+    held_sizes: list[int] = field(default_factory=list)
+    """Elements of it by owner."""
+    owned: list[tuple[int, int, Rectangle]] = field(default_factory=list)
+    """(batch, index in it, rectangle) of what others hold of this rank's matrices."""
+    owned_sizes: list[int] = field(default_factory=list)
+    """Elements of it by holder."""
+    local: list[tuple[int, int, int, Rectangle]] = field(default_factory=list)
+    """(slice, batch, index in it, rectangle) of what this rank holds of its own matrices."""
+
+
+@dataclass
+class _Bucket:
+    """What this rank sends, receives and computes in one bucket."""
+
+    shapes: list[tuple[int, int, int]]
+    """(matrices, rows, cols) of each batch that this rank owns."""
+    to_owners: _Direction
+    to_holders: _Direction
+
+
+class Exchange:
+    """The exchange of one rank.
+
+    Args:
+        plan: the same on every rank.
+        rank: of this process in the plan's grid, which is its global rank.
+        slice_of_cut: for each of the plan's cuts, the index of this rank's slice of it; absent where it has none.
+        dtype: that the pieces travel in, both ways.
+        device: of the slices.
+    """
+
+    def __init__(
+        self, plan: Plan, rank: int, slice_of_cut: dict[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.plan, self.dtype, self.device = plan, dtype, device
+        self.bytes_sent = 0
+        """By this rank to others, since construction."""
+        self._ranks = plan.ranks
+        self._buckets = [self._bucket(bucket, rank, slice_of_cut) for bucket in plan.buckets]
+
+    def _bucket(self, matrices: Sequence[int], rank: int, slice_of_cut: dict[int, int]) -> _Bucket:
+        plan = self.plan
+        by_owner: dict[int, list[int]] = {}
+        for i in matrices:
+            by_owner.setdefault(plan.owners[i], []).append(i)
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for i in by_owner.get(rank, []):
+            by_shape.setdefault((plan.matrices[i].rows, plan.matrices[i].cols), []).append(i)
+        place = {i: (b, k) for b, members in enumerate(by_shape.values()) for k, i in enumerate(members)}
+
+        def direction(elements: NDArray[np.int64]) -> _Direction:
+            """`elements` [matrices, ranks]: 0 where a rank's pieces of a matrix do not travel."""
+            found = _Direction()
+            for other in range(self._ranks):
+                mine = [
+                    (i, cut, rectangle)
+                    for i in by_owner.get(other, [])
+                    if elements[i, rank]
+                    for cut, rectangle in plan.fragments(i, rank)
+                ]
+                if other == rank:
+                    found.local = [(slice_of_cut[cut], *place[i], rectangle) for i, cut, rectangle in mine]
+                    held, owned = [], []
+                else:
+                    held = [(slice_of_cut[cut], rectangle.offset, rectangle.numel) for _, cut, rectangle in mine]
+                    owned = [
+                        (*place[i], rectangle)
+                        for i in by_owner.get(rank, [])
+                        if elements[i, other]
+                        for _, rectangle in plan.fragments(i, other)
+                    ]
+                found.held += held
+                found.held_sizes.append(sum(numel for _, _, numel in held))
+                found.owned += owned
+                found.owned_sizes.append(sum(rectangle.numel for _, _, rectangle in owned))
+            return found
+
+        shapes = [(len(members), *shape) for shape, members in by_shape.items()]
+        to_owners = direction(plan.given)
+        replicated = not np.array_equal(plan.given, plan.held)
+        return _Bucket(shapes, to_owners, direction(plan.held) if replicated else to_owners)
+
+    def run(self, values: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> None:
+        """Replace `values` by what `compute` makes of the logical matrices that they are pieces of. Collective.
+
+        Args:
+            values: [length] of each of this rank's slices, any floating dtype; written to.
+            compute: a batch of whole matrices [batch, rows, cols] in the exchange's dtype to their results, same shape.
+        """
+        arriving = self._gather(0, values) if self._buckets else None
+        returning: tuple[int, Tensor, Work | None, Tensor] | None = None
+        for k, bucket in enumerate(self._buckets):
+            assert arriving is not None
+            received, work, sent = arriving
+            arriving = self._gather(k + 1, values) if k + 1 < len(self._buckets) else None
+            if work is not None:
+                work.wait()
+            del sent  # kept until here: the collective was reading it
+            batches = self._assemble(bucket, received, values)
+            del received
+            results = []
+            while batches:  # so that each is freed when its result is there
+                results.append(compute(batches.pop(0)).to(self.dtype))
+            following = self._scatter(k, results, values)
+            if returning is not None:
+                self._finish(*returning, values)
+            returning = following
+        if returning is not None:
+            self._finish(*returning, values)
+
+    def _gather(self, k: int, values: Sequence[Tensor]) -> tuple[Tensor, Work | None, Tensor]:
+        direction = self._buckets[k].to_owners
+        send = torch.empty(sum(direction.held_sizes), dtype=self.dtype, device=self.device)
+        pieces = send.split([numel for _, _, numel in direction.held])
+        sources = [values[s][offset : offset + numel] for s, offset, numel in direction.held]
+        if sources:
+            torch._foreach_copy_(list(pieces), sources)
+        receive = torch.empty(sum(direction.owned_sizes), dtype=self.dtype, device=self.device)
+        return receive, self._all_to_all(receive, send, direction.owned_sizes, direction.held_sizes), send
+
+    def _assemble(self, bucket: _Bucket, received: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+        direction = bucket.to_owners
+        batches = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in bucket.shapes]
+        targets, sources = [], []
+        pieces = received.split([rectangle.numel for _, _, rectangle in direction.owned])
+        for (batch, i, rectangle), piece in zip(direction.owned, pieces, strict=True):
+            targets.append(_view(batches[batch][i], rectangle))
+            sources.append(piece.view(rectangle.height, rectangle.width))
+        for s, batch, i, rectangle in direction.local:
+            targets.append(_view(batches[batch][i], rectangle))
+            sources.append(_flat(values[s], rectangle))
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return batches
+
+    def _scatter(
+        self, k: int, results: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> tuple[int, Tensor, Work | None, Tensor]:
+        direction = self._buckets[k].to_holders
+        send = torch.empty(sum(direction.owned_sizes), dtype=self.dtype, device=self.device)
+        targets, sources = [], []
+        pieces = send.split([rectangle.numel for _, _, rectangle in direction.owned])
+        for (batch, i, rectangle), piece in zip(direction.owned, pieces, strict=True):
+            targets.append(piece.view(rectangle.height, rectangle.width))
+            sources.append(_view(results[batch][i], rectangle))
+        for s, batch, i, rectangle in direction.local:
+            targets.append(_flat(values[s], rectangle))
+            sources.append(_view(results[batch][i], rectangle))
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        receive = torch.empty(sum(direction.held_sizes), dtype=self.dtype, device=self.device)
+        return k, receive, self._all_to_all(receive, send, direction.held_sizes, direction.owned_sizes), send
+
+    def _finish(self, k: int, received: Tensor, work: Work | None, sent: Tensor, values: Sequence[Tensor]) -> None:
+        if work is not None:
+            work.wait()
+        held = self._buckets[k].to_holders.held
+        targets = [values[s][offset : offset + numel] for s, offset, numel in held]
+        if targets:
+            torch._foreach_copy_(targets, list(received.split([numel for _, _, numel in held])))
+
+    def _all_to_all(
+        self, receive: Tensor, send: Tensor, receive_sizes: list[int], send_sizes: list[int]
+    ) -> Work | None:
+        if self._ranks == 1:
+            return None
+        self.bytes_sent += send.numel() * send.element_size()
+        return torch.distributed.all_to_all_single(receive, send, receive_sizes, send_sizes, async_op=True)
+
+
+def _view(matrix: Tensor, rectangle: Rectangle) -> Tensor:
+    rows = slice(rectangle.row, rectangle.row + rectangle.height)
+    return matrix[rows, rectangle.col : rectangle.col + rectangle.width]
+
+
+def _flat(values: Tensor, rectangle: Rectangle) -> Tensor:
+    piece = values[rectangle.offset : rectangle.offset + rectangle.numel]
+    return piece.view(rectangle.height, rectangle.width)

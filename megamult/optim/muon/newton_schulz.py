@@ -1,0 +1,175 @@
+"""Newton-Schulz: an odd polynomial of a matrix that drives its singular values towards 1. Pure.
+
+One step maps X to aX + b(XX^T)X + c(XX^T)^2 X: the singular vectors stay, each singular value s becomes
+a s + b s^3 + c s^5. Two forms compute the same:
+
+- *standard* works on X itself;
+- *gram* works on R = XX^T and on the polynomial Q in R that X is to be multiplied by, both of the small side (J. Zhang,
+  N. Amsel, B. Chen, T. Dao, "Gram Newton-Schulz", blog post, 2026, https://tridao.me/blog/2026/gram-newton-schulz/).
+  Rounding makes the smallest eigenvalues of R negative, and each step multiplies those by up to a^2 (11.9 for the
+  quintic): after :data:`RESTART` steps Q is applied to X and R is made anew, in every dtype.
+
+All products with a symmetric result (XX^T, and every product of polynomials in R) compute about half of it
+(:mod:`megamult.optim.muon.symmetric`). `[..., rows, cols]`: any leading dimensions are a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megamult.optim.muon.symmetric import computed, symmetric_product
+
+Form = Literal["standard", "gram"]
+Coefficients = Sequence[tuple[float, float, float]]
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""The same (a, b, c) in every step: steep at 0, converges to no single value but to about 0.7 to 1.2.
+K. Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon/; used in arXiv 2502.16982."""
+
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+"""The best quintic for each step in turn, from singular values in [1e-3, 1] on: N. Amsel, D. Persson, C. Musco,
+R. Gower, "The Polar Express", arXiv 2505.16932, algorithm 1."""
+
+_SAFETY = 1.01
+"""By which arXiv 2505.16932 shrinks the singular values that enter a step, against rounding above 1."""
+
+RESTART = 2
+"""Steps of the gram form after which it applies Q to X and begins anew."""
+
+
+def coefficients(name: str, steps: int) -> Coefficients:
+    """(a, b, c) of each of `steps` steps.
+
+    Args:
+        name: quintic or polar_express.
+        steps: how many; Polar Express repeats its last, converged one.
+
+    Raises:
+        ValueError: an unknown name, or no steps.
+    """
+    if steps < 1:
+        raise ValueError(f"Newton-Schulz with {steps} steps does nothing: use at least 1 (5 is usual)")
+    if name == "quintic":
+        return [QUINTIC] * steps
+    if name == "polar_express":
+        shrunk = [(a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1]]
+        return [shrunk[i] if i < len(shrunk) else _POLAR_EXPRESS[-1] for i in range(steps)]
+    raise ValueError(f"Newton-Schulz coefficients {name!r} are unknown: use quintic or polar_express")
+
+
+def orthogonalize(matrices: Tensor, steps: Coefficients, dtype: torch.dtype, form: Form | None = None) -> Tensor:
+    """U p(S) V^T of each matrix U S V^T divided by its Frobenius norm, p being the steps one after the other.
+
+    Args:
+        matrices: [..., rows, cols], any floating dtype; not changed.
+        steps: from :func:`coefficients`.
+        dtype: that the products are computed in: fp32, bf16 or fp16.
+        form: standard or gram; None: what takes fewer FLOPs at this shape.
+
+    Returns:
+        [..., rows, cols] in `dtype`. A zero matrix gives zeros.
+    """
+    rows, cols = matrices.shape[-2:]
+    given = matrices.reshape(-1, rows, cols)
+    wide = torch.float64 if given.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(given, dim=(-2, -1), keepdim=True, dtype=wide)
+    # Divided in fp32, before the cast: fp16 holds neither large nor small matrices. The clamp, torch.optim.Muon's too,
+    # keeps a zero matrix zero.
+    x = torch.empty(given.shape, dtype=dtype, device=given.device)
+    torch.div(given, norm.clamp(min=1e-7), out=x)
+    tall = rows > cols
+    x = x.mT.contiguous() if tall else x
+    if (form or cheaper_form(rows, cols, len(steps))) == "gram":
+        x = _gram(x, steps)
+    else:
+        x = _standard(x, steps)
+    return (x.mT if tall else x).reshape(matrices.shape)
+
+
+def _standard(x: Tensor, steps: Coefficients) -> Tensor:
+    for a, b, c in steps:
+        r = symmetric_product(x, x.mT)
+        x = torch.baddbmm(x, symmetric_product(r, r, add=(b, r), alpha=c), x, beta=a)
+    return x
+
+
+def _gram(x: Tensor, steps: Coefficients) -> Tensor:
+    for run in filter(None, (steps[:RESTART], steps[RESTART:])):
+        x = torch.bmm(_polynomial(symmetric_product(x, x.mT), run), x)
+    return x
+
+
+def _polynomial(r: Tensor, steps: Coefficients) -> Tensor:
+    """Q with Q X = the steps applied to X, R = XX^T. With Z = aI + bR + cR^2 a step does Q <- ZQ and R <- ZRZ."""
+    q = None
+    for i, (a, b, c) in enumerate(steps):
+        z = symmetric_product(r, r, add=(b, r), alpha=c)  # without its aI, added where Z is used
+        if q is None:
+            q = z.clone()
+            q.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            q = symmetric_product(z, q, add=(a, q))
+        if i + 1 < len(steps):
+            zr = symmetric_product(z, r, add=(a, r))
+            r = symmetric_product(z, zr, add=(a, zr))
+    assert q is not None
+    return q
+
+
+def flops(rows: int, cols: int, steps: int, form: Form | None = None) -> int:
+    """Floating-point operations (a multiply-add counts 2) that :func:`orthogonalize` spends on one matrix, with
+    symmetric products by block rows."""
+    if form is None:
+        return min(flops(rows, cols, steps, "standard"), flops(rows, cols, steps, "gram"))
+    small, large = sorted((rows, cols))
+    symmetric = 2 * computed(small)  # per unit of the inner dimension
+    dense = 2 * small * small * large
+    if form == "standard":
+        return steps * (symmetric * large + symmetric * small + dense)
+    runs = [run for run in (min(steps, RESTART), steps - RESTART) if run > 0]
+    # Per run: XX^T, QX, and in step i: R^2, from the second on ZQ, before the last two for R.
+    return sum(symmetric * large + dense + symmetric * small * (run + (run - 1) + 2 * (run - 1)) for run in runs)
+
+
+def workspace(rows: int, cols: int) -> int:
+    """Elements that :func:`orthogonalize` needs beside its input at most: X before and after a step, and on the small
+    side R, Z, Q and a product."""
+    return 2 * rows * cols + 4 * min(rows, cols) ** 2
+
+
+def cheaper_form(rows: int, cols: int, steps: int) -> Form:
+    """Which form takes fewer FLOPs."""
+    standard, gram = (flops(rows, cols, steps, form) for form in ("standard", "gram"))
+    return "gram" if gram < standard else "standard"
+
+
+def scale(rows: int, cols: int, rule: str) -> float:
+    """What the orthogonalized update of a logical matrix [rows, cols] is multiplied by.
+
+    Args:
+        rows, cols: out and in of the full logical matrix, never of a shard.
+        rule: `match_rms_adamw`: 0.2 sqrt(max(out, in)), so that learning rate and weight decay of AdamW carry over
+            (arXiv 2502.16982); `spectral`: sqrt(out / in) (arXiv 2310.17813).
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    if rule == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, cols))
+    if rule == "spectral":
+        return math.sqrt(rows / cols)
+    raise ValueError(f"the update scale {rule!r} is unknown: use match_rms_adamw or spectral")

@@ -1,0 +1,127 @@
+"""Products with a symmetric result on CUDA: tiles on and below the diagonal are computed, those below written twice.
+
+One kernel for all shapes, with one tile size: nothing is chosen by timing, so equal operands give equal bits in every
+run. Imported where torch is built for CUDA, which brings Triton, and by tests.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+TILE = 128
+"""Rows and columns that one program computes: two warp groups of Hopper, 64 rows each."""
+CONSTANTS = {
+    "TILE": TILE,
+    "DEPTH": 64,  # of the inner dimension per step: 128 bytes, as wide as swizzled shared memory
+    "GROUP": 8,  # tile rows that are worked on together: their operands stay in the L2 cache
+}
+OPTIONS = {
+    "num_warps": 8,
+    "num_stages": 3,  # of two operands' tiles: 96 KiB of shared memory, which every GPU since Ampere has
+    "enable_fp_fusion": True,  # Triton's default changes
+}
+
+
+@triton.jit
+def _lower_tiles(  # type: ignore[no-untyped-def]  # pointers and integers to Triton, which types them itself
+    left,
+    right,
+    add,
+    out,
+    n,
+    depth,
+    alpha,
+    beta,
+    left_batch,
+    left_row,
+    left_col,
+    right_batch,
+    right_row,
+    right_col,
+    HAS_ADD: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tiles = tl.cdiv(n, TILE)
+    program, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = program // (GROUP * tiles) * GROUP
+    height = min(tiles - first, GROUP)
+    i = first + program % (GROUP * tiles) % height
+    j = program % (GROUP * tiles) // height
+    if j > i:
+        return
+    # Rows and columns past the end read others' elements, and are not written.
+    rows = ((i * TILE + tl.arange(0, TILE)) % n).to(tl.int64)
+    cols = ((j * TILE + tl.arange(0, TILE)) % n).to(tl.int64)
+    inner = tl.arange(0, DEPTH)
+    left_at = left + batch * left_batch + rows[:, None] * left_row + inner[None, :] * left_col
+    right_at = right + batch * right_batch + inner[:, None] * right_row + cols[None, :] * right_col
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for start in range(0, depth, DEPTH):
+        inside = inner < depth - start
+        a = tl.load(left_at, mask=inside[None, :], other=0.0)
+        b = tl.load(right_at, mask=inside[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        left_at += DEPTH * left_col
+        right_at += DEPTH * right_row
+    total *= alpha
+    rows = (i * TILE + tl.arange(0, TILE)).to(tl.int64)
+    cols = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
+    at = batch * n * n + rows[:, None] * n + cols[None, :]
+    inside = (rows < n)[:, None] & (cols < n)[None, :]
+    if HAS_ADD:
+        total += beta * tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
+    result = total.to(out.dtype.element_ty)
+    tl.store(out + at, result, mask=inside)
+    if i != j:
+        mirrored = batch * n * n + cols[:, None] * n + rows[None, :]
+        tl.store(out + mirrored, tl.trans(result), mask=tl.trans(inside))
+
+
+@torch.library.custom_op("megamult::lower_tiles", mutates_args=())
+def lower_tiles(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
+    """alpha left @ right (+ beta add), as :func:`megamult.optim.muon.symmetric.symmetric_product` says; sums are fp32.
+
+    An operator, so that torch's FLOP counter sees it. It has no gradient.
+    """
+    batch, n, depth = left.shape
+    if right.shape != (batch, depth, n) or (add is not None and add.shape != (batch, n, n)):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (left, right, add) if t is not None)
+        raise ValueError(f"operands of the shapes {shapes}: they must be [b, n, k], [b, k, n] and [b, n, n]")
+    out = torch.empty(batch, n, n, dtype=left.dtype, device=left.device)
+    tiles = triton.cdiv(n, TILE)
+    with torch.cuda.device_of(left):
+        _lower_tiles[(tiles * tiles, batch)](
+            left,
+            right,
+            out if add is None else add.contiguous(),
+            out,
+            n,
+            depth,
+            alpha,
+            beta,
+            *left.stride(),
+            *right.stride(),
+            HAS_ADD=add is not None,
+            **CONSTANTS,
+            **OPTIONS,
+        )
+    return out
+
+
+@lower_tiles.register_fake
+def _fake(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
+    return left.new_empty(left.shape[0], left.shape[1], left.shape[1])
+
+
+@register_flop_formula(torch.ops.megamult.lower_tiles)
+def _flops(left: tuple[int, ...], *_: object, **__: object) -> int:
+    """Partly filled tiles count whole."""
+    batch, n, depth = left
+    tiles = triton.cdiv(n, TILE)
+    return batch * tiles * (tiles + 1) * TILE * TILE * depth

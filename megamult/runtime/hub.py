@@ -1,0 +1,219 @@
+"""Rank 0's part of the watchdog: it hears every rank, and decides who died or stands still."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megamult.runtime import verdict
+from megamult.runtime.console import ranges
+from megamult.runtime.progress import Place, Progress
+from megamult.runtime.verdict import Peer
+
+CONNECT_SECONDS = 60.0
+"""Within which a rank that has met the others has found rank 0's port."""
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """In seconds without progress; all of them within the run's timeout. Ranks that are stopped on a host of their own
+    are left to its launcher then."""
+
+    timeout: float
+
+    @property
+    def answer(self) -> float:
+        """Within which a rank that lives tells its stack, and rank 0 its verdict."""
+        return min(5.0, self.timeout / 6)
+
+    @property
+    def ask(self) -> float:
+        """A rank asks rank 0 whether anybody gets further."""
+        return self.timeout - 3 * self.answer
+
+    @property
+    def alone(self) -> float:
+        """A rank that has had no answer, though there was time for two, ends by itself."""
+        return self.timeout - self.answer
+
+
+_SETTLE_SECONDS = 0.5
+"""Between the first sign of a death and the verdict: those that die of it may be heard first."""
+
+LEFT_SECONDS = 10.0
+"""After which a rank that left with an error ends those that have not."""
+
+
+@dataclass
+class _Connection:
+    peer: Peer
+    where: str
+    """What processes share that can signal one another."""
+    writer: asyncio.StreamWriter
+    heard: float
+    left: bool = False
+    standing: float = 0.0
+
+
+class Hub:
+    """Serves every rank's connection, rank 0's own too.
+
+    Args:
+        token: without which nobody is heard.
+        size: number of ranks.
+        deadlines: for ranks without progress.
+        progress: rank 0's own.
+    """
+
+    def __init__(self, token: str, size: int, deadlines: Deadlines, progress: Progress) -> None:
+        self._token, self._size, self._deadlines, self._progress = token, size, deadlines, progress
+        self._ranks: dict[int, _Connection] = {}
+        self._lost: list[Peer] = []
+        self._failed: dict[int, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._serving: set[asyncio.Task[Any]] = set()
+        self._asking: asyncio.Task[None] | None = None
+        self._ended = False
+        self._absent = set(range(size))
+        self._later(CONNECT_SECONDS, self._absentees)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One rank, from its hello until it is gone."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        try:
+            await self._serve(reader, writer)
+        finally:
+            self._serving.discard(task)
+            writer.close()
+
+    async def closed(self, seconds: float) -> None:
+        """Until every rank has closed its connection, for so long at most."""
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=seconds)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        keep_alive(writer)
+        try:
+            hello = json.loads(await reader.readline())
+            if hello["token"] != self._token:
+                raise ValueError("not one of ours")
+        except (ValueError, KeyError, TypeError, OSError):
+            return
+        self._absent.discard(hello["rank"])
+        peer = Peer(hello["rank"], hello["host"], hello["pid"])
+        rank = _Connection(peer, hello["where"], writer, time.monotonic())
+        self._ranks[peer.rank] = rank
+        with contextlib.suppress(OSError):
+            async for line in reader:
+                rank.heard = time.monotonic()
+                self._hear(rank, json.loads(line))
+        if not rank.left:
+            self._lost.append(peer)
+            self._later(_SETTLE_SECONDS, self._death)
+
+    def _later(self, seconds: float, do: Callable[[], None]) -> None:
+        async def wait() -> None:
+            await asyncio.sleep(seconds)
+            do()
+
+        task = asyncio.ensure_future(wait())
+        self._tasks.add(task)  # asyncio itself keeps no reference
+        task.add_done_callback(self._tasks.discard)
+
+    def _hear(self, rank: _Connection, message: dict[str, Any]) -> None:
+        if "at" in message:
+            rank.peer.place = Place(**message["at"])
+        elif "status" in message:
+            status = message["status"]
+            rank.peer.place, rank.peer.stack = Place(**status["place"]), status["stack"]
+            rank.standing = status["standing"]
+        elif "stalled" in message:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.ensure_future(self._ask())
+        elif "failed" in message:
+            rank.peer.place = Place(**message["place"])
+            self._failed[rank.peer.rank] = message["failed"]
+            self._later(_SETTLE_SECONDS, self._death)
+        elif "bye" in message:
+            rank.left = True
+            if all(each.left for each in self._ranks.values()) and len(self._ranks) == self._size:
+                self._all({"over": True})
+            elif message["bye"]:
+                self._later(LEFT_SECONDS, lambda: self._left_early(rank.peer))
+
+    def _left_early(self, peer: Peer) -> None:
+        remaining = [number for number, each in self._ranks.items() if not each.left]
+        if remaining:
+            self._end(f"{peer} left with an error, and rank {ranges(remaining)} did not", [peer.rank], [])
+
+    def _absentees(self) -> None:
+        if self._absent:
+            absent = sorted(self._absent)
+            why = f"rank {ranges(absent)} did not reach rank 0's watchdog within {CONNECT_SECONDS:.0f} s"
+            self._end(why, absent, [])
+
+    def _death(self) -> None:
+        if self._ended:
+            return
+        peers = {number: each.peer for number, each in self._ranks.items()}
+        why, guilty = verdict.died(self._lost, self._failed, peers, self._progress.place)
+        for number in guilty:
+            if number != 0 and number in self._failed:  # rank 0 says its own
+                print(f"{self._ranks[number].peer}:\n{self._failed[number]}", end="", file=sys.stderr)
+        self._end(why, guilty, [])
+
+    async def _ask(self) -> None:
+        """Let every rank say where it is; end the run if none has got further for too long."""
+        for rank in self._ranks.values():
+            rank.peer.stack = None
+        self._all({"report": True})
+        deadline = time.monotonic() + self._deadlines.answer
+        while time.monotonic() < deadline and any(rank.peer.stack is None for rank in self._ranks.values()):
+            await asyncio.sleep(0.05)
+        now = time.monotonic()
+        for rank in self._ranks.values():
+            rank.peer.heard = now - rank.heard
+        answered = [rank for rank in self._ranks.values() if rank.peer.stack is not None]
+        standing = min((rank.standing for rank in answered), default=self._deadlines.ask)
+        if standing < self._deadlines.ask - self._deadlines.answer:
+            self._all({"patience": max(0.0, standing)})
+            return
+        peers = [self._ranks[rank].peer for rank in sorted(self._ranks)]
+        line, text = verdict.stands_still(peers, standing, self._deadlines.timeout)
+        print(text, end="", file=sys.stderr)
+        silent = [rank for rank in self._ranks.values() if rank.peer.stack is None]
+        self._end(line, [rank.peer.rank for rank in silent], [[rank.peer.pid, rank.where] for rank in silent])
+
+    def _all(self, message: dict[str, Any]) -> None:
+        # Rank 0 last: the process may end of it.
+        for number in sorted(self._ranks, reverse=True):
+            with contextlib.suppress(OSError):
+                send(self._ranks[number].writer, message)
+
+    def _end(self, why: str, guilty: list[int], kill: list[list[Any]]) -> None:
+        if not self._ended:
+            self._ended = True
+            self._all({"end": why, "guilty": guilty, "kill": kill})
+
+
+def keep_alive(writer: asyncio.StreamWriter) -> None:
+    """Let the kernels ask one another whether the hosts are there: a process that is stopped or busy still answers."""
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 9)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000)  # milliseconds, of what is sent
+
+
+def send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
+    """One line of JSON."""
+    writer.write(json.dumps(message).encode() + b"\n")

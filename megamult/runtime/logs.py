@@ -1,0 +1,151 @@
+"""What a rank says: into a file of its own, rank 0's on the screen too; and which ranks ended without a word."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from megamult.distributed import environment
+
+
+class _Patient(io.TextIOBase):
+    """A file that may be on a full disk: what cannot be written is lost, and nobody fails because of it."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+
+class _Both(io.TextIOBase):
+    """Writes to the screen and to a file; what redraws a line (a progress bar) goes to the screen alone."""
+
+    def __init__(self, screen: IO[str], file: IO[str]) -> None:
+        self._screen, self._file = screen, _Patient(file)
+
+    def write(self, text: str) -> int:
+        if "\r" not in text:
+            self._file.write(text)
+        return self._screen.write(text)
+
+    def flush(self) -> None:
+        self._screen.flush()
+
+    def isatty(self) -> bool:
+        return self._screen.isatty()
+
+    def fileno(self) -> int:
+        return self._screen.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+
+class RankLog:
+    """Standard output and error of this process while it is entered: the screen, until :meth:`open` names a folder.
+
+    Rank 0's file has what Python says; those of the others have also what libraries in C say, as nothing of it reaches
+    the screen any more.
+    """
+
+    def __enter__(self) -> RankLog:
+        self._before = sys.stdout, sys.stderr
+        self._screen: list[int] = []
+        self._file: IO[str] | None = None
+        self._mark: Path | None = None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is None:
+            return
+        if error is not None and not isinstance(error, SystemExit):
+            self.say("".join(traceback.format_exception(kind, error, trace)).rstrip(), on_screen=False)
+        faulthandler.disable()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        self.ended()
+        for number, screen in zip((1, 2), self._screen, strict=False):
+            os.dup2(screen, number)
+            os.close(screen)
+        sys.stdout, sys.stderr = self._before
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def open(self, folder: Path) -> None:
+        """From now on into `folder`/rank_N.log, after what an earlier part of the run said there.
+
+        While this process is there, so is `folder`/rank_N.running, which names it: a process that is killed leaves it
+        behind, and with it the word that it could not say.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        folder.mkdir(exist_ok=True)
+        path = folder / f"rank_{environment.rank()}.log"
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        faulthandler.enable(self._file)
+        self._mark = path.with_suffix(_RUNNING)
+        self._mark.write_text(f"rank {environment.rank()} on {environment.host()} (process {os.getpid()})\n")
+        if environment.rank() == 0:
+            sys.stdout, sys.stderr = _Both(sys.stdout, self._file), _Both(sys.stderr, self._file)
+            return
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self._screen = [os.dup(1), os.dup(2)]
+        for number in (1, 2):
+            os.dup2(self._file.fileno(), number)
+        sys.stdout, sys.stderr = _Patient(self._file), _Patient(self._file)
+
+    def say(self, line: str, on_screen: bool) -> None:
+        """A line into the file and, if asked for or if there is none, on the screen; from any thread, at any time."""
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                os.write(self._file.fileno(), f"{line}\n".encode())
+            if on_screen or self._file is None:
+                os.write(self._screen[1] if self._screen else 2, f"{line}\n".encode())
+
+    def ended(self) -> None:
+        """This process is about to end and has said why; from any thread."""
+        if self._mark is not None:
+            with contextlib.suppress(OSError):
+                self._mark.unlink()
+
+
+_RUNNING = ".running"
+
+
+def left_without_a_word(folder: Path) -> list[str]:
+    """Names of the processes of an earlier part of the run that were killed, in the order of their ranks; each is told
+    once."""
+    marks = list(folder.glob(f"rank_*{_RUNNING}"))
+    names = {}
+    for mark in sorted(marks, key=lambda each: (len(each.name), each.name)):
+        with contextlib.suppress(FileNotFoundError):
+            names[mark] = mark.read_text(encoding="utf-8").strip()
+            mark.unlink()
+    return list(names.values())

@@ -1,0 +1,123 @@
+"""Requests to save and stop: signals, the launcher's end, a time limit; acted on by all ranks at one step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from megamult.distributed import environment, launcher
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""A scheduler's, and Ctrl-C, which reaches ranks from the terminal or their launcher. Where ranks have heard different
+ones, the first of these is the run's reason to stop."""
+
+_ABANDONED = 255
+"""In the place of a signal's number: a launcher above this rank is gone."""
+
+SAME_REQUEST_SECONDS = 5.0
+"""Signals that follow the first one within this time are the same request: a scheduler sends one to every process of a
+job, and launchers pass theirs on."""
+
+
+class StopRequests:
+    """Watches for signals while it is entered. The first one is noted, a later one ends the process at once.
+
+    Signals reach a thread through a pipe that Python's own C handler writes to, so a later one ends the process also
+    where the main thread waits in a collective for ever.
+
+    Launchers that pass no signal on leave their ranks behind: that one of those above is gone is a request, too.
+
+    Args:
+        deadline: of `time.monotonic()`, from which on to stop; None: never.
+        ending: called before a later signal ends the process.
+    """
+
+    def __init__(self, deadline: float | None = None, ending: Callable[[], None] = lambda: None) -> None:
+        self._deadline, self._ending = deadline, ending
+        self._asked = 0  # the first signal's number, or _ABANDONED
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequests:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        # Ctrl-C that is ignored, as by a script's background jobs, stays so. A scheduler's signals are heard: launchers
+        # that must not die of them are started with them ignored, and their ranks inherit that.
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        heard = [number for number in SIGNALS if number != signal.SIGINT or not ignored]
+        self._before = {number: signal.signal(number, lambda *_: None) for number in heard}
+        self._launchers: list[int] = []
+        for process in launcher.launchers():
+            with contextlib.suppress(OSError, AttributeError):  # gone already; a Python built on an older system
+                self._launchers.append(os.pidfd_open(process))
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            # The same request may still arrive once more while the process ends.
+            signal.signal(number, signal.SIG_IGN if self._asked else handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writer)  # ends the thread
+        self._thread.join()
+        for descriptor in (self._reader, *self._launchers):
+            os.close(descriptor)
+
+    def _watch(self) -> None:
+        first = 0.0
+        waiting = select.poll()
+        for descriptor in (self._reader, *self._launchers):
+            waiting.register(descriptor, select.POLLIN)
+        while True:
+            for descriptor, _ in waiting.poll():
+                if descriptor != self._reader:
+                    waiting.unregister(descriptor)
+                    number = _ABANDONED
+                elif received := os.read(self._reader, 1):
+                    number = received[0]
+                else:
+                    return
+                now = time.monotonic()
+                if number not in (*SIGNALS, _ABANDONED):
+                    continue
+                if not self._asked:
+                    self._asked, first = number, now
+                    if environment.rank() == 0 and number != _ABANDONED:
+                        name = signal.Signals(number).name
+                        print(
+                            f"{name}: saving at the next step boundary; another one after {SAME_REQUEST_SECONDS:.0f} s "
+                            "ends this process at once",
+                            file=sys.stderr,
+                            flush=True,
+                        )
+                elif now - first > SAME_REQUEST_SECONDS and number != _ABANDONED:
+                    self._ending()
+                    os._exit(128 + number)
+
+    def ballot(self) -> list[float]:
+        """This rank's vote on stopping now, which travels beside the loss: a number for each possible reason, 1 where
+        this rank has it. Sums over ranks are what :meth:`decided` takes, exact in fp32 up to 2^24 ranks."""
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        asked = self._asked
+        return [float(asked == number) for number in (_ABANDONED, *SIGNALS)] + [float(late)]
+
+    @staticmethod
+    def decided(votes: Sequence[float]) -> str | None:
+        """Why all ranks should stop now; None: no rank was asked to.
+
+        Args:
+            votes: the sum of all ranks' ballots. It is the same on all of them, and so is the answer.
+        """
+        reasons = ["the launcher is gone", *(number.name for number in SIGNALS), "train.max_minutes"]
+        return next((reason for reason, count in zip(reasons, votes, strict=True) if count), None)

@@ -1,0 +1,253 @@
+"""Ranks that watch one another: one that dies or stands still ends the run everywhere, and is named.
+
+Every rank has one TCP connection to rank 0, from a thread of its own, apart from the collectives that may hang. A
+process that dies closes it, so that rank 0 knows at once, under any launcher and backend. A rank whose own clock runs
+out asks rank 0, which asks all for their stacks. Otherwise a rank says every ten seconds where it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+from typing import Any, NoReturn
+
+from megamult.distributed import environment
+from megamult.distributed.rendezvous import Meeting
+from megamult.runtime import exit_codes
+from megamult.runtime.hub import CONNECT_SECONDS, LEFT_SECONDS, Deadlines, Hub, keep_alive, send
+from megamult.runtime.logs import RankLog
+from megamult.runtime.progress import Progress
+
+_HEARTBEAT_SECONDS = 10.0
+_LEAVE_SECONDS = 5.0
+"""For which the ends of ranks may lie apart."""
+_LAST_WORD_SECONDS = 3.0
+"""A rank that is told to end by SIGTERM waits so long for the verdict: rank 0 takes half a second to find it."""
+_LINE_BYTES = 1 << 24
+_TRACEBACK_CHARACTERS = 20_000
+
+
+class Watchdog:
+    """Watches while it is entered; entering and leaving are collective over all ranks.
+
+    Args:
+        meeting: of all ranks; its store tells them where rank 0 listens.
+        timeout_seconds: within which a run without progress of any rank is ended.
+        log: of this rank.
+    """
+
+    def __init__(self, meeting: Meeting, timeout_seconds: float, log: RankLog) -> None:
+        self.progress = Progress()
+        self._deadlines, self._log = Deadlines(timeout_seconds), log
+        self._rank = environment.rank()
+        self._host_of_rank_0 = meeting.machines[0].split()[0]
+        self._listener: socket.socket | None = None
+        if self._rank == 0:
+            address = _address(meeting)
+            self._listener = _listen(address)
+            port, token = self._listener.getsockname()[1], secrets.token_hex(16)
+            meeting.store.set("watchdog", json.dumps([address, port, token, [os.getpid(), _where()]]))
+        self._address, self._port, self._token, self._rank_0 = json.loads(meeting.store.get("watchdog"))
+        self._loop = asyncio.new_event_loop()
+        self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._connected = threading.Event()
+        self._problem: OSError | None = None  # of the connection
+        self._done = threading.Event()  # over everywhere, or ended by a verdict
+        self._guilty: list[int] = []
+        self._patience_since = 0.0
+        self._sigterm_before: Any = None
+
+    def __enter__(self) -> Watchdog:
+        self._hear_sigterm()
+        self._thread.start()
+        if not self._connected.wait(CONNECT_SECONDS / 2) or self._problem is not None:
+            raise ConnectionError(
+                f"rank {self._rank} on {environment.host()} met rank 0 at port {os.environ['MASTER_PORT']}, but does "
+                f"not reach {self._address}:{self._port} ({self._problem}): let ranks reach each other at any port"
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
+            self._tell({"bye": int(error is not None)})
+            # All leave together: a connection that closes must not look like a death. Who leaves alone with an error
+            # waits until rank 0 has ended the others; else the clock runs, and ends also what hangs here.
+            alone = LEFT_SECONDS + 2 * _LEAVE_SECONDS
+            self._done.wait(alone if error is not None else self._deadlines.timeout + _LEAVE_SECONDS)
+            self._thread.join(_LEAVE_SECONDS if not self._guilty else 0.0)
+            self._restore_signals()
+            return
+        text = "".join(traceback.format_exception(kind, error, trace))
+        self._tell({"failed": text[-_TRACEBACK_CHARACTERS:], "place": vars(self.progress.place)})
+        if self._done.wait(_LEAVE_SECONDS) and self._rank not in self._guilty:
+            # It failed because another one had; the thread says so and ends the process.
+            self._thread.join()
+        print(text, end="", file=sys.stderr, flush=True)
+        self._log.ended()
+        os._exit(1)  # the interpreter's clean-up may wait for peers that are gone
+
+    def _hear_sigterm(self) -> None:
+        """Launchers send SIGTERM to all ranks as soon as they see one die. It must not end this one before it has said
+        whose death that was: while no training does (:class:`megamult.runtime.signals.StopRequests`), the thread hears
+        the signal, through a pipe that Python's own C handler writes to, whatever the main thread waits for."""
+        self._sigterm_before = signal.getsignal(signal.SIGTERM)
+        if self._sigterm_before == signal.SIG_IGN:
+            return
+        self._reader, self._writer = os.pipe()
+        for end in (self._reader, self._writer):
+            os.set_blocking(end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def _restore_signals(self) -> None:
+        if self._sigterm_before == signal.SIG_IGN:
+            return
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # else it has been acted on already
+            signal.signal(signal.SIGTERM, self._sigterm_before)
+        signal.set_wakeup_fd(self._wakeup_before)
+        for end in (self._reader, self._writer):
+            os.close(end)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        self._loop.call_soon_threadsafe(self._outbox.put_nowait, message)
+
+    # What follows runs in the thread.
+
+    def _watch(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._run())
+        except OSError as problem:
+            self._problem = problem
+            self._connected.set()
+
+    def _on_signal(self) -> None:
+        if signal.SIGTERM in os.read(self._reader, 64):
+            asyncio.get_running_loop().call_later(_LAST_WORD_SECONDS, self._end_of_sigterm)
+
+    def _end_of_sigterm(self) -> None:
+        self._log.ended()
+        os._exit(128 + signal.SIGTERM)
+
+    async def _run(self) -> None:
+        if self._sigterm_before != signal.SIG_IGN:
+            asyncio.get_running_loop().add_reader(self._reader, self._on_signal)
+        if self._listener is not None:
+            hub = Hub(self._token, environment.world_size(), self._deadlines, self.progress)
+            server = await asyncio.start_server(hub.serve, sock=self._listener, limit=_LINE_BYTES, backlog=1024)
+        reader, writer = await asyncio.open_connection(self._address, self._port, limit=_LINE_BYTES)
+        keep_alive(writer)
+        hello = {"rank": self._rank, "host": environment.host(), "pid": os.getpid(), "where": _where()}
+        send(writer, {"token": self._token, **hello})
+        self._connected.set()
+        work = (self._listen(reader), self._speak(writer), self._clock(writer))
+        tasks = [asyncio.ensure_future(each) for each in work]
+        done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
+            task.cancel()
+        for task in done:
+            task.result()  # what goes wrong here shall be seen
+        writer.close()
+        if self._listener is not None:
+            server.close()
+            await hub.closed(_LEAVE_SECONDS)
+
+    async def _speak(self, writer: asyncio.StreamWriter) -> None:
+        while True:
+            send(writer, await self._outbox.get())
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Until the run is over."""
+        with contextlib.suppress(OSError):
+            async for line in reader:
+                message = json.loads(line)
+                if "report" in message:
+                    self._outbox.put_nowait({"status": self.progress.report()})
+                elif "patience" in message:
+                    self._patience_since = time.monotonic() - message["patience"]
+                elif "end" in message:
+                    self._guilty = message["guilty"]
+                    self._end(message["end"], message["kill"], on_screen=self._rank == 0)
+                elif "over" in message:
+                    self._done.set()
+                    return
+        self._without_rank_0("is gone: killed, or its host is down")
+
+    async def _clock(self, writer: asyncio.StreamWriter) -> None:
+        tick = min(1.0, self._deadlines.answer / 3)
+        asked, beat, before = False, time.monotonic(), time.monotonic()
+        while True:
+            await asyncio.sleep(tick)
+            now = time.monotonic()
+            if now - before > 5 * tick + 1.0:  # the whole process was stopped
+                self.progress.forgive(now - before)
+            before = now
+            standing = min(self.progress.standing(), now - self._patience_since)
+            if standing > self._deadlines.ask and not asked:
+                send(writer, {"stalled": standing})
+            asked = standing > self._deadlines.ask
+            # Who speaks goes first: to the others, rank 0 is then gone.
+            if standing > self._deadlines.alone + (0.0 if self._speaks() else self._deadlines.answer / 2):
+                report = self.progress.report()
+                print(f"rank {self._rank} at {self.progress.place}:\n{report['stack']}", end="", file=sys.stderr)
+                self._without_rank_0(f"has not answered, and there was no progress for {standing:.0f} s")
+            if now - beat > _HEARTBEAT_SECONDS:
+                beat = now
+                send(writer, {"at": vars(self.progress.place)})
+
+    def _without_rank_0(self, what: str) -> NoReturn:
+        """Every rank decides by itself."""
+        self._guilty = [0]
+        rank_0 = f"rank 0 on {self._host_of_rank_0} (process {self._rank_0[0]})"
+        why = f"{rank_0} {what}; this rank was at {self.progress.place}"
+        self._end(why, [self._rank_0], self._speaks())  # a stopped process would otherwise be its launcher's to end
+
+    def _speaks(self) -> bool:
+        """Without rank 0, the first rank of each node has the screen, or the next one."""
+        return self._rank == 1 or environment.local_rank() == 0
+
+    def _end(self, why: str, kill: list[list[Any]], on_screen: bool) -> NoReturn:
+        self._done.set()
+        for process, where in kill:
+            if where == _where() and process != os.getpid():
+                with contextlib.suppress(OSError):
+                    os.kill(process, signal.SIGKILL)
+        if self._rank in self._guilty:
+            time.sleep(_LEAVE_SECONDS)  # the main thread says what was wrong, and ends the process
+        line = f"error: rank {self._rank} on {environment.host()} ends: {why}"
+        self._log.say(line, on_screen=on_screen)
+        self._log.ended()
+        os._exit(exit_codes.WATCHDOG)
+
+
+def _address(meeting: Meeting) -> str:
+    """Of rank 0's host, for all ranks: where they met, unless that was at torchrun's store on another node."""
+    elsewhere = environment.has_agent_store() and len(set(meeting.machines)) > 1
+    return socket.getfqdn() if elsewhere else os.environ["MASTER_ADDR"]
+
+
+def _listen(address: str) -> socket.socket:
+    """A free port of this host, which all call `address`."""
+    if address == "localhost" or address.startswith("127."):
+        return socket.create_server(("127.0.0.1", 0), backlog=1024)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+    return socket.create_server(("", 0), backlog=1024)
+
+
+def _where() -> str:
+    """The same for processes that can signal one another by number: one machine, one process namespace."""
+    return f"{environment.machine()} {os.readlink('/proc/self/ns/pid')}"

@@ -1,0 +1,79 @@
+"""The section `train` of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megamult.validation import not_negative, positive, require
+
+
+@dataclass
+class TrainConfig:
+    """The run."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    global_batch_size: int = 32
+    """Sequences per optimizer step over all ranks; accumulation follows from it."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass of one data-parallel rank."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of parameters and activations; masters and optimizer state are fp32."""
+    grad_accum_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of accumulated gradients. auto: fp32. ZeRO 0 in bf16 can only do bf16: say so, or use ZeRO 1 to 3."""
+    recompute: Literal["none", "full"] = "none"
+    """full: keep each layer's input alone and recompute the rest in backward."""
+    seed: int = 1234
+    """Of weights and data order."""
+    run_dir: str | None = None
+    """Where everything that the run writes goes; must not hold another run. null: a new one, runs/ and the time."""
+    eval_every: int = 0
+    """Steps between evaluations on data.valid; 0: at the end alone."""
+    eval_batches: int = 8
+    """Global batches per evaluation."""
+    log_histograms_every: int = 100
+    """Steps between TensorBoard histograms of the multipliers; 0: none."""
+    max_bad_steps: int = 20
+    """Bad steps in a row (a gradient or loss that is not finite, or a norm above optimizer.skip_grad_norm) after which
+    the run ends with exit code 65 and names the last checkpoint from before them; 0: never."""
+    max_minutes: float | None = None
+    """Minutes after which the run saves a checkpoint and ends with exit code 75, to be started again; null: none."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of parameters and activations."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+
+    @property
+    def accumulation_dtype(self) -> str:
+        """fp32 or bf16."""
+        return "fp32" if self.grad_accum_dtype == "auto" else self.grad_accum_dtype
+
+    def __post_init__(self) -> None:
+        positive(
+            "train",
+            steps=self.steps,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            eval_batches=self.eval_batches,
+        )
+        not_negative(
+            "train",
+            seed=self.seed,
+            eval_every=self.eval_every,
+            log_histograms_every=self.log_histograms_every,
+            max_bad_steps=self.max_bad_steps,
+        )
+        if self.max_minutes is not None:
+            positive("train", max_minutes=self.max_minutes)
+        require(self.seed < 2**63, f"train.seed is {self.seed}: it must be less than 2^63")
+        require(
+            self.run_dir is None or bool(self.run_dir.strip()), f"train.run_dir is {self.run_dir!r}: name a directory"
+        )
+        require(
+            not (self.dtype == "fp32" and self.accumulation_dtype == "bf16"),
+            "train.grad_accum_dtype is bf16 with train.dtype fp32: use auto or fp32",
+        )

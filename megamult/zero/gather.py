@@ -1,0 +1,86 @@
+"""Gather logical tensors (Q, K, V, gate, up ... and multipliers) from all ranks, one at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from megamult.distributed import mesh
+from megamult.parameters.rectangles import rectangles
+from megamult.parameters.spec import Kind, ParameterSpec, Role, Side, named_specs
+from megamult.zero.partition import Partition, Slice
+
+
+def gather(
+    model: torch.nn.Module,
+    partition: Partition,
+    value: Callable[[int], Tensor] | None = None,
+    select: Callable[[ParameterSpec], bool] = lambda spec: True,
+) -> Iterator[tuple[str, ParameterSpec, int, Tensor]]:
+    """Full logical tensors, on rank 0's side of a collective that all ranks take part in.
+
+    Args:
+        model: states the layouts; the order of its parameters is the order of the results.
+        partition: what each rank holds.
+        value: what to gather for slice i of the partition, [length]; default: its fp32 master.
+        select: which parameters; the same on every rank.
+
+    Yields:
+        (logical name, layout, index of the part, tensor): the tensor is complete on global rank 0 alone. The tensors
+        of one parameter exist at a time.
+    """
+    pieces: dict[str, list[tuple[Slice, int]]] = defaultdict(list)
+    for i, piece in enumerate(partition.slices):
+        pieces[piece.name].append((piece, i))
+    grid = mesh.grid()
+    replica = not partition.sharded and grid.data_rank != 0
+    for name, parameter, spec in named_specs(model):
+        if not select(spec):
+            continue
+        full = [torch.zeros(part.shape, device=parameter.device) for part in spec.parts]
+        for piece, i in pieces[name] if spec.counted_on(grid.tensor_rank) and not replica else ():
+            source = piece.master if value is None else value(i)
+            for r in rectangles(spec, grid.tensor_rank, grid.tensor_size, piece.start, piece.length):
+                target = full[r.part] if full[r.part].ndim == 2 else full[r.part][:, None]
+                elements = source[r.offset : r.offset + r.numel].view(r.height, r.width)
+                target[r.row : r.row + r.height, r.col : r.col + r.width] = elements
+        for index, part in enumerate(spec.parts):
+            # Every element is held by one rank, all others add zero: the sum is exact.
+            torch.distributed.reduce(full[index], dst=0)
+            yield spec.logical_name(name, part), spec, index, full[index]
+
+
+@dataclass(frozen=True)
+class Logical:
+    """One logical tensor of a training run: a weight without its multipliers, or a vector of multipliers."""
+
+    name: str
+    kind: Kind
+    role: Role
+    side: Side | None
+    """Of a multiplier."""
+    tensor: Tensor
+    """Whole on global rank 0, fp32."""
+
+
+def trained(
+    model: torch.nn.Module, partition: Partition, optimizer: Any, kinds: Container[Kind] = get_args(Kind)
+) -> Iterator[Logical]:
+    """Every weight and multiplier, the same names and values whether multipliers are layers' or folded. Collective.
+
+    Args:
+        model, partition: as for :func:`gather`.
+        optimizer: ours.
+        kinds: which.
+    """
+    found = gather(model, partition, lambda i: optimizer.weight(partition.slices[i]), lambda spec: spec.kind in kinds)
+    for name, spec, part, full in found:
+        yield Logical(name, spec.kind, spec.parts[part].role, spec.side, full)
+    if optimizer.folded is not None and "multiplier" in kinds:
+        for vector, values in optimizer.folded.named():
+            yield Logical(vector.name, "multiplier", vector.role, vector.side, values)

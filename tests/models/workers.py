@@ -1,0 +1,127 @@
+"""What each rank runs for the tests of the model: loss and whole GPT at tensor parallel 1, 2 and 4 in one launch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamult.config import Config
+from megamult.distributed.config import ParallelConfig
+from megamult.models.llama.config import ModelConfig
+from megamult.multipliers.config import MultipliersConfig
+from megamult.train.config import TrainConfig
+
+VOCAB, PADDED = 130, 256  # at tensor parallel 4 rank 2 holds two tokens and rank 3 padding alone
+SEQ, BATCH = 6, 3
+LOSS_CASES = {"plain": (torch.float32, 0.0), "far from zero": (torch.float32, 300.0), "bf16": (torch.bfloat16, 0.0)}
+"""dtype of the logits, offset of all logits."""
+
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=96,
+    num_attention_heads=12,
+    num_query_groups=2,
+    ffn_hidden_size=60,
+    seq_length=24,
+    vocab_size=VOCAB,
+    init_std=0.1,
+)
+SEED = 7
+
+
+def loss_inputs(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits [seq, batch, padded], labels [seq, batch], and the weights of the two results in an objective."""
+    generator = torch.Generator().manual_seed(3)
+    dtype, offset = LOSS_CASES[name]
+    logits = (3 * torch.randn(SEQ, BATCH, PADDED, generator=generator) + offset).to(dtype)
+    logits[..., VOCAB:] += 1000  # padding must not count, however large its logits
+    labels = torch.randint(0, VOCAB, (SEQ, BATCH), generator=generator)
+    labels[0] = torch.tensor([0, VOCAB - 1, 127])  # the ends, and the last token before a shard's boundary
+    weights = torch.randn(2, SEQ, BATCH, generator=generator)
+    return logits, labels, weights[0], weights[1]
+
+
+def losses(rank: int, tensor: int) -> dict[str, dict[str, Tensor]]:
+    """Both results and the local gradient, by case."""
+    from megamult.distributed import mesh
+    from megamult.models.common.loss import VocabParallelCrossEntropy
+
+    found = {}
+    for name in LOSS_CASES:
+        logits, labels, of_entropy, of_log_sum_exp = loss_inputs(name)
+        local = logits.chunk(tensor, dim=-1)[rank].clone().requires_grad_()
+        entropy, log_sum_exp = VocabParallelCrossEntropy.apply(local, labels, VOCAB, mesh.tensor_group())
+        (of_entropy * entropy + of_log_sum_exp * log_sum_exp).sum().backward()
+        untouched = torch.equal(local.detach(), logits.chunk(tensor, dim=-1)[rank])
+        found[name] = {
+            "entropy": entropy.detach(),
+            "log_sum_exp": log_sum_exp.detach(),
+            "grad": local.grad,
+            "untouched": torch.tensor(untouched),
+        }
+    return found
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {"multipliers": MultipliersConfig(implementation="none")},
+    "all": {"multipliers": MultipliersConfig(placement="all")},
+    "scalar": {"multipliers": MultipliersConfig(placement="scalar")},
+    "all, tied": {"multipliers": MultipliersConfig(), "model": dataclasses.replace(MODEL, tie_embeddings=True)},
+    "none, tied": {
+        "multipliers": MultipliersConfig(implementation="none"),
+        "model": dataclasses.replace(MODEL, tie_embeddings=True),
+    },
+    "all, recomputed": {"multipliers": MultipliersConfig(), "train": TrainConfig(recompute="full")},
+    "all, sequence parallel": {"multipliers": MultipliersConfig()},
+}
+
+
+def gpt(tensor: int, variant: str, **changes: Any) -> torch.nn.Module:
+    """The variant's model."""
+    from megamult.models.llama.model import GPT
+
+    parallel = ParallelConfig(tensor=tensor, sequence="sequence" in variant and tensor > 1)
+    config = Config(**({"model": MODEL, "parallel": parallel} | VARIANTS[variant] | changes))
+    return GPT(config, VOCAB, SEED)
+
+
+def models(tensor: int) -> dict[str, dict[str, Any]]:
+    """Of each variant: initial local parameters with their layouts, both losses, and the local gradients."""
+    from megamult.parameters.spec import named_specs
+
+    generator = torch.Generator().manual_seed(5)
+    tokens, labels = torch.randint(0, VOCAB, (2, BATCH, MODEL.seq_length), generator=generator)
+    found = {}
+    for variant in VARIANTS:
+        model = gpt(tensor, variant)
+        state = {name: (p.detach().clone(), spec) for name, p, spec in named_specs(model)}
+        objective, entropy = model(tokens, labels)
+        objective.backward()
+        found[variant] = {
+            "state": state,
+            "objective": objective.detach(),
+            "entropy": entropy,
+            "grads": {name: p.grad.clone() for name, p in model.named_parameters()},
+        }
+    half = gpt(tensor, "all", train=TrainConfig(dtype="bf16"))
+    found["bf16"] = {
+        "inv_freq": half.rotary_pos_emb.inv_freq,
+        "dtypes": {p.dtype for p in half.parameters()},
+    }
+    return found
+
+
+def run_all() -> dict[int, dict[str, Any]]:
+    """By tensor-parallel size; a rank beyond it leaves the size out."""
+    from megamult.distributed import mesh
+
+    results = {}
+    for tensor in (1, 2, 4):
+        mesh.initialize(tensor)
+        rank = torch.distributed.get_rank()
+        if rank < tensor:
+            results[tensor] = {"loss": losses(rank, tensor), "gpt": models(tensor)}
+    return results

@@ -1,0 +1,167 @@
+"""Newton-Schulz against singular value decompositions in float64, in both forms and every dtype."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from megamult.optim.muon import newton_schulz
+from megamult.optim.muon.newton_schulz import Coefficients, coefficients, flops, orthogonalize, scale
+
+SHAPES = [(96, 40), (40, 96), (130, 300), (256, 256), (1, 7), (7, 1), (65, 129)]
+
+
+def reference(matrix: Tensor, steps: Coefficients) -> Tensor:
+    """U p(S) V^T in float64, p being the steps applied to the singular values one after the other."""
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / torch.linalg.vector_norm(s)
+    for a, b, c in steps:
+        s = a * s + b * s**3 + c * s**5
+    return u @ torch.diag(s) @ vt
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ill_conditioned(rows: int, cols: int) -> Tensor:
+    """Singular values from 1 down to 1e-6, as those of a gradient."""
+    k = min(rows, cols)
+    u, _, vt = torch.linalg.svd(random(rows, cols).double(), full_matrices=False)
+    return (u @ torch.diag(torch.logspace(0, -6, k, dtype=torch.float64)) @ vt).float()
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.vector_norm(actual.double() - expected) / torch.linalg.vector_norm(expected))
+
+
+def amplification(steps: Coefficients) -> float:
+    """By how much the steps can enlarge a small singular value, and its rounding: the product of their slopes at 0."""
+    return math.prod(a for a, _, _ in steps)
+
+
+@pytest.mark.parametrize("name", ["quintic", "polar_express"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("matrix", [random, ill_conditioned])
+def test_the_polynomial_is_applied_to_the_singular_values(matrix, shape: tuple[int, int], name: str) -> None:
+    steps, given = coefficients(name, 5), matrix(*shape)
+    # Rounding of the input direction, 2^-24, grows by the slopes at 0; both are relative to singular values near 1.
+    # The factor 2 is for the roundings of the five steps themselves, which grow less.
+    assert relative(orthogonalize(given, steps, torch.float32), reference(given, steps)) < 2 * 2**-24 * amplification(
+        steps
+    )
+
+
+@pytest.mark.parametrize("form", ["standard", "gram"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("name", ["quintic", "polar_express"])
+def test_both_forms_are_the_same_polynomial(name: str, steps: int, form) -> None:
+    chosen, given = coefficients(name, steps), random(48, 150).double()
+    # float64: what remains is the amplified rounding, with room for the sums' lengths.
+    tolerance = 100 * 2**-53 * amplification(chosen)
+    assert relative(orthogonalize(given, chosen, torch.float64, form), reference(given, chosen)) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "form"), [(torch.bfloat16, None), (torch.float16, None), (torch.float16, "gram")])
+@pytest.mark.parametrize("shape", [(96, 40), (256, 256), (64, 300)])
+def test_half_precision_stays_near_where_singular_values_are_large(dtype: torch.dtype, form, shape) -> None:
+    # On a random matrix singular values start at about 0.1, where the rest of the slope is small: a few units of
+    # rounding (2^-8, 2^-11) per step, ten products deep.
+    steps, given = coefficients("quintic", 5), random(*shape)
+    actual = orthogonalize(given, steps, dtype, form)
+    assert actual.dtype == dtype
+    assert relative(actual, reference(given, steps)) < 20 * torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["quintic", "polar_express"])
+def test_the_gram_form_does_not_blow_up_on_an_ill_conditioned_matrix(name: str, dtype: torch.dtype) -> None:
+    update = orthogonalize(ill_conditioned(64, 300), coefficients(name, 5), dtype, "gram")
+    # The quintic's image is below 1.21, Polar Express' below 1.13 (0 to 1 as input); rounding may add a little.
+    assert torch.linalg.matrix_norm(update.double(), ord=2) < 1.5
+
+
+def test_without_its_restart_the_gram_form_would_blow_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the test above can fail: spurious negative eigenvalues grow by 11.9 per step."""
+    monkeypatch.setattr(newton_schulz, "RESTART", 5)
+    update = orthogonalize(ill_conditioned(64, 300), coefficients("quintic", 5), torch.bfloat16, "gram")
+    assert not torch.linalg.matrix_norm(update.double(), ord=2) < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_zero_matrix_gives_a_zero_update_beside_others(dtype: torch.dtype) -> None:
+    batch = torch.stack([random(20, 30), torch.zeros(20, 30), random(20, 30, seed=1)])
+    update = orthogonalize(batch, coefficients("quintic", 5), dtype)
+    assert torch.equal(update[1], torch.zeros(20, 30, dtype=dtype))
+    assert (update[0] != 0).any() and (update[2] != 0).any()
+
+
+@pytest.mark.parametrize("shape", [(40, 96), (96, 40), (64, 64)])
+def test_a_batch_is_its_matrices_one_by_one(shape: tuple[int, int]) -> None:
+    steps, batch = coefficients("quintic", 5), random(3, *shape)
+    together = orthogonalize(batch, steps, torch.float32)
+    for one, alone in zip(together, batch, strict=True):
+        # The library may choose other kernels for a batch: amplified rounding, as above.
+        assert relative(one, orthogonalize(alone, steps, torch.float32).double()) < 2 * 2**-24 * amplification(steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_size_of_the_input_does_not_matter(dtype: torch.dtype) -> None:
+    """A power of two changes no digit: fp16 must not overflow at 2^30, nor lose what is small at 2^-20."""
+    steps, given = coefficients("quintic", 5), random(40, 96)
+    expected = orthogonalize(given, steps, dtype)
+    assert torch.equal(orthogonalize(given * 2**30, steps, dtype), expected)
+    assert torch.equal(orthogonalize(given * 2**-20, steps, dtype), expected)
+
+
+def test_the_input_is_not_changed() -> None:
+    given = random(40, 96)
+    before = given.clone()
+    orthogonalize(given, coefficients("quintic", 5), torch.float32)
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("form", ["standard", "gram"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(512, 1408), (1408, 512), (256, 256), (130, 300), (30, 40)])
+def test_flops_are_those_that_torch_counts(shape: tuple[int, int], steps: int, form) -> None:
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(random(2, *shape), coefficients("quintic", steps), torch.float32, form)
+    assert counter.get_total_flops() == 2 * flops(*shape, steps, form)
+
+
+def test_symmetric_products_save_what_they_promise() -> None:
+    dense = 5 * (2 * 2 * 512**2 * 1408 + 2 * 512**3)
+    # Standard form, symmetric parts at 5/8; the gram form saves more on a tall matrix and nothing on a square one.
+    assert flops(512, 1408, 5, "standard") == 5 * (2 * 512**2 * 1408 * (1 + 5 / 8) + 2 * 512**3 * 5 / 8)
+    assert flops(512, 1408, 5) == flops(512, 1408, 5, "gram") < 0.56 * dense
+    assert flops(512, 512, 5) == flops(512, 512, 5, "standard")
+
+
+def test_polar_express_maps_its_interval_onto_one_centred_at_1_step_by_step() -> None:
+    """The property that defines the coefficients (arXiv 2505.16932): a wrong digit would break it."""
+    low, high = 1e-3, 1.0
+    for a, b, c in newton_schulz._POLAR_EXPRESS:
+        x = torch.linspace(low, high, 1_000_001, dtype=torch.float64)
+        image = a * x + b * x**3 + c * x**5
+        low, high = float(image.min()), float(image.max())
+        assert low + high == pytest.approx(2, abs=1e-9)
+    assert low == pytest.approx(1, abs=1e-12)
+
+
+def test_scales_are_of_the_whole_matrix() -> None:
+    assert scale(4096, 1024, "match_rms_adamw") == scale(1024, 4096, "match_rms_adamw") == pytest.approx(12.8)
+    assert scale(4096, 1024, "spectral") == 2 and scale(1024, 4096, "spectral") == 0.5
+
+
+def test_mistakes_name_the_choices() -> None:
+    with pytest.raises(ValueError, match="quintic or polar_express"):
+        coefficients("cubic", 5)
+    with pytest.raises(ValueError, match="at least 1"):
+        coefficients("quintic", 0)
+    with pytest.raises(ValueError, match="match_rms_adamw or spectral"):
+        scale(2, 2, "original")

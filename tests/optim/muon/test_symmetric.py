@@ -1,0 +1,180 @@
+"""Products with a symmetric result: torch's block rows; the Triton kernel, interpreted and compiled without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from megamult.optim.muon import symmetric
+from megamult.optim.muon.newton_schulz import Form, coefficients, orthogonalize
+from tests.optim.muon.test_newton_schulz import reference
+
+TILE = 128  # symmetric_triton.TILE, of a module that not every machine can import
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton: pip install 'megamult[test]'"
+)
+
+
+def operands(n: int, depth: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """X[2, n, depth] and a symmetric C[2, n, n]."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(2, n, depth, generator=generator).to(dtype)
+    c = torch.randn(2, n, n, generator=generator).to(dtype)
+    return x, c + c.mT
+
+
+@pytest.mark.parametrize("n", [1, 50, 64, 130, 256, 300])
+def test_block_rows_are_the_product_mirrored(n: int) -> None:
+    x, r = (t.double() for t in operands(n, 70, torch.float32))
+    product = symmetric.symmetric_product(x, x.mT)
+    torch.testing.assert_close(product, x @ x.mT)
+    corner = n // 4 if n >= 256 else 0
+    assert torch.equal(product[:, :corner, n - corner :], product[:, n - corner :, :corner].mT)
+    torch.testing.assert_close(symmetric.symmetric_product(r, r, add=(0.3, r), alpha=-0.7), 0.3 * r - 0.7 * r @ r)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Executor]:
+    """A process in which Triton's interpreter runs kernels on the CPU: that is settled where Triton is imported."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            executor.submit(os.getpid).result()  # starts the process
+        yield executor
+
+
+def lower_tiles(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> tuple[Tensor, int]:
+    """The kernel's result and the FLOPs that torch counts; for the interpreter's process."""
+    from megamult.optim.muon import symmetric_triton
+
+    with FlopCounterMode(display=False) as counter:
+        result = symmetric_triton.lower_tiles(left, right, add, beta, alpha)
+    return result, counter.get_total_flops()
+
+
+@needs_triton
+@pytest.mark.parametrize("depth", [7, 64, 150])
+@pytest.mark.parametrize("n", [1, 128, 130, 300])
+def test_the_kernel_computes_the_product(interpreter: Executor, n: int, depth: int) -> None:
+    # fp16: the interpreter, which computes with NumPy, has no bf16. Sums are fp32, the result is rounded once, 2^-11.
+    x, c = operands(n, depth, torch.float16)
+    product = x.double() @ x.double().mT
+    for add, beta, alpha in ((c, 0.3, -0.7), (None, 0.0, 1.0)):
+        actual, _ = interpreter.submit(lower_tiles, x, x.mT, add, beta, alpha).result()
+        expected = alpha * product if add is None else beta * add.double() + alpha * product
+        torch.testing.assert_close(actual.double(), expected, rtol=2**-11, atol=1e-4)
+
+
+@needs_triton
+def test_the_kernel_computes_the_lower_tiles_and_mirrors_them(interpreter: Executor) -> None:
+    """Operands whose product is not symmetric show which half was computed, tile by tile. More tile rows than a group
+    has."""
+    n = 9 * TILE + 1
+    left, right = operands(n, 4, torch.float32)[0], operands(n, 4, torch.float32)[0].mT * 2 + 1
+    actual, _ = interpreter.submit(lower_tiles, left, right, None, 0.0, 1.0).result()
+    full, tile = left @ right, torch.arange(n) // TILE
+    torch.testing.assert_close(actual, torch.where(tile[:, None] >= tile[None, :], full, full.mT))
+
+
+@needs_triton
+@pytest.mark.parametrize("n", [100, 512, 700])
+def test_the_kernels_flops_are_counted(interpreter: Executor, n: int) -> None:
+    x, _ = operands(n, 16, torch.float16)
+    _, flops = interpreter.submit(lower_tiles, x, x.mT, None, 0.0, 1.0).result()
+    side = -(-n // TILE)
+    assert flops == 2 * 2 * 16 * TILE**2 * sum(range(1, side + 1))
+
+
+def through_the_kernel(given: Tensor, form: Form) -> tuple[Tensor, int]:
+    """Five quintic steps as on a GPU, and how often the kernel ran; for the interpreter's process."""
+    from megamult.optim.muon import symmetric_triton
+
+    calls = []
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return symmetric_triton.lower_tiles(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(symmetric, "lower_tiles", counted, raising=False)
+        patch.setattr(symmetric, "_has_kernel", lambda device: True)
+        patch.setattr(symmetric, "_FEWEST_ROWS", 129)
+        return orthogonalize(given, coefficients("quintic", 5), torch.float16, form), len(calls)
+
+
+@needs_triton
+@pytest.mark.parametrize(("form", "products"), [("standard", 10), ("gram", 16)])
+def test_newton_schulz_through_the_kernel_is_newton_schulz(interpreter: Executor, form: Form, products: int) -> None:
+    given = torch.randn(144, 320, generator=torch.Generator().manual_seed(0))
+    actual, calls = interpreter.submit(through_the_kernel, given, form).result()
+    expected = reference(given, coefficients("quintic", 5))
+    assert calls == products  # gram: R made twice, and R^2, ZQ, ZR, ZRZ where they are needed
+    # As in half precision by torch's products (test_newton_schulz.py): a few roundings per step, ten products deep.
+    assert torch.linalg.vector_norm(actual.double() - expected) < 20 * 2**-11 * torch.linalg.vector_norm(expected)
+    # Sizes that do not suit it are torch's.
+    _, calls = interpreter.submit(through_the_kernel, given[:, :-1], form).result()
+    assert calls == (5 if form == "standard" else 14)
+
+
+@needs_triton
+def test_operands_that_do_not_fit_are_an_error(interpreter: Executor) -> None:
+    x, c = operands(20, 30, torch.float16)
+    for right, add in ((x, None), (x.mT[:, :, :10], None), (x.mT, c[:1])):
+        with pytest.raises(ValueError, match=r"\(2, 20, 30\).*must be \[b, n, k\]"):
+            interpreter.submit(lower_tiles, x, right, add, 1.0, 1.0).result()
+
+
+@needs_triton
+@pytest.mark.parametrize(("dtype", "add", "transposed"), [("bf16", True, False), ("fp16", False, True)])
+@pytest.mark.parametrize(
+    ("capability", "instruction", "memory"),
+    # KiB of shared memory of a block, from the CUDA C++ programming guide's table of compute capabilities.
+    [
+        *((80, r"mma\.sync", 163), (89, r"mma\.sync", 99), (90, r"wgmma\.mma_async", 227)),
+        *((100, r"tcgen05\.mma", 227), (120, r"mma\.sync", 99)),
+    ],
+)
+def test_for_sizes_that_it_is_chosen_for_the_kernel_compiles_to_matrix_instructions_without_spills(
+    tmp_path: Path, capability: int, instruction: str, memory: int, add: bool, transposed: bool, dtype: str
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megamult.optim.muon import symmetric_triton
+
+    kernel = symmetric_triton._lower_tiles
+    constants = symmetric_triton.CONSTANTS | {"HAS_ADD": add, "left_col": 1}
+    constants["right_row" if transposed else "right_col"] = 1
+    types = dict.fromkeys(("left", "right", "add", "out"), f"*{dtype}") | {"alpha": "fp32", "beta": "fp32"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name] not in ("constexpr", "fp32")]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=symmetric_triton.OPTIONS)
+    assert re.search(instruction, result.asm["ptx"])
+    assert result.metadata.shared <= memory * 1024
+    assert "cp.async" in result.asm["ptx"], "loads do not overlap with products"
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(result.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    dump = [tool, "--dump-resource-usage", binary]
+    resources = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    assert "STACK:0 " in resources and "LOCAL:0 " in resources, "registers are spilled"

@@ -1,0 +1,231 @@
+"""What the processes of test_muon.py do: Muon in loops without DeepSpeed, and what its exchange counts."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megamult.parameters import spec
+from tests.optim.workers import VOCAB, Case, _batch
+
+STEPS = 3
+
+
+def own_loop(tensor: int) -> dict[str, Tensor]:
+    """Full parameters after steps of a training loop without DeepSpeed, gradients averaged by hand; on global rank 0.
+
+    Every data-parallel rank must hold the same parameters: an assertion.
+    """
+    from megamult.distributed import mesh
+    from megamult.models.llama.model import GPT
+    from megamult.train.engine import build_optimizer
+    from megamult.zero.gather import gather
+    from megamult.zero.whole import WholePartition
+
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world()
+    mesh.initialize(tensor)
+    config = Case(tensor=tensor, optimizer="muon").config(world)
+    model = GPT(config, VOCAB, config.train.seed)
+    optimizer = build_optimizer(config, model)
+    data = mesh.data_group()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(*_batch(step, config))[0].backward()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            torch.distributed.all_reduce(parameter.grad, group=data)
+            parameter.grad /= data.size()
+        optimizer.step()
+    for parameter in model.parameters():
+        mine = parameter.detach().clone()
+        torch.distributed.broadcast(mine, group=data, group_src=0)
+        assert torch.equal(mine, parameter), "data-parallel replicas differ"
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    partition = WholePartition(optimizer.param_groups, names)
+    full = {name: value for name, _, _, value in gather(model, partition)}
+    return full if torch.distributed.get_rank() == 0 else {}
+
+
+def _world() -> int:
+    from megamult.distributed import environment
+
+    return environment.world_size()
+
+
+class Routed(torch.nn.Module):
+    """A router, which every tensor-parallel rank has whole, beside a sharded matrix and a norm.
+
+    The objective's gradient is the one that `forward` is told: any number of processes knows the others' shards. Those
+    of the router's other replicas are wrong: the first alone counts.
+    """
+
+    LAYOUTS: ClassVar = {
+        "router": spec.single_matrix("gate", 5, 24, None),
+        "down": spec.single_matrix("down", 24, 36, 1),
+        "norm": spec.norm(24, False),
+    }
+
+    def __init__(self, tensor: int, tp_rank: int) -> None:
+        super().__init__()
+        self.tensor, self.tp_rank = tensor, tp_rank
+        for name, stated in self.LAYOUTS.items():
+            parameter = torch.nn.Parameter(self._shard(stated, self._random(name, 0)))
+            spec.set_spec(parameter, stated)
+            self.register_parameter(name, parameter)
+
+    def _random(self, name: str, seed: int) -> Tensor:
+        return torch.randn(self.LAYOUTS[name].shape, generator=torch.Generator().manual_seed(seed))
+
+    def _shard(self, stated: spec.ParameterSpec, full: Tensor) -> Tensor:
+        shards = [full] * self.tensor if stated.tp_dim is None else full.chunk(self.tensor, stated.tp_dim)
+        return shards[self.tp_rank].contiguous()
+
+    def forward(self, step: int, factor: float) -> Tensor:
+        """Sum of parameters times their gradients of `step` times `factor`."""
+        total = torch.zeros(())
+        for name, parameter in self.named_parameters():
+            gradient = self._shard(self.LAYOUTS[name], factor * self._random(name, 1 + step))
+            wrong = 2 if name == "router" and self.tp_rank else 1
+            total = total + (wrong * gradient * parameter).sum()
+        return total
+
+
+def routed(tensor: int, stages: list[int | None]) -> list[dict[str, Tensor]]:
+    """Per ZeRO stage, or without DeepSpeed: full parameters after some steps, on global rank 0.
+
+    Every process must have the same router, and sends what the plan says: assertions.
+    """
+    import deepspeed
+
+    from megamult import DistributedMuon, param_groups
+    from megamult.distributed import mesh
+    from megamult.train.deepspeed_config import deepspeed_config
+    from megamult.zero.attach import attach
+    from megamult.zero.gather import gather
+    from megamult.zero.whole import WholePartition
+
+    mpu = mesh.initialize(tensor)
+    grid, found = mesh.grid(), []
+    for stage in stages:
+        model = Routed(tensor, grid.tensor_rank)
+        groups = param_groups(model, lr=0.02, weight_decay=0.1)
+        optimizer = DistributedMuon(groups, model=model, bucket_elements=1)
+        if stage is None:
+            forward, partition = model, WholePartition(optimizer.param_groups, spec.names_of(model))
+        else:
+            settings = deepspeed_config(Case(stage=stage, tensor=tensor).config(grid.size), grid.data_size)
+            with optimizer.paused():
+                forward, *_ = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+                )
+            partition = attach(forward, optimizer)
+        for step in range(STEPS):
+            # Data-parallel ranks have different gradients with the mean 1.
+            objective = forward(step, 1 + 0.5 * (grid.data_rank - (grid.data_size - 1) / 2))
+            if stage is None:
+                optimizer.zero_grad()
+                objective.backward()
+                for parameter in model.parameters():
+                    torch.distributed.all_reduce(parameter.grad, group=mesh.data_group())
+                    parameter.grad /= grid.data_size
+                optimizer.step()
+            else:
+                forward.backward(objective)
+                forward.step()
+        with deepspeed.zero.GatheredParameters([model.router], enabled=stage == 3):
+            first = model.router.detach().clone()
+        mine = first.clone()
+        torch.distributed.broadcast(first, src=0)
+        assert torch.equal(mine, first), "replicas differ"
+        if stage:  # at 0 there are all-gathers beside
+            assert optimizer.plan is not None and len(optimizer.plan.buckets) == 2
+            assert optimizer.bytes_sent == STEPS * 4 * optimizer.plan.sent[grid.rank]
+        found.append({name: value for name, _, _, value in gather(model, partition)})
+        if stage is not None:
+            forward.destroy()
+    return found
+
+
+def exchange_figures(cases: list[Case]) -> list[dict[str, Any]]:
+    """Per case, of this rank: bytes that two steps sent and that the plan says; elements of momentum kept."""
+    from megamult.distributed import mesh
+    from megamult.train.engine import build
+    from tests.optim.workers import _step
+
+    figures = []
+    for case in cases:
+        config = case.config(torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world())
+        engine = build(config, VOCAB, mesh.initialize(case.tensor))
+        optimizer: Any = engine.optimizer
+        for step in range(2):
+            _step(engine, config, step)
+        buffers = [state["momentum_buffer"] for state in optimizer.state.values() if "momentum_buffer" in state]
+        figures.append(
+            {
+                "sent": optimizer.bytes_sent,
+                "planned": 2 * 4 * int(optimizer.plan.sent[torch.distributed.get_rank()]),
+                "momentum": sum(buffer.numel() for buffer in buffers),
+                "dtypes": {buffer.dtype for buffer in buffers},
+                "matrices": sum(matrix.numel for matrix in optimizer.plan.matrices),
+                "keys": {key for state in optimizer.state.values() for key in state if "momentum_buffer" in state},
+                "norms": (optimizer.norms.main, engine.deepspeed.get_global_grad_norm()),
+            }
+        )
+        engine.deepspeed.destroy()
+    return figures
+
+
+def two_processes(cases: list[Case]) -> dict[str, Any]:
+    """All that needs two."""
+    result: dict[str, Any] = {f"own loop, TP {tensor}": own_loop(tensor) for tensor in (1, 2)}
+    result["figures"] = exchange_figures(cases)
+    result["wrong maps"] = wrong_maps()
+    result["automatic dtypes"] = automatic_dtypes()
+    return result
+
+
+def automatic_dtypes() -> dict[tuple[int, str], set[torch.dtype | None]]:
+    """That Newton-Schulz computes and the pieces travel in where nothing is said, by ZeRO stage and model's dtype."""
+    from megamult.distributed import mesh
+    from megamult.train.engine import build
+
+    found = {}
+    for stage, dtype in itertools.product(range(4), ("fp32", "bf16")):
+        engine = build(Case(stage=stage, dtype=dtype, optimizer="muon").config(2), VOCAB, mesh.initialize(1))
+        optimizer: Any = engine.optimizer
+        found[stage, dtype] = {optimizer.ns_dtype, optimizer.exchange_dtype}
+        engine.deepspeed.destroy()
+    return found
+
+
+def wrong_maps() -> dict[str, str]:
+    """Messages of the start-up check when two parameters of equal values and sizes are taken for one another."""
+    from dataclasses import replace
+
+    from megamult.distributed import mesh
+    from megamult.train.engine import build
+
+    messages = {}
+    for stage, dtype in ((1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")):
+        config = Case(stage=stage, dtype=dtype).config(2)
+        engine = build(config, VOCAB, mesh.initialize(1))
+        partition = engine.partition
+        partition.check()
+        ones = [i for i, p in enumerate(partition.slices) if bool((p.master == 1).all())]
+        pairs = [
+            (i, j) for i in ones for j in ones if i < j and partition.slices[i].length == partition.slices[j].length
+        ]
+        first, other = pairs[0]
+        a, b = partition.slices[first], partition.slices[other]
+        partition.slices[first] = replace(a, tensor=b.tensor, offset=b.offset)
+        partition.slices[other] = replace(b, tensor=a.tensor, offset=a.offset)
+        try:
+            partition.check()
+            messages[f"{stage} {dtype}"] = ""
+        except RuntimeError as error:
+            messages[f"{stage} {dtype}"] = str(error)
+        engine.deepspeed.destroy()
+    return messages

@@ -1,0 +1,98 @@
+"""Run a function on several gloo processes from a test, and get what each returned."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on, of those that Linux gives to no outgoing connection (it takes 32768 and more):
+    between here and the listener's start no other process of a test gets it by chance."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
+def run_distributed(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0, cuda: bool = False
+) -> list[Any]:
+    """What `function(*args)` returned on each of `world_size` processes, by rank.
+
+    Each process has RANK, WORLD_SIZE, MASTER_* set and one thread (so that results do not depend on how a sum was
+    split over threads, and processes do not fight for cores). The function sets its groups up itself, with
+    `megamult.distributed.mesh.initialize(tensor)`. `function` must be importable: a module's own function.
+
+    On the CPU, whatever the machine has, unless `cuda` is true: then rank k computes on GPU k.
+
+    Raises:
+        AssertionError: a process raised; with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        port = free_port()
+        processes = [
+            context.Process(target=_child, args=(rank, world_size, port, folder, cuda, function, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if any(p.exitcode for p in processes):
+                deadline = min(deadline, time.monotonic() + 5)  # peers may wait for the failed rank for ever
+        alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+        outcomes = [_read(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+        failures = [f"rank {r}:\n{o['error']}" for r, o in enumerate(outcomes) if o and "error" in o]
+        assert not failures, "\n".join(failures)
+        assert not alive, f"ranks {alive} did not finish within {timeout:.0f} s"
+        missing = [rank for rank, outcome in enumerate(outcomes) if outcome is None]
+        assert not missing, f"ranks {missing} died without a result (exit codes {[p.exitcode for p in processes]})"
+        return [outcome["result"] for outcome in outcomes if outcome is not None]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return torch.load(path, weights_only=False) if path.exists() else None
+
+
+def _child(
+    rank: int, world_size: int, port: int, folder: str, cuda: bool, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cuda" if cuda else "cpu",
+    )
+    torch.set_num_threads(1)
+    path = Path(folder) / f"{rank}.pt"
+    try:
+        outcome = {"result": function(*args)}
+    except BaseException:
+        outcome = {"error": traceback.format_exc()}
+    torch.save(outcome, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
+    from megamult.distributed import mesh
+
+    if "error" not in outcome:
+        mesh.destroy()
+    os._exit("error" in outcome)  # a peer may still wait in a collective: leave without the interpreter's clean-up
