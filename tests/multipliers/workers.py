@@ -39,9 +39,9 @@ def build(case: Case, plain: bool = False) -> torch.nn.Module:
         return kind(columns, rows, input_is_parallel=True, **common, **({} if plain else ours))
     kind = ColumnParallelLinear if plain else layers.MultiplierColumnParallelLinear
     if case.layer == "qkv":
-        ours["layout"] = spec.fused_qkv(cases.HEADS, cases.GROUPS, cases.HEAD_DIM, columns)
+        ours["spec"] = spec.fused_qkv(cases.HEADS, cases.GROUPS, cases.HEAD_DIM, columns)
     elif case.layer == "gate_up":
-        ours["layout"] = spec.fused_gate_up(cases.FFN, columns)
+        ours["spec"] = spec.fused_gate_up(cases.FFN, columns)
     return kind(columns, rows, gather_output=False, **common, **({} if plain else ours))
 
 

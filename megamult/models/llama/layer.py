@@ -72,7 +72,7 @@ def gpt_layer_spec(
     )
     mlp = MLPSubmodules(
         linear_fc1=ModuleSpec(
-            MultiplierColumnParallelLinear, params={"layout": spec.fused_gate_up(ffn, hidden), **common}
+            MultiplierColumnParallelLinear, params={"spec": spec.fused_gate_up(ffn, hidden), **common}
         ),
         linear_fc2=ModuleSpec(MultiplierRowParallelLinear, params={"role": "down", **common}),
     )
