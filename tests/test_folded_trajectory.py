@@ -36,7 +36,7 @@ def test_weights_and_multipliers_are_those_of_the_layers_under_the_same_names(
 ) -> None:
     expected, actual = outcomes[case.reference], outcomes[case]
     assert sorted(actual.tensors) == sorted(expected.tensors)
-    assert set(actual.kinds.values()) == {"matrix", "multiplier", "norm", "embedding", "head"}
+    assert set(actual.kinds.values()) == {"matrix", "multiplier", "undecayed", "embedding", "head"}
     assert actual.kinds == expected.kinds
     for name, reference in expected.tensors.items():
         allowed = RELATIVE * float(torch.linalg.vector_norm(reference))

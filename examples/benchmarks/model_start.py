@@ -22,8 +22,10 @@ from muon_plan import LLAMA, Llama
 
 from megamult.models.common.initialization import initialize
 from megamult.models.llama.model import padded_vocab_size
-from megamult.parameters import spec
+from megamult.parameters import megatron
+from megamult.parameters.axes import Grid, tensor_shard
 from megamult.parameters.spec import ParameterSpec, Role
+from megamult.parameters.stated import set_spec
 
 VOCAB = 128_256
 _STD: dict[Role, float] = dict.fromkeys(
@@ -35,7 +37,7 @@ def rank_holds(specs: list[ParameterSpec], tensor: int, data: int) -> torch.nn.M
     """The bf16 parameters of the last rank of each axis; with `data` above 1 its partitions at ZeRO 3."""
     held = torch.nn.Module()
     for i, stated in enumerate(specs):
-        rows, cols = stated.local_shape(tensor)
+        rows, cols = stated.local_shape(Grid(tensor=tensor))
         size = -(-rows * cols // data)
         parameter = torch.nn.Parameter(torch.zeros((rows, cols) if data == 1 else 0, dtype=torch.bfloat16))
         if data > 1:
@@ -43,7 +45,7 @@ def rank_holds(specs: list[ParameterSpec], tensor: int, data: int) -> torch.nn.M
             parameter.ds_process_group = SimpleNamespace(rank=lambda: data - 1)  # type: ignore[attr-defined]
             parameter.ds_numel = rows * cols  # type: ignore[attr-defined]
             parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
-        spec.set_spec(parameter, stated)
+        set_spec(parameter, stated)
         held.register_parameter(f"weight_{i}", parameter)
     return held
 
@@ -53,11 +55,11 @@ def seconds_to_set(model: Llama, tensor: int, data: int, seed: int | None) -> fl
     padded, total = padded_vocab_size(VOCAB), 0.0
     for specs, times in (
         (model.specs()[:4], model.layers),
-        ([spec.vocabulary("embedding", VOCAB, padded, model.hidden)], 2),
+        ([megatron.vocabulary("embedding", VOCAB, padded, model.hidden)], 2),
     ):
         held = rank_holds(specs, tensor, data)
         began = time.process_time()
-        initialize(held, _STD, seed, tensor - 1, tensor)
+        initialize(held, _STD, seed, tensor_shard(tensor - 1, tensor))
         total += times * (time.process_time() - began)
     return total
 
@@ -109,7 +111,7 @@ def main() -> None:
     torch.set_num_threads(1)
     # The table of the normal distribution, once per process.
     began = time.process_time()
-    initialize(rank_holds([spec.single_matrix("down", 8, 8, None)], 1, 1), _STD, 1, 0, 1)
+    initialize(rank_holds([megatron.single_matrix("down", 8, 8, None)], 1, 1), _STD, 1, tensor_shard(0, 1))
     table = time.process_time() - began
     rate = seconds_per_element_of_a_whole_draw(arguments.tensor)
     print(f"{processor()}, one core; torch {torch.__version__}; tensor parallel {arguments.tensor}")

@@ -10,6 +10,7 @@ itself is far above 1, splitting one matrix over several ranks would pay.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ import torch
 
 from megamult.optim.muon.newton_schulz import flops
 from megamult.optim.muon.plan import lower_bound, make_plan
-from megamult.parameters import spec
+from megamult.parameters import megatron
+from megamult.parameters.axes import Grid
 from megamult.parameters.spec import ParameterSpec
 from megamult.zero.partition import Cut, even_intervals, flat_intervals
 
@@ -36,10 +38,10 @@ class Llama:
     def specs(self) -> list[ParameterSpec]:
         """The matrix parameters of all blocks."""
         block = [
-            spec.fused_qkv(self.heads, self.groups, self.hidden // self.heads, self.hidden),
-            spec.single_matrix("attention_out", self.hidden, self.hidden, 1),
-            spec.fused_gate_up(self.ffn, self.hidden),
-            spec.single_matrix("down", self.hidden, self.ffn, 1),
+            megatron.fused_qkv(self.heads, self.groups, self.hidden // self.heads, self.hidden),
+            megatron.single_matrix("attention_out", self.hidden, self.hidden, 1),
+            megatron.fused_gate_up(self.ffn, self.hidden),
+            megatron.single_matrix("down", self.hidden, self.ffn, 1),
         ]
         return block * self.layers
 
@@ -49,7 +51,7 @@ LLAMA = {"8B": Llama(32, 4096, 32, 8, 14336), "70B": Llama(80, 8192, 64, 8, 2867
 
 def zero_cuts(specs: Sequence[ParameterSpec], tensor: int, data: int, stage: int) -> list[Cut]:
     """What ZeRO leaves on each data-parallel rank: a part of one flat buffer (1, 2), or of every parameter (3)."""
-    sizes = [stated.local_shape(tensor)[0] * stated.local_shape(tensor)[1] for stated in specs]
+    sizes = [math.prod(stated.local_shape(Grid(tensor=tensor))) for stated in specs]
     partition_size = -(-sum(sizes) // data)
     cuts, offset = [], 0
     for i, (stated, size) in enumerate(zip(specs, sizes, strict=True)):

@@ -40,7 +40,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from megamult.parameters.spec import spec_of
+from megamult.parameters.stated import spec_of
 
 VOCAB = 4096
 TOKENS = 1 << 19  # of the training step that an optimizer step is compared with

@@ -25,7 +25,7 @@ from megamult.multipliers import kernels
 from megamult.optim import bands
 from megamult.optim.clip import LocalSquares
 from megamult.optim.folded import FoldedMultipliers
-from megamult.parameters import spec
+from megamult.parameters import megatron
 from megamult.parameters.roles import resolve
 from megamult.parameters.spec import ParameterSpec
 from megamult.zero.partition import Cut, Partition, Slice, even_intervals
@@ -41,17 +41,17 @@ def specs(name: str, tensor: int) -> dict[str, ParameterSpec]:
     heads, groups = model.heads // tensor, max(1, model.groups // tensor)
     dim = max(2, hidden // (heads * tensor))
     block = {
-        "qkv.weight": spec.fused_qkv(heads, groups, dim, hidden),
-        "proj.weight": spec.single_matrix("attention_out", hidden, heads * dim, 1),
-        "fc1.weight": spec.fused_gate_up(ffn, hidden),
-        "fc2.weight": spec.single_matrix("down", hidden, ffn, 1),
-        "norm_1": spec.norm(hidden, False),
-        "norm_2": spec.norm(hidden, False),
+        "qkv.weight": megatron.fused_qkv(heads, groups, dim, hidden),
+        "proj.weight": megatron.single_matrix("attention_out", hidden, heads * dim, 1),
+        "fc1.weight": megatron.fused_gate_up(ffn, hidden),
+        "fc2.weight": megatron.single_matrix("down", hidden, ffn, 1),
+        "norm_1": megatron.norm(hidden, False),
+        "norm_2": megatron.norm(hidden, False),
     }
     rows = VOCABULARY // NARROWER // tensor
-    found = {"embedding.weight": spec.vocabulary("embedding", rows, rows, hidden)}
+    found = {"embedding.weight": megatron.vocabulary("embedding", rows, rows, hidden)}
     found |= {f"{i}.{key}": stated for i in range(model.layers) for key, stated in block.items()}
-    return found | {"norm": spec.norm(hidden, False), "head": spec.vocabulary("head", rows, rows, hidden)}
+    return found | {"norm": megatron.norm(hidden, False), "head": megatron.vocabulary("head", rows, rows, hidden)}
 
 
 class RankPartition(Partition):
@@ -120,7 +120,7 @@ def report(name: str, tensor: int, data: int) -> None:
     folded = FoldedMultipliers(resolve("all"), lr=1e-3)
     with patch.dict(bands._ELEMENTS, cpu=bands._ELEMENTS["cuda"] // NARROWER**2):
         folded.bind(partition, {each.tensor: {} for each in partition.slices})
-    squares = LocalSquares(partition.slices, 0, torch.device("cpu"))
+    squares = LocalSquares(partition, torch.device("cpu"))
     count = len(folded._table.bands)
 
     def write() -> None:

@@ -7,6 +7,7 @@ meaning of every element are the same for any layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from megamult.checkpoint.chunks import Chunk
 from megamult.distributed import mesh
 from megamult.optim.adamw import TwoPhaseAdamW
-from megamult.parameters.rectangles import rectangles
+from megamult.parameters.rectangles import boxes, rectangles
 from megamult.parameters.spec import ParameterSpec
 from megamult.zero.partition import Partition, even_intervals
 
@@ -42,22 +43,23 @@ def _chunks(partition: Partition, optimizer: TwoPhaseAdamW, once: bool) -> Itera
     grid = mesh.grid()
     for what, piece, values in optimizer.views(partition):
         start, length = 0, piece.length
-        if once:
-            if not piece.spec.counted_on(grid.tensor_rank):
-                continue
-            if not (partition.sharded or piece.shared):
-                start, length = even_intervals(piece.length, grid.data_size)[grid.data_rank]
-        yield from _of_interval(what, piece.name, piece.spec, piece.start + start, values[start : start + length])
+        if once and not (partition.sharded or piece.shared):
+            start, length = even_intervals(piece.length, grid.data_size)[grid.data_rank]
+        part = values[start : start + length]
+        yield from _of_interval(what, piece.name, piece.spec, piece.start + start, part, once)
     if optimizer.folded is not None and (grid.rank == 0 or not once):
         for what, vector, values in optimizer.folded.views():
             yield Chunk.whole(full_name(what, vector.name), values)
 
 
-def _of_interval(what: str, name: str, spec: ParameterSpec, start: int, values: Tensor) -> Iterator[Chunk]:
+def _of_interval(what: str, name: str, spec: ParameterSpec, start: int, values: Tensor, once: bool) -> Iterator[Chunk]:
     """The logical content of elements [start, start + len(values)) of this rank's shard of a parameter."""
     grid = mesh.grid()
-    for r in rectangles(spec, grid.tensor_rank, grid.tensor_size, start, values.numel()):
+    for r in rectangles(spec, grid.coordinates, start, values.numel()):
+        if once and not r.counted:
+            continue
         part = spec.parts[r.part]
-        dims = len(part.shape)
-        view = values[r.offset : r.offset + r.numel].view((r.height, r.width)[:dims])
-        yield Chunk.of(full_name(what, spec.logical_name(name, part)), part.shape, (r.row, r.col)[:dims], view)
+        for box in boxes(part.shape, r):
+            begin = r.offset + box.start
+            view = values[begin : begin + math.prod(box.sizes)].view(box.sizes)
+            yield Chunk.of(full_name(what, spec.logical_name(name, part)), part.shape, box.offsets, view)

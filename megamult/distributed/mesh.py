@@ -15,6 +15,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megamult.distributed import device, environment, extensions, open_files, process_groups, rendezvous
+from megamult.parameters import axes
+from megamult.parameters.axes import Coordinates
 
 Result = TypeVar("Result")
 
@@ -164,6 +166,13 @@ class Grid:
     def size(self) -> int:
         """All processes."""
         return self.data_size * self.tensor_size
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """This process in the grid of named axes."""
+        return Coordinates(
+            axes.Grid(tensor=self.tensor_size, data=self.data_size), tensor=self.tensor_rank, data=self.data_rank
+        )
 
 
 def grid() -> Grid:

@@ -11,15 +11,15 @@ import torch
 from torch.nn import Parameter
 
 from megamult.distributed import mesh
-from megamult.integrations.rules import Rule, local_shape, one_tensor
+from megamult.integrations.rules import Rule, one_tensor
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.optim.build import make_optimizer
 from megamult.optim.config import OptimizerConfig
 from megamult.optim.folded import covers
-from megamult.parameters import spec as lo
-from megamult.parameters.roles import Placement, resolve
+from megamult.parameters.roles import ROLES, Placement, resolve
 from megamult.parameters.spec import ParameterSpec, Role, Side
+from megamult.parameters.stated import has_spec, set_spec, spec_of, stored_shape
 
 
 def fold(
@@ -47,7 +47,7 @@ def fold(
     a loop without DeepSpeed average gradients over ranks, call ``optimizer.step()``, and ``optimizer.begin()`` first if
     `initial` is not 1.
 
-    Every parameter that no rule names is of kind norm if it is a vector (norms' weights, biases): AdamW, no weight
+    Every parameter that no rule names has the role norm if it is a vector (norms' weights, biases): AdamW, no weight
     decay. What has a layout already, as parameters of megamult's own modules, needs no rule.
 
     Args:
@@ -89,7 +89,7 @@ def fold(
     if not reached:
         raise ValueError(f"placement is {placement!r}: it gives multipliers to no role; name one")
     for parameter, spec in specs.items():
-        lo.set_spec(parameter, spec)
+        set_spec(parameter, spec)
     return make_optimizer(model, chosen, multipliers, start)
 
 
@@ -129,13 +129,13 @@ def _layouts(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Place
     for parameter, known in names.items():
         stated = {name: _state(parameter, name, rules[claims[name]], tp_size) for name in known if name in claims}
         spec = next(iter(stated.values()), None)
-        if spec is None and lo.has_spec(parameter):
-            spec = lo.spec_of(parameter)
+        if spec is None and has_spec(parameter):
+            spec = spec_of(parameter)
         if spec is None and parameter.requires_grad:
             spec = _unnamed(parameter, known[0], tp_size)
         if spec is None:
             continue
-        if spec.kind == "multiplier":
+        if spec.side is not None:
             raise ValueError(
                 f"{known[0]} is a multiplier: the model has some of its own; build it without, or train it without fold"
             )
@@ -193,20 +193,20 @@ def _state(parameter: Parameter, name: str, rule: Rule, tp_size: int) -> Paramet
         return rule
     if not isinstance(rule, str):
         return rule(parameter)
-    if rule not in get_args(Role):
-        raise ValueError(f"the rule of {name} gives the role {rule!r}: use one of {', '.join(get_args(Role))}")
-    if rule != "norm" and len(local_shape(parameter)) != 2:
+    if rule not in ROLES:
+        raise ValueError(f"the rule of {name} gives the role {rule!r}: use one of {', '.join(ROLES)}")
+    if rule != "norm" and len(stored_shape(parameter)) != 2:
         raise ValueError(
-            f"{name} has the shape {local_shape(parameter)}, and its rule gives it the role {rule}, of a matrix: "
+            f"{name} has the shape {stored_shape(parameter)}, and its rule gives it the role {rule}, of a matrix: "
             "narrow the rule (end it with weight$), or give a layout"
         )
     return one_tensor(rule, parameter, tp_size)
 
 
 def _unnamed(parameter: Parameter, name: str, tp_size: int) -> ParameterSpec:
-    if len(local_shape(parameter)) > 1:
+    if len(stored_shape(parameter)) > 1:
         raise ValueError(
-            f"{name} has the shape {local_shape(parameter)}, and no rule names it: add a rule with its role or layout "
+            f"{name} has the shape {stored_shape(parameter)}, and no rule names it: add a rule with its role or layout "
             "(norm: AdamW without weight decay and multipliers), or set its requires_grad to False"
         )
     return one_tensor("norm", parameter, tp_size)

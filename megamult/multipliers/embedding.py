@@ -20,8 +20,10 @@ from torch import Tensor
 
 from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, full_precision, register_multipliers
 from megamult.multipliers.sharded_state import multiplier_sharded_tensors
-from megamult.parameters import spec as lo
-from megamult.parameters.roles import NAMED, Placement
+from megamult.parameters import megatron
+from megamult.parameters.axes import Grid
+from megamult.parameters.roles import Placement, resolve
+from megamult.parameters.stated import set_spec
 
 
 class _ScaledLookup(torch.autograd.Function):
@@ -76,16 +78,16 @@ class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, init_method=init_method, config=config, **kwargs)
-        spec = lo.vocabulary("embedding", vocab_size or num_embeddings, num_embeddings, embedding_dim)
-        lo.set_spec(self.weight, spec)
+        spec = megatron.vocabulary("embedding", vocab_size or num_embeddings, num_embeddings, embedding_dim)
+        set_spec(self.weight, spec)
         tp_size = self.tp_group.size()
         scattered = tp_size > 1 and self.reduce_scatter_embeddings
         register_multipliers(
             self,
             self.weight,
             spec,
-            NAMED["all"] if placement is None else placement,
-            tp_size,
+            resolve("all") if placement is None else placement,
+            Grid(tensor=tp_size),
             partial=scattered and grad_sync == "step",
         )
         self._sum_in_backward = scattered and grad_sync == "backward"

@@ -30,9 +30,11 @@ from torch.nn import Parameter
 from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, full_precision, register_multipliers
 from megamult.multipliers.plan import ScalePlan
 from megamult.multipliers.sharded_state import multiplier_sharded_tensors
-from megamult.parameters import spec as lo
-from megamult.parameters.roles import NAMED, Placement
+from megamult.parameters import megatron
+from megamult.parameters.axes import tensor_shard
+from megamult.parameters.roles import Placement, resolve
 from megamult.parameters.spec import ParameterSpec, Role
+from megamult.parameters.stated import set_spec, spec_of
 
 
 class _EffectiveWeight(torch.autograd.Function):
@@ -64,10 +66,11 @@ class _MultiplierLinear:
 
     def _setup_multipliers(self, spec: ParameterSpec, placement: Placement | None, grad_sync: GradSync) -> None:
         module: Any = self
-        chosen = NAMED["all"] if placement is None else placement
-        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
-        lo.set_spec(self.weight, spec)
-        expected = spec.local_shape(tp_size)
+        chosen = resolve("all") if placement is None else placement
+        coordinates = tensor_shard(self.tp_group.rank(), self.tp_group.size())
+        tp_size = self.tp_group.size()
+        set_spec(self.weight, spec)
+        expected = spec.local_shape(coordinates.grid)
         actual = tuple(getattr(self.weight, "ds_shape", self.weight.shape))
         if expected != actual:
             raise ValueError(
@@ -75,8 +78,8 @@ class _MultiplierLinear:
                 f"{tp_size}, Megatron made {actual}: pass the layout of the global matrix {spec.shape}"
             )
         partial = tp_size > 1 and grad_sync == "step"
-        register_multipliers(module, self.weight, spec, chosen, tp_size, partial)
-        self._plan = ScalePlan(spec, chosen, tp_rank, tp_size)
+        register_multipliers(module, self.weight, spec, chosen, coordinates.grid, partial)
+        self._plan = ScalePlan(spec, chosen, coordinates)
         self._has_multipliers = any(p is not None for p in self._multipliers())
         self._sum_in_backward = tp_size > 1 and grad_sync == "backward"
         if self._has_multipliers and module.config.gradient_accumulation_fusion:
@@ -94,7 +97,7 @@ class _MultiplierLinear:
         tensors: list[Tensor | None] = [None if p is None else full_precision(p) for p in self._multipliers()]
         if self._sum_in_backward:
             replicated = [
-                i for i, p in enumerate(self._multipliers()) if p is not None and lo.spec_of(p).tp_dim is None
+                i for i, p in enumerate(self._multipliers()) if p is not None and spec_of(p).dim_over("tensor") is None
             ]
             if replicated:
                 summed = SumOverTensorParallel.apply(self.tp_group, *(tensors[i] for i in replicated))
@@ -167,7 +170,7 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
         super().__init__(input_size, output_size, **kwargs)
         if self.weight is None:
             raise ValueError("skip_weight_param_allocation is True: a layer with multipliers needs a weight of its own")
-        self._setup_multipliers(spec or lo.single_matrix(role, output_size, input_size, 0), placement, grad_sync)
+        self._setup_multipliers(spec or megatron.single_matrix(role, output_size, input_size, 0), placement, grad_sync)
 
 
 class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
@@ -191,4 +194,4 @@ class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
         **kwargs: Any,
     ) -> None:
         super().__init__(input_size, output_size, **kwargs)
-        self._setup_multipliers(spec or lo.single_matrix(role, output_size, input_size, 1), placement, grad_sync)
+        self._setup_multipliers(spec or megatron.single_matrix(role, output_size, input_size, 1), placement, grad_sync)

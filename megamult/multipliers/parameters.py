@@ -5,7 +5,7 @@ the parts over tensor-parallel ranks:
 
 - ``"backward"`` (default of the layers, for any training loop): backward all-reduces the multipliers of a layer
   together, one small collective per layer and micro-batch.
-- ``"step"`` (our optimizer): the parameter's layout says `partial_over_tp`, and the optimizer sums all of them in
+- ``"step"`` (our optimizer): the parameter's layout says `reduce_over`, and the optimizer sums all of them in
   one packed collective per *optimizer step*: nothing is added to a micro-batch, with sequence parallelism or
   without.
 
@@ -23,21 +23,23 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult.parameters import spec as lo
+from megamult.multipliers import specs
+from megamult.parameters.axes import Grid
 from megamult.parameters.roles import Placement
 from megamult.parameters.spec import ParameterSpec
+from megamult.parameters.stated import set_spec
 
 GradSync = Literal["backward", "step"]
 
 
 def register_multipliers(
-    module: torch.nn.Module, weight: Parameter, spec: ParameterSpec, placement: Placement, tp_size: int, partial: bool
+    module: torch.nn.Module, weight: Parameter, spec: ParameterSpec, placement: Placement, grid: Grid, partial: bool
 ) -> None:
     """Create `row_multiplier`, `col_multiplier`, `scalar_multiplier` (None where not selected), all ones."""
     makers: dict[str, Callable[..., ParameterSpec]] = {
-        "row": lo.row_multiplier,
-        "col": lo.col_multiplier,
-        "scalar": lo.scalar_multiplier,
+        "row": specs.row_multiplier,
+        "col": specs.col_multiplier,
+        "scalar": specs.scalar_multiplier,
     }
     for side, make in makers.items():
         parts = spec.parts_with(placement, side)  # type: ignore[arg-type]
@@ -45,9 +47,9 @@ def register_multipliers(
             module.register_parameter(f"{side}_multiplier", None)
             continue
         side_layout = make(spec, parts, partial)
-        ones = torch.ones(side_layout.local_shape(tp_size), dtype=weight.dtype, device=weight.device)
+        ones = torch.ones(side_layout.local_shape(grid), dtype=weight.dtype, device=weight.device)
         parameter = Parameter(ones)
-        lo.set_spec(parameter, side_layout)
+        set_spec(parameter, side_layout)
         module.register_parameter(f"{side}_multiplier", parameter)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megamult.multipliers import kernels
+from megamult.parameters.axes import Coordinates
 from megamult.parameters.roles import Placement
 from megamult.parameters.spec import ParameterSpec, Segment
 
@@ -44,13 +45,12 @@ def _spans(runs: tuple[Segment, ...], col_of: dict[int, int], rows: int) -> tupl
 class ScalePlan:
     """Where the multipliers of one layer's local weight sit: local rows, column vectors, scalars."""
 
-    def __init__(self, weight: ParameterSpec, placement: Placement, tp_rank: int, tp_size: int) -> None:
+    def __init__(self, weight: ParameterSpec, placement: Placement, coordinates: Coordinates) -> None:
         self.row_parts = weight.parts_with(placement, "row")
         self.col_parts = weight.parts_with(placement, "col")
         self.scalar_parts = weight.parts_with(placement, "scalar")
-        self.local_cols = weight.local_shape(tp_size)[1]
-        self.local_rows = weight.local_shape(tp_size)[0]
-        runs = weight.local_segments(tp_rank, tp_size)
+        self.local_rows, self.local_cols = weight.local_shape(coordinates.grid)
+        runs = weight.local_segments(coordinates)
         col_of = {part: i for i, part in enumerate(self.col_parts)}
         self.spans = _spans(runs, col_of, self.local_rows)
         rows = torch.arange(self.local_rows)

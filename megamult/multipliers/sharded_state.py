@@ -8,7 +8,9 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import get_pg_rank
 
-from megamult.parameters.spec import ParameterSpec, spec_of
+from megamult.parameters.axes import tensor_shard
+from megamult.parameters.spec import ParameterSpec
+from megamult.parameters.stated import spec_of
 
 
 def multiplier_sharded_tensors(
@@ -31,7 +33,7 @@ def multiplier_sharded_tensors(
         if parameter is None:
             continue
         spec = spec_of(parameter)
-        replica = (0, 0 if spec.tp_dim is not None else tp_group.rank(), dp_rank)
+        replica = (0, 0 if spec.dim_over("tensor") is not None else tp_group.rank(), dp_rank)
         sharded[prefix + leaf] = _factory(
             prefix + leaf, parameter, spec, sharded_offsets, tp_group.rank(), tp_group.size(), replica
         )
@@ -46,7 +48,7 @@ def _factory(
     tp_size: int,
     replica: tuple[int, int, int],
 ) -> ShardedTensorFactory:
-    runs = spec.local_segments(tp_rank, tp_size)
+    runs = spec.local_segments(tensor_shard(tp_rank, tp_size))
     outer_shape = tuple(count for _, _, count in sharded_offsets)
     outer_offset = tuple(index for _, index, _ in sharded_offsets)
 

@@ -21,7 +21,8 @@ from megamult.distributed import device, mesh
 from megamult.optim.clip import LocalSquares, Norms, clip_factor
 from megamult.optim.folded import FoldedMultipliers
 from megamult.optim.param_groups import check_groups
-from megamult.parameters.spec import ParameterSpec, check_complete, has_spec, names_of
+from megamult.parameters.spec import ParameterSpec
+from megamult.parameters.stated import check_complete, has_spec, names_of
 from megamult.zero.partition import Partition, Slice
 from megamult.zero.whole import WholePartition
 
@@ -68,7 +69,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
     ) -> None:
         groups = [{**group, "params": list(group["params"])} for group in groups]
         self._names = {} if model is None else names_of(model)
-        check_groups(groups, self._names, mesh.grid().tensor_size)
+        check_groups(groups, self._names, mesh.grid().coordinates.grid)
         held = {parameter for group in groups for parameter in group["params"]}
         check_complete({name for p, name in self._names.items() if p in held}, self._names.values())
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True})
@@ -126,10 +127,8 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
             self.folded.chain_rule(gradients)
         if self._squares is None or self._squares[0] is not partition:
             here = partition.slices[0].tensor.device if partition.slices else device.local_device()
-            self._squares = partition, LocalSquares(partition.slices, grid.tensor_rank, here)
+            self._squares = partition, LocalSquares(partition, here)
         squares = self._squares[1](gradients).to(device.local_device())
-        if not partition.sharded and grid.data_rank != 0:
-            squares.zero_()  # data-parallel replicas count once
         if grid.size > 1:
             torch.distributed.all_reduce(squares)
         if self.folded is not None:
@@ -312,7 +311,7 @@ def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None
     """
     if mesh.grid().tensor_size == 1:
         return
-    partial = [g for piece, g in zip(partition.slices, gradients, strict=True) if piece.spec.partial_over_tp]
+    partial = [g for piece, g in zip(partition.slices, gradients, strict=True) if "tensor" in piece.spec.reduce_over]
     if not partial:
         return
     packed = torch.cat(partial)

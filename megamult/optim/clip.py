@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamult.zero.partition import Slice
+from megamult.zero.partition import Partition
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,20 @@ class Norms:
 
 
 class LocalSquares:
-    """Sums of squares of the gradients of a partition, each element of the model counted once over tensor-parallel
-    ranks (replicas count on rank 0). However many slices there are, a call takes a few kernels, and no copy between the
-    CPU and the device.
+    """Sums of squares of the gradients of a partition, each element of the model counted once over all processes.
+
+    However many slices there are, a call takes a few kernels, and no copy between the CPU and the device.
 
     Args:
-        slices: of the partition.
-        tp_rank: of this process.
-        device: of the slices.
+        partition: what this process holds.
+        device: of its slices.
     """
 
-    def __init__(self, slices: Sequence[Slice], tp_rank: int, device: torch.device) -> None:
-        self._counted = [i for i, piece in enumerate(slices) if piece.spec.counted_on(tp_rank)]
-        of_multipliers = [slices[i].spec.kind == "multiplier" for i in self._counted]
+    def __init__(self, partition: Partition, device: torch.device) -> None:
+        self._counted = [
+            (i, start, length) for i, piece in enumerate(partition.slices) for start, length in partition.counted(piece)
+        ]
+        of_multipliers = [partition.slices[i].spec.side is not None for i, _, _ in self._counted]
         self._of_multipliers = torch.tensor(of_multipliers, dtype=torch.bool, device=device)
 
     def __call__(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -50,7 +51,8 @@ class LocalSquares:
         """
         if not self._counted:
             return torch.zeros(2, dtype=torch.float64, device=self._of_multipliers.device)
-        norms = torch._foreach_norm([gradients[i] for i in self._counted], dtype=torch.float32)
+        counted = [gradients[i][start : start + length] for i, start, length in self._counted]
+        norms = torch._foreach_norm(counted, dtype=torch.float32)
         squares = torch.stack(norms).double().square()
         zero = squares.new_zeros(())
         mask = self._of_multipliers

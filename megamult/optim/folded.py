@@ -45,7 +45,7 @@ class Vector:
 
 def covers(spec: ParameterSpec, placement: Placement) -> bool:
     """Whether folded multipliers of this placement scale a parameter."""
-    return spec.kind in ("matrix", "embedding") and any(placement.get(part.role) for part in spec.parts)
+    return spec.side is None and any(placement.get(part.role) for part in spec.parts)
 
 
 class FoldedMultipliers:
@@ -126,7 +126,7 @@ class FoldedMultipliers:
                     "DeepSpeed wrap the optimizer, or train in fp32"
                 )
             self._slices_of.setdefault(piece.tensor, []).append(i)
-            held = rectangles(piece.spec, grid.tensor_rank, grid.tensor_size, piece.start, piece.length)
+            held = rectangles(piece.spec, grid.coordinates, piece.start, piece.length)
             found = bands(held, places[piece.name], len(starts), here.type)
             self._bands_of[i] = range(len(all_bands), len(all_bands) + len(found))
             all_bands += found
@@ -174,7 +174,7 @@ class FoldedMultipliers:
         dots: list[Tensor] = []
         for i, numbers in self._bands_of.items():
             piece = self.partition.slices[i]
-            counts = piece.spec.counted_on(grid.tensor_rank) and not replica
+            counts = bool(self.partition.counted(piece))
             latent = self.latent(piece.tensor, piece.offset, piece.length)
             for k in numbers:
                 band = self._table.bands[k]

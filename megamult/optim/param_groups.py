@@ -1,13 +1,18 @@
-"""Param groups by kind, read from the layouts: every trainable parameter in exactly one group."""
+"""Param groups by what is done with parameters, read from their specs: every trainable parameter in exactly one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from megamult.parameters.spec import Kind, named_specs, spec_of
+from megamult.parameters.axes import Grid
+from megamult.parameters.stated import named_specs, spec_of, stored_shape
+
+_FIRST = ("matrix", "multiplier", "undecayed")
+"""Kinds in this order, then those of single roles in the model's order. The order decides where ZeRO cuts, and so the
+order of sums."""
 
 
 def param_groups(
@@ -18,10 +23,10 @@ def param_groups(
     multiplier_lr: float | None = None,
     multiplier_weight_decay: float = 2e-3,
 ) -> list[dict[str, Any]]:
-    """Groups for our optimizers, one per kind that the model has.
+    """Make groups for our optimizers, one for each kind (:attr:`ParameterSpec.kind`) that the model has.
 
     Args:
-        model: every trainable parameter states its layout.
+        model: every trainable parameter has a spec.
         lr: peak learning rate.
         weight_decay: decoupled, of matrices, embedding and head; norms have none.
         multiplier_lr: of multipliers; None: `lr`.
@@ -31,17 +36,12 @@ def param_groups(
         Groups with `params`, `kind`, `lr`, `peak_lr` (what a schedule scales) and `weight_decay`.
 
     Raises:
-        ValueError: a parameter without layout, or a one-dimensional matrix.
+        ValueError: a parameter without spec.
     """
-    members: dict[Kind, list[torch.nn.Parameter]] = {kind: [] for kind in get_args(Kind)}
-    for name, parameter, spec in named_specs(model):
-        if spec.kind == "matrix" and len(spec.shape) != 2:
-            raise ValueError(
-                f"{name} is of kind matrix with the global shape {spec.shape}: a matrix has two dimensions; give "
-                "its layout the kind norm or multiplier"
-            )
-        members[spec.kind].append(parameter)
-    decay = {"norm": 0.0, "multiplier": multiplier_weight_decay}
+    members: dict[str, list[torch.nn.Parameter]] = {kind: [] for kind in _FIRST}
+    for _, parameter, spec in named_specs(model):
+        members.setdefault(spec.kind, []).append(parameter)
+    decay = {"undecayed": 0.0, "multiplier": multiplier_weight_decay}
     rate = {"multiplier": lr if multiplier_lr is None else multiplier_lr}
     return [
         {
@@ -56,23 +56,23 @@ def param_groups(
     ]
 
 
-def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Parameter, str], tp_size: int) -> None:
-    """What our optimizers rely on: kinds stated and true, one dtype per group.
+def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Parameter, str], grid: Grid) -> None:
+    """See what our optimizers rely on: kinds stated and true, shapes as specs say, one dtype per group.
 
     Args:
         groups: as a user gives them, before ZeRO replaces their parameters.
         names: of parameters, for messages; those of groups are numbered where a name is missing.
-        tp_size: tensor-parallel size.
+        grid: of the processes.
 
     Raises:
         ValueError: fact, value, remedy.
     """
     for g, group in enumerate(groups):
         kind, parameters = group.get("kind"), group["params"]
-        if kind not in get_args(Kind):
+        if not isinstance(kind, str):
             raise ValueError(
-                f"param_groups[{g}] has the kind {kind!r}: use one of {', '.join(get_args(Kind))}, or make the groups "
-                "with megamult.param_groups(model, ...)"
+                f"param_groups[{g}] has the kind {kind!r}: make the groups with megamult.param_groups(model, ...), or "
+                "give each the kind of its parameters' specs"
             )
         for i, parameter in enumerate(parameters):
             name = names.get(parameter, f"param_groups[{g}]['params'][{i}]")
@@ -80,24 +80,13 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
             if spec.kind != kind:
                 raise ValueError(
                     f"{name} is of kind {spec.kind} and in param_groups[{g}] of kind {kind}: move it to a group of "
-                    "its own kind, or attach the layout that it has"
+                    "its own kind, or state the spec that it has"
                 )
-            if kind == "matrix" and any(len(part.shape) != 2 for part in spec.parts):
-                shapes = ", ".join(str(part.shape) for part in spec.parts)
+            shape = stored_shape(parameter)
+            if shape != spec.local_shape(grid):
                 raise ValueError(
-                    f"{name} is of kind matrix with the logical shape {shapes}: a matrix has two dimensions; give its "
-                    "layout the kind norm or multiplier"
-                )
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 leaves the shape (0,)
-            if shape != spec.local_shape(tp_size):
-                raise ValueError(
-                    f"{name} has the shape {shape}, and its layout at tensor parallel {tp_size} says "
-                    f"{spec.local_shape(tp_size)}: attach the layout that it has"
-                )
-            if kind == "matrix" and sum(run.length for run in spec.segments) != spec.shape[0]:
-                raise ValueError(
-                    f"{name} is of kind matrix with {spec.shape[0]} rows, of which its logical matrices cover "
-                    f"{sum(run.length for run in spec.segments)}: it has no padding; give the rest a part of its own"
+                    f"{name} has the shape {shape}, and its spec at tensor parallel {grid.tensor} says "
+                    f"{spec.local_shape(grid)}: state the spec that it has"
                 )
             if parameter.dtype != parameters[0].dtype:
                 first = names.get(parameters[0], f"param_groups[{g}]['params'][0]")

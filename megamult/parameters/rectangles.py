@@ -1,7 +1,7 @@
-"""A flat interval of a tensor-parallel shard, seen as rectangles of the logical tensors that it holds.
+"""A flat interval of a shard, seen as rectangles of the logical tensors that it holds.
 
-ZeRO cuts parameters into flat intervals; Muon and everything else that works on logical matrices (Q, K, V, gate,
-up ...) needs to know where the elements of an interval belong.
+ZeRO cuts parameters into flat intervals; Muon and everything else that works on logical tensors (Q, K, V, gate, up ...)
+needs to know where the elements of an interval belong.
 
 Pure: no torch.distributed, testable for any number of ranks in one process.
 """
@@ -9,14 +9,17 @@ Pure: no torch.distributed, testable for any number of ranks in one process.
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megamult.parameters.axes import Coordinates
 from megamult.parameters.spec import ParameterSpec
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Elements [row, row + height) x [col, col + width) of a logical tensor (a vector has one column).
+    """Elements [row, row + height) x [col, col + width) of a logical tensor, read as rows and columns.
 
     In the interval they lie contiguously, row by row, from `offset`.
     """
@@ -27,6 +30,8 @@ class Rectangle:
     height: int
     width: int
     offset: int
+    counted: bool = True
+    """Whether this process's copy counts in a sum over processes."""
 
     @property
     def numel(self) -> int:
@@ -34,30 +39,24 @@ class Rectangle:
         return self.height * self.width
 
 
-def rectangles(spec: ParameterSpec, tp_rank: int, tp_size: int, start: int, length: int) -> list[Rectangle]:
-    """The logical content of elements [start, start + length) of the flattened shard of one tensor-parallel rank.
+def rectangles(spec: ParameterSpec, coordinates: Coordinates, start: int, length: int) -> list[Rectangle]:
+    """Return the logical content of elements [start, start + length) of the flattened shard of one process.
 
     Args:
-        layout: of the parameter.
-        tp_rank, tp_size: whose shard.
+        spec: of the parameter.
+        coordinates: of the process.
         start, length: in elements of the flattened shard.
 
     Returns:
-        Rectangles in the order of their offsets; at most three per run of rows (the rest of a row, whole rows, the
+        Rectangles in the order of their offsets; at most three per segment (the rest of a row, whole rows, the
         beginning of a row). Padding is part of none.
     """
-    first, cols = spec.local_columns(tp_rank, tp_size) if len(spec.shape) == 2 else (0, 1)
+    first, cols = spec.local_cols(coordinates)
+    segments, counted = spec.local_segments(coordinates), spec.counted_segments(coordinates)
     found: list[Rectangle] = []
-
-    def add(run_row: int, part: int, part_row: int, begin: int, end: int) -> None:
-        row, col = divmod(begin, cols)
-        height = max(1, (end - begin) // cols)
-        width = (end - begin) // height
-        found.append(Rectangle(part, part_row + row - run_row, first + col, height, width, begin - start))
-
-    for run in spec.local_segments(tp_rank, tp_size):
-        begin = max(start, run.start * cols)
-        end = min(start + length, (run.start + run.length) * cols)
+    for segment, counts in zip(segments, counted, strict=True):
+        begin = max(start, segment.start * cols)
+        end = min(start + length, (segment.start + segment.length) * cols)
         if begin >= end:
             continue
         whole_begin = -(-begin // cols) * cols
@@ -67,5 +66,69 @@ def rectangles(spec: ParameterSpec, tp_rank: int, tp_size: int, start: int, leng
         else:
             bounds = sorted({begin, whole_begin, whole_end, end})
         for a, b in itertools.pairwise(bounds):
-            add(run.start, run.part, run.part_start, a, b)
+            row, col = divmod(a, cols)
+            height = max(1, (b - a) // cols)
+            part_row = segment.part_start + row - segment.start
+            found.append(Rectangle(segment.part, part_row, first + col, height, (b - a) // height, a - start, counts))
     return found
+
+
+def counted_intervals(spec: ParameterSpec, coordinates: Coordinates, start: int, length: int) -> list[tuple[int, int]]:
+    """Return the parts of elements [start, start + length) of a process's flattened shard whose copies here count in a
+    sum over processes, as (start, length) counted from the interval's beginning. Padding counts with its rows."""
+    cols = spec.local_cols(coordinates)[1]
+    if spec.compact:  # its rows are those of segments
+        pairs = zip(spec.local_segments(coordinates), spec.counted_segments(coordinates), strict=True)
+        rows = [(segment.start, segment.length, counts) for segment, counts in pairs]
+    else:
+        rows = [(each.local, each.length, each.counted) for each in spec.row_intervals(coordinates)]
+    found: list[tuple[int, int]] = []
+    for row, height, counts in rows:
+        begin, end = max(start, row * cols), min(start + length, (row + height) * cols)
+        if not counts or begin >= end:
+            continue
+        if found and sum(found[-1]) == begin - start:
+            begin = found.pop()[0] + start
+        found.append((begin - start, end - begin))
+    return found
+
+
+@dataclass(frozen=True)
+class Box:
+    """Elements [offsets, offsets + sizes) of a tensor of any number of dimensions."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    start: int
+    """Where in the rectangle its elements lie, contiguously."""
+
+
+def boxes(shape: Sequence[int], rectangle: Rectangle) -> Iterator[Box]:
+    """Yield a rectangle of a logical tensor of this shape as boxes of it: one, up to two dimensions."""
+    if len(shape) == 1:
+        yield Box((rectangle.row,), (rectangle.height,), 0)
+        return
+    start = 0
+    for offsets, sizes in _leading(tuple(shape[:-1]), rectangle.row, rectangle.height):
+        yield Box((*offsets, rectangle.col), (*sizes, rectangle.width), start)
+        start += math.prod(sizes) * rectangle.width
+
+
+def _leading(dims: tuple[int, ...], start: int, length: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Flat indices [start, start + length) of dimensions `dims` as (offsets, sizes) of boxes."""
+    if len(dims) == 1:
+        yield (start,), (length,)
+        return
+    inner = math.prod(dims[1:])
+    stop = start + length
+    while start < stop:
+        index, rest = divmod(start, inner)
+        whole = (stop - start) // inner
+        if rest == 0 and whole:
+            yield (index, *([0] * (len(dims) - 1))), (whole, *dims[1:])
+            start += whole * inner
+        else:
+            taken = min(inner - rest, stop - start)
+            for offsets, sizes in _leading(dims[1:], rest, taken):
+                yield (index, *offsets), (1, *sizes)
+            start += taken

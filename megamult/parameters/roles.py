@@ -1,59 +1,134 @@
-"""Which logical matrices get which multipliers (arXiv 2601.04890, sections on placement)."""
+"""Roles of logical tensors, and which of them get which multipliers (arXiv 2601.04890, sections on placement).
+
+The table is open: an architecture registers the roles of its own layers in its own folder.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
-from megamult.parameters.spec import MULTIPLIER_ROLES, Role, Side
+from megamult.parameters import spec
+from megamult.parameters.spec import Side
 
-Placement = dict[Role, frozenset[Side]]
+Placement = dict[spec.Role, frozenset[Side]]
 """The sides on which each role's matrices are scaled; a role that is absent has no multipliers."""
 
-_ROW_COL: frozenset[Side] = frozenset({"row", "col"})
+ROW_COL: frozenset[Side] = frozenset({"row", "col"})
+NONE: frozenset[Side] = frozenset()
 
-NAMED: dict[str, Placement] = {
-    "all": dict.fromkeys(MULTIPLIER_ROLES, _ROW_COL),
-    "symmetry_free": {
-        "q": frozenset({"row"}),
-        "attention_out": _ROW_COL,
-        "gate": frozenset({"row"}),
-        "down": _ROW_COL,
-        "embedding": _ROW_COL,
-    },
-    "scalar": {role: frozenset({"scalar"}) for role in MULTIPLIER_ROLES},
-}
-"""`all`: row and column multipliers on every matrix of every block and on the embedding (the paper's choice).
-`symmetry_free`: without those whose product alone matters. `scalar`: one scalar for each matrix of `all`."""
+
+@dataclass(frozen=True)
+class Role:
+    """What a logical tensor does in its model, and what follows from that."""
+
+    name: str
+    sides: frozenset[Side] = NONE
+    """Multipliers of the placement `all`; empty: it can carry none."""
+    symmetry_free: frozenset[Side] = NONE
+    """Multipliers of the placement `symmetry_free`."""
+    orthogonalized: bool = True
+    """Whether Muon and its like train it where it is a matrix."""
+    decay: bool = True
+    """Whether weight decay applies to it."""
+
+
+ROLES: dict[str, Role] = {}
+"""Every known role by name, in the order in which they were registered."""
+
+
+def register(*roles: Role) -> None:
+    """Add roles to the table; the same one again changes nothing.
+
+    Raises:
+        ValueError: another role has that name, or `symmetry_free` has a side that `sides` lacks.
+    """
+    for role in roles:
+        if ROLES.get(role.name, role) != role:
+            raise ValueError(f"the role {role.name!r} is registered as {ROLES[role.name]}: choose another name")
+        if not role.symmetry_free <= role.sides:
+            raise ValueError(
+                f"the role {role.name!r} has the symmetry-free sides {sorted(role.symmetry_free)} and the sides "
+                f"{sorted(role.sides)}: symmetry-free ones must be among them"
+            )
+        ROLES[role.name] = role
+
+
+def role(name: str) -> Role:
+    """Return the role of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in ROLES:
+        raise ValueError(
+            f"the role {name!r} is not known: use one of {', '.join(ROLES)}, or add it with "
+            "megamult.parameters.roles.register"
+        )
+    return ROLES[name]
+
+
+_ROW: frozenset[Side] = frozenset({"row"})
+
+register(
+    Role("q", ROW_COL, symmetry_free=_ROW),
+    Role("k", ROW_COL),
+    Role("v", ROW_COL),
+    Role("attention_out", ROW_COL, symmetry_free=ROW_COL),
+    Role("gate", ROW_COL, symmetry_free=_ROW),
+    Role("up", ROW_COL),
+    Role("down", ROW_COL, symmetry_free=ROW_COL),
+    Role("embedding", ROW_COL, symmetry_free=ROW_COL, orthogonalized=False),
+    # The head carries no multipliers: its column multipliers are the final norm's weights, and row multipliers there
+    # made results worse (arXiv 2601.04890).
+    Role("head", orthogonalized=False),
+    Role("norm", orthogonalized=False, decay=False),
+    Role("bias", orthogonalized=False, decay=False),
+)
+
+
+def placements() -> tuple[str, ...]:
+    """Return the names of placements.
+
+    `all`: row and column multipliers on every matrix of every block and on the embedding (the paper's choice).
+    `symmetry_free`: without those of which only the product matters. `scalar`: one scalar for each matrix of `all`.
+    """
+    return ("all", "symmetry_free", "scalar")
 
 
 def resolve(placement: str | Mapping[str, str | Sequence[str]]) -> Placement:
-    """The placement that a name or a mapping from role to sides describes.
+    """Return the placement that a name or a mapping from role to sides describes.
 
     Args:
-        placement: a key of :data:`NAMED`, or for example ``{"q": "row", "down": ["row", "col"]}``.
+        placement: one of :func:`placements`, or for example ``{"q": "row", "down": ["row", "col"]}``.
 
     Raises:
         ValueError: an unknown name, role or side.
     """
+    scalable = [each for each in ROLES.values() if each.sides]
+    names = ", ".join(each.name for each in scalable)
     if isinstance(placement, str):
-        if placement not in NAMED:
+        if placement not in placements():
             raise ValueError(
-                f"multipliers.placement is {placement!r}: use one of {', '.join(NAMED)}, or a mapping from "
-                f"role ({', '.join(MULTIPLIER_ROLES)}) to row, col or scalar"
+                f"multipliers.placement is {placement!r}: use one of {', '.join(placements())}, or a mapping from "
+                f"role ({names}) to row, col or scalar"
             )
-        return dict(NAMED[placement])
+        if placement == "scalar":
+            return {each.name: frozenset({"scalar"}) for each in scalable}
+        chosen = {each.name: each.sides if placement == "all" else each.symmetry_free for each in scalable}
+        return {name: sides for name, sides in chosen.items() if sides}
     resolved: Placement = {}
-    for role, sides in placement.items():
-        if role not in MULTIPLIER_ROLES:
+    for name, sides in placement.items():
+        if name not in [each.name for each in scalable]:
             raise ValueError(
-                f"multipliers.placement names the role {role!r}: the roles are {', '.join(MULTIPLIER_ROLES)} "
-                "(the head carries no multipliers)"
+                f"multipliers.placement names the role {name!r}: the roles are {names} (the head carries no "
+                "multipliers)"
             )
-        chosen: list[Any] = [sides] if isinstance(sides, str) else list(sides)
-        for side in chosen:
+        given: list[Any] = [sides] if isinstance(sides, str) else list(sides)
+        for side in given:
             if side not in get_args(Side):
-                raise ValueError(f"multipliers.placement gives {role} the side {side!r}: use row, col or scalar")
-        if chosen:
-            resolved[role] = frozenset(chosen)
+                raise ValueError(f"multipliers.placement gives {name} the side {side!r}: use row, col or scalar")
+        if given:
+            resolved[name] = frozenset(given)
     return resolved

@@ -1,39 +1,38 @@
-"""What a parameter is: its logical tensors, its tensor-parallel shard, its kind. Stated once, by the layer.
+"""What a parameter is: its logical tensors, how mesh axes shard it, what an optimizer does with it. Stated once.
 
-Megatron stores several logical matrices in one parameter (Q, K and V interleaved per query group, gate and up
-in one projection) and shards the fused rows over tensor-parallel (TP) ranks. Everything that needs the logical
-matrices (param groups, clipping, saving, later Muon and resharding) reads the :class:`Layout` that the layer
-attached to its parameter, and guesses nothing from names or local shapes.
+Megatron stores several logical tensors in one parameter (Q, K and V interleaved per query group; gate and up; Mamba-2's
+z, x, B, C and dt; a stack of experts) and shards the stored tensor over mesh axes. Whoever
+creates a parameter states its :class:`ParameterSpec` on it; param groups, Muon, clipping, checkpoints, export and
+monitoring read that, and guess nothing from names or local shapes.
 
-The map is derived from the *global* fused rows, so it stays right where TP exceeds the number of query groups
-and a shard cuts through ``[q ... q k v]``.
+A stored tensor of n dimensions is read as rows and columns: its last dimension gives the columns, all others together
+give the rows in row-major order; a vector has one column. Global rows are mapped to logical tensors, so the map holds
+where a shard cuts through ``[q ... q k v]``.
 
-Pure: no torch.distributed, testable for any number of ranks in one process.
+Pure: no torch.distributed, testable for any grid in one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
-import torch
+from megamult.parameters.axes import MODEL_AXES, Axis, Coordinates, Grid
+from megamult.parameters.shards import Interval, Sharding, check_shardings, cols_of, joined, rows_of
 
-Kind = Literal["matrix", "multiplier", "norm", "embedding", "head"]
-Role = Literal["q", "k", "v", "attention_out", "gate", "up", "down", "embedding", "head", "norm"]
 Side = Literal["row", "col", "scalar"]
-
-MULTIPLIER_ROLES: tuple[Role, ...] = ("q", "k", "v", "attention_out", "gate", "up", "down", "embedding")
-"""The roles that can carry multipliers. The head carries none: its column multipliers are the final norm's
-weights, and row multipliers there made results worse (arXiv 2601.04890)."""
-
-_ATTRIBUTE = "logical_layout"  # torch.Tensor already has an attribute named `layout`
+Role = str
+"""Name of an entry of :data:`megamult.parameters.roles.ROLES`."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One logical tensor of a parameter: a matrix W[rows, cols], or a vector."""
+    """One logical tensor of a parameter: a matrix W[rows, cols], a vector, or a tensor of more dimensions."""
 
     name: str
     """Distinguishes the parts of a fused parameter ("q", "gate", ...); empty where there is one part."""
@@ -41,10 +40,15 @@ class Part:
     shape: tuple[int, ...]
     """Global shape, without padding."""
 
+    @property
+    def rows(self) -> int:
+        """All elements over those of a row."""
+        return rows_of(self.shape)
+
 
 @dataclass(frozen=True)
 class Segment:
-    """`length` consecutive entries along dim 0, from `start`, are the entries of `part` from `part_start`."""
+    """Stored rows [start, start + length) are rows [part_start, part_start + length) of part number `part`."""
 
     start: int
     part: int
@@ -54,254 +58,257 @@ class Segment:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """The logical content of one parameter and how tensor parallelism shards it.
+    """The logical content of one parameter, its sharding, and how it is trained.
 
-    Dim 0 of the global parameter is tiled by `segments` (what no run covers is padding, or belongs to rows that
-    carry no multiplier). TP shards dim `tp_dim` as Megatron does: dim 0 is cut into `stride` equal blocks and
-    rank p holds the p-th piece of every block; dim 1 is cut evenly.
+    Raises:
+        ValueError: a specification that describes no parameter, with fact, value and remedy.
     """
 
-    kind: Kind
     parts: tuple[Part, ...]
     shape: tuple[int, ...]
-    """Global shape, with padding."""
-    tp_dim: int | None
-    """The dimension that TP shards; None: replicated on every TP rank."""
+    """Global shape of the stored tensor, with padding."""
     segments: tuple[Segment, ...]
-    stride: int = 1
+    """Which stored rows hold each part, in ascending order. Rows of no segment are padding."""
+    shardings: tuple[Sharding, ...] = ()
+    """At most one for each axis and each dimension; along other axes the parameter is replicated."""
+    orthogonalize: bool = False
+    """Whether its parts are matrices that Muon and its like orthogonalize; AdamW updates everything else."""
+    decay: bool = True
+    """Whether weight decay applies to it."""
+    fp32: bool = False
+    """Whether forward passes of a narrower model read its fp32 value (:mod:`megamult.zero.full_precision`)."""
+    reduce_over: tuple[Axis, ...] = ()
+    """Axes over which the gradient that backward leaves must still be summed, once per optimizer step."""
     side: Side | None = None
-    """For a multiplier: which side of its matrices it scales."""
+    """Of a multiplier: which side of its matrices it scales."""
     compact: bool = False
-    """A rank stores the entries of its segments alone, without the gaps between them. The local length is the same
-    on every TP rank (the largest that any needs); the entries after a rank's last run are unused."""
-    partial_over_tp: bool = False
-    """The gradient that backward leaves must still be summed over TP ranks, once per optimizer step."""
+    """Whether a process stores only the rows of its segments, without gaps between them. The local length is then the
+    same on every process (the largest that any needs), and rows after a process's last segment are unused."""
 
-    def local_segments(self, tp_rank: int, tp_size: int) -> tuple[Segment, ...]:
-        """The segments of the shard of `tp_rank`, with local starts, in local order."""
-        return _local_runs(self, tp_rank, tp_size)
+    def __post_init__(self) -> None:
+        _check(self)
 
-    def local_shape(self, tp_size: int) -> tuple[int, ...]:
-        """Shape of the shard of one TP rank."""
-        if self.compact:
-            return (max(sum(run.length for run in self.local_segments(p, tp_size)) for p in range(tp_size)),)
-        shape = list(self.shape)
-        if self.tp_dim is not None:
-            shape[self.tp_dim] //= tp_size
-        return tuple(shape)
+    # ---- what the optimizer does with it -------------------------------------------------------------------------
 
-    def local_columns(self, tp_rank: int, tp_size: int) -> tuple[int, int]:
-        """First column and number of columns of a matrix shard."""
-        cols = self.shape[1]
-        if self.tp_dim != 1:
-            return 0, cols
-        return tp_rank * (cols // tp_size), cols // tp_size
-
-    def counted_on(self, tp_rank: int) -> bool:
-        """Whether this TP rank's copy counts in a sum over ranks: replicas count once."""
-        return self.tp_dim is not None or tp_rank == 0
-
-    def logical_name(self, parameter_name: str, part: Part) -> str:
-        """Name of a logical tensor: `a.linear_qkv.weight` and part `q` give `a.linear_qkv.q.weight`."""
-        if not part.name:
-            return parameter_name
-        module, _, leaf = parameter_name.rpartition(".")
-        return ".".join(filter(None, (module, part.name, leaf)))
+    @property
+    def kind(self) -> str:
+        """The param group that it belongs to: "multiplier"; "matrix", which is orthogonalized; "undecayed"; or the
+        roles of its parts, as of an embedding, which AdamW trains with weight decay."""
+        if self.side is not None:
+            return "multiplier"
+        if self.orthogonalize:
+            return "matrix"
+        return "+".join(dict.fromkeys(part.role for part in self.parts)) if self.decay else "undecayed"
 
     def parts_with(self, sides: dict[Role, frozenset[Side]], side: Side) -> list[int]:
-        """Indices of the parts whose role carries multipliers on `side`."""
+        """Return the indices of the parts whose role carries multipliers on `side`."""
         return [i for i, part in enumerate(self.parts) if side in sides.get(part.role, frozenset())]
 
     @cached_property
     def numel_logical(self) -> int:
         """Elements of all logical tensors, without padding."""
-        return sum(torch.Size(part.shape).numel() for part in self.parts)
+        return sum(math.prod(part.shape) for part in self.parts)
+
+    def logical_name(self, parameter_name: str, part: Part) -> str:
+        """Return the name of a logical tensor: `a.linear_qkv.weight` and part `q` give `a.linear_qkv.q.weight`."""
+        if not part.name:
+            return parameter_name
+        module, _, leaf = parameter_name.rpartition(".")
+        return ".".join(filter(None, (module, part.name, leaf)))
+
+    # ---- its shards ----------------------------------------------------------------------------------------------
+
+    @property
+    def cols(self) -> int:
+        """Columns of the stored tensor."""
+        return cols_of(self.shape)
+
+    def dim_over(self, axis: Axis) -> int | None:
+        """Return the dimension that an axis shards; None: it replicates the parameter."""
+        return next((sharding.dim for sharding in self.shardings if sharding.axis == axis), None)
+
+    def check(self, grid: Grid) -> None:
+        """See that a grid can shard the parameter.
+
+        Raises:
+            ValueError: the size of an axis does not divide a block.
+        """
+        for sharding in self.shardings:
+            sharding.check(grid.size_of(sharding.axis), self._named())
+
+    def local_shape(self, grid: Grid) -> tuple[int, ...]:
+        """Return the shape of one process's shard, the same for all.
+
+        Raises:
+            ValueError: the grid cannot shard the parameter.
+        """
+        if self.compact:
+            lengths = [self.local_rows(shard) for shard in self._shards(grid)]
+            return (max(lengths),)
+        self.check(grid)
+        shape = list(self.shape)
+        for sharding in self.shardings:
+            shape[sharding.dim] = sum(each.length for each in sharding.held(0, grid.size_of(sharding.axis)))
+        return tuple(shape)
+
+    def local_rows(self, coordinates: Coordinates) -> int:
+        """Return how many rows a process holds of parts, without padding."""
+        return sum(segment.length for segment in self.local_segments(coordinates))
+
+    def local_segments(self, coordinates: Coordinates) -> tuple[Segment, ...]:
+        """Return the segments of a process's shard, with local starts, in local order."""
+        return self._local(coordinates)[0]
+
+    def counted_segments(self, coordinates: Coordinates) -> tuple[bool, ...]:
+        """Return for each of :meth:`local_segments` whether this process's copy counts."""
+        return self._local(coordinates)[1]
+
+    def local_cols(self, coordinates: Coordinates) -> tuple[int, int]:
+        """Return the first column and the number of columns of a process's shard."""
+        if len(self.shape) == 1:
+            return 0, 1
+        (interval,) = self._along(len(self.shape) - 1, coordinates)
+        return interval.start, interval.length
+
+    def row_intervals(self, coordinates: Coordinates) -> list[Interval]:
+        """Return the global rows that a process holds, padding too, in local order. The one place that decides whose
+        copy counts: of a piece that several processes hold, that of the first process along each axis.
+
+        Raises:
+            ValueError: the grid cannot shard the parameter.
+        """
+        self.check(coordinates.grid)
+        counted = all(
+            coordinates.on(axis)[0] == 0 for axis in MODEL_AXES if self.dim_over(axis) is None
+        )  # replicas along an axis
+        if len(self.shape) > 1:
+            (columns,) = self._along(len(self.shape) - 1, coordinates)
+            counted = counted and columns.counted
+        found = [(0, 1, counted)]  # in units of what lies further inside
+        for dim, size in enumerate(self.shape[:-1] if len(self.shape) > 1 else self.shape):
+            along = self._along(dim, coordinates)
+            if len(along) == 1 and along[0].length == size:
+                found = [(start * size, length * size, first and along[0].counted) for start, length, first in found]
+            else:
+                found = [
+                    (index * size + interval.start, interval.length, first and interval.counted)
+                    for start, length, first in found
+                    for index in range(start, start + length)
+                    for interval in along
+                ]
+        return joined(found)
+
+    def _along(self, dim: int, coordinates: Coordinates) -> list[Interval]:
+        sharding = next((each for each in self.shardings if each.dim == dim), None)
+        if sharding is None:
+            return [Interval(0, self.shape[dim], 0, True)]
+        return sharding.held(*coordinates.on(sharding.axis))
+
+    def _local(self, coordinates: Coordinates) -> tuple[tuple[Segment, ...], tuple[bool, ...]]:
+        key = tuple(coordinates.on(axis) for axis in MODEL_AXES)
+        if key not in self._cache:
+            self._cache[key] = self._make_local(coordinates)
+        return self._cache[key]
+
+    @cached_property
+    def _cache(self) -> dict[tuple[tuple[int, int], ...], tuple[tuple[Segment, ...], tuple[bool, ...]]]:
+        """Local segments by place on the model's axes: plans of large runs ask for them again and again."""
+        return {}
+
+    def _make_local(self, coordinates: Coordinates) -> tuple[tuple[Segment, ...], tuple[bool, ...]]:
+        starts = [segment.start for segment in self.segments]
+        local: list[Segment] = []
+        counted: list[bool] = []
+        position = 0
+        for rows in self.row_intervals(coordinates):
+            for i in range(max(0, bisect_right(starts, rows.start) - 1), len(starts)):
+                segment = self.segments[i]
+                if segment.start >= rows.start + rows.length:
+                    break
+                start = max(segment.start, rows.start)
+                length = min(segment.start + segment.length, rows.start + rows.length) - start
+                if length > 0:
+                    at = position if self.compact else rows.local + start - rows.start
+                    local.append(Segment(at, segment.part, segment.part_start + start - segment.start, length))
+                    counted.append(rows.counted)
+                    position += length
+        return tuple(local), tuple(counted)
+
+    def _shards(self, grid: Grid) -> Iterable[Coordinates]:
+        """One process for each different shard."""
+        sizes: dict[str, int] = {each.axis: grid.size_of(each.axis) for each in self.shardings}
+        for ranks in itertools.product(*(range(size) for size in sizes.values())):
+            yield Coordinates(grid, **dict(zip(sizes, ranks, strict=True)))
+
+    def _named(self) -> str:
+        roles = ", ".join(dict.fromkeys(part.role for part in self.parts))
+        return f"a parameter {self.shape} of role {roles}"
 
 
-@lru_cache(maxsize=4096)
-def _local_runs(spec: ParameterSpec, tp_rank: int, tp_size: int) -> tuple[Segment, ...]:
-    if spec.tp_dim != 0:
-        pieces = [(0, spec.shape[0], 0)]
-    else:
-        block = spec.shape[0] // spec.stride
-        piece = block // tp_size
-        pieces = [(b * block + tp_rank * piece, piece, b * piece) for b in range(spec.stride)]
-    segments: list[Segment] = []
-    for piece_start, piece_length, local_start in pieces:
-        for run in spec.segments:
-            start = max(run.start, piece_start)
-            stop = min(run.start + run.length, piece_start + piece_length)
-            if start < stop:
-                segments.append(
-                    Segment(
-                        local_start + start - piece_start,
-                        run.part,
-                        run.part_start + start - run.start,
-                        stop - start,
-                    )
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+
+def _check(spec: ParameterSpec) -> None:
+    """Refuse a specification that describes no parameter."""
+    what = f"the spec of a parameter {spec.shape}"
+    if not spec.shape or min(spec.shape) < 1:
+        raise ValueError(f"{what} has no size: every dimension must be at least 1, and there must be one")
+    if not spec.parts:
+        raise ValueError(f"{what} has no part: name the logical tensors that it holds")
+    names = [part.name for part in spec.parts]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{what} has parts {names}: give each a name of its own")
+    for part in spec.parts:
+        fits = len(part.shape) > 0 and min(part.shape) > 0 and cols_of(part.shape) == spec.cols
+        if not fits or (len(part.shape) == 1) != (len(spec.shape) == 1):
+            raise ValueError(
+                f"{what} has the part {part.name!r} of shape {part.shape}: its last dimension must be the parameter's "
+                "(vectors hold vectors)"
+            )
+    _check_segments(spec, what)
+    check_shardings(spec.shape, spec.shardings, spec.reduce_over, what)
+    if spec.orthogonalize and any(len(part.shape) != 2 for part in spec.parts):
+        shapes = ", ".join(str(part.shape) for part in spec.parts)
+        raise ValueError(
+            f"{what} is orthogonalized and has parts of shape {shapes}: a matrix has two dimensions; state "
+            "orthogonalize=False"
+        )
+    if spec.orthogonalize and sum(segment.length for segment in spec.segments) != rows_of(spec.shape):
+        raise ValueError(
+            f"{what} is orthogonalized, and its parts hold {sum(s.length for s in spec.segments)} of its "
+            f"{rows_of(spec.shape)} rows: it has no padding; give the rest a part of its own"
+        )
+    if (spec.side is not None or spec.compact) and (len(spec.shape) != 1 or spec.orthogonalize):
+        raise ValueError(f"{what} is a multiplier or compact: it must be a vector, and not orthogonalized")
+
+
+def _check_segments(spec: ParameterSpec, what: str) -> None:
+    """Stored rows belong to one part at most, and every row of a part is stored once."""
+    position, rows = 0, rows_of(spec.shape)
+    for segment in spec.segments:
+        if not 0 <= segment.part < len(spec.parts):
+            raise ValueError(f"{what} has a segment of part {segment.part}: it has {len(spec.parts)} parts, from 0 on")
+        if segment.length < 1 or segment.start < position or segment.start + segment.length > rows:
+            raise ValueError(
+                f"{what} has a segment of rows [{segment.start}:{segment.start + segment.length}], after row "
+                f"{position} of {rows}: segments must be in ascending order, within the rows, and not overlap"
+            )
+        position = segment.start + segment.length
+    for index, part in enumerate(spec.parts):
+        held = sorted((s.part_start, s.length) for s in spec.segments if s.part == index)
+        if not held:
+            raise ValueError(f"{what} has no segment of the part {part.name!r}: say which rows hold it, or remove it")
+        expected = 0
+        for start, length in held:
+            if start != expected:
+                fact = "twice" if start < expected else "nowhere"
+                raise ValueError(
+                    f"{what} holds row {min(start, expected)} of the part {part.name!r} {fact}: its segments must "
+                    f"hold each of its {part.rows} rows once"
                 )
-    if spec.compact:
-        compacted, position = [], 0
-        for run in segments:
-            compacted.append(Segment(position, run.part, run.part_start, run.length))
-            position += run.length
-        segments = compacted
-    return tuple(segments)
-
-
-def set_spec(parameter: torch.nn.Parameter, spec: ParameterSpec) -> None:
-    """State on `parameter` what it is, for us and (the `tensor_model_parallel` trio) for Megatron and DeepSpeed."""
-    setattr(parameter, _ATTRIBUTE, spec)
-    parameter.tensor_model_parallel = spec.tp_dim is not None  # type: ignore[attr-defined]
-    parameter.partition_dim = -1 if spec.tp_dim is None else spec.tp_dim  # type: ignore[attr-defined]
-    parameter.partition_stride = spec.stride  # type: ignore[attr-defined]
-
-
-def spec_of(parameter: torch.nn.Parameter, name: str = "a parameter") -> ParameterSpec:
-    """The layout stated on `parameter`.
-
-    Raises:
-        ValueError: the parameter has none.
-    """
-    spec = getattr(parameter, _ATTRIBUTE, None)
-    if spec is None:
-        raise ValueError(
-            f"{name} of shape {tuple(getattr(parameter, 'ds_shape', parameter.shape))} states no layout: "
-            "build its layer from megamult.layers, or call megamult.parameters.spec.attach(parameter, layout)"
-        )
-    return spec
-
-
-def has_spec(tensor: torch.Tensor) -> bool:
-    """Whether a layout was attached to it."""
-    return hasattr(tensor, _ATTRIBUTE)
-
-
-def names_of(module: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
-    """Name of each trainable parameter."""
-    return {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def check_complete(held: Container[str], names: Iterable[str]) -> None:
-    """Every one of `names`, of trainable parameters, is among those `held` by a param group.
-
-    Raises:
-        ValueError: one is not.
-    """
-    missing = [name for name in names if name not in held]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} trainable parameters are in no group, the first is {missing[0]}: it would never be "
-            "trained; add it to a group, or set its requires_grad to False"
-        )
-
-
-# ---- layouts of the parameters of a GPT ----------------------------------------------------------------------
-
-
-def single_matrix(
-    role: Role, rows: int, cols: int, tp_dim: int | None, kind: Kind = "matrix", partial_over_tp: bool = False
-) -> ParameterSpec:
-    """A parameter that is one logical matrix W[rows, cols]. One that TP replicates (`tp_dim` None) has a partial
-    gradient where each rank sees a part of the tokens, as under sequence parallelism."""
-    part, segments = Part("", role, (rows, cols)), (Segment(0, 0, 0, rows),)
-    return ParameterSpec(kind, (part,), (rows, cols), tp_dim, segments, partial_over_tp=partial_over_tp)
-
-
-def fused_qkv(num_heads: int, num_groups: int, head_dim: int, cols: int) -> ParameterSpec:
-    """Megatron's `linear_qkv`: per query group `[q ... q k v]`, heads of `head_dim` rows each."""
-    q_rows = num_heads // num_groups * head_dim
-    segments: list[Segment] = []
-    for group in range(num_groups):
-        start = group * (q_rows + 2 * head_dim)
-        segments += [
-            Segment(start, 0, group * q_rows, q_rows),
-            Segment(start + q_rows, 1, group * head_dim, head_dim),
-            Segment(start + q_rows + head_dim, 2, group * head_dim, head_dim),
-        ]
-    kv_rows = num_groups * head_dim
-    parts = (
-        Part("q", "q", (num_heads * head_dim, cols)),
-        Part("k", "k", (kv_rows, cols)),
-        Part("v", "v", (kv_rows, cols)),
-    )
-    return ParameterSpec("matrix", parts, (num_heads * head_dim + 2 * kv_rows, cols), 0, tuple(segments))
-
-
-def fused_gate_up(ffn_hidden_size: int, cols: int) -> ParameterSpec:
-    """Megatron's gated `linear_fc1`: `[gate; up]`, of which TP rank p holds `[gate_p; up_p]` (stride 2)."""
-    f = ffn_hidden_size
-    parts = (Part("gate", "gate", (f, cols)), Part("up", "up", (f, cols)))
-    return ParameterSpec("matrix", parts, (2 * f, cols), 0, (Segment(0, 0, 0, f), Segment(f, 1, 0, f)), stride=2)
-
-
-def vocabulary(role: Role, vocab_size: int, padded_vocab_size: int, cols: int) -> ParameterSpec:
-    """Embedding or head: rows from `vocab_size` on are padding, part of no logical tensor."""
-    kind: Kind = "head" if role == "head" else "embedding"
-    part = Part("", role, (vocab_size, cols))
-    return ParameterSpec(kind, (part,), (padded_vocab_size, cols), 0, (Segment(0, 0, 0, vocab_size),))
-
-
-def norm(size: int, partial_over_tp: bool) -> ParameterSpec:
-    """A norm's weight [size]: replicated; under sequence parallelism each rank sees a part of the tokens."""
-    return ParameterSpec(
-        "norm", (Part("", "norm", (size,)),), (size,), None, (Segment(0, 0, 0, size),), partial_over_tp=partial_over_tp
-    )
-
-
-# ---- layouts of the multipliers of a matrix parameter --------------------------------------------------------
-
-
-def row_multiplier(weight: ParameterSpec, selected: Sequence[int], partial_over_tp: bool) -> ParameterSpec:
-    """r[rows] of the selected parts of `weight`: sharded where the rows are, in the same order."""
-    index = {part: i for i, part in enumerate(selected)}
-    return ParameterSpec(
-        "multiplier",
-        tuple(Part(weight.parts[i].name, weight.parts[i].role, weight.parts[i].shape[:1]) for i in selected),
-        weight.shape[:1],
-        0 if weight.tp_dim == 0 else None,
-        tuple(Segment(r.start, index[r.part], r.part_start, r.length) for r in weight.segments if r.part in index),
-        stride=weight.stride,
-        side="row",
-        compact=True,
-        partial_over_tp=partial_over_tp and weight.tp_dim != 0,
-    )
-
-
-def col_multiplier(weight: ParameterSpec, selected: Sequence[int], partial_over_tp: bool) -> ParameterSpec:
-    """c[cols] of each selected part of `weight`, one after the other: sharded where the columns are."""
-    cols = weight.shape[1]
-    return ParameterSpec(
-        "multiplier",
-        tuple(Part(weight.parts[i].name, weight.parts[i].role, (cols,)) for i in selected),
-        (len(selected) * cols,),
-        0 if weight.tp_dim == 1 else None,
-        tuple(Segment(i * cols, i, 0, cols) for i in range(len(selected))),
-        stride=len(selected),
-        side="col",
-        partial_over_tp=partial_over_tp and weight.tp_dim != 1,
-    )
-
-
-def scalar_multiplier(weight: ParameterSpec, selected: Sequence[int], partial_over_tp: bool) -> ParameterSpec:
-    """One scalar per selected part of `weight`, replicated."""
-    return ParameterSpec(
-        "multiplier",
-        tuple(Part(weight.parts[i].name, weight.parts[i].role, (1,)) for i in selected),
-        (len(selected),),
-        None,
-        tuple(Segment(i, i, 0, 1) for i in range(len(selected))),
-        side="scalar",
-        partial_over_tp=partial_over_tp,
-    )
-
-
-def named_specs(module: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter, ParameterSpec]]:
-    """(name, parameter, layout) of every trainable parameter, each once, in the module's order.
-
-    Raises:
-        ValueError: a parameter without layout.
-    """
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter, spec_of(parameter, name)
+            expected = start + length
+        if expected != part.rows:
+            raise ValueError(
+                f"{what} holds {expected} rows of the part {part.name!r}, which has {part.rows}: its segments must "
+                "hold each of its rows once"
+            )

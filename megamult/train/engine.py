@@ -108,6 +108,6 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseAdamW:
 
 def parameter_count(model: torch.nn.Module) -> int:
     """Logical parameters (no padding) of the whole model."""
-    from megamult.parameters.spec import named_specs
+    from megamult.parameters.stated import named_specs
 
     return sum(spec.numel_logical for _, _, spec in named_specs(model))

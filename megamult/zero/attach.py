@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch.nn import Parameter
 
-from megamult.parameters.spec import check_complete, names_of
+from megamult.parameters.stated import check_complete, names_of
 from megamult.zero.flat import Bf16Partition, Zero12Partition
 from megamult.zero.full_precision import FullPrecision
 from megamult.zero.partition import Partition

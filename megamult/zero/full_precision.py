@@ -29,14 +29,14 @@ class FullPrecision:
 
     def __init__(self, partition: Partition, narrow: list[str]) -> None:
         self._sharded = partition.sharded
-        tensor_size = mesh.grid().tensor_size
+        grid = mesh.grid().coordinates.grid
         cuts = [cut for cut in partition.cuts if cut.name in set(narrow)]
-        sizes = [torch.Size(cut.spec.local_shape(tensor_size)).numel() for cut in cuts]
+        sizes = [torch.Size(cut.spec.local_shape(grid)).numel() for cut in cuts]
         self._values = torch.zeros(sum(sizes), dtype=torch.float32, device=device.local_device())
         views = dict(zip((cut.name for cut in cuts), self._values.split(sizes), strict=True))
         for cut in cuts:
             parameter: Parameter = partition.parameters[cut.name]
-            setattr(parameter, FULL_PRECISION, views[cut.name].view(cut.spec.local_shape(tensor_size)))
+            setattr(parameter, FULL_PRECISION, views[cut.name].view(cut.spec.local_shape(grid)))
         self._held: list[tuple[Slice, Tensor]] = [
             (piece, views[piece.name][piece.start : piece.start + piece.length])
             for piece in partition.slices
@@ -46,7 +46,7 @@ class FullPrecision:
     @staticmethod
     def of(partition: Partition) -> FullPrecision | None:
         """Return the fp32 values of a partition's multipliers; None: the model's own are fp32."""
-        narrow = [c.name for c in partition.cuts if c.spec.kind == "multiplier" and c.dtype.itemsize < 4]
+        narrow = [c.name for c in partition.cuts if c.spec.fp32 and c.dtype.itemsize < 4]
         return FullPrecision(partition, narrow) if narrow else None
 
     @torch.no_grad()

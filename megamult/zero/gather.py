@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megamult.distributed import mesh
 from megamult.parameters.rectangles import rectangles
-from megamult.parameters.spec import Kind, ParameterSpec, Role, Side, named_specs
+from megamult.parameters.spec import ParameterSpec, Role, Side
+from megamult.parameters.stated import named_specs
 from megamult.zero.partition import Partition, Slice
 
 
@@ -43,10 +44,12 @@ def gather(
         if not select(spec):
             continue
         full = [torch.zeros(part.shape, device=parameter.device) for part in spec.parts]
-        for piece, i in pieces[name] if spec.counted_on(grid.tensor_rank) and not replica else ():
+        for piece, i in pieces[name] if not replica else ():
             source = piece.master if value is None else value(i)
-            for r in rectangles(spec, grid.tensor_rank, grid.tensor_size, piece.start, piece.length):
-                target = full[r.part] if full[r.part].ndim == 2 else full[r.part][:, None]
+            for r in rectangles(spec, grid.coordinates, piece.start, piece.length):
+                if not r.counted:
+                    continue
+                target = full[r.part].view(spec.parts[r.part].rows, spec.cols)
                 elements = source[r.offset : r.offset + r.numel].view(r.height, r.width)
                 target[r.row : r.row + r.height, r.col : r.col + r.width] = elements
         for index, part in enumerate(spec.parts):
@@ -60,7 +63,8 @@ class Logical:
     """One logical tensor of a training run: a weight without its multipliers, or a vector of multipliers."""
 
     name: str
-    kind: Kind
+    kind: str
+    """Name of its param group."""
     role: Role
     side: Side | None
     """Of a multiplier."""
@@ -69,18 +73,23 @@ class Logical:
 
 
 def trained(
-    model: torch.nn.Module, partition: Partition, optimizer: Any, kinds: Container[Kind] = get_args(Kind)
+    model: torch.nn.Module, partition: Partition, optimizer: Any, kinds: Container[str] | None = None
 ) -> Iterator[Logical]:
     """Every weight and multiplier, the same names and values whether multipliers are layers' or folded. Collective.
 
     Args:
         model, partition: as for :func:`gather`.
         optimizer: ours.
-        kinds: which.
+        kinds: which; None: all.
     """
-    found = gather(model, partition, lambda i: optimizer.weight(partition.slices[i]), lambda spec: spec.kind in kinds)
+    found = gather(
+        model,
+        partition,
+        lambda i: optimizer.weight(partition.slices[i]),
+        lambda spec: kinds is None or spec.kind in kinds,
+    )
     for name, spec, part, full in found:
         yield Logical(name, spec.kind, spec.parts[part].role, spec.side, full)
-    if optimizer.folded is not None and "multiplier" in kinds:
+    if optimizer.folded is not None and (kinds is None or "multiplier" in kinds):
         for vector, values in optimizer.folded.named():
             yield Logical(vector.name, "multiplier", vector.role, vector.side, values)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megamult.distributed import mesh
+from megamult.parameters.axes import Coordinates
+from megamult.parameters.rectangles import counted_intervals
 from megamult.parameters.spec import ParameterSpec
 from megamult.zero.full_precision import FullPrecision
 
@@ -25,6 +28,10 @@ class Cut:
     """(start, length) in the flattened tensor-parallel shard, by data-parallel rank; length 0: holds nothing."""
     dtype: torch.dtype
     """Of the model's parameter."""
+
+    def held_by(self, coordinates: Coordinates) -> tuple[int, int]:
+        """Return the interval (start, length) that a process holds."""
+        return self.intervals[coordinates.data]
 
 
 def flat_intervals(offset: int, numel: int, partition_size: int, ranks: int) -> tuple[tuple[int, int], ...]:
@@ -106,6 +113,14 @@ class Partition(ABC):
         Valid between the backward pass of the last micro-batch and DeepSpeed's `step`. They are views: writing to
         them changes what the optimizer will be given.
         """
+
+    def counted(self, piece: Slice) -> list[tuple[int, int]]:
+        """Return the parts of a slice whose copies on this process count in a sum over all processes, as (start,
+        length) from its beginning. Of copies on several processes the first one counts."""
+        coordinates = mesh.grid().coordinates
+        if not (self.sharded or piece.shared) and coordinates.data != 0:
+            return []
+        return counted_intervals(piece.spec, coordinates, piece.start, piece.length)
 
     @torch.no_grad()
     def publish(self) -> None:

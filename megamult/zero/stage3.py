@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult.parameters.spec import spec_of
+from megamult.parameters.stated import spec_of
 from megamult.zero.partition import Cut, Partition, Slice, flat_intervals
 
 

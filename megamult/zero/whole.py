@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megamult.distributed import mesh
-from megamult.parameters.spec import spec_of
+from megamult.parameters.stated import spec_of
 from megamult.zero.partition import Cut, Partition, Slice
 
 

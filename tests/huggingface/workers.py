@@ -113,7 +113,7 @@ def _build(config: Config) -> tuple[Any, Any, Any]:
     from megamult.distributed import mesh
     from megamult.models.llama.model import GPT
     from megamult.optim.build import make_optimizer
-    from megamult.parameters.spec import names_of
+    from megamult.parameters.stated import names_of
     from megamult.zero.whole import WholePartition
 
     mesh.initialize(config.parallel.tensor)

@@ -56,7 +56,7 @@ def layouts_of_both(tensor: int) -> tuple[dict[str, ParameterSpec], dict[str, Pa
     from megamult.models.llama.config import ModelConfig
     from megamult.models.llama.model import GPT
     from megamult.multipliers.config import MultipliersConfig
-    from megamult.parameters.spec import named_specs
+    from megamult.parameters.stated import named_specs
 
     config, model = build(tensor, LLAMA_LIKE)
     megamult.fold({}, model, megamult.megatron_rules(config, VOCAB))

@@ -13,9 +13,12 @@ from torch import Tensor
 
 import megamult
 from megamult import DistributedMuon, TwoPhaseAdamW
+from megamult.multipliers import specs
 from megamult.optim.config import OptimizerConfig
-from megamult.parameters import spec
-from megamult.parameters.spec import ParameterSpec, named_specs, spec_of
+from megamult.parameters import megatron
+from megamult.parameters.axes import Grid, tensor_shard
+from megamult.parameters.spec import ParameterSpec
+from megamult.parameters.stated import has_spec, named_specs, set_spec, spec_of
 from tests.integrations import fold_workers
 from tests.integrations.fold_workers import GATED_WITH_BIAS, GPT2_LIKE
 from tests.processes import run_distributed
@@ -44,7 +47,7 @@ SIDES: dict[str, dict[str, str]] = {  # METHOD's tables, written out
     },
     "scalar": dict.fromkeys(ROLES.values(), "scalar"),
 }
-MULTIPLIER = spec.row_multiplier(spec.single_matrix("q", 32, 8, 0), [0], False)
+MULTIPLIER = specs.row_multiplier(megatron.single_matrix("q", 32, 8, 0), [0], False)
 
 
 def llama(**settings: Any) -> Any:
@@ -168,7 +171,7 @@ def test_settings_reach_the_optimizer_and_its_multipliers() -> None:
         assert muon.folded._settings == {"weight_decay": 0.01, "betas": (0.8, 0.9), "eps": 1e-8}
         assert {group["kind"]: len(group["params"]) for group in muon.param_groups} == {
             "matrix": 14,
-            "norm": 5,
+            "undecayed": 5,
             "embedding": 1,
             "head": 1,
         }
@@ -221,7 +224,7 @@ def test_biases_are_trained_as_norms_are() -> None:
     megamult.fold({}, model, megamult.LLAMA_RULES)
     kinds = {name: spec.kind for name, _, spec in named_specs(model)}
     biases = [name for name in kinds if name.endswith("bias")]
-    assert len(biases) == 14 and all(kinds[name] == "norm" for name in biases)
+    assert len(biases) == 14 and all(kinds[name] == "undecayed" for name in biases)
 
 
 def test_parameters_emptied_by_zero_3_get_the_layouts_of_whole_ones() -> None:
@@ -254,19 +257,19 @@ def test_a_rule_may_be_a_layout_or_make_one_and_a_stated_layout_needs_none() -> 
     model.mlp = torch.nn.Linear(hidden, 12, bias=False)
     model.own = torch.nn.Linear(12, hidden, bias=False)
     model.positions = torch.nn.Embedding(16, hidden)
-    down = spec.single_matrix("down", hidden, 12, None)
-    spec.set_spec(model.own.weight, down)
+    down = megatron.single_matrix("down", hidden, 12, None)
+    set_spec(model.own.weight, down)
     rules: dict[str, Any] = {
-        r"fused\.weight$": spec.fused_qkv(heads, groups, dim, hidden),
-        r"^mlp": lambda parameter: spec.fused_gate_up(parameter.shape[0] // 2, hidden),
+        r"fused\.weight$": megatron.fused_qkv(heads, groups, dim, hidden),
+        r"^mlp": lambda parameter: megatron.fused_gate_up(parameter.shape[0] // 2, hidden),
         "positions": "norm",
     }
     megamult.fold({"name": "muon"}, model, rules)
     stated = {name: each for name, _, each in named_specs(model)}
-    assert stated["fused.weight"] == spec.fused_qkv(heads, groups, dim, hidden)
-    assert stated["mlp.weight"] == spec.fused_gate_up(6, hidden)
+    assert stated["fused.weight"] == megatron.fused_qkv(heads, groups, dim, hidden)
+    assert stated["mlp.weight"] == megatron.fused_gate_up(6, hidden)
     assert stated["own.weight"] == down
-    assert (stated["fused.bias"].kind, stated["positions.weight"].kind) == ("norm", "norm")
+    assert (stated["fused.bias"].kind, stated["positions.weight"].kind) == ("undecayed", "undecayed")
     megamult.fold({"name": "muon"}, model, {})  # all is stated now
 
 
@@ -278,8 +281,9 @@ def test_a_vector_is_sharded_and_partial_as_megatron_says() -> None:
     model.norm.weight.sequence_parallel = True
     megamult.fold({}, model, {r"up\.weight": "up"}, placement={"up": "row"})
     stated = {name: each for name, _, each in named_specs(model)}
-    assert (stated["up.bias"].tp_dim, stated["up.bias"].stride, stated["up.bias"].partial_over_tp) == (0, 2, False)
-    assert (stated["norm.weight"].tp_dim, stated["norm.weight"].partial_over_tp) == (None, True)
+    (sharding,) = stated["up.bias"].shardings
+    assert (sharding.axis, sharding.dim, len(sharding.blocks)) == ("tensor", 0, 2)
+    assert (stated["norm.weight"].shardings, stated["norm.weight"].reduce_over) == ((), ("tensor",))
 
 
 # ---- errors --------------------------------------------------------------------------------------------------
@@ -324,7 +328,7 @@ def without(key: str) -> dict[str, Any]:
         (untouched, {**megamult.LLAMA_RULES, r"^model\.norm": "q"}, {}, r"model\.norm\.weight has the shape \(32,\)"),
         (
             untouched,
-            {**without("up_proj"), "up_proj": spec.single_matrix("up", 57, 32, None)},
+            {**without("up_proj"), "up_proj": megatron.single_matrix("up", 57, 32, None)},
             {},
             r"mlp\.up_proj\.weight has the shape \(56, 32\), and its layout .* \(57, 32\)",
         ),
@@ -332,7 +336,7 @@ def without(key: str) -> dict[str, Any]:
             untouched,
             {
                 **without("norm"),
-                r"^model\.norm": spec.row_multiplier(spec.single_matrix("q", 32, 8, 0), [0], False),
+                r"^model\.norm": specs.row_multiplier(megatron.single_matrix("q", 32, 8, 0), [0], False),
             },
             {},
             r"model\.norm\.weight is a multiplier: the model has some of its own",
@@ -388,7 +392,7 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     model = llama()
     with pytest.raises(ValueError, match="no rule names it"):
         megamult.fold({}, model, without("lm_head"))
-    assert not any(spec.has_spec(parameter) for parameter in model.parameters())
+    assert not any(has_spec(parameter) for parameter in model.parameters())
 
 
 # ---- Megatron ------------------------------------------------------------------------------------------------
@@ -423,8 +427,8 @@ def test_the_bias_of_fused_rows_is_fused_as_they_are() -> None:
     for module in ("linear_qkv", "linear_fc1"):
         weight, bias = rules[rf"\b{module}\.weight$"], rules[rf"\b{module}\.bias$"]
         assert isinstance(weight, ParameterSpec) and isinstance(bias, ParameterSpec)
-        assert (bias.kind, bias.local_shape(2)) == ("norm", weight.local_shape(2)[:1])
-        assert bias.local_segments(1, 2) == weight.local_segments(1, 2)
+        assert (bias.kind, bias.local_shape(Grid(tensor=2))) == ("undecayed", weight.local_shape(Grid(tensor=2))[:1])
+        assert bias.local_segments(tensor_shard(1, 2)) == weight.local_segments(tensor_shard(1, 2))
 
 
 def _train(tensor: int, style: dict[str, Any], positions: str) -> tuple[list[float], Tensor]:

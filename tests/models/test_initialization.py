@@ -13,7 +13,9 @@ from torch import Tensor
 from megamult.models.common import draw
 from megamult.models.common.initialization import initialize
 from megamult.multipliers.merge import LEAVES
-from megamult.parameters import spec
+from megamult.parameters import megatron
+from megamult.parameters.axes import tensor_shard
+from megamult.parameters.stated import set_spec
 from tests.invariance import VOCAB, Case
 from tests.processes import run_distributed
 
@@ -162,8 +164,8 @@ def test_a_partition_that_deepspeed_keeps_quantized_or_twice_is_refused(kept: st
     weight: Any = torch.nn.Parameter(torch.zeros(0))
     weight.ds_tensor = torch.zeros(8, dtype=torch.int8 if kept == "quantized" else torch.float32)
     weight.ds_secondary_tensor = torch.zeros(8) if kept == "twice" else None
-    spec.set_spec(weight, spec.single_matrix("down", 4, 4, 1))
+    set_spec(weight, megatron.single_matrix("down", 4, 4, 1))
     model = torch.nn.Module()
     model.register_parameter("weight", weight)
     with pytest.raises(ValueError, match=r"keeps weight quantized, or a second time within a node: .*; remove zero_"):
-        initialize(model, {"down": 0.1}, 1, 0, 1)
+        initialize(model, {"down": 0.1}, 1, tensor_shard(0, 1))

@@ -11,6 +11,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megamult.models.common.attention import SdpaAttention
+from megamult.parameters.axes import tensor_shard
 from tests.models.conftest import Ranks
 from tests.models.workers import MODEL, PADDED, VARIANTS, VOCAB
 
@@ -26,9 +27,9 @@ def gathered(states: list[dict[str, Any]]) -> dict[str, Tensor]:
             for index, part in enumerate(spec.parts):
                 target = full.setdefault(spec.logical_name(name, part), torch.full(part.shape, math.nan))
                 if local.dim() == 2:
-                    first, columns = spec.local_columns(rank, size)
+                    first, columns = spec.local_cols(tensor_shard(rank, size))
                     target = target[:, first : first + columns]
-                for run in spec.local_segments(rank, size):
+                for run in spec.local_segments(tensor_shard(rank, size)):
                     if run.part == index:
                         held = local[run.start : run.start + run.length]
                         target[run.part_start : run.part_start + run.length] = held

@@ -90,7 +90,7 @@ def gpt(tensor: int, variant: str, **changes: Any) -> torch.nn.Module:
 
 def models(tensor: int) -> dict[str, dict[str, Any]]:
     """Of each variant: initial local parameters with their layouts, both losses, and the local gradients."""
-    from megamult.parameters.spec import named_specs
+    from megamult.parameters.stated import named_specs
 
     generator = torch.Generator().manual_seed(5)
     tokens, labels = torch.randint(0, VOCAB, (2, BATCH, MODEL.seq_length), generator=generator)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamult.multipliers import specs
 from megamult.multipliers.plan import ScalePlan
-from megamult.parameters import spec as lo
+from megamult.parameters import megatron
+from megamult.parameters.axes import Grid, tensor_shard
 from tests.multipliers import cases
 from tests.multipliers.cases import CASES, Case, Dense
 from tests.multipliers.conftest import ByRank
@@ -143,11 +145,11 @@ def test_multipliers_add_one_collective_to_a_layer_whose_backward_sums_and_none_
 @pytest.mark.parametrize(("tensor", "rank"), [(1, 0), (2, 1), (4, 3)])
 @pytest.mark.parametrize("sides", [{"row"}, {"col"}, {"row", "col", "scalar"}], ids="-".join)
 def test_padding_rows_of_a_linear_layer_are_not_scaled(sides: set[str], tensor: int, rank: int) -> None:
-    spec = lo.vocabulary("q", vocab_size=9, padded_vocab_size=16, cols=3)
-    plan = ScalePlan(spec, {"q": frozenset(sides)}, rank, tensor)  # type: ignore[arg-type]
+    spec = megatron.vocabulary("q", vocab_size=9, padded_vocab_size=16, cols=3)
+    plan = ScalePlan(spec, {"q": frozenset(sides)}, tensor_shard(rank, tensor))  # type: ignore[arg-type]
     torch.manual_seed(0)
     weight, grad = torch.randn(2, 16 // tensor, 3)
-    length = lo.row_multiplier(spec, [0], partial_over_tp=False).local_shape(tensor)[0]
+    length = specs.row_multiplier(spec, [0], partial=False).local_shape(Grid(tensor=tensor))[0]
     lengths = {"row": length, "col": 3, "scalar": 1}
     made = [torch.randn(n) if side in sides else None for side, n in lengths.items()]
     start = min(len(weight), max(0, 9 - rank * len(weight)))

@@ -19,7 +19,7 @@ def build(case: Case, plain: bool = False) -> torch.nn.Module:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
     from megamult import layers
-    from megamult.parameters import spec
+    from megamult.parameters import megatron
 
     config = ModelParallelConfig(
         tensor_model_parallel_size=case.tensor, sequence_parallel=case.sequence, use_cpu_initialization=True
@@ -39,9 +39,9 @@ def build(case: Case, plain: bool = False) -> torch.nn.Module:
         return kind(columns, rows, input_is_parallel=True, **common, **({} if plain else ours))
     kind = ColumnParallelLinear if plain else layers.MultiplierColumnParallelLinear
     if case.layer == "qkv":
-        ours["spec"] = spec.fused_qkv(cases.HEADS, cases.GROUPS, cases.HEAD_DIM, columns)
+        ours["spec"] = megatron.fused_qkv(cases.HEADS, cases.GROUPS, cases.HEAD_DIM, columns)
     elif case.layer == "gate_up":
-        ours["spec"] = spec.fused_gate_up(cases.FFN, columns)
+        ours["spec"] = megatron.fused_gate_up(cases.FFN, columns)
     return kind(columns, rows, gather_output=False, **common, **({} if plain else ours))
 
 
@@ -70,12 +70,12 @@ def forward_backward(case: Case, rank: int, layer: torch.nn.Module) -> dict[str,
 
 def gradients_of(case: Case, rank: int) -> dict[str, Any]:
     """Results with the case's multipliers, and what each parameter's layout says about its gradient."""
-    from megamult.parameters.spec import spec_of
+    from megamult.parameters.stated import spec_of
 
     layer = build(case)
     # Nothing may depend on the entries of a row multiplier that no row uses.
     load(layer, cases.shard(case, rank, cases.draw(case), unused=float("nan")))
-    partial = {name: spec_of(p).partial_over_tp for name, p in layer.named_parameters() if name != "bias"}
+    partial = {name: ("tensor" in spec_of(p).reduce_over) for name, p in layer.named_parameters() if name != "bias"}
     return {"results": forward_backward(case, rank, layer), "partial": partial}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megamult.parameters.axes import Grid
 from tests.optim.workers import VOCAB, Case, _batch
 
 
@@ -78,7 +79,7 @@ def equations(cases: list[Case]) -> list[dict[str, Any]]:
             tensors.setdefault(id(piece.tensor), set()).add(piece.name)
         result["several matrices in a partition"] = any(len(names) > 1 for names in tensors.values())
         result["straddling"] = any(
-            0 < piece.length < torch.Size(piece.spec.local_shape(case.tensor)).numel() for piece in pieces
+            0 < piece.length < torch.Size(piece.spec.local_shape(Grid(tensor=case.tensor))).numel() for piece in pieces
         )
         engine.deepspeed.destroy()
         results.append(result)
@@ -88,7 +89,7 @@ def equations(cases: list[Case]) -> list[dict[str, Any]]:
 def starts(cases: list[Case]) -> list[dict[str, float]]:
     """Per case, of this rank: first losses by how the multipliers start; and of a plain model of doubled matrices."""
     from megamult.models.llama.model import GPT
-    from megamult.parameters.spec import named_specs
+    from megamult.parameters.stated import named_specs
 
     results = []
     for case in cases:

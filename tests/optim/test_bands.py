@@ -10,16 +10,17 @@ from torch import Tensor
 
 from megamult.optim import bands as module
 from megamult.optim.bands import Table, bands
-from megamult.parameters import spec
+from megamult.parameters import megatron
+from megamult.parameters.axes import Grid, tensor_shard
 from megamult.parameters.rectangles import rectangles
 from megamult.parameters.spec import ParameterSpec, Side
 
-QKV = spec.fused_qkv(32, 16, 4, 24)  # 16 groups of [q q k v]
+QKV = megatron.fused_qkv(32, 16, 4, 24)  # 16 groups of [q q k v]
 LAYOUTS = {
     "qkv": QKV,
-    "gate_up": spec.fused_gate_up(40, 24),
-    "down": spec.single_matrix("down", 24, 40, 1),
-    "embedding": spec.vocabulary("embedding", 29, 32, 24),
+    "gate_up": megatron.fused_gate_up(40, 24),
+    "down": megatron.single_matrix("down", 24, 40, 1),
+    "embedding": megatron.vocabulary("embedding", 29, 32, 24),
 }
 Places = dict[tuple[int, Side], slice]
 
@@ -49,13 +50,13 @@ def test_every_element_is_scaled_by_its_row_its_column_and_its_scalar(
 ) -> None:
     monkeypatch.setitem(module._ELEMENTS, "cpu", elements)
     stated = LAYOUTS[name]
-    numel = torch.Size(stated.local_shape(tensor)).numel()
+    numel = torch.Size(stated.local_shape(Grid(tensor=tensor))).numel()
     cuts = [(0, numel), (5, numel - 9), (24 * 3 + 1, 20), (24 * 7, 24 * 20 + 3)]
     parts = range(len(stated.parts))
     for given, (start, length) in itertools.product(itertools.product(SIDES, repeat=len(parts)), cuts):
         places, values = packed(stated, dict(zip(parts, given, strict=True)))
         for tp_rank in range(tensor):
-            found = rectangles(stated, tp_rank, tensor, start, length)
+            found = rectangles(stated, tensor_shard(tp_rank, tensor), start, length)
             wanted, actual = torch.ones(2, length)
             for r in found:
                 of_part = {side: values[places[r.part, side]] for side in given[r.part]}
@@ -89,14 +90,15 @@ def test_every_element_is_scaled_by_its_row_its_column_and_its_scalar(
 
 def test_an_interleaved_parameter_is_one_band() -> None:
     places, values = packed(QKV, {0: ("row", "col"), 1: ("row", "col"), 2: ("row", "col")})
-    whole = rectangles(QKV, 0, 1, 0, 16 * 16 * 24)
+    whole = rectangles(QKV, tensor_shard(0, 1), 0, 16 * 16 * 24)
     assert len(whole) == 48
     (band,) = bands(whole, places, len(values) - 1, "cpu")
     assert (band.height, band.width, len(band.spans)) == (256, 24, 48)
     # A cut within a row leaves its end, the whole rows, and the next row's beginning.
-    assert [b.height for b in bands(rectangles(QKV, 0, 1, 5, 24 * 100), places, len(values) - 1, "cpu")] == [1, 99, 1]
+    found = rectangles(QKV, tensor_shard(0, 1), 5, 24 * 100)
+    assert [b.height for b in bands(found, places, len(values) - 1, "cpu")] == [1, 99, 1]
 
 
 def test_what_nothing_scales_is_no_band() -> None:
     places, values = packed(QKV, {})
-    assert bands(rectangles(QKV, 0, 1, 0, 24 * 256), places, len(values) - 1, "cpu") == []
+    assert bands(rectangles(QKV, tensor_shard(0, 1), 0, 24 * 256), places, len(values) - 1, "cpu") == []

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megamult.multipliers import specs
 from megamult.optim.clip import LocalSquares, Norms, clip_factor
-from megamult.parameters import spec
+from megamult.parameters import megatron
+from megamult.parameters.axes import tensor_shard
+from megamult.parameters.rectangles import counted_intervals
 from megamult.parameters.spec import ParameterSpec
 from megamult.zero.partition import Slice
 
-MATRIX = spec.single_matrix("down", 4, 6, tp_dim=1)
-NORM = spec.norm(4, partial_over_tp=False)
-ROW = spec.row_multiplier(MATRIX, [0], partial_over_tp=False)  # replicated: the columns are sharded
-COL = spec.col_multiplier(MATRIX, [0], partial_over_tp=False)  # sharded
+MATRIX = megatron.single_matrix("down", 4, 6, dim=1)
+NORM = megatron.norm(4, partial=False)
+ROW = specs.row_multiplier(MATRIX, [0], partial=False)  # replicated: the columns are sharded
+COL = specs.col_multiplier(MATRIX, [0], partial=False)  # sharded
 
 
 def pieces(*gradients: tuple[ParameterSpec, Tensor]) -> tuple[list[Slice], list[Tensor]]:
@@ -25,7 +30,11 @@ def pieces(*gradients: tuple[ParameterSpec, Tensor]) -> tuple[list[Slice], list[
 
 
 def local_squares(slices: list[Slice], gradients: list[Tensor], tp_rank: int) -> Tensor:
-    return LocalSquares(slices, tp_rank, torch.device("cpu"))(gradients)
+    def counted(piece: Slice) -> list[tuple[int, int]]:
+        return counted_intervals(piece.spec, tensor_shard(tp_rank, 2), piece.start, piece.length)
+
+    partition: Any = SimpleNamespace(slices=slices, counted=counted)
+    return LocalSquares(partition, torch.device("cpu"))(gradients)
 
 
 def test_squares_of_two_tensor_parallel_ranks_add_up_to_those_of_the_full_gradients() -> None:
@@ -49,7 +58,8 @@ def test_squares_of_two_tensor_parallel_ranks_add_up_to_those_of_the_full_gradie
 def test_bf16_gradients_are_summed_in_fp32() -> None:
     # The root of 4000/4096 is no bf16 number (8 bits): a norm that was rounded to one would be 1e-4 off.
     gradient = torch.full((4000,), 1 / 64, dtype=torch.bfloat16)
-    assert local_squares(*pieces((NORM, gradient)), tp_rank=0).tolist() == pytest.approx([4000 / 4096, 0.0], rel=1e-6)
+    stated = megatron.norm(4000, partial=False)
+    assert local_squares(*pieces((stated, gradient)), tp_rank=0).tolist() == pytest.approx([4000 / 4096, 0.0], rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -12,8 +12,9 @@ from torch.nn import Parameter
 from megamult import TwoPhaseAdamW, param_groups
 from megamult.multipliers.reference import effective_weight
 from megamult.optim.folded import LATENT, FoldedMultipliers
-from megamult.parameters import spec
+from megamult.parameters import megatron
 from megamult.parameters.roles import resolve
+from megamult.parameters.stated import set_spec
 from tests.optim.folded_workers import PLACEMENT, all_of_it
 from tests.optim.workers import Case
 from tests.processes import run_distributed
@@ -106,7 +107,7 @@ class Folded(torch.nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = Parameter(weight.clone())
-        spec.set_spec(self.weight, spec.single_matrix("down", ROWS, COLS, None))
+        set_spec(self.weight, megatron.single_matrix("down", ROWS, COLS, None))
 
 
 def batches(step: int) -> tuple[Tensor, Tensor]:

@@ -6,24 +6,26 @@ import pytest
 import torch
 
 from megamult import param_groups
-from megamult.parameters import spec
+from megamult.multipliers import specs
+from megamult.parameters import megatron, spec
 from megamult.parameters.spec import ParameterSpec
+from megamult.parameters.stated import set_spec
 
-QKV = spec.fused_qkv(4, 2, 4, 16)
+QKV = megatron.fused_qkv(4, 2, 4, 16)
 STATED: dict[str, ParameterSpec] = {
-    "embedding_weight": spec.vocabulary("embedding", 20, 128, 16),
+    "embedding_weight": megatron.vocabulary("embedding", 20, 128, 16),
     "qkv_weight": QKV,
-    "qkv_row": spec.row_multiplier(QKV, [0, 1], False),
-    "qkv_col": spec.col_multiplier(QKV, [0, 2], False),
-    "out_weight": spec.single_matrix("attention_out", 16, 16, 1),
-    "out_scalar": spec.scalar_multiplier(spec.single_matrix("attention_out", 16, 16, 1), [0], False),
-    "final_norm": spec.norm(16, False),
-    "head_weight": spec.vocabulary("head", 20, 128, 16),
+    "qkv_row": specs.row_multiplier(QKV, [0, 1], False),
+    "qkv_col": specs.col_multiplier(QKV, [0, 2], False),
+    "out_weight": megatron.single_matrix("attention_out", 16, 16, 1),
+    "out_scalar": specs.scalar_multiplier(megatron.single_matrix("attention_out", 16, 16, 1), [0], False),
+    "final_norm": megatron.norm(16, False),
+    "head_weight": megatron.vocabulary("head", 20, 128, 16),
 }
 KINDS = {
     "matrix": {"qkv_weight", "out_weight"},
     "multiplier": {"qkv_row", "qkv_col", "out_scalar"},
-    "norm": {"final_norm"},
+    "undecayed": {"final_norm"},
     "embedding": {"embedding_weight"},
     "head": {"head_weight"},
 }
@@ -34,7 +36,7 @@ def model(stated: dict[str, ParameterSpec] = STATED) -> torch.nn.Module:
     module = torch.nn.Module()
     for name, what in stated.items():
         parameter = torch.nn.Parameter(torch.empty(0))
-        spec.set_spec(parameter, what)
+        set_spec(parameter, what)
         module.register_parameter(name, parameter)
     return module
 
@@ -54,7 +56,7 @@ def test_norms_do_not_decay_multipliers_have_a_rate_and_decay_of_their_own() -> 
         "matrix": (0.2, 0.1),
         "embedding": (0.2, 0.1),
         "head": (0.2, 0.1),
-        "norm": (0.0, 0.1),
+        "undecayed": (0.0, 0.1),
         "multiplier": (0.03, 0.7),
     }
     assert all(group["peak_lr"] == group["lr"] for group in groups)
@@ -66,7 +68,7 @@ def test_multipliers_take_the_common_rate_and_the_papers_decay_by_default() -> N
 
 
 def test_a_kind_that_the_model_lacks_makes_no_group() -> None:
-    plain = {name: what for name, what in STATED.items() if what.kind != "multiplier"}
+    plain = {name: what for name, what in STATED.items() if what.side is None}
     assert "multiplier" not in [group["kind"] for group in param_groups(model(plain), lr=0.1, weight_decay=0.2)]
 
 
@@ -83,14 +85,14 @@ def test_a_shared_parameter_is_in_one_group_once() -> None:
     assert sum(len(group["params"]) for group in groups) == len(STATED)
 
 
-def test_a_one_dimensional_matrix_is_refused_with_its_name_and_shape() -> None:
-    vector = ParameterSpec("matrix", (spec.Part("", "down", (16,)),), (16,), None, (spec.Run(0, 0, 0, 16),))
-    with pytest.raises(ValueError, match=r"bad_weight .* \(16,\).*two dimensions"):
-        param_groups(model({**STATED, "bad_weight": vector}), lr=0.1, weight_decay=0.2)
+def test_a_one_dimensional_matrix_cannot_be_stated() -> None:
+    part, segment = spec.Part("", "down", (16,)), spec.Segment(0, 0, 0, 16)
+    with pytest.raises(ValueError, match=r"\(16,\).*two dimensions.*orthogonalize=False"):
+        ParameterSpec((part,), (16,), (segment,), orthogonalize=True)
 
 
 def test_a_parameter_without_layout_is_refused_with_its_name_and_shape() -> None:
     made = model()
     made.register_parameter("stranger", torch.nn.Parameter(torch.ones(3, 2)))
-    with pytest.raises(ValueError, match=r"stranger of shape \(3, 2\) states no layout: .*attach"):
+    with pytest.raises(ValueError, match=r"stranger of shape \(3, 2\) has no spec: .*set_spec"):
         param_groups(made, lr=0.1, weight_decay=0.2)

@@ -72,7 +72,7 @@ def _step(engine: Any, config: Config, batch: int, poison: str | None = None) ->
     engine.deepspeed.backward(objective)
     if poison == "gradient" and last_rank:
         pieces = zip(engine.partition.slices, engine.partition.gradients(), strict=True)
-        next(g for piece, g in pieces if piece.spec.tp_dim is not None)[-1] = float("inf")
+        next(g for piece, g in pieces if piece.spec.dim_over("tensor") is not None)[-1] = float("inf")
     engine.deepspeed.step()
 
 
@@ -151,7 +151,7 @@ def one_process(cases: list[Case]) -> dict[str, Any]:
 def autograd_norms() -> tuple[float, float]:
     """Norms of the gradient of batch 0 (all but multipliers, multipliers) from autograd alone."""
     from megamult.models.llama.model import GPT
-    from megamult.parameters.spec import named_specs
+    from megamult.parameters.stated import named_specs
 
     config = Case().config(1)
     model = GPT(config, VOCAB, config.train.seed)
@@ -184,21 +184,23 @@ class Small(torch.nn.Module):
     """One parameter of each kind."""
 
     def __init__(self) -> None:
-        from megamult.parameters import spec
+        from megamult.multipliers import specs
+        from megamult.parameters import megatron
+        from megamult.parameters.stated import set_spec
 
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        weight = spec.single_matrix("down", 6, 5, None)
+        weight = megatron.single_matrix("down", 6, 5, None)
         for name, stated in {
             "matrix": weight,
-            "embedding": spec.vocabulary("embedding", 7, 8, 5),
-            "head": spec.vocabulary("head", 7, 8, 5),
-            "norm": spec.norm(5, False),
-            "row_multiplier": spec.row_multiplier(weight, [0], False),
-            "col_multiplier": spec.col_multiplier(weight, [0], False),
+            "embedding": megatron.vocabulary("embedding", 7, 8, 5),
+            "head": megatron.vocabulary("head", 7, 8, 5),
+            "norm": megatron.norm(5, False),
+            "row_multiplier": specs.row_multiplier(weight, [0], False),
+            "col_multiplier": specs.col_multiplier(weight, [0], False),
         }.items():
             parameter = torch.nn.Parameter(torch.randn(stated.shape, generator=generator))
-            spec.set_spec(parameter, stated)
+            set_spec(parameter, stated)
             self.register_parameter(name, parameter)
 
 
@@ -206,7 +208,7 @@ def against_torch(clip_multipliers: bool) -> dict[str, float]:
     """Largest relative difference per parameter from torch's AdamW and clip_grad_norm_ after five steps."""
     from megamult import param_groups
     from megamult.optim.adamw import TwoPhaseAdamW
-    from megamult.parameters.spec import names_of
+    from megamult.parameters.stated import names_of
     from megamult.zero.whole import WholePartition
 
     ours, theirs = Small(), Small()
@@ -252,7 +254,7 @@ def unprepared() -> str:
     """The message of a step that nothing prepared, after one that was."""
     from megamult import param_groups
     from megamult.optim.adamw import TwoPhaseAdamW
-    from megamult.parameters.spec import names_of
+    from megamult.parameters.stated import names_of
     from megamult.zero.whole import WholePartition
 
     model = Small()

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamult.parameters import spec
+from megamult.parameters import megatron
+from megamult.parameters.axes import tensor_shard
 from megamult.parameters.rectangles import rectangles
 from megamult.parameters.spec import ParameterSpec
+from tests.sharding import megatron_shard
 
 
 def _numbers(*shape: int, first: int = 0) -> Tensor:
@@ -20,36 +22,27 @@ def _qkv() -> tuple[ParameterSpec, list[Tensor], Tensor]:
     q, k, v = _numbers(24, 5), _numbers(8, 5, first=1000), _numbers(8, 5, first=2000)
     rows = [(q[g * 12 : g * 12 + 12], k[g * 4 : g * 4 + 4], v[g * 4 : g * 4 + 4]) for g in (0, 1)]
     fused = torch.cat([matrix for group in rows for matrix in group])
-    return spec.fused_qkv(6, 2, 4, 5), [q, k, v], fused
+    return megatron.fused_qkv(6, 2, 4, 5), [q, k, v], fused
 
 
 def _gate_up() -> tuple[ParameterSpec, list[Tensor], Tensor]:
     gate, up = _numbers(12, 3), _numbers(12, 3, first=1000)
-    return spec.fused_gate_up(12, 3), [gate, up], torch.cat([gate, up])
+    return megatron.fused_gate_up(12, 3), [gate, up], torch.cat([gate, up])
 
 
 def _single(tp_dim: int | None) -> tuple[ParameterSpec, list[Tensor], Tensor]:
     w = _numbers(8, 12)
-    return spec.single_matrix("down", 8, 12, tp_dim), [w], w
+    return megatron.single_matrix("down", 8, 12, tp_dim), [w], w
 
 
 def _vocabulary() -> tuple[ParameterSpec, list[Tensor], Tensor]:
     w = _numbers(13, 3)
-    return spec.vocabulary("embedding", 13, 16, 3), [w], torch.cat([w, torch.full((3, 3), -1)])
+    return megatron.vocabulary("embedding", 13, 16, 3), [w], torch.cat([w, torch.full((3, 3), -1)])
 
 
 def _norm() -> tuple[ParameterSpec, list[Tensor], Tensor]:
     w = _numbers(10)
-    return spec.norm(10, False), [w], w
-
-
-def _shard(stated: ParameterSpec, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """As Megatron cuts: dim 0 in `stride` blocks of which each rank has a piece, dim 1 evenly."""
-    if stated.tp_dim is None:
-        return full
-    if stated.tp_dim == 1:
-        return full.chunk(tp_size, dim=1)[tp_rank]
-    return torch.cat([block.chunk(tp_size)[tp_rank] for block in full.chunk(stated.stride)])
+    return megatron.norm(10, False), [w], w
 
 
 CASES = {
@@ -68,13 +61,13 @@ CASES = {
 def test_every_interval_is_the_rectangles_that_it_is_said_to_be(name: str, tp_size: int) -> None:
     stated, parts, full = CASES[name]()
     for tp_rank in range(tp_size):
-        flat = _shard(stated, full, tp_rank, tp_size).reshape(-1)
+        flat = megatron_shard(stated, full, tp_rank, tp_size).reshape(-1)
         for start in range(0, flat.numel(), 3):
             for length in (1, 2, 5, 11, flat.numel()):
                 interval = flat[start : start + length]
                 covered = torch.zeros(interval.numel(), dtype=torch.bool)
                 position = 0
-                for r in rectangles(stated, tp_rank, tp_size, start, interval.numel()):
+                for r in rectangles(stated, tensor_shard(tp_rank, tp_size), start, interval.numel()):
                     assert r.offset >= position
                     position = r.offset + r.numel
                     part = parts[r.part] if parts[r.part].ndim == 2 else parts[r.part][:, None]
@@ -85,6 +78,6 @@ def test_every_interval_is_the_rectangles_that_it_is_said_to_be(name: str, tp_si
 
 
 def test_an_interval_of_one_run_is_at_most_three_rectangles() -> None:
-    stated = spec.single_matrix("down", 100, 7, None)
-    assert [(r.height, r.width) for r in rectangles(stated, 0, 1, 3, 7 * 50)] == [(1, 4), (49, 7), (1, 3)]
-    assert [(r.height, r.width) for r in rectangles(stated, 0, 1, 8, 4)] == [(1, 4)]
+    stated = megatron.single_matrix("down", 100, 7, None)
+    assert [(r.height, r.width) for r in rectangles(stated, tensor_shard(0, 1), 3, 7 * 50)] == [(1, 4), (49, 7), (1, 3)]
+    assert [(r.height, r.width) for r in rectangles(stated, tensor_shard(0, 1), 8, 4)] == [(1, 4)]

@@ -37,7 +37,7 @@ def _averages(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Means over ranks and micro-batches, in float64, of the bf16 gradients and of their magnitudes, by parameter."""
     from megamult.models.llama.model import GPT
     from megamult.multipliers.parameters import FULL_PRECISION
-    from megamult.parameters.spec import named_specs
+    from megamult.parameters.stated import named_specs
 
     model = GPT(config, VOCAB, config.train.seed)
     for _, parameter, spec in named_specs(model):

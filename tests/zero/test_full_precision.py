@@ -45,7 +45,8 @@ def run(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
 def stale(engine: Any) -> list[str]:
     """Multipliers whose value in a forward pass is not their fp32 master, bit by bit."""
     from megamult.multipliers.parameters import full_precision
-    from megamult.parameters.spec import named_specs
+    from megamult.parameters.axes import tensor_shard
+    from megamult.parameters.stated import named_specs
     from megamult.zero.gather import trained
 
     masters = trained(engine.model, engine.partition, engine.optimizer, kinds=("multiplier",))
@@ -58,7 +59,7 @@ def stale(engine: Any) -> list[str]:
         if spec.kind != "multiplier":
             continue
         value = full_precision(parameter)
-        for run in spec.local_segments(tensor_group.rank(), tensor_group.size()):
+        for run in spec.local_segments(tensor_shard(tensor_group.rank(), tensor_group.size())):
             master = whole[spec.logical_name(name, spec.parts[run.part])]
             held = value[run.start : run.start + run.length]
             if not torch.equal(held, master[run.part_start : run.part_start + run.length]):

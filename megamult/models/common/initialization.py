@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megamult.models.common import draw
+from megamult.parameters.axes import Coordinates
 from megamult.parameters.rectangles import rectangles
-from megamult.parameters.spec import Role, named_specs
+from megamult.parameters.spec import Role
+from megamult.parameters.stated import named_specs
 
 
 @torch.no_grad()
@@ -22,21 +24,20 @@ def initialize(
     model: torch.nn.Module,
     std: Mapping[Role, float],
     seed: int | None,
-    tp_rank: int,
-    tp_size: int,
+    coordinates: Coordinates,
     note: Callable[[str], None] = lambda doing: None,
 ) -> None:
     """Set this rank's part of every trainable parameter, on the parameter's own device.
 
-    Matrices, embedding and head are drawn from N(0, std^2), in fp32, then cast; their padding is zero. Norms and
-    multipliers are 1. Parameters that `deepspeed.zero.Init` has partitioned are set in their partitions; nothing is
-    gathered.
+    Parts whose role has a `std` are drawn from N(0, std^2), in fp32, then cast; their padding is zero. Everything
+    else, norms and multipliers, is 1. Parameters that `deepspeed.zero.Init` has partitioned are set in their
+    partitions; nothing is gathered.
 
     Args:
         model: every trainable parameter states its layout.
         std: by role of the logical matrix.
         seed: of the weights; None: a checkpoint will be loaded, and until then every element that it must have is NaN.
-        tp_rank, tp_size: place in the tensor-parallel group.
+        coordinates: of this process.
         note: told of each parameter before it is drawn, as large ones take seconds.
 
     Raises:
@@ -44,12 +45,12 @@ def initialize(
     """
     for name, parameter, spec in named_specs(model):
         values, start = _held(parameter, name)
-        if spec.kind in ("norm", "multiplier"):
+        if spec.side is not None or not any(part.role in std for part in spec.parts):
             values.fill_(1.0)
             continue
         note(f"drawing {name}")
         values.zero_()
-        for rectangle in rectangles(spec, tp_rank, tp_size, start, values.numel()):
+        for rectangle in rectangles(spec, coordinates, start, values.numel()):
             part = spec.parts[rectangle.part]
             piece = values[rectangle.offset : rectangle.offset + rectangle.numel]
             if seed is None:

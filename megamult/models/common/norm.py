@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megamult.parameters import spec
+from megamult.parameters import megatron
+from megamult.parameters.stated import set_spec
 
 
 class RMSNorm(torch.nn.Module):
@@ -20,7 +21,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         where = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=where))
-        spec.set_spec(self.weight, spec.norm(hidden_size, partial_over_tp=config.sequence_parallel))
+        set_spec(self.weight, megatron.norm(hidden_size, partial=config.sequence_parallel))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from megamult.layers import MultiplierColumnParallelLinear, MultiplierRowParalle
 from megamult.models.common.attention import SdpaAttention
 from megamult.models.common.norm import RMSNorm
 from megamult.multipliers.parameters import GradSync
-from megamult.parameters import spec
+from megamult.parameters import megatron
 from megamult.parameters.roles import resolve
 
 
@@ -64,7 +64,7 @@ def gpt_layer_spec(
     resolved = resolve(placement)
     common: dict[str, Any] = {"placement": resolved, "grad_sync": grad_sync}
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
-    qkv = spec.fused_qkv(config.num_attention_heads, config.num_query_groups, config.kv_channels, hidden)
+    qkv = megatron.fused_qkv(config.num_attention_heads, config.num_query_groups, config.kv_channels, hidden)
     attention = SelfAttentionSubmodules(
         linear_qkv=partial(MultiplierColumnParallelLinear, spec=qkv, **common),
         core_attention=SdpaAttention,
@@ -72,7 +72,7 @@ def gpt_layer_spec(
     )
     mlp = MLPSubmodules(
         linear_fc1=ModuleSpec(
-            MultiplierColumnParallelLinear, params={"spec": spec.fused_gate_up(ffn, hidden), **common}
+            MultiplierColumnParallelLinear, params={"spec": megatron.fused_gate_up(ffn, hidden), **common}
         ),
         linear_fc2=ModuleSpec(MultiplierRowParallelLinear, params={"role": "down", **common}),
     )

@@ -19,9 +19,11 @@ from megamult.models.common.initialization import initialize
 from megamult.models.common.loss import VocabParallelCrossEntropy
 from megamult.models.common.norm import RMSNorm
 from megamult.models.llama.layer import gpt_layer_spec
-from megamult.parameters import spec
+from megamult.parameters import megatron
+from megamult.parameters.axes import tensor_shard
 from megamult.parameters.roles import Placement, resolve
 from megamult.parameters.spec import Role
+from megamult.parameters.stated import set_spec
 
 VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this whatever the tensor-parallel size, so the model never depends on
@@ -88,7 +90,7 @@ class GPT(GPTModel):
         self.exact_vocab_size = vocab_size
         self.z_loss = model.z_loss
         tensor = self.pg_collection.tp
-        initialize(self, standard_deviations(config), seed, tensor.rank(), tensor.size(), note)
+        initialize(self, standard_deviations(config), seed, tensor_shard(tensor.rank(), tensor.size()), note)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of a micro-batch.
@@ -132,7 +134,7 @@ class Head(ColumnParallelLinear):
             gather_output=False,
             tp_group=tp_group,
         )
-        spec.set_spec(self.weight, spec.vocabulary("head", vocab_size, padded, config.hidden_size))
+        set_spec(self.weight, megatron.vocabulary("head", vocab_size, padded, config.hidden_size))
 
 
 def _nothing(weight: Tensor) -> Tensor:

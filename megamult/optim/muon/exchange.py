@@ -75,15 +75,16 @@ class Exchange:
             by_shape.setdefault((plan.matrices[i].rows, plan.matrices[i].cols), []).append(i)
         place = {i: (b, k) for b, members in enumerate(by_shape.values()) for k, i in enumerate(members)}
 
-        def direction(elements: NDArray[np.int64]) -> _Direction:
-            """`elements` [matrices, ranks]: 0 where a rank's pieces of a matrix do not travel."""
+        def direction(elements: NDArray[np.int64], counted: bool) -> _Direction:
+            """`elements` [matrices, ranks]: 0 where a rank's pieces of a matrix do not travel; `counted`: copies that
+            do not count stay."""
             found = _Direction()
             for other in range(self._ranks):
                 mine = [
                     (i, cut, rectangle)
                     for i in by_owner.get(other, [])
                     if elements[i, rank]
-                    for cut, rectangle in plan.fragments(i, rank)
+                    for cut, rectangle in plan.fragments(i, rank, counted)
                 ]
                 if other == rank:
                     found.local = [(slice_of_cut[cut], *place[i], rectangle) for i, cut, rectangle in mine]
@@ -94,7 +95,7 @@ class Exchange:
                         (*place[i], rectangle)
                         for i in by_owner.get(rank, [])
                         if elements[i, other]
-                        for _, rectangle in plan.fragments(i, other)
+                        for _, rectangle in plan.fragments(i, other, counted)
                     ]
                 found.held += held
                 found.held_sizes.append(sum(numel for _, _, numel in held))
@@ -103,9 +104,9 @@ class Exchange:
             return found
 
         shapes = [(len(members), *shape) for shape, members in by_shape.items()]
-        to_owners = direction(plan.given)
+        to_owners = direction(plan.given, True)
         replicated = not np.array_equal(plan.given, plan.held)
-        return _Bucket(shapes, to_owners, direction(plan.held) if replicated else to_owners)
+        return _Bucket(shapes, to_owners, direction(plan.held, False) if replicated else to_owners)
 
     def run(self, values: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> None:
         """Replace `values` by what `compute` makes of the logical matrices that they are pieces of. Collective.

@@ -1,23 +1,23 @@
 """Which rank orthogonalizes which logical matrix, and in which order they travel. Pure, the same on every rank.
 
-Each logical matrix has one owner in the data-parallel x tensor-parallel grid. Ranks are numbered as in
-:class:`megamult.distributed.mesh.Grid`: data-parallel rank x TP size + tensor-parallel rank.
+Each logical matrix has one owner among the processes of the grid (:class:`megamult.parameters.axes.Grid`).
 
-Of a matrix that TP replicates, the copies that count elsewhere (:meth:`Layout.counted_on`) travel to the owner, and all
-ranks take results: replicas stay alike, whatever became of their gradients.
+Where several processes hold copies, the copy that counts in sums (:attr:`Rectangle.counted`) travels to the owner, and
+all take results: copies stay alike, whatever became of their gradients.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megamult.optim.muon.newton_schulz import flops, workspace
+from megamult.parameters.axes import Grid
 from megamult.parameters.rectangles import Rectangle, rectangles
 from megamult.zero.partition import Cut
 
@@ -45,7 +45,7 @@ class Plan:
     """Owners and buckets of all logical matrices."""
 
     cuts: tuple[Cut, ...]
-    tp_size: int
+    grid: Grid
     steps: int
     """Of Newton-Schulz."""
     matrices: tuple[Matrix, ...]
@@ -60,20 +60,24 @@ class Plan:
 
     @property
     def ranks(self) -> int:
-        """Data-parallel x tensor-parallel size."""
-        return len(self.cuts[0].intervals) * self.tp_size if self.cuts else self.tp_size
+        """Number of processes."""
+        return self.grid.size
 
-    def fragments(self, matrix: int, rank: int) -> Iterator[tuple[int, Rectangle]]:
-        """(index of the cut, rectangle) of all that `rank` holds of a matrix, in the order in which it travels.
+    def fragments(self, matrix: int, rank: int, counted: bool = False) -> Iterator[tuple[int, Rectangle]]:
+        """Yield (index of the cut, rectangle) of what `rank` holds of a matrix, in the order in which it travels.
 
         A rectangle's offset counts from the beginning of the rank's interval of the parameter.
+
+        Args:
+            matrix: index of the matrix.
+            rank: whose.
+            counted: only copies that count: what travels to the owner; else all: what it takes from the owner.
         """
-        where = self.matrices[matrix]
+        where, coordinates = self.matrices[matrix], self.grid.coordinates(rank)
         cut = self.cuts[where.cut]
-        data_rank, tp_rank = divmod(rank, self.tp_size)
-        start, length = cut.intervals[data_rank]
-        for rectangle in rectangles(cut.spec, tp_rank, self.tp_size, start, length) if length else ():
-            if rectangle.part == where.part:
+        start, length = cut.held_by(coordinates)
+        for rectangle in rectangles(cut.spec, coordinates, start, length) if length else ():
+            if rectangle.part == where.part and (rectangle.counted or not counted):
                 yield where.cut, rectangle
 
     @cached_property
@@ -128,25 +132,23 @@ class Plan:
         return by_holder, by_owner
 
 
-def make_plan(cuts: Sequence[Cut], tp_size: int, steps: int, bucket_elements: int = BUCKET_ELEMENTS) -> Plan:
+def make_plan(cuts: Sequence[Cut], grid: Grid, steps: int, bucket_elements: int = BUCKET_ELEMENTS) -> Plan:
     """Owners and buckets of all logical matrices of the parameters `cuts`.
 
     Args:
         cuts: the matrix parameters, with what every data-parallel rank holds of them.
-        tp_size: tensor-parallel size.
+        grid: of the processes that hold them.
         steps: of Newton-Schulz, for its FLOPs.
         bucket_elements: see :data:`BUCKET_ELEMENTS`.
     """
     matrices = tuple(Matrix(i, p, *part.shape) for i, cut in enumerate(cuts) for p, part in enumerate(cut.spec.parts))
     if not matrices:
-        nothing = np.zeros((0, tp_size), dtype=np.int64)
-        return Plan((), tp_size, steps, (), (), (), nothing, nothing)
-    held = held_elements(cuts, matrices, tp_size)
-    counted = np.array([[cuts[m.cut].spec.counted_on(tp_rank) for tp_rank in range(tp_size)] for m in matrices])
-    given = held * np.tile(counted, held.shape[1] // tp_size)
+        nothing = np.zeros((0, grid.size), dtype=np.int64)
+        return Plan((), grid, steps, (), (), (), nothing, nothing)
+    held, given = held_elements(cuts, matrices, grid)
     owners = assign([flops(m.rows, m.cols, steps) for m in matrices], given)
     buckets = _buckets(matrices, owners, held, bucket_elements)
-    return Plan(tuple(cuts), tp_size, steps, matrices, tuple(owners), tuple(buckets), held, given)
+    return Plan(tuple(cuts), grid, steps, matrices, tuple(owners), tuple(buckets), held, given)
 
 
 def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
@@ -171,24 +173,28 @@ def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
     return owners
 
 
-def held_elements(cuts: Sequence[Cut], matrices: Sequence[Matrix], tp_size: int) -> NDArray[np.int64]:
-    """[matrices, ranks]: how many elements of each logical matrix each rank holds."""
-    data_size = len(cuts[0].intervals) if cuts else 1
+def held_elements(
+    cuts: Sequence[Cut], matrices: Sequence[Matrix], grid: Grid
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[matrices, ranks] each: how many elements of each logical matrix each rank holds, and how many of them count."""
     first: dict[int, int] = {}
     for i, matrix in enumerate(matrices):
         first.setdefault(matrix.cut, i)
-    held = np.zeros((len(matrices), data_size, tp_size), dtype=np.int64)
-    for index, cut in enumerate(cuts):
-        spec = cut.spec
-        starts = np.array([start for start, _ in cut.intervals])
-        stops = starts + np.array([length for _, length in cut.intervals])
-        for tp_rank in range(tp_size):
-            cols = spec.local_columns(tp_rank, tp_size)[1]
-            for run in spec.local_segments(tp_rank, tp_size):
-                begin, end = run.start * cols, (run.start + run.length) * cols
-                inside = np.minimum(stops, end) - np.maximum(starts, begin)
-                held[first[index] + run.part, :, tp_rank] += np.maximum(inside, 0)
-    return held.reshape(len(matrices), data_size * tp_size)
+    held, given = np.zeros((2, len(matrices), grid.size), dtype=np.int64)
+    for shard in grid.shards():
+        # All processes with this shard of the model, by data-parallel rank.
+        ranks = np.array([replace(shard, data=data).rank for data in range(grid.data)])
+        for index, cut in enumerate(cuts):
+            starts = np.array([start for start, _ in cut.intervals])
+            stops = starts + np.array([length for _, length in cut.intervals])
+            cols = cut.spec.local_cols(shard)[1]
+            segments, counted = cut.spec.local_segments(shard), cut.spec.counted_segments(shard)
+            for segment, counts in zip(segments, counted, strict=True):
+                begin, end = segment.start * cols, (segment.start + segment.length) * cols
+                inside = np.maximum(np.minimum(stops, end) - np.maximum(starts, begin), 0)
+                held[first[index] + segment.part, ranks] += inside
+                given[first[index] + segment.part, ranks] += inside * counts
+    return held, given
 
 
 def lower_bound(costs: Sequence[int], ranks: int) -> int:

@@ -107,7 +107,7 @@ class DistributedMuon(TwoPhaseAdamW):
         cuts = [cut for cut in pieces.cuts if _is_matrix(cut.spec)]
         indices = [i for i, piece in enumerate(pieces.slices) if _is_matrix(piece.spec)]
         index_of = {pieces.slices[i].name: k for k, i in enumerate(indices)}
-        plan = make_plan(cuts, grid.tensor_size, len(self._steps), self.bucket_elements)
+        plan = make_plan(cuts, grid.coordinates.grid, len(self._steps), self.bucket_elements)
         slice_of_cut = {c: index_of[cut.name] for c, cut in enumerate(cuts) if cut.name in index_of}
         auto = torch.float32 if all(cut.dtype == torch.float32 for cut in cuts) else torch.bfloat16
         self.ns_dtype, self.exchange_dtype = self.ns_dtype or auto, self.exchange_dtype or auto

@@ -17,9 +17,11 @@ from torch import Tensor
 from examples.benchmarks.muon_plan import zero_cuts
 from megamult.optim.muon.exchange import Exchange
 from megamult.optim.muon.plan import Plan, make_plan
-from megamult.parameters import spec
+from megamult.parameters import megatron
+from megamult.parameters.axes import Grid
 from megamult.parameters.spec import ParameterSpec
 from megamult.zero.partition import Cut, even_intervals
+from tests.sharding import megatron_shard
 
 GRIDS = list(itertools.product((1, 2, 3, 5), (1, 2, 4)))  # data-parallel x tensor-parallel
 BUCKET_ELEMENTS = {"single": 1, "several": 130, "together": 2**25}
@@ -145,21 +147,12 @@ def only(parts: Sequence[Tensor]) -> Tensor:
 Fuse = Callable[[Sequence[Tensor]], Tensor]
 """The global parameter from its logical matrices."""
 STATED: list[tuple[ParameterSpec, Fuse]] = [
-    (spec.fused_qkv(6, 2, 4, 5), fuse_qkv),  # 40 rows, 20 per group: TP 4 cuts through a group, and a head
-    (spec.single_matrix("attention_out", 12, 8, 1), only),
-    (spec.fused_gate_up(12, 5), lambda parts: torch.cat(list(parts))),
-    (spec.single_matrix("up", 8, 12, 0), only),
-    (spec.single_matrix("gate", 7, 9, None), only),  # as a router: every TP rank has it whole
+    (megatron.fused_qkv(6, 2, 4, 5), fuse_qkv),  # 40 rows, 20 per group: TP 4 cuts through a group, and a head
+    (megatron.single_matrix("attention_out", 12, 8, 1), only),
+    (megatron.fused_gate_up(12, 5), lambda parts: torch.cat(list(parts))),
+    (megatron.single_matrix("up", 8, 12, 0), only),
+    (megatron.single_matrix("gate", 7, 9, None), only),  # as a router: every TP rank has it whole
 ]
-
-
-def shard(stated: ParameterSpec, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """As Megatron cuts: dim 0 in `stride` blocks of which each rank has a piece, dim 1 evenly; or not at all."""
-    if stated.tp_dim is None:
-        return full
-    if stated.tp_dim == 1:
-        return full.chunk(tp_size, dim=1)[tp_rank]
-    return torch.cat([block.chunk(tp_size)[tp_rank] for block in full.chunk(stated.stride)])
 
 
 @dataclass
@@ -173,7 +166,7 @@ class Held:
 
 def held(plan: Plan, parameters: Sequence[Tensor], rank: int, dtype: torch.dtype) -> Held:
     """`parameters`: of each cut, before tensor parallelism."""
-    data_rank, tp_rank = divmod(rank, plan.tp_size)
+    data_rank, tp_rank = divmod(rank, plan.grid.tensor)
     guard = torch.full((1,), GUARD, dtype=torch.float64)
     pieces = [guard]
     slice_of_cut: dict[int, int] = {}
@@ -181,7 +174,7 @@ def held(plan: Plan, parameters: Sequence[Tensor], rank: int, dtype: torch.dtype
         start, length = cut.intervals[data_rank]
         if length:
             slice_of_cut[index] = len(slice_of_cut)
-            flat = shard(cut.spec, full, tp_rank, plan.tp_size).reshape(-1)
+            flat = megatron_shard(cut.spec, full, tp_rank, plan.grid.tensor).reshape(-1)
             pieces += [flat[start : start + length], guard]
     buffer = torch.cat(pieces).to(dtype)
     return Held(buffer, list(buffer.split([len(piece) for piece in pieces]))[1::2], slice_of_cut)
@@ -228,9 +221,9 @@ def check_exchange(
 
     def on_rank(rank: int) -> None:
         mine = held(plan, before, rank, values_dtype)
-        if rank % plan.tp_size:
+        if rank % plan.grid.tensor:
             for index, slice_index in mine.slice_of_cut.items():
-                if plan.cuts[index].spec.tp_dim is None:
+                if plan.cuts[index].spec.dim_over("tensor") is None:
                     mine.values[slice_index].add_(1)  # the first replica alone counts
         exchange = Exchange(plan, rank, mine.slice_of_cut, dtype, torch.device("cpu"))
         for _ in range(steps):
@@ -246,7 +239,7 @@ def grid_plan(data: int, tensor: int, stage: int, bucket_elements: int) -> tuple
     """Parameters enough for several matrices per rank, and a function for each that fuses it."""
     stated = STATED * (2 + data * tensor // 5)
     cuts = zero_cuts([s for s, _ in stated], tensor, data, stage)
-    return make_plan(cuts, tensor, 5, bucket_elements), tuple(fuse for _, fuse in stated)
+    return make_plan(cuts, Grid(tensor=tensor, data=data), 5, bucket_elements), tuple(fuse for _, fuse in stated)
 
 
 @pytest.fixture(autouse=True)
@@ -305,9 +298,9 @@ def test_a_rank_that_holds_nothing_can_own_or_only_take_part(
     tensor: int, bucket_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Matrices of 2 elements per tensor-parallel shard, over 5 data-parallel ranks, one more than have holders."""
-    stated = spec.single_matrix("down", 2, tensor, 1)
+    stated = megatron.single_matrix("down", 2, tensor, 1)
     cuts = [Cut(f"{i}", stated, even_intervals(2, 5), torch.float32) for i in range(2 * tensor + 1)]
-    plan = make_plan(cuts, tensor, 5, bucket_elements)
+    plan = make_plan(cuts, Grid(tensor=tensor, data=len(cuts[0].intervals)), 5, bucket_elements)
     empty = set(np.flatnonzero(plan.held.sum(axis=0) == 0))
     assert len(empty) == 3 * tensor and len(empty & set(plan.owners)) == 1
     check_exchange(plan, [only] * len(cuts), monkeypatch)
@@ -316,9 +309,12 @@ def test_a_rank_that_holds_nothing_can_own_or_only_take_part(
 def test_while_one_bucket_is_computed_the_next_arrives_and_the_previous_returns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stated = spec.single_matrix("down", 6, 8, None)
+    stated = megatron.single_matrix("down", 6, 8, None)
     plan = make_plan(
-        [Cut(f"{i}", stated, even_intervals(48, 2), torch.float32) for i in range(8)], 1, 5, bucket_elements=1
+        [Cut(f"{i}", stated, even_intervals(48, 2), torch.float32) for i in range(8)],
+        Grid(data=2),
+        5,
+        bucket_elements=1,
     )
     assert [sorted(plan.owners[i] for i in bucket) for bucket in plan.buckets] == [[0, 1]] * 4
     network = Network(2)
@@ -338,4 +334,4 @@ def test_while_one_bucket_is_computed_the_next_arrives_and_the_previous_returns(
 
 
 def test_without_matrices_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_exchange(make_plan([], 2, 5), [], monkeypatch)
+    check_exchange(make_plan([], Grid(tensor=2), 5), [], monkeypatch)

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megamult import DistributedMuon, param_groups
-from megamult.parameters import spec
+from megamult.multipliers import specs
+from megamult.parameters import megatron, spec
 from megamult.parameters.spec import ParameterSpec
+from megamult.parameters.stated import set_spec
 from tests.optim.muon.test_newton_schulz import reference as newton_schulz_reference
 from tests.optim.muon.workers import exchange_figures, own_loop, routed, two_processes
 from tests.optim.workers import Case
@@ -22,12 +24,12 @@ from tests.processes import run_distributed
 QUINTIC = [(3.4445, -4.7750, 2.0315)] * 5
 HEADS, GROUPS, HEAD, HIDDEN, FFN = 6, 2, 4, 20, 28
 LAYOUTS = {
-    "qkv": spec.fused_qkv(HEADS, GROUPS, HEAD, HIDDEN),
-    "gate_up": spec.fused_gate_up(FFN, HIDDEN),
-    "down": spec.single_matrix("down", HIDDEN, FFN, 1),
-    "norm": spec.norm(HIDDEN, False),
+    "qkv": megatron.fused_qkv(HEADS, GROUPS, HEAD, HIDDEN),
+    "gate_up": megatron.fused_gate_up(FFN, HIDDEN),
+    "down": megatron.single_matrix("down", HIDDEN, FFN, 1),
+    "norm": megatron.norm(HIDDEN, False),
 }
-MULTIPLIER = spec.row_multiplier(LAYOUTS["down"], [0], False)
+MULTIPLIER = specs.row_multiplier(LAYOUTS["down"], [0], False)
 
 
 class Small(torch.nn.Module):
@@ -38,7 +40,7 @@ class Small(torch.nn.Module):
         generator = torch.Generator().manual_seed(3)
         for name, stated in specs.items():
             parameter = Parameter(torch.randn(stated.shape, generator=generator))
-            spec.set_spec(parameter, stated)
+            set_spec(parameter, stated)
             self.register_parameter(name, parameter)
 
 
@@ -141,7 +143,7 @@ def test_fused_q_k_v_are_updated_as_three_separate_parameters() -> None:
     rows = {"q": HEADS * HEAD, "k": GROUPS * HEAD, "v": GROUPS * HEAD}
     stated = {"q": "q", "k": "k", "v": "v"}
     fused = Small({"qkv": LAYOUTS["qkv"]})
-    apart = Small({n: spec.single_matrix(stated[n], rows[n], HIDDEN, None) for n in rows})  # type: ignore[arg-type]
+    apart = Small({n: megatron.single_matrix(stated[n], rows[n], HIDDEN, None) for n in rows})  # type: ignore[arg-type]
     for name, part in logical("qkv", fused.qkv.detach()).items():
         getattr(apart, name).data.copy_(part)
     optimizers = [
@@ -380,12 +382,12 @@ def _other_shape() -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def _padded() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    stated = ParameterSpec("matrix", (spec.Part("", "down", (7, 3)),), (8, 3), None, (spec.Run(0, 0, 0, 7),))
+    stated = ParameterSpec((spec.Part("", "down", (7, 3)),), (8, 3), (spec.Segment(0, 0, 0, 7),), orthogonalize=True)
     return _groups(Small({"w": stated})), {}
 
 
 def _vector() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    stated = ParameterSpec("matrix", (spec.Part("", "down", (7,)),), (7,), None, (spec.Run(0, 0, 0, 7),))
+    stated = ParameterSpec((spec.Part("", "down", (7,)),), (7,), (spec.Segment(0, 0, 0, 7),), orthogonalize=True)
     return [{"params": list(Small({"w": stated}).parameters()), "kind": "matrix", "lr": 0.1}], {}
 
 
@@ -405,21 +407,21 @@ def _mixed() -> tuple[list[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (_bare, ["param_groups[0]['params'][0]", "(3, 4)", "states no layout", "megamult.parameters.spec.attach"]),
+        (_bare, ["param_groups[0]['params'][0]", "(3, 4)", "has no spec", "set_spec"]),
         (_unknown_kind, ["param_groups[0]", "None", "megamult.param_groups"]),
-        (_other_kind, ["kind norm", "kind matrix", "move it"]),
-        (_vector, ["kind matrix", "(7,)", "two dimensions"]),
+        (_other_kind, ["kind undecayed", "kind matrix", "move it"]),
+        (_vector, ["orthogonalized", "(7,)", "two dimensions"]),
         (_missing, ["down", "in no group", "never be trained", "requires_grad"]),
         (_mixed, ["gate_up", "torch.bfloat16", "torch.float32", "two groups"]),
-        (_other_shape, ["down", "(10, 28)", "(20, 28)", "attach the layout"]),
-        (_padded, ["8 rows", "cover 7", "no padding"]),
+        (_other_shape, ["down", "(10, 28)", "(20, 28)", "state the spec"]),
+        (_padded, ["7 of its 8 rows", "no padding"]),
         (lambda: (_groups(Small(LAYOUTS)), {"ns_dtype": torch.int32}), ["ns_dtype is torch.int32", "torch.bfloat16"]),
         (lambda: (_groups(Small(LAYOUTS)), {"exchange_dtype": torch.float16}), ["exchange_dtype is torch.float16"]),
         (lambda: (_groups(Small(LAYOUTS)), {"momentum": 1.0}), ["momentum is 1.0", "[0, 1)"]),
         (lambda: (_groups(Small(LAYOUTS)), {"update_scale": "x"}), ["'x'", "spectral"]),
     ],
     ids=[
-        "no layout",
+        "no spec",
         "no kind",
         "other kind",
         "vector",
@@ -434,8 +436,8 @@ def _mixed() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     ],
 )
 def test_a_mistake_is_an_error_at_construction(make, said: list[str]) -> None:
-    groups, settings = make()
     with pytest.raises(ValueError) as error:
+        groups, settings = make()
         DistributedMuon(groups, **settings)
     assert all(words in str(error.value) for words in said), error.value
 

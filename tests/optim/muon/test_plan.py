@@ -11,21 +11,22 @@ import torch
 from examples.benchmarks.muon_plan import LLAMA, zero_cuts
 from megamult.optim.muon.newton_schulz import flops, workspace
 from megamult.optim.muon.plan import Matrix, Plan, assign, lower_bound, make_plan
-from megamult.parameters import spec
+from megamult.parameters import megatron
+from megamult.parameters.axes import Grid, tensor_shard
 from megamult.parameters.rectangles import rectangles
 from megamult.zero.partition import Cut, even_intervals, flat_intervals
 
 LAYOUTS = [
-    spec.fused_qkv(12, 2, 8, 96),  # 128 rows: TP 4 cuts through a query group
-    spec.single_matrix("attention_out", 96, 96, 1),
-    spec.fused_gate_up(132, 96),
-    spec.single_matrix("down", 96, 132, 1),
+    megatron.fused_qkv(12, 2, 8, 96),  # 128 rows: TP 4 cuts through a query group
+    megatron.single_matrix("attention_out", 96, 96, 1),
+    megatron.fused_gate_up(132, 96),
+    megatron.single_matrix("down", 96, 132, 1),
 ]
 
 
 def small(stage: int, data: int, tensor: int, bucket_elements: int = 2**25) -> Plan:
     """Two layers of the layouts above."""
-    return make_plan(zero_cuts(LAYOUTS * 2, tensor, data, stage), tensor, 5, bucket_elements)
+    return make_plan(zero_cuts(LAYOUTS * 2, tensor, data, stage), Grid(tensor=tensor, data=data), 5, bucket_elements)
 
 
 def test_flat_intervals_tile_a_parameter_that_straddles_partitions() -> None:
@@ -67,9 +68,9 @@ def test_traffic_is_what_the_fragments_say(stage: int, data: int, tensor: int) -
 
 @pytest.mark.parametrize(("stage", "data", "tensor"), [(1, 2, 2), (3, 3, 4), (1, 2, 1)])
 def test_of_replicas_the_first_travel_to_the_owner_and_all_take_its_results(stage: int, data: int, tensor: int) -> None:
-    stated = spec.single_matrix("gate", 8, 96, None)
+    stated = megatron.single_matrix("gate", 8, 96, None)
     limit = 20_000
-    plan = make_plan(zero_cuts([*LAYOUTS, stated], tensor, data, stage), tensor, 5, limit)
+    plan = make_plan(zero_cuts([*LAYOUTS, stated], tensor, data, stage), Grid(tensor=tensor, data=data), 5, limit)
     i = next(i for i, matrix in enumerate(plan.matrices) if plan.cuts[matrix.cut].spec is stated)
     given, taken = np.zeros((2, *plan.held.shape), dtype=int)
     for k, rank in itertools.product(range(len(plan.matrices)), range(plan.ranks)):
@@ -92,8 +93,8 @@ def test_of_replicas_the_first_travel_to_the_owner_and_all_take_its_results(stag
 
 
 def test_results_for_replicas_are_temporary_memory_of_all_that_take_them() -> None:
-    stated = spec.single_matrix("gate", 8, 96, None)
-    plan = make_plan(zero_cuts([stated], 4, 2, 1), 4, 5)
+    stated = megatron.single_matrix("gate", 8, 96, None)
+    plan = make_plan(zero_cuts([stated], 4, 2, 1), Grid(tensor=4, data=2), 5)
     (owner,) = plan.owners
     for rank in range(plan.ranks):
         if rank != owner:
@@ -121,7 +122,7 @@ def test_of_equally_loaded_ranks_the_one_that_holds_most_becomes_the_owner() -> 
 @pytest.mark.parametrize("model", LLAMA)
 @pytest.mark.parametrize("data", [1, 8, 32, 128])
 def test_busiest_rank_is_near_the_mean_wherever_the_mean_is_four_matrices(model: str, data: int) -> None:
-    plan = make_plan(zero_cuts(LLAMA[model].specs(), 8, data, 1), 8, 5)
+    plan = make_plan(zero_cuts(LLAMA[model].specs(), 8, data, 1), Grid(tensor=8, data=data), 5)
     costs = [flops(m.rows, m.cols, 5) for m in plan.matrices]
     mean = sum(costs) / plan.ranks
     assert plan.loads.sum() == sum(costs)
@@ -155,17 +156,17 @@ def test_owners_that_hold_much_halve_the_traffic_of_contiguous_partitions() -> N
 
 def test_a_cut_that_nobody_shares_sends_nothing() -> None:
     stated = LAYOUTS[1]
-    plan = make_plan([Cut("w", stated, even_intervals(96 * 96, 1), torch.float32)], 1, 5)
+    plan = make_plan([Cut("w", stated, even_intervals(96 * 96, 1), torch.float32)], Grid(), 5)
     assert plan.sent.tolist() == [0]
-    assert sum(r.numel for r in rectangles(stated, 0, 1, 0, 96 * 96)) == plan.held.sum()
+    assert sum(r.numel for r in rectangles(stated, tensor_shard(0, 1), 0, 96 * 96)) == plan.held.sum()
 
 
 def test_no_matrix_at_all_is_an_empty_plan() -> None:
-    plan = make_plan([], 2, 5)
+    plan = make_plan([], Grid(tensor=2), 5)
     assert plan.buckets == () and plan.sent.tolist() == [0, 0] and plan.temporary.tolist() == [0, 0]
 
 
 def test_a_plan_for_1024_ranks_holds_every_element_once() -> None:
-    plan = make_plan(zero_cuts(LLAMA["70B"].specs(), 8, 128, 3), 8, 5)
+    plan = make_plan(zero_cuts(LLAMA["70B"].specs(), 8, 128, 3), Grid(tensor=8, data=128), 5)
     assert plan.ranks == 1024
     assert (plan.held.sum(axis=1) == [m.numel for m in plan.matrices]).all()

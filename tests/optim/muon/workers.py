@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megamult.parameters import spec
+from megamult.parameters import megatron, spec
+from megamult.parameters.stated import names_of, set_spec
 from tests.optim.workers import VOCAB, Case, _batch
 
 STEPS = 3
@@ -63,9 +64,9 @@ class Routed(torch.nn.Module):
     """
 
     LAYOUTS: ClassVar = {
-        "router": spec.single_matrix("gate", 5, 24, None),
-        "down": spec.single_matrix("down", 24, 36, 1),
-        "norm": spec.norm(24, False),
+        "router": megatron.single_matrix("gate", 5, 24, None),
+        "down": megatron.single_matrix("down", 24, 36, 1),
+        "norm": megatron.norm(24, False),
     }
 
     def __init__(self, tensor: int, tp_rank: int) -> None:
@@ -73,14 +74,18 @@ class Routed(torch.nn.Module):
         self.tensor, self.tp_rank = tensor, tp_rank
         for name, stated in self.LAYOUTS.items():
             parameter = torch.nn.Parameter(self._shard(stated, self._random(name, 0)))
-            spec.set_spec(parameter, stated)
+            set_spec(parameter, stated)
             self.register_parameter(name, parameter)
 
     def _random(self, name: str, seed: int) -> Tensor:
         return torch.randn(self.LAYOUTS[name].shape, generator=torch.Generator().manual_seed(seed))
 
     def _shard(self, stated: spec.ParameterSpec, full: Tensor) -> Tensor:
-        shards = [full] * self.tensor if stated.tp_dim is None else full.chunk(self.tensor, stated.tp_dim)
+        shards = (
+            [full] * self.tensor
+            if stated.dim_over("tensor") is None
+            else full.chunk(self.tensor, stated.dim_over("tensor"))
+        )
         return shards[self.tp_rank].contiguous()
 
     def forward(self, step: int, factor: float) -> Tensor:
@@ -114,7 +119,7 @@ def routed(tensor: int, stages: list[int | None]) -> list[dict[str, Tensor]]:
         groups = param_groups(model, lr=0.02, weight_decay=0.1)
         optimizer = DistributedMuon(groups, model=model, bucket_elements=1)
         if stage is None:
-            forward, partition = model, WholePartition(optimizer.param_groups, spec.names_of(model))
+            forward, partition = model, WholePartition(optimizer.param_groups, names_of(model))
         else:
             settings = deepspeed_config(Case(stage=stage, tensor=tensor).config(grid.size), grid.data_size)
             with optimizer.paused():

@@ -1,0 +1,18 @@
+"""Rules for Hugging Face's Llama and the models that share its names."""
+
+from __future__ import annotations
+
+from megamult.integrations.rules import Rule
+
+LLAMA_RULES: dict[str, Rule] = {
+    r"\bq_proj\.weight$": "q",
+    r"\bk_proj\.weight$": "k",
+    r"\bv_proj\.weight$": "v",
+    r"\bo_proj\.weight$": "attention_out",
+    r"\bgate_proj\.weight$": "gate",
+    r"\bup_proj\.weight$": "up",
+    r"\bdown_proj\.weight$": "down",
+    r"\bembed_tokens\.weight$": "embedding",
+    r"\blm_head\.weight$": "head",
+}
+"""Names of Hugging Face's LlamaForCausalLM, and of the many models that keep to them (Mistral, Qwen, ...)."""

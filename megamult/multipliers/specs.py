@@ -1,0 +1,65 @@
+"""Specs of the multipliers of a matrix parameter, from the spec of its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megamult.parameters.axes import Axis
+from megamult.parameters.shards import Sharding
+from megamult.parameters.spec import ParameterSpec, Part, Segment
+
+
+def row_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
+    """Describe r[rows] of the selected parts of a weight [rows, cols]: sharded where the rows are, in the same order.
+
+    Args:
+        weight: of two dimensions.
+        selected: indices of its parts.
+        partial: multipliers that tensor parallelism replicates have a gradient that is still to be summed over ranks.
+    """
+    index = {part: i for i, part in enumerate(selected)}
+    shardings = tuple(each for each in weight.shardings if each.dim == 0)
+    return ParameterSpec(
+        tuple(Part(weight.parts[i].name, weight.parts[i].role, weight.parts[i].shape[:1]) for i in selected),
+        weight.shape[:1],
+        tuple(Segment(s.start, index[s.part], s.part_start, s.length) for s in weight.segments if s.part in index),
+        shardings,
+        fp32=True,
+        reduce_over=_reduce_over(shardings, partial),
+        side="row",
+        compact=True,
+    )
+
+
+def col_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
+    """Describe c[cols] of each selected part of a weight, one after the other: sharded where the columns are."""
+    cols, count = weight.shape[1], len(selected)
+    shardings = tuple(replace(each, dim=0, blocks=each.blocks * count) for each in weight.shardings if each.dim == 1)
+    return ParameterSpec(
+        tuple(Part(weight.parts[i].name, weight.parts[i].role, (cols,)) for i in selected),
+        (count * cols,),
+        tuple(Segment(i * cols, i, 0, cols) for i in range(count)),
+        shardings,
+        fp32=True,
+        reduce_over=_reduce_over(shardings, partial),
+        side="col",
+    )
+
+
+def scalar_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
+    """Describe one scalar per selected part of a weight, replicated."""
+    return ParameterSpec(
+        tuple(Part(weight.parts[i].name, weight.parts[i].role, (1,)) for i in selected),
+        (len(selected),),
+        tuple(Segment(i, i, 0, 1) for i in range(len(selected))),
+        fp32=True,
+        reduce_over=_reduce_over((), partial),
+        side="scalar",
+    )
+
+
+def _reduce_over(shardings: Sequence[Sharding], partial: bool) -> tuple[Axis, ...]:
+    """A sharded multiplier sees all of its gradient."""
+    sharded = any(each.axis == "tensor" for each in shardings)
+    return ("tensor",) if partial and not sharded else ()

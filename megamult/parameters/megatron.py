@@ -1,0 +1,105 @@
+"""Specs of parameters as Megatron-Core's layers store and shard them.
+
+Sizes are global. What a rank holds by these specs is what Megatron's layer holds there, element for element.
+"""
+
+from __future__ import annotations
+
+from megamult.parameters.roles import role as role_named
+from megamult.parameters.shards import Block, Sharding
+from megamult.parameters.spec import ParameterSpec, Part, Role, Segment
+
+
+def tensor_parallel(dim: int, *sizes: int) -> tuple[Sharding, ...]:
+    """Return a sharding over the tensor axis along `dim`, which blocks of these sizes fill."""
+    return (Sharding("tensor", dim, tuple(Block(size) for size in sizes)),)
+
+
+def single_matrix(role: Role, rows: int, cols: int, dim: int | None, partial: bool = False) -> ParameterSpec:
+    """Describe a parameter that is one logical matrix W[rows, cols].
+
+    Args:
+        role: decides whether it is orthogonalized and decayed.
+        rows, cols: out and in.
+        dim: that tensor parallelism shards; None: replicated.
+        partial: a replicated one's gradient is still to be summed over tensor-parallel ranks, as where each of them
+            sees a part of the tokens under sequence parallelism.
+    """
+    known = role_named(role)
+    return ParameterSpec(
+        (Part("", role, (rows, cols)),),
+        (rows, cols),
+        (Segment(0, 0, 0, rows),),
+        () if dim is None else tensor_parallel(dim, (rows, cols)[dim]),
+        orthogonalize=known.orthogonalized,
+        decay=known.decay,
+        reduce_over=("tensor",) if partial else (),
+    )
+
+
+def fused_qkv(num_heads: int, num_groups: int, head_dim: int, cols: int) -> ParameterSpec:
+    """Describe `linear_qkv`: per query group `[q ... q k v]`, heads of `head_dim` rows each."""
+    q_rows = num_heads // num_groups * head_dim
+    segments: list[Segment] = []
+    for group in range(num_groups):
+        start = group * (q_rows + 2 * head_dim)
+        segments += [
+            Segment(start, 0, group * q_rows, q_rows),
+            Segment(start + q_rows, 1, group * head_dim, head_dim),
+            Segment(start + q_rows + head_dim, 2, group * head_dim, head_dim),
+        ]
+    kv_rows = num_groups * head_dim
+    rows = num_heads * head_dim + 2 * kv_rows
+    parts = (
+        Part("q", "q", (num_heads * head_dim, cols)),
+        Part("k", "k", (kv_rows, cols)),
+        Part("v", "v", (kv_rows, cols)),
+    )
+    return ParameterSpec(parts, (rows, cols), tuple(segments), tensor_parallel(0, rows), orthogonalize=True)
+
+
+def fused_gate_up(ffn_hidden_size: int, cols: int) -> ParameterSpec:
+    """Describe the gated `linear_fc1`: `[gate; up]`, of which tensor-parallel rank p holds `[gate_p; up_p]`."""
+    f = ffn_hidden_size
+    parts = (Part("gate", "gate", (f, cols)), Part("up", "up", (f, cols)))
+    segments = (Segment(0, 0, 0, f), Segment(f, 1, 0, f))
+    return ParameterSpec(parts, (2 * f, cols), segments, tensor_parallel(0, f, f), orthogonalize=True)
+
+
+def vocabulary(role: Role, vocab_size: int, padded_vocab_size: int, cols: int) -> ParameterSpec:
+    """Describe an embedding or a head: rows from `vocab_size` on are padding, part of no logical tensor."""
+    return ParameterSpec(
+        (Part("", role, (vocab_size, cols)),),
+        (padded_vocab_size, cols),
+        (Segment(0, 0, 0, vocab_size),),
+        tensor_parallel(0, padded_vocab_size),
+    )
+
+
+def norm(size: int, partial: bool) -> ParameterSpec:
+    """Describe a norm's weight [size]: replicated; `partial` as for :func:`single_matrix`."""
+    return vector("norm", size, None, partial)
+
+
+def vector(role: Role, size: int, dim: int | None, partial: bool = False, fp32: bool = False) -> ParameterSpec:
+    """Describe a vector [size] that is one logical tensor; arguments as of :func:`single_matrix`."""
+    return ParameterSpec(
+        (Part("", role, (size,)),),
+        (size,),
+        (Segment(0, 0, 0, size),),
+        () if dim is None else tensor_parallel(0, size),
+        decay=role_named(role).decay,
+        fp32=fp32,
+        reduce_over=("tensor",) if partial else (),
+    )
+
+
+def bias_of(weight: ParameterSpec) -> ParameterSpec:
+    """Describe the bias beside the rows of a matrix: fused and sharded as they are, without decay or multipliers."""
+    return ParameterSpec(
+        tuple(Part(part.name, "bias", part.shape[:1]) for part in weight.parts),
+        weight.shape[:1],
+        weight.segments,
+        tuple(each for each in weight.shardings if each.dim == 0),
+        decay=False,
+    )

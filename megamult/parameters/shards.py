@@ -1,0 +1,135 @@
+"""How an axis of the process grid cuts one dimension of a stored tensor: blocks, pieces, copies. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megamult.parameters.axes import AXES, MODEL_AXES, Axis
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive indices of a dimension that an axis of n processes cuts by themselves."""
+
+    size: int
+    pieces: int | None = None
+    """Into how many pieces they can be cut at most; None: into n. Where n is larger, n / pieces neighbours hold copies
+    of one piece, as Megatron's query groups and Mamba's groups beyond the tensor-parallel size; 1: replicated."""
+
+    def cuts(self, processes: int) -> int:
+        """Return the number of different pieces over so many processes."""
+        return processes if self.pieces is None else min(processes, self.pieces)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How one axis shards one dimension: each block is cut into equal pieces, and the process at rank p of the axis
+    holds the p-th piece of every block, one after the other."""
+
+    axis: Axis
+    dim: int
+    blocks: tuple[Block, ...]
+
+    def held(self, rank: int, processes: int) -> list[Interval]:
+        """Return the indices that the process at `rank` of the axis holds, in local order."""
+        found, first = [], 0
+        for block in self.blocks:
+            cuts = block.cuts(processes)
+            copies, piece = processes // cuts, block.size // cuts
+            found.append((first + rank // copies * piece, piece, rank % copies == 0))
+            first += block.size
+        return joined(found)
+
+    def check(self, processes: int, what: str) -> None:
+        """See that so many processes can cut every block.
+
+        Raises:
+            ValueError: they cannot; names `what` they would cut.
+        """
+        for block in self.blocks:
+            cuts = block.cuts(processes)
+            if block.size % cuts or processes % cuts:
+                pieces = "" if block.pieces is None else f" of at most {block.pieces} pieces"
+                raise ValueError(
+                    f"dimension {self.dim} of {what} has a block of {block.size}{pieces}, and the {self.axis} axis has "
+                    f"{processes} processes: choose a {self.axis}-parallel size that divides it"
+                )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Indices [start, start + length) of a global dimension (or rows), which a process holds from `local` on."""
+
+    start: int
+    length: int
+    local: int
+    counted: bool
+    """Whether this copy counts in a sum over processes: of several copies, the first one does."""
+
+
+def cols_of(shape: Sequence[int]) -> int:
+    return shape[-1] if len(shape) > 1 else 1
+
+
+def rows_of(shape: Sequence[int]) -> int:
+    return math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
+
+
+def joined(found: Iterable[tuple[int, int, bool]]) -> list[Interval]:
+    """Make intervals of (start, length, counted) in local order; neighbours that follow one another become one."""
+    joined: list[Interval] = []
+    local = 0
+    for start, length, counted in found:
+        last = joined[-1] if joined else None
+        if last is not None and last.start + last.length == start and last.counted == counted:
+            joined[-1] = Interval(last.start, last.length + length, last.local, counted)
+        else:
+            joined.append(Interval(start, length, local, counted))
+        local += length
+    return joined
+
+
+def check_shardings(
+    shape: Sequence[int], shardings: Sequence[Sharding], reduce_over: Sequence[Axis], what: str
+) -> None:
+    """Refuse shardings that do not describe shards of a tensor of this shape.
+
+    Raises:
+        ValueError: an axis or a dimension that is unknown or named twice, or blocks that do not tile their dimension.
+    """
+    for axis in (*(each.axis for each in shardings), *reduce_over):
+        if axis not in AXES:
+            raise ValueError(f"{what} names the axis {axis!r}: use one of {', '.join(AXES)}")
+        if axis not in MODEL_AXES:
+            raise ValueError(f"{what} names the axis {axis}: a spec speaks of {', '.join(MODEL_AXES)}; ZeRO cuts data")
+    axes, dims = [each.axis for each in shardings], [each.dim for each in shardings]
+    if len(set(axes)) != len(axes) or len(set(dims)) != len(dims):
+        raise ValueError(f"{what} is sharded over {axes} along {dims}: an axis shards one dimension, each another one")
+    if both := sorted(set(axes) & set(reduce_over)):
+        raise ValueError(
+            f"{what} is sharded over {both[0]}, and its gradient is to be summed over it: shards differ; name the axis "
+            "in one of shardings and reduce_over"
+        )
+    for each in shardings:
+        if not 0 <= each.dim < len(shape):
+            raise ValueError(f"{what} is sharded along dimension {each.dim}: it has {len(shape)}, from 0 on")
+        if not each.blocks or min(block.size for block in each.blocks) < 1:
+            raise ValueError(f"{what} has a block without size over {each.axis}: give blocks of at least 1")
+        total = sum(block.size for block in each.blocks)
+        if total != shape[each.dim]:
+            raise ValueError(
+                f"{what} has blocks of together {total} along dimension {each.dim} of {shape[each.dim]}: blocks "
+                "must fill the dimension"
+            )
+        for block in each.blocks:
+            if block.pieces is not None and (block.pieces < 1 or block.size % block.pieces):
+                raise ValueError(
+                    f"{what} has a block of {block.size} in at most {block.pieces} pieces: the pieces must be equal"
+                )
+        if len(shape) > 1 and each.dim == len(shape) - 1 and len(each.blocks) > 1:
+            raise ValueError(
+                f"{what} has {len(each.blocks)} blocks along its columns: they are cut as one block; store what is cut "
+                "by itself as rows, or as a parameter of its own"
+            )

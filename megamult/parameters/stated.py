@@ -1,0 +1,76 @@
+"""The spec on a parameter: how it is put there, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+
+import torch
+from torch.nn import Parameter
+
+from megamult.parameters.spec import ParameterSpec
+
+_ATTRIBUTE = "parameter_spec"
+
+
+def set_spec(parameter: Parameter, spec: ParameterSpec) -> None:
+    """State on `parameter` what it is, for us and (the `tensor_model_parallel` trio) for Megatron and DeepSpeed."""
+    setattr(parameter, _ATTRIBUTE, spec)
+    sharding = next((each for each in spec.shardings if each.axis == "tensor"), None)
+    parameter.tensor_model_parallel = sharding is not None  # type: ignore[attr-defined]
+    parameter.partition_dim = -1 if sharding is None else sharding.dim  # type: ignore[attr-defined]
+    parameter.partition_stride = 1 if sharding is None else len(sharding.blocks)  # type: ignore[attr-defined]
+
+
+def spec_of(parameter: Parameter, name: str = "a parameter") -> ParameterSpec:
+    """Return the spec stated on `parameter`.
+
+    Raises:
+        ValueError: the parameter has none.
+    """
+    spec = getattr(parameter, _ATTRIBUTE, None)
+    if spec is None:
+        raise ValueError(
+            f"{name} of shape {stored_shape(parameter)} has no spec: build its layer from megamult.layers, or call "
+            "megamult.parameters.stated.set_spec(parameter, spec)"
+        )
+    return spec
+
+
+def has_spec(tensor: torch.Tensor) -> bool:
+    """Return whether a spec was stated on it."""
+    return hasattr(tensor, _ATTRIBUTE)
+
+
+def stored_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of this process's shard, also where ZeRO 3 has emptied the parameter."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def named_specs(module: torch.nn.Module) -> Iterable[tuple[str, Parameter, ParameterSpec]]:
+    """Yield (name, parameter, spec) of every trainable parameter, each once, in the module's order.
+
+    Raises:
+        ValueError: a parameter without spec.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter, spec_of(parameter, name)
+
+
+def names_of(module: torch.nn.Module) -> dict[Parameter, str]:
+    """Return the name of each trainable parameter."""
+    return {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def check_complete(held: Container[str], names: Iterable[str]) -> None:
+    """See that every one of `names`, of trainable parameters, is among those `held` by a param group.
+
+    Raises:
+        ValueError: one is not.
+    """
+    missing = [name for name in names if name not in held]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} trainable parameters are in no group, the first is {missing[0]}: it would never be "
+            "trained; add it to a group, or set its requires_grad to False"
+        )
