@@ -48,14 +48,14 @@ def fold(
     `initial` is not 1.
 
     Every parameter that no rule names has the role norm if it is a vector (norms' weights, biases): AdamW, no weight
-    decay. What has a layout already, as parameters of megamult's own modules, needs no rule.
+    decay. What has a spec already, as parameters of megamult's own modules, needs no rule.
 
     Args:
         optimizer: keys as in the section `optimizer` of a run, without those of the schedule: whatever scales `lr` of
             the optimizer's groups, a DeepSpeed or a torch scheduler, schedules the multipliers too.
         model: built, also under `deepspeed.zero.Init`; Megatron's with its process groups set up.
-        rules: from a regular expression, searched in parameters' names, to a role, a layout, or a function from a
-            parameter to its layout. Ready-made: :data:`megamult.LLAMA_RULES`, :func:`megamult.megatron_rules`.
+        rules: from a regular expression, searched in parameters' names, to a role, a spec, or a function from a
+            parameter to its spec. Ready-made: :data:`megamult.LLAMA_RULES`, :func:`megamult.megatron_rules`.
         placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar.
         multiplier_lr: peak learning rate of multipliers; None: the optimizer's.
         multiplier_weight_decay: decoupled.
@@ -78,7 +78,7 @@ def fold(
         for side in chosen_sides:
             if not math.isfinite(start(role, side)):
                 raise ValueError(f"initial of {role} {side} is {start(role, side)}: it must be finite")
-    specs = _layouts(model, rules, resolved)
+    specs = _specs(model, rules, resolved)
     reached = {part.role for spec in specs.values() if covers(spec, resolved) for part in spec.parts}
     unreached = [role for role in resolved if role not in reached]
     if unreached and (not isinstance(placement, str) or not reached):
@@ -120,8 +120,8 @@ def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerCo
     return chosen
 
 
-def _layouts(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placement) -> dict[Parameter, ParameterSpec]:
-    """The layout of every trainable parameter: by the rules, stated before, or a vector's."""
+def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placement) -> dict[Parameter, ParameterSpec]:
+    """Return the spec of every trainable parameter: by the rules, stated before, or a vector's."""
     names = _names(model)
     claims = _claims([name for known in names.values() for name in known], rules)
     tp_size = mesh.grid().tensor_size
@@ -198,7 +198,7 @@ def _state(parameter: Parameter, name: str, rule: Rule, tp_size: int) -> Paramet
     if rule != "norm" and len(stored_shape(parameter)) != 2:
         raise ValueError(
             f"{name} has the shape {stored_shape(parameter)}, and its rule gives it the role {rule}, of a matrix: "
-            "narrow the rule (end it with weight$), or give a layout"
+            "narrow the rule (end it with weight$), or give a spec"
         )
     return one_tensor(rule, parameter, tp_size)
 
@@ -206,7 +206,7 @@ def _state(parameter: Parameter, name: str, rule: Rule, tp_size: int) -> Paramet
 def _unnamed(parameter: Parameter, name: str, tp_size: int) -> ParameterSpec:
     if len(stored_shape(parameter)) > 1:
         raise ValueError(
-            f"{name} has the shape {stored_shape(parameter)}, and no rule names it: add a rule with its role or layout "
+            f"{name} has the shape {stored_shape(parameter)}, and no rule names it: add a rule with its role or spec "
             "(norm: AdamW without weight decay and multipliers), or set its requires_grad to False"
         )
     return one_tensor("norm", parameter, tp_size)

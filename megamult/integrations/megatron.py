@@ -33,7 +33,7 @@ def megatron_rules(config: TransformerConfig, vocab_size: int) -> dict[str, Rule
         if getattr(config, key, None):
             raise ValueError(
                 f"{key} is {getattr(config, key)!r}: megatron_rules knows dense models with plain attention; write "
-                "rules of your own, with a megamult.parameters.spec.Layout for what is fused"
+                "rules of your own, with a ParameterSpec for what is fused"
             )
     hidden, ffn, tp_size = config.hidden_size, config.ffn_hidden_size, config.tensor_model_parallel_size
     heads, head_dim = config.num_attention_heads, config.kv_channels

@@ -74,8 +74,8 @@ class _MultiplierLinear:
         actual = tuple(getattr(self.weight, "ds_shape", self.weight.shape))
         if expected != actual:
             raise ValueError(
-                f"the layout of {type(self).__name__} describes a local weight {expected} at tensor parallel "
-                f"{tp_size}, Megatron made {actual}: pass the layout of the global matrix {spec.shape}"
+                f"the spec of {type(self).__name__} describes a local weight {expected} at tensor parallel "
+                f"{tp_size}, Megatron made {actual}: pass the spec of the global matrix {spec.shape}"
             )
         partial = tp_size > 1 and grad_sync == "step"
         register_multipliers(module, self.weight, spec, chosen, coordinates.grid, partial)
@@ -147,8 +147,8 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
 
     Args:
         input_size, output_size: global sizes; all other arguments as in Megatron's `ColumnParallelLinear`.
-        layout: the logical matrices in the fused rows (:func:`megamult.parameters.spec.fused_qkv`,
-            :func:`~megamult.parameters.spec.fused_gate_up`); default: one matrix of role `role`.
+        spec: the logical matrices in the fused rows (:func:`megamult.parameters.megatron.fused_qkv`,
+            :func:`~megamult.parameters.megatron.fused_gate_up`); default: one matrix of role `role`.
         placement: multipliers by role; default: row and column on every matrix.
         grad_sync: who sums the column multipliers' gradients over TP (:mod:`megamult.multipliers.parameters`).
 

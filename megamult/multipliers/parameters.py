@@ -1,12 +1,12 @@
-"""Create a layer's multipliers with their layouts, and complete the gradients of replicated ones.
+"""Create a layer's multipliers with their specs, and complete the gradients of replicated ones.
 
 A rank's part of a weight gives a part of the gradient of a replicated multiplier. :data:`GradSync` says who sums
 the parts over tensor-parallel ranks:
 
 - ``"backward"`` (default of the layers, for any training loop): backward all-reduces the multipliers of a layer
   together, one small collective per layer and micro-batch.
-- ``"step"`` (our optimizer): the parameter's layout says `reduce_over`, and the optimizer sums all of them in
-  one packed collective per *optimizer step*: nothing is added to a micro-batch, with sequence parallelism or
+- ``"step"`` (our optimizer): the parameter's spec names the axis in `reduce_over`, and the optimizer sums all of them
+  in one packed collective per *optimizer step*: nothing is added to a micro-batch, with sequence parallelism or
   without.
 
 In bf16 a multiplier near 1 could only move in steps of 0.4 to 0.8 %. Where an optimizer keeps fp32 masters,
@@ -46,10 +46,10 @@ def register_multipliers(
         if not parts:
             module.register_parameter(f"{side}_multiplier", None)
             continue
-        side_layout = make(spec, parts, partial)
-        ones = torch.ones(side_layout.local_shape(grid), dtype=weight.dtype, device=weight.device)
+        side_spec = make(spec, parts, partial)
+        ones = torch.ones(side_spec.local_shape(grid), dtype=weight.dtype, device=weight.device)
         parameter = Parameter(ones)
-        set_spec(parameter, side_layout)
+        set_spec(parameter, side_spec)
         module.register_parameter(f"{side}_multiplier", parameter)
 
 

@@ -330,7 +330,7 @@ def without(key: str) -> dict[str, Any]:
             untouched,
             {**without("up_proj"), "up_proj": megatron.single_matrix("up", 57, 32, None)},
             {},
-            r"mlp\.up_proj\.weight has the shape \(56, 32\), and its layout .* \(57, 32\)",
+            r"mlp\.up_proj\.weight has the shape \(56, 32\), and its spec .* \(57, 32\)",
         ),
         (
             untouched,
