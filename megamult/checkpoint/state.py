@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from megamult.checkpoint.chunks import Chunk
-from megamult.distributed import mesh
 from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.parameters.rectangles import boxes, rectangles
-from megamult.parameters.spec import ParameterSpec
-from megamult.zero.partition import Partition, even_intervals
+from megamult.parameters.axes import Coordinates
+from megamult.zero.partition import Partition, Slice, even_intervals
 
 
 def full_name(what: str, logical_name: str) -> str:
@@ -40,22 +39,24 @@ def owned(partition: Partition, optimizer: TwoPhaseAdamW) -> list[Chunk]:
 
 
 def _chunks(partition: Partition, optimizer: TwoPhaseAdamW, once: bool) -> Iterator[Chunk]:
-    grid = mesh.grid()
+    mesh = partition.mesh
     for what, piece, values in optimizer.views(partition):
         start, length = 0, piece.length
         if once and not (partition.sharded or piece.shared):
-            start, length = even_intervals(piece.length, grid.data_size)[grid.data_rank]
+            start, length = even_intervals(piece.length, mesh.size_of("data"))[mesh.rank_on("data")]
         part = values[start : start + length]
-        yield from _of_interval(what, piece.name, piece.spec, piece.start + start, part, once)
-    if optimizer.folded is not None and (grid.rank == 0 or not once):
+        yield from _of_interval(what, piece, mesh.coordinates, piece.start + start, part, once)
+    if optimizer.folded is not None and (mesh.rank == 0 or not once):
         for what, vector, values in optimizer.folded.views():
             yield Chunk.whole(full_name(what, vector.name), values)
 
 
-def _of_interval(what: str, name: str, spec: ParameterSpec, start: int, values: Tensor, once: bool) -> Iterator[Chunk]:
-    """The logical content of elements [start, start + len(values)) of this rank's shard of a parameter."""
-    grid = mesh.grid()
-    for r in rectangles(spec, grid.coordinates, start, values.numel()):
+def _of_interval(
+    what: str, piece: Slice, coordinates: Coordinates, start: int, values: Tensor, once: bool
+) -> Iterator[Chunk]:
+    """Yield the logical content of elements [start, start + len(values)) of a process's shard of a parameter."""
+    spec, name = piece.spec, piece.name
+    for r in rectangles(spec, coordinates, start, values.numel()):
         if once and not r.counted:
             continue
         part = spec.parts[r.part]

@@ -1,198 +1,118 @@
-"""Process groups: torch.distributed, Megatron's parallel state, and DeepSpeed's view of it (`mpu`)."""
+"""The process grid with named axes: where this process stands on each, and the group to talk to along it.
+
+A :class:`Mesh` is made once, when the groups are (:func:`megamult.distributed.start.initialize`), and handed to whoever
+needs it. A loop that someone else wrote has groups already: :func:`found` describes those.
+"""
 
 from __future__ import annotations
 
-import datetime
-import os
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import ProcessGroup
 
-from megamult.distributed import device, environment, extensions, open_files, process_groups, rendezvous
-from megamult.parameters import axes
-from megamult.parameters.axes import Coordinates
-
-Result = TypeVar("Result")
+from megamult.distributed.model_parallel_unit import ModelParallelUnit
+from megamult.parameters.axes import Axis, Coordinates, Grid
 
 
-class ModelParallelUnit:
-    """What DeepSpeed asks of `mpu`: Megatron's groups, with "model parallel" meaning tensor parallel."""
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """Coordinates of this process, and its groups."""
 
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("get_model_parallel_"):
-            name = name.replace("get_model_parallel_", "get_tensor_model_parallel_")
-        if not name.startswith("get_"):
-            raise AttributeError(name)
-        return getattr(parallel_state, name)
+    coordinates: Coordinates
+    groups: Mapping[Axis, ProcessGroup] = field(default_factory=dict)
+    """This process's group along each axis that has several processes, or for which one was made."""
+    world: ProcessGroup | None = None
+    """All processes; None: this is the only one, without torch.distributed."""
 
-
-def initialize(
-    tensor: int,
-    timeout_minutes: float = 10.0,
-    across_nodes: bool = False,
-    meeting: rendezvous.Meeting | None = None,
-) -> ModelParallelUnit:
-    """Create torch.distributed (if it is not there yet) and the tensor- and data-parallel groups (unless they are).
-
-    Args:
-        tensor: tensor-parallel size; must divide the number of processes. Ranks of one tensor-parallel group are
-            consecutive, so they share a node wherever a node's processes are a multiple of it.
-        timeout_minutes: after which a collective that a peer never joins ends the process.
-        across_nodes: let a tensor-parallel group span nodes.
-        meeting: of all processes; None: they meet now.
-
-    Raises:
-        ValueError: the sizes do not fit, a tensor-parallel group would span nodes, or the limit of open files is too
-            low for the connections between ranks.
-        megamult.distributed.rendezvous.NobodyThere: not all processes came.
-        megamult.distributed.rendezvous.Refused: this process came to another launch's port.
-        TimeoutError: DeepSpeed's operator is being compiled by another process, which does not end.
-    """
-    environment.set_defaults()
-    open_files.raise_limit()
-    processes = environment.world_size()
-    if processes % tensor:
-        raise ValueError(
-            f"parallel.tensor is {tensor} and {processes} processes were started: start a multiple of {tensor}"
-        )
-    here = device.prepare(tensor)
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    import deepspeed
-
-    if not torch.distributed.is_initialized():
-        open_files.check_limit(environment.rank(), processes, tensor, gloo=device.backend() == "gloo")
-        meeting = meeting or rendezvous.meet(rendezvous.SECONDS)
-        if not across_nodes:
-            meeting.check_nodes(tensor)
-        meeting.store.set_timeout(timeout)
-        torch.distributed.init_process_group(
-            device.backend(),
-            store=meeting.store,
-            rank=environment.rank(),
-            world_size=processes,
-            timeout=timeout,
-            # NCCL then connects at once, and splits later groups off.
-            device_id=here if here.type == "cuda" and processes > 1 else None,
-        )
-        if here.type == "cpu":  # where DeepSpeed loads an operator, and would wait for a leftover lock for ever
-            first_here = environment.local_rank() == 0
-            extensions.release(extensions.build_root(), _say, name="deepspeed_shm_comm*", waits_aloud=first_here)
-        deepspeed.init_distributed(dist_backend=device.backend(), timeout=timeout, verbose=False)
-        if here.type == "cpu":
-            _forget_shared_memory()
-    if parallel_state.model_parallel_is_initialized():
-        if tensor_group().size() == tensor:
-            return ModelParallelUnit()
-        parallel_state.destroy_model_parallel()
-    process_groups.create(tensor, timeout)
-    if here.type == "cuda":
-        # Megatron forks its CUDA random state around dropout under sequence parallelism, and wants one to fork. We
-        # have no dropout, so the seed changes nothing.
-        model_parallel_cuda_manual_seed(1)
-    return ModelParallelUnit()
-
-
-def everywhere(do: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """Run `do` on every rank, and let all know where it fails. Collective over all ranks.
-
-    Returns:
-        (its result, None) if no rank raises ValueError or OSError, else (None, the first such rank's message).
-    """
-    result, message = None, None
-    try:
-        result = do()
-    except (ValueError, OSError) as error:
-        message = str(error)
-    messages: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(messages, message)
-    first = next((each for each in messages if each is not None), None)
-    return (result, None) if first is None else (None, first)
-
-
-def _say(line: str) -> None:
-    print(f"megamult: {line}", file=sys.stderr, flush=True)
-
-
-def _forget_shared_memory() -> None:
-    """DeepSpeed's operator for CPUs leaves a buffer of 64 MB per rank in /dev/shm for ever. Once all ranks have mapped
-    them their names can go: the memory then goes with the processes."""
-    torch.distributed.barrier()
-    names = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ.get('MASTER_PORT', '')}_*"
-    for path in Path("/dev/shm").glob(names):
-        path.unlink(missing_ok=True)
-
-
-def destroy() -> None:
-    """Take the groups down; ranks that leave without it may abort at exit."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def tensor_group() -> torch.distributed.ProcessGroup:
-    """The tensor-parallel group of this rank."""
-    return parallel_state.get_tensor_model_parallel_group()
-
-
-def data_group() -> torch.distributed.ProcessGroup:
-    """The data-parallel group of this rank: Megatron's, or everyone where Megatron has no groups."""
-    if not parallel_state.model_parallel_is_initialized():
-        return torch.distributed.distributed_c10d._get_default_group()
-    return parallel_state.get_data_parallel_group()
-
-
-@dataclass(frozen=True)
-class Grid:
-    """This process among the data-parallel x tensor-parallel ranks."""
-
-    data_rank: int
-    data_size: int
-    tensor_rank: int
-    tensor_size: int
+    @property
+    def grid(self) -> Grid:
+        """Sizes of all axes."""
+        return self.coordinates.grid
 
     @property
     def rank(self) -> int:
-        """The global rank: those of one tensor-parallel group are consecutive."""
-        return self.data_rank * self.tensor_size + self.tensor_rank
+        """Global rank of this process."""
+        return self.coordinates.rank
 
     @property
     def size(self) -> int:
-        """All processes."""
-        return self.data_size * self.tensor_size
+        """Number of all processes."""
+        return self.grid.size
+
+    def rank_on(self, axis: Axis) -> int:
+        """Return this process's rank along an axis."""
+        return self.coordinates.on(axis)[0]
+
+    def size_of(self, axis: Axis) -> int:
+        """Return the number of processes along an axis."""
+        return self.grid.size_of(axis)
 
     @property
-    def coordinates(self) -> Coordinates:
-        """This process in the grid of named axes."""
-        return Coordinates(
-            axes.Grid(tensor=self.tensor_size, data=self.data_size), tensor=self.tensor_rank, data=self.data_rank
-        )
+    def mpu(self) -> ModelParallelUnit:
+        """What `deepspeed.initialize` takes as `mpu`."""
+        return ModelParallelUnit()
+
+    def sum_over(self, tensor: torch.Tensor, axis: Axis | None = None) -> torch.Tensor:
+        """Sum a tensor in place over the processes along an axis, or over all. Collective among them.
+
+        Returns:
+            The tensor.
+        """
+        size = self.size if axis is None else self.size_of(axis)
+        if size > 1:
+            torch.distributed.all_reduce(tensor, group=self.world if axis is None else self.groups[axis])
+        return tensor
+
+    def sum_on_first(self, tensor: torch.Tensor) -> None:
+        """Sum a tensor over all processes, in place on rank 0; elsewhere it is undefined afterwards. Collective."""
+        if self.world is not None:
+            torch.distributed.reduce(tensor, dst=0, group=self.world)
+
+    def barrier(self) -> None:
+        """Wait for all processes. Collective."""
+        if self.world is not None:
+            torch.distributed.barrier(group=self.world)
+
+    def broadcast_objects(self, objects: list[object]) -> None:
+        """Replace the items of a list by those of rank 0. Collective over all processes."""
+        if self.world is not None:
+            torch.distributed.broadcast_object_list(objects, src=0, group=self.world)
+
+    def gather_objects(self, value: object) -> list[object]:
+        """Return every process's value, by rank. Collective over all processes."""
+        if self.world is None:
+            return [value]
+        values: list[object] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self.world)
+        return values
 
 
-def grid() -> Grid:
-    """Where this process is; one process without torch.distributed is a grid of its own.
+ALONE = Mesh(Coordinates(Grid()))
+"""One process without torch.distributed."""
+
+
+def found() -> Mesh:
+    """Describe the groups that there are: Megatron's, or all processes as data-parallel ranks, or one process.
 
     Raises:
-        ValueError: Megatron's groups are not laid out data-parallel x tensor-parallel alone.
+        ValueError: Megatron's groups are not tensor and data parallelism in its order.
     """
-    if not torch.distributed.is_initialized():
-        return Grid(0, 1, 0, 1)
-    data = data_group()
+    world = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+    if world is None:
+        return ALONE
     if not parallel_state.model_parallel_is_initialized():
-        return Grid(data.rank(), data.size(), 0, 1)
-    tensor = tensor_group()
-    found = Grid(data.rank(), data.size(), tensor.rank(), tensor.size())
-    world = (torch.distributed.get_rank(), torch.distributed.get_world_size())
-    if (found.rank, found.size) != world:
+        coordinates = Coordinates(Grid(data=world.size()), data=world.rank())
+        return Mesh(coordinates, {"data": world}, world)
+    tensor, data = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+    grid = Grid(tensor=tensor.size(), data=data.size())
+    coordinates = Coordinates(grid, tensor=tensor.rank(), data=data.rank())
+    if (coordinates.rank, grid.size) != (world.rank(), world.size()):
         raise ValueError(
-            f"rank {world[0]} of {world[1]} is data-parallel rank {data.rank()} of {data.size()} and tensor-parallel "
-            f"rank {tensor.rank()} of {tensor.size()}: megamult knows data x tensor parallelism in Megatron's order; "
-            "leave pipeline, context and expert parallelism at 1"
+            f"rank {world.rank()} of {world.size()} is data-parallel rank {data.rank()} of {data.size()} and "
+            f"tensor-parallel rank {tensor.rank()} of {tensor.size()}: megamult knows data x tensor parallelism in "
+            "Megatron's order; leave pipeline, context and expert parallelism at 1"
         )
-    return found
+    return Mesh(coordinates, {"tensor": tensor, "data": data}, world)

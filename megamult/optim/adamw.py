@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from megamult.distributed import device, mesh
+from megamult.distributed import device
+from megamult.distributed.mesh import Mesh, found
 from megamult.optim.clip import LocalSquares, Norms, clip_factor
 from megamult.optim.folded import FoldedMultipliers
 from megamult.optim.param_groups import check_groups
@@ -44,6 +45,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         skip_grad_norm: of the norm that `clip_grad_norm` looks at, above which a step is dropped; 0: never.
         model: whose parameters the groups must hold completely, and whose names messages use; None: not checked.
         folded: multipliers of a model that holds effective weights; None: the model has its own, or none.
+        mesh: of the processes; None: as Megatron's groups say, or all processes data-parallel.
 
     Attributes:
         norms: of the last prepared gradients, before clipping.
@@ -66,10 +68,12 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
         skip_grad_norm: float = 0.0,
         model: torch.nn.Module | None = None,
         folded: FoldedMultipliers | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         groups = [{**group, "params": list(group["params"])} for group in groups]
         self._names = {} if model is None else names_of(model)
-        check_groups(groups, self._names, mesh.grid().coordinates.grid)
+        self.mesh = mesh or found()
+        check_groups(groups, self._names, self.mesh.grid)
         held = {parameter for group in groups for parameter in group["params"]}
         check_complete({name for p, name in self._names.items() if p in held}, self._names.values())
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True})
@@ -119,7 +123,6 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def prepare(self, partition: Partition) -> None:
         """Complete the gradients, take their norms, decide on factors. Collective over all ranks."""
-        grid = mesh.grid()
         self._fold(partition)
         gradients = partition.gradients()
         sum_partial_gradients(partition, gradients)
@@ -129,8 +132,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
             here = partition.slices[0].tensor.device if partition.slices else device.local_device()
             self._squares = partition, LocalSquares(partition, here)
         squares = self._squares[1](gradients).to(device.local_device())
-        if grid.size > 1:
-            torch.distributed.all_reduce(squares)
+        partition.mesh.sum_over(squares)
         if self.folded is not None:
             squares[1] += self.folded.gradient.double().square().sum()
         main, multipliers = squares.sqrt().tolist()
@@ -274,7 +276,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
                 for g, group in enumerate(self.param_groups)
                 for i, p in enumerate(group["params"])
             }
-            self._whole = WholePartition(self.param_groups, numbered)
+            self._whole = WholePartition(self.param_groups, numbered, self.mesh)
         return self._whole
 
     def _update_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
@@ -309,11 +311,11 @@ def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None
     A replicated parameter's slices are the same on every rank of a tensor-parallel group (shards have equal sizes),
     so the packed buffers line up.
     """
-    if mesh.grid().tensor_size == 1:
+    if partition.mesh.size_of("tensor") == 1:
         return
     partial = [g for piece, g in zip(partition.slices, gradients, strict=True) if "tensor" in piece.spec.reduce_over]
     if not partial:
         return
     packed = torch.cat(partial)
-    torch.distributed.all_reduce(packed, group=mesh.tensor_group())
+    partition.mesh.sum_over(packed, "tensor")
     torch._foreach_copy_(partial, list(packed.split([g.numel() for g in partial])))

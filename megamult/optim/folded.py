@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult.distributed import device, mesh
+from megamult.distributed import device
 from megamult.multipliers import kernels
 from megamult.multipliers.merge import LEAVES
 from megamult.optim.bands import Band, Factors, Table, bands
@@ -114,7 +114,6 @@ class FoldedMultipliers:
             "exp_avg": torch.zeros_like(self.gradient),
             "exp_avg_sq": torch.zeros_like(self.gradient),
         }
-        grid = mesh.grid()
         self._bands_of, self._slices_of = {}, {}
         all_bands: list[Band] = []
         for i, piece in enumerate(partition.slices):
@@ -126,7 +125,7 @@ class FoldedMultipliers:
                     "DeepSpeed wrap the optimizer, or train in fp32"
                 )
             self._slices_of.setdefault(piece.tensor, []).append(i)
-            held = rectangles(piece.spec, grid.coordinates, piece.start, piece.length)
+            held = rectangles(piece.spec, partition.mesh.coordinates, piece.start, piece.length)
             found = bands(held, places[piece.name], len(starts), here.type)
             self._bands_of[i] = range(len(all_bands), len(all_bands) + len(found))
             all_bands += found
@@ -166,8 +165,8 @@ class FoldedMultipliers:
             gradients: of each slice of the partition.
         """
         assert self.partition is not None
-        grid = mesh.grid()
-        replica = not self.partition.sharded and grid.data_rank != 0
+        mesh = self.partition.mesh
+        replica = not self.partition.sharded and mesh.rank_on("data") != 0
         self._sums.zero_()
         factors = self._factors()
         nothing = self._sums.new_zeros(1)
@@ -182,8 +181,7 @@ class FoldedMultipliers:
                 dots.append(nothing.expand(band.height) if dot is None else dot)
         if dots and not replica:
             self._add_rows(torch.cat(dots), factors)
-        if grid.size > 1:
-            torch.distributed.all_reduce(self.gradient)
+        mesh.sum_over(self.gradient)
 
     def _backward(
         self, k: int, gradient: Tensor, weight: Tensor, factors: tuple[Tensor | None, Tensor | None], counts: bool

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch.nn import Parameter
 
+from megamult.distributed.mesh import Mesh, found
 from megamult.parameters.stated import check_complete, names_of
 from megamult.zero.flat import Bf16Partition, Zero12Partition
 from megamult.zero.full_precision import FullPrecision
@@ -41,7 +42,7 @@ class TwoPhase(Protocol):
         """Once per optimizer step, after the last `step`."""
 
 
-def partition_of(engine: Any, optimizer: TwoPhase) -> Partition:
+def partition_of(engine: Any, optimizer: TwoPhase, mesh: Mesh) -> Partition:
     """The partition of a DeepSpeed engine that wraps `optimizer`.
 
     Raises:
@@ -49,7 +50,7 @@ def partition_of(engine: Any, optimizer: TwoPhase) -> Partition:
     """
     names = names_of(engine.module)
     if engine.optimizer is optimizer:
-        return _complete(WholePartition(optimizer.param_groups, names), names)
+        return _complete(WholePartition(optimizer.param_groups, names, mesh), names)
     made = _PARTITIONS.get(type(engine.optimizer).__name__)
     if made is None:
         import deepspeed
@@ -58,7 +59,7 @@ def partition_of(engine: Any, optimizer: TwoPhase) -> Partition:
             f"DeepSpeed {deepspeed.__version__} wraps the optimizer in {type(engine.optimizer).__name__}: megamult "
             f"knows {', '.join(_PARTITIONS)}; change the DeepSpeed configuration to one of them"
         )
-    return _complete(made(engine.optimizer, names), names)
+    return _complete(made(engine.optimizer, names, mesh), names)
 
 
 def _complete(partition: Partition, names: Mapping[Parameter, str]) -> Partition:
@@ -66,13 +67,14 @@ def _complete(partition: Partition, names: Mapping[Parameter, str]) -> Partition
     return partition
 
 
-def attach(engine: Any, optimizer: TwoPhase) -> Partition:
+def attach(engine: Any, optimizer: TwoPhase, mesh: Mesh | None = None) -> Partition:
     """Make `engine.step()` run `optimizer.prepare` once, before DeepSpeed's first per-group `optimizer.step()`, and
     forward passes in bf16 follow the multipliers' fp32 masters after a step and after `engine.load_checkpoint`.
 
     Args:
         engine: from `deepspeed.initialize(optimizer=optimizer, ...)`.
         optimizer: the one that the engine wraps.
+        mesh: of the processes; None: as Megatron's groups say, or all processes data-parallel.
 
     Returns:
         The checked partition of this rank.
@@ -82,7 +84,7 @@ def attach(engine: Any, optimizer: TwoPhase) -> Partition:
             DeepSpeed would clip.
         RuntimeError: DeepSpeed lays its partitions out differently than this version of megamult knows.
     """
-    partition = partition_of(engine, optimizer)
+    partition = partition_of(engine, optimizer, mesh or found())
     if engine.gradient_clipping() > 0:
         raise ValueError(
             f"gradient_clipping is {engine.gradient_clipping()} in the DeepSpeed configuration (1.0 where it is not "

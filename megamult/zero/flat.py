@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megamult.distributed.mesh import Mesh
 from megamult.parameters.stated import spec_of
 from megamult.zero.partition import Cut, Partition, Slice, flat_intervals
 
@@ -21,8 +22,9 @@ class FlatPartition(Partition):
 
     sharded = True
 
-    def __init__(self, zero: Any) -> None:
-        self._zero = zero
+    def __init__(self, zero: Any, mesh: Mesh) -> None:
+        self._zero, self.mesh = zero, mesh
+        self.group = zero.real_dp_process_group[0]
         self.slices, self.cuts = [], []
         self._places: list[tuple[int, int]] = []  # (group, position in the partition) of each slice
         self.parameters = {}
@@ -70,13 +72,13 @@ class FlatPartition(Partition):
 class Zero12Partition(FlatPartition):
     """`DeepSpeedZeroOptimizer` (stage_1_and_2.py)."""
 
-    def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
+    def __init__(self, zero: Any, names: Mapping[Parameter, str], mesh: Mesh) -> None:
         if zero.cpu_offload:
             raise ValueError(
                 "deepspeed.zero_optimization.offload_optimizer is set: gradients then never meet on the device, where "
                 "megamult clips them; remove it"
             )
-        super().__init__(zero)
+        super().__init__(zero, mesh)
         for group, master in enumerate(zero.single_partition_of_fp32_groups):
             parameters, offsets = zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group]
             self._add_group(group, parameters, offsets, zero.real_dp_process_group[group], master, names)
@@ -107,8 +109,8 @@ class Zero12Partition(FlatPartition):
 class Bf16Partition(FlatPartition):
     """`BF16_Optimizer` (bf16_optimizer.py): ZeRO 1 in bf16 with fp32 gradient accumulation."""
 
-    def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
-        super().__init__(zero)
+    def __init__(self, zero: Any, names: Mapping[Parameter, str], mesh: Mesh) -> None:
+        super().__init__(zero, mesh)
         for group, master in enumerate(zero.fp32_groups_flat_partition):
             offsets, offset = [], 0
             for parameter in zero.bf16_groups[group]:

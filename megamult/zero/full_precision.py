@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult.distributed import device, mesh
+from megamult.distributed import device
 from megamult.multipliers.parameters import FULL_PRECISION
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class FullPrecision:
 
     def __init__(self, partition: Partition, narrow: list[str]) -> None:
         self._sharded = partition.sharded
-        grid = mesh.grid().coordinates.grid
+        grid = partition.mesh.grid
+        self._group = partition.group
         cuts = [cut for cut in partition.cuts if cut.name in set(narrow)]
         sizes = [torch.Size(cut.spec.local_shape(grid)).numel() for cut in cuts]
         self._values = torch.zeros(sum(sizes), dtype=torch.float32, device=device.local_device())
@@ -56,6 +57,6 @@ class FullPrecision:
             self._values.zero_()
         if self._held:
             torch._foreach_copy_([value for _, value in self._held], [piece.master for piece, _ in self._held])
-        if self._sharded and mesh.data_group().size() > 1:
+        if self._sharded and self._group is not None and self._group.size() > 1:
             # Every element is held by one rank, all others add zero: the sum is exact.
-            torch.distributed.all_reduce(self._values, group=mesh.data_group())
+            torch.distributed.all_reduce(self._values, group=self._group)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult.distributed import mesh
 from megamult.parameters.rectangles import rectangles
 from megamult.parameters.spec import ParameterSpec, Role, Side
 from megamult.parameters.stated import named_specs
@@ -38,15 +37,15 @@ def gather(
     pieces: dict[str, list[tuple[Slice, int]]] = defaultdict(list)
     for i, piece in enumerate(partition.slices):
         pieces[piece.name].append((piece, i))
-    grid = mesh.grid()
-    replica = not partition.sharded and grid.data_rank != 0
+    mesh = partition.mesh
+    replica = not partition.sharded and mesh.rank_on("data") != 0
     for name, parameter, spec in named_specs(model):
         if not select(spec):
             continue
         full = [torch.zeros(part.shape, device=parameter.device) for part in spec.parts]
         for piece, i in pieces[name] if not replica else ():
             source = piece.master if value is None else value(i)
-            for r in rectangles(spec, grid.coordinates, piece.start, piece.length):
+            for r in rectangles(spec, mesh.coordinates, piece.start, piece.length):
                 if not r.counted:
                     continue
                 target = full[r.part].view(spec.parts[r.part].rows, spec.cols)
@@ -54,7 +53,7 @@ def gather(
                 target[r.row : r.row + r.height, r.col : r.col + r.width] = elements
         for index, part in enumerate(spec.parts):
             # Every element is held by one rank, all others add zero: the sum is exact.
-            torch.distributed.reduce(full[index], dst=0)
+            mesh.sum_on_first(full[index])
             yield spec.logical_name(name, part), spec, index, full[index]
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from megamult.distributed import mesh
+from megamult.distributed.mesh import Mesh
 from megamult.parameters.axes import Coordinates
 from megamult.parameters.rectangles import counted_intervals
 from megamult.parameters.spec import ParameterSpec
@@ -101,6 +102,9 @@ class Partition(ABC):
     cuts: list[Cut]
     """What every rank holds: every parameter, in an order that is the same on all ranks."""
     sharded: bool
+    mesh: Mesh
+    group: ProcessGroup | None
+    """The processes that ZeRO cuts parameters over; None: this is the only one."""
     parameters: dict[str, Parameter]
     """The model's, by name."""
     full_precision: FullPrecision | None = None
@@ -117,7 +121,7 @@ class Partition(ABC):
     def counted(self, piece: Slice) -> list[tuple[int, int]]:
         """Return the parts of a slice whose copies on this process count in a sum over all processes, as (start,
         length) from its beginning. Of copies on several processes the first one counts."""
-        coordinates = mesh.grid().coordinates
+        coordinates = self.mesh.coordinates
         if not (self.sharded or piece.shared) and coordinates.data != 0:
             return []
         return counted_intervals(piece.spec, coordinates, piece.start, piece.length)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
+from megamult.distributed.mesh import Mesh
 from megamult.parameters.stated import spec_of
 from megamult.zero.partition import Cut, Partition, Slice, flat_intervals
 
@@ -17,13 +18,14 @@ class Zero3Partition(Partition):
 
     sharded = True
 
-    def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
+    def __init__(self, zero: Any, names: Mapping[Parameter, str], mesh: Mesh) -> None:
         if zero.offload_optimizer or zero.offload_param:
             raise ValueError(
                 "deepspeed.zero_optimization offloads at stage 3: gradients then never meet on the device, where "
                 "megamult clips them; remove offload_optimizer and offload_param"
             )
-        self._zero = zero
+        self._zero, self.mesh = zero, mesh
+        self.group = mesh.groups.get("data")
         self.slices, self.cuts = [], []
         self._places: list[tuple[int, int]] = []  # (sub-group, index of the parameter in it)
         self.parameters = {}

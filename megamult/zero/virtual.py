@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megamult.distributed import mesh
 from megamult.parameters.spec import ParameterSpec
 from megamult.zero.partition import Cut, Partition, Slice, buckets, even_intervals
 
@@ -24,15 +23,16 @@ class VirtualPartition(Partition):
 
     def __init__(self, whole: Partition, select: Callable[[ParameterSpec], bool]) -> None:
         self._whole = whole
-        self._grid = mesh.grid()
+        self.mesh, self.group = whole.mesh, whole.group
+        ranks, rank = self.mesh.size_of("data"), self.mesh.rank_on("data")
         self._indices = [i for i, piece in enumerate(whole.slices) if select(piece.spec)]
         self.cuts, self.slices = [], []
         self._indices_here: list[int] = []
         for i in self._indices:
             piece = whole.slices[i]
-            cut = Cut(piece.name, piece.spec, even_intervals(piece.length, self._grid.data_size), piece.source.dtype)
+            cut = Cut(piece.name, piece.spec, even_intervals(piece.length, ranks), piece.source.dtype)
             self.cuts.append(cut)
-            start, length = cut.intervals[self._grid.data_rank]
+            start, length = cut.intervals[rank]
             if length:
                 source = piece.source[start : start + length]
                 self.slices.append(
@@ -58,7 +58,7 @@ class VirtualPartition(Partition):
         Returns:
             Bytes that this rank sent.
         """
-        ranks = self._grid.data_size
+        ranks = self.mesh.size_of("data")
         if ranks == 1:
             return 0
         gradients = self._whole.gradients()
@@ -70,10 +70,10 @@ class VirtualPartition(Partition):
             device = gradients[bucket[0][0]].device
             mine = torch.zeros(sum(widths), dtype=dtype, device=device)
             for (i, cut), part in zip(bucket, mine.split(widths), strict=True):
-                start, length = cut.intervals[self._grid.data_rank]
+                start, length = cut.held_by(self.mesh.coordinates)
                 part[:length] = gradients[i][start : start + length]
             everyone = torch.empty(ranks * mine.numel(), dtype=dtype, device=device)
-            torch.distributed.all_gather_into_tensor(everyone, mine, group=mesh.data_group())
+            torch.distributed.all_gather_into_tensor(everyone, mine, group=self.group)
             sent += (ranks - 1) * mine.numel() * mine.element_size()
             for rank, parts in enumerate(everyone.chunk(ranks)):
                 for (i, cut), part in zip(bucket, parts.split(widths), strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megamult.distributed import mesh
+from megamult.distributed.mesh import Mesh
 from megamult.parameters.stated import spec_of
 from megamult.zero.partition import Cut, Partition, Slice
 
@@ -19,11 +19,12 @@ class WholePartition(Partition):
 
     sharded = False
 
-    def __init__(self, param_groups: Sequence[Mapping[str, Any]], names: Mapping[Parameter, str]) -> None:
+    def __init__(self, param_groups: Sequence[Mapping[str, Any]], names: Mapping[Parameter, str], mesh: Mesh) -> None:
         parameters = [p for group in param_groups for p in group["params"]]
-        self._build([(p, p) for p in parameters], names)
+        self._build([(p, p) for p in parameters], names, mesh)
 
-    def _build(self, pairs: list[tuple[Parameter, Tensor]], names: Mapping[Parameter, str]) -> None:
+    def _build(self, pairs: list[tuple[Parameter, Tensor]], names: Mapping[Parameter, str], mesh: Mesh) -> None:
+        self.mesh, self.group = mesh, mesh.groups.get("data")
         self.parameters = {names[parameter]: parameter for parameter, _ in pairs}
         self._borrowed: list[Parameter] = []  # whose .grad is their main_grad
         self.slices, self.cuts = [], []
@@ -31,7 +32,7 @@ class WholePartition(Partition):
             name = names[parameter]
             spec, numel = spec_of(parameter, name), parameter.numel()
             self.slices.append(Slice(name, spec, 0, numel, master, 0, parameter.detach().view(-1)))
-            self.cuts.append(Cut(name, spec, ((0, numel),) * mesh.grid().data_size, parameter.dtype))
+            self.cuts.append(Cut(name, spec, ((0, numel),) * mesh.grid.data, parameter.dtype))
 
     def gradients(self) -> list[Tensor]:
         """The parameters' `.grad`, or Megatron DDP's `main_grad`; zeros where backward left none.
@@ -70,10 +71,10 @@ class WholePartition(Partition):
 class UnfusedPartition(WholePartition):
     """`FP16_UnfusedOptimizer` (unfused_optimizer.py): ZeRO 0 in bf16, gradients accumulated in bf16."""
 
-    def __init__(self, zero: Any, names: Mapping[Parameter, str]) -> None:
+    def __init__(self, zero: Any, names: Mapping[Parameter, str], mesh: Mesh) -> None:
         pairs = [
             pair
             for parameters, masters in zip(zero.fp16_groups, zero.fp32_groups, strict=True)
             for pair in zip(parameters, masters, strict=True)
         ]
-        self._build(pairs, names)
+        self._build(pairs, names, mesh)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import Work
 
+from megamult.distributed.mesh import Mesh
 from megamult.optim.muon.plan import Plan
 from megamult.parameters.rectangles import Rectangle
 
@@ -50,20 +51,20 @@ class Exchange:
 
     Args:
         plan: the same on every rank.
-        rank: of this process in the plan's grid, which is its global rank.
+        mesh: this process, in the plan's grid.
         slice_of_cut: for each of the plan's cuts, the index of this rank's slice of it; absent where it has none.
         dtype: that the pieces travel in, both ways.
         device: of the slices.
     """
 
     def __init__(
-        self, plan: Plan, rank: int, slice_of_cut: dict[int, int], dtype: torch.dtype, device: torch.device
+        self, plan: Plan, mesh: Mesh, slice_of_cut: dict[int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.plan, self.dtype, self.device = plan, dtype, device
         self.bytes_sent = 0
         """By this rank to others, since construction."""
-        self._ranks = plan.ranks
-        self._buckets = [self._bucket(bucket, rank, slice_of_cut) for bucket in plan.buckets]
+        self._ranks, self._world = plan.ranks, mesh.world
+        self._buckets = [self._bucket(bucket, mesh.rank, slice_of_cut) for bucket in plan.buckets]
 
     def _bucket(self, matrices: Sequence[int], rank: int, slice_of_cut: dict[int, int]) -> _Bucket:
         plan = self.plan
@@ -193,7 +194,9 @@ class Exchange:
         if self._ranks == 1:
             return None
         self.bytes_sent += send.numel() * send.element_size()
-        return torch.distributed.all_to_all_single(receive, send, receive_sizes, send_sizes, async_op=True)
+        return torch.distributed.all_to_all_single(
+            receive, send, receive_sizes, send_sizes, group=self._world, async_op=True
+        )
 
 
 def _view(matrix: Tensor, rectangle: Rectangle) -> Tensor:

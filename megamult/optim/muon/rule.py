@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult.distributed import device, mesh
+from megamult.distributed import device
 from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.optim.muon.exchange import Exchange
 from megamult.optim.muon.newton_schulz import coefficients, orthogonalize, scale
@@ -102,16 +102,16 @@ class DistributedMuon(TwoPhaseAdamW):
         self._plan(partition)
 
     def _plan(self, partition: Partition) -> None:
-        grid = mesh.grid()
+        mesh = partition.mesh
         pieces = kept_once(partition, _is_matrix)
         cuts = [cut for cut in pieces.cuts if _is_matrix(cut.spec)]
         indices = [i for i, piece in enumerate(pieces.slices) if _is_matrix(piece.spec)]
         index_of = {pieces.slices[i].name: k for k, i in enumerate(indices)}
-        plan = make_plan(cuts, grid.coordinates.grid, len(self._steps), self.bucket_elements)
+        plan = make_plan(cuts, mesh.grid, len(self._steps), self.bucket_elements)
         slice_of_cut = {c: index_of[cut.name] for c, cut in enumerate(cuts) if cut.name in index_of}
         auto = torch.float32 if all(cut.dtype == torch.float32 for cut in cuts) else torch.bfloat16
         self.ns_dtype, self.exchange_dtype = self.ns_dtype or auto, self.exchange_dtype or auto
-        self._exchange = Exchange(plan, grid.rank, slice_of_cut, self.exchange_dtype, device.local_device())
+        self._exchange = Exchange(plan, mesh, slice_of_cut, self.exchange_dtype, device.local_device())
         self._partition, self._pieces, self._indices, self.plan = partition, pieces, indices, plan
 
     @torch.no_grad()

@@ -1,0 +1,16 @@
+"""DeepSpeed's view of Megatron's process groups (its argument `mpu`)."""
+
+from __future__ import annotations
+
+from megatron.core import parallel_state
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of `mpu`: Megatron's groups, with "model parallel" meaning tensor parallel."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("get_model_parallel_"):
+            name = name.replace("get_model_parallel_", "get_tensor_model_parallel_")
+        if not name.startswith("get_"):
+            raise AttributeError(name)
+        return getattr(parallel_state, name)

@@ -1,0 +1,102 @@
+"""Start and end of communication: torch.distributed, Megatron's groups, and what DeepSpeed needs of both."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megamult.distributed import device, environment, extensions, open_files, process_groups, rendezvous
+from megamult.distributed.mesh import Mesh, found
+
+
+def initialize(
+    tensor: int,
+    timeout_minutes: float = 10.0,
+    across_nodes: bool = False,
+    meeting: rendezvous.Meeting | None = None,
+) -> Mesh:
+    """Create torch.distributed (if it is not there yet) and the tensor- and data-parallel groups (unless they are).
+
+    Args:
+        tensor: tensor-parallel size; must divide the number of processes. Ranks of one tensor-parallel group are
+            consecutive, so they share a node wherever a node's processes are a multiple of it.
+        timeout_minutes: after which a collective that a peer never joins ends the process.
+        across_nodes: let a tensor-parallel group span nodes.
+        meeting: of all processes; None: they meet now.
+
+    Raises:
+        ValueError: the sizes do not fit, a tensor-parallel group would span nodes, or the limit of open files is too
+            low for the connections between ranks.
+        megamult.distributed.rendezvous.NobodyThere: not all processes came.
+        megamult.distributed.rendezvous.Refused: this process came to another launch's port.
+        TimeoutError: DeepSpeed's operator is being compiled by another process, which does not end.
+    """
+    environment.set_defaults()
+    open_files.raise_limit()
+    processes = environment.world_size()
+    if processes % tensor:
+        raise ValueError(
+            f"parallel.tensor is {tensor} and {processes} processes were started: start a multiple of {tensor}"
+        )
+    here = device.prepare(tensor)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    import deepspeed
+
+    if not torch.distributed.is_initialized():
+        open_files.check_limit(environment.rank(), processes, tensor, gloo=device.backend() == "gloo")
+        meeting = meeting or rendezvous.meet(rendezvous.SECONDS)
+        if not across_nodes:
+            meeting.check_nodes(tensor)
+        meeting.store.set_timeout(timeout)
+        torch.distributed.init_process_group(
+            device.backend(),
+            store=meeting.store,
+            rank=environment.rank(),
+            world_size=processes,
+            timeout=timeout,
+            # NCCL then connects at once, and splits later groups off.
+            device_id=here if here.type == "cuda" and processes > 1 else None,
+        )
+        if here.type == "cpu":  # where DeepSpeed loads an operator, and would wait for a leftover lock for ever
+            first_here = environment.local_rank() == 0
+            extensions.release(extensions.build_root(), _say, name="deepspeed_shm_comm*", waits_aloud=first_here)
+        deepspeed.init_distributed(dist_backend=device.backend(), timeout=timeout, verbose=False)
+        if here.type == "cpu":
+            _forget_shared_memory()
+    if parallel_state.model_parallel_is_initialized():
+        if parallel_state.get_tensor_model_parallel_world_size() == tensor:
+            return found()
+        parallel_state.destroy_model_parallel()
+    process_groups.create(tensor, timeout)
+    if here.type == "cuda":
+        # Megatron forks its CUDA random state around dropout under sequence parallelism, and wants one to fork. We
+        # have no dropout, so the seed changes nothing.
+        model_parallel_cuda_manual_seed(1)
+    return found()
+
+
+def _say(line: str) -> None:
+    print(f"megamult: {line}", file=sys.stderr, flush=True)
+
+
+def _forget_shared_memory() -> None:
+    """DeepSpeed's operator for CPUs leaves a buffer of 64 MB per rank in /dev/shm for ever. Once all ranks have mapped
+    them their names can go: the memory then goes with the processes."""
+    torch.distributed.barrier()
+    names = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ.get('MASTER_PORT', '')}_*"
+    for path in Path("/dev/shm").glob(names):
+        path.unlink(missing_ok=True)
+
+
+def destroy() -> None:
+    """Take the groups down; ranks that leave without it may abort at exit."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
