@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult.config import Config
-from megamult.distributed.config import ParallelConfig
 from megamult.models.llama.config import ModelConfig
-from megamult.multipliers.config import MultipliersConfig
-from megamult.train.config import TrainConfig
 
 VOCAB, PADDED = 130, 256  # at tensor parallel 4 rank 2 holds two tokens and rank 3 padding alone
 SEQ, BATCH = 6, 3
@@ -65,17 +61,15 @@ def losses(rank: int, tensor: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+TIED = dataclasses.replace(MODEL, tie_embeddings=True)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "none": {"multipliers": MultipliersConfig(implementation="none")},
-    "all": {"multipliers": MultipliersConfig(placement="all")},
-    "scalar": {"multipliers": MultipliersConfig(placement="scalar")},
-    "all, tied": {"multipliers": MultipliersConfig(), "model": dataclasses.replace(MODEL, tie_embeddings=True)},
-    "none, tied": {
-        "multipliers": MultipliersConfig(implementation="none"),
-        "model": dataclasses.replace(MODEL, tie_embeddings=True),
-    },
-    "all, recomputed": {"multipliers": MultipliersConfig(), "train": TrainConfig(recompute="full")},
-    "all, sequence parallel": {"multipliers": MultipliersConfig()},
+    "none": {"placement": {}},
+    "all": {"placement": "all"},
+    "scalar": {"placement": "scalar"},
+    "all, tied": {"sizes": TIED},
+    "none, tied": {"sizes": TIED, "placement": {}},
+    "all, recomputed": {"recompute": True},
+    "all, sequence parallel": {},
 }
 
 
@@ -83,9 +77,8 @@ def gpt(tensor: int, variant: str, **changes: Any) -> torch.nn.Module:
     """The variant's model."""
     from megamult.models.llama.model import GPT
 
-    parallel = ParallelConfig(tensor=tensor, sequence="sequence" in variant and tensor > 1)
-    config = Config(**({"model": MODEL, "parallel": parallel} | VARIANTS[variant] | changes))
-    return GPT(config, VOCAB, SEED)
+    arguments = {"sizes": MODEL, "sequence_parallel": "sequence" in variant and tensor > 1} | VARIANTS[variant]
+    return GPT(vocab_size=VOCAB, seed=SEED, tensor_parallel=tensor, **(arguments | changes))
 
 
 def models(tensor: int) -> dict[str, dict[str, Any]]:
@@ -106,7 +99,7 @@ def models(tensor: int) -> dict[str, dict[str, Any]]:
             "entropy": entropy,
             "grads": {name: p.grad.clone() for name, p in model.named_parameters()},
         }
-    half = gpt(tensor, "all", train=TrainConfig(dtype="bf16"))
+    half = gpt(tensor, "all", dtype=torch.bfloat16)
     found["bf16"] = {
         "inv_freq": half.rotary_pos_emb.inv_freq,
         "dtypes": {p.dtype for p in half.parameters()},
