@@ -77,8 +77,9 @@ def gpt(tensor: int, variant: str, **changes: Any) -> torch.nn.Module:
     """The variant's model."""
     from megamult.models.llama.model import GPT
 
-    arguments = {"sizes": MODEL, "sequence_parallel": "sequence" in variant and tensor > 1} | VARIANTS[variant]
-    return GPT(vocab_size=VOCAB, seed=SEED, tensor_parallel=tensor, **(arguments | changes))
+    sequence = "sequence" in variant and tensor > 1
+    arguments = {"sizes": MODEL, "tensor_parallel": tensor, "sequence_parallel": sequence} | VARIANTS[variant]
+    return GPT(vocab_size=VOCAB, seed=SEED, **(arguments | changes))
 
 
 def models(tensor: int) -> dict[str, dict[str, Any]]:
@@ -104,7 +105,21 @@ def models(tensor: int) -> dict[str, dict[str, Any]]:
         "inv_freq": half.rotary_pos_emb.inv_freq,
         "dtypes": {p.dtype for p in half.parameters()},
     }
+    found["refused"] = {
+        "group": refusal(tensor, tensor_parallel=1 if tensor == 2 else 2),
+        "sizes": refusal(tensor, sizes=dataclasses.replace(MODEL, ffn_hidden_size=61)),
+        "placement": refusal(tensor, placement="some"),
+    }
     return found
+
+
+def refusal(tensor: int, **changes: Any) -> str:
+    """Why a model with these changes is not built; empty: it is."""
+    try:
+        gpt(tensor, "all", **changes)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def run_all() -> dict[int, dict[str, Any]]:
