@@ -10,7 +10,6 @@ import deepspeed
 import torch
 
 import megamult
-from megamult.config import Config
 from megamult.distributed import device, mesh
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.model import GPT
@@ -19,7 +18,7 @@ from megamult.zero.attach import attach
 VOCAB = 1000
 
 mpu = mesh.initialize(tensor=1)
-model = GPT(Config(model=ModelConfig(num_layers=2, seq_length=64)), VOCAB, seed=1).to(device.local_device())
+model = GPT(ModelConfig(num_layers=2, seq_length=64), VOCAB, seed=1).to(device.local_device())
 
 # Muon for the blocks' matrices, AdamW for everything else; megamult.TwoPhaseAdamW takes the same groups.
 groups = megamult.param_groups(model, lr=1e-3, weight_decay=0.1)

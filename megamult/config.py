@@ -6,9 +6,10 @@ Sizes are global (never per rank). A key that does not work yet is not here.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from megamult.checkpoint.config import CheckpointConfig
 from megamult.data.config import DataConfig
@@ -19,6 +20,8 @@ from megamult.optim.config import OptimizerConfig
 from megamult.parameters.roles import resolve
 from megamult.train.config import TrainConfig
 from megamult.validation import require
+
+__all__ = ["SECTIONS", "Config", "ModelConfig", "model_section"]
 
 
 @dataclass
@@ -71,28 +74,7 @@ class Config:
             train.eval_every == 0 or bool(DataConfig.sources(self.data.valid)),
             f"train.eval_every is {train.eval_every} and data.valid is not set: give a prefix, or set it to 0",
         )
-        require(
-            not self.parallel.sequence or model.seq_length % tensor == 0,
-            f"model.seq_length is {model.seq_length}: with parallel.sequence it must be a multiple of "
-            f"parallel.tensor ({tensor})",
-        )
-        for key, size in (
-            ("num_attention_heads", model.num_attention_heads),
-            ("ffn_hidden_size", model.ffn_hidden_size),
-        ):
-            require(
-                size % tensor == 0,
-                f"model.{key} is {size}: it must be a multiple of parallel.tensor ({tensor})",
-            )
-        groups = model.query_groups
-        require(
-            groups % tensor == 0 or tensor % groups == 0,
-            f"model.num_query_groups is {groups} and parallel.tensor {tensor}: one must divide the other",
-        )
-        require(
-            128 % tensor == 0,
-            f"parallel.tensor is {tensor}: it must divide 128, the multiple that the vocabulary is padded to",
-        )
+        model.check_sharding(tensor, self.parallel.sequence)
 
     def check_world(self, processes: int) -> None:
         """Check what depends on the number of processes.
@@ -132,3 +114,17 @@ class Config:
             raise ValueError(f"{path} is no JSON file: {error}") from None
         require(isinstance(loaded, dict), f"{path} holds no JSON object: give a mapping of DeepSpeed's keys")
         return loaded
+
+
+SECTIONS: dict[str, Any] = {name: hint for name, hint in get_type_hints(Config).items() if is_dataclass(hint)}
+"""The class of every section, by name, in order."""
+
+
+def model_section(configuration: Mapping[str, Any]) -> ModelConfig:
+    """The section `model` of a saved configuration.
+
+    Raises:
+        KeyError, TypeError: it has none, or keys that this version does not know.
+        ValueError: its sizes do not fit together.
+    """
+    return ModelConfig(**configuration["model"])

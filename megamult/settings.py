@@ -1,11 +1,63 @@
-"""A run's configuration as flat keys, and how two configurations differ."""
+"""Settings of a run: which of them a resumed run must keep, all of them as flat keys, how two sets of them differ."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
+
+Why = Literal["function", "samples"]
+"""Why a resumed run must keep a setting. function: with another value the checkpoint's weights are another function.
+samples: it decides which samples come next, so it is free until the checkpoint's run has trained on some."""
+
+_FIXED = "fixed when a run resumes"
+_Default = TypeVar("_Default")
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    why: Why
+    attribute: str | None
+    note: str
+
+
+def fixed(default: _Default, why: Why, *, attribute: str | None = None, note: str = "") -> _Default:
+    """A dataclass field whose setting a resumed run must keep.
+
+    Args:
+        default: of the field.
+        why: the reason.
+        attribute: the attribute of its section that holds what the setting stands for, if that is not the setting
+            itself (null may mean another key's value).
+        note: what the setting decides, where its name does not say so; shown beside it.
+    """
+    return dataclasses.field(default=default, metadata={_FIXED: _Fixed(why, attribute, note)})
+
+
+def fixed_keys(section: type) -> list[str]:
+    """Keys of a section that a resumed run must keep."""
+    return [field.name for field in dataclasses.fields(section) if _FIXED in field.metadata]
+
+
+def fixed_values(name: str, section: Any, why: Why) -> dict[str, Any]:
+    """What a resumed run must keep of a section, for the reason `why`.
+
+    Args:
+        name: of the section.
+        section: an instance.
+
+    Returns:
+        The value of each, resolved, by the name that a message gives it: "train.seed (the data's order)".
+    """
+    found = {}
+    for field in dataclasses.fields(section):
+        rule = field.metadata.get(_FIXED)
+        if rule is not None and rule.why == why:
+            label = f"{name}.{field.name} ({rule.note})" if rule.note else f"{name}.{field.name}"
+            found[label] = getattr(section, rule.attribute or field.name)
+    return found
 
 
 @dataclass(frozen=True)

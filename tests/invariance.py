@@ -143,7 +143,7 @@ class RandomSamples:
 def run_cases(cases: list[Case]) -> list[Outcome]:
     """Train every case, one after the other, on this launch's processes. Complete on rank 0."""
     from megamult.distributed import mesh
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
     from megamult.train.loop import Trainer
     from megamult.zero.gather import trained
 

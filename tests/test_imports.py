@@ -17,6 +17,7 @@ PACKAGE = REPOSITORY / "megamult"
 DATA_FLOW = [
     ["megamult"],  # imports nothing at import time; its public names are looked up when asked for
     [
+        "megamult.models.common.vocabulary",
         "megamult.runtime.exit_codes",
         "megamult.runtime.patience",
         "megamult.settings",
@@ -64,11 +65,23 @@ DATA_FLOW_INSIDE = [
     ],
     ["megamult.runtime.verdict", "megamult.runtime.hub", "megamult.runtime.watchdog"],
     [
+        "megamult.models.common.architecture",
+        "megamult.models.llama.model",
+        "megamult.models.llama.architecture",
+        "megamult.models.architectures",
+    ],
+    [
         "megamult.train.command_line",
-        "megamult.train.deepspeed_config",
+        "megamult.train.batches",
         "megamult.train.engine",
         "megamult.train.checkpoints",
+        "megamult.train.records",
         "megamult.train.loop",
+        "megamult.train.model",
+        "megamult.train.deepspeed_config",
+        "megamult.train.deepspeed_engine",
+        "megamult.train.summary",
+        "megamult.train.run",
         "megamult.train.pretrain",
     ],
 ]
@@ -84,12 +97,16 @@ FORBIDDEN = [
     ("megamult.optim", "megamult.config"),
     ("megamult.optim", "megamult.models"),  # the optimizer knows specs, no model
     ("megamult.optim", "megamult.data"),
-    ("megamult.checkpoint", "megamult.models.llama.model"),
+    ("megamult.checkpoint", "megamult.models.architectures"),
     ("megamult.checkpoint", "megamult.monitor"),
     ("megamult.monitor", "megamult.checkpoint"),
     ("megamult.monitor", "megamult.models"),
     ("megamult.runtime", "megamult.train"),
     ("megamult.huggingface", "megamult.train.loop"),
+    ("megamult.train.checkpoints", "megamult.train.deepspeed_engine"),  # the loop knows engines by their protocol
+    ("megamult.train.loop", "megamult.train.deepspeed_engine"),
+    ("megamult.train.loop", "megamult.zero"),
+    ("megamult.train.records", "megamult.train.deepspeed_engine"),
 ]
 # The mathematics stays apart from communication.
 PURE = [
@@ -99,6 +116,7 @@ PURE = [
     "megamult.multipliers.reference",
     "megamult.multipliers.merge",
     "megamult.models.common.draw",
+    "megamult.models.common.vocabulary",
     "megamult.optim.bands",
     "megamult.optim.clip",
     "megamult.optim.muon.newton_schulz",
@@ -193,6 +211,7 @@ def test_imports_go_only_down_the_data_flow(name: str) -> None:
         ("megamult.optim.clip", "from ..train.engine import build"),
         ("megamult.models.llama.model", "if True:\n    from megamult.optim import schedule"),
         ("megamult.train.engine", "from megamult.train.loop import Trainer"),
+        ("megamult.train.loop", "from megamult.train.deepspeed_engine import build"),
         ("megamult.zero.partition", "from megamult.models.llama.model import GPT"),
         ("megamult.optim.schedule", "import torch.distributed as dist"),
         ("megamult.optim.schedule", "import torch\ndef f(x): torch.distributed.all_reduce(x)"),
@@ -203,15 +222,27 @@ def test_an_import_against_the_flow_is_found(name: str, source: str) -> None:
     assert violations(name, source)
 
 
+def test_an_architectures_folder_is_known_to_the_table_of_architectures_and_to_the_configuration() -> None:
+    known = {
+        (name, other.split(".")[2])
+        for name, file in FILES.items()
+        for other in imports(name, file.read_text(encoding="utf-8"))
+        if other.startswith("megamult.models.") and len(other.split(".")) > 3 and ".common." not in other
+        if not within(name, ".".join(other.split(".")[:3]))
+    }
+    assert known == {("megamult.config", "llama"), ("megamult.models.architectures", "llama")}
+
+
 @pytest.mark.parametrize(
     "statement",
     [
         "import megamult",
         "import megamult.config",
+        "from megamult.models.architectures import ARCHITECTURES",
         "from megamult.train.pretrain import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from megamult.train.pretrain import main\ntry: main(['--model.num_layers', '0'])\nexcept SystemExit: pass",
     ],
-    ids=["package", "config", "help", "mistake"],
+    ids=["package", "config", "architectures", "help", "mistake"],
 )
 def test_heavy_libraries_are_not_imported_before_they_are_needed(statement: str) -> None:
     code = f"{statement}\nimport sys\nprint('LOADED', *{{name.split('.')[0] for name in sys.modules}})"

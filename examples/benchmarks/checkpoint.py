@@ -36,7 +36,7 @@ from megamult.models.llama.config import ModelConfig
 from megamult.optim.config import OptimizerConfig
 from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.config import TrainConfig
-from megamult.train.engine import Engine, build, parameter_count
+from megamult.train.deepspeed_engine import DeepSpeedEngine, build
 
 VOCAB = 32_768
 
@@ -106,7 +106,7 @@ def configuration(arguments: argparse.Namespace) -> Config:
     )
 
 
-def train_step(engine: Engine) -> float:
+def train_step(engine: DeepSpeedEngine) -> float:
     """Seconds of one."""
     text = torch.randint(0, VOCAB, (1, 65), generator=torch.Generator().manual_seed(0)).to(device.local_device())
     began = time.perf_counter()
@@ -118,7 +118,7 @@ def train_step(engine: Engine) -> float:
     return time.perf_counter() - began
 
 
-def saves(engine: Engine, config: Config, folder: Path, repeats: int) -> dict[str, list[float]]:
+def saves(engine: DeepSpeedEngine, config: Config, folder: Path, repeats: int) -> dict[str, list[float]]:
     """Seconds and bytes of every save, one list per figure."""
     memory = Memory()
     found: dict[str, list[float]] = {}
@@ -146,7 +146,7 @@ def saves(engine: Engine, config: Config, folder: Path, repeats: int) -> dict[st
     return found
 
 
-def load(engine: Engine, path: Path) -> dict[str, float]:
+def load(engine: DeepSpeedEngine, path: Path) -> dict[str, float]:
     """Seconds to verify and to read, and memory."""
     memory = Memory()
     torch.distributed.barrier()
@@ -205,7 +205,7 @@ def main() -> None:
 
 
 def report(
-    engine: Engine,
+    engine: DeepSpeedEngine,
     figures: dict[str, list[float]],
     loaded: dict[str, float],
     state: float,
@@ -216,7 +216,7 @@ def report(
     """Print it all."""
     gigabyte = 1e9
     print(
-        f"{parameter_count(engine.model):,} parameters, {torch.distributed.get_world_size()} processes; state "
+        f"{engine.parameter_count:,} parameters, {torch.distributed.get_world_size()} processes; state "
         f"{state / gigabyte:.3f} GB, {share / gigabyte:.3f} on the rank with most; written {written / gigabyte:.3f} GB "
         f"= {written / state:.4f} of it"
     )

@@ -30,11 +30,11 @@ from megamult.config import Config
 from megamult.distributed import device, mesh
 from megamult.distributed.config import ParallelConfig
 from megamult.models.llama.config import ModelConfig
-from megamult.models.llama.model import GPT
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
 from megamult.train.config import TrainConfig
-from megamult.train.engine import Engine, build
+from megamult.train.deepspeed_engine import DeepSpeedEngine, build
+from megamult.train.model import build_model
 
 VOCAB = 4096
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "reduce_scatter")
@@ -68,7 +68,7 @@ def batch_of(arguments: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]
     return tuple(part.contiguous().to(device.local_device()) for part in (text[:, :-1], text[:, 1:]))  # type: ignore[return-value]
 
 
-def optimizer_step(engine: Engine, tokens: torch.Tensor, labels: torch.Tensor, accumulation: int) -> float:
+def optimizer_step(engine: DeepSpeedEngine, tokens: torch.Tensor, labels: torch.Tensor, accumulation: int) -> float:
     """Seconds of one optimizer step with all its micro-batches."""
     began = time.perf_counter()
     for _ in range(accumulation):
@@ -116,7 +116,7 @@ def measure(arguments: argparse.Namespace) -> None:
     mesh.destroy()
 
 
-def print_memory(folded: Engine, none: Engine) -> None:
+def print_memory(folded: DeepSpeedEngine, none: DeepSpeedEngine) -> None:
     """Print what folded multipliers add to this rank's optimizer, after a step."""
     multipliers = folded.optimizer.folded
     assert multipliers is not None
@@ -175,7 +175,7 @@ def count_collectives(arguments: argparse.Namespace) -> None:
     for sequence in (False, True):
         sums = {}
         for name in ("none", "layer"):
-            model = GPT(run_config(arguments, name, tensor=2, sequence=sequence), VOCAB, seed=1)
+            model = build_model(run_config(arguments, name, tensor=2, sequence=sequence), VOCAB, seed=1)
             model.to(device.local_device())
             with counted() as counts:
                 model(tokens, labels)[0].backward()

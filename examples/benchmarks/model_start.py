@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.layers import _initialize_affine_weight_cpu
 from muon_plan import LLAMA, Llama
 
 from megamult.models.common.initialization import initialize
-from megamult.models.llama.model import padded_vocab_size
+from megamult.models.common.vocabulary import padded_vocab_size
 from megamult.parameters import megatron
 from megamult.parameters.axes import Grid, tensor_shard
 from megamult.parameters.spec import ParameterSpec, Role

@@ -117,15 +117,15 @@ class Contestant:
         import deepspeed
 
         from megamult.distributed import device, mesh
-        from megamult.models.llama.model import GPT
         from megamult.optim.muon.rule import DistributedMuon
         from megamult.train.deepspeed_config import deepspeed_config
-        from megamult.train.engine import build_optimizer
+        from megamult.train.deepspeed_engine import build_optimizer
+        from megamult.train.model import build_model
         from megamult.zero.attach import attach
 
         self.name = name
         config = run_config(arguments)
-        self.model = GPT(config, VOCAB, seed=1).to(device.local_device())
+        self.model = build_model(config, VOCAB, seed=1).to(device.local_device())
         mpu = mesh.ModelParallelUnit()
         settings = deepspeed_config(config, mesh.data_group().size())
         self.ours: DistributedMuon | None = None
@@ -227,10 +227,10 @@ def pass_seconds(arguments: argparse.Namespace) -> float:
     """A forward and backward pass over one sequence, of the slowest rank; the fastest of a few: it is what an optimizer
     step is held against."""
     from megamult.distributed import device
-    from megamult.models.llama.model import GPT
+    from megamult.train.model import build_model
 
     here = device.local_device()
-    model = GPT(run_config(arguments, arguments.seq), VOCAB, seed=1).to(here)
+    model = build_model(run_config(arguments, arguments.seq), VOCAB, seed=1).to(here)
     if arguments.dtype == "bf16":
         model = model.bfloat16()
     tokens = torch.randint(0, VOCAB, (1, arguments.seq), generator=torch.Generator().manual_seed(1)).to(here)

@@ -31,7 +31,7 @@ from megamult.distributed.config import ParallelConfig
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.train.config import TrainConfig
-from megamult.train.engine import Engine, build
+from megamult.train.deepspeed_engine import DeepSpeedEngine, build
 
 VOCAB = 512
 STAGES = (1, 2, 3)
@@ -163,7 +163,7 @@ def count(stage: int, arguments: argparse.Namespace, mpu: mesh.ModelParallelUnit
     )
 
 
-def step(engine: Engine, accumulation: int) -> None:
+def step(engine: DeepSpeedEngine, accumulation: int) -> None:
     """One optimizer step on random tokens."""
     text = torch.randint(0, VOCAB, (1, 17), generator=torch.Generator().manual_seed(0)).to(device.local_device())
     for _ in range(accumulation):

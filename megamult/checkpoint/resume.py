@@ -6,7 +6,7 @@ Whatever layout wrote it: only the model's sizes, its vocabulary, the data's ord
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,15 @@ from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import INFO, SENTENCEPIECE, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import held
-from megamult.config import Config
+from megamult.config import SECTIONS, Config, model_section
 from megamult.distributed import mesh, process_groups
 from megamult.huggingface.files import TOKENIZER_FOLDER, tokenizer_identity
-from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.merge import LEAVES
 from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.parameters.roles import Placement, resolve
+from megamult.settings import Why, fixed_keys, fixed_values
 from megamult.zero.partition import Partition
-
-_SAME = {
-    "num_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "query_groups",
-    "ffn_hidden_size": "ffn_hidden_size",
-    "rotary_base": "rotary_base",
-    "norm_eps": "norm_eps",
-    "tie_embeddings": "tie_embeddings",
-}
-"""Keys of `model.` that must stay, and the attributes that hold their resolved values."""
 
 
 def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> SavedCheckpoint | None:
@@ -129,18 +117,24 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
         ValueError: listing every difference that is in the way.
     """
     try:
-        model, multipliers = ModelConfig(**info.config["model"]), MultipliersConfig(**info.config["multipliers"])
-        seed = info.config["train"]["seed"]
+        sections, multipliers = _fixed_sections(info.config), MultipliersConfig(**info.config["multipliers"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"the checkpoint's configuration is not one that this version knows ({error!r})") from None
-    pairs = [(f"model.{key}", getattr(config.model, at), getattr(model, at)) for key, at in _SAME.items()]
+
+    def pairs_of(why: Why) -> list[tuple[str, Any, Any]]:
+        both = [
+            (fixed_values(name, getattr(config, name), why), fixed_values(name, its, why))
+            for name, its in sections.items()
+        ]
+        return [(key, mine[key], its[key]) for mine, its in both for key in mine]
+
+    pairs = pairs_of("function")
     pairs.append(("model.vocab_size", vocab_size, info.vocab_size))
     known = info.tokenizer_sha256 is not None and tokenizer_sha256 is not None
     if known and info.tokenizer_files == SENTENCEPIECE:
         pairs.append(("the SHA-256 of data.tokenizer", tokenizer_sha256, info.tokenizer_sha256))
-    if info.samples:  # what these decide is which samples come next
-        pairs.append(("model.seq_length", config.model.seq_length, model.seq_length))
-        pairs.append(("train.seed (the data's order)", config.train.seed, seed))
+    if info.samples:
+        pairs += pairs_of("samples")
     found = [f"{key} is {mine!r} and the checkpoint's {its!r}" for key, mine, its in pairs if mine != its]
     if info.tokenizer_files != SENTENCEPIECE and tokenizer_sha256 != info.tokenizer_sha256:
         found.append(
@@ -164,6 +158,22 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
         raise ValueError(
             f"the checkpoint does not fit this run: {'; '.join(found)}: set them back, or load another one"
         )
+
+
+def _fixed_sections(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of a saved configuration that have settings to keep; a key that its version did not have is the default.
+
+    Every key of the model must be known, as it may be part of the function. Of other sections nothing else is read.
+
+    Raises:
+        KeyError, TypeError: they are not as this version knows them.
+    """
+    sections: dict[str, Any] = {"model": model_section(configuration)}
+    for name, section in SECTIONS.items():
+        keys = fixed_keys(section)
+        if keys and name not in sections:
+            sections[name] = section(**{key: value for key, value in configuration[name].items() if key in keys})
+    return sections
 
 
 def _placement(multipliers: MultipliersConfig) -> Placement:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megamult.checkpoint.chunks import Chunk
 from megamult.optim.adamw import TwoPhaseAdamW
-from megamult.parameters.rectangles import boxes, rectangles
 from megamult.parameters.axes import Coordinates
+from megamult.parameters.rectangles import boxes, rectangles
 from megamult.zero.partition import Partition, Slice, even_intervals
 
 

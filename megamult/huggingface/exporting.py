@@ -17,12 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamult.checkpoint.saved import SavedCheckpoint
+from megamult.config import model_section
 from megamult.huggingface import model_card as hf_card
 from megamult.huggingface import tokenizer as hf_tokenizer
 from megamult.huggingface.files import TOKENIZER_FILES, TOKENIZER_FOLDER, check_output
-from megamult.models.llama.config import ModelConfig
-from megamult.models.llama.hf_config import DTYPES, to_hugging_face
-from megamult.models.llama.hf_names import Weight, weights
+from megamult.models.architectures import architecture_of
+from megamult.models.common.hugging_face import DTYPES, Weight
 from megamult.multipliers.merge import merge
 from megamult.parameters.roles import Placement, resolve
 from megamult.runtime.partial import partial_folder
@@ -73,7 +73,8 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
     Args:
         checkpoint: a checkpoint's directory; all of it is verified first.
         output: the directory to write; appears when it is complete.
-        dtype: of the weights: a key of :data:`hf_config.DTYPES`, or auto: what the run computed in.
+        dtype: of the weights: a key of :data:`megamult.models.common.hugging_face.DTYPES`, or auto: what the run
+            computed in.
         max_shard_size: of a safetensors file, as "5GB"; a tensor that is larger gets a file of its own.
 
     Raises:
@@ -87,12 +88,13 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
     saved = SavedCheckpoint(checkpoint)
     saved.verify()
     config = saved.info.config
-    model = ModelConfig(**config["model"])
+    model = model_section(config)
     if dtype == "auto":
         dtype = _RUN_DTYPES[config["train"]["dtype"]]
     multipliers = config["multipliers"]
     placement: Placement = resolve(multipliers["placement"]) if multipliers["implementation"] != "none" else {}
-    sources = list(_sources(saved, model, placement))
+    weights = list(architecture_of(model).weights(model, saved.info.vocab_size))
+    sources = list(_sources(saved, weights, model.tie_embeddings, placement))
     tied = model.tie_embeddings and sources[-1].name != "lm_head.weight"
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,9 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
                 "written apart (tie_word_embeddings false)"
             )
         shards, parameters = _write_tensors(saved, sources, DTYPES[dtype], max_shard_size, partial)
-        described = to_hugging_face(model, saved.info.vocab_size, tied=tied, dtype=dtype, token_ids=token_ids)
+        described = architecture_of(model).to_hugging_face(
+            model, saved.info.vocab_size, tied=tied, dtype=dtype, token_ids=token_ids
+        )
         files["config.json"] = _json(described)
         files.setdefault("generation_config.json", _json(token_ids))
         files["README.md"] = hf_card.render(saved.info, described, parameters, bool(placement)).encode()
@@ -116,12 +120,14 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
     return Exported(len(sources), parameters, [*shards, *files], dtype, notes)
 
 
-def _sources(saved: SavedCheckpoint, model: ModelConfig, placement: Placement) -> Iterator[_Source]:
+def _sources(
+    saved: SavedCheckpoint, weights: list[Weight], tie_embeddings: bool, placement: Placement
+) -> Iterator[_Source]:
     """The exported tensors in Hugging Face's order; a tied head only where the embedding had to be parted from it."""
     expected: dict[str, tuple[int, ...]] = {}
     parted = None
-    for weight in weights(model, saved.info.vocab_size):
-        if weight.role == "head" and model.tie_embeddings:
+    for weight in weights:
+        if weight.role == "head" and tie_embeddings:
             if parted is not None:
                 yield _Source(weight.hugging_face, parted, ())
             continue

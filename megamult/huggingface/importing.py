@@ -1,4 +1,4 @@
-"""A Hugging Face Llama model as a checkpoint to train on from: multipliers at 1, the same function, streamed."""
+"""A Hugging Face model as a checkpoint to train on from: multipliers at 1, the same function, streamed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from megamult.checkpoint import directory
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import SENTENCEPIECE, CheckpointInfo
 from megamult.checkpoint.saved import write
-from megamult.config import Config
+from megamult.config import Config, ModelConfig
 from megamult.data.tokenizer import Tokenizer
 from megamult.huggingface.files import TOKENIZER_FILES, TOKENIZER_FOLDER, check_output, tokenizer_identity
-from megamult.models.llama.config import ModelConfig
-from megamult.models.llama.hf_config import from_hugging_face
-from megamult.models.llama.hf_names import Weight, weights
+from megamult.models.architectures import architecture_of, architecture_of_hugging_face
+from megamult.models.common.hugging_face import Weight
 from megamult.multipliers.config import MultipliersConfig
 from megamult.parameters.roles import Placement, resolve
 from megamult.train.config import TrainConfig
@@ -89,7 +88,7 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
         raise ValueError(f"placement is {placement!r}: use one of {', '.join(PLACEMENTS)}")
     described = _read_json(source / "config.json")
     try:
-        model = from_hugging_face(described)
+        model: ModelConfig = architecture_of_hugging_face(described).from_hugging_face(described)
     except ValueError as error:
         raise ValueError(f"{source}/{error}") from None
     assert model.vocab_size is not None
@@ -175,7 +174,7 @@ def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list
     assert model.vocab_size is not None
     left = dict(stored)
     matched: list[tuple[Weight, _Stored]] = []
-    for weight in weights(model, model.vocab_size):
+    for weight in architecture_of(model).weights(model, model.vocab_size):
         name = weight.hugging_face
         if name not in left:
             if weight.role == "head" and model.tie_embeddings:
@@ -195,7 +194,7 @@ def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list
     if left:
         first = left[min(left)]
         raise ValueError(
-            f"{source} holds {first.name} {first.shape}, which a LlamaForCausalLM of this config.json does not have "
+            f"{source} holds {first.name} {first.shape}, which a model of this config.json does not have "
             f"({len(left)} such tensors): the model here cannot express it, so it cannot be imported"
         )
     return matched

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megamult.distributed import device, mesh
+
+MicroBatch = tuple[Tensor, Tensor]
+"""Tokens and labels, ids [micro batch, seq] each, on this process's device."""
 
 _AHEAD = 4
 """Micro-batches that are read before they are asked for: enough that one slow read is not felt."""
@@ -21,6 +24,19 @@ class Readable(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """`tokens` and `labels`, [seq] each."""
+
+
+class Samples(Readable, Protocol):
+    """Sample i of a run: a function of i only, whatever the sharding (:class:`megamult.data.BlendedDataset`)."""
+
+    def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
+        """Make samples [first, last) ready, and the run's others, before `end`, in time; all ranks call it together."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold of them."""
+
+    def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
+        """Go on before global sample `samples` of a run that left `state`; return lines that a user should read."""
 
 
 class MicroBatches:
@@ -56,8 +72,8 @@ class MicroBatches:
         self._end = end
         self._ask()
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Tokens and labels of the next micro-batch, [micro batch, seq] each, on this process's device.
+    def take(self) -> MicroBatch:
+        """The next micro-batch.
 
         Raises:
             Exception: what reading this micro-batch raised, on the rank that reads. Its tensor-parallel peers wait for

@@ -13,7 +13,6 @@ from megamult.checkpoint import rng
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import CheckpointInfo
 from megamult.checkpoint.saver import Outcome, Saver
-from megamult.checkpoint.state import owned
 from megamult.config import Config
 from megamult.train.engine import Engine
 
@@ -69,9 +68,8 @@ class RunCheckpoints:
         Returns:
             What became of an earlier save, or of this one, as :meth:`Saver.save`.
         """
-        rank, optimizer = torch.distributed.get_rank(), engine.optimizer
-        chunks = owned(engine.partition, optimizer)
-        chunks += [Chunk.whole(rng.prefix(rank) + key, value) for key, value in rng.states().items()]
+        prefix, state = rng.prefix(torch.distributed.get_rank()), engine.state()
+        chunks = [*state.chunks, *(Chunk.whole(prefix + key, value) for key, value in rng.states().items())]
         info = CheckpointInfo(
             step=step,
             samples=samples,
@@ -80,8 +78,8 @@ class RunCheckpoints:
             tokenizer_sha256=self._tokenizer,
             optimizer={
                 "name": self._config.optimizer.name,
-                "updates": optimizer.updates,
-                "skipped_steps": optimizer.skipped_steps,
+                "updates": state.updates,
+                "skipped_steps": state.skipped_steps,
             },
             data=data,
             layout={

@@ -7,30 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from megamult.checkpoint.config import CheckpointConfig
-from megamult.config import Config
-from megamult.data.config import DataConfig
+from megamult.config import SECTIONS, Config
 from megamult.distributed import environment
-from megamult.distributed.config import ParallelConfig
-from megamult.models.llama.config import ModelConfig
-from megamult.multipliers.config import MultipliersConfig
-from megamult.optim.config import OptimizerConfig
 from megamult.runtime import exit_codes
 from megamult.runtime.console import say_error
-from megamult.train.config import TrainConfig
 
 HEAD_START_SECONDS = 2.0
 """Launchers end all ranks once one has left: the others let rank 0 speak first."""
-
-_SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "multipliers": MultipliersConfig,
-    "optimizer": OptimizerConfig,
-    "parallel": ParallelConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "checkpoint": CheckpointConfig,
-}
 
 _Result = TypeVar("_Result")
 
@@ -47,7 +30,7 @@ def parser() -> Any:
         allow_abbrev=False,  # a misspelt key must not pass for another one that it begins
     )
     made.add_argument("--config", action="config", help="YAML file with the keys below")
-    for name, section in _SECTIONS.items():
+    for name, section in SECTIONS.items():
         made.add_class_arguments(section, name)
     made.add_argument(
         "--deepspeed",
@@ -71,7 +54,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     made = parser()
     try:
         namespace = made.parse_args(arguments)
-        for name in _SECTIONS:  # jsonargparse lets `model: 3` pass
+        for name in SECTIONS:  # jsonargparse lets `model: 3` pass
             if not hasattr(namespace[name], "keys"):
                 raise ValueError(f"{name} is {namespace[name]!r}: it is a section; give a mapping of its keys")
         sections = made.instantiate_classes(namespace)
@@ -80,7 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"the file that --config names is not UTF-8 ({error}): save it as UTF-8") from None
     del namespace["config"], namespace["local_rank"]
-    config = Config(**{name: sections[name] for name in _SECTIONS}, deepspeed=sections["deepspeed"])
+    config = Config(**{name: sections[name] for name in SECTIONS}, deepspeed=sections["deepspeed"])
     # The contents of a file of DeepSpeed's belong to the configuration: they may be others the next time, or elsewhere.
     config.deepspeed = namespace["deepspeed"] = config.deepspeed_overrides() or None
     return config, made.dump(namespace, skip_validation=True, skip_none=False)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from megamult.settings import fixed
 from megamult.validation import not_negative, positive, require
 
 
@@ -26,7 +27,7 @@ class TrainConfig:
     """Of accumulated gradients. auto: fp32. ZeRO 0 in bf16 can only do bf16: say so, or use ZeRO 1 to 3."""
     recompute: Literal["none", "full"] = "none"
     """full: keep each layer's input alone and recompute the rest in backward."""
-    seed: int = 1234
+    seed: int = fixed(1234, "samples", note="the data's order")
     """Of weights and data order."""
     run_dir: str | None = None
     """Where everything that the run writes goes; must not hold another run. null: a new one, runs/ and the time."""

@@ -1,113 +1,79 @@
-"""A configuration becomes a DeepSpeed engine: model, param groups, optimizer, partition."""
+"""What the training loop asks of an engine: a model and its optimizer, spread over all ranks."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-import deepspeed
-import torch
+from torch import Tensor
 
-from megamult.config import Config
-from megamult.distributed import device, mesh
-from megamult.models.llama.model import GPT
-from megamult.optim.adamw import TwoPhaseAdamW
-from megamult.optim.build import make_optimizer
-from megamult.train.deepspeed_config import deepspeed_config
-from megamult.zero.attach import attach
-from megamult.zero.partition import Partition
+from megamult.checkpoint.chunks import Chunk
+from megamult.checkpoint.saved import SavedCheckpoint
+from megamult.optim.clip import Norms
+from megamult.train.batches import MicroBatch
+from megamult.zero.gather import Logical
 
 
-@dataclass
-class Engine:
-    """What the loop drives."""
+@dataclass(frozen=True)
+class EngineState:
+    """What a checkpoint holds of an engine."""
 
-    deepspeed: Any
-    model: GPT
-    optimizer: TwoPhaseAdamW
-    partition: Partition
+    chunks: list[Chunk]
+    """This rank's share of weights, multipliers and optimizer state: over all ranks each element once."""
+    updates: int
+    """Optimizer steps that were applied."""
+    skipped_steps: int
 
 
-def check_deepspeed(config: Config, mpu: mesh.ModelParallelUnit) -> None:
-    """Let our rules and DeepSpeed's own look at the DeepSpeed configuration before anything is built.
+class Engine(Protocol):
+    """Every rank calls every method together, with its own micro-batches.
 
-    Raises:
-        ValueError: the user's part of it is not possible.
+    Micro-batches come as an iterator, and are taken from it one at a time, each when it is about to be computed: to
+    take one reads files, and tells the watchdog how far the run is.
     """
-    from deepspeed.runtime.config import DeepSpeedConfig
-    from pydantic import ValidationError
 
-    settings = deepspeed_config(config, mesh.data_group().size())
-    if config.deepspeed:
-        try:
-            DeepSpeedConfig(settings, mpu=mpu)
-        except ValidationError as error:
-            each = "; ".join(
-                f"{'.'.join(map(str, part['loc'])) or error.title}: {part['msg']}" for part in error.errors()
-            )
-            raise ValueError(f"deepspeed: DeepSpeed refuses it ({each}); correct or remove that") from None
-        # DeepSpeedConfigError is an Exception of its own; wrong types surface as whatever its parser trips over.
-        except Exception as error:
-            raise ValueError(f"deepspeed: DeepSpeed refuses it ({error}); correct or remove that key") from None
+    @property
+    def parameter_count(self) -> int:
+        """Logical parameters (no padding) of the whole model."""
 
+    @property
+    def norms(self) -> Norms:
+        """Of the last step's gradient, over all ranks."""
 
-def build(
-    config: Config,
-    vocab_size: int,
-    mpu: mesh.ModelParallelUnit,
-    *,
-    draw: bool = True,
-    note: Callable[[str], None] = lambda doing: None,
-) -> Engine:
-    """Model, optimizer and engine for this rank.
+    @property
+    def skipped_steps(self) -> int:
+        """Steps so far that changed nothing, because the gradient was not finite or too large."""
 
-    At ZeRO 3 the model is partitioned while it is constructed, so it may be larger than one device.
+    def set_lr_factor(self, factor: float) -> None:
+        """Let the next steps' learning rates be their peaks times `factor`."""
 
-    Args:
-        draw: initial weights; False: they are NaN until a checkpoint is loaded.
-        note: told what is being done, as the model of a large run takes minutes.
-    """
-    from deepspeed.utils import logger as deepspeed_logger
+    def train_batch(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
+        """Take one optimizer step on all micro-batches.
 
-    deepspeed_logger.setLevel(logging.WARNING)
-    settings = deepspeed_config(config, mesh.data_group().size())
-    context: Any = contextlib.nullcontext()
-    if config.parallel.zero_stage == 3:
-        context = deepspeed.zero.Init(
-            # Without the group, zero.Init partitions over the world and overwrites tensor-parallel shards. It takes
-            # the dtype from the settings; its argument `dtype` is not heeded where fp16 is unsupported (CPUs).
-            data_parallel_group=mesh.data_group(),
-            config_dict_or_path=settings,
-            mpu=mpu,
-        )
-    with context:
-        model = GPT(config, vocab_size, config.train.seed if draw else None, note)
-    if config.parallel.zero_stage != 3:
-        model.to(device.local_device())
-    note("building the optimizer")
-    optimizer = build_optimizer(config, model)
-    # DeepSpeed warns of every optimizer that is not its own, and its bf16 wrapper prints memory figures per group.
-    deepspeed_logger.setLevel(logging.ERROR)
-    with optimizer.paused(), contextlib.redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
-        )
-    deepspeed_logger.setLevel(logging.WARNING)
-    note("checking the partition")
-    return Engine(engine, model, optimizer, attach(engine, optimizer))
+        Returns:
+            The cross entropy in nats, mean over this data-parallel rank's micro-batches: an fp32 scalar on the device.
+        """
 
+    def evaluate(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
+        """Compute the cross entropy as :meth:`train_batch` does, and change nothing."""
 
-def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseAdamW:
-    """The optimizer that `config` names, over all parameters of the model."""
-    return make_optimizer(model, config.optimizer, config.multipliers)
+    def multipliers(self) -> Iterable[Logical]:
+        """All multipliers, each complete on global rank 0."""
 
+    def state(self) -> EngineState:
+        """What is to be saved; the chunks are views of live memory."""
 
-def parameter_count(model: torch.nn.Module) -> int:
-    """Logical parameters (no padding) of the whole model."""
-    from megamult.parameters.stated import named_specs
+    def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> list[str]:
+        """Put a checkpoint's state in the place of this one's, before the first step.
 
-    return sum(spec.numel_logical for _, _, spec in named_specs(model))
+        Args:
+            checkpoint: one that fits.
+            reset_optimizer: leave the optimizer's state as it is.
+
+        Returns:
+            Names of multipliers that the checkpoint does not have: they start at 1, where they change nothing.
+
+        Raises:
+            ValueError: the checkpoint lacks a tensor, or has it in another shape, or a weight is NaN afterwards.
+        """

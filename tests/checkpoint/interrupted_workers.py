@@ -37,7 +37,7 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
     from megamult.distributed import mesh
     from megamult.runtime.signals import StopRequests
     from megamult.train.checkpoints import RunCheckpoints
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
     from megamult.train.loop import Trainer
 
     found = []

@@ -79,7 +79,7 @@ def _run(run: Segment) -> Trace:
     from megamult.checkpoint.state import held
     from megamult.distributed import mesh
     from megamult.train.checkpoints import RunCheckpoints
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
     from megamult.train.loop import Trainer
 
     config = run.case.config()

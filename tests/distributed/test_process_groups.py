@@ -152,7 +152,7 @@ def test_groups_communicate_and_may_be_made_again_for_another_size() -> None:
 def groups_of_a_run(folder: Path) -> list[list[int]]:
     """The ranks of each group that this rank makes, from the first to an engine of every ZeRO stage with a save."""
     from megamult.train.checkpoints import RunCheckpoints
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
 
     made: list[list[int]] = []
     new_group = torch.distributed.new_group

@@ -111,13 +111,13 @@ def greedy(model: Any, prompt: Tensor) -> list[int]:
 def _build(config: Config) -> tuple[Any, Any, Any]:
     """Model, optimizer and partition, without DeepSpeed."""
     from megamult.distributed import mesh
-    from megamult.models.llama.model import GPT
     from megamult.optim.build import make_optimizer
     from megamult.parameters.stated import names_of
+    from megamult.train.model import build_model
     from megamult.zero.whole import WholePartition
 
     mesh.initialize(config.parallel.tensor)
-    model = GPT(config, VOCAB, seed=1)
+    model = build_model(config, VOCAB, seed=1)
     optimizer = make_optimizer(model, config.optimizer, config.multipliers)
     partition = WholePartition(optimizer.param_groups, names_of(model))
     optimizer.bind(partition)

@@ -51,24 +51,14 @@ def build(tensor: int, style: dict[str, Any], **gpt: Any) -> tuple[Any, Any]:
 def layouts_of_both(tensor: int) -> tuple[dict[str, ParameterSpec], dict[str, ParameterSpec]]:
     """By name, of an unmodified GPTModel by its rules, and of megamult's own GPT of the same sizes."""
     import megamult
-    from megamult.config import Config
-    from megamult.distributed.config import ParallelConfig
     from megamult.models.llama.config import ModelConfig
     from megamult.models.llama.model import GPT
-    from megamult.multipliers.config import MultipliersConfig
     from megamult.parameters.stated import named_specs
 
     config, model = build(tensor, LLAMA_LIKE)
     megamult.fold({}, model, megamult.megatron_rules(config, VOCAB))
-    own = GPT(
-        Config(
-            model=ModelConfig(**SIZES, seq_length=SEQ),  # type: ignore[arg-type]
-            multipliers=MultipliersConfig("folded"),
-            parallel=ParallelConfig(tensor=tensor),
-        ),
-        VOCAB,
-        seed=1,
-    )
+    sizes = ModelConfig(**SIZES, seq_length=SEQ)  # type: ignore[arg-type]
+    own = GPT(sizes, VOCAB, seed=1, placement={}, tensor_parallel=tensor)
     by_rules, stated = ({name: spec for name, _, spec in named_specs(each)} for each in (model, own))
     return by_rules, stated
 

@@ -49,7 +49,7 @@ def builds() -> list[dict[str, Any]]:
     """For each case: this rank's pieces, how many numbers it drew, and what it was noted to do; and the same where a
     checkpoint is to be loaded."""
     from megamult.distributed import mesh
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
 
     found = []
     for case in CASES:
@@ -144,7 +144,7 @@ def left_undefined() -> str:
     """What loading says that did not reach one element."""
     from megamult.checkpoint.resume import _check_defined
     from megamult.distributed import mesh
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
 
     engine = build(Case(world=1).config(), VOCAB, mesh.initialize(1), draw=True)
     _check_defined(engine.partition)

@@ -129,6 +129,17 @@ def test_rotary_frequencies_stay_fp32_in_a_bf16_model(ranks: Ranks, tensor: int)
         torch.testing.assert_close(half["inv_freq"].double(), want, rtol=2**-23, atol=0)
 
 
+@every_size
+def test_a_model_that_the_ranks_cannot_hold_is_refused(ranks: Ranks, tensor: int) -> None:
+    other = 1 if tensor == 2 else 2
+    for outcome in ranks(tensor, "gpt"):
+        refused = outcome["refused"]
+        assert f"tensor_parallel is {other} and the tensor-parallel group has {tensor} ranks: give" in refused["group"]
+        too_odd = f"ffn_hidden_size is 61: it must be a multiple of parallel.tensor ({tensor})"
+        assert (too_odd in refused["sizes"]) == (tensor > 1)
+        assert "placement is 'some': use one of all" in refused["placement"]
+
+
 @pytest.mark.parametrize("groups", [12, 2, 1])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_is_dense_causal_grouped_query_attention(groups: int, scale: float | None) -> None:

@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult.config import Config
-from megamult.distributed.config import ParallelConfig
 from megamult.models.llama.config import ModelConfig
-from megamult.multipliers.config import MultipliersConfig
-from megamult.train.config import TrainConfig
 
 VOCAB, PADDED = 130, 256  # at tensor parallel 4 rank 2 holds two tokens and rank 3 padding alone
 SEQ, BATCH = 6, 3
@@ -65,17 +61,15 @@ def losses(rank: int, tensor: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+TIED = dataclasses.replace(MODEL, tie_embeddings=True)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "none": {"multipliers": MultipliersConfig(implementation="none")},
-    "all": {"multipliers": MultipliersConfig(placement="all")},
-    "scalar": {"multipliers": MultipliersConfig(placement="scalar")},
-    "all, tied": {"multipliers": MultipliersConfig(), "model": dataclasses.replace(MODEL, tie_embeddings=True)},
-    "none, tied": {
-        "multipliers": MultipliersConfig(implementation="none"),
-        "model": dataclasses.replace(MODEL, tie_embeddings=True),
-    },
-    "all, recomputed": {"multipliers": MultipliersConfig(), "train": TrainConfig(recompute="full")},
-    "all, sequence parallel": {"multipliers": MultipliersConfig()},
+    "none": {"placement": {}},
+    "all": {"placement": "all"},
+    "scalar": {"placement": "scalar"},
+    "all, tied": {"sizes": TIED},
+    "none, tied": {"sizes": TIED, "placement": {}},
+    "all, recomputed": {"recompute": True},
+    "all, sequence parallel": {},
 }
 
 
@@ -83,9 +77,9 @@ def gpt(tensor: int, variant: str, **changes: Any) -> torch.nn.Module:
     """The variant's model."""
     from megamult.models.llama.model import GPT
 
-    parallel = ParallelConfig(tensor=tensor, sequence="sequence" in variant and tensor > 1)
-    config = Config(**({"model": MODEL, "parallel": parallel} | VARIANTS[variant] | changes))
-    return GPT(config, VOCAB, SEED)
+    sequence = "sequence" in variant and tensor > 1
+    arguments = {"sizes": MODEL, "tensor_parallel": tensor, "sequence_parallel": sequence} | VARIANTS[variant]
+    return GPT(vocab_size=VOCAB, seed=SEED, **(arguments | changes))
 
 
 def models(tensor: int) -> dict[str, dict[str, Any]]:
@@ -106,12 +100,26 @@ def models(tensor: int) -> dict[str, dict[str, Any]]:
             "entropy": entropy,
             "grads": {name: p.grad.clone() for name, p in model.named_parameters()},
         }
-    half = gpt(tensor, "all", train=TrainConfig(dtype="bf16"))
+    half = gpt(tensor, "all", dtype=torch.bfloat16)
     found["bf16"] = {
         "inv_freq": half.rotary_pos_emb.inv_freq,
         "dtypes": {p.dtype for p in half.parameters()},
     }
+    found["refused"] = {
+        "group": refusal(tensor, tensor_parallel=1 if tensor == 2 else 2),
+        "sizes": refusal(tensor, sizes=dataclasses.replace(MODEL, ffn_hidden_size=61)),
+        "placement": refusal(tensor, placement="some"),
+    }
     return found
+
+
+def refusal(tensor: int, **changes: Any) -> str:
+    """Why a model with these changes is not built; empty: it is."""
+    try:
+        gpt(tensor, "all", **changes)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def run_all() -> dict[int, dict[str, Any]]:

@@ -16,21 +16,18 @@ def _engine(case: Case, placement: Any, initial: Any = None) -> tuple[Any, Any]:
     """A fresh engine with folded multipliers, and its configuration."""
     from megamult.distributed import environment, mesh
     from megamult.optim.build import make_optimizer
-    from megamult.train import engine
+    from megamult.train.deepspeed_engine import build
 
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else environment.world_size()
     config = case.config(world)
     config.multipliers = replace(config.multipliers, implementation="folded", placement=placement)
-    mpu = mesh.initialize(case.tensor)
-    original = engine.build_optimizer
-    if initial is not None:  # a run's configuration has no key for it
-        engine.build_optimizer = lambda config, model: make_optimizer(
-            model, config.optimizer, config.multipliers, initial
-        )
-    try:
-        return engine.build(config, VOCAB, mpu), config
-    finally:
-        engine.build_optimizer = original
+
+    def started(config: Any, model: torch.nn.Module) -> Any:
+        return make_optimizer(model, config.optimizer, config.multipliers, initial)
+
+    # A run's configuration has no key for the first values.
+    changes = {} if initial is None else {"optimizer_of": started}
+    return build(config, VOCAB, mesh.initialize(case.tensor), **changes), config
 
 
 _KINDS = ("matrix", "embedding")
@@ -88,8 +85,8 @@ def equations(cases: list[Case]) -> list[dict[str, Any]]:
 
 def starts(cases: list[Case]) -> list[dict[str, float]]:
     """Per case, of this rank: first losses by how the multipliers start; and of a plain model of doubled matrices."""
-    from megamult.models.llama.model import GPT
     from megamult.parameters.stated import named_specs
+    from megamult.train.model import build_model
 
     results = []
     for case in cases:
@@ -98,7 +95,7 @@ def starts(cases: list[Case]) -> list[dict[str, float]]:
             engine, config = _engine(case, "all", lambda role, side, row=row, col=col: row if side == "row" else col)
             losses[label] = float(engine.deepspeed(*_batch(0, config))[1])
             engine.deepspeed.destroy()
-        model = GPT(config, VOCAB, config.train.seed)
+        model = build_model(config, VOCAB, config.train.seed)
         with torch.no_grad():
             for _, parameter, spec in named_specs(model):
                 if spec.kind in ("matrix", "embedding"):

@@ -92,7 +92,7 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 def run_case(case: Case) -> dict[str, Any]:
     """Steps on batch 0, a bad one, batch 1; and, in a second engine, batch 0 and batch 1 alone."""
     from megamult.distributed import mesh
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
 
     config = case.config(torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world())
     mpu = mesh.initialize(case.tensor)
@@ -150,11 +150,11 @@ def one_process(cases: list[Case]) -> dict[str, Any]:
 
 def autograd_norms() -> tuple[float, float]:
     """Norms of the gradient of batch 0 (all but multipliers, multipliers) from autograd alone."""
-    from megamult.models.llama.model import GPT
     from megamult.parameters.stated import named_specs
+    from megamult.train.model import build_model
 
     config = Case().config(1)
-    model = GPT(config, VOCAB, config.train.seed)
+    model = build_model(config, VOCAB, config.train.seed)
     model(*_batch(0, config))[0].backward()
     squares = [0.0, 0.0]
     for _, parameter, spec in named_specs(model):
@@ -166,12 +166,12 @@ def autograd_norms() -> tuple[float, float]:
 def unfused_start() -> dict[str, Any]:
     """ZeRO 0 in bf16: masters of a fresh engine against the initial weights, drawn once more."""
     from megamult.distributed import mesh
-    from megamult.models.llama.model import GPT
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
+    from megamult.train.model import build_model
 
     config = Case(dtype="bf16").config(1)
     engine = build(config, VOCAB, mesh.initialize(1))
-    initial = dict(GPT(config, VOCAB, config.train.seed).named_parameters())
+    initial = dict(build_model(config, VOCAB, config.train.seed).named_parameters())
     equal = [
         torch.equal(piece.master, initial[piece.name].detach().float().view(-1)) for piece in engine.partition.slices
     ]

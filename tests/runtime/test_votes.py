@@ -18,7 +18,7 @@ TENSOR, REPEATS = 2, 40
 def means() -> list[tuple[float, float, list[float], int]]:
     """Means of values with and without votes beside them, what was voted, and the collectives that a mean took."""
     from megamult.distributed import mesh
-    from megamult.train.loop import mean_and_votes
+    from megamult.train.votes import mean_and_votes
 
     mesh.initialize(TENSOR)
     grid, found = mesh.grid(), []

@@ -35,11 +35,11 @@ def _batches(rank: int) -> list[tuple[Tensor, Tensor]]:
 
 def _averages(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Means over ranks and micro-batches, in float64, of the bf16 gradients and of their magnitudes, by parameter."""
-    from megamult.models.llama.model import GPT
     from megamult.multipliers.parameters import FULL_PRECISION
     from megamult.parameters.stated import named_specs
+    from megamult.train.model import build_model
 
-    model = GPT(config, VOCAB, config.train.seed)
+    model = build_model(config, VOCAB, config.train.seed)
     for _, parameter, spec in named_specs(model):
         if spec.kind == "multiplier":  # as the engine's optimizer makes forward passes scale
             setattr(parameter, FULL_PRECISION, parameter.detach().float())
@@ -62,7 +62,7 @@ def reduction_errors(stages: list[int], deepspeed: dict[str, Any] | None = None)
     """Return the largest error of the reduced gradients that this rank's optimizer gets, by ZeRO stage: the distance to
     the mean of all gradients, in units of the mean of their magnitudes."""
     from megamult.distributed import mesh
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
 
     mpu = mesh.initialize(1)
     ranks = torch.distributed.get_world_size()

@@ -19,7 +19,7 @@ CASES += [Case(tensor=2, sequence=True, stage=stage, dtype="bf16") for stage in 
 def run(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
     """What went wrong on this rank, as text, by case."""
     from megamult.distributed import mesh
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
 
     outcomes = []
     for case in cases:

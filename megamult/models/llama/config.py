@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megamult.models.common.vocabulary import VOCABULARY_MULTIPLE
+from megamult.settings import fixed
 from megamult.validation import not_negative, positive, require
 
 
@@ -11,27 +13,27 @@ from megamult.validation import not_negative, positive, require
 class ModelConfig:
     """Sizes of the model."""
 
-    num_layers: int = 4
+    num_layers: int = fixed(4, "function")
     """Transformer layers."""
-    hidden_size: int = 256
+    hidden_size: int = fixed(256, "function")
     """Width of the residual stream."""
-    num_attention_heads: int = 8
+    num_attention_heads: int = fixed(8, "function")
     """Query heads; their size is hidden_size / num_attention_heads."""
-    num_query_groups: int | None = None
+    num_query_groups: int | None = fixed(None, "function", attribute="query_groups")
     """Key-value heads (grouped-query attention); null: one for each query head."""
-    ffn_hidden_size: int = 704
+    ffn_hidden_size: int = fixed(704, "function")
     """Width of the gated MLP."""
-    seq_length: int = 256
+    seq_length: int = fixed(256, "samples")
     """Tokens per sequence."""
     vocab_size: int | None = None
     """Exact vocabulary size; null: the tokenizer's. Padded internally to a multiple of 128."""
-    rotary_base: float = 10000.0
+    rotary_base: float = fixed(10000.0, "function")
     """Base period of the rotary embedding."""
-    norm_eps: float = 1e-5
+    norm_eps: float = fixed(1e-5, "function")
     """Epsilon of RMSNorm."""
     init_std: float = 0.02
     """Standard deviation of initial weights; output projections: divided by sqrt(2 * num_layers)."""
-    tie_embeddings: bool = False
+    tie_embeddings: bool = fixed(False, "function")
     """Use the embedding's weight as the LM head (without its multipliers)."""
     z_loss: float = 1e-4
     """Coefficient of log-sum-exp squared in the objective; 0: none."""
@@ -65,4 +67,37 @@ class ModelConfig:
         require(
             heads % groups == 0,
             f"model.num_query_groups is {groups}: it must divide model.num_attention_heads ({heads})",
+        )
+
+    def check_sharding(self, tensor: int, sequence: bool) -> None:
+        """Check that a model of these sizes can be spread over `tensor` tensor-parallel ranks.
+
+        Args:
+            sequence: whether sequence parallelism is on.
+
+        Raises:
+            ValueError: fact, value, remedy.
+        """
+        require(
+            not sequence or self.seq_length % tensor == 0,
+            f"model.seq_length is {self.seq_length}: with parallel.sequence it must be a multiple of "
+            f"parallel.tensor ({tensor})",
+        )
+        for key, size in (
+            ("num_attention_heads", self.num_attention_heads),
+            ("ffn_hidden_size", self.ffn_hidden_size),
+        ):
+            require(
+                size % tensor == 0,
+                f"model.{key} is {size}: it must be a multiple of parallel.tensor ({tensor})",
+            )
+        groups = self.query_groups
+        require(
+            groups % tensor == 0 or tensor % groups == 0,
+            f"model.num_query_groups is {groups} and parallel.tensor {tensor}: one must divide the other",
+        )
+        require(
+            VOCABULARY_MULTIPLE % tensor == 0,
+            f"parallel.tensor is {tensor}: it must divide {VOCABULARY_MULTIPLE}, the multiple that the vocabulary is "
+            "padded to",
         )

@@ -6,12 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from megamult.models.llama.config import ModelConfig
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The names that config.json has for them."""
 
 # What transformers assumes where config.json has no such field.
 _SIZES = {
@@ -41,15 +36,15 @@ _MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def to_hugging_face(
-    model: ModelConfig, vocab_size: int, *, tied: bool, dtype: str, token_ids: Mapping[str, Any]
+    sizes: ModelConfig, vocab_size: int, *, tied: bool, dtype: str, token_ids: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What config.json says of an exported model.
 
     Args:
-        model: sizes.
+        sizes: of the model.
         vocab_size: exact, without padding.
         tied: whether the head is the embedding in the exported tensors.
-        dtype: a key of :data:`DTYPES`.
+        dtype: a key of :data:`megamult.models.common.hugging_face.DTYPES`.
         token_ids: `bos_token_id`, `eos_token_id` ... of the tokenizer.
     """
     return {
@@ -57,19 +52,19 @@ def to_hugging_face(
         "model_type": "llama",
         "dtype": dtype,
         "vocab_size": vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.query_groups,
-        "head_dim": model.hidden_size // model.num_attention_heads,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.ffn_hidden_size,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_attention_heads,
+        "num_key_value_heads": sizes.query_groups,
+        "head_dim": sizes.hidden_size // sizes.num_attention_heads,
         "hidden_act": "silu",
-        "max_position_embeddings": model.seq_length,
-        "initializer_range": model.init_std,
-        "rms_norm_eps": model.norm_eps,
-        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
+        "max_position_embeddings": sizes.seq_length,
+        "initializer_range": sizes.init_std,
+        "rms_norm_eps": sizes.norm_eps,
+        "rope_parameters": {"rope_theta": sizes.rotary_base, "rope_type": "default"},
         # Readers older than transformers 5 know this spelling alone, and would take 10000 without a word.
-        "rope_theta": model.rotary_base,
+        "rope_theta": sizes.rotary_base,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,

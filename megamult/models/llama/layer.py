@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,15 +13,16 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
 from megamult.layers import MultiplierColumnParallelLinear, MultiplierRowParallelLinear
+from megamult.models.common.architecture import PlacementSetting
 from megamult.models.common.attention import SdpaAttention
 from megamult.models.common.norm import RMSNorm
+from megamult.models.llama import parameters
 from megamult.multipliers.parameters import GradSync
-from megamult.parameters import megatron
 from megamult.parameters.roles import resolve
 
 
 class RecomputedTransformerLayer(TransformerLayer):
-    """A layer that keeps its input alone and runs forward again in backward (no dropout: no random state)."""
+    """A layer that keeps only its input and runs forward again in backward (no dropout: no random state)."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's TransformerLayer."""
@@ -42,7 +42,7 @@ class RecomputedTransformerLayer(TransformerLayer):
 
 def gpt_layer_spec(
     config: TransformerConfig,
-    placement: str | Mapping[str, str | Sequence[str]] = "all",
+    placement: PlacementSetting = "all",
     *,
     grad_sync: GradSync = "backward",
     recompute: bool = False,
@@ -54,7 +54,7 @@ def gpt_layer_spec(
         placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar; `{}`: none.
         grad_sync: who sums replicated multipliers' gradients over tensor-parallel ranks
             (:mod:`megamult.multipliers.parameters`); "step" needs an optimizer of ours.
-        recompute: keep a layer's input alone and recompute the rest in backward.
+        recompute: keep only a layer's input and recompute the rest in backward.
 
     Raises:
         ValueError: an unknown placement, or an MLP that is not gated.
@@ -63,17 +63,13 @@ def gpt_layer_spec(
         raise ValueError("gated_linear_unit is False: this layer's MLP is gated (SwiGLU); set it to True")
     resolved = resolve(placement)
     common: dict[str, Any] = {"placement": resolved, "grad_sync": grad_sync}
-    hidden, ffn = config.hidden_size, config.ffn_hidden_size
-    qkv = megatron.fused_qkv(config.num_attention_heads, config.num_query_groups, config.kv_channels, hidden)
     attention = SelfAttentionSubmodules(
-        linear_qkv=partial(MultiplierColumnParallelLinear, spec=qkv, **common),
+        linear_qkv=partial(MultiplierColumnParallelLinear, spec=parameters.qkv(config), **common),
         core_attention=SdpaAttention,
         linear_proj=ModuleSpec(MultiplierRowParallelLinear, params={"role": "attention_out", **common}),
     )
     mlp = MLPSubmodules(
-        linear_fc1=ModuleSpec(
-            MultiplierColumnParallelLinear, params={"spec": megatron.fused_gate_up(ffn, hidden), **common}
-        ),
+        linear_fc1=ModuleSpec(MultiplierColumnParallelLinear, params={"spec": parameters.gate_up(config), **common}),
         linear_fc2=ModuleSpec(MultiplierRowParallelLinear, params={"role": "down", **common}),
     )
     return ModuleSpec(

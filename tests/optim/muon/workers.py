@@ -21,15 +21,15 @@ def own_loop(tensor: int) -> dict[str, Tensor]:
     Every data-parallel rank must hold the same parameters: an assertion.
     """
     from megamult.distributed import mesh
-    from megamult.models.llama.model import GPT
-    from megamult.train.engine import build_optimizer
+    from megamult.train.deepspeed_engine import build_optimizer
+    from megamult.train.model import build_model
     from megamult.zero.gather import gather
     from megamult.zero.whole import WholePartition
 
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world()
     mesh.initialize(tensor)
     config = Case(tensor=tensor, optimizer="muon").config(world)
-    model = GPT(config, VOCAB, config.train.seed)
+    model = build_model(config, VOCAB, config.train.seed)
     optimizer = build_optimizer(config, model)
     data = mesh.data_group()
     for step in range(STEPS):
@@ -157,7 +157,7 @@ def routed(tensor: int, stages: list[int | None]) -> list[dict[str, Tensor]]:
 def exchange_figures(cases: list[Case]) -> list[dict[str, Any]]:
     """Per case, of this rank: bytes that two steps sent and that the plan says; elements of momentum kept."""
     from megamult.distributed import mesh
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
     from tests.optim.workers import _step
 
     figures = []
@@ -195,7 +195,7 @@ def two_processes(cases: list[Case]) -> dict[str, Any]:
 def automatic_dtypes() -> dict[tuple[int, str], set[torch.dtype | None]]:
     """That Newton-Schulz computes and the pieces travel in where nothing is said, by ZeRO stage and model's dtype."""
     from megamult.distributed import mesh
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
 
     found = {}
     for stage, dtype in itertools.product(range(4), ("fp32", "bf16")):
@@ -211,7 +211,7 @@ def wrong_maps() -> dict[str, str]:
     from dataclasses import replace
 
     from megamult.distributed import mesh
-    from megamult.train.engine import build
+    from megamult.train.deepspeed_engine import build
 
     messages = {}
     for stage, dtype in ((1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")):

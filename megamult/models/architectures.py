@@ -1,0 +1,32 @@
+"""The architectures that there are. A new one is a folder `models/<name>/` and its line in :data:`ARCHITECTURES`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megamult.models.common.architecture import Architecture
+from megamult.models.llama.architecture import LLAMA
+
+ARCHITECTURES: dict[str, Architecture[Any]] = {each.name: each for each in (LLAMA,)}
+"""By name."""
+
+
+def architecture_of(sizes: Any) -> Architecture[Any]:
+    """The architecture whose configuration `sizes` is: the section `model` of a run."""
+    return next(each for each in ARCHITECTURES.values() if type(sizes) is each.sizes)
+
+
+def architecture_of_hugging_face(config: Mapping[str, Any]) -> Architecture[Any]:
+    """The architecture that a config.json names in `model_type`.
+
+    Raises:
+        ValueError: it names none that there is here.
+    """
+    found = ARCHITECTURES.get(str(config.get("model_type")))
+    if found is None:
+        known = " or ".join(map(repr, ARCHITECTURES))
+        raise ValueError(
+            f"config.json: model_type is {config.get('model_type')!r}, not {known}: import a model of that architecture"
+        )
+    return found

@@ -1,0 +1,26 @@
+"""Llama as the rest of the package sees it: grouped-query attention, RMSNorm and gated MLP."""
+
+from __future__ import annotations
+
+from megamult.models.common.architecture import Architecture, ModelClass
+from megamult.models.llama.config import ModelConfig
+from megamult.models.llama.flops import flops_per_token
+from megamult.models.llama.hf_config import from_hugging_face, to_hugging_face
+from megamult.models.llama.hf_names import weights
+
+
+def _model() -> ModelClass[ModelConfig]:
+    from megamult.models.llama.model import GPT
+
+    return GPT
+
+
+LLAMA = Architecture(
+    name="llama",
+    sizes=ModelConfig,
+    model=_model,
+    flops_per_token=flops_per_token,
+    weights=weights,
+    to_hugging_face=to_hugging_face,
+    from_hugging_face=from_hugging_face,
+)

@@ -1,0 +1,37 @@
+"""Parameters of Llama: the specs of those that hold several logical matrices, and how far initial weights spread."""
+
+from __future__ import annotations
+
+import math
+
+from megatron.core.transformer import TransformerConfig
+
+from megamult.models.common.vocabulary import padded_vocab_size
+from megamult.models.llama.config import ModelConfig
+from megamult.parameters import megatron
+from megamult.parameters.spec import ParameterSpec, Role
+
+
+def qkv(config: TransformerConfig) -> ParameterSpec:
+    """Q, K and V in one parameter, [q ... q k v] for each query group."""
+    return megatron.fused_qkv(
+        config.num_attention_heads, config.num_query_groups, config.kv_channels, config.hidden_size
+    )
+
+
+def gate_up(config: TransformerConfig) -> ParameterSpec:
+    """The gate's and the up projection's matrix in one parameter, [gate; up] on each tensor-parallel rank."""
+    return megatron.fused_gate_up(config.ffn_hidden_size, config.hidden_size)
+
+
+def head(config: TransformerConfig, vocab_size: int) -> ParameterSpec:
+    """The LM head of `vocab_size` tokens, with the padded vocabulary's rows."""
+    return megatron.vocabulary("head", vocab_size, padded_vocab_size(vocab_size), config.hidden_size)
+
+
+def standard_deviations(sizes: ModelConfig) -> dict[Role, float]:
+    """Standard deviations of initial weights by role; projections into the residual stream shrink with depth."""
+    std = sizes.init_std
+    into_stream = std / math.sqrt(2 * sizes.num_layers)
+    roles: tuple[Role, ...] = ("q", "k", "v", "gate", "up", "embedding", "head")
+    return dict.fromkeys(roles, std) | {"attention_out": into_stream, "down": into_stream}

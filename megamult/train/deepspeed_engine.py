@@ -1,0 +1,172 @@
+"""A configuration becomes a DeepSpeed engine: model, param groups, optimizer, partition."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import logger as deepspeed_logger
+from pydantic import ValidationError
+from torch import Tensor
+
+from megamult.checkpoint import resume
+from megamult.checkpoint.saved import SavedCheckpoint
+from megamult.checkpoint.state import owned
+from megamult.config import Config
+from megamult.distributed import device, mesh
+from megamult.optim.adamw import TwoPhaseAdamW
+from megamult.optim.build import make_optimizer
+from megamult.optim.clip import Norms
+from megamult.parameters.stated import named_specs
+from megamult.train.batches import MicroBatch
+from megamult.train.deepspeed_config import deepspeed_config
+from megamult.train.engine import EngineState
+from megamult.train.model import build_model
+from megamult.zero.attach import attach
+from megamult.zero.gather import Logical, trained
+from megamult.zero.partition import Partition
+
+
+@dataclass
+class DeepSpeedEngine:
+    """An :class:`megamult.train.engine.Engine` of DeepSpeed's, which reduces gradients and shards by ZeRO."""
+
+    deepspeed: Any
+    model: torch.nn.Module
+    optimizer: TwoPhaseAdamW
+    partition: Partition
+
+    @property
+    def parameter_count(self) -> int:
+        """Logical parameters (no padding) of the whole model."""
+        return sum(spec.numel_logical for _, _, spec in named_specs(self.model))
+
+    @property
+    def norms(self) -> Norms:
+        """Of the last step's gradient."""
+        assert self.optimizer.norms is not None
+        return self.optimizer.norms
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps so far that changed nothing."""
+        return self.optimizer.skipped_steps
+
+    def set_lr_factor(self, factor: float) -> None:
+        """Let the next steps' learning rates be their peaks times `factor`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def train_batch(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
+        """Take one optimizer step; as many micro-batches as DeepSpeed was told to accumulate."""
+        loss, count = torch.zeros((), device=device.local_device()), 0
+        for tokens, labels in micro_batches:
+            objective, entropy = self.deepspeed(tokens, labels)
+            self.deepspeed.backward(objective)
+            self.deepspeed.step()
+            loss += entropy.float()
+            count += 1
+        return loss / count
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
+        """Mean cross entropy of any number of micro-batches."""
+        self.deepspeed.eval()
+        loss, count = torch.zeros((), device=device.local_device()), 0
+        for tokens, labels in micro_batches:
+            _, entropy = self.deepspeed(tokens, labels)
+            loss += entropy.float()
+            count += 1
+        self.deepspeed.train()
+        return loss / count
+
+    def multipliers(self) -> Iterator[Logical]:
+        """All multipliers, each complete on global rank 0."""
+        return trained(self.model, self.partition, self.optimizer, kinds=("multiplier",))
+
+    def state(self) -> EngineState:
+        """What is to be saved."""
+        chunks = owned(self.partition, self.optimizer)
+        return EngineState(chunks, self.optimizer.updates, self.optimizer.skipped_steps)
+
+    def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> list[str]:
+        """:func:`megamult.checkpoint.resume.restore`."""
+        return resume.restore(checkpoint, self.partition, self.optimizer, reset_optimizer=reset_optimizer)
+
+
+def check_deepspeed(config: Config, mpu: mesh.ModelParallelUnit) -> None:
+    """Let our rules and DeepSpeed's own look at the DeepSpeed configuration before anything is built.
+
+    Raises:
+        ValueError: the user's part of it is not possible.
+    """
+    settings = deepspeed_config(config, mesh.data_group().size())
+    if config.deepspeed:
+        try:
+            DeepSpeedConfig(settings, mpu=mpu)
+        except ValidationError as error:
+            each = "; ".join(
+                f"{'.'.join(map(str, part['loc'])) or error.title}: {part['msg']}" for part in error.errors()
+            )
+            raise ValueError(f"deepspeed: DeepSpeed refuses it ({each}); correct or remove that") from None
+        # DeepSpeedConfigError is an Exception of its own; wrong types surface as whatever its parser trips over.
+        except Exception as error:
+            raise ValueError(f"deepspeed: DeepSpeed refuses it ({error}); correct or remove that key") from None
+
+
+def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseAdamW:
+    """The optimizer that `config` names, over all parameters of the model."""
+    return make_optimizer(model, config.optimizer, config.multipliers)
+
+
+def build(
+    config: Config,
+    vocab_size: int,
+    mpu: mesh.ModelParallelUnit,
+    *,
+    draw: bool = True,
+    note: Callable[[str], None] = lambda doing: None,
+    optimizer_of: Callable[[Config, torch.nn.Module], TwoPhaseAdamW] = build_optimizer,
+) -> DeepSpeedEngine:
+    """Model, optimizer and engine for this rank.
+
+    At ZeRO 3 the model is partitioned while it is constructed, so it may be larger than one device.
+
+    Args:
+        draw: initial weights; False: they are NaN until a checkpoint is loaded.
+        note: told what is being done, as the model of a large run takes minutes.
+        optimizer_of: makes the optimizer of a configuration over the parameters of a model.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    settings = deepspeed_config(config, mesh.data_group().size())
+    context: Any = contextlib.nullcontext()
+    if config.parallel.zero_stage == 3:
+        context = deepspeed.zero.Init(
+            # Without the group, zero.Init partitions over the world and overwrites tensor-parallel shards. It takes
+            # the dtype from the settings; its argument `dtype` is not heeded where fp16 is unsupported (CPUs).
+            data_parallel_group=mesh.data_group(),
+            config_dict_or_path=settings,
+            mpu=mpu,
+        )
+    with context:
+        model = build_model(config, vocab_size, config.train.seed if draw else None, note)
+    if config.parallel.zero_stage != 3:
+        model.to(device.local_device())
+    note("building the optimizer")
+    optimizer = optimizer_of(config, model)
+    # DeepSpeed warns of every optimizer that is not its own, and its bf16 wrapper prints memory figures per group.
+    deepspeed_logger.setLevel(logging.ERROR)
+    with optimizer.paused(), contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+        )
+    deepspeed_logger.setLevel(logging.WARNING)
+    note("checking the partition")
+    return DeepSpeedEngine(engine, model, optimizer, attach(engine, optimizer))

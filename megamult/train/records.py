@@ -1,0 +1,69 @@
+"""A run's figures on their way to the run directory: what is derived from a step's record, and who writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from megamult.checkpoint.saver import Outcome
+from megamult.distributed import device
+from megamult.monitor.writers import Writers
+from megamult.train.config import TrainConfig
+
+
+class Records:
+    """Writes on global rank 0, and does nothing on other ranks.
+
+    Args:
+        run_dir: where to.
+        train: the run's.
+        flops: of one token, forward and backward.
+        done: steps that are behind.
+        skipped: how many of these were skipped.
+    """
+
+    def __init__(self, run_dir: Path, train: TrainConfig, flops: float, done: int, skipped: int) -> None:
+        first = torch.distributed.get_rank() == 0
+        self._out = Writers(run_dir, train.steps, done, skipped) if first else None
+        peak = device.peak_flops(train.torch_dtype)
+        self._peak = None if peak is None else peak * torch.distributed.get_world_size()
+        self._flops = flops
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._out is not None:
+            self._out.__exit__(kind, error, trace)
+
+    def step(self, record: dict[str, float]) -> None:
+        """A training step, with this rank's memory and, where the device's peak is known, the run's utilization."""
+        extra = {"memory_bytes": float(device.memory_bytes())}
+        if self._peak is not None:
+            extra["mfu"] = record["tokens_per_second"] * self._flops / self._peak
+        if self._out is not None:
+            self._out.step(record, extra)
+
+    def evaluation(self, step: int, valid_loss: float) -> None:
+        """An evaluation."""
+        if self._out is not None:
+            self._out.evaluation({"step": step, "valid_loss": valid_loss})
+
+    def histograms(self, values: dict[str, Tensor], step: int) -> None:
+        """The multipliers of each role and side."""
+        if self._out is not None:
+            self._out.histograms(values, step)
+
+    def checkpoint(self, outcome: Outcome | None) -> None:
+        """What became of a checkpoint; None: nothing is known yet."""
+        if self._out is None or outcome is None:
+            return
+        if outcome.error is None:
+            self._out.checkpoint(outcome.step, outcome.path, outcome.stall_seconds, outcome.seconds)
+        else:
+            self._out.say(f"warning: {outcome.path} could not be written ({outcome.error}); training goes on")

@@ -1,0 +1,162 @@
+"""A run from its data to its last checkpoint: check, build, resume, train, tell. Its process groups are there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megamult.checkpoint import resume
+from megamult.checkpoint.saved import SavedCheckpoint
+from megamult.config import Config
+from megamult.data.tokenizer import Tokenizer
+from megamult.distributed import environment, mesh
+from megamult.huggingface.files import TOKENIZER_FOLDER
+from megamult.runtime import exit_codes
+from megamult.runtime.console import say_error
+from megamult.runtime.lock import RunLock
+from megamult.runtime.logs import RankLog
+from megamult.runtime.patience import ON_FILES
+from megamult.runtime.progress import Progress
+from megamult.runtime.signals import StopRequests
+from megamult.train import corpora
+from megamult.train import run_dir as run_dirs
+from megamult.train.changes import changes
+from megamult.train.checkpoints import RunCheckpoints
+from megamult.train.command_line import agreed
+from megamult.train.deepspeed_engine import build, check_deepspeed
+from megamult.train.engine import Engine
+from megamult.train.loop import CheckpointFailed, Diverged, Trainer
+from megamult.train.summary import conclude
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has started: what it is to do, and what watches over it."""
+
+    config: Config
+    resolved: str
+    """The configuration as config.yaml will hold it."""
+    run_dir: Path
+    progress: Progress
+    log: RankLog
+    lock: RunLock
+    stop: StopRequests
+
+
+def train(run: Run, mpu: mesh.ModelParallelUnit) -> int:
+    """Train it. Collective over all ranks; a user's mistake ends them all.
+
+    Returns:
+        The exit code.
+    """
+    config, progress = run.config, run.progress
+    agreed(lambda: check_deepspeed(config, mpu))
+    tokenizer, vocab_size = agreed(lambda: corpora.vocabulary(config))
+    # Before the newest checkpoint is looked for: an earlier part of the run may be writing it.
+    progress.at(0, "waiting for the run directory", ON_FILES)
+    agreed(lambda: run_dirs.wait_for(run.lock, run.run_dir))
+    checkpoint = _find_checkpoint(run, vocab_size, tokenizer)
+    ours = None if checkpoint is None else run_dirs.own(checkpoint.path, run.run_dir)
+    agreed(lambda: run_dirs.claim(run.run_dir, config.checkpoint.load == "latest" or ours is not None))
+    progress.at(0, "checking the data", ON_FILES)
+    samples, valid = corpora.open_datasets(
+        config, tokenizer, run.run_dir, lambda pieces: progress.at(0, f"checking the data, piece {pieces}", ON_FILES)
+    )
+    files = agreed(lambda: _files(run.resolved, tokenizer, checkpoint))
+    first_step = 0 if checkpoint is None else checkpoint.info.step
+    agreed(lambda: run_dirs.begin(run.run_dir, run.resolved, ours, first_step, run.lock))
+    agreed(lambda: run_dirs.check_shared(run.run_dir))
+    agreed(lambda: run.log.open(run.run_dir / "logs"))
+    progress.at(0, "building the model")
+    engine = build(config, vocab_size, mpu, draw=checkpoint is None, note=lambda doing: progress.at(0, doing))
+    _say_what(run, engine)
+    trainer = Trainer(config, engine, samples, valid, vocab_size, progress)
+    if checkpoint is not None:
+        _resume(run, trainer, checkpoint)
+    elif config.checkpoint.load and environment.rank() == 0:
+        print(f"no checkpoint in {run.run_dir / 'checkpoints'} yet: starting anew", flush=True)
+    checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, tokenizer.sha256, files)
+    code, reason, error = _train(run, trainer, checkpoints)
+    samples.close()
+    if environment.rank() == 0:
+        if code != exit_codes.DIVERGED:
+            conclude(config, vocab_size, trainer, reason, run.run_dir, code)
+        if error is not None:
+            say_error(error)
+    progress.at(trainer.step_count, "the end")
+    torch.distributed.barrier()
+    return code
+
+
+def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCheckpoint | None:
+    """The checkpoint that the run goes on from; None: it starts anew."""
+    config, load = run.config, run.config.checkpoint.load
+    if not load:
+        return None
+    run.progress.at(0, "looking for a checkpoint", ON_FILES)
+    return agreed(
+        lambda: resume.find(
+            load, run.run_dir, lambda info: resume.check_fits(info, config, vocab_size, tokenizer.sha256)
+        )
+    )
+
+
+def _files(resolved: str, tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) -> dict[str, bytes]:
+    """What goes into every checkpoint beside the tensors; an imported tokenizer's own files stay with their model."""
+    if environment.rank() != 0:
+        return {}
+    files = {"config.yaml": resolved.encode(), "tokenizer.model": Path(tokenizer.model_path).read_bytes()}
+    if checkpoint is not None and checkpoint.info.tokenizer_sha256 == tokenizer.sha256:
+        files = checkpoint.files(TOKENIZER_FOLDER) | files
+    return files
+
+
+def _say_what(run: Run, engine: Engine) -> None:
+    """Say what trains, and on what."""
+    if environment.rank() == 0:
+        parallel = run.config.parallel
+        print(
+            f"{engine.parameter_count:,} parameters, {torch.distributed.get_world_size()} processes (tensor parallel "
+            f"{parallel.tensor}, data parallel {mesh.data_group().size()}), ZeRO {parallel.zero_stage}, "
+            f"{run.config.train.dtype}; writing {run.run_dir}",
+            flush=True,
+        )
+
+
+def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
+    """Put a checkpoint's state in the place of a fresh run's, and say what is new since."""
+    config = run.config
+    run.progress.at(0, "reading the checkpoint", ON_FILES)
+    new = agreed(lambda: trainer.engine.restore(checkpoint, reset_optimizer=config.checkpoint.reset_optimizer))
+    notes = trainer.resume(checkpoint.info)
+    if environment.rank() != 0:
+        return
+    fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
+    step, samples = trainer.step_count, trainer.samples
+    print(f"going on from {checkpoint.path}: step {step}, {samples} sequences{fresh}", flush=True)
+    # An imported model's configuration is no run's: all but its sizes are defaults.
+    changed = changes(checkpoint.info.config, config) if checkpoint.info.data is not None else None
+    if changed is not None:
+        print(changed, flush=True)
+    if checkpoint.info.tokenizer_sha256 is None:
+        notes.append("the checkpoint does not say which tokenizer is its own: data.tokenizer is taken on trust")
+    for note in notes:
+        print(f"note: {note}", flush=True)
+
+
+def _train(run: Run, trainer: Trainer, checkpoints: RunCheckpoints) -> tuple[int, str | None, str | None]:
+    """Train to the end.
+
+    Returns:
+        (exit code, why the run stopped before its last step, what went wrong).
+    """
+    try:
+        reason = trainer.run(run.run_dir, checkpoints, run.stop)
+    except CheckpointFailed as failed:
+        return exit_codes.NO_CHECKPOINT, failed.reason, str(failed)
+    except Diverged as diverged:
+        advice = run_dirs.after_divergence(run.run_dir, diverged.last_good_step)
+        return exit_codes.DIVERGED, None, f"{diverged}; {advice}"
+    return (exit_codes.RESUME if reason else 0), reason, None

@@ -1,0 +1,52 @@
+"""The last words of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megamult.config import Config
+from megamult.data.config import DataConfig
+from megamult.data.indexed import read_index, unigram_entropy
+from megamult.monitor.statistics import spread_table
+from megamult.train.loop import Trainer
+
+_ENTROPY_TOKENS = 1 << 28
+"""Corpora up to this many tokens get their unigram entropy printed: a second or two of counting."""
+
+
+def conclude(config: Config, vocab_size: int, trainer: Trainer, reason: str | None, run_dir: Path, code: int) -> None:
+    """Say how the run has ended.
+
+    Args:
+        config, vocab_size: the run's.
+        trainer: after its last step.
+        reason: why it stopped before the last step of the run; None: it is complete.
+        run_dir: the run's.
+        code: its exit code.
+    """
+    if reason is not None:
+        print(
+            f"{reason}: stopped after step {trainer.step_count} of {config.train.steps}, exit code {code}; go on with "
+            f"--checkpoint.load latest --train.run_dir {run_dir}",
+            flush=True,
+        )
+        return
+    if trainer.last_multipliers:
+        print(spread_table(trainer.last_multipliers))
+    _compare_with_unigrams(config, vocab_size, trainer.figures.get("valid_loss"))
+    if code == 0 and trainer.last_checkpoint is not None:
+        print(f"checkpoint: {trainer.last_checkpoint}", flush=True)
+
+
+def _compare_with_unigrams(config: Config, vocab_size: int, valid_loss: float | None) -> None:
+    """Print the last evaluation, and what a model would reach that knows only how often each token occurs."""
+    if valid_loss is None:
+        return
+    print(f"valid loss {valid_loss:.4f} nats per token")
+    sources = DataConfig.sources(config.data.train)
+    if len(sources) == 1 and read_index(sources[0][0]).tokens <= _ENTROPY_TOKENS:
+        entropy = unigram_entropy(sources[0][0], vocab_size)
+        print(
+            f"unigram entropy of the training tokens {entropy:.4f} nats per token: "
+            f"the model is {entropy - valid_loss:.4f} below"
+        )

@@ -1,0 +1,112 @@
+"""A resumed run must keep what the checkpoint's weights and samples mean: fields say so themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from megamult.checkpoint.info import CheckpointInfo
+from megamult.checkpoint.resume import check_fits
+from megamult.config import SECTIONS, Config, ModelConfig
+from megamult.settings import fixed_keys
+
+VOCAB = 300
+FREE = {
+    "vocab_size": "null is the tokenizer's: the sizes that result are compared, as model.vocab_size",
+    "init_std": "initial weights are the checkpoint's",
+    "z_loss": "part of the objective, not of the model",
+}
+"""Keys of the model that a resumed run may change, or that are compared in another way."""
+OTHER: dict[str, Any] = {
+    "num_layers": 3,
+    "hidden_size": 512,
+    "num_attention_heads": 16,
+    "num_query_groups": 4,
+    "ffn_hidden_size": 700,
+    "seq_length": 128,
+    "rotary_base": 5e5,
+    "norm_eps": 1e-6,
+    "tie_embeddings": True,
+}
+"""Another possible value for each of the rest."""
+
+
+def info(samples: int = 16, **model: Any) -> CheckpointInfo:
+    """A checkpoint of a run of defaults, but for the model's keys that are given."""
+    config = json.loads(json.dumps(dataclasses.asdict(Config(model=ModelConfig(**model)))))
+    return CheckpointInfo(step=1, samples=samples, config=config, vocab_size=VOCAB)
+
+
+def message(found: CheckpointInfo, config: Config | None = None) -> str:
+    """What is in the way of going on from it; empty: nothing."""
+    try:
+        check_fits(found, config or Config(), VOCAB, None)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_every_key_of_the_model_is_kept_or_is_free_for_a_reason() -> None:
+    kept = set(fixed_keys(ModelConfig))
+    assert not kept & set(FREE)
+    assert kept | set(FREE) == {field.name for field in dataclasses.fields(ModelConfig)}
+    assert kept == set(OTHER)
+
+
+def test_no_other_section_has_settings_to_keep_but_the_seed_of_the_data() -> None:
+    """A new one is compared, too, and belongs into this list and into `test_another_order...`."""
+    assert {name: fixed_keys(section) for name, section in SECTIONS.items() if fixed_keys(section)} == {
+        "model": list(OTHER),
+        "train": ["seed"],
+    }
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_another_model_is_refused_with_both_values(key: str) -> None:
+    its, mine = getattr(ModelConfig(**{key: OTHER[key]}), key), getattr(ModelConfig(), key)
+    if key == "num_query_groups":
+        mine = 8  # null: as many as query heads
+    assert f"model.{key} is {mine!r} and the checkpoint's {its!r}" in message(info(**{key: OTHER[key]}))
+
+
+@pytest.mark.parametrize(("key", "value"), [("vocab_size", VOCAB), ("init_std", 0.5), ("z_loss", 0.0)])
+def test_what_is_free_may_change(key: str, value: Any) -> None:
+    assert key in FREE
+    assert message(info(**{key: value})) == ""
+
+
+def test_null_query_groups_are_one_for_each_head() -> None:
+    assert message(info(num_query_groups=8)) == ""
+    assert message(info(num_attention_heads=16)).count("the checkpoint's 16") == 2, "heads, and groups that follow them"
+
+
+def test_another_order_of_the_data_is_refused_once_samples_were_seen() -> None:
+    config = Config()
+    config.train.seed, config.model.seq_length = 7, 128
+    assert message(info(samples=0), config) == ""
+    said = message(info(samples=16), config)
+    assert "model.seq_length is 128 and the checkpoint's 256" in said
+    assert "train.seed (the data's order) is 7 and the checkpoint's 1234" in said
+
+
+def test_only_keys_of_the_model_must_be_known() -> None:
+    found = info()
+    found.config["train"]["from_another_version"] = 1
+    found.config["optimizer"]["from_another_version"] = 1
+    assert message(found) == ""
+    found.config["model"]["from_another_version"] = 1
+    assert "configuration is not one that this version knows" in message(found)
+    del found.config["train"]
+    assert "configuration is not one that this version knows" in message(found)
+
+
+def test_a_key_that_the_checkpoints_version_did_not_have_is_the_default() -> None:
+    found = info()
+    del found.config["model"]["norm_eps"], found.config["train"]["seed"]
+    assert message(found) == ""
+    config = Config()
+    config.train.seed = 7
+    assert "train.seed (the data's order) is 7 and the checkpoint's 1234" in message(found, config)
