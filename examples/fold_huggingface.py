@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import megamult
-from megamult.distributed import environment, mesh
+from megamult.distributed import environment, start
 
 SEQUENCES, TOKENS, VOCAB = 8, 32, 1000
 
@@ -65,4 +65,4 @@ for step in range(10):
 for vector, multipliers in optimizer.folded.named():
     if rank == 0 and "layers." not in vector.name.replace("layers.0.", ""):  # the first layer's and the embedding's
         print(f"{vector.name:48} [{vector.length:4}]  mean {multipliers.mean():.4f}, spread {multipliers.std():.4f}")
-mesh.destroy()
+start.destroy()

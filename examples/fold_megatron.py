@@ -4,7 +4,7 @@
     python examples/fold_megatron.py                         # one process
 
 A small GPTModel of Megatron's local layer spec learns one random batch. Embedding and head are padded to 1,024 tokens.
-`mesh.initialize` sets Megatron's process groups up and, where there is no GPU, lets its modules run on a CPU.
+`start.initialize` sets Megatron's process groups up and, where there is no GPU, lets its modules run on a CPU.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 
 import megamult
-from megamult.distributed import device, mesh
+from megamult.distributed import device, start
+from megamult.distributed.mesh import current_mesh
 
 SEQUENCES, TOKENS, VOCAB = 8, 32, 1000
 
@@ -24,7 +25,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
 parser.add_argument("--local_rank", help="DeepSpeed's launcher adds it")
 arguments = parser.parse_args()
-mpu = mesh.initialize(tensor=arguments.tensor)
+mesh = start.initialize(tensor=arguments.tensor)
 torch.manual_seed(1)  # with use_cpu_initialization weights are drawn whole, then cut: the same for any --tensor
 config = TransformerConfig(
     num_layers=2,
@@ -50,7 +51,7 @@ model = GPTModel(
     position_embedding_type="rope",
     share_embeddings_and_output_weights=False,
 )
-rank, ranks = mesh.data_group().rank(), mesh.data_group().size()
+rank, ranks = current_mesh().groups["data"].rank(), current_mesh().groups["data"].size()
 settings = {
     "train_micro_batch_size_per_gpu": SEQUENCES // ranks,
     "zero_optimization": {"stage": 1},
@@ -60,7 +61,7 @@ settings = {
 
 rules = megamult.megatron_rules(config, VOCAB)
 optimizer = megamult.fold({"name": "muon", "lr": 5e-3, "clip_grad_norm": 1.0}, model, rules)
-engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mesh.mpu)
 megamult.attach(engine, optimizer)  # from here on engine.step() trains W and multipliers, and writes W_eff to the model
 
 here = device.local_device()
@@ -74,11 +75,11 @@ for step in range(10):
     engine.backward(loss)
     engine.step()
     mean = loss.detach().clone()
-    torch.distributed.all_reduce(mean, group=mesh.data_group())
+    torch.distributed.all_reduce(mean, group=current_mesh().groups["data"])
     values = optimizer.folded.values
     if torch.distributed.get_rank() == 0:
         print(f"step {step}: loss {mean / ranks:.4f}, multipliers {values.min():.4f} to {values.max():.4f}")
 for vector, multipliers in optimizer.folded.named():
     if torch.distributed.get_rank() == 0 and ".layers.1." not in vector.name:
         print(f"{vector.name:52} [{vector.length:4}]  mean {multipliers.mean():.4f}, spread {multipliers.std():.4f}")
-mesh.destroy()
+start.destroy()

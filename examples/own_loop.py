@@ -10,14 +10,14 @@ import deepspeed
 import torch
 
 import megamult
-from megamult.distributed import device, mesh
+from megamult.distributed import device, start
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.model import GPT
 from megamult.zero.attach import attach
 
 VOCAB = 1000
 
-mpu = mesh.initialize(tensor=1)
+mesh = start.initialize(tensor=1)
 model = GPT(ModelConfig(num_layers=2, seq_length=64), VOCAB, seed=1).to(device.local_device())
 
 # Muon for the blocks' matrices, AdamW for everything else; megamult.TwoPhaseAdamW takes the same groups.
@@ -30,7 +30,7 @@ settings = {
     "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, and the optimizer clips
 }
 with optimizer.paused():  # DeepSpeed may call step() while it is constructed
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mesh.mpu)
 attach(engine, optimizer)  # from here on engine.step() first clips over all groups, multipliers left out
 
 text = torch.randint(0, VOCAB, (4, 65), device=device.local_device())
@@ -40,4 +40,4 @@ for step in range(10):
     engine.step()
     if torch.distributed.get_rank() == 0:
         print(f"step {step}: cross entropy {cross_entropy.item():.4f}, gradient norm {optimizer.norms.main:.4f}")
-mesh.destroy()
+start.destroy()

@@ -142,7 +142,7 @@ class RandomSamples:
 
 def run_cases(cases: list[Case]) -> list[Outcome]:
     """Train every case, one after the other, on this launch's processes. Complete on rank 0."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
     from megamult.train.loop import Trainer
     from megamult.zero.gather import trained
@@ -151,8 +151,8 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
     for case in cases:
         torch.compiler.reset()  # of all cases together there are more compilations than torch's limit
         config = case.config()
-        mpu = mesh.initialize(case.tensor)
-        engine = build(config, VOCAB, mpu)
+        mesh = start.initialize(case.tensor)
+        engine = build(config, VOCAB, mesh)
         trainer = Trainer(config, engine, RandomSamples(VOCAB, config.model.seq_length), None, VOCAB)
         outcome = Outcome()
         for tensors in (outcome.initial, outcome.tensors):

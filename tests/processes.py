@@ -34,7 +34,7 @@ def run_distributed(
 
     Each process has RANK, WORLD_SIZE, MASTER_* set and one thread (so that results do not depend on how a sum was
     split over threads, and processes do not fight for cores). The function sets its groups up itself, with
-    `megamult.distributed.mesh.initialize(tensor)`. `function` must be importable: a module's own function.
+    `megamult.distributed.start.initialize(tensor)`. `function` must be importable: a module's own function.
 
     On the CPU, whatever the machine has, unless `cuda` is true: then rank k computes on GPU k.
 
@@ -91,8 +91,8 @@ def _child(
         outcome = {"error": traceback.format_exc()}
     torch.save(outcome, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").rename(path)
-    from megamult.distributed import mesh
+    from megamult.distributed import start
 
     if "error" not in outcome:
-        mesh.destroy()
+        start.destroy()
     os._exit("error" in outcome)  # a peer may still wait in a collective: leave without the interpreter's clean-up

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,8 @@ DATA_FLOW_INSIDE = [
         "megamult.distributed.rendezvous",
         "megamult.distributed.process_groups",
         "megamult.distributed.mesh",
+        "megamult.distributed.agreement",
+        "megamult.distributed.start",
     ],
     ["megamult.runtime.verdict", "megamult.runtime.hub", "megamult.runtime.watchdog"],
     [
@@ -191,6 +194,47 @@ def violations(name: str, source: str) -> list[str]:
         ]
         wrong += [f"{name} is pure mathematics and calls torch.distributed"] * ("torch.distributed." in source)
     return wrong
+
+
+_ASKS = {"get_rank", "get_world_size", "is_initialized", "barrier", "new_group", "init_process_group", "group"}
+"""What of torch.distributed speaks of the default group, whatever its arguments."""
+_COLLECTIVES = re.compile("all_reduce|all_gather|all_to_all|broadcast|gather|reduce|scatter|send|recv")
+
+
+def asks_for_groups(source: str) -> list[str]:
+    """What `source` asks Megatron's parallel_state or torch's default group for."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom | ast.Import) and "parallel_state" in ast.unparse(node):
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("torch.distributed", "dist"):
+            found += [ast.unparse(node)] * (node.attr in _ASKS)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of_torch = ast.unparse(node.func.value) in ("torch.distributed", "dist")
+            if of_torch and _COLLECTIVES.match(node.func.attr) and "group" not in [each.arg for each in node.keywords]:
+                found.append(ast.unparse(node.func))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not within(name, "megamult.distributed")])
+def test_only_the_mesh_knows_megatrons_groups_and_the_default_group(name: str) -> None:
+    assert asks_for_groups(FILES[name].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from megatron.core import parallel_state",
+        "import torch\nfirst = torch.distributed.get_rank() == 0",
+        "import torch\ntorch.distributed.all_reduce(x)",
+        "import torch\ntorch.distributed.broadcast_object_list(x, src=0)",
+        "import torch.distributed as dist\ndist.all_to_all_single(a, b, async_op=True)",
+        "import torch\nworld = torch.distributed.group.WORLD",
+    ],
+)
+def test_a_question_to_the_default_group_is_found(source: str) -> None:
+    assert asks_for_groups(source)
+    assert not asks_for_groups("import torch\ntorch.distributed.all_reduce(x, group=mesh.world)")
 
 
 def test_every_module_is_read() -> None:

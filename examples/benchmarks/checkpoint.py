@@ -30,7 +30,7 @@ from megamult.checkpoint.config import CheckpointConfig
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import owned
 from megamult.config import Config
-from megamult.distributed import device, mesh
+from megamult.distributed import device, start
 from megamult.distributed.config import ParallelConfig
 from megamult.models.llama.config import ModelConfig
 from megamult.optim.config import OptimizerConfig
@@ -129,7 +129,7 @@ def saves(engine: DeepSpeedEngine, config: Config, folder: Path, repeats: int) -
     savers = {}
     for asynchronous in (False, True):
         config.checkpoint = CheckpointConfig(keep=1, asynchronous=asynchronous)
-        savers[asynchronous] = RunCheckpoints(folder / str(asynchronous), config, VOCAB)
+        savers[asynchronous] = RunCheckpoints(folder / str(asynchronous), config, VOCAB, engine.mesh)
     for repeat in range(repeats + 1):  # the first of each is the warm-up: memory to stage in is allocated there
         for asynchronous, saver in savers.items():
             torch.distributed.barrier()
@@ -180,7 +180,7 @@ def main() -> None:
     made.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
     arguments = made.parse_args()
     config = configuration(arguments)
-    engine = build(config, VOCAB, mesh.initialize(arguments.tensor))
+    engine = build(config, VOCAB, start.initialize(arguments.tensor))
     main_rank = torch.distributed.get_rank() == 0
     train_step(engine)
     share = sum(chunk.nbytes for chunk in owned(engine.partition, engine.optimizer))
@@ -201,7 +201,7 @@ def main() -> None:
     if main_rank:
         report(engine, figures, loaded, state, largest, written, usual)
     torch.distributed.barrier()
-    mesh.destroy()
+    start.destroy()
 
 
 def report(

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from megamult.config import Config
-from megamult.distributed import device, mesh
+from megamult.distributed import device, start
 from megamult.distributed.config import ParallelConfig
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
@@ -82,11 +82,11 @@ def optimizer_step(engine: DeepSpeedEngine, tokens: torch.Tensor, labels: torch.
 
 def measure(arguments: argparse.Namespace) -> None:
     """Print tokens per second of all, their ratios, and the memory that folded multipliers add."""
-    mpu = mesh.initialize(1)
+    mesh = start.initialize(1)
     if torch.distributed.get_world_size() > 1:
         raise SystemExit("speed is measured in one process: start this with python, or count with --collectives")
     names = list(dict.fromkeys(["none", *arguments.implementations]))
-    engines = {name: build(run_config(arguments, name), VOCAB, mpu) for name in names}
+    engines = {name: build(run_config(arguments, name), VOCAB, mesh) for name in names}
     tokens, labels = batch_of(arguments)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     progress = tqdm(total=len(names) * (arguments.warmup + arguments.steps), unit="step")
@@ -113,7 +113,7 @@ def measure(arguments: argparse.Namespace) -> None:
         print(f"ratio {name} / none: {median['none'] / median[name]:.4f}")
     if "folded" in engines:
         print_memory(engines["folded"], engines["none"])
-    mesh.destroy()
+    start.destroy()
 
 
 def print_memory(folded: DeepSpeedEngine, none: DeepSpeedEngine) -> None:
@@ -167,7 +167,7 @@ def counted() -> Iterator[collections.Counter[str]]:
 
 def count_collectives(arguments: argparse.Namespace) -> None:
     """Print the collectives of one micro-batch's forward and backward at TP 2."""
-    mesh.initialize(2)
+    start.initialize(2)
     tokens, labels = batch_of(arguments)
     rank = torch.distributed.get_rank()
     if rank == 0:
@@ -186,7 +186,7 @@ def count_collectives(arguments: argparse.Namespace) -> None:
                 print(f"{'on' if sequence else 'off':<5}{label:<13}{row}{sums[name]:>6}")
         if rank == 0:
             print(f"added by multipliers, per micro-batch: {sums['layer'] - sums['none']}")
-    mesh.destroy()
+    start.destroy()
 
 
 def main() -> None:

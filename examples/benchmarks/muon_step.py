@@ -116,7 +116,8 @@ class Contestant:
     def __init__(self, arguments: argparse.Namespace, name: str) -> None:
         import deepspeed
 
-        from megamult.distributed import device, mesh
+        from megamult.distributed import device
+        from megamult.distributed.mesh import current_mesh
         from megamult.optim.muon.rule import DistributedMuon
         from megamult.train.deepspeed_config import deepspeed_config
         from megamult.train.deepspeed_engine import build_optimizer
@@ -126,8 +127,8 @@ class Contestant:
         self.name = name
         config = run_config(arguments)
         self.model = build_model(config, VOCAB, seed=1).to(device.local_device())
-        mpu = mesh.ModelParallelUnit()
-        settings = deepspeed_config(config, mesh.data_group().size())
+        mesh = current_mesh()
+        settings = deepspeed_config(config, mesh.size_of("data"))
         self.ours: DistributedMuon | None = None
         if name == "torch.optim.Muon":
             self._plain(config)
@@ -138,7 +139,7 @@ class Contestant:
             self.ours = optimizer
             with optimizer.paused(), quiet():
                 self.engine, *_ = deepspeed.initialize(
-                    model=self.model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+                    model=self.model, optimizer=optimizer, config=settings, mpu=mesh.mpu, dist_init_required=False
                 )
             attach(self.engine, optimizer)
             self.states = [optimizer.state]
@@ -161,7 +162,7 @@ class Contestant:
                     model=self.model,
                     model_parameters=[p for p in self.model.parameters() if p.requires_grad],
                     config=settings,
-                    mpu=mpu if arguments.tensor > 1 else None,  # given one, its Muon refuses bf16 at ZeRO 1
+                    mpu=mesh.mpu if arguments.tensor > 1 else None,  # given one, its Muon refuses bf16 at ZeRO 1
                     dist_init_required=False,
                 )
             self.states = [self.engine.optimizer.optimizer.state]
@@ -171,7 +172,7 @@ class Contestant:
 
     def _plain(self, config: Any) -> None:
         """Every data-parallel rank updates everything, after gradients are averaged."""
-        from megamult.distributed import mesh
+        from megamult.distributed.mesh import current_mesh
 
         matrices = [p for p in self.model.parameters() if spec_of(p).kind == "matrix"]
         others = [p for p in self.model.parameters() if spec_of(p).kind != "matrix"]
@@ -184,8 +185,8 @@ class Contestant:
 
         def step() -> None:
             for parameter in self.model.parameters():
-                torch.distributed.all_reduce(parameter.grad, group=mesh.data_group())
-                parameter.grad /= mesh.data_group().size()
+                torch.distributed.all_reduce(parameter.grad, group=current_mesh().groups["data"])
+                parameter.grad /= current_mesh().groups["data"].size()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), chosen.clip_grad_norm)
             muon.step()
             adamw.step()
@@ -306,24 +307,24 @@ def synchronize() -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Print the table of whole optimizer steps, and what they cost of a training step."""
     count_collectives()
-    from megamult.distributed import mesh
+    from megamult.distributed import start
 
-    mesh.initialize(arguments.tensor)
+    start.initialize(arguments.tensor)
     median = measure_steps(arguments)
     gc.collect()  # the contestants: the pass that follows needs their memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     print_shares(arguments, median)
-    mesh.destroy()
+    start.destroy()
 
 
 def print_shares(arguments: argparse.Namespace, median: dict[str, float]) -> None:
     """What the optimizer steps of `median` seconds are of a training step."""
-    from megamult.distributed import mesh
+    from megamult.distributed.mesh import current_mesh
 
     one = pass_seconds(arguments)
     if torch.distributed.get_rank() == 0:
-        passes = one * TOKENS / arguments.seq / mesh.data_group().size()
+        passes = one * TOKENS / arguments.seq / current_mesh().groups["data"].size()
         shares = ", ".join(f"{100 * step / (step + passes):.4f} % ({name})" for name, step in median.items())
         print(
             f"of a training step of {TOKENS:,} tokens, in sequences of {arguments.seq}, forward and backward "
@@ -333,7 +334,8 @@ def print_shares(arguments: argparse.Namespace, median: dict[str, float]) -> Non
 
 def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
     """Print the table of whole optimizer steps; their median seconds."""
-    from megamult.distributed import device, mesh
+    from megamult.distributed import device
+    from megamult.distributed.mesh import current_mesh
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // torch.distributed.get_world_size()))
     peers_dtype = arguments.peers_dtype or ("bf16" if bf16_is_fast() else "fp32")
@@ -341,7 +343,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
         peers_in_fp32()
     main_rank = torch.distributed.get_rank() == 0
     names = ["megamult", "DeepSpeed gram", "DeepSpeed standard", "torch.optim.Muon"]
-    text = torch.randint(0, VOCAB, (1, 65), generator=torch.Generator().manual_seed(mesh.data_group().rank()))
+    text = torch.randint(0, VOCAB, (1, 65), generator=torch.Generator().manual_seed(current_mesh().rank_on("data")))
     tokens, labels = (part.contiguous().to(device.local_device()) for part in (text[:, :-1], text[:, 1:]))
     contestants = [Contestant(arguments, name) for name in names]
     first = {contestant.name: contestant.run(tokens, labels) for contestant in contestants}
@@ -364,7 +366,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
         print(
             f"hidden {arguments.hidden}, ffn {arguments.ffn}, {arguments.layers} layers, {arguments.dtype}, "
             f"Newton-Schulz: ours {ours.ns_dtype}, peers' standard form {peers_dtype}; ZeRO {arguments.zero_stage}, "
-            f"data parallel {mesh.data_group().size()}, tensor parallel {arguments.tensor}, "
+            f"data parallel {current_mesh().groups['data'].size()}, tensor parallel {arguments.tensor}, "
             f"{device.local_device().type}, {torch.get_num_threads()} thread(s) per process, "
             f"medians of {arguments.steps}"
         )

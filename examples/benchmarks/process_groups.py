@@ -4,7 +4,7 @@
 
 One process stands in for the last rank, and for rank 0, of a launch: torch's fake backend answers for the others.
 `Megatron` is `parallel_state.initialize_model_parallel` and one gloo group each for the vote, saves and a load;
-`megamult` is what `megamult.distributed.mesh.initialize` and a run make. A call takes part in making one group. With
+`megamult` is what `megamult.distributed.start.initialize` and a run make. A call takes part in making one group. With
 NCCL bound to its GPUs each call of Megatron's is a split of the communicator of all ranks, whether this rank is in the
 group or not; megamult splits it once per axis. Sockets are those of gloo, which connects every two ranks of a group,
 and of the store and the watchdog; `tests/distributed/test_process_groups.py` compares megamult's with those of real
@@ -23,7 +23,7 @@ import torch
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megamult.distributed import mesh, open_files, process_groups
+from megamult.distributed import open_files, process_groups, start
 
 
 def groups_made(rank: int, size: int, make: Callable[[], object]) -> list[tuple[list[int], bool]]:
@@ -38,7 +38,7 @@ def groups_made(rank: int, size: int, make: Callable[[], object]) -> list[tuple[
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     with mock.patch.object(torch.distributed, "new_group", noted):
         make()
-    mesh.destroy()
+    start.destroy()
     return made
 
 

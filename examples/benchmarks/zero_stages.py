@@ -26,8 +26,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamult.config import Config
-from megamult.distributed import device, mesh
+from megamult.distributed import device, start
 from megamult.distributed.config import ParallelConfig
+from megamult.distributed.mesh import Mesh, current_mesh
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.train.config import TrainConfig
@@ -107,9 +108,9 @@ class Counted:
     peak: float
 
 
-def count(stage: int, arguments: argparse.Namespace, mpu: mesh.ModelParallelUnit) -> Counted:
+def count(stage: int, arguments: argparse.Namespace, mesh: Mesh) -> Counted:
     """Count one optimizer step of a small model: earlier ones make the optimizer's state and ZeRO 3's trace."""
-    ranks = mesh.data_group().size()
+    ranks = current_mesh().groups["data"].size()
     config = Config(
         model=ModelConfig(
             num_layers=arguments.layers,
@@ -138,7 +139,7 @@ def count(stage: int, arguments: argparse.Namespace, mpu: mesh.ModelParallelUnit
             }
         },
     )
-    engine = build(config, VOCAB, mpu)
+    engine = build(config, VOCAB, mesh)
     elements = sum(cut.layout.numel_logical for cut in engine.partition.cuts)
     for _ in range(_WARMUP):
         step(engine, arguments.accumulation)
@@ -193,8 +194,8 @@ def kept_bytes(stage: int, ranks: int) -> dict[str, float]:
 
 def print_counted(arguments: argparse.Namespace) -> None:
     """Print what one step of the stage sends and keeps."""
-    mpu = mesh.initialize(1)
-    counted = count(arguments.stage, arguments, mpu)
+    mesh = start.initialize(1)
+    counted = count(arguments.stage, arguments, mesh)
     if torch.distributed.get_rank() == 0:
         print(
             f"ZeRO {arguments.stage}, {torch.distributed.get_world_size()} ranks, {arguments.accumulation} "
@@ -206,7 +207,7 @@ def print_counted(arguments: argparse.Namespace) -> None:
         print(f"a ring sends from each rank {counted.sent:.2f} bytes per parameter")
         by_dtype = ", ".join(f"{dtype} {size:.2f}" for dtype, size in sorted(counted.kept.items()))
         print(f"kept {sum(counted.kept.values()):.2f} ({by_dtype}), at most {counted.peak:.2f} bytes per parameter")
-    mesh.destroy()
+    start.destroy()
 
 
 def waiting(stage: int, parameters: float, accumulation: int, ranks: int, arguments: argparse.Namespace) -> float:

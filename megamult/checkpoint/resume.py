@@ -19,7 +19,9 @@ from megamult.checkpoint.info import INFO, SENTENCEPIECE, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import held
 from megamult.config import SECTIONS, Config, model_section
-from megamult.distributed import mesh, process_groups
+from megamult.distributed import process_groups
+from megamult.distributed.agreement import everywhere
+from megamult.distributed.mesh import Mesh
 from megamult.huggingface.files import TOKENIZER_FOLDER, tokenizer_identity
 from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.merge import LEAVES
@@ -29,10 +31,11 @@ from megamult.settings import Why, fixed_keys, fixed_values
 from megamult.zero.partition import Partition
 
 
-def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> SavedCheckpoint | None:
+def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> SavedCheckpoint | None:
     """The checkpoint that `checkpoint.load` asks for, verified. Collective over all ranks, which share the reading.
 
     Args:
+        mesh: of the processes.
         load: a checkpoint's directory; a directory of checkpoints, or a run's: its newest one; or `latest`: that of
             `run_dir`.
         run_dir: this run's.
@@ -44,8 +47,8 @@ def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> Sa
     Raises:
         ValueError: there is none, it does not fit, or it is damaged, and so are all before it.
     """
-    first = torch.distributed.get_rank() == 0
-    candidates = _listed(load, run_dir)
+    first = mesh.rank == 0
+    candidates = _listed(mesh, load, run_dir)
     if not candidates:
         if load == "latest":
             return None
@@ -53,15 +56,15 @@ def find(load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> Sa
             f"checkpoint.load is {load!r}: no checkpoint is there; name a directory that holds {INFO}, or one with "
             "step_N directories"
         )
-    share = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+    share = (mesh.rank, mesh.size)
     problem = None
     for path in candidates:
-        checkpoint, problem = mesh.everywhere(partial(_opened, path))
+        checkpoint, problem = everywhere(mesh, partial(_opened, path))
         if checkpoint is not None:
-            _, unfit = mesh.everywhere(partial(fits, checkpoint.info))
+            _, unfit = everywhere(mesh, partial(fits, checkpoint.info))
             if unfit is not None:
                 raise ValueError(unfit)
-            _, problem = mesh.everywhere(partial(checkpoint.verify, share))
+            _, problem = everywhere(mesh, partial(checkpoint.verify, share))
             if problem is None:
                 return checkpoint
         if first and path != candidates[-1]:
@@ -84,16 +87,16 @@ def _opened(path: Path) -> SavedCheckpoint:
     return checkpoint
 
 
-def _listed(load: str, run_dir: Path) -> list[Path]:
+def _listed(mesh: Mesh, load: str, run_dir: Path) -> list[Path]:
     """Candidates as rank 0 sees them, after it has mended what a crash left half renamed. Collective."""
     found: list[Any] = [[], None]
-    if torch.distributed.get_rank() == 0:
+    if mesh.rank == 0:
         try:
             directory.mend(run_dir / "checkpoints")
             found = [_candidates(load, run_dir), None]
         except OSError as error:
             found = [[], f"checkpoint.load is {load[:200]!r}, which cannot be looked at ({error.strerror})"]
-    torch.distributed.broadcast_object_list(found, src=0)
+    mesh.broadcast_objects(found)
     candidates, problem = found
     if problem is not None:
         raise ValueError(problem)
@@ -206,8 +209,9 @@ def restore(
     assert counts is not None
     optimizer.restored(partition, counts["updates"], counts["skipped_steps"])
     _check_defined(partition)
-    if info.layout.get("processes") == torch.distributed.get_world_size():
-        prefix, states = rng.prefix(torch.distributed.get_rank()), rng.states()
+    mesh = partition.mesh
+    if info.layout.get("processes") == mesh.size:
+        prefix, states = rng.prefix(mesh.rank), rng.states()
         saved = {key: state for key, state in states.items() if prefix + key in checkpoint.shapes}
         checkpoint.load([Chunk.whole(prefix + key, state) for key, state in saved.items()])
         rng.restore(states)

@@ -22,6 +22,7 @@ from megamult.checkpoint import directory, saved
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import CheckpointInfo
 from megamult.distributed import device, process_groups
+from megamult.distributed.mesh import Mesh
 
 _ALIGNMENT = 64
 _BLOCK_BYTES = 1 << 29
@@ -47,15 +48,18 @@ class Saver:
 
     Args:
         parent: the run's `checkpoints` directory, on a file system that all ranks see.
+        mesh: of the processes.
         keep, keep_every: as :func:`megamult.checkpoint.directory.retain`.
         asynchronous: copy the state aside (as much CPU memory as this rank's share of it takes) and write it while
             training goes on; False: write it in `save`.
     """
 
-    def __init__(self, parent: Path, *, keep: int = 0, keep_every: int = 0, asynchronous: bool = True) -> None:
+    def __init__(
+        self, parent: Path, mesh: Mesh, *, keep: int = 0, keep_every: int = 0, asynchronous: bool = True
+    ) -> None:
         self.parent, self.keep, self.keep_every, self.asynchronous = parent, keep, keep_every, asynchronous
         self.group = process_groups.files()
-        self._first = torch.distributed.get_rank() == 0
+        self._first = mesh.rank == 0
         self._blocks: list[Tensor] = []
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None

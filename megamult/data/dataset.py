@@ -20,6 +20,7 @@ from megamult.data.described import Described, describe
 from megamult.data.epochs import MOST_DOCUMENTS, EpochFiles, TokenizerFacts, open_indexed
 from megamult.data.names import Names
 from megamult.data.tokenizer import Tokenizer
+from megamult.distributed import environment
 
 # How long a network file system may take to show rank 0's index files to the other ranks.
 _SHARED_FILES_SECONDS = 60
@@ -100,7 +101,7 @@ class BlendedDataset:
         if new:
             # The barrier is reached even if building fails: rank 0's error is then the one that is seen.
             try:
-                if _global_rank() == 0:
+                if environment.rank() == 0:
                     for position, epoch in new:
                         self._ahead.wait_for(self._sources[position].epochs, epoch)
                         self._sources[position].open(epoch)
@@ -113,7 +114,7 @@ class BlendedDataset:
             for position, source in enumerate(self._sources):
                 source.keep({epoch for p, epoch in needed if p == position})
             self._prepared, self._look_ahead = needed, True
-        if self._look_ahead and end is not None and _global_rank() == 0 and not self._ahead.busy:
+        if self._look_ahead and end is not None and environment.rank() == 0 and not self._ahead.busy:
             self._look_ahead = False
             self._ahead.start(self._next_epochs(last, end))
 
@@ -288,7 +289,7 @@ class _Source:
         """The GPTDataset of one epoch, loaded from complete index files; global rank 0 builds them first."""
         if epoch in self._epochs:
             return self._epochs[epoch]
-        if _global_rank() == 0:
+        if environment.rank() == 0:
             self.epochs.build(epoch)
         else:
             _wait_for(self.epochs.path(epoch), self._cache_dir)
@@ -300,16 +301,12 @@ class _Source:
         return dataset
 
 
-def _global_rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
 def _wait_for(directory: Path, cache_dir: Path) -> None:
     deadline = time.monotonic() + _SHARED_FILES_SECONDS
     while not directory.exists():
         if time.monotonic() > deadline:
             raise RuntimeError(
-                f"rank {_global_rank()} does not see {directory}, which rank 0 builds; "
+                f"rank {environment.rank()} does not see {directory}, which rank 0 builds; "
                 f"call prepare() on all ranks, and put {cache_dir} on a file system that all nodes share"
             )
         time.sleep(0.1)

@@ -1,7 +1,7 @@
 """The process grid with named axes: where this process stands on each, and the group to talk to along it.
 
 A :class:`Mesh` is made once, when the groups are (:func:`megamult.distributed.start.initialize`), and handed to whoever
-needs it. A loop that someone else wrote has groups already: :func:`found` describes those.
+needs it. A loop that someone else wrote has groups already: :func:`current_mesh` describes those.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ class Mesh:
         if self.world is not None:
             torch.distributed.reduce(tensor, dst=0, group=self.world)
 
+    def send_from_first(self, tensor: torch.Tensor, axis: Axis) -> None:
+        """Replace a tensor by that of the first process along an axis. Collective among them."""
+        if self.size_of(axis) > 1:
+            group = self.groups[axis]
+            torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, 0), group=group)
+
     def barrier(self) -> None:
         """Wait for all processes. Collective."""
         if self.world is not None:
@@ -94,7 +100,7 @@ ALONE = Mesh(Coordinates(Grid()))
 """One process without torch.distributed."""
 
 
-def found() -> Mesh:
+def current_mesh() -> Mesh:
     """Describe the groups that there are: Megatron's, or all processes as data-parallel ranks, or one process.
 
     Raises:

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megamult.distributed import device, environment, extensions, open_files, process_groups, rendezvous
-from megamult.distributed.mesh import Mesh, found
+from megamult.distributed.mesh import Mesh, current_mesh
 
 
 def initialize(
@@ -71,14 +71,14 @@ def initialize(
             _forget_shared_memory()
     if parallel_state.model_parallel_is_initialized():
         if parallel_state.get_tensor_model_parallel_world_size() == tensor:
-            return found()
+            return current_mesh()
         parallel_state.destroy_model_parallel()
     process_groups.create(tensor, timeout)
     if here.type == "cuda":
         # Megatron forks its CUDA random state around dropout under sequence parallelism, and wants one to fork. We
         # have no dropout, so the seed changes nothing.
         model_parallel_cuda_manual_seed(1)
-    return found()
+    return current_mesh()
 
 
 def _say(line: str) -> None:

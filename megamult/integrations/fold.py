@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch.nn import Parameter
 
-from megamult.distributed.mesh import found
+from megamult.distributed.mesh import current_mesh
 from megamult.integrations.rules import Rule, one_tensor
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.adamw import TwoPhaseAdamW
@@ -124,7 +124,7 @@ def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placeme
     """Return the spec of every trainable parameter: by the rules, stated before, or a vector's."""
     names = _names(model)
     claims = _claims([name for known in names.values() for name in known], rules)
-    tp_size = found().size_of("tensor")
+    tp_size = current_mesh().size_of("tensor")
     specs: dict[Parameter, ParameterSpec] = {}
     for parameter, known in names.items():
         stated = {name: _state(parameter, name, rules[claims[name]], tp_size) for name in known if name in claims}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megamult.distributed import device
-from megamult.distributed.mesh import Mesh, found
+from megamult.distributed.mesh import Mesh, current_mesh
 from megamult.optim.clip import LocalSquares, Norms, clip_factor
 from megamult.optim.folded import FoldedMultipliers
 from megamult.optim.param_groups import check_groups
@@ -72,7 +72,7 @@ class TwoPhaseAdamW(torch.optim.Optimizer):
     ) -> None:
         groups = [{**group, "params": list(group["params"])} for group in groups]
         self._names = {} if model is None else names_of(model)
-        self.mesh = mesh or found()
+        self.mesh = mesh or current_mesh()
         check_groups(groups, self._names, self.mesh.grid)
         held = {parameter for group in groups for parameter in group["params"]}
         check_complete({name for p, name in self._names.items() if p in held}, self._names.values())

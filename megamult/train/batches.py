@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megamult.distributed import device, mesh
+from megamult.distributed import device
+from megamult.distributed.mesh import Mesh
 
 MicroBatch = tuple[Tensor, Tensor]
 """Tokens and labels, ids [micro batch, seq] each, on this process's device."""
@@ -51,19 +52,20 @@ class MicroBatches:
         starts: first sample of each micro-batch.
         size: samples of a micro-batch.
         seq_length: tokens of a sample.
+        mesh: of the processes.
     """
 
-    def __init__(self, samples: Readable, starts: Iterator[int], size: int, seq_length: int) -> None:
+    def __init__(self, samples: Readable, starts: Iterator[int], size: int, seq_length: int, mesh: Mesh) -> None:
         self._samples, self._starts, self._size = samples, starts, size
         self._shape = (2, size, seq_length)
         self._end = 0
-        self._group = mesh.tensor_group()
+        self._mesh = mesh
         self._next: int | None = None  # the first start that has not been given to the thread
         self._waiting = 0  # given to it, and not taken yet
         self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._read: queue.SimpleQueue[Tensor | BaseException] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        if self._group.rank() == 0:
+        if mesh.rank_on("tensor") == 0:
             self._thread = threading.Thread(target=self._work, name="samples", daemon=True)
             self._thread.start()
 
@@ -89,8 +91,7 @@ class MicroBatches:
             if isinstance(found, BaseException):
                 raise found
             both = device.upload(found)
-        if self._group.size() > 1:
-            torch.distributed.broadcast(both, torch.distributed.get_global_rank(self._group, 0), group=self._group)
+        self._mesh.send_from_first(both, "tensor")
         return both[0], both[1]
 
     def close(self) -> None:

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megamult.checkpoint import rng
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import CheckpointInfo
 from megamult.checkpoint.saver import Outcome, Saver
 from megamult.config import Config
+from megamult.distributed.mesh import Mesh
 from megamult.train.engine import Engine
 
 
@@ -22,7 +21,7 @@ class RunCheckpoints:
 
     Args:
         run_dir: of the run.
-        config, vocab_size: the run's.
+        config, vocab_size, mesh: the run's.
         tokenizer_sha256: of its tokenizer.
         files: what goes beside the tensors (config.yaml, tokenizer.model), by name.
     """
@@ -32,14 +31,16 @@ class RunCheckpoints:
         run_dir: Path,
         config: Config,
         vocab_size: int,
+        mesh: Mesh,
         tokenizer_sha256: str | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        self._config, self._vocab_size, self._tokenizer = config, vocab_size, tokenizer_sha256
+        self._config, self._vocab_size, self._tokenizer, self._mesh = config, vocab_size, tokenizer_sha256, mesh
         self._files = files or {}
         chosen = config.checkpoint
         self._saver = Saver(
             run_dir / "checkpoints",
+            mesh,
             keep=chosen.keep,
             keep_every=chosen.keep_every,
             asynchronous=chosen.asynchronous,
@@ -68,7 +69,7 @@ class RunCheckpoints:
         Returns:
             What became of an earlier save, or of this one, as :meth:`Saver.save`.
         """
-        prefix, state = rng.prefix(torch.distributed.get_rank()), engine.state()
+        prefix, state = rng.prefix(self._mesh.rank), engine.state()
         chunks = [*state.chunks, *(Chunk.whole(prefix + key, value) for key, value in rng.states().items())]
         info = CheckpointInfo(
             step=step,
@@ -83,7 +84,7 @@ class RunCheckpoints:
             },
             data=data,
             layout={
-                "processes": torch.distributed.get_world_size(),
+                "processes": self._mesh.size,
                 "tensor": self._config.parallel.tensor,
                 "zero_stage": self._config.parallel.zero_stage,
             },

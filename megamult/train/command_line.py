@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from megamult.config import SECTIONS, Config
 from megamult.distributed import environment
 from megamult.runtime import exit_codes
 from megamult.runtime.console import say_error
+
+if TYPE_CHECKING:
+    from megamult.distributed.mesh import Mesh
 
 HEAD_START_SECONDS = 2.0
 """Launchers end all ranks once one has left: the others let rank 0 speak first."""
@@ -87,12 +90,13 @@ def fail_alone(message: str) -> NoReturn:
     fail(message)
 
 
-def agreed(check: Callable[[], _Result]) -> _Result:
+def agreed(mesh: Mesh, check: Callable[[], _Result]) -> _Result:
     """Run `check` on every rank; if any rank raises ValueError or OSError, all end with the first one's message."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
+    from megamult.distributed.agreement import everywhere
 
-    result, problem = mesh.everywhere(check)
+    result, problem = everywhere(mesh, check)
     if problem is not None:
-        mesh.destroy()
+        start.destroy()
         fail(problem)
     return result  # type: ignore[return-value]

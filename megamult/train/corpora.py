@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from megamult.config import Config
 from megamult.data.config import DataConfig
@@ -13,6 +12,7 @@ from megamult.data.dataset import BlendedDataset
 from megamult.data.described import Described, describe_all, unchecked, validate_all
 from megamult.data.tokenizer import Tokenizer
 from megamult.distributed import environment
+from megamult.distributed.mesh import Mesh
 from megamult.train.command_line import agreed
 
 
@@ -35,7 +35,7 @@ def vocabulary(config: Config) -> tuple[Tokenizer, int]:
 
 
 def open_datasets(
-    config: Config, tokenizer: Tokenizer, run_dir: Path, note: Callable[[int], None] = lambda pieces: None
+    config: Config, tokenizer: Tokenizer, run_dir: Path, mesh: Mesh, note: Callable[[int], None] = lambda pieces: None
 ) -> tuple[BlendedDataset, BlendedDataset | None]:
     """The samples of data.train and, if it is set, of data.valid. Collective over all ranks; a mistake ends them all.
 
@@ -44,6 +44,7 @@ def open_datasets(
     its share of all bytes.
 
     Args:
+        mesh: of the processes.
         note: told how many pieces of files this rank has checked so far, every few seconds.
     """
     sources = {key: DataConfig.sources(getattr(config.data, key)) for key in ("train", "valid")}
@@ -54,16 +55,16 @@ def open_datasets(
             raise ValueError("data.train is not set: give a prefix that launch/prepare_data.py wrote (PREFIX_train)")
         return describe_all(prefixes, tokenizer) if environment.local_rank() == 0 else None
 
-    mine = agreed(look)
-    sent = [mine]
-    torch.distributed.broadcast_object_list(sent, src=0)
+    mine = agreed(mesh, look)
+    sent: list[Any] = [mine]
+    mesh.broadcast_objects(sent)
     described = sent[0]
     assert described is not None
-    agreed(lambda: _check_same(mine, described))
+    agreed(mesh, lambda: _check_same(mine, described))
     full = config.data.validate == "full"
     if full:
         share = (environment.rank(), environment.world_size())
-        agreed(lambda: validate_all(prefixes, tokenizer, share, note))
+        agreed(mesh, lambda: validate_all(prefixes, tokenizer, share, note))
     doubt = unchecked(list(described.values()), full)
     if doubt is not None and environment.rank() == 0:
         print(f"note: {doubt}", flush=True)
@@ -76,7 +77,7 @@ def open_datasets(
             sources[key], tokenizer, config.model.seq_length, config.train.seed, cache, described=described
         )
 
-    train, valid = agreed(lambda: (opened("train"), opened("valid")))
+    train, valid = agreed(mesh, lambda: (opened("train"), opened("valid")))
     assert train is not None
     return train, valid
 

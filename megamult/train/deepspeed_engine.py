@@ -20,7 +20,8 @@ from megamult.checkpoint import resume
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import owned
 from megamult.config import Config
-from megamult.distributed import device, mesh
+from megamult.distributed import device
+from megamult.distributed.mesh import Mesh
 from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.optim.build import make_optimizer
 from megamult.optim.clip import Norms
@@ -42,6 +43,11 @@ class DeepSpeedEngine:
     model: torch.nn.Module
     optimizer: TwoPhaseAdamW
     partition: Partition
+
+    @property
+    def mesh(self) -> Mesh:
+        """The processes that it computes on."""
+        return self.partition.mesh
 
     @property
     def parameter_count(self) -> int:
@@ -101,16 +107,16 @@ class DeepSpeedEngine:
         return resume.restore(checkpoint, self.partition, self.optimizer, reset_optimizer=reset_optimizer)
 
 
-def check_deepspeed(config: Config, mpu: mesh.ModelParallelUnit) -> None:
+def check_deepspeed(config: Config, mesh: Mesh) -> None:
     """Let our rules and DeepSpeed's own look at the DeepSpeed configuration before anything is built.
 
     Raises:
         ValueError: the user's part of it is not possible.
     """
-    settings = deepspeed_config(config, mesh.data_group().size())
+    settings = deepspeed_config(config, mesh.size_of("data"))
     if config.deepspeed:
         try:
-            DeepSpeedConfig(settings, mpu=mpu)
+            DeepSpeedConfig(settings, mpu=mesh.mpu)
         except ValidationError as error:
             each = "; ".join(
                 f"{'.'.join(map(str, part['loc'])) or error.title}: {part['msg']}" for part in error.errors()
@@ -129,7 +135,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseAdamW:
 def build(
     config: Config,
     vocab_size: int,
-    mpu: mesh.ModelParallelUnit,
+    mesh: Mesh,
     *,
     draw: bool = True,
     note: Callable[[str], None] = lambda doing: None,
@@ -140,20 +146,21 @@ def build(
     At ZeRO 3 the model is partitioned while it is constructed, so it may be larger than one device.
 
     Args:
+        mesh: of the processes.
         draw: initial weights; False: they are NaN until a checkpoint is loaded.
         note: told what is being done, as the model of a large run takes minutes.
         optimizer_of: makes the optimizer of a configuration over the parameters of a model.
     """
     deepspeed_logger.setLevel(logging.WARNING)
-    settings = deepspeed_config(config, mesh.data_group().size())
+    settings = deepspeed_config(config, mesh.size_of("data"))
     context: Any = contextlib.nullcontext()
     if config.parallel.zero_stage == 3:
         context = deepspeed.zero.Init(
             # Without the group, zero.Init partitions over the world and overwrites tensor-parallel shards. It takes
             # the dtype from the settings; its argument `dtype` is not heeded where fp16 is unsupported (CPUs).
-            data_parallel_group=mesh.data_group(),
+            data_parallel_group=mesh.groups["data"],
             config_dict_or_path=settings,
-            mpu=mpu,
+            mpu=mesh.mpu,
         )
     with context:
         model = build_model(config, vocab_size, config.train.seed if draw else None, note)
@@ -165,8 +172,8 @@ def build(
     deepspeed_logger.setLevel(logging.ERROR)
     with optimizer.paused(), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+            model=model, optimizer=optimizer, config=settings, mpu=mesh.mpu, dist_init_required=False
         )
     deepspeed_logger.setLevel(logging.WARNING)
     note("checking the partition")
-    return DeepSpeedEngine(engine, model, optimizer, attach(engine, optimizer))
+    return DeepSpeedEngine(engine, model, optimizer, attach(engine, optimizer, mesh))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.saved import SavedCheckpoint
+from megamult.distributed.mesh import Mesh
 from megamult.optim.clip import Norms
 from megamult.train.batches import MicroBatch
 from megamult.zero.gather import Logical
@@ -32,6 +33,10 @@ class Engine(Protocol):
     Micro-batches come as an iterator, and are taken from it one at a time, each when it is about to be computed: to
     take one reads files, and tells the watchdog how far the run is.
     """
+
+    @property
+    def mesh(self) -> Mesh:
+        """The processes that it computes on."""
 
     @property
     def parameter_count(self) -> int:

@@ -9,13 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megamult.checkpoint.info import CheckpointInfo
 from megamult.checkpoint.saver import Outcome
 from megamult.config import Config
-from megamult.distributed import mesh
 from megamult.models.architectures import architecture_of
 from megamult.monitor.statistics import by_role
 from megamult.optim.schedule import lr_factor
@@ -44,8 +42,8 @@ class Trainer:
         self.config, self.engine = config, engine
         self._progress = progress or Progress()
         self._train, self._valid = train, valid
-        self._data_rank = mesh.data_group().rank()
-        self._accumulation = config.accumulation(mesh.data_group().size())
+        self._mesh = engine.mesh
+        self._accumulation = config.accumulation(self._mesh.size_of("data"))
         self._reading: MicroBatches | None = None
         self._flops = architecture_of(config.model).flops_per_token(config.model, vocab_size)
         self.step_count = 0
@@ -60,14 +58,14 @@ class Trainer:
 
     def _batches(self, samples: Samples, first: int) -> MicroBatches:
         """This rank's micro-batches of the global batches from sample `first` on."""
-        train, data_size = self.config.train, mesh.data_group().size()
+        train, (data_rank, data_size) = self.config.train, self._mesh.coordinates.on("data")
         size = train.micro_batch_size
         starts = (
-            batch + (micro * data_size + self._data_rank) * size
+            batch + (micro * data_size + data_rank) * size
             for batch in itertools.count(first, train.global_batch_size)
             for micro in range(self._accumulation)
         )
-        return MicroBatches(samples, starts, size, self.config.model.seq_length)
+        return MicroBatches(samples, starts, size, self.config.model.seq_length, self._mesh)
 
     def _taken(self, batches: MicroBatches, step: int, of: str = "") -> Iterator[MicroBatch]:
         """The micro-batches of one global batch, each read when it is asked for.
@@ -94,7 +92,7 @@ class Trainer:
         end = first + max(1, config.train.steps - step) * batch
         # The next step's too: they are read while this one computes.
         ready = min(first + 2 * batch, end)
-        self._train.prepare(first, ready, torch.distributed.barrier, end)
+        self._train.prepare(first, ready, self._mesh.barrier, end)
         if self._reading is None:
             self._reading = self._batches(self._train, first)
         self._reading.allow(ready)
@@ -103,7 +101,7 @@ class Trainer:
         loss = self.engine.train_batch(self._taken(self._reading, step + 1))
         self.step_count += 1
         self.samples += batch
-        mean_loss, self.votes = mean_and_votes(loss, ballot())
+        mean_loss, self.votes = mean_and_votes(self._mesh, loss, ballot())
         seconds = time.perf_counter() - began
         return {
             "step": self.step_count,
@@ -127,7 +125,7 @@ class Trainer:
         train, step = self.config.train, self.step_count
         self._progress.at(step, "samples of the evaluation", ON_FILES)
         end = train.eval_batches * train.global_batch_size
-        self._valid.prepare(0, end, torch.distributed.barrier, end)
+        self._valid.prepare(0, end, self._mesh.barrier, end)
         with contextlib.closing(self._batches(self._valid, 0)) as batches:
             batches.allow(end)
             micro_batches = (
@@ -138,7 +136,7 @@ class Trainer:
                 )
             )
             loss = self.engine.evaluate(micro_batches)
-        mean_loss, self.votes = mean_and_votes(loss, ballot())
+        mean_loss, self.votes = mean_and_votes(self._mesh, loss, ballot())
         return mean_loss
 
     def multipliers(self) -> dict[str, Tensor]:
@@ -178,7 +176,7 @@ class Trainer:
             stack.callback(checkpoints.wait, _LAST_SAVE_SECONDS)
             stack.callback(self.close)
             records = stack.enter_context(
-                Records(run_dir, self.config.train, self._flops, self.step_count, self.engine.skipped_steps)
+                Records(run_dir, self.config.train, self._flops, self._mesh, self.step_count, self.engine.skipped_steps)
             )
             while self.step_count < steps and reason is None:
                 self._recorded_step(records, stop)

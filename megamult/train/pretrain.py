@@ -57,12 +57,12 @@ def run(config: Config, resolved: str) -> None:
         progress.at(0, "importing", ON_FILES)
         # Megatron says at import, on every rank, which optional packages it does without.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-        from megamult.distributed import extensions, mesh, process_groups
+        from megamult.distributed import extensions, process_groups, start
         from megamult.runtime.signals import StopRequests
 
         progress.at(0, "joining the process groups", extensions.LIMIT)
         try:
-            mpu = mesh.initialize(
+            mesh = start.initialize(
                 config.parallel.tensor,
                 # The watchdog comes first; alone, a group's own timeout would also end who waits for work on files.
                 timeout_minutes=config.parallel.timeout_minutes + ON_FILES / 60,
@@ -77,11 +77,11 @@ def run(config: Config, resolved: str) -> None:
         stop = stack.enter_context(StopRequests(None if minutes is None else _BEGAN + 60 * minutes, log.ended))
         from megamult.train import run_dir as run_dirs
 
-        run_dir = agreed(lambda: stack.enter_context(run_dirs.chosen(config.train.run_dir)))
+        run_dir = agreed(mesh, lambda: stack.enter_context(run_dirs.chosen(config.train.run_dir, mesh)))
         from megamult.train.run import Run, train
 
-        code = train(Run(config, resolved, run_dir, progress, log, lock, stop), mpu)
-        mesh.destroy()
+        code = train(Run(config, resolved, run_dir, mesh, progress, log, lock, stop))
+        start.destroy()
     if code:
         sys.exit(code)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from megamult.checkpoint.saver import Outcome
 from megamult.distributed import device
+from megamult.distributed.mesh import Mesh
 from megamult.monitor.writers import Writers
 from megamult.train.config import TrainConfig
 
@@ -21,15 +21,16 @@ class Records:
         run_dir: where to.
         train: the run's.
         flops: of one token, forward and backward.
+        mesh: of the processes.
         done: steps that are behind.
         skipped: how many of these were skipped.
     """
 
-    def __init__(self, run_dir: Path, train: TrainConfig, flops: float, done: int, skipped: int) -> None:
-        first = torch.distributed.get_rank() == 0
+    def __init__(self, run_dir: Path, train: TrainConfig, flops: float, mesh: Mesh, done: int, skipped: int) -> None:
+        first = mesh.rank == 0
         self._out = Writers(run_dir, train.steps, done, skipped) if first else None
         peak = device.peak_flops(train.torch_dtype)
-        self._peak = None if peak is None else peak * torch.distributed.get_world_size()
+        self._peak = None if peak is None else peak * mesh.size
         self._flops = flops
 
     def __enter__(self) -> Records:

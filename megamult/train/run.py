@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megamult.checkpoint import resume
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import Config
 from megamult.data.tokenizer import Tokenizer
-from megamult.distributed import environment, mesh
+from megamult.distributed import environment
+from megamult.distributed.mesh import Mesh
 from megamult.huggingface.files import TOKENIZER_FOLDER
 from megamult.runtime import exit_codes
 from megamult.runtime.console import say_error
@@ -39,45 +38,50 @@ class Run:
     resolved: str
     """The configuration as config.yaml will hold it."""
     run_dir: Path
+    mesh: Mesh
     progress: Progress
     log: RankLog
     lock: RunLock
     stop: StopRequests
 
 
-def train(run: Run, mpu: mesh.ModelParallelUnit) -> int:
+def train(run: Run) -> int:
     """Train it. Collective over all ranks; a user's mistake ends them all.
 
     Returns:
         The exit code.
     """
     config, progress = run.config, run.progress
-    agreed(lambda: check_deepspeed(config, mpu))
-    tokenizer, vocab_size = agreed(lambda: corpora.vocabulary(config))
+    agreed(run.mesh, lambda: check_deepspeed(config, run.mesh))
+    tokenizer, vocab_size = agreed(run.mesh, lambda: corpora.vocabulary(config))
     # Before the newest checkpoint is looked for: an earlier part of the run may be writing it.
     progress.at(0, "waiting for the run directory", ON_FILES)
-    agreed(lambda: run_dirs.wait_for(run.lock, run.run_dir))
+    agreed(run.mesh, lambda: run_dirs.wait_for(run.lock, run.run_dir))
     checkpoint = _find_checkpoint(run, vocab_size, tokenizer)
     ours = None if checkpoint is None else run_dirs.own(checkpoint.path, run.run_dir)
-    agreed(lambda: run_dirs.claim(run.run_dir, config.checkpoint.load == "latest" or ours is not None))
+    agreed(run.mesh, lambda: run_dirs.claim(run.run_dir, config.checkpoint.load == "latest" or ours is not None))
     progress.at(0, "checking the data", ON_FILES)
     samples, valid = corpora.open_datasets(
-        config, tokenizer, run.run_dir, lambda pieces: progress.at(0, f"checking the data, piece {pieces}", ON_FILES)
+        config,
+        tokenizer,
+        run.run_dir,
+        run.mesh,
+        lambda pieces: progress.at(0, f"checking the data, piece {pieces}", ON_FILES),
     )
-    files = agreed(lambda: _files(run.resolved, tokenizer, checkpoint))
+    files = agreed(run.mesh, lambda: _files(run.resolved, tokenizer, checkpoint))
     first_step = 0 if checkpoint is None else checkpoint.info.step
-    agreed(lambda: run_dirs.begin(run.run_dir, run.resolved, ours, first_step, run.lock))
-    agreed(lambda: run_dirs.check_shared(run.run_dir))
-    agreed(lambda: run.log.open(run.run_dir / "logs"))
+    agreed(run.mesh, lambda: run_dirs.begin(run.run_dir, run.resolved, ours, first_step, run.lock))
+    agreed(run.mesh, lambda: run_dirs.check_shared(run.run_dir))
+    agreed(run.mesh, lambda: run.log.open(run.run_dir / "logs"))
     progress.at(0, "building the model")
-    engine = build(config, vocab_size, mpu, draw=checkpoint is None, note=lambda doing: progress.at(0, doing))
+    engine = build(config, vocab_size, run.mesh, draw=checkpoint is None, note=lambda doing: progress.at(0, doing))
     _say_what(run, engine)
     trainer = Trainer(config, engine, samples, valid, vocab_size, progress)
     if checkpoint is not None:
         _resume(run, trainer, checkpoint)
     elif config.checkpoint.load and environment.rank() == 0:
         print(f"no checkpoint in {run.run_dir / 'checkpoints'} yet: starting anew", flush=True)
-    checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, tokenizer.sha256, files)
+    checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, run.mesh, tokenizer.sha256, files)
     code, reason, error = _train(run, trainer, checkpoints)
     samples.close()
     if environment.rank() == 0:
@@ -86,7 +90,7 @@ def train(run: Run, mpu: mesh.ModelParallelUnit) -> int:
         if error is not None:
             say_error(error)
     progress.at(trainer.step_count, "the end")
-    torch.distributed.barrier()
+    run.mesh.barrier()
     return code
 
 
@@ -97,9 +101,10 @@ def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCh
         return None
     run.progress.at(0, "looking for a checkpoint", ON_FILES)
     return agreed(
+        run.mesh,
         lambda: resume.find(
-            load, run.run_dir, lambda info: resume.check_fits(info, config, vocab_size, tokenizer.sha256)
-        )
+            run.mesh, load, run.run_dir, lambda info: resume.check_fits(info, config, vocab_size, tokenizer.sha256)
+        ),
     )
 
 
@@ -118,8 +123,8 @@ def _say_what(run: Run, engine: Engine) -> None:
     if environment.rank() == 0:
         parallel = run.config.parallel
         print(
-            f"{engine.parameter_count:,} parameters, {torch.distributed.get_world_size()} processes (tensor parallel "
-            f"{parallel.tensor}, data parallel {mesh.data_group().size()}), ZeRO {parallel.zero_stage}, "
+            f"{engine.parameter_count:,} parameters, {run.mesh.size} processes (tensor parallel "
+            f"{parallel.tensor}, data parallel {run.mesh.size_of('data')}), ZeRO {parallel.zero_stage}, "
             f"{run.config.train.dtype}; writing {run.run_dir}",
             flush=True,
         )
@@ -129,7 +134,9 @@ def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
     """Put a checkpoint's state in the place of a fresh run's, and say what is new since."""
     config = run.config
     run.progress.at(0, "reading the checkpoint", ON_FILES)
-    new = agreed(lambda: trainer.engine.restore(checkpoint, reset_optimizer=config.checkpoint.reset_optimizer))
+    new = agreed(
+        run.mesh, lambda: trainer.engine.restore(checkpoint, reset_optimizer=config.checkpoint.reset_optimizer)
+    )
     notes = trainer.resume(checkpoint.info)
     if environment.rank() != 0:
         return

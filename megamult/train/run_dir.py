@@ -9,17 +9,17 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from megamult.checkpoint import directory
 from megamult.distributed import environment
+from megamult.distributed.mesh import Mesh
 from megamult.runtime.lock import LOCK, RunLock
 from megamult.runtime.logs import left_without_a_word
 
 
 @contextlib.contextmanager
-def chosen(configured: str | None) -> Iterator[Path]:
+def chosen(configured: str | None, mesh: Mesh) -> Iterator[Path]:
     """The run directory that the configuration names, or a new one under runs/, named by the time on rank 0, which goes
     if nothing was written into it. Collective over all ranks.
 
@@ -30,14 +30,14 @@ def chosen(configured: str | None) -> Iterator[Path]:
         yield Path(configured)
         return
     made: list[Path] = []
-    found: list[str | None] = [None, None]
+    found: list[Any] = [None, None]
     if environment.rank() == 0:
         try:
             made = _new_directory(Path(time.strftime("runs/%Y%m%d-%H%M%S")))
             found = [str(made[-1]), None]
         except OSError as error:
             found = [None, f"{error.strerror}: {error.filename}"]
-    torch.distributed.broadcast_object_list(found, src=0)
+    mesh.broadcast_objects(found)
     name, problem = found
     if name is None:
         raise ValueError(f"no run directory can be made under runs/ ({problem}): name one with --train.run_dir")

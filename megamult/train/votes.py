@@ -7,18 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megamult.distributed import device, mesh
+from megamult.distributed import device
+from megamult.distributed.mesh import Mesh
 
 
-def mean_and_votes(value: Tensor, votes: Sequence[float] = ()) -> tuple[float, list[float]]:
+def mean_and_votes(mesh: Mesh, value: Tensor, votes: Sequence[float] = ()) -> tuple[float, list[float]]:
     """The mean of an fp32 scalar over data-parallel ranks, and sums of `votes` over all ranks, in one collective.
 
     Tensor-parallel ranks hold the same value but vote each for itself, as a signal may reach only one of them. So all
     ranks take part, and of the value's replicas the first counts: zeros added to an fp32 sum change no bit.
     """
     packed = device.upload(torch.tensor([0.0, *votes], dtype=torch.float32))
-    if mesh.tensor_group().rank() == 0:
+    if mesh.rank_on("tensor") == 0:
         packed[0] = value
-    torch.distributed.all_reduce(packed)
+    mesh.sum_over(packed)
     total, *sums = packed.tolist()
-    return total / mesh.data_group().size(), sums
+    return total / mesh.size_of("data"), sums

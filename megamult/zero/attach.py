@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch.nn import Parameter
 
-from megamult.distributed.mesh import Mesh, found
+from megamult.distributed.mesh import Mesh, current_mesh
 from megamult.parameters.stated import check_complete, names_of
 from megamult.zero.flat import Bf16Partition, Zero12Partition
 from megamult.zero.full_precision import FullPrecision
@@ -84,7 +84,7 @@ def attach(engine: Any, optimizer: TwoPhase, mesh: Mesh | None = None) -> Partit
             DeepSpeed would clip.
         RuntimeError: DeepSpeed lays its partitions out differently than this version of megamult knows.
     """
-    partition = partition_of(engine, optimizer, mesh or found())
+    partition = partition_of(engine, optimizer, mesh or current_mesh())
     if engine.gradient_clipping() > 0:
         raise ValueError(
             f"gradient_clipping is {engine.gradient_clipping()} in the DeepSpeed configuration (1.0 where it is not "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megamult.distributed.mesh import current_mesh
 from tests.checkpoint.resume_workers import Samples
 from tests.invariance import VOCAB, Case
 
@@ -34,7 +35,7 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
     """(reason, steps done, checkpoints) of runs over 6 steps: a signal to the second rank in step 3, with and without
     checkpoints in between, and where it is the second of a tensor-parallel group; a deadline that is past; none of
     these; a signal during the evaluation after step 2."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.runtime.signals import StopRequests
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.deepspeed_engine import build
@@ -53,7 +54,7 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
     for i, (tensor, at, number, deadline, save_every) in enumerate(cases):
         config = Case(world=2, tensor=tensor, zero=1, steps=6).config()
         config.checkpoint.save_every, config.checkpoint.keep = save_every, 0
-        engine = build(config, VOCAB, mesh.initialize(tensor))
+        engine = build(config, VOCAB, start.initialize(tensor))
         second = torch.distributed.get_rank() == 1  # only this one is signalled
         valid = None
         if at == "evaluation":
@@ -64,7 +65,7 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
         trainer = Trainer(config, engine, samples, valid, VOCAB)
         run_dir = folder / str(i)
         with StopRequests(deadline) as stop:
-            reason = trainer.run(run_dir, RunCheckpoints(run_dir, config, VOCAB), stop)
+            reason = trainer.run(run_dir, RunCheckpoints(run_dir, config, VOCAB, trainer.engine.mesh), stop)
         engine.deepspeed.destroy()
         torch.distributed.barrier()
         found.append((reason, trainer.step_count, sorted(path.name for path in (run_dir / "checkpoints").iterdir())))
@@ -76,12 +77,12 @@ def overlapping_saves(folder: Path) -> dict[str, Any]:
     from megamult.checkpoint.chunks import Chunk
     from megamult.checkpoint.info import CheckpointInfo
     from megamult.checkpoint.saver import Saver
-    from megamult.distributed import mesh
+    from megamult.distributed import start
 
-    mesh.initialize(1)
+    start.initialize(1)
     rank = torch.distributed.get_rank()
     release = threading.Event()
-    saver = Saver(folder)
+    saver = Saver(folder, current_mesh())
     state = torch.full((4,), 1.0)
 
     def chunks(load: Any = None) -> list[Chunk]:
@@ -125,9 +126,9 @@ def found_checkpoints(folder: Path) -> list[str]:
     from megamult.checkpoint import directory, resume, saved
     from megamult.checkpoint.chunks import Chunk
     from megamult.checkpoint.info import INFO, CheckpointInfo
-    from megamult.distributed import mesh
+    from megamult.distributed import start
 
-    mesh.initialize(1)
+    start.initialize(1)
     rank, parent = torch.distributed.get_rank(), folder / "checkpoints"
     if rank == 0:
         for step in (1, 2):
@@ -138,7 +139,7 @@ def found_checkpoints(folder: Path) -> list[str]:
     def find(fits: Any = lambda info: None) -> str:
         torch.distributed.barrier()
         try:
-            checkpoint = resume.find("latest", folder, fits)
+            checkpoint = resume.find(current_mesh(), "latest", folder, fits)
             return "none" if checkpoint is None else checkpoint.path.name
         except ValueError as error:
             return str(error)

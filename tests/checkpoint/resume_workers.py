@@ -77,7 +77,7 @@ def _run(run: Segment) -> Trace:
     from megamult.checkpoint import resume
     from megamult.checkpoint.saved import SavedCheckpoint
     from megamult.checkpoint.state import held
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.deepspeed_engine import build
     from megamult.train.loop import Trainer
@@ -85,8 +85,8 @@ def _run(run: Segment) -> Trace:
     config = run.case.config()
     config.train.seed = run.weights_seed
     config.checkpoint = CheckpointConfig(keep=0, asynchronous=run.asynchronous)
-    mpu = mesh.initialize(run.case.tensor)
-    engine = build(config, VOCAB, mpu)
+    mesh = start.initialize(run.case.tensor)
+    engine = build(config, VOCAB, mesh)
     samples = Samples(VOCAB, config.model.seq_length)
     trainer = Trainer(config, engine, samples, None, VOCAB)
     trace = Trace()
@@ -99,7 +99,7 @@ def _run(run: Segment) -> Trace:
         checkpoint = SavedCheckpoint(run.load)
         trace.new = resume.restore(checkpoint, engine.partition, engine.optimizer, reset_optimizer=run.reset_optimizer)
         trainer.resume(checkpoint.info)
-    saves = RunCheckpoints(run.run_dir, config, VOCAB)
+    saves = RunCheckpoints(run.run_dir, config, VOCAB, mesh)
 
     def save() -> None:
         outcome = saves.save(engine, trainer.step_count, trainer.samples, None, {})

@@ -31,13 +31,13 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def found() -> list[str | None]:
+def current_mesh() -> list[str | None]:
     return [os.environ.get(key) for key in TORCH]
 
 
 def test_a_process_without_a_launcher_is_a_world_of_one(bare: pytest.MonkeyPatch) -> None:
     environment.set_defaults()
-    assert found()[:4] == ["0", "0", "1", "127.0.0.1"]
+    assert current_mesh()[:4] == ["0", "0", "1", "127.0.0.1"]
 
 
 def test_a_task_of_srun_takes_its_place_from_slurm(bare: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_a_task_of_srun_takes_its_place_from_slurm(bare: pytest.MonkeyPatch) -> 
         bare.setenv(key, value)
     environment.set_defaults()
     # 123457 x 16 + 2 = 1975314
-    assert found() == ["3", "1", "4", "gpu007", "25314"]
+    assert current_mesh() == ["3", "1", "4", "gpu007", "25314"]
 
 
 def test_a_launcher_inside_a_task_of_srun_has_the_last_word(bare: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_a_launcher_inside_a_task_of_srun_has_the_last_word(bare: pytest.MonkeyP
     for key, value in zip(TORCH, given, strict=True):
         bare.setenv(key, value)
     environment.set_defaults()
-    assert found() == given
+    assert current_mesh() == given
 
 
 def test_a_batch_script_is_no_task_of_its_own_job(bare: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_a_batch_script_is_no_task_of_its_own_job(bare: pytest.MonkeyPatch) -> N
         bare.setenv(key, STEP[key])
     bare.setenv("SLURM_NTASKS", "4")
     environment.set_defaults()
-    assert found()[:3] == ["0", "0", "1"]
+    assert current_mesh()[:3] == ["0", "0", "1"]
 
 
 def test_what_names_a_launch_is_torchruns_id_or_slurms_step_whose_tasks_are_the_ranks(bare: pytest.MonkeyPatch) -> None:

@@ -135,12 +135,12 @@ def test_it_runs_as_a_program_before_anything_is_installed(tmp_path: Path) -> No
 def start(root: str) -> list[bool]:
     """Tell whether a lock was there each time that DeepSpeed loaded its operator."""
     backend = importlib.import_module("deepspeed.comm.torch")  # its package has an attribute `torch` that is torch
-    from megamult.distributed import mesh
+    from megamult.distributed import start
 
     os.environ["TORCH_EXTENSIONS_DIR"] = root
     seen: list[bool] = []
     backend.build_shm_op = lambda: seen.append((Path(root) / "deepspeed_shm_comm" / "lock").exists())
-    mesh.initialize(1)
+    start.initialize(1)
     return seen
 
 

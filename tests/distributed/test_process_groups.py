@@ -17,7 +17,8 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megamult.checkpoint.saver import Saver
-from megamult.distributed import mesh, open_files, process_groups
+from megamult.distributed import open_files, process_groups, start
+from megamult.distributed.mesh import current_mesh
 from tests.invariance import VOCAB, Case
 from tests.processes import run_distributed
 
@@ -43,7 +44,7 @@ def rank_of(rank: int, size: int) -> Iterator[list[list[int]]]:
         try:
             yield made
         finally:
-            mesh.destroy()
+            start.destroy()
 
 
 def answers() -> dict[str, Any]:
@@ -98,7 +99,9 @@ def test_a_rank_makes_as_many_groups_at_1024_ranks_as_at_16(tmp_path: Path, tens
         with rank_of(size - 3, size) as made:
             process_groups.create(tensor, TIMEOUT)
             # Every save and load uses one group of CPUs.
-            assert Saver(tmp_path).group is Saver(tmp_path).group is process_groups.files()
+            assert (
+                Saver(tmp_path, current_mesh()).group is Saver(tmp_path, current_mesh()).group is process_groups.files()
+            )
         # Tensor parallel, data parallel, this rank by itself, files: all ranks, and one rank, are never made twice.
         assert len(made) == calls and all(size - 3 in ranks for ranks in made)
 
@@ -127,11 +130,11 @@ def sums_over_groups(order: list[int]) -> list[tuple[float, float, float]]:
     after the other."""
     found = []
     for tensor in order:
-        mesh.initialize(tensor, timeout_minutes=1)
+        start.initialize(tensor, timeout_minutes=1)
         sums = []
         for group in (
-            mesh.tensor_group(),
-            mesh.data_group(),
+            current_mesh().groups["tensor"],
+            current_mesh().groups["data"],
             parallel_state.get_pipeline_model_parallel_group(),
         ):
             value = torch.tensor(float(torch.distributed.get_rank()))
@@ -162,11 +165,11 @@ def groups_of_a_run(folder: Path) -> list[list[int]]:
         return new_group(ranks, **options)
 
     with mock.patch.object(torch.distributed, "new_group", noted):
-        mpu = mesh.initialize(2)
+        mesh = start.initialize(2)
         for stage in range(4):
             config = Case(world=4, tensor=2, zero=stage).config()
-            engine = build(config, VOCAB, mpu)
-            checkpoints = RunCheckpoints(folder, config, VOCAB)
+            engine = build(config, VOCAB, mesh)
+            checkpoints = RunCheckpoints(folder, config, VOCAB, current_mesh())
             checkpoints.save(engine, stage, 0, None, {})
             checkpoints.wait()
             engine.deepspeed.destroy()
@@ -183,7 +186,7 @@ def limit_of_open_files(lowered: int) -> tuple[int, int]:
     """The soft limit that this rank is left with, and the hard one."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowered, hard))
-    mesh.initialize(1)
+    start.initialize(1)
     torch.distributed.barrier()  # rank 0 serves the store
     return resource.getrlimit(resource.RLIMIT_NOFILE)
 
@@ -195,7 +198,7 @@ def test_every_rank_may_open_as_many_files_as_the_system_allows() -> None:
 
 def sockets_of_this_rank(tensor: int) -> tuple[int, int]:
     """Established TCP sockets of this process between ranks: counted in /proc, and computed."""
-    mesh.initialize(tensor)
+    start.initialize(tensor)
     process_groups.files()
     torch.distributed.barrier()
     mine = {link.readlink().name for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and link.exists()}

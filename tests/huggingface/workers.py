@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megamult.config import Config
 from megamult.distributed.config import ParallelConfig
+from megamult.distributed.mesh import current_mesh
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from tests.huggingface.corpus import VOCAB
@@ -90,11 +91,11 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     """[seq, vocabulary] of the training model, whole on every rank."""
     from megatron.core.models.gpt import GPTModel
 
-    from megamult.distributed import mesh
+    from megamult.distributed.mesh import current_mesh
 
     local = GPTModel.forward(model, ids, None, None)
-    shards = [torch.empty_like(local) for _ in range(mesh.tensor_group().size())]
-    torch.distributed.all_gather(shards, local.contiguous(), group=mesh.tensor_group())
+    shards = [torch.empty_like(local) for _ in range(current_mesh().groups["tensor"].size())]
+    torch.distributed.all_gather(shards, local.contiguous(), group=current_mesh().groups["tensor"])
     return torch.cat(shards, dim=-1)[0, :, :VOCAB]
 
 
@@ -110,16 +111,16 @@ def greedy(model: Any, prompt: Tensor) -> list[int]:
 
 def _build(config: Config) -> tuple[Any, Any, Any]:
     """Model, optimizer and partition, without DeepSpeed."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.optim.build import make_optimizer
     from megamult.parameters.stated import names_of
     from megamult.train.model import build_model
     from megamult.zero.whole import WholePartition
 
-    mesh.initialize(config.parallel.tensor)
+    start.initialize(config.parallel.tensor)
     model = build_model(config, VOCAB, seed=1)
     optimizer = make_optimizer(model, config.optimizer, config.multipliers)
-    partition = WholePartition(optimizer.param_groups, names_of(model))
+    partition = WholePartition(optimizer.param_groups, names_of(model), current_mesh())
     optimizer.bind(partition)
     return model, optimizer, partition
 

@@ -28,9 +28,9 @@ def build(tensor: int, style: dict[str, Any], **gpt: Any) -> tuple[Any, Any]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    from megamult.distributed import mesh
+    from megamult.distributed import start
 
-    mesh.initialize(tensor)
+    start.initialize(tensor)
     torch.manual_seed(1)
     config = TransformerConfig(
         **SIZES,

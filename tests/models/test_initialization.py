@@ -48,7 +48,8 @@ def pieces(engine: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...], Ten
 def builds() -> list[dict[str, Any]]:
     """For each case: this rank's pieces, how many numbers it drew, and what it was noted to do; and the same where a
     checkpoint is to be loaded."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
+    from megamult.distributed.mesh import current_mesh
     from megamult.train.deepspeed_engine import build
 
     found = []
@@ -61,14 +62,14 @@ def builds() -> list[dict[str, Any]]:
                 mock.patch.object(torch, "normal", side_effect=AssertionError("a tensor is drawn whole")),
             ):
                 engine = build(
-                    case.config(), VOCAB, mesh.initialize(case.tensor), draw=what == "drawn", note=noted.append
+                    case.config(), VOCAB, start.initialize(case.tensor), draw=what == "drawn", note=noted.append
                 )
             outcome[what] = {
                 "pieces": pieces(engine),
                 "numbers": sum(call.args[0].numel() for call in fill.call_args_list),
                 "noted": noted,
                 "padding": [
-                    p.detach()[max(0, VOCAB - mesh.tensor_group().rank() * len(p)) :].abs().sum().item()
+                    p.detach()[max(0, VOCAB - current_mesh().groups["tensor"].rank() * len(p)) :].abs().sum().item()
                     for name, p in engine.model.named_parameters()
                     if name in ("embedding.word_embeddings.weight", "output_layer.weight") and case.zero != 3
                 ],
@@ -143,10 +144,10 @@ def test_a_model_that_waits_for_a_checkpoint_draws_nothing_and_shows_what_stays_
 def left_undefined() -> str:
     """What loading says that did not reach one element."""
     from megamult.checkpoint.resume import _check_defined
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
 
-    engine = build(Case(world=1).config(), VOCAB, mesh.initialize(1), draw=True)
+    engine = build(Case(world=1).config(), VOCAB, start.initialize(1), draw=True)
     _check_defined(engine.partition)
     piece = next(piece for piece in engine.partition.slices if piece.name.endswith("linear_fc2.weight"))
     piece.source[-1] = math.nan

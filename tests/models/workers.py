@@ -42,14 +42,14 @@ def loss_inputs(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def losses(rank: int, tensor: int) -> dict[str, dict[str, Tensor]]:
     """Both results and the local gradient, by case."""
-    from megamult.distributed import mesh
+    from megamult.distributed.mesh import current_mesh
     from megamult.models.common.loss import VocabParallelCrossEntropy
 
     found = {}
     for name in LOSS_CASES:
         logits, labels, of_entropy, of_log_sum_exp = loss_inputs(name)
         local = logits.chunk(tensor, dim=-1)[rank].clone().requires_grad_()
-        entropy, log_sum_exp = VocabParallelCrossEntropy.apply(local, labels, VOCAB, mesh.tensor_group())
+        entropy, log_sum_exp = VocabParallelCrossEntropy.apply(local, labels, VOCAB, current_mesh().groups["tensor"])
         (of_entropy * entropy + of_log_sum_exp * log_sum_exp).sum().backward()
         untouched = torch.equal(local.detach(), logits.chunk(tensor, dim=-1)[rank])
         found[name] = {
@@ -124,11 +124,11 @@ def refusal(tensor: int, **changes: Any) -> str:
 
 def run_all() -> dict[int, dict[str, Any]]:
     """By tensor-parallel size; a rank beyond it leaves the size out."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
 
     results = {}
     for tensor in (1, 2, 4):
-        mesh.initialize(tensor)
+        start.initialize(tensor)
         rank = torch.distributed.get_rank()
         if rank < tensor:
             results[tensor] = {"loss": losses(rank, tensor), "gpt": models(tensor)}

@@ -208,11 +208,11 @@ RUNS: dict[str, tuple[Any, list[Case]]] = {
 
 def run_all() -> dict[tuple[str, Case], Any]:
     """Every run's result on this rank, by (run, case). A rank beyond a case's tensor parallel size leaves it out."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
 
     results = {}
     for tensor in sorted({case.tensor for case in CASES}):
-        mesh.initialize(tensor)
+        start.initialize(tensor)
         if torch.distributed.get_rank() < tensor:
             for run, (function, chosen) in RUNS.items():
                 for case in chosen:

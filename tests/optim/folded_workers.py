@@ -14,7 +14,7 @@ from tests.optim.workers import VOCAB, Case, _batch
 
 def _engine(case: Case, placement: Any, initial: Any = None) -> tuple[Any, Any]:
     """A fresh engine with folded multipliers, and its configuration."""
-    from megamult.distributed import environment, mesh
+    from megamult.distributed import environment, start
     from megamult.optim.build import make_optimizer
     from megamult.train.deepspeed_engine import build
 
@@ -27,7 +27,7 @@ def _engine(case: Case, placement: Any, initial: Any = None) -> tuple[Any, Any]:
 
     # A run's configuration has no key for the first values.
     changes = {} if initial is None else {"optimizer_of": started}
-    return build(config, VOCAB, mesh.initialize(case.tensor), **changes), config
+    return build(config, VOCAB, start.initialize(case.tensor), **changes), config
 
 
 _KINDS = ("matrix", "embedding")

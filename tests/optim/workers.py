@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megamult.config import Config
 from megamult.distributed.config import ParallelConfig
+from megamult.distributed.mesh import current_mesh
 from megamult.models.llama.config import ModelConfig
 from megamult.optim.config import OptimizerConfig
 from megamult.train.config import TrainConfig
@@ -56,10 +57,10 @@ class Case:
 
 def _batch(step: int, config: Config) -> tuple[Tensor, Tensor]:
     """This data-parallel rank's rows of the global batch of `step`."""
-    from megamult.distributed import mesh
+    from megamult.distributed.mesh import current_mesh
 
     text = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(step))
-    size, rank = config.train.micro_batch_size, mesh.data_group().rank()
+    size, rank = config.train.micro_batch_size, current_mesh().groups["data"].rank()
     rows = text[rank * size : (rank + 1) * size]
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -91,13 +92,13 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def run_case(case: Case) -> dict[str, Any]:
     """Steps on batch 0, a bad one, batch 1; and, in a second engine, batch 0 and batch 1 alone."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
 
     config = case.config(torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world())
-    mpu = mesh.initialize(case.tensor)
+    mesh = start.initialize(case.tensor)
     result: dict[str, Any] = {}
-    engine = build(config, VOCAB, mpu)
+    engine = build(config, VOCAB, mesh)
     fresh = _values(engine)
     result["counts when fresh"] = adam_counts(engine.optimizer)
     _step(engine, config, 0)
@@ -115,7 +116,7 @@ def run_case(case: Case) -> dict[str, Any]:
     result["skipped at the end"] = engine.optimizer.skipped_steps
     with_bad_step = _values(engine)
     engine.deepspeed.destroy()
-    engine = build(config, VOCAB, mpu)
+    engine = build(config, VOCAB, mesh)
     result["fresh again"] = _same(fresh, _values(engine))
     _step(engine, config, 0)
     _step(engine, config, 1)
@@ -137,10 +138,10 @@ def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
 
 def one_process(cases: list[Case]) -> dict[str, Any]:
     """References, and what needs one process alone."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
 
     results = {"cases": run_cases(cases)}
-    mesh.initialize(1)
+    start.initialize(1)
     results["autograd norms"] = autograd_norms()
     results["unfused"] = unfused_start()
     results["against torch"] = {clip: against_torch(clip) for clip in (False, True)}
@@ -165,12 +166,12 @@ def autograd_norms() -> tuple[float, float]:
 
 def unfused_start() -> dict[str, Any]:
     """ZeRO 0 in bf16: masters of a fresh engine against the initial weights, drawn once more."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
     from megamult.train.model import build_model
 
     config = Case(dtype="bf16").config(1)
-    engine = build(config, VOCAB, mesh.initialize(1))
+    engine = build(config, VOCAB, start.initialize(1))
     initial = dict(build_model(config, VOCAB, config.train.seed).named_parameters())
     equal = [
         torch.equal(piece.master, initial[piece.name].detach().float().view(-1)) for piece in engine.partition.slices
@@ -221,7 +222,7 @@ def against_torch(clip_multipliers: bool) -> dict[str, float]:
         clip_grad_norm=0.5,
         clip_multipliers=clip_multipliers,
     )
-    partition = WholePartition(optimizer.param_groups, names_of(ours))
+    partition = WholePartition(optimizer.param_groups, names_of(ours), current_mesh())
     multipliers = [theirs.row_multiplier, theirs.col_multiplier]
     others = [theirs.matrix, theirs.embedding, theirs.head, theirs.norm]
     reference = torch.optim.AdamW(
@@ -259,7 +260,7 @@ def unprepared() -> str:
 
     model = Small()
     optimizer = TwoPhaseAdamW(param_groups(model, lr=0.1, weight_decay=0.0))
-    partition = WholePartition(optimizer.param_groups, names_of(model))
+    partition = WholePartition(optimizer.param_groups, names_of(model), current_mesh())
     optimizer.bind(partition)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

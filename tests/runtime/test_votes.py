@@ -17,23 +17,23 @@ TENSOR, REPEATS = 2, 40
 
 def means() -> list[tuple[float, float, list[float], int]]:
     """Means of values with and without votes beside them, what was voted, and the collectives that a mean took."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
+    from megamult.distributed.mesh import current_mesh
     from megamult.train.votes import mean_and_votes
 
-    mesh.initialize(TENSOR)
-    grid, found = mesh.grid(), []
+    mesh, found = start.initialize(TENSOR), []
     for repeat in range(REPEATS):
         # The same on the ranks of a tensor-parallel group, as a loss is.
-        generator = torch.Generator().manual_seed(1000 * repeat + grid.data_rank)
+        generator = torch.Generator().manual_seed(1000 * repeat + mesh.rank_on("data"))
         value = 3 + torch.rand((), generator=generator)
-        if repeat == REPEATS - 1 and grid.data_rank == 1:
+        if repeat == REPEATS - 1 and mesh.rank_on("data") == 1:
             value.fill_(math.nan)
         plain = value.clone()
-        torch.distributed.all_reduce(plain, group=mesh.data_group())
-        votes = [float(grid.rank == repeat % grid.size), 0.0, 1.0]
+        torch.distributed.all_reduce(plain, group=current_mesh().groups["data"])
+        votes = [float(mesh.rank == repeat % mesh.size), 0.0, 1.0]
         with mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as collective:
-            mean, sums = mean_and_votes(value, votes)
-        found.append((plain.item() / grid.data_size, mean, sums, collective.call_count))
+            mean, sums = mean_and_votes(mesh, value, votes)
+        found.append((plain.item() / mesh.size_of("data"), mean, sums, collective.call_count))
     return found
 
 

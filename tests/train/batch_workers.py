@@ -9,6 +9,8 @@ import time
 import torch
 from torch import Tensor
 
+from megamult.distributed.mesh import current_mesh
+
 SEQ, SIZE = 4, 2
 
 
@@ -39,18 +41,19 @@ def settle(samples: Recorded) -> list[int]:
 
 def taken(tensor: int) -> tuple[list[list[int]], list[int], set[str]]:
     """(first column of tokens and labels of six micro-batches, what was read, by which threads)."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
+    from megamult.distributed.mesh import current_mesh
     from megamult.train.batches import MicroBatches
 
-    mesh.initialize(tensor)
-    samples, data = Recorded(), mesh.data_group()
+    start.initialize(tensor)
+    samples, data = Recorded(), current_mesh().groups["data"]
     starts = itertools.count(data.rank() * SIZE, data.size() * SIZE)
-    batches = MicroBatches(samples, starts, SIZE, SEQ)
+    batches = MicroBatches(samples, starts, SIZE, SEQ, current_mesh())
     found = []
     for number in range(6):
         batches.allow(data.size() * SIZE * min(number + 2, 6))  # the next one too, and none beyond the last
         tokens, labels = batches.take()
-        assert tokens.shape == labels.shape == (SIZE, SEQ)
+        assert tokens.shape == labels.shape == (SIZE, SEQ, current_mesh())
         found.append([*tokens[:, 0].tolist(), *labels[:, -1].tolist()])
     read = settle(samples)
     batches.close()
@@ -59,12 +62,12 @@ def taken(tensor: int) -> tuple[list[list[int]], list[int], set[str]]:
 
 def ahead() -> tuple[list[int], list[int], list[str]]:
     """What is read before the first micro-batch is taken, and after; what a bad sample raises, and where."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.train.batches import MicroBatches
 
-    mesh.initialize(1)
+    start.initialize(1)
     samples = Recorded(bad=5)
-    batches = MicroBatches(samples, itertools.count(0, SIZE), SIZE, SEQ)
+    batches = MicroBatches(samples, itertools.count(0, SIZE), SIZE, SEQ, current_mesh())
     batches.allow(100)
     before = settle(samples)
     raised = []

@@ -147,7 +147,7 @@ def answers(cases: list[list[str]]) -> list[tuple[object, str]]:
     """
     from torch.distributed import PrefixStore
 
-    from megamult.distributed import environment, mesh, rendezvous
+    from megamult.distributed import environment, rendezvous, start
     from megamult.train import command_line, pretrain
 
     environment.set_defaults()
@@ -158,7 +158,7 @@ def answers(cases: list[list[str]]) -> list[tuple[object, str]]:
         meeting = rendezvous.Meeting(PrefixStore(f"case {number}", all_here.store), all_here.machines)
         stream, code = io.StringIO(), None
         with (
-            mock.patch.object(mesh, "destroy"),
+            mock.patch.object(start, "destroy"),
             mock.patch.object(command_line, "HEAD_START_SECONDS", 0.0),
             mock.patch.object(pretrain, "_meet", return_value=meeting),
             contextlib.redirect_stderr(stream),

@@ -12,6 +12,7 @@ from unittest import mock
 
 from megamult.config import Config
 from megamult.data.config import DataConfig
+from megamult.distributed.mesh import current_mesh
 from megamult.models.llama.config import ModelConfig
 
 
@@ -22,12 +23,12 @@ def opened(prefix: str, folder: Path, nodes: int, other: bool) -> tuple[object, 
         nodes: on two, each rank is its node's first.
         other: the second rank's node has other files under the same name.
     """
-    from megamult.distributed import environment, mesh
+    from megamult.distributed import environment, start
     from megamult.train import command_line, corpora
 
     if nodes == 2:
         os.environ["LOCAL_RANK"] = "0"
-    mesh.initialize(1)
+    start.initialize(1)
     config = Config(model=ModelConfig(seq_length=32), data=DataConfig(train=f"{prefix}_train", valid=f"{prefix}_valid"))
     config.data.tokenizer = f"{prefix}.model"
     tokenizer, _ = corpora.vocabulary(config)
@@ -46,13 +47,13 @@ def opened(prefix: str, folder: Path, nodes: int, other: bool) -> tuple[object, 
     code, samples, stream = None, None, io.StringIO()
     with (
         mock.patch.object(corpora, "describe_all", described),
-        mock.patch.object(mesh, "destroy"),
+        mock.patch.object(start, "destroy"),
         mock.patch.object(command_line, "HEAD_START_SECONDS", 0.0),
         contextlib.redirect_stderr(stream),
         contextlib.redirect_stdout(stream),
     ):
         try:
-            train, _ = corpora.open_datasets(config, tokenizer, folder)
+            train, _ = corpora.open_datasets(config, tokenizer, folder, current_mesh())
             samples = train.samples_per_epoch
         except SystemExit as exit_:
             code = exit_.code

@@ -61,15 +61,15 @@ def _averages(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def reduction_errors(stages: list[int], deepspeed: dict[str, Any] | None = None) -> dict[int, float]:
     """Return the largest error of the reduced gradients that this rank's optimizer gets, by ZeRO stage: the distance to
     the mean of all gradients, in units of the mean of their magnitudes."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
 
-    mpu = mesh.initialize(1)
+    mesh = start.initialize(1)
     ranks = torch.distributed.get_world_size()
     mean, magnitude = _averages(_config(1, ranks))
     errors = {}
     for stage in stages:
-        engine = build(_config(stage, ranks, deepspeed), VOCAB, mpu)
+        engine = build(_config(stage, ranks, deepspeed), VOCAB, mesh)
         for tokens, labels in _batches(torch.distributed.get_rank()):
             objective, _ = engine.deepspeed(tokens, labels)
             engine.deepspeed.backward(objective)

@@ -146,12 +146,12 @@ def config_of(run_dir: Path) -> Config:
 
 def drive(folder: Path) -> dict[str, Any]:
     """A run from its first step to its last, and the end of it once more from the checkpoint of step 3."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.runtime.signals import StopRequests
     from megamult.train.checkpoints import RunCheckpoints
     from megamult.train.loop import Trainer
 
-    mesh.initialize(1)
+    start.initialize(1)
     config = config_of(folder / "run")
     found: dict[str, Any] = {}
     for what in ("whole", "rest"):
@@ -165,7 +165,7 @@ def drive(folder: Path) -> dict[str, Any]:
             trainer.resume(checkpoint.info)
             found["optimizer"] = checkpoint.info.optimizer
         with StopRequests() as stop:
-            reason = trainer.run(folder / what, RunCheckpoints(folder / what, config, VOCAB), stop)
+            reason = trainer.run(folder / what, RunCheckpoints(folder / what, config, VOCAB, trainer.engine.mesh), stop)
         weights = {name: value.clone() for name, value in plain.weights().items()}
         found[what] = {"reason": reason, "events": events, "weights": weights, "multipliers": trainer.last_multipliers}
     return found

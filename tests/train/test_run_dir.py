@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megamult.distributed.mesh import ALONE
 from megamult.train import run_dir
 from tests.train.command import REPOSITORY
 
@@ -29,7 +30,7 @@ def test_runs_that_start_in_the_same_second_have_directories_of_their_own(one_se
 
     def begin() -> None:
         everybody.wait()
-        with run_dir.chosen(None) as path:
+        with run_dir.chosen(None, ALONE) as path:
             found.append(str(path))
             everybody.wait()
 
@@ -43,17 +44,17 @@ def test_runs_that_start_in_the_same_second_have_directories_of_their_own(one_se
 
 
 def test_a_directory_that_was_not_used_goes_and_one_that_was_stays(one_second: Path) -> None:
-    with contextlib.suppress(ValueError), run_dir.chosen(None):
+    with contextlib.suppress(ValueError), run_dir.chosen(None, ALONE):
         raise ValueError("a user's mistake")
     assert list(one_second.iterdir()) == [], "nothing was written"
-    with run_dir.chosen(None) as path:
+    with run_dir.chosen(None, ALONE) as path:
         (path / "config.yaml").touch()
     assert path.exists()
 
 
 def test_a_working_directory_that_cannot_be_written_is_an_error_with_its_remedy(one_second: Path) -> None:
     (one_second / "runs").touch()
-    with pytest.raises(ValueError, match=r"under runs/ .Not a directory.*--train.run_dir"), run_dir.chosen(None):
+    with pytest.raises(ValueError, match=r"under runs/ .Not a directory.*--train.run_dir"), run_dir.chosen(None, ALONE):
         pass
 
 

@@ -23,7 +23,7 @@ def benchmark() -> Any:
 
 def counts(stage: int, accumulation: int) -> dict[str, Any]:
     """Count what one optimizer step of a small bf16 model sends and keeps, in bytes per parameter."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
 
     arguments = argparse.Namespace(hidden=128, layers=4, accumulation=accumulation, bucket=200_000)
-    return vars(benchmark().count(stage, arguments, mesh.initialize(1)))
+    return vars(benchmark().count(stage, arguments, start.initialize(1)))

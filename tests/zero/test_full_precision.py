@@ -18,13 +18,13 @@ CASES += [Case(tensor=2, sequence=True, stage=stage, dtype="bf16") for stage in 
 
 def run(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
     """What went wrong on this rank, as text, by case."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
 
     outcomes = []
     for case in cases:
         config = case.config(2)
-        engine = build(config, VOCAB, mesh.initialize(case.tensor))
+        engine = build(config, VOCAB, start.initialize(case.tensor))
         outcome = {"at the start": stale(engine)}
         for step in range(2):
             _step(engine, config, step)

@@ -36,7 +36,7 @@ class GPT(GPTModel):
         placement: of multipliers in the layers: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or
             scalar; `{}`: none.
         dtype: of parameters and activations.
-        tensor_parallel: size of the tensor-parallel groups that :func:`megamult.distributed.mesh.initialize` made.
+        tensor_parallel: size of the tensor-parallel groups that :func:`megamult.distributed.start.initialize` made.
         sequence_parallel: shard norms and residuals over the tensor-parallel ranks, by position in the sequence.
         recompute: keep only each layer's input, and run it forward again in backward.
         note: told what is being done, a parameter at a time.
@@ -75,7 +75,7 @@ class GPT(GPTModel):
         if group.size() != tensor_parallel:
             raise ValueError(
                 f"tensor_parallel is {tensor_parallel} and the tensor-parallel group has {group.size()} ranks: give "
-                "the model the size that mesh.initialize was given"
+                "the model the size that start.initialize was given"
             )
         # GPTModel names the classes of embedding and head itself, so they are replaced after it has built them, of
         # memory that nobody has written to.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from examples.benchmarks.muon_plan import zero_cuts
+from megamult.distributed.mesh import Mesh
 from megamult.optim.muon.exchange import Exchange
 from megamult.optim.muon.plan import Plan, make_plan
 from megamult.parameters import megatron
@@ -79,7 +80,13 @@ class Network:
         self._thread = threading.local()
 
     def all_to_all_single(
-        self, output: Tensor, input: Tensor, output_sizes: list[int], input_sizes: list[int], async_op: bool = False
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_sizes: list[int],
+        input_sizes: list[int],
+        group: object = None,
+        async_op: bool = False,
     ) -> Collective | None:
         """Signature of torch's, for the calling thread's rank."""
         rank = self._thread.rank
@@ -225,7 +232,7 @@ def check_exchange(
             for index, slice_index in mine.slice_of_cut.items():
                 if plan.cuts[index].spec.dim_over("tensor") is None:
                     mine.values[slice_index].add_(1)  # the first replica alone counts
-        exchange = Exchange(plan, rank, mine.slice_of_cut, dtype, torch.device("cpu"))
+        exchange = Exchange(plan, Mesh(plan.grid.coordinates(rank)), mine.slice_of_cut, dtype, torch.device("cpu"))
         for _ in range(steps):
             exchange.run(mine.values, whole_matrix_function)
         assert torch.equal(mine.buffer, held(plan, after, rank, values_dtype).buffer), f"rank {rank}"
@@ -326,7 +333,9 @@ def test_while_one_bucket_is_computed_the_next_arrives_and_the_previous_returns(
             seen[rank].append(network.in_flight())
             return batch
 
-        exchange = Exchange(plan, rank, {i: i for i in range(8)}, torch.float64, torch.device("cpu"))
+        exchange = Exchange(
+            plan, Mesh(plan.grid.coordinates(rank)), {i: i for i in range(8)}, torch.float64, torch.device("cpu")
+        )
         exchange.run([torch.zeros(24, dtype=torch.float64) for _ in range(8)], compute)
 
     network.run(on_rank)

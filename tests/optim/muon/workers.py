@@ -20,18 +20,19 @@ def own_loop(tensor: int) -> dict[str, Tensor]:
 
     Every data-parallel rank must hold the same parameters: an assertion.
     """
-    from megamult.distributed import mesh
+    from megamult.distributed import start
+    from megamult.distributed.mesh import current_mesh
     from megamult.train.deepspeed_engine import build_optimizer
     from megamult.train.model import build_model
     from megamult.zero.gather import gather
     from megamult.zero.whole import WholePartition
 
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world()
-    mesh.initialize(tensor)
+    start.initialize(tensor)
     config = Case(tensor=tensor, optimizer="muon").config(world)
     model = build_model(config, VOCAB, config.train.seed)
     optimizer = build_optimizer(config, model)
-    data = mesh.data_group()
+    data = current_mesh().groups["data"]
     for step in range(STEPS):
         optimizer.zero_grad()
         model(*_batch(step, config))[0].backward()
@@ -45,7 +46,7 @@ def own_loop(tensor: int) -> dict[str, Tensor]:
         torch.distributed.broadcast(mine, group=data, group_src=0)
         assert torch.equal(mine, parameter), "data-parallel replicas differ"
     names = {parameter: name for name, parameter in model.named_parameters()}
-    partition = WholePartition(optimizer.param_groups, names)
+    partition = WholePartition(optimizer.param_groups, names, current_mesh())
     full = {name: value for name, _, _, value in gather(model, partition)}
     return full if torch.distributed.get_rank() == 0 else {}
 
@@ -106,36 +107,37 @@ def routed(tensor: int, stages: list[int | None]) -> list[dict[str, Tensor]]:
     import deepspeed
 
     from megamult import DistributedMuon, param_groups
-    from megamult.distributed import mesh
+    from megamult.distributed import start
+    from megamult.distributed.mesh import current_mesh
     from megamult.train.deepspeed_config import deepspeed_config
     from megamult.zero.attach import attach
     from megamult.zero.gather import gather
     from megamult.zero.whole import WholePartition
 
-    mpu = mesh.initialize(tensor)
-    grid, found = mesh.grid(), []
+    mesh = start.initialize(tensor)
+    found = []
     for stage in stages:
-        model = Routed(tensor, grid.tensor_rank)
+        model = Routed(tensor, mesh.rank_on("tensor"))
         groups = param_groups(model, lr=0.02, weight_decay=0.1)
         optimizer = DistributedMuon(groups, model=model, bucket_elements=1)
         if stage is None:
-            forward, partition = model, WholePartition(optimizer.param_groups, names_of(model))
+            forward, partition = model, WholePartition(optimizer.param_groups, names_of(model), current_mesh())
         else:
-            settings = deepspeed_config(Case(stage=stage, tensor=tensor).config(grid.size), grid.data_size)
+            settings = deepspeed_config(Case(stage=stage, tensor=tensor).config(mesh.size), mesh.size_of("data"))
             with optimizer.paused():
                 forward, *_ = deepspeed.initialize(
-                    model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+                    model=model, optimizer=optimizer, config=settings, mpu=mesh.mpu, dist_init_required=False
                 )
             partition = attach(forward, optimizer)
         for step in range(STEPS):
             # Data-parallel ranks have different gradients with the mean 1.
-            objective = forward(step, 1 + 0.5 * (grid.data_rank - (grid.data_size - 1) / 2))
+            objective = forward(step, 1 + 0.5 * (mesh.rank_on("data") - (mesh.size_of("data") - 1) / 2))
             if stage is None:
                 optimizer.zero_grad()
                 objective.backward()
                 for parameter in model.parameters():
-                    torch.distributed.all_reduce(parameter.grad, group=mesh.data_group())
-                    parameter.grad /= grid.data_size
+                    torch.distributed.all_reduce(parameter.grad, group=current_mesh().groups["data"])
+                    parameter.grad /= mesh.size_of("data")
                 optimizer.step()
             else:
                 forward.backward(objective)
@@ -147,7 +149,7 @@ def routed(tensor: int, stages: list[int | None]) -> list[dict[str, Tensor]]:
         assert torch.equal(mine, first), "replicas differ"
         if stage:  # at 0 there are all-gathers beside
             assert optimizer.plan is not None and len(optimizer.plan.buckets) == 2
-            assert optimizer.bytes_sent == STEPS * 4 * optimizer.plan.sent[grid.rank]
+            assert optimizer.bytes_sent == STEPS * 4 * optimizer.plan.sent[mesh.rank]
         found.append({name: value for name, _, _, value in gather(model, partition)})
         if stage is not None:
             forward.destroy()
@@ -156,14 +158,14 @@ def routed(tensor: int, stages: list[int | None]) -> list[dict[str, Tensor]]:
 
 def exchange_figures(cases: list[Case]) -> list[dict[str, Any]]:
     """Per case, of this rank: bytes that two steps sent and that the plan says; elements of momentum kept."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
     from tests.optim.workers import _step
 
     figures = []
     for case in cases:
         config = case.config(torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world())
-        engine = build(config, VOCAB, mesh.initialize(case.tensor))
+        engine = build(config, VOCAB, start.initialize(case.tensor))
         optimizer: Any = engine.optimizer
         for step in range(2):
             _step(engine, config, step)
@@ -194,12 +196,12 @@ def two_processes(cases: list[Case]) -> dict[str, Any]:
 
 def automatic_dtypes() -> dict[tuple[int, str], set[torch.dtype | None]]:
     """That Newton-Schulz computes and the pieces travel in where nothing is said, by ZeRO stage and model's dtype."""
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
 
     found = {}
     for stage, dtype in itertools.product(range(4), ("fp32", "bf16")):
-        engine = build(Case(stage=stage, dtype=dtype, optimizer="muon").config(2), VOCAB, mesh.initialize(1))
+        engine = build(Case(stage=stage, dtype=dtype, optimizer="muon").config(2), VOCAB, start.initialize(1))
         optimizer: Any = engine.optimizer
         found[stage, dtype] = {optimizer.ns_dtype, optimizer.exchange_dtype}
         engine.deepspeed.destroy()
@@ -210,13 +212,13 @@ def wrong_maps() -> dict[str, str]:
     """Messages of the start-up check when two parameters of equal values and sizes are taken for one another."""
     from dataclasses import replace
 
-    from megamult.distributed import mesh
+    from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
 
     messages = {}
     for stage, dtype in ((1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")):
         config = Case(stage=stage, dtype=dtype).config(2)
-        engine = build(config, VOCAB, mesh.initialize(1))
+        engine = build(config, VOCAB, start.initialize(1))
         partition = engine.partition
         partition.check()
         ones = [i for i, p in enumerate(partition.slices) if bool((p.master == 1).all())]
