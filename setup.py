@@ -37,7 +37,8 @@ setup(
         "export": ["transformers>=5,<6", "protobuf>=4"],
         "reproduce": ["matplotlib>=3.8,<4"],
         "test": [
-            *("pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"),
+            *("pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6.100"),
+            *("ruff>=0.12", "mypy>=1.15", "types-PyYAML"),
             *("transformers>=5,<6", "protobuf>=4", "matplotlib>=3.8,<4"),
             "triton<4",  # CUDA builds of torch bring theirs; interprets and compiles kernels without a GPU
         ],

@@ -10,11 +10,16 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 def free_port() -> int:
@@ -38,14 +43,21 @@ def run_distributed(
 
     On the CPU, whatever the machine has, unless `cuda` is true: then rank k computes on GPU k.
 
+    Every process is new and has this process' environment variables. Those on the CPU are forked from one that has
+    imported `tests/preload.py` and done nothing else, in a tenth of a second instead of eight; those on GPUs start
+    afresh.
+
     Raises:
         AssertionError: a process raised; with its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        context: BaseContext = mp.get_context("spawn") if cuda else _preloaded()
         port = free_port()
         processes = [
-            context.Process(target=_child, args=(rank, world_size, port, folder, cuda, function, args))
+            context.Process(  # type: ignore[attr-defined]
+                target=_child,
+                args=(dict(os.environ), rank, world_size, port, folder, cuda, function, args),
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -67,14 +79,34 @@ def run_distributed(
         return [outcome["result"] for outcome in outcomes if outcome is not None]
 
 
+def _preloaded() -> BaseContext:
+    """Start processes by forking a server that has imported `tests/preload.py`; it starts with the first of them."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    # Python 3.11's server does not search this process' paths. One that cannot import would go on without saying so.
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+        forkserver.ensure_running()
+    return context
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     return torch.load(path, weights_only=False) if path.exists() else None
 
 
 def _child(
-    rank: int, world_size: int, port: int, folder: str, cuda: bool, function: Callable[..., Any], args: tuple[Any, ...]
+    environment: dict[str, str],
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: str,
+    cuda: bool,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
+    os.environ.clear()  # a forked process has those of the server's start
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
