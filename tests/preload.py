@@ -7,11 +7,6 @@ import atexit
 import gc
 import os
 
-import deepspeed.runtime.engine
-import megatron.core.models.gpt
-import torch._inductor.compile_fx
-import torch.utils.tensorboard
-
 import megamult.checkpoint.resume
 import megamult.train.checkpoints
 import megamult.train.engine

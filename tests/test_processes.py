@@ -19,7 +19,7 @@ def found() -> dict[str, Any]:
 
     return {
         "modules": modules,
-        "forked": preload.SERVER == os.getppid(),
+        "forked": os.getppid() == preload.SERVER,
         "process": os.getpid(),
         "variable": os.environ.get("MEGAMULT_TEST_LATE"),
         "further": os.environ.get("MEGAMULT_TEST_EARLY"),

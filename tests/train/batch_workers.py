@@ -53,7 +53,7 @@ def taken(tensor: int) -> tuple[list[list[int]], list[int], set[str]]:
     for number in range(6):
         batches.allow(data.size() * SIZE * min(number + 2, 6))  # the next one too, and none beyond the last
         tokens, labels = batches.take()
-        assert tokens.shape == labels.shape == (SIZE, SEQ, current_mesh())
+        assert tokens.shape == labels.shape == (SIZE, SEQ)
         found.append([*tokens[:, 0].tolist(), *labels[:, -1].tolist()])
     read = settle(samples)
     batches.close()

@@ -16,6 +16,7 @@ from megamult.checkpoint.config import CheckpointConfig
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import Config, ModelConfig
 from megamult.data.config import DataConfig
+from megamult.distributed.mesh import Mesh, current_mesh
 from megamult.optim.clip import Norms
 from megamult.optim.config import OptimizerConfig
 from megamult.runtime.progress import Progress
@@ -64,7 +65,8 @@ class Samples:
 class PlainEngine:
     """One process, SGD. Its multipliers are the embedding's row sums: any tensor will do."""
 
-    def __init__(self, events: list[str]) -> None:
+    def __init__(self, events: list[str], mesh: Mesh) -> None:
+        self.mesh = mesh
         self.model, self.events = tiny_model(), events
         self.parameter_count = sum(parameter.numel() for parameter in self.model.parameters())
         self.norms = Norms(math.nan, math.nan)
@@ -156,7 +158,7 @@ def drive(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for what in ("whole", "rest"):
         events: list[str] = []
-        plain = PlainEngine(events)
+        plain = PlainEngine(events, current_mesh())
         engine: Engine = plain
         trainer = Trainer(config, engine, Samples(0), Samples(1000), VOCAB, Noting(events))
         if what == "rest":
