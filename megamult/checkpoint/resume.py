@@ -24,7 +24,7 @@ from megamult.huggingface.files import TOKENIZER_FOLDER, tokenizer_identity
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.merge import LEAVES
-from megamult.optim.adamw import TwoPhaseAdamW
+from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.roles import Placement, resolve
 from megamult.zero.partition import Partition
 
@@ -171,7 +171,7 @@ def _placement(multipliers: MultipliersConfig) -> Placement:
 
 
 def restore(
-    checkpoint: SavedCheckpoint, partition: Partition, optimizer: TwoPhaseAdamW, *, reset_optimizer: bool = False
+    checkpoint: SavedCheckpoint, partition: Partition, optimizer: TwoPhaseOptimizer, *, reset_optimizer: bool = False
 ) -> list[str]:
     """Put a checkpoint's state in the place of a fresh run's. Collective over all ranks.
 

@@ -15,8 +15,8 @@ import torch
 from megamult.config import Config
 from megamult.distributed import device, mesh
 from megamult.models.llama.model import GPT
-from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.optim.build import make_optimizer
+from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.train.deepspeed_config import deepspeed_config
 from megamult.zero.attach import attach
 from megamult.zero.partition import Partition
@@ -28,7 +28,7 @@ class Engine:
 
     deepspeed: Any
     model: GPT
-    optimizer: TwoPhaseAdamW
+    optimizer: TwoPhaseOptimizer
     partition: Partition
 
 
@@ -101,7 +101,7 @@ def build(
     return Engine(engine, model, optimizer, attach(engine, optimizer))
 
 
-def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseAdamW:
+def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseOptimizer:
     """The optimizer that `config` names, over all parameters of the model."""
     return make_optimizer(model, config.optimizer, config.multipliers)
 

@@ -1,0 +1,53 @@
+"""What an optimizer step sums over ranks before anything is updated: partial gradients, and the norms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamult.distributed import device, mesh
+from megamult.optim.clip import LocalSquares, Norms
+from megamult.zero.partition import Partition
+
+
+def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None:
+    """Sum, in place, the gradients that are partial over tensor-parallel ranks: one packed collective.
+
+    A replicated parameter's slices are the same on every rank of a tensor-parallel group (shards have equal sizes),
+    so the packed buffers line up.
+    """
+    if mesh.grid().tensor_size == 1:
+        return
+    partial = [g for piece, g in zip(partition.slices, gradients, strict=True) if piece.spec.partial_over_tp]
+    if not partial:
+        return
+    packed = torch.cat(partial)
+    torch.distributed.all_reduce(packed, group=mesh.tensor_group())
+    torch._foreach_copy_(partial, list(packed.split([g.numel() for g in partial])))
+
+
+class GlobalNorms:
+    """Norms of the gradients of a partition over all ranks, each element of the model counted once."""
+
+    def __init__(self, partition: Partition) -> None:
+        grid = mesh.grid()
+        here = partition.slices[0].tensor.device if partition.slices else device.local_device()
+        self._squares = LocalSquares(partition.slices, grid.tensor_rank, here)
+        self._replica = not partition.sharded and grid.data_rank != 0
+        self._ranks = grid.size
+
+    def __call__(self, gradients: list[Tensor], folded: Tensor | None) -> Norms:
+        """Return the norms. Collective over all ranks.
+
+        Args:
+            gradients: of each slice of the partition.
+            folded: [entries], the gradient of folded multipliers, the same on every rank; None: there are none.
+        """
+        squares = self._squares(gradients).to(device.local_device())
+        if self._replica:
+            squares.zero_()  # data-parallel replicas count once
+        if self._ranks > 1:
+            torch.distributed.all_reduce(squares)
+        if folded is not None:
+            squares[1] += folded.double().square().sum()
+        return Norms(*squares.sqrt().tolist())
