@@ -17,6 +17,7 @@ _PUBLIC = {
     "merge": "megamult.multipliers.merge",
     "param_groups": "megamult.optim.param_groups",
     "TwoPhaseAdamW": "megamult.optim.adamw",
+    "TwoPhaseOptimizer": "megamult.optim.two_phase",
 }
 
 __all__ = ["__version__", *_PUBLIC]

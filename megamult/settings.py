@@ -86,8 +86,10 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's whole configuration, flat; a `deepspeed` section that is not given is an empty one."""
-    return flat({**configuration, "deepspeed": configuration.get("deepspeed") or {}})
+    """A run's whole configuration, flat; a `deepspeed` section that is not given is an empty one, and so are those of
+    the update rules that the optimizer does not use."""
+    optimizer = {key: value for key, value in configuration.get("optimizer", {}).items() if value is not None}
+    return flat({**configuration, "optimizer": optimizer, "deepspeed": configuration.get("deepspeed") or {}})
 
 
 def differences(mine: Mapping[str, Any], its: Mapping[str, Any]) -> list[Difference]:

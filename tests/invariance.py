@@ -15,7 +15,7 @@ from megamult.config import Config
 from megamult.distributed.config import ParallelConfig
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
-from megamult.optim.config import OptimizerConfig
+from megamult.optim.config import AdamWConfig, OptimizerConfig
 from megamult.train.config import TrainConfig
 from tests.processes import run_distributed
 
@@ -96,7 +96,7 @@ class Case:
             optimizer=OptimizerConfig(
                 name=self.optimizer,  # type: ignore[arg-type]
                 lr=LR,
-                eps=1e-4,
+                adamw=AdamWConfig(eps=1e-4),
                 clip_grad_norm=0.5,
                 warmup_steps=2,
             ),

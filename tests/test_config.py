@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
+from megamult.checkpoint.info import CheckpointInfo
 from megamult.config import Config
 from megamult.data.config import DataConfig
 from megamult.distributed.config import ParallelConfig
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
-from megamult.optim.config import OptimizerConfig
+from megamult.optim.config import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig, rule_sections
+from megamult.optim.legacy import MOVED
 from megamult.train.command_line import parse
 from megamult.train.config import TrainConfig
 
@@ -31,7 +33,8 @@ SECTIONS: dict[str, type] = {
 
 
 def made(**sections: dict[str, Any]) -> Config:
-    return Config(**{name: SECTIONS[name](**keys) for name, keys in sections.items()})
+    makers: dict[str, Any] = SECTIONS | {"optimizer": lambda **keys: OptimizerConfig.of(keys)}
+    return Config(**{name: makers[name](**keys) for name, keys in sections.items()})
 
 
 # sections, what the message must say: key and value (fact), and the remedy
@@ -54,12 +57,27 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"multipliers": {"lr": 0.0}}, r"multipliers\.lr is 0\.0: it must be positive"),
     ({"multipliers": {"weight_decay": -1.0}}, r"multipliers\.weight_decay is -1\.0: it must be 0 or more"),
     ({"optimizer": {"lr": float("inf")}}, r"optimizer\.lr is inf: .*finite"),
-    ({"optimizer": {"betas": (0.9, 1.0)}}, r"optimizer\.betas is \(0\.9, 1\.0\): each must be in \[0, 1\)"),
+    (
+        {"optimizer": {"adamw": {"betas": (0.9, 1.0)}}},
+        r"optimizer\.adamw\.betas is \(0\.9, 1\.0\): each must be in \[0, 1\)",
+    ),
     (
         {"model": {"tie_embeddings": True}, "multipliers": {"implementation": "folded"}},
         r"tie_embeddings is true with multipliers\.implementation folded .*'all': .*reach the head too; set",
     ),
-    ({"optimizer": {"momentum": 1.0}}, r"optimizer\.momentum is 1\.0: it must be in \[0, 1\)"),
+    (
+        {"optimizer": {"name": "muon", "muon": {"momentum": 1.0}}},
+        r"optimizer\.muon\.momentum is 1\.0: it must be in \[0, 1\)",
+    ),
+    ({"optimizer": {"name": "muon", "muon": {"ns_steps": 0}}}, r"optimizer\.muon\.ns_steps is 0: it must be positive"),
+    (
+        {"optimizer": {"name": "muon", "muon": {"coefficients": "cubic5", "ns_steps": 6}}},
+        r"optimizer\.muon\.ns_steps is 6 with optimizer\.muon\.coefficients cubic5: use 5",
+    ),
+    (
+        {"optimizer": {"muon": {"momentum": 0.95}}},
+        r"optimizer\.name is 'adamw', which does not use optimizer\.muon\.momentum, .*remove them, or set .* to muon$",
+    ),
     ({"optimizer": {"clip_grad_norm": -1.0}}, r"optimizer\.clip_grad_norm is -1\.0"),
     ({"optimizer": {"lr": 0.1, "min_lr": 0.2}}, r"min_lr is 0\.2, above optimizer\.lr 0\.1: lower it"),
     (
@@ -214,7 +232,7 @@ UNUSUAL = [
     "--model.tie_embeddings=true",
     "--multipliers.placement={q: row, down: [row, col]}",
     "--multipliers.lr=3e-3",
-    "--optimizer.betas=[0.8, 0.99]",
+    "--optimizer.adamw.betas=[0.8, 0.99]",
     "--optimizer.decay=cosine",
     "--optimizer.decay_steps=10",
     "--parallel.zero_stage=3",
@@ -240,10 +258,96 @@ def test_the_resolved_yaml_gives_the_same_configuration_again(tmp_path: Path) ->
     assert resolved_again == resolved
 
 
-def test_the_resolved_yaml_names_every_key() -> None:
-    resolved = yaml.safe_load(parse([])[1])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_resolved_yaml_names_every_key_that_the_run_uses(optimizer: str) -> None:
+    resolved = yaml.safe_load(parse(["--optimizer.name", optimizer])[1])
+    used = OPTIMIZERS[optimizer].sections
     for name, section in SECTIONS.items():
-        assert set(resolved[name]) == {key.name for key in dataclasses.fields(section)}
+        rules = rule_sections() if name == "optimizer" else {}
+        expected = {key.name for key in dataclasses.fields(section) if key.name not in rules or key.name in used}
+        assert set(resolved[name]) == expected
+        for rule in rules.keys() & expected:
+            assert set(resolved[name][rule]) == {key.name for key in dataclasses.fields(rules[rule])}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_print_config_prints_of_an_optimizer_can_be_read(
+    optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no key of a rule that the optimizer does not use, and every one of those that it does."""
+    with pytest.raises(SystemExit):
+        parse(["--optimizer.name", optimizer, "--print_config"])
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out, encoding="utf-8")
+    config, resolved = parse(["--config", str(file)])
+    assert (config, resolved) == parse(["--optimizer.name", optimizer])
+    assert yaml.safe_load(resolved) == {**yaml.safe_load(file.read_text(encoding="utf-8")), "deepspeed": None}
+
+
+def test_the_table_of_optimizers_is_that_of_the_names() -> None:
+    assert set(OPTIMIZERS) == set(get_args(get_type_hints(OptimizerConfig)["name"]))
+    assert all(set(choice.sections) <= set(rule_sections()) for choice in OPTIMIZERS.values())
+
+
+def test_a_section_may_be_null_or_hold_some_of_its_keys(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optimizer: {name: muon, adamw: null, muon: {momentum: 0.9}}\n", encoding="utf-8")
+    config, _ = parse(["--config", str(file), "--optimizer.muon.nesterov", "false"])
+    assert config.optimizer.adamw == AdamWConfig() and config.optimizer.muon == MuonConfig(0.9, nesterov=False)
+    file.write_text("optimizer: {name: adamw, muon: null}\n", encoding="utf-8")
+    assert parse(["--config", str(file)])[0] == Config()
+
+
+# What an earlier version's config.yaml says of the optimizer, and what today's must be.
+OLD = [
+    (
+        {
+            "name": "muon",
+            "momentum": 0.9,
+            "ns_coefficients": "quintic",
+            "update_scale": "spectral",
+            "betas": [0.8, 0.9],
+        },
+        {"name": "muon", "muon": {"momentum": 0.9, "coefficients": "simple", "scale": "unit_rms_norm"}},
+    ),
+    (
+        {"name": "muon", "ns_coefficients": "polar_express", "update_scale": "match_rms_adamw", "ns_dtype": "bf16"},
+        {"name": "muon", "muon": {"coefficients": "polar_express", "scale": "match_rms_adamw", "ns_dtype": "bf16"}},
+    ),
+    ({"name": "adamw", "momentum": 0.9, "ns_coefficients": "quintic", "eps": 1e-6}, {"name": "adamw"}),
+    ({"name": "muon", "exchange_dtype": "fp32"}, {"name": "muon", "muon": {"exchange_dtype": "fp32"}}),
+    ({"name": "muon", "lr": 2e-3}, {"name": "muon", "lr": 2e-3}),
+]
+
+
+@pytest.mark.parametrize(("old", "expected"), OLD, ids=[" ".join(old) for old, _ in OLD])
+def test_a_configuration_of_an_earlier_version_means_the_same(
+    old: dict[str, Any], expected: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adamw = {key: tuple(old[key]) if key == "betas" else old[key] for key in ("betas", "eps") if key in old}
+    wanted = OptimizerConfig.of({**expected, "adamw": adamw})
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"optimizer": old, "train": {"steps": 7}}), encoding="utf-8")
+    for arguments in (["--config", str(file)], [f"--config={file}"]):
+        config, resolved = parse(arguments)
+        assert (config.optimizer, config.train.steps) == (wanted, 7)
+        said = capsys.readouterr()
+        notes = said.err.splitlines()
+        flat = [key for key in old if key in MOVED]
+        assert said.out == "" and len(notes) == bool(flat)
+        assert all(f"optimizer.{key} " in notes[0] for key in flat)
+    file.write_text(resolved, encoding="utf-8")
+    assert parse(["--config", str(file)]) == (config, resolved)
+    assert capsys.readouterr().err == "", "what a new run saves is not old"
+    kept = CheckpointInfo(1, 1, {"optimizer": old}, 8).to_json()
+    assert OptimizerConfig.of(CheckpointInfo.from_json(kept).config["optimizer"] | {"adamw": adamw}) == wanted
+
+
+def test_an_old_key_beside_its_new_one_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optimizer: {name: muon, momentum: 0.8, muon: {momentum: 0.9}}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"optimizer\.momentum is 0\.8 and optimizer\.muon\.momentum 0\.9: .* remove"):
+        parse(["--config", str(file)])
 
 
 def test_overrides_win_over_the_file_and_the_rest_of_the_file_stays(tmp_path: Path) -> None:
@@ -267,8 +371,11 @@ def test_help_lists_every_key_with_its_description(capsys: pytest.CaptureFixture
         parse(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    for name, section in SECTIONS.items():
+    rules = {f"optimizer.{name}": section for name, section in rule_sections().items()}
+    for name, section in (SECTIONS | rules).items():
         for key in dataclasses.fields(section):
+            if f"{name}.{key.name}" in rules:
+                continue  # its keys are listed
             at = text.rfind(f"  --{name}.{key.name} ")  # the last: usage comes first
             assert at >= 0, f"--{name}.{key.name} is not in --help"
             words = text[at:].split("(type:", 1)[0].split()

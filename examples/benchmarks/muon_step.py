@@ -118,7 +118,7 @@ class Contestant:
 
         from megamult.distributed import device
         from megamult.distributed.mesh import current_mesh
-        from megamult.optim.muon.rule import DistributedMuon
+        from megamult.optim.muon.rule import Muon
         from megamult.train.deepspeed_config import deepspeed_config
         from megamult.train.deepspeed_engine import build_optimizer
         from megamult.train.model import build_model
@@ -129,14 +129,15 @@ class Contestant:
         self.model = build_model(config, VOCAB, seed=1).to(device.local_device())
         mesh = current_mesh()
         settings = deepspeed_config(config, mesh.size_of("data"))
-        self.ours: DistributedMuon | None = None
+        self.ours: Muon | None = None
         if name == "torch.optim.Muon":
             self._plain(config)
             return
         if name == "megamult":
             optimizer = build_optimizer(config, self.model)
-            assert isinstance(optimizer, DistributedMuon)
-            self.ours = optimizer
+            rule = optimizer.rule_of("matrix")
+            assert isinstance(rule, Muon)
+            self.ours = rule
             with optimizer.paused(), quiet():
                 self.engine, *_ = deepspeed.initialize(
                     model=self.model, optimizer=optimizer, config=settings, mpu=mesh.mpu, dist_init_required=False
@@ -152,7 +153,7 @@ class Contestant:
                 "type": "muon",
                 "params": {
                     "lr": config.optimizer.lr,
-                    "momentum": config.optimizer.momentum,
+                    "momentum": config.optimizer.muon.momentum,
                     "weight_decay": config.optimizer.weight_decay,
                     "ns_method": name.split()[1],
                 },
@@ -254,7 +255,7 @@ def run_config(arguments: argparse.Namespace, seq_length: int = 64) -> Any:
     from megamult.distributed.config import ParallelConfig
     from megamult.models.llama.config import ModelConfig
     from megamult.multipliers.config import MultipliersConfig
-    from megamult.optim.config import OptimizerConfig
+    from megamult.optim.config import MuonConfig, OptimizerConfig
     from megamult.train.config import TrainConfig
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -268,7 +269,7 @@ def run_config(arguments: argparse.Namespace, seq_length: int = 64) -> Any:
             seq_length=seq_length,
         ),
         multipliers=MultipliersConfig(implementation="none"),
-        optimizer=OptimizerConfig(name="muon", lr=1e-3, ns_dtype=arguments.ns_dtype),
+        optimizer=OptimizerConfig(name="muon", lr=1e-3, muon=MuonConfig(ns_dtype=arguments.ns_dtype)),
         parallel=ParallelConfig(tensor=arguments.tensor, zero_stage=arguments.zero_stage),
         train=TrainConfig(
             global_batch_size=world // arguments.tensor, micro_batch_size=1, dtype=arguments.dtype, steps=1000
@@ -401,11 +402,11 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
     from torch.optim._muon import _zeropower_via_newtonschulz as torchs
 
     from megamult.distributed import device
-    from megamult.optim.muon.newton_schulz import QUINTIC, coefficients, orthogonalize
+    from megamult.optim.muon.newton_schulz import SIMPLE, coefficients, orthogonalize
     from megamult.optim.muon.symmetric import block_rows, symmetric_product
 
     device.prepare()
-    here, steps = device.local_device(), coefficients("quintic", 5)
+    here, steps = device.local_device(), coefficients("simple", 5)
     kv = arguments.hidden // 64 if arguments.groups is None else arguments.groups
     shapes = {
         (arguments.hidden, arguments.hidden): 2,
@@ -424,7 +425,7 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
         batch = torch.randn(count * arguments.layers, rows, cols, device=here)
         runs: dict[str, Callable[[], Any]] = {
             "ours": lambda batch=batch: orthogonalize(batch, steps, ours),
-            "torch": lambda batch=batch: [torchs(one, QUINTIC, 5, 1e-7) for one in batch],
+            "torch": lambda batch=batch: [torchs(one, SIMPLE, 5, 1e-7) for one in batch],
         }
         mine, theirs = alternating(arguments, runs)
         with FlopCounterMode(display=False) as counter:

@@ -9,6 +9,8 @@ import platform
 from dataclasses import dataclass, field
 from typing import Any
 
+from megamult.optim.legacy import modern
+
 FORMAT = 1
 """Raised when an older version could not read what a newer one writes."""
 
@@ -40,7 +42,7 @@ class CheckpointInfo:
     samples: int
     """Sequences trained on: the next one's number."""
     config: dict[str, Any]
-    """The run's resolved configuration."""
+    """The run's resolved configuration; one of an earlier version is read with today's keys of the optimizer."""
     vocab_size: int
     """Exact, without padding."""
     tokenizer_sha256: str | None = None
@@ -79,6 +81,9 @@ class CheckpointInfo:
                 f"its format is {loaded.get('format')!r} and this version of megamult reads {FORMAT}: install the "
                 f"version that wrote it ({loaded.get('versions', {}).get('megamult')})"
             )
+        optimizer = loaded.get("config", {}).get("optimizer")
+        if optimizer is not None:
+            loaded["config"]["optimizer"] = modern(optimizer)
         known = {each.name for each in dataclasses.fields(CheckpointInfo)}
         try:
             return CheckpointInfo(**{key: value for key, value in loaded.items() if key in known})

@@ -25,7 +25,7 @@ from megamult.distributed.mesh import Mesh
 from megamult.huggingface.files import TOKENIZER_FOLDER, tokenizer_identity
 from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.merge import LEAVES
-from megamult.optim.adamw import TwoPhaseAdamW
+from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.roles import Placement, resolve
 from megamult.settings import Why, fixed_keys, fixed_values
 from megamult.zero.partition import Partition
@@ -184,7 +184,7 @@ def _placement(multipliers: MultipliersConfig) -> Placement:
 
 
 def restore(
-    checkpoint: SavedCheckpoint, partition: Partition, optimizer: TwoPhaseAdamW, *, reset_optimizer: bool = False
+    checkpoint: SavedCheckpoint, partition: Partition, optimizer: TwoPhaseOptimizer, *, reset_optimizer: bool = False
 ) -> list[str]:
     """Put a checkpoint's state in the place of a fresh run's. Collective over all ranks.
 

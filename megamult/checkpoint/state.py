@@ -1,8 +1,8 @@
 """What a rank holds of every logical tensor of a run, as rectangles: what a checkpoint writes, and what it reads into.
 
-Names are `model.` and the logical name for weights (without multipliers) and multipliers, `optimizer.exp_avg.`,
-`optimizer.exp_avg_sq.` and `optimizer.momentum.` and the logical name for state. They, the global shapes and the
-meaning of every element are the same for any layout.
+Names are `model.` and the logical name for weights (without multipliers) and multipliers, `optimizer.`, the state's
+name (`exp_avg`, `exp_avg_sq`, `momentum` ...) and the logical name for state of the optimizer. They, the global shapes
+and the meaning of every element are the same for any sharding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from megamult.checkpoint.chunks import Chunk
-from megamult.optim.adamw import TwoPhaseAdamW
+from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.axes import Coordinates
 from megamult.parameters.rectangles import boxes, rectangles
 from megamult.zero.partition import Partition, Slice, even_intervals
@@ -24,21 +24,21 @@ def full_name(what: str, logical_name: str) -> str:
     return f"model.{logical_name}" if what == "weight" else f"optimizer.{what}.{logical_name}"
 
 
-def held(partition: Partition, optimizer: TwoPhaseAdamW) -> list[Chunk]:
+def held(partition: Partition, optimizer: TwoPhaseOptimizer) -> list[Chunk]:
     """Everything that this rank holds, replicas too: what it must read when it resumes.
 
-    Writing to the chunks' values writes to masters and state; :meth:`TwoPhaseAdamW.restored` then brings the model
+    Writing to the chunks' values writes to masters and state; :meth:`TwoPhaseOptimizer.restored` then brings the model
     after them.
     """
     return list(_chunks(partition, optimizer, once=False))
 
 
-def owned(partition: Partition, optimizer: TwoPhaseAdamW) -> list[Chunk]:
+def owned(partition: Partition, optimizer: TwoPhaseOptimizer) -> list[Chunk]:
     """This rank's share of everything: over all ranks each element once, and replicas shared out evenly."""
     return list(_chunks(partition, optimizer, once=True))
 
 
-def _chunks(partition: Partition, optimizer: TwoPhaseAdamW, once: bool) -> Iterator[Chunk]:
+def _chunks(partition: Partition, optimizer: TwoPhaseOptimizer, once: bool) -> Iterator[Chunk]:
     mesh = partition.mesh
     for what, piece, values in optimizer.views(partition):
         start, length = 0, piece.length
@@ -46,6 +46,8 @@ def _chunks(partition: Partition, optimizer: TwoPhaseAdamW, once: bool) -> Itera
             start, length = even_intervals(piece.length, mesh.size_of("data"))[mesh.rank_on("data")]
         part = values[start : start + length]
         yield from _of_interval(what, piece, mesh.coordinates, piece.start + start, part, once)
+    for what, name, values in optimizer.row_views(partition):
+        yield Chunk.whole(full_name(what, name), values)
     if optimizer.folded is not None and (mesh.rank == 0 or not once):
         for what, vector, values in optimizer.folded.views():
             yield Chunk.whole(full_name(what, vector.name), values)

@@ -13,10 +13,11 @@ from torch.nn import Parameter
 from megamult.distributed.mesh import current_mesh
 from megamult.integrations.rules import Rule, one_tensor
 from megamult.multipliers.config import MultipliersConfig
-from megamult.optim.adamw import TwoPhaseAdamW
+from megamult.optim import legacy
 from megamult.optim.build import make_optimizer
-from megamult.optim.config import OptimizerConfig
+from megamult.optim.config import OptimizerConfig, check_used, rule_sections
 from megamult.optim.folded import covers
+from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.roles import ROLES, Placement, resolve
 from megamult.parameters.spec import ParameterSpec, Role, Side
 from megamult.parameters.stated import has_spec, set_spec, spec_of, stored_shape
@@ -32,7 +33,7 @@ def fold(
     multiplier_weight_decay: float = 2e-3,
     clip_multipliers: bool = False,
     initial: float | Callable[[Role, Side], float] = 1.0,
-) -> TwoPhaseAdamW:
+) -> TwoPhaseOptimizer:
     """Learnable multipliers (arXiv 2601.04890) for an unmodified model: an optimizer that holds and trains them.
 
     The model keeps effective weights W_eff = diag(r) W diag(c) and runs as before; the optimizer keeps W, r and c
@@ -51,8 +52,9 @@ def fold(
     decay. What has a spec already, as parameters of megamult's own modules, needs no rule.
 
     Args:
-        optimizer: keys as in the section `optimizer` of a run, without those of the schedule: whatever scales `lr` of
-            the optimizer's groups, a DeepSpeed or a torch scheduler, schedules the multipliers too.
+        optimizer: keys as in the section `optimizer` of a run, ``{"name": "muon", "muon": {"momentum": 0.9}}``, but for
+            those of the schedule: whatever scales `lr` of the optimizer's groups, a DeepSpeed or a torch scheduler,
+            schedules the multipliers too.
         model: built, also under `deepspeed.zero.Init`; Megatron's with its process groups set up.
         rules: from a regular expression, searched in parameters' names, to a role, a spec, or a function from a
             parameter to its spec. Ready-made: :data:`megamult.LLAMA_RULES`, :func:`megamult.megatron_rules`.
@@ -99,18 +101,18 @@ def _listed(sides: str | Sequence[str]) -> list[str]:
 
 def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerConfig:
     """The optimizer's configuration, checked as the command line would."""
-    hints = get_type_hints(OptimizerConfig)
-    values = vars(given).copy() if isinstance(given, OptimizerConfig) else dict(given)
-    for key, value in values.items():
-        if key not in hints:
-            raise ValueError(f"optimizer has the key {key!r}: use {', '.join(hints)}")
-        if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
-            raise ValueError(f"optimizer.{key} is {value!r}: use one of {', '.join(get_args(hints[key]))}")
-        if hints[key] in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"optimizer.{key} is {value!r}: give a number")
-    if "betas" in values:
-        values["betas"] = tuple(values["betas"])
-    chosen = OptimizerConfig(**values)
+    if isinstance(given, OptimizerConfig):
+        chosen = given
+    else:
+        legacy.check_modern(given)
+        values = _checked("optimizer", OptimizerConfig, given)
+        sections = {name: values[name] for name in rule_sections() if values.get(name) is not None}
+        for name, keys in sections.items():
+            values[name] = _checked(f"optimizer.{name}", rule_sections()[name], keys)
+        check_used(
+            values.get("name", OptimizerConfig.name), [f"{n}.{key}" for n, keys in sections.items() for key in keys]
+        )
+        chosen = OptimizerConfig.of(values)
     for key in ("warmup_steps", "decay_steps", "min_lr"):
         if getattr(chosen, key):
             raise ValueError(
@@ -118,6 +120,23 @@ def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerCo
                 "scale lr of the optimizer's groups"
             )
     return chosen
+
+
+def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
+    """The keys and values of a section, of the types that its dataclass states."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{section} is {given!r}: it is a section; give a mapping of its keys")
+    hints, values = get_type_hints(dataclass), dict(given)
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"{section} has the key {key!r}: use {', '.join(hints)}")
+        if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
+            raise ValueError(f"{section}.{key} is {value!r}: use one of {', '.join(get_args(hints[key]))}")
+        if hints[key] in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{section}.{key} is {value!r}: give a number")
+        if get_origin(hints[key]) is tuple:
+            values[key] = tuple(value)
+    return values
 
 
 def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placement) -> dict[Parameter, ParameterSpec]:

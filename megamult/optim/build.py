@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from megamult.multipliers.config import MultipliersConfig
-from megamult.optim.adamw import TwoPhaseAdamW
-from megamult.optim.config import OptimizerConfig
+from megamult.optim.adamw import AdamW
+from megamult.optim.config import OPTIMIZERS, OptimizerConfig
 from megamult.optim.folded import FoldedMultipliers
-from megamult.optim.muon.rule import DistributedMuon
 from megamult.optim.param_groups import param_groups
+from megamult.optim.rule import UpdateRule
+from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.roles import resolve
 from megamult.parameters.spec import Role, Side
 
@@ -24,7 +25,7 @@ def make_optimizer(
     chosen: OptimizerConfig,
     multipliers: MultipliersConfig,
     initial: Callable[[Role, Side], float] = lambda role, side: 1.0,
-) -> TwoPhaseAdamW:
+) -> TwoPhaseOptimizer:
     """The optimizer over all trainable parameters of a model; its learning rate is the peak.
 
     Args:
@@ -43,31 +44,33 @@ def make_optimizer(
         multiplier_lr=multipliers.lr,
         multiplier_weight_decay=multipliers.weight_decay,
     )
-    common: dict[str, Any] = {
-        "betas": chosen.betas,
-        "eps": chosen.eps,
-        "clip_grad_norm": chosen.clip_grad_norm,
-        "clip_multipliers": multipliers.clip,
-        "skip_grad_norm": chosen.skip_grad_norm,
-        "model": model,
-    }
+    folded = None
     if multipliers.implementation == "folded":
-        common["folded"] = FoldedMultipliers(
+        folded = FoldedMultipliers(
             resolve(multipliers.placement),
             lr=chosen.lr if multipliers.lr is None else multipliers.lr,
             weight_decay=multipliers.weight_decay,
-            betas=chosen.betas,
-            eps=chosen.eps,
             initial=initial,
+            **chosen.keys_of("adamw"),
         )
-    if chosen.name == "adamw":
-        return TwoPhaseAdamW(groups, **common)
-    return DistributedMuon(
+    return TwoPhaseOptimizer(
         groups,
-        momentum=chosen.momentum,
-        ns_coefficients=chosen.ns_coefficients,
-        ns_dtype=_DTYPES[chosen.ns_dtype],
-        exchange_dtype=_DTYPES[chosen.exchange_dtype],
-        update_scale=chosen.update_scale,
-        **common,
+        AdamW(**chosen.keys_of("adamw")),
+        matrix_rules(chosen),
+        clip_grad_norm=chosen.clip_grad_norm,
+        clip_multipliers=multipliers.clip,
+        skip_grad_norm=chosen.skip_grad_norm,
+        model=model,
+        folded=folded,
     )
+
+
+def matrix_rules(chosen: OptimizerConfig) -> dict[str, UpdateRule]:
+    """The rule of the blocks' matrices, by their kind; none: AdamW's, as everything else's."""
+    choice = OPTIMIZERS[chosen.name]
+    if choice.rule is None:
+        return {}
+    keys = {key: value for name in choice.sections if name != "adamw" for key, value in chosen.keys_of(name).items()}
+    settings = {key: _DTYPES[value] if key.endswith("_dtype") else value for key, value in keys.items()}
+    module, _, name = choice.rule.partition(":")
+    return {"matrix": getattr(importlib.import_module(module), name)(**settings)}

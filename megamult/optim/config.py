@@ -1,16 +1,83 @@
-"""The section `optimizer` of a run."""
+"""The section `optimizer` of a run: keys of every optimizer, and in it a section for the keys of each update rule."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, get_args, get_type_hints
 
 from megamult.validation import not_negative, positive, require
+
+DType = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass
+class AdamWConfig:
+    """AdamW: of everything that no other rule updates, and of folded multipliers."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        positive("optimizer.adamw", eps=self.eps)
+        for beta in self.betas:
+            require(0 <= beta < 1, f"optimizer.adamw.betas is {self.betas}: each must be in [0, 1)")
+
+
+@dataclass
+class MuonConfig:
+    """Muon, of the blocks' matrices."""
+
+    momentum: float = 0.95
+    """Decay rate of the momentum."""
+    nesterov: bool = True
+    """Orthogonalize the gradient one step ahead of the momentum; false: the momentum itself."""
+    ns_steps: int = 5
+    """Newton-Schulz steps."""
+    coefficients: Literal["simple", "quintic", "polar_express", "cans", "aol", "deepseekv4", "cubic5"] = "simple"
+    """Newton-Schulz polynomials, by the names of NVIDIA's Emerging-Optimizers. simple: (3.4445, -4.7750, 2.0315) in
+    every step. cubic5 has exactly 5 steps."""
+    ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What Newton-Schulz computes in. auto: fp32 if train.dtype is fp32, else bf16."""
+    exchange_dtype: DType = "auto"
+    """What momentum and updates travel in between ranks. auto: fp32 if train.dtype is fp32, else bf16."""
+    scale: Literal["match_rms_adamw", "spectral", "unit_rms_norm", "shape_scaling"] = "match_rms_adamw"
+    """Factor of an update. match_rms_adamw: 0.2 sqrt(max(out, in)), at which AdamW's lr and weight_decay carry over;
+    spectral: sqrt(max(out, in)); unit_rms_norm: sqrt(out / in); shape_scaling: sqrt(max(1, out / in))."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.momentum < 1, f"optimizer.muon.momentum is {self.momentum}: it must be in [0, 1)")
+        positive("optimizer.muon", ns_steps=self.ns_steps)
+        require(
+            self.coefficients != "cubic5" or self.ns_steps == 5,
+            f"optimizer.muon.ns_steps is {self.ns_steps} with optimizer.muon.coefficients cubic5: use 5",
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer that `optimizer.name` may name: AdamW, or another rule for the blocks' matrices beside it."""
+
+    sections: tuple[str, ...]
+    """Whose keys it uses."""
+    rule: str | None = None
+    """`module:class` of the matrices' rule, which takes the keys of all sections but adamw; None: AdamW."""
+
+
+OPTIMIZERS = {
+    "adamw": Choice(("adamw",)),
+    "muon": Choice(("adamw", "muon"), "megamult.optim.muon.rule:Muon"),
+}
+"""By the names of `optimizer.name`. A new one is an entry here, a section above and a field in OptimizerConfig."""
 
 
 @dataclass
 class OptimizerConfig:
-    """Optimizer and learning-rate schedule."""
+    """Optimizer and learning-rate schedule. The section of a rule that the optimizer does not use is None."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """The optimizer of the blocks' matrices; everything else is AdamW's."""
@@ -18,26 +85,11 @@ class OptimizerConfig:
     """Peak learning rate."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices, embedding and head."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of first and second moment."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
     clip_grad_norm: float = 1.0
     """Threshold of the global gradient l2 norm over everything but the multipliers; 0: no clipping."""
     skip_grad_norm: float = 0.0
     """A step is skipped where the norm that clip_grad_norm looks at is above this, as it is where a gradient is not
     finite; 0: never."""
-    momentum: float = 0.95
-    """Muon's decay rate of the momentum (Nesterov)."""
-    ns_coefficients: Literal["quintic", "polar_express"] = "quintic"
-    """Muon's Newton-Schulz polynomials, 5 steps."""
-    ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Muon's Newton-Schulz computes in it. auto: fp32 if train.dtype is fp32, else bf16."""
-    exchange_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Muon's momentum and updates travel between ranks in it. auto: fp32 if train.dtype is fp32, else bf16."""
-    update_scale: Literal["match_rms_adamw", "spectral"] = "match_rms_adamw"
-    """Muon's factor of an update. match_rms_adamw: 0.2 sqrt(max(out, in)), at which AdamW's lr and weight_decay carry
-    over; spectral: sqrt(out / in)."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     decay_steps: int = 0
@@ -46,9 +98,16 @@ class OptimizerConfig:
     """Shape of the fall over decay_steps."""
     min_lr: float = 0.0
     """Learning rate at the end of the fall (exponential and inverse_sqrt: must be positive)."""
+    adamw: AdamWConfig | None = None
+    muon: MuonConfig | None = None
 
     def __post_init__(self) -> None:
-        positive("optimizer", lr=self.lr, eps=self.eps)
+        given = {name: getattr(self, name) for name in rule_sections()}
+        check_used(self.name, [f"{name}.{key}" for name, section in given.items() if section for key in vars(section)])
+        for name in OPTIMIZERS[self.name].sections:
+            if given[name] is None:
+                setattr(self, name, rule_sections()[name]())
+        positive("optimizer", lr=self.lr)
         not_negative(
             "optimizer",
             weight_decay=self.weight_decay,
@@ -58,12 +117,57 @@ class OptimizerConfig:
             decay_steps=self.decay_steps,
             min_lr=self.min_lr,
         )
-        require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}: it must be in [0, 1)")
-        for beta in self.betas:
-            require(0 <= beta < 1, f"optimizer.betas is {self.betas}: each must be in [0, 1)")
         require(self.min_lr <= self.lr, f"optimizer.min_lr is {self.min_lr}, above optimizer.lr {self.lr}: lower it")
         require(
             self.min_lr > 0 or self.decay_steps == 0 or self.decay not in ("exponential", "inverse_sqrt"),
             f"optimizer.min_lr is {self.min_lr} with optimizer.decay {self.decay}: it never reaches 0; set a "
             "positive min_lr",
+        )
+
+    @staticmethod
+    def of(settings: Mapping[str, Any]) -> OptimizerConfig:
+        """Make the configuration of nested mappings: `{"name": "muon", "muon": {"momentum": 0.9}}`."""
+        sections = {
+            name: section(**settings[name])
+            for name, section in rule_sections().items()
+            if settings.get(name) is not None
+        }
+        return OptimizerConfig(**{**settings, **sections})
+
+    def keys_of(self, section: str) -> dict[str, Any]:
+        """Return the keys and values of a rule's section that this optimizer uses."""
+        return {field.name: getattr(getattr(self, section), field.name) for field in fields(rule_sections()[section])}
+
+
+@cache
+def rule_sections() -> dict[str, type]:
+    """Return the sections of update rules, by name."""
+    found = {}
+    for name, hint in get_type_hints(OptimizerConfig).items():
+        inner = get_args(hint)[0] if isinstance(hint, types.UnionType) else None
+        if is_dataclass(inner):
+            found[name] = inner
+    return found  # type: ignore[return-value]
+
+
+def check_used(optimizer: str, given: Iterable[str]) -> None:
+    """See that every given key of a rule is one that the optimizer uses.
+
+    Args:
+        optimizer: its name.
+        given: as `muon.momentum`.
+
+    Raises:
+        ValueError: naming all that are not.
+    """
+    used = OPTIMIZERS[optimizer].sections
+    unused = [f"optimizer.{key}" for key in given if key.partition(".")[0] not in used]
+    if unused:
+        theirs = [
+            name for name, choice in OPTIMIZERS.items() if all(key.split(".")[1] in choice.sections for key in unused)
+        ]
+        others = f", or set optimizer.name to {' or '.join(theirs)}" if theirs else ""
+        raise ValueError(
+            f"optimizer.name is {optimizer!r}, which does not use {', '.join(unused)}: remove "
+            f"{'it' if len(unused) == 1 else 'them'}{others}"
         )

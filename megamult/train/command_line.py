@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from megamult.config import SECTIONS, Config
 from megamult.distributed import environment
+from megamult.optim import legacy
+from megamult.optim.config import OPTIMIZERS, OptimizerConfig, check_used, rule_sections
 from megamult.runtime import exit_codes
 from megamult.runtime.console import say_error
 
@@ -25,8 +28,14 @@ def parser() -> Any:
     """The jsonargparse parser of a run: `--config FILE.yaml`, `--section.key value`, `--print_config`, `--help`."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    class Parser(ArgumentParser):
+        """Leaves out the sections of rules that the optimizer does not use: what it dumps and prints can be read."""
+
+        def dump(self, cfg: Any, **settings: Any) -> str:
+            return super().dump(_used(cfg), **settings)
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    made = ArgumentParser(
+    made = Parser(
         prog="pretrain.py",
         description="Pretrain a language model with learnable row and column multipliers.",
         exit_on_error=False,
@@ -34,7 +43,10 @@ def parser() -> Any:
     )
     made.add_argument("--config", action="config", help="YAML file with the keys below")
     for name, section in SECTIONS.items():
-        made.add_class_arguments(section, name)
+        rules = rule_sections() if section is OptimizerConfig else {}
+        made.add_class_arguments(section, name, skip=set(rules), instantiate=not rules)
+        for rule, keys in rules.items():
+            made.add_class_arguments(keys, f"{name}.{rule}", instantiate=False)
     made.add_argument(
         "--deepspeed",
         type=dict[str, Any] | str | None,
@@ -54,8 +66,12 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     """
     from jsonargparse import ArgumentError
 
+    arguments = _modern(sys.argv[1:] if arguments is None else arguments)
     made = parser()
     try:
+        # Keys that the command line and its files give, without defaults.
+        given = made.parse_args([each for each in arguments if not each.startswith("--print_config")], defaults=False)
+        _check_used(given)
         namespace = made.parse_args(arguments)
         for name in SECTIONS:  # jsonargparse lets `model: 3` pass
             if not hasattr(namespace[name], "keys"):
@@ -66,10 +82,70 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"the file that --config names is not UTF-8 ({error}): save it as UTF-8") from None
     del namespace["config"], namespace["local_rank"]
+    sections["optimizer"] = OptimizerConfig.of(_used(namespace)["optimizer"].as_dict())
     config = Config(**{name: sections[name] for name in SECTIONS}, deepspeed=sections["deepspeed"])
     # The contents of a file of DeepSpeed's belong to the configuration: they may be others the next time, or elsewhere.
     config.deepspeed = namespace["deepspeed"] = config.deepspeed_overrides() or None
     return config, made.dump(namespace, skip_validation=True, skip_none=False)
+
+
+def _used(namespace: Any) -> Any:
+    """A copy of all sections without those of rules that the optimizer does not use."""
+    namespace = namespace.clone()
+    optimizer = namespace.get("optimizer")
+    if hasattr(optimizer, "keys"):
+        for name in rule_sections():
+            if name not in OPTIMIZERS[optimizer["name"]].sections:
+                optimizer.pop(name, None)
+    return namespace
+
+
+def _check_used(given: Any) -> None:
+    """See that the keys of rules that were given are of rules that the optimizer uses."""
+    optimizer = given.get("optimizer")
+    if hasattr(optimizer, "keys"):
+        sections = {name: optimizer.get(name) for name in rule_sections()}
+        keys = [
+            f"{name}.{key}" for name, keys in sections.items() if hasattr(keys, "keys") for key in list(keys.keys())
+        ]
+        check_used(optimizer.get("name", OptimizerConfig.name), keys)
+
+
+def _modern(arguments: Sequence[str]) -> list[str]:
+    """The arguments with configurations of earlier versions, such as an old run's config.yaml, in today's keys; rank 0
+    says what was translated.
+
+    Raises:
+        ValueError: the command line itself has an old key.
+    """
+    dotted = [each.partition("=")[0].removeprefix("--optimizer.") for each in arguments if each.startswith("--optim")]
+    legacy.check_modern(dict.fromkeys(dotted))
+    found = list(arguments)
+    for i, argument in enumerate(found):
+        if argument == "--config" and i + 1 < len(found):
+            found[i + 1] = _modern_file(found[i + 1])
+        elif argument.startswith("--config="):
+            found[i] = f"--config={_modern_file(argument.removeprefix('--config='))}"
+    return found
+
+
+def _modern_file(path: str) -> str:
+    """The path of a configuration; of an earlier version's, the contents in today's keys."""
+    import yaml
+    from jsonargparse import get_loader
+
+    try:
+        loaded = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return path  # the parser says what is wrong with it
+    optimizer = loaded.get("optimizer") if isinstance(loaded, dict) else None
+    if not isinstance(optimizer, dict) or not legacy.is_old(optimizer):
+        return path
+    loaded["optimizer"] = legacy.modern(optimizer)
+    if environment.rank() == 0:
+        said = "; ".join(legacy.translations(optimizer))
+        print(f"note: {path} is of an earlier version, read as: {said}", file=sys.stderr, flush=True)
+    return yaml.safe_dump(loaded, sort_keys=False, allow_unicode=True)
 
 
 def fail(message: str) -> NoReturn:

@@ -22,9 +22,9 @@ from megamult.checkpoint.state import owned
 from megamult.config import Config
 from megamult.distributed import device
 from megamult.distributed.mesh import Mesh
-from megamult.optim.adamw import TwoPhaseAdamW
 from megamult.optim.build import make_optimizer
 from megamult.optim.clip import Norms
+from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.stated import named_specs
 from megamult.train.batches import MicroBatch
 from megamult.train.deepspeed_config import deepspeed_config
@@ -41,7 +41,7 @@ class DeepSpeedEngine:
 
     deepspeed: Any
     model: torch.nn.Module
-    optimizer: TwoPhaseAdamW
+    optimizer: TwoPhaseOptimizer
     partition: Partition
 
     @property
@@ -127,7 +127,7 @@ def check_deepspeed(config: Config, mesh: Mesh) -> None:
             raise ValueError(f"deepspeed: DeepSpeed refuses it ({error}); correct or remove that key") from None
 
 
-def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseAdamW:
+def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseOptimizer:
     """The optimizer that `config` names, over all parameters of the model."""
     return make_optimizer(model, config.optimizer, config.multipliers)
 
@@ -139,7 +139,7 @@ def build(
     *,
     draw: bool = True,
     note: Callable[[str], None] = lambda doing: None,
-    optimizer_of: Callable[[Config, torch.nn.Module], TwoPhaseAdamW] = build_optimizer,
+    optimizer_of: Callable[[Config, torch.nn.Module], TwoPhaseOptimizer] = build_optimizer,
 ) -> DeepSpeedEngine:
     """Model, optimizer and engine for this rank.
 

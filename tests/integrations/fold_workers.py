@@ -72,7 +72,7 @@ def train(tensor: int, style: dict[str, Any], steps: int, **gpt: Any) -> tuple[l
     if gpt.get("position_embedding_type") == "learned_absolute":
         rules[r"position_embeddings\.weight$"] = "norm"
     optimizer = megamult.fold(
-        {"lr": 1e-2, "eps": 1e-4, "clip_grad_norm": 0.5},
+        {"lr": 1e-2, "adamw": {"eps": 1e-4}, "clip_grad_norm": 0.5},
         model,
         rules,
         initial=lambda role, side: 0.8 if role == "q" else 1.1,

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import megamult
-from megamult import DistributedMuon, TwoPhaseAdamW
+from megamult import TwoPhaseAdamW
 from megamult.multipliers import specs
+from megamult.optim.adamw import AdamW
 from megamult.optim.config import OptimizerConfig
+from megamult.optim.muon.rule import Muon
 from megamult.parameters import megatron
 from megamult.parameters.axes import Grid, tensor_shard
 from megamult.parameters.spec import ParameterSpec
@@ -124,7 +126,7 @@ def test_a_folded_llama_trains_as_one_with_explicit_multipliers(placement: str, 
     expected = reference.train(steps, lr, multiplier_lr, eps, clip)
     model = llama(initializer_range=0.1)
     optimizer = megamult.fold(
-        {"name": "adamw", "lr": lr, "eps": eps, "clip_grad_norm": clip},
+        {"name": "adamw", "lr": lr, "adamw": {"eps": eps}, "clip_grad_norm": clip},
         model,
         megamult.LLAMA_RULES,
         placement=placement,
@@ -161,11 +163,13 @@ def test_a_folded_llama_trains_as_one_with_explicit_multipliers(placement: str, 
 
 
 def test_settings_reach_the_optimizer_and_its_multipliers() -> None:
-    settings = {"name": "muon", "lr": 2e-3, "momentum": 0.8, "betas": [0.8, 0.9], "clip_grad_norm": 0.3}
-    for given in (settings, OptimizerConfig(**settings | {"betas": (0.8, 0.9)})):  # type: ignore[arg-type]
+    settings = {"name": "muon", "lr": 2e-3, "clip_grad_norm": 0.3, "muon": {"momentum": 0.8}}
+    settings["adamw"] = {"betas": [0.8, 0.9]}
+    for given in (settings, OptimizerConfig.of(settings | {"adamw": {"betas": (0.8, 0.9)}})):
         muon = megamult.fold(given, llama(), megamult.LLAMA_RULES, multiplier_weight_decay=0.01, clip_multipliers=True)
-        assert isinstance(muon, DistributedMuon) and muon.folded is not None
-        assert (muon.momentum, muon.clip_grad_norm, muon.clip_multipliers) == (0.8, 0.3, True)
+        rule = muon.rule_of("matrix")
+        assert type(rule) is Muon and type(muon.rule_of("norm")) is AdamW and muon.folded is not None
+        assert (rule.momentum, muon.clip_grad_norm, muon.clip_multipliers) == (0.8, 0.3, True)
         assert [group["lr"] for group in muon.param_groups] == [2e-3] * 4 and muon.folded.lr == 2e-3
         assert all(group["betas"] == (0.8, 0.9) for group in muon.param_groups)
         assert muon.folded._settings == {"weight_decay": 0.01, "betas": (0.8, 0.9), "eps": 1e-8}
@@ -176,7 +180,7 @@ def test_settings_reach_the_optimizer_and_its_multipliers() -> None:
             "head": 1,
         }
     adamw = megamult.fold({}, llama(), megamult.LLAMA_RULES)
-    assert type(adamw) is TwoPhaseAdamW
+    assert type(adamw.rule_of("matrix")) is AdamW
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -365,7 +369,19 @@ def test_a_mistake_is_an_error_that_names_it(
         ({"learning_rate": 1e-3}, "has the key 'learning_rate': use name, lr"),
         ({"lr": "1e-3"}, "optimizer.lr is '1e-3': give a number"),
         ({"lr": -1.0}, "optimizer.lr is -1.0"),
-        ({"name": "muon", "ns_dtype": "fp8"}, "optimizer.ns_dtype is 'fp8'"),
+        ({"name": "muon", "muon": {"ns_dtype": "fp8"}}, "optimizer.muon.ns_dtype is 'fp8'"),
+        ({"name": "muon", "muon": {"ns_dtypes": "fp8"}}, "optimizer.muon has the key 'ns_dtypes': use momentum,"),
+        ({"name": "muon", "muon": 0.9}, "optimizer.muon is 0.9: it is a section; give a mapping"),
+        ({"adamw": {"eps": "1"}}, "optimizer.adamw.eps is '1': give a number"),
+        (
+            {"muon": {"momentum": 0.9, "ns_steps": 5}},
+            r"optimizer.name is 'adamw', which does not use optimizer.muon.momentum, optimizer.muon.ns_steps: remove "
+            "them, or set optimizer.name to muon",
+        ),
+        (
+            {"name": "muon", "momentum": 0.9, "betas": [0.9, 0.99]},
+            "optimizer.momentum is optimizer.muon.momentum now, optimizer.betas is optimizer.adamw.betas now: use the",
+        ),
         ({"warmup_steps": 10}, "optimizer.warmup_steps is 10: fold makes no schedule"),
         (OptimizerConfig(warmup_steps=10), "optimizer.warmup_steps is 10: fold makes no schedule"),
     ],

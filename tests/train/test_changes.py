@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megamult.config import Config
-from megamult.optim.config import OptimizerConfig
+from megamult.optim.config import AdamWConfig, OptimizerConfig
 from megamult.train.changes import changes
 from megamult.train.config import TrainConfig
 from tests.train.command import data_arguments, make_corpus, start
@@ -23,13 +23,13 @@ def saved(config: Config) -> dict[str, Any]:
 
 def test_every_changed_key_is_a_line_also_deepspeeds_and_where_the_run_goes_on_from_is_none() -> None:
     before = Config(
-        optimizer=OptimizerConfig(lr=1e-3, betas=(0.9, 0.99)),
+        optimizer=OptimizerConfig(lr=1e-3, adamw=AdamWConfig(betas=(0.9, 0.99))),
         train=TrainConfig(run_dir="runs/a"),
         deepspeed={"zero_optimization": {"reduce_bucket_size": 1000, "overlap_comm": True}},
     )
     now = dataclasses.replace(
         before,
-        optimizer=OptimizerConfig(lr=4e-3, betas=(0.9, 0.99)),
+        optimizer=OptimizerConfig(lr=4e-3, adamw=AdamWConfig(betas=(0.9, 0.99))),
         checkpoint=dataclasses.replace(before.checkpoint, load="latest"),
         deepspeed={"zero_optimization": {"reduce_bucket_size": 2000}},
     )

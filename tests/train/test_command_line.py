@@ -24,6 +24,7 @@ FILES = {
     "key.yaml": "model:\n  num_layer: 2\n",
     "section.yaml": "modle:\n  num_layers: 2\n",
     "type.yaml": "model:\n  num_layers: many\n",
+    "muon.yaml": "optimizer:\n  muon:\n    nesterov: false\n",
     "scalar.yaml": "model: 3\n",
     "list.yaml": "- 1\n",
     "broken.yaml": "model: [1\n",
@@ -53,7 +54,21 @@ EARLY: list[tuple[list[str], str]] = [
     (["--model.num_layers"], r"--model\.num_layers: expected one argument; --help lists"),
     (["--train.dtype", "fp16"], r"\"train\.dtype\": Expected .*'fp32', 'bf16'.* Got value: fp16; --help lists"),
     (["--optimizer.name", "sgd"], r"\"optimizer\.name\": Expected .*'adamw', 'muon'.* Got value: sgd; --help lists"),
-    (["--optimizer.betas", "[0.9]"], r'"optimizer\.betas": Expected .*2 elements.* Got value: \[0\.9\]'),
+    (["--optimizer.adamw.betas", "[0.9]"], r'"optimizer\.adamw\.betas": Expected .*2 elements.* Got value: \[0\.9\]'),
+    # keys of rules that the optimizer does not use, and of an earlier version
+    (
+        ["--optimizer.muon.momentum", "0.95", "--config", "FOLDER/muon.yaml"],
+        r"optimizer\.name is 'adamw', which does not use optimizer\.muon\.(momentum|nesterov), "
+        r"optimizer\.muon\.(momentum|nesterov): remove them, or set optimizer\.name to muon",
+    ),
+    (["--optimizer.muon.momentum=1"], r"which does not use optimizer\.muon\.momentum: remove it, or set"),
+    (
+        ["--optimizer.momentum", "0.9", "--optimizer.update_scale=spectral"],
+        r"optimizer\.momentum is optimizer\.muon\.momentum now, optimizer\.update_scale is optimizer\.muon\.scale now "
+        r"\(where spectral is called unit_rms_norm\): use the new keys",
+    ),
+    (["--optimizer.muon.momentu", "0.9"], r"unrecognized arguments: --optimizer\.muon\.momentu 0\.9; --help lists"),
+    (["--optimizer.name", "muon", "--optimizer.muon.scale", "rms"], r"'match_rms_adamw', 'spectral'.* Got value: rms"),
     (["--config", "FOLDER/type.yaml"], r"model\.num_layers.*Got value: many; --help lists"),
     (["--config", "FOLDER/scalar.yaml"], r"model is 3: it is a section; give a mapping"),
     (["--config", "FOLDER/list.yaml"], r"Unexpected config: - 1; --help lists"),

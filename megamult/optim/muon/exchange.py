@@ -42,6 +42,8 @@ class _Bucket:
 
     shapes: list[tuple[int, int, int]]
     """(matrices, rows, cols) of each batch that this rank owns."""
+    members: list[list[int]]
+    """Numbers, in the plan, of the matrices in each batch."""
     to_owners: _Direction
     to_holders: _Direction
 
@@ -107,14 +109,16 @@ class Exchange:
         shapes = [(len(members), *shape) for shape, members in by_shape.items()]
         to_owners = direction(plan.given, True)
         replicated = not np.array_equal(plan.given, plan.held)
-        return _Bucket(shapes, to_owners, direction(plan.held, False) if replicated else to_owners)
+        to_holders = direction(plan.held, False) if replicated else to_owners
+        return _Bucket(shapes, list(by_shape.values()), to_owners, to_holders)
 
-    def run(self, values: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> None:
+    def run(self, values: Sequence[Tensor], compute: Callable[[Tensor, Sequence[int]], Tensor]) -> None:
         """Replace `values` by what `compute` makes of the logical matrices that they are pieces of. Collective.
 
         Args:
             values: [length] of each of this rank's slices, any floating dtype; written to.
-            compute: a batch of whole matrices [batch, rows, cols] in the exchange's dtype to their results, same shape.
+            compute: a batch of whole matrices [batch, rows, cols] in the exchange's dtype, and their numbers in the
+                plan, to their results, same shape.
         """
         arriving = self._gather(0, values) if self._buckets else None
         returning: tuple[int, Tensor, Work | None, Tensor] | None = None
@@ -128,8 +132,8 @@ class Exchange:
             batches = self._assemble(bucket, received, values)
             del received
             results = []
-            while batches:  # so that each is freed when its result is there
-                results.append(compute(batches.pop(0)).to(self.dtype))
+            for members in bucket.members:  # each batch is freed when its result is there
+                results.append(compute(batches.pop(0), members).to(self.dtype))
             following = self._scatter(k, results, values)
             if returning is not None:
                 self._finish(*returning, values)

@@ -6,8 +6,8 @@ a s + b s^3 + c s^5. Two forms compute the same:
 - *standard* works on X itself;
 - *gram* works on R = XX^T and on the polynomial Q in R that X is to be multiplied by, both of the small side (J. Zhang,
   N. Amsel, B. Chen, T. Dao, "Gram Newton-Schulz", blog post, 2026, https://tridao.me/blog/2026/gram-newton-schulz/).
-  Rounding makes the smallest eigenvalues of R negative, and each step multiplies those by up to a^2 (11.9 for the
-  quintic): after :data:`RESTART` steps Q is applied to X and R is made anew, in every dtype.
+  Rounding makes the smallest eigenvalues of R negative, and each step multiplies those by up to a^2 (11.9 for
+  `simple`): after :data:`RESTART` steps Q is applied to X and R is made anew, in every dtype.
 
 All products with a symmetric result (XX^T, and every product of polynomials in R) compute about half of it
 (:mod:`megamult.optim.muon.symmetric`). `[..., rows, cols]`: any leading dimensions are a batch.
@@ -16,7 +16,8 @@ All products with a symmetric result (XX^T, and every product of polynomials in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,10 +27,6 @@ from megamult.optim.muon.symmetric import computed, symmetric_product
 
 Form = Literal["standard", "gram"]
 Coefficients = Sequence[tuple[float, float, float]]
-
-QUINTIC = (3.4445, -4.7750, 2.0315)
-"""The same (a, b, c) in every step: steep at 0, converges to no single value but to about 0.7 to 1.2.
-K. Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon/; used in arXiv 2502.16982."""
 
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -47,6 +44,73 @@ R. Gower, "The Polar Express", arXiv 2505.16932, algorithm 1."""
 _SAFETY = 1.01
 """By which arXiv 2505.16932 shrinks the singular values that enter a step, against rounding above 1."""
 
+
+@dataclass(frozen=True)
+class CoefficientSet:
+    """(a, b, c) of the first steps, and what follows them."""
+
+    steps: tuple[tuple[float, float, float], ...]
+    after: Literal["again", "last", "nothing"] = "again"
+    """Begin again with the first step; repeat the last one, which keeps values near 1; or have no further step."""
+
+
+SIMPLE = (3.4445, -4.7750, 2.0315)
+"""Steep at 0, converges to no single value but to about 0.7 to 1.2.
+K. Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon/; used in arXiv 2502.16982."""
+
+COEFFICIENTS: dict[str, CoefficientSet] = {
+    "simple": CoefficientSet((SIMPLE,)),
+    # F. L. Cesista et al., https://leloykun.github.io/ponder/muon-opt-coeffs/: five steps tuned together.
+    "quintic": CoefficientSet(
+        (
+            (4.0848, -6.8946, 2.9270),
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        )
+    ),
+    "polar_express": CoefficientSet(
+        (*((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1]), _POLAR_EXPRESS[-1]),
+        "last",
+    ),
+    # E. Grishina, M. Smirnov, M. Rakhuba, arXiv 2506.10935 (Remez, adaptive intervals).
+    "cans": CoefficientSet(
+        (
+            (8.4703, -25.1081, 18.6293),
+            (4.1828, -3.1087, 0.5806),
+            (3.9619, -2.9541, 0.5630),
+            (3.2866, -2.4647, 0.5074),
+            (2.2737, -1.6447, 0.4162),
+        ),
+        "last",
+    ),
+    # T. Boissin, https://github.com/thib-s/flash-newton-schulz: made for input that is preconditioned (AOL), which
+    # Emerging-Optimizers does not do either. Singular values above 0.87 change sign: nothing for matrices near rank 1.
+    "aol": CoefficientSet(
+        (
+            (4.0098, -7.0585, 2.4635),
+            (3.4585, -5.5479, 2.5959),
+            (2.7573, -3.2939, 1.4254),
+            (2.7215, -3.0494, 1.3169),
+        )
+    ),
+    # DeepSeek-V4's: ten steps, the last two of which converge to 1.
+    "deepseekv4": CoefficientSet((SIMPLE,) * 8 + ((2.0, -1.5, 0.5),) * 2, "last"),
+    # H. Huang, arXiv 2606.00371: cubic polynomials, to a band around 1.
+    "cubic5": CoefficientSet(
+        (
+            (3.3656576, -3.3420992, 0.0),
+            (2.5744352, -1.4957376, 0.0),
+            (2.5368962, -1.4312570, 0.0),
+            (2.4418906, -1.2764040, 0.0),
+            (2.2230472, -0.9630650, 0.0),
+        ),
+        "nothing",
+    ),
+}
+"""Polynomials by the names that NVIDIA's Emerging-Optimizers (muon_utils.py, 0.4.0) and Megatron-LM give them."""
+
 RESTART = 2
 """Steps of the gram form after which it applies Q to X and begins anew."""
 
@@ -55,20 +119,23 @@ def coefficients(name: str, steps: int) -> Coefficients:
     """(a, b, c) of each of `steps` steps.
 
     Args:
-        name: quintic or polar_express.
-        steps: how many; Polar Express repeats its last, converged one.
+        name: a key of :data:`COEFFICIENTS`.
+        steps: how many.
 
     Raises:
-        ValueError: an unknown name, or no steps.
+        ValueError: an unknown name, no steps, or more than the set has.
     """
     if steps < 1:
         raise ValueError(f"Newton-Schulz with {steps} steps does nothing: use at least 1 (5 is usual)")
-    if name == "quintic":
-        return [QUINTIC] * steps
-    if name == "polar_express":
-        shrunk = [(a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1]]
-        return [shrunk[i] if i < len(shrunk) else _POLAR_EXPRESS[-1] for i in range(steps)]
-    raise ValueError(f"Newton-Schulz coefficients {name!r} are unknown: use quintic or polar_express")
+    if name not in COEFFICIENTS:
+        raise ValueError(f"Newton-Schulz coefficients {name!r} are unknown: use one of {', '.join(COEFFICIENTS)}")
+    chosen = COEFFICIENTS[name]
+    known = len(chosen.steps)
+    if chosen.after == "nothing" and steps != known:
+        raise ValueError(f"Newton-Schulz coefficients {name} with {steps} steps: they are made for {known}; use that")
+    if chosen.after == "last":
+        return [chosen.steps[min(i, known - 1)] for i in range(steps)]
+    return [chosen.steps[i % known] for i in range(steps)]
 
 
 def orthogonalize(matrices: Tensor, steps: Coefficients, dtype: torch.dtype, form: Form | None = None) -> Tensor:
@@ -157,19 +224,30 @@ def cheaper_form(rows: int, cols: int, steps: int) -> Form:
     return "gram" if gram < standard else "standard"
 
 
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
+    "spectral": lambda rows, cols: math.sqrt(max(rows, cols)),
+    "unit_rms_norm": lambda rows, cols: math.sqrt(rows / cols),
+    "shape_scaling": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
+}
+"""Factors of an orthogonalized update [rows, cols], by the names that Emerging-Optimizers (muon.py), Megatron-LM and,
+for the first, torch.optim.Muon give them.
+
+match_rms_adamw: learning rate and weight decay of AdamW carry over (arXiv 2502.16982). spectral: the same without 0.2,
+the `extra_scale_factor` there. unit_rms_norm: arXiv 2502.07529, https://jeremybernste.in/writing/deriving-muon.
+shape_scaling: https://kellerjordan.github.io/posts/muon/."""
+
+
 def scale(rows: int, cols: int, rule: str) -> float:
     """What the orthogonalized update of a logical matrix [rows, cols] is multiplied by.
 
     Args:
         rows, cols: out and in of the full logical matrix, never of a shard.
-        rule: `match_rms_adamw`: 0.2 sqrt(max(out, in)), so that learning rate and weight decay of AdamW carry over
-            (arXiv 2502.16982); `spectral`: sqrt(out / in) (arXiv 2310.17813).
+        rule: a key of :data:`SCALES`.
 
     Raises:
         ValueError: an unknown rule.
     """
-    if rule == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, cols))
-    if rule == "spectral":
-        return math.sqrt(rows / cols)
-    raise ValueError(f"the update scale {rule!r} is unknown: use match_rms_adamw or spectral")
+    if rule not in SCALES:
+        raise ValueError(f"the update scale {rule!r} is unknown: use one of {', '.join(SCALES)}")
+    return SCALES[rule](rows, cols)

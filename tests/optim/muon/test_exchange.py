@@ -234,7 +234,7 @@ def check_exchange(
                     mine.values[slice_index].add_(1)  # the first replica alone counts
         exchange = Exchange(plan, Mesh(plan.grid.coordinates(rank)), mine.slice_of_cut, dtype, torch.device("cpu"))
         for _ in range(steps):
-            exchange.run(mine.values, whole_matrix_function)
+            exchange.run(mine.values, lambda batch, _: whole_matrix_function(batch))
         assert torch.equal(mine.buffer, held(plan, after, rank, values_dtype).buffer), f"rank {rank}"
         assert exchange.bytes_sent == steps * plan.sent[rank] * dtype.itemsize == network.sent_to_others(rank)
 
@@ -329,7 +329,7 @@ def test_while_one_bucket_is_computed_the_next_arrives_and_the_previous_returns(
     seen: list[list[int]] = [[], []]
 
     def on_rank(rank: int) -> None:
-        def compute(batch: Tensor) -> Tensor:
+        def compute(batch: Tensor, _: Sequence[int]) -> Tensor:
             seen[rank].append(network.in_flight())
             return batch
 

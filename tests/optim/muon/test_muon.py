@@ -21,7 +21,7 @@ from tests.optim.muon.workers import exchange_figures, own_loop, routed, two_pro
 from tests.optim.workers import Case
 from tests.processes import run_distributed
 
-QUINTIC = [(3.4445, -4.7750, 2.0315)] * 5
+SIMPLE = [(3.4445, -4.7750, 2.0315)] * 5
 HEADS, GROUPS, HEAD, HIDDEN, FFN = 6, 2, 4, 20, 28
 LAYOUTS = {
     "qkv": megatron.fused_qkv(HEADS, GROUPS, HEAD, HIDDEN),
@@ -76,14 +76,14 @@ def train(model: Small, steps: int, **settings: Any) -> DistributedMuon:
     return optimizer
 
 
-@pytest.mark.parametrize("update_scale", ["match_rms_adamw", "spectral"])
+@pytest.mark.parametrize("scale", ["match_rms_adamw", "unit_rms_norm"])
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_steps_are_those_of_a_float64_singular_value_reference(update_scale: str, nesterov: bool, clip: float) -> None:
+def test_steps_are_those_of_a_float64_singular_value_reference(scale: str, nesterov: bool, clip: float) -> None:
     model = Small(LAYOUTS | {"row_multiplier": MULTIPLIER})
     before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     steps, beta, lr, decay = 3, 0.9, 0.02, 0.1
-    train(model, steps, update_scale=update_scale, nesterov=nesterov, clip_grad_norm=clip, momentum=beta)
+    train(model, steps, scale=scale, nesterov=nesterov, clip_grad_norm=clip, momentum=beta)
     for name in ("qkv", "gate_up", "down"):
         actual, initial = logical(name, getattr(model, name).detach().double()), logical(name, before[name])
         for part, w in initial.items():
@@ -93,9 +93,9 @@ def test_steps_are_those_of_a_float64_singular_value_reference(update_scale: str
                 norm = math.sqrt(sum(float(every[n].double().square().sum()) for n in LAYOUTS))  # no multiplier in it
                 g = logical(name, every[name].double())[part] * (min(1.0, clip / norm) if clip else 1.0)
                 momentum = beta * momentum + (1 - beta) * g
-                direction = newton_schulz_reference(beta * momentum + (1 - beta) * g if nesterov else momentum, QUINTIC)
+                direction = newton_schulz_reference(beta * momentum + (1 - beta) * g if nesterov else momentum, SIMPLE)
                 out, into = w.shape
-                size = 0.2 * math.sqrt(max(out, into)) if update_scale == "match_rms_adamw" else math.sqrt(out / into)
+                size = 0.2 * math.sqrt(max(out, into)) if scale == "match_rms_adamw" else math.sqrt(out / into)
                 expected = expected - lr * (decay * expected + size * direction)
             # fp32 amplified by Newton-Schulz (test_newton_schulz.py): 6e-5 of the update; and 2^-24 of weights of
             # about 1, which move by some 0.05 here: 1e-6 of the change.
@@ -418,7 +418,8 @@ def _mixed() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         (lambda: (_groups(Small(LAYOUTS)), {"ns_dtype": torch.int32}), ["ns_dtype is torch.int32", "torch.bfloat16"]),
         (lambda: (_groups(Small(LAYOUTS)), {"exchange_dtype": torch.float16}), ["exchange_dtype is torch.float16"]),
         (lambda: (_groups(Small(LAYOUTS)), {"momentum": 1.0}), ["momentum is 1.0", "[0, 1)"]),
-        (lambda: (_groups(Small(LAYOUTS)), {"update_scale": "x"}), ["'x'", "spectral"]),
+        (lambda: (_groups(Small(LAYOUTS)), {"coefficients": "x"}), ["'x'", "polar_express"]),
+        (lambda: (_groups(Small(LAYOUTS)), {"scale": "x"}), ["'x'", "spectral"]),
     ],
     ids=[
         "no spec",
@@ -432,6 +433,7 @@ def _mixed() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         "ns_dtype",
         "exchange_dtype",
         "momentum",
+        "coefficients",
         "scale",
     ],
 )

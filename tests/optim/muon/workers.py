@@ -170,13 +170,15 @@ def exchange_figures(cases: list[Case]) -> list[dict[str, Any]]:
         for step in range(2):
             _step(engine, config, step)
         buffers = [state["momentum_buffer"] for state in optimizer.state.values() if "momentum_buffer" in state]
+        muon = optimizer.rules["matrix"]
+        assert optimizer.state_bytes["momentum"] == sum(4 * buffer.numel() for buffer in buffers)
         figures.append(
             {
-                "sent": optimizer.bytes_sent,
-                "planned": 2 * 4 * int(optimizer.plan.sent[torch.distributed.get_rank()]),
+                "sent": muon.bytes_sent,
+                "planned": 2 * 4 * int(muon.plan.sent[torch.distributed.get_rank()]),
                 "momentum": sum(buffer.numel() for buffer in buffers),
                 "dtypes": {buffer.dtype for buffer in buffers},
-                "matrices": sum(matrix.numel for matrix in optimizer.plan.matrices),
+                "matrices": sum(matrix.numel for matrix in muon.plan.matrices),
                 "keys": {key for state in optimizer.state.values() for key in state if "momentum_buffer" in state},
                 "norms": (optimizer.norms.main, engine.deepspeed.get_global_grad_norm()),
             }
@@ -202,8 +204,8 @@ def automatic_dtypes() -> dict[tuple[int, str], set[torch.dtype | None]]:
     found = {}
     for stage, dtype in itertools.product(range(4), ("fp32", "bf16")):
         engine = build(Case(stage=stage, dtype=dtype, optimizer="muon").config(2), VOCAB, start.initialize(1))
-        optimizer: Any = engine.optimizer
-        found[stage, dtype] = {optimizer.ns_dtype, optimizer.exchange_dtype}
+        muon: Any = engine.optimizer.rules["matrix"]
+        found[stage, dtype] = {muon.ns_dtype, muon.exchange_dtype}
         engine.deepspeed.destroy()
     return found
 

@@ -1,0 +1,95 @@
+"""Optimizer configurations of earlier versions: flat keys of all rules, and names that other projects use otherwise.
+
+What was `quintic` is `simple` everywhere else, and what was `spectral` is `unit_rms_norm`: the old words under the old
+keys keep their old numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MOVED = {
+    "betas": "adamw.betas",
+    "eps": "adamw.eps",
+    "momentum": "muon.momentum",
+    "ns_coefficients": "muon.coefficients",
+    "ns_dtype": "muon.ns_dtype",
+    "exchange_dtype": "muon.exchange_dtype",
+    "update_scale": "muon.scale",
+}
+"""Old keys of the section `optimizer`, and where they are now."""
+
+RENAMED = {"ns_coefficients": {"quintic": "simple"}, "update_scale": {"spectral": "unit_rms_norm"}}
+"""Values of old keys that have another name now."""
+
+
+def is_old(optimizer: Mapping[str, Any]) -> bool:
+    """Whether an optimizer's configuration has keys of an earlier version."""
+    return any(key in optimizer for key in MOVED)
+
+
+def modern(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's configuration with today's keys and names and the same numbers.
+
+    Keys that the earlier version had not used are left out: of Muon, where `name` says adamw.
+
+    Args:
+        optimizer: the section `optimizer`, nested mappings, of any version.
+
+    Raises:
+        ValueError: it has both an old key and the one that it became.
+    """
+    found = {key: value for key, value in optimizer.items() if key not in MOVED}
+    for old, value in optimizer.items():
+        if old not in MOVED:
+            continue
+        section, _, key = MOVED[old].partition(".")
+        if section == "muon" and optimizer.get("name") == "adamw":
+            continue
+        keys = dict(found.get(section) or {})
+        if key in keys:
+            raise ValueError(
+                f"optimizer.{old} is {value!r} and optimizer.{section}.{key} {keys[key]!r}: the second is the first's "
+                f"name now; remove optimizer.{old}"
+            )
+        found[section] = {**keys, key: _named(old, value)}
+    return found
+
+
+def translations(optimizer: Mapping[str, Any]) -> list[str]:
+    """Return what :meth:`modern` does, in words: `optimizer.momentum -> optimizer.muon.momentum`, key by key."""
+    said = []
+    for old, value in optimizer.items():
+        if old not in MOVED:
+            continue
+        now = _named(old, value)
+        if MOVED[old].startswith("muon.") and optimizer.get("name") == "adamw":
+            said.append(f"optimizer.{old} left out (adamw does not use it)")
+        else:
+            renamed = f" ({value} is called {now} now)" if now != value else ""
+            said.append(f"optimizer.{old} -> optimizer.{MOVED[old]}{renamed}")
+    return said
+
+
+def check_modern(keys: Mapping[str, Any]) -> None:
+    """Refuse keys of an earlier version.
+
+    Args:
+        keys: of the section `optimizer`, with their values if they are known.
+
+    Raises:
+        ValueError: naming each, and the key that it is now.
+    """
+    old = [key for key in keys if key in MOVED]
+    if old:
+        said = ", ".join(f"optimizer.{key} is optimizer.{MOVED[key]} now{_hint(key)}" for key in old)
+        raise ValueError(f"{said}: use the new key{'s' if len(old) > 1 else ''}")
+
+
+def _named(old: str, value: Any) -> Any:
+    return RENAMED.get(old, {}).get(value, value) if isinstance(value, str) else value
+
+
+def _hint(old: str) -> str:
+    return "".join(f" (where {before} is called {now})" for before, now in RENAMED.get(old, {}).items())

@@ -1,0 +1,204 @@
+"""Rules on whole logical matrices: each matrix is brought to one owner among all ranks, and its update back.
+
+A rule says what it does to slices before and to whole matrices on their owner; here is what all such rules share: which
+rank keeps what, who owns which matrix, and the exchange.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megamult.distributed import device
+from megamult.optim.muon.exchange import Exchange
+from megamult.optim.muon.plan import BUCKET_ELEMENTS, Plan, make_plan
+from megamult.optim.rule import UpdateRule
+from megamult.optim.state import StateStore
+from megamult.parameters.spec import ParameterSpec
+from megamult.zero.partition import Partition, Slice, buckets
+from megamult.zero.virtual import kept_once
+
+
+class Matrices:
+    """The logical matrices of one partition as one rank sees them.
+
+    Args:
+        partition: what the rank holds.
+        select: which parameters hold the matrices.
+        steps: of Newton-Schulz, by whose FLOPs owners are chosen.
+        bucket_elements: as :class:`MatrixRule`'s.
+
+    Attributes:
+        slices: what this rank keeps state of; over all data-parallel ranks every element once.
+        plan: who owns what.
+        dtype: fp32 if the model's matrices are, else bf16.
+    """
+
+    def __init__(
+        self, partition: Partition, select: Callable[[ParameterSpec], bool], steps: int, bucket_elements: int
+    ) -> None:
+        self.partition = partition
+        self._pieces = kept_once(partition, select)
+        self._cuts = [cut for cut in self._pieces.cuts if select(cut.spec)]
+        self._indices = [i for i, piece in enumerate(self._pieces.slices) if select(piece.spec)]
+        self.slices = [self._pieces.slices[i] for i in self._indices]
+        self.plan: Plan = make_plan(self._cuts, partition.mesh.grid, steps, bucket_elements)
+        self.dtype = torch.float32 if all(cut.dtype == torch.float32 for cut in self._cuts) else torch.bfloat16
+        self._bucket_elements = bucket_elements
+        self.names = [
+            cut.spec.logical_name(cut.name, cut.spec.parts[matrix.part])
+            for matrix in self.plan.matrices
+            for cut in (self._cuts[matrix.cut],)
+        ]
+        """Logical name of each of the plan's matrices."""
+
+    def owned(self) -> dict[str, int]:
+        """Return the names of the matrices that this rank owns, and how many rows each has."""
+        owned = zip(self.names, self.plan.matrices, self.plan.owners, strict=True)
+        return {name: matrix.rows for name, matrix, owner in owned if owner == self.partition.mesh.rank}
+
+    def exchange(self, dtype: torch.dtype) -> Exchange:
+        """Make the exchange of this rank."""
+        index_of = {piece.name: k for k, piece in enumerate(self.slices)}
+        slice_of_cut = {c: index_of[cut.name] for c, cut in enumerate(self._cuts) if cut.name in index_of}
+        return Exchange(self.plan, self.partition.mesh, slice_of_cut, dtype, device.local_device())
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradient of each slice, [length], to read and to write."""
+        gradients = self._pieces.gradients()
+        return [gradients[i] for i in self._indices]
+
+    def complete(self, dtype: torch.dtype) -> int:
+        """Bring what was written to gradients to all ranks that hold them; returns the bytes that this rank sent."""
+        return self._pieces.complete(dtype, self._bucket_elements)
+
+
+class MatrixRule(UpdateRule):
+    """A rule that needs whole logical matrices (Q, K, V, gate, up apart), whatever the sharding.
+
+    `prepare` does for all groups at once everything but the last line of an update, and leaves the update where the
+    gradient was (in the gradient's dtype). Slices of what is orthogonalized travel to the owners and slices of the
+    updates back, one all-to-all each; owners are spread over the data-parallel x tensor-parallel grid by Newton-Schulz
+    FLOPs (:mod:`megamult.optim.muon.plan`).
+
+    State of elements is fp32, sharded like the ZeRO partition; at ZeRO 0 and outside DeepSpeed the data-parallel ranks
+    share it out evenly and all-gather the updates: each rank's `state_dict` then holds its own share, and loads on that
+    rank alone. Of a matrix that tensor parallelism replicates, the update is that of the first rank's state; every rank
+    keeps its own. State of rows is fp32 and kept by the matrix's owner.
+
+    Args:
+        ns_steps: Newton-Schulz steps.
+        exchange_dtype: that pieces travel in, fp32 or bf16; None: fp32 if the model's matrices are, else bf16.
+        bucket_elements: of the matrices that one owner takes from one exchange; bounds temporary memory.
+
+    Attributes:
+        matrices: of the bound partition; None before it is known what ranks hold (the first step, or DeepSpeed's
+            attach).
+
+    Raises:
+        ValueError: an `exchange_dtype` that is neither.
+    """
+
+    prepares = True
+
+    def __init__(
+        self, *, ns_steps: int, exchange_dtype: torch.dtype | None = None, bucket_elements: int = BUCKET_ELEMENTS
+    ) -> None:
+        check_dtype("exchange_dtype", exchange_dtype, (torch.float32, torch.bfloat16))
+        self.ns_steps, self.exchange_dtype, self.bucket_elements = ns_steps, exchange_dtype, bucket_elements
+        self.matrices: Matrices | None = None
+        self._exchange: Exchange | None = None
+        self._bytes_gathered = 0
+
+    @property
+    def plan(self) -> Plan | None:
+        """Who owns what; None: not known yet."""
+        return None if self.matrices is None else self.matrices.plan
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank to others, in all exchanges since the partition was bound."""
+        return self._bytes_gathered + (self._exchange.bytes_sent if self._exchange else 0)
+
+    def bind(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> None:
+        """Plan the exchange."""
+        self.matrices = Matrices(partition, updates, self.ns_steps, self.bucket_elements)
+        self.exchange_dtype = self.exchange_dtype or self.matrices.dtype
+        self._exchange = self.matrices.exchange(self.exchange_dtype)
+
+    def slices(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> list[Slice]:
+        """Return the slices that this rank keeps state of: over the data-parallel ranks each element once."""
+        assert self.matrices is not None and self.matrices.partition is partition
+        return self.matrices.slices
+
+    def rows(self) -> Mapping[str, int]:
+        """Return the logical matrices that this rank owns, and how many rows each has."""
+        return {} if self.matrices is None else self.matrices.owned()
+
+    def prepare(self, clip: float, store: StateStore) -> None:
+        """Replace the gradients of all matrices by their updates."""
+        assert self.matrices is not None and self._exchange is not None and self.exchange_dtype is not None
+        slices, names = self.matrices.slices, self.matrices.names
+        gradients = self.matrices.gradients()
+        for part in buckets([piece.length for piece in slices], self.bucket_elements):
+            values = [gradient.float() for gradient in gradients[part]]  # themselves, unless they are narrower
+            if clip != 1.0:
+                torch._foreach_mul_(values, clip)
+            kept = {
+                state.name: [store.of_slice(self, state, piece) for piece in slices[part]]
+                for state in self.states
+                if state.per == "element"
+            }
+            results = self.accumulate(values, kept)
+            if any(result is not gradient for result, gradient in zip(results, gradients[part], strict=True)):
+                torch._foreach_copy_(gradients[part], results)
+        per_row = [state for state in self.states if state.per == "row"]
+
+        def update(matrices: Tensor, numbers: Sequence[int]) -> Tensor:
+            batch = [names[i] for i in numbers]
+            rows = {state.name: store.of_rows(state, batch) for state in per_row}
+            result = self.update(matrices, rows)
+            for state in per_row:
+                store.keep_rows(state, batch, rows[state.name])
+            return result
+
+        self._exchange.run(gradients, update)
+        self._bytes_gathered += self.matrices.complete(self.exchange_dtype)
+
+    @abstractmethod
+    def accumulate(self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]) -> list[Tensor]:
+        """Take gradients into the state of elements, on the ranks that keep it.
+
+        Args:
+            gradients: [length] of some slices, fp32, clipped; may be written to.
+            state: of each of these slices, by the states' names; written to.
+
+        Returns:
+            [length] for each slice, that the whole matrices of :meth:`update` are made of; gradients or state, not
+            copies.
+        """
+
+    @abstractmethod
+    def update(self, matrices: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Compute, on the matrices' owner, what the weights are to move by at the learning rate 1.
+
+        Args:
+            matrices: [batch, rows, cols] of whole logical matrices of one shape, in `exchange_dtype`.
+            state: of rows, [batch, rows] fp32 each, by the states' names; written to.
+
+        Returns:
+            [batch, rows, cols].
+        """
+
+
+def check_dtype(key: str, dtype: torch.dtype | None, known: tuple[torch.dtype, ...]) -> None:
+    """Refuse what is neither None nor in `known`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if dtype is not None and dtype not in known:
+        raise ValueError(f"{key} is {dtype}: use one of None, {', '.join(map(str, known))}")

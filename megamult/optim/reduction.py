@@ -1,0 +1,46 @@
+"""What an optimizer step sums over ranks before anything is updated: partial gradients, and the norms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamult.distributed import device
+from megamult.optim.clip import LocalSquares, Norms
+from megamult.zero.partition import Partition
+
+
+def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None:
+    """Sum, in place, the gradients that are partial over tensor-parallel ranks: one packed collective.
+
+    A replicated parameter's slices are the same on every rank of a tensor-parallel group (shards have equal sizes),
+    so the packed buffers line up.
+    """
+    if partition.mesh.size_of("tensor") == 1:
+        return
+    partial = [g for piece, g in zip(partition.slices, gradients, strict=True) if "tensor" in piece.spec.reduce_over]
+    if not partial:
+        return
+    packed = torch.cat(partial)
+    partition.mesh.sum_over(packed, "tensor")
+    torch._foreach_copy_(partial, list(packed.split([g.numel() for g in partial])))
+
+
+class GlobalNorms:
+    """Norms of the gradients of a partition over all ranks, each element of the model counted once."""
+
+    def __init__(self, partition: Partition) -> None:
+        here = partition.slices[0].tensor.device if partition.slices else device.local_device()
+        self._squares, self._mesh = LocalSquares(partition, here), partition.mesh
+
+    def __call__(self, gradients: list[Tensor], folded: Tensor | None) -> Norms:
+        """Return the norms. Collective over all ranks.
+
+        Args:
+            gradients: of each slice of the partition.
+            folded: [entries], the gradient of folded multipliers, the same on every rank; None: there are none.
+        """
+        squares = self._mesh.sum_over(self._squares(gradients).to(device.local_device()))
+        if folded is not None:
+            squares[1] += folded.double().square().sum()
+        return Norms(*squares.sqrt().tolist())

@@ -1,0 +1,122 @@
+"""State of update rules: in torch's `state` of an optimizer, and beside it what belongs to rows of logical matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megamult.zero.partition import Slice
+
+if TYPE_CHECKING:
+    from megamult.optim.rule import State, UpdateRule
+
+STEP = "step"
+"""Key of the number of updates of a tensor, where a rule counts them; torch knows it by this name."""
+
+
+class StateStore:
+    """The state that one optimizer keeps on this rank. Whatever is asked for and was never kept is zeros.
+
+    Args:
+        optimizer: its `state`, by tensor, is that of its elements. torch replaces it when a state is loaded.
+
+    Attributes:
+        rows: by name of the state and of the logical matrix, [rows] fp32.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self.rows: dict[str, dict[str, Tensor]] = {}
+
+    def of_tensor(self, rule: UpdateRule, tensor: Tensor) -> dict[str, Tensor]:
+        """Return the state of a tensor that `rule` updates, by key; each has the tensor's shape and dtype."""
+        kept: dict[str, Tensor] = self._optimizer.state[tensor]
+        if rule.counts_steps and STEP not in kept:
+            kept[STEP] = torch.zeros((), device=tensor.device)
+        for state in rule.states:
+            if state.per == "element" and state.key not in kept:
+                kept[state.key] = torch.zeros_like(tensor)
+        return kept
+
+    def of_slice(self, rule: UpdateRule, state: State, piece: Slice) -> Tensor:
+        """Return a state of a slice that `rule` updates, a [length] view. Of a shared slice it is fp32 and this rank's
+        alone.
+
+        Raises:
+            RuntimeError: a state was loaded that another rank had kept of the slice.
+        """
+        if not piece.shared:
+            whole = self.of_tensor(rule, piece.tensor)[state.key].view(-1)
+            return whole[piece.offset : piece.offset + piece.length]
+        kept: dict[str, Any] = self._optimizer.state[piece.tensor]
+        interval = f"{state.name}_interval"
+        if state.key not in kept:
+            kept[state.key] = torch.zeros(piece.length, dtype=torch.float32, device=piece.tensor.device)
+            kept[interval] = (piece.start, piece.length)
+        elif tuple(kept[interval]) != (piece.start, piece.length):
+            start, length = kept[interval]
+            raise RuntimeError(
+                f"the {state.name} loaded for {piece.name} is that of elements [{start}:{start + length}], and this "
+                f"rank's share is [{piece.start}:{piece.start + piece.length}]: load on each rank the state_dict that "
+                "it saved"
+            )
+        return kept[state.key]
+
+    def claim_rows(self, state: State, matrices: Mapping[str, int], device: torch.device) -> None:
+        """Keep a state of the rows of these logical matrices, and of no others: of a matrix that is new, zeros.
+
+        Args:
+            state: per row.
+            matrices: their names, and how many rows each has.
+            device: to keep it on.
+        """
+        before = self.rows.get(state.name, {})
+        self.rows[state.name] = {
+            name: before[name] if name in before else torch.zeros(rows, dtype=torch.float32, device=device)
+            for name, rows in matrices.items()
+        }
+
+    def of_rows(self, state: State, matrices: Sequence[str]) -> Tensor:
+        """Return a copy [matrices, rows] of a state of logical matrices with the same number of rows."""
+        return torch.stack([self.rows[state.name][name] for name in matrices])
+
+    def keep_rows(self, state: State, matrices: Sequence[str], values: Tensor) -> None:
+        """Take over what :meth:`of_rows` gave and was changed."""
+        torch._foreach_copy_([self.rows[state.name][name] for name in matrices], list(values.unbind()))
+
+    def all_rows(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Every (name of the state, name of the logical matrix, [rows]) that this rank keeps, to read and to write."""
+        for state, matrices in self.rows.items():
+            for name, values in matrices.items():
+                yield state, name, values
+
+    def load_rows(self, loaded: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over the `rows` of another store.
+
+        Raises:
+            ValueError: they are of other logical matrices.
+        """
+        for state, matrices in self.rows.items():
+            found = loaded.get(state, {})
+            if found.keys() != matrices.keys():
+                raise ValueError(
+                    f"the state has {state} of {len(found)} matrices, and this rank keeps it of {len(matrices)} "
+                    "others: load on each rank the state_dict that it saved"
+                )
+            for name, values in matrices.items():
+                values.copy_(found[name])
+
+    def kept(self, rules: Sequence[UpdateRule]) -> dict[str, int]:
+        """Bytes of each state that this rank keeps now, by the state's name."""
+        found: dict[str, int] = {}
+        for rule in rules:
+            for state in rule.states:
+                if state.per == "row":
+                    tensors = list(self.rows.get(state.name, {}).values())
+                else:
+                    tensors = [kept[state.key] for kept in self._optimizer.state.values() if state.key in kept]
+                found[state.name] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return found
