@@ -80,6 +80,8 @@ def counted_intervals(spec: ParameterSpec, coordinates: Coordinates, start: int,
     if spec.compact:  # its rows are those of segments
         pairs = zip(spec.local_segments(coordinates), spec.counted_segments(coordinates), strict=True)
         rows = [(segment.start, segment.length, counts) for segment, counts in pairs]
+        if all(counts for _, _, counts in rows):
+            return [(0, length)]  # padding is zero; with it a sum over the shard has the order that it has elsewhere
     else:
         rows = [(each.local, each.length, each.counted) for each in spec.row_intervals(coordinates)]
     found: list[tuple[int, int]] = []
