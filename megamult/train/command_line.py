@@ -92,6 +92,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
 def _used(namespace: Any) -> Any:
     """A copy of all sections without those of rules that the optimizer does not use."""
     namespace = namespace.clone()
+    namespace.pop("local_rank", None)  # of a launcher, not of a run
     optimizer = namespace.get("optimizer")
     if hasattr(optimizer, "keys"):
         for name in rule_sections():

@@ -86,7 +86,7 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
         "last",
     ),
     # T. Boissin, https://github.com/thib-s/flash-newton-schulz: made for input that is preconditioned (AOL), which
-    # Emerging-Optimizers does not do either. Singular values above 0.87 change sign: nothing for matrices near rank 1.
+    # Emerging-Optimizers does not do either. Singular values above 0.88 change sign: nothing for matrices near rank 1.
     "aol": CoefficientSet(
         (
             (4.0098, -7.0585, 2.4635),
