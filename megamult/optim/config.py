@@ -6,7 +6,7 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from megamult.validation import not_negative, positive, require
 
@@ -29,8 +29,8 @@ class AdamWConfig:
 
 
 @dataclass
-class MuonConfig:
-    """Muon, of the blocks' matrices."""
+class OrthogonalizedConfig:
+    """Momentum and Newton-Schulz of the rules that orthogonalize the blocks' matrices."""
 
     momentum: float = 0.95
     """Decay rate of the momentum."""
@@ -45,17 +45,28 @@ class MuonConfig:
     """What Newton-Schulz computes in. auto: fp32 if train.dtype is fp32, else bf16."""
     exchange_dtype: DType = "auto"
     """What momentum and updates travel in between ranks. auto: fp32 if train.dtype is fp32, else bf16."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        name = f"optimizer.{self.section}"
+        require(0 <= self.momentum < 1, f"{name}.momentum is {self.momentum}: it must be in [0, 1)")
+        positive(name, ns_steps=self.ns_steps)
+        require(
+            self.coefficients != "cubic5" or self.ns_steps == 5,
+            f"{name}.ns_steps is {self.ns_steps} with {name}.coefficients cubic5: use 5",
+        )
+
+
+@dataclass
+class MuonConfig(OrthogonalizedConfig):
+    """Muon, of the blocks' matrices."""
+
     scale: Literal["match_rms_adamw", "spectral", "unit_rms_norm", "shape_scaling"] = "match_rms_adamw"
     """Factor of an update. match_rms_adamw: 0.2 sqrt(max(out, in)), at which AdamW's lr and weight_decay carry over;
     spectral: sqrt(max(out, in)); unit_rms_norm: sqrt(out / in); shape_scaling: sqrt(max(1, out / in))."""
 
-    def __post_init__(self) -> None:
-        require(0 <= self.momentum < 1, f"optimizer.muon.momentum is {self.momentum}: it must be in [0, 1)")
-        positive("optimizer.muon", ns_steps=self.ns_steps)
-        require(
-            self.coefficients != "cubic5" or self.ns_steps == 5,
-            f"optimizer.muon.ns_steps is {self.ns_steps} with optimizer.muon.coefficients cubic5: use 5",
-        )
+    section: ClassVar[str] = "muon"
 
 
 @dataclass(frozen=True)

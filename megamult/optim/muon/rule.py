@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Muon(MatrixRule):
         ValueError: an unknown setting.
     """
 
-    states = (State("momentum", "momentum_buffer"),)
+    states: ClassVar[tuple[State, ...]] = (State("momentum", "momentum_buffer"),)
 
     def __init__(
         self,
