@@ -16,7 +16,7 @@ from tests.invariance import VOCAB, Case
 
 
 @dataclass
-class Segment:
+class Run:
     """One run: from a checkpoint or anew, so many steps, saving on the way."""
 
     case: Case
@@ -68,12 +68,12 @@ class Samples:
         return {}
 
 
-def run_all(runs: list[Segment]) -> list[Trace]:
+def run_all(runs: list[Run]) -> list[Trace]:
     """One after the other."""
     return [_run(run) for run in runs]
 
 
-def _run(run: Segment) -> Trace:
+def _run(run: Run) -> Trace:
     from megamult.checkpoint import resume
     from megamult.checkpoint.saved import SavedCheckpoint
     from megamult.checkpoint.state import held

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megamult.checkpoint.saved import SavedCheckpoint
-from tests.checkpoint.resume_workers import Segment, Trace, run_all, variant
+from tests.checkpoint.resume_workers import Run, Trace, run_all, variant
 from tests.invariance import Case, name_of
 from tests.processes import run_distributed
 
@@ -46,8 +46,8 @@ def bitwise(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, tuple[list[T
         for i, case in enumerate(cases):
             run_dir = folder / f"{world}_{i}"
             # The save is written while the run goes on: what is written must be step 10's all the same.
-            whole = Segment(case, 2 * HALF, run_dir, save_at=(HALF,), asynchronous=i % 3 != 2)
-            rest = Segment(case, HALF, folder / "none", load=run_dir / f"checkpoints/step_{HALF}", weights_seed=99)
+            whole = Run(case, 2 * HALF, run_dir, save_at=(HALF,), asynchronous=i % 3 != 2)
+            rest = Run(case, HALF, folder / "none", load=run_dir / f"checkpoints/step_{HALF}", weights_seed=99)
             rest.warm = i % 2 == 1
             runs += [whole, rest]
         by_rank = run_distributed(world, run_all, runs, timeout=900)
@@ -83,40 +83,40 @@ RELATIVE = 1e-5
 """As in test_invariance.py: sums in another order differ by some 1e-7, and few steps amplify that little."""
 
 
-def other_runs(folder: Path, step: str) -> dict[tuple[str, str, Case], Segment]:
+def other_runs(folder: Path, step: str) -> dict[tuple[str, str, Case], Run]:
     """One process from BASE's checkpoints with what else may change; and a plain model to give multipliers to."""
     one, none, load = Case(zero=1), folder / "none", folder / "adamw" / step
     plain = Case(zero=1, implementation="none")
     return {
-        ("adamw", "reset", one): Segment(one, MORE, none, load=load, reset_optimizer=True),
-        ("muon", "other optimizer", one): Segment(
+        ("adamw", "reset", one): Run(one, MORE, none, load=load, reset_optimizer=True),
+        ("muon", "other optimizer", one): Run(
             variant(one, optimizer="muon"), MORE, none, load=load, reset_optimizer=True
         ),
-        ("adamw", "bf16", one): Segment(variant(one, dtype="bf16"), MORE, none, load=load),
-        ("adamw", "plain", plain): Segment(plain, SAVED + 1, folder / "plain", save_at=(SAVED,)),
-        ("adamw", "plain gets layer", one): Segment(one, 1, none, load=folder / "plain" / step),
-        ("adamw", "plain gets folded", one): Segment(
+        ("adamw", "bf16", one): Run(variant(one, dtype="bf16"), MORE, none, load=load),
+        ("adamw", "plain", plain): Run(plain, SAVED + 1, folder / "plain", save_at=(SAVED,)),
+        ("adamw", "plain gets layer", one): Run(one, 1, none, load=folder / "plain" / step),
+        ("adamw", "plain gets folded", one): Run(
             variant(one, implementation="folded"), 1, none, load=folder / "plain" / step
         ),
     }
 
 
 @pytest.fixture(scope="module")
-def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, Case], Trace]:
+def shardings(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, Case], Trace]:
     """(optimizer, which, case) -> rank 0's trace. `whole`: BASE without a stop; `there`: another layout from BASE's
     checkpoint; `back`: BASE from what that layout saved at once."""
-    folder = tmp_path_factory.mktemp("layouts")
+    folder = tmp_path_factory.mktemp("shardings")
     found: dict[tuple[str, str, Case], Trace] = {}
     step = f"checkpoints/step_{SAVED}"
 
-    def launch(world: int, runs: dict[tuple[str, str, Case], Segment]) -> None:
+    def launch(world: int, runs: dict[tuple[str, str, Case], Run]) -> None:
         if runs:
             traces = run_distributed(world, run_all, list(runs.values()), timeout=900)[0]
             found.update(zip(runs, traces, strict=True))
 
-    def there(world: int) -> dict[tuple[str, str, Case], Segment]:
+    def there(world: int) -> dict[tuple[str, str, Case], Run]:
         return {
-            (optimizer, "there", case): Segment(
+            (optimizer, "there", case): Run(
                 variant(case, optimizer=optimizer),
                 MORE,
                 folder / f"{optimizer}_{i}",
@@ -130,14 +130,14 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, Case
         }
 
     whole = {
-        (o, "whole", BASE): Segment(variant(BASE, optimizer=o), SAVED + MORE, folder / o, save_at=(SAVED,))
+        (o, "whole", BASE): Run(variant(BASE, optimizer=o), SAVED + MORE, folder / o, save_at=(SAVED,))
         for o in OPTIMIZERS
     }
     launch(4, whole | there(4))
     launch(1, there(1) | other_runs(folder, step))
     launch(2, there(2))
     back = {
-        (o, "back", case): Segment(
+        (o, "back", case): Run(
             variant(BASE, optimizer=o), MORE, folder / "none", load=folder / f"{o}_{i}" / step, weights_seed=98
         )
         for i, case in enumerate(OTHERS)
@@ -151,9 +151,9 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, Case
 @pytest.mark.parametrize("case", OTHERS, ids=name_of)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_another_layout_goes_on_with_the_same_samples_and_losses(
-    optimizer: str, case: Case, which: str, specs: dict[tuple[str, str, Case], Trace]
+    optimizer: str, case: Case, which: str, shardings: dict[tuple[str, str, Case], Trace]
 ) -> None:
-    whole, other = specs[optimizer, "whole", BASE], specs[optimizer, which, case]
+    whole, other = shardings[optimizer, "whole", BASE], shardings[optimizer, which, case]
     batch = BASE.config().train.global_batch_size
     assert other.seen == list(range(SAVED * batch, (SAVED + MORE) * batch))
     assert other.seen == whole.seen[SAVED * batch :]
@@ -163,9 +163,9 @@ def test_another_layout_goes_on_with_the_same_samples_and_losses(
 
 
 def test_a_checkpoint_of_any_layout_has_the_same_tensors(
-    specs: dict[tuple[str, str, Case], Trace], tmp_path_factory: pytest.TempPathFactory
+    shardings: dict[tuple[str, str, Case], Trace], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = next(path for path in tmp_path_factory.getbasetemp().iterdir() if path.name.startswith("layouts"))
+    folder = next(path for path in tmp_path_factory.getbasetemp().iterdir() if path.name.startswith("shardings"))
     for optimizer in OPTIMIZERS:
         base = SavedCheckpoint(folder / optimizer / f"checkpoints/step_{SAVED}")
         base.verify()
@@ -182,26 +182,26 @@ def _losses(trace: Trace) -> list[float]:
 
 
 def test_a_fresh_optimizer_goes_on_with_the_model_and_the_data_alone(
-    specs: dict[tuple[str, str, Case], Trace],
+    shardings: dict[tuple[str, str, Case], Trace],
 ) -> None:
     """The first loss depends on the weights alone; the others show that lost state would be seen above."""
-    whole = _losses(specs["adamw", "whole", BASE])[SAVED:]
+    whole = _losses(shardings["adamw", "whole", BASE])[SAVED:]
     for optimizer, which in (("adamw", "reset"), ("muon", "other optimizer")):
-        fresh = specs[optimizer, which, Case(zero=1)]
+        fresh = shardings[optimizer, which, Case(zero=1)]
         assert _losses(fresh)[0] == pytest.approx(whole[0], rel=RELATIVE)
         assert abs(_losses(fresh)[-1] - whole[-1]) > 100 * RELATIVE * whole[-1]
         assert [record["step"] for record in fresh.records] == list(range(SAVED + 1, SAVED + MORE + 1))
 
 
-def test_another_dtype_goes_on_to_its_rounding(specs: dict[tuple[str, str, Case], Trace]) -> None:
+def test_another_dtype_goes_on_to_its_rounding(shardings: dict[tuple[str, str, Case], Trace]) -> None:
     # As test_muon_invariance.py allows for bf16: 2^-8 of the loss.
-    whole = _losses(specs["adamw", "whole", BASE])[SAVED:]
-    assert _losses(specs["adamw", "bf16", Case(zero=1)]) == pytest.approx(whole, rel=2**-8)
+    whole = _losses(shardings["adamw", "whole", BASE])[SAVED:]
+    assert _losses(shardings["adamw", "bf16", Case(zero=1)]) == pytest.approx(whole, rel=2**-8)
 
 
-def test_a_plain_model_gets_multipliers_that_start_at_1(specs: dict[tuple[str, str, Case], Trace]) -> None:
-    plain = specs["adamw", "plain", Case(zero=1, implementation="none")]
+def test_a_plain_model_gets_multipliers_that_start_at_1(shardings: dict[tuple[str, str, Case], Trace]) -> None:
+    plain = shardings["adamw", "plain", Case(zero=1, implementation="none")]
     for which in ("plain gets layer", "plain gets folded"):
-        other = specs["adamw", which, Case(zero=1)]
+        other = shardings["adamw", which, Case(zero=1)]
         assert _losses(other) == pytest.approx(_losses(plain)[SAVED:], rel=RELATIVE), "the same function"
         assert len(other.new) == 2 * (2 * 7 + 1), "two sides of seven matrices in two layers, and of the embedding"
