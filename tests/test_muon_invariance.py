@@ -34,6 +34,15 @@ BF16 = [
     Case(world=2, zero=0, optimizer="muon", dtype="bf16"),
 ]
 
+NORMUON = [
+    Case(zero=0, accumulation=4, optimizer="normuon"),
+    Case(world=2, tensor=2, sequence=True, zero=0, optimizer="normuon"),
+    Case(world=2, zero=1, implementation="folded", optimizer="normuon"),
+    Case(world=2, zero=3, accumulation=4, optimizer="normuon"),
+    Case(world=4, tensor=2, zero=2, accumulation=4, optimizer="normuon"),
+    Case(world=4, tensor=4, zero=1, optimizer="normuon"),
+]
+
 RELATIVE = 1e-5
 """As for AdamW: fp32 sums in another order differ by some 1e-7, and few steps amplify that little."""
 
@@ -61,10 +70,10 @@ def bound(matrix: bool, tensor: torch.Tensor, steps: int) -> float:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[Case, Outcome]:
-    return train([*CASES, *LONG, *BF16])
+    return train([*CASES, *LONG, *BF16, *NORMUON])
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", [*CASES, *NORMUON], ids=lambda case: f"{name_of(case)}-{case.optimizer}")
 def test_the_first_losses_are_those_of_one_process(case: Case, outcomes: dict[Case, Outcome]) -> None:
     for key in ("loss", "grad_norm", "multiplier_grad_norm"):
         expected = [record[key] for record in outcomes[case.reference].records[:5]]
@@ -84,6 +93,19 @@ def test_every_full_parameter_is_that_of_one_process_after_5_and_after_20_steps(
         worst = max(worst, difference / float(torch.linalg.vector_norm(reference)))
         assert difference <= bound(outcomes[case].kinds[name] == "matrix", reference, case.steps), name
     print(f"{name_of(case)}: largest relative difference {worst:.1e}")
+
+
+@pytest.mark.parametrize("case", NORMUON, ids=name_of)
+def test_normuon_leaves_every_full_parameter_as_one_process_does(case: Case, outcomes: dict[Case, Outcome]) -> None:
+    """Its rows are divided by their own size, which doubles a row's difference; the smallest rows are about half as
+    large as the average: 4 times Muon's bound."""
+    outcome, expected = outcomes[case], outcomes[case.reference].tensors
+    assert sorted(outcome.tensors) == sorted(expected)
+    for name, reference in expected.items():
+        limit = 4 * bound(outcome.kinds[name] == "matrix", reference, case.steps)
+        assert float(torch.linalg.vector_norm(outcome.tensors[name] - reference)) <= limit, name
+        moved = float(torch.linalg.vector_norm(reference - outcomes[case.reference].initial[name]))
+        assert moved > 10 * limit, f"{name}: else agreement would prove nothing"
 
 
 def test_a_wrong_update_would_exceed_the_bound(outcomes: dict[Case, Outcome]) -> None:

@@ -69,6 +69,23 @@ class MuonConfig(OrthogonalizedConfig):
     section: ClassVar[str] = "muon"
 
 
+@dataclass
+class NorMuonConfig(OrthogonalizedConfig):
+    """NorMuon, of the blocks' matrices."""
+
+    beta2: float = 0.95
+    """Decay rate of the second moment of each row of an update."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    section: ClassVar[str] = "normuon"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.beta2 < 1, f"optimizer.normuon.beta2 is {self.beta2}: it must be in [0, 1)")
+        positive("optimizer.normuon", eps=self.eps)
+
+
 @dataclass(frozen=True)
 class Choice:
     """An optimizer that `optimizer.name` may name: AdamW, or another rule for the blocks' matrices beside it."""
@@ -82,6 +99,7 @@ class Choice:
 OPTIMIZERS = {
     "adamw": Choice(("adamw",)),
     "muon": Choice(("adamw", "muon"), "megamult.optim.muon.rule:Muon"),
+    "normuon": Choice(("adamw", "normuon"), "megamult.optim.muon.normuon:NorMuon"),
 }
 """By the names of `optimizer.name`. A new one is an entry here, a section above and a field in OptimizerConfig."""
 
@@ -90,7 +108,7 @@ OPTIMIZERS = {
 class OptimizerConfig:
     """Optimizer and learning-rate schedule. The section of a rule that the optimizer does not use is None."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "normuon"] = "adamw"
     """The optimizer of the blocks' matrices; everything else is AdamW's."""
     lr: float = 1e-3
     """Peak learning rate."""
@@ -111,6 +129,7 @@ class OptimizerConfig:
     """Learning rate at the end of the fall (exponential and inverse_sqrt: must be positive)."""
     adamw: AdamWConfig | None = None
     muon: MuonConfig | None = None
+    normuon: NorMuonConfig | None = None
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in rule_sections()}

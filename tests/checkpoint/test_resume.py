@@ -27,8 +27,9 @@ BITWISE = [
     Case(world=2, zero=3, optimizer="muon", implementation="folded", sub_group_size=10_000),
     Case(world=2, zero=3, optimizer="adamw", dtype="bf16"),
     Case(world=2, tensor=2, sequence=True, zero=1, optimizer="adamw", placement="scalar", tied=True),
+    Case(world=2, zero=2, optimizer="normuon"),
 ]
-"""Both optimizers, both implementations, fp32 and bf16, every ZeRO class."""
+"""All optimizers, both implementations, fp32 and bf16, every ZeRO class."""
 
 
 def _id(case: Case) -> str:
@@ -77,7 +78,7 @@ OTHERS = [
     Case(world=4, tensor=4, zero=1, implementation="folded"),
     Case(world=4, zero=0, accumulation=4),
 ]
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "normuon")
 SAVED, MORE = 5, 5
 RELATIVE = 1e-5
 """As in test_invariance.py: sums in another order differ by some 1e-7, and few steps amplify that little."""
