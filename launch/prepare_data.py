@@ -1,5 +1,7 @@
 """Prepare a corpus: text or JSON lines -> tokenizer, indexed train set and indexed valid set."""
 
+from __future__ import annotations
+
 import argparse
 import os
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="UTF-8 files; JSON lines (known by their content): one document per line; plain text: one per block "
+        help="UTF-8 files: JSON lines (known by their content), one document per line; plain text, one per block "
         "between blank lines",
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
@@ -60,7 +62,7 @@ def main() -> None:
                 workers=args.workers,
             )
         except BrokenProcessPool:
-            raise ValueError("an encoding process died, perhaps out of memory; try fewer --workers") from None
+            raise ValueError("an encoding process died, perhaps out of memory: try fewer --workers") from None
     print(f"{args.output}.model: {summary.vocab_size} tokens in the vocabulary")
     print(f"{args.output}_train: {summary.train_documents} documents, {summary.train_tokens} tokens")
     if summary.valid_documents:

@@ -1,4 +1,6 @@
-"""A process beside global rank 0's that builds index files before a run needs them, so that no rank waits for them."""
+"""Index files built before a run needs them, by a background process of global rank 0: no rank waits for them."""
+
+from __future__ import annotations
 
 import os
 import subprocess
@@ -13,10 +15,10 @@ from megamult.runtime.partial import is_being_written
 
 
 class BuildsAhead:
-    """Builds epochs in the order in which they are given, in one process at a time.
+    """Builder of epochs' index files, in the order in which they are given, in one background process at a time.
 
-    A process, not a thread: Megatron's builder holds the interpreter's lock, and training would stand still. It ends
-    with this one, however this one ends.
+    A process, not a thread: Megatron's builder holds the interpreter's lock, and training would stand still. The
+    background process ends when this one does, however this one ends.
     """
 
     def __init__(self) -> None:
@@ -30,14 +32,14 @@ class BuildsAhead:
         return self._process is not None and self._process.poll() is None
 
     def start(self, epochs: Sequence[tuple[EpochFiles, int]]) -> None:
-        """Begin with those that are neither there nor given before; no process may be at work."""
+        """Start building the epochs that do not exist yet and were not given before; no build may be under way."""
         assert not self.busy
         self._end()
         new = [(files, n) for files, n in epochs if files.path(n) not in self._given and not files.path(n).exists()]
         self._given |= {files.path(n) for files, n in new}
         if not new:
             return
-        # What runs may be a script of the user's, from which the package is found by another way.
+        # The running program may be a user's script that found the package by a path of its own.
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         with tempfile.TemporaryFile("w+", encoding="utf-8") as work:
@@ -46,7 +48,7 @@ class BuildsAhead:
             work.seek(0)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megamult.data.epochs", str(work.fileno())],
-                stdin=subprocess.PIPE,  # which nothing is written to: the kernel closes it when this process ends
+                stdin=subprocess.PIPE,  # never written to; it closes when this process ends, and the child sees it
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 pass_fds=(work.fileno(),),
@@ -54,8 +56,8 @@ class BuildsAhead:
             )
 
     def wait_for(self, files: EpochFiles, epoch: int) -> None:
-        """Return once the process has built an epoch that it is at. One that it has not come to is not waited for: to
-        build that here is faster."""
+        """Wait for an epoch that is being built now; return at once for one that is still queued (building it here is
+        faster)."""
         path = files.path(epoch)
         while path in self._given and self.busy and not path.exists() and is_being_written(path):
             time.sleep(0.05)
@@ -63,7 +65,7 @@ class BuildsAhead:
             self._end()
 
     def close(self) -> None:
-        """End the process, if there is one; what it has not built is left."""
+        """End the background process, if there is one; what it has not built stays unbuilt."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -72,7 +74,7 @@ class BuildsAhead:
             self._process = None
 
     def _end(self) -> None:
-        """Say if a process has failed: what it was to build is built when it is needed."""
+        """Reap the process and warn if it failed: its epochs are then built when they are needed."""
         if self._process is None:
             return
         code = self._process.wait()

@@ -10,7 +10,7 @@ from megamult.validation import require
 
 @dataclass
 class DataConfig:
-    """Corpora made by launch/prepare_data.py."""
+    """Corpora made by launch/prepare_data.py, and their tokenizer."""
 
     train: str | dict[str, float] | list[str] | None = None
     """Prefix of .bin and .idx, a list of prefixes (equal weights), or a mapping from prefix to weight."""
@@ -19,8 +19,8 @@ class DataConfig:
     tokenizer: str | None = None
     """The sentencepiece model that the corpora were encoded with."""
     validate: Literal["stamp", "full"] = "stamp"
-    """Check of the corpora at a start. stamp: sizes, headers and samples are compared with the stamp that
-    launch/prepare_data.py wrote; full: every byte is read besides, by all processes together."""
+    """Check of the corpora at start-up. stamp: compare sizes, headers and samples with the stamp that
+    launch/prepare_data.py wrote; full: also read every byte, shared among all processes."""
 
     @staticmethod
     def sources(value: str | dict[str, float] | list[str] | None) -> list[tuple[str, float]]:

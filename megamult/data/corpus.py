@@ -1,9 +1,10 @@
 """A corpus made ready for training: documents encoded by several processes into indexed train and valid sets.
 
-The output bytes depend only on the input, the tokenizer and the split, never on the number of processes.
-Everything is written in a hidden directory next to the output and renamed once all of it is complete and
-checked.
+The output bytes depend only on the input, the tokenizer and the split, never on the number of processes. Everything is
+written in a hidden directory next to the output and renamed once all of it is complete and checked.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
@@ -33,7 +34,7 @@ _SAMPLE_SEED = 1
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What was written: counts per set, UTF-8 bytes of text, entropy of the training tokens (nats/token)."""
+    """Summary of a corpus: counts per set, UTF-8 bytes of text, entropy of the training tokens (nats/token)."""
 
     train_documents: int
     valid_documents: int
@@ -58,21 +59,21 @@ def prepare_corpus(
     json_key: str = "text",
     workers: int = 1,
 ) -> CorpusSummary:
-    """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and OUTPUT.model; earlier ones are replaced at the very end.
+    """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and OUTPUT.model, replacing earlier ones at the very end.
 
-    Either a tokenizer of `vocab_size` is trained on the training documents (a sample of them beyond 200 MB),
-    or the given model file is used. Each document must decode to itself and is followed by the
-    end-of-document token. With `valid_fraction` 0 there is no valid set, and an earlier one under the same
-    name is removed. What an earlier call that was killed left unfinished under the same name is removed first.
+    Either a tokenizer of `vocab_size` is trained on the training documents (a sample of them beyond 200 MB), or the
+    given model file is used. Each document must decode to itself and is followed by the end-of-document token. With
+    `valid_fraction` 0 there is no valid set, and an earlier one under the same name is removed. Unfinished files that a
+    killed call left under the same name are removed first.
 
     Raises:
         ValueError: bad inputs (the first mistake of each file, by its line), options that do not fit, or text the
             tokenizer cannot keep.
     """
     if (vocab_size is None) == (tokenizer is None):
-        raise ValueError(f"vocab_size is {vocab_size} and tokenizer is {tokenizer}; give exactly one of them")
+        raise ValueError(f"vocab_size is {vocab_size} and tokenizer is {tokenizer}: give exactly one of them")
     if workers < 1:
-        raise ValueError(f"workers is {workers}; give at least 1 process")
+        raise ValueError(f"workers is {workers}: give at least 1 process")
     given = Tokenizer(tokenizer) if tokenizer is not None else None
     prefix = _checked_prefix(output, inputs)
     count, text_bytes = _survey(inputs, json_key)
@@ -97,7 +98,7 @@ def prepare_corpus(
         if sum(written.values()) != count:
             raise ValueError(
                 f"the inputs held {count} documents when they were checked and {sum(written.values())} when "
-                "they were encoded; run again when nothing else writes to them"
+                "they were encoded: run again when nothing else writes to them"
             )
         tokens = {}
         for name in written:
@@ -118,7 +119,7 @@ def prepare_corpus(
 
 
 def _outputs(prefix: Path) -> dict[str, Path]:
-    """Every file that may be written, by its name in the partial folder; stamps last, which vouch for the others."""
+    """Every file that may be written, by its name in the partial folder; stamps last, as they vouch for the others."""
     names = [f"{part}{kind}" for kind in (".bin", ".idx", SUFFIX) for part in ("train", "valid")]
     return {"model": prefix.with_name(f"{prefix.name}.model")} | {
         name: prefix.with_name(f"{prefix.name}_{name}") for name in names
@@ -127,22 +128,22 @@ def _outputs(prefix: Path) -> dict[str, Path]:
 
 def _checked_prefix(output: str | Path, inputs: Sequence[str | Path]) -> Path:
     if str(output).endswith(("/", os.sep)) or Path(output).name in ("", ".", ".."):
-        raise ValueError(f"output is {str(output)!r}; give a prefix such as data/corpus, not a directory")
+        raise ValueError(f"output is {str(output)!r}: give a prefix such as data/corpus, not a directory")
     prefix = Path(output)
     for file in _outputs(prefix).values():
         if file.is_dir():
-            raise ValueError(f"output file {file} is a directory; choose another prefix or move it")
+            raise ValueError(f"output file {file} is a directory: choose another prefix or move it")
         for path in inputs:
             if file.exists() and Path(path).exists() and file.samefile(path):
-                raise ValueError(f"input {path} is also the output file {file}; choose another prefix")
+                raise ValueError(f"input {path} is also the output file {file}: choose another prefix")
     existing = next(parent for parent in prefix.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"cannot write under {existing}; choose an output prefix in a directory that you may write to")
+        raise ValueError(f"cannot write under {existing}: choose an output prefix in a directory that you may write to")
     return prefix
 
 
 def _survey(inputs: Sequence[str | Path], json_key: str) -> tuple[int, int]:
-    """Documents and UTF-8 bytes of all inputs, which are read to their ends: bad ones are all named together."""
+    """Count documents and UTF-8 bytes of all inputs. Each is read to its end: all bad ones are named together."""
     count = size = 0
     mistakes: list[str] = []
     for path in inputs:
@@ -203,7 +204,7 @@ def _write_sets(encoded: Iterable[np.ndarray], partial: Path, split: ValidSplit,
 def _publish(partial: Path, prefix: Path) -> None:
     outputs = _outputs(prefix)
     for name in outputs:
-        if name.endswith(SUFFIX):  # an earlier one shall vouch for nothing that is replaced
+        if name.endswith(SUFFIX):  # an old stamp must not vouch for new files
             outputs[name].unlink(missing_ok=True)
         if (partial / name).exists():
             with open(partial / name, "rb") as stream:

@@ -1,10 +1,12 @@
 """The samples that training reads: weighted sources, each a Megatron `GPTDataset` per epoch.
 
-A GPTDataset orders its documents by how many epochs it is asked for, so one that covers a whole run changes
-when the run gets longer. Here each (source, epoch) is a dataset of exactly one epoch with a seed of its own.
-Sample k of a source is then a function of (seed, source, k) only, wherever the source stands in a blend, and a
-run resumes at any sample without a state. A source is known by its contents.
+A GPTDataset orders its documents by how many epochs it is asked for, so one that covers a whole run changes when the
+run gets longer. Here each (source, epoch) is a dataset of exactly one epoch with a seed of its own. Sample k of a
+source is then a function of (seed, source, k) only, wherever the source stands in a blend, and a run resumes at any
+sample without a state. A source is known by its contents.
 """
+
+from __future__ import annotations
 
 import hashlib
 import time
@@ -29,20 +31,18 @@ _SHARED_FILES_SECONDS = 60
 class BlendedDataset:
     """Global sample i -> {"tokens": i64[seq], "labels": i64[seq]}, labels[t] being the token after tokens[t].
 
-    `sources` are (prefix of .bin/.idx, positive weight); weights are relative. Sample i is sample k of the
-    source that `Blend.locate` names, found in epoch k // samples_per_epoch at place k % samples_per_epoch.
-    Each epoch shuffles the documents, cuts them into samples of seq_length tokens (one more is read for the
-    last label) and shuffles those. The last, incomplete sample of an epoch is left out; no sample is padded,
-    none is masked.
+    `sources` are (prefix of .bin/.idx, positive weight); weights are relative. Sample i is sample k of the source that
+    `Blend.locate` names, found in epoch k // samples_per_epoch at place k % samples_per_epoch. Each epoch shuffles the
+    documents, cuts them into samples of seq_length tokens (one more is read for the last label) and shuffles those. The
+    last, incomplete sample of an epoch is left out; no sample is padded, none is masked.
 
     In a distributed run call `prepare` on all ranks before reading; a single process may skip it. A thread may read
     prepared samples while another one prepares.
 
     Args:
-        cache_dir: where GPTDataset keeps its index files, on a file system that all ranks see. Files are
-            keyed by source contents, seed, seq_length and tokenizer, so a directory may be used again and by
-            several runs.
-        described: what `describe` says of each prefix, where it has been asked already.
+        cache_dir: where GPTDataset keeps its index files, on a file system that all ranks see. Files are keyed by
+            source contents, seed, seq_length and tokenizer, so a directory may be used again and by several runs.
+        described: the result of `describe` for each prefix, if it is known already.
 
     Raises:
         ValueError: bad weights, damaged files or another tokenizer's (see `describe`), a source shorter than one
@@ -59,7 +59,7 @@ class BlendedDataset:
         described: Mapping[str, Described] | None = None,
     ) -> None:
         if seq_length < 1:
-            raise ValueError(f"seq_length is {seq_length}; give at least 1 token")
+            raise ValueError(f"seq_length is {seq_length}: give at least 1 token")
         self._weights = [float(weight) for _, weight in sources]
         self.blend = Blend(self._weights)
         self._origin = 0  # global sample with which the present blend began,
@@ -79,19 +79,18 @@ class BlendedDataset:
 
     @property
     def samples_per_epoch(self) -> list[int]:
-        """How many samples one epoch of each source has."""
+        """Samples in one epoch of each source."""
         return [source.samples_per_epoch for source in self._sources]
 
     def prepare(self, first: int, last: int, barrier: Callable[[], None] | None = None, end: int | None = None) -> None:
         """Open every (source, epoch) that the samples [first, last) touch and close all others.
 
-        Global rank 0 builds the index files that do not exist yet, then `barrier` is called, then the other
-        ranks load them. All ranks must make the same calls; where nothing new is touched there is neither
-        work nor a barrier.
+        Global rank 0 builds the index files that do not exist yet, then `barrier` is called, then the other ranks load
+        them. All ranks must make the same calls; where nothing new is touched there is neither work nor a barrier.
 
         Args:
-            end: sample before which the run will end. Index files that it will need next, each source's next epoch, are
-                built in the background from now on; None: each when it is needed.
+            end: sample before which the run will end. Index files of each source's next epoch are then built in the
+                background; None: each is built when it is needed.
 
         Raises:
             RuntimeError: rank 0's index files do not appear on this rank (cache_dir is not shared).
@@ -119,7 +118,7 @@ class BlendedDataset:
             self._ahead.start(self._next_epochs(last, end))
 
     def _touched(self, first: int, last: int) -> set[tuple[int, int]]:
-        """(position of the source, epoch) of every epoch that the samples [first, last) are of."""
+        """Return (position of the source, epoch) of every epoch that the samples [first, last) belong to."""
         touched: set[tuple[int, int]] = set()
         counts = zip(self._positions(first), self._positions(last), self._sources, strict=True)
         for position, (start, stop, source) in enumerate(counts):
@@ -129,7 +128,7 @@ class BlendedDataset:
         return touched
 
     def _next_epochs(self, last: int, end: int) -> list[tuple[EpochFiles, int]]:
-        """What the samples [last, end) touch first beyond what is prepared, one epoch per source, the soonest first."""
+        """The next epoch of each source that the samples [last, end) need and that is not prepared, soonest first."""
         found = []
         for position, (reached, stop, share) in enumerate(
             zip(self._positions(last), self._positions(end), self._weights, strict=True)
@@ -144,7 +143,7 @@ class BlendedDataset:
         return [(self._sources[position].epochs, epoch) for _, position, epoch in sorted(found)]
 
     def close(self) -> None:
-        """End what is built in the background."""
+        """End the background process that builds index files."""
         self._ahead.close()
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
@@ -163,7 +162,7 @@ class BlendedDataset:
         return [first + count for first, count in zip(self._first, self.blend.counts(i - self._origin), strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, beside the number of samples, to go on with every source's next sample."""
+        """State that a checkpoint holds, beside the number of samples, to continue with every source's next sample."""
         sources = zip(self._names.names, self._weights, self._first, strict=True)
         return {
             "origin": self._origin,
@@ -173,14 +172,14 @@ class BlendedDataset:
         }
 
     def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
-        """Go on before global sample `samples` of a run that left `state`; nothing has been prepared or read yet.
+        """Continue a run that left `state`, from global sample `samples` on. Call it before preparing or reading.
 
-        The same sources and weights go on with the same blend. Otherwise a new blend begins here, in which each
-        source that the run had goes on with its next sample, and others begin.
+        With the same sources and weights the same blend continues. Otherwise a new blend begins here, in which each
+        source that the run had continues with its next sample, and new ones begin with their first.
 
         Returns:
-            Lines that a user should read: on sources that are new to the run or left out from here on, and on what
-            an older checkpoint does not hold.
+            Lines for the user: sources that are new to the run, sources that are left out from here on, and what an
+            older checkpoint does not hold.
         """
         saved = state["sources"]
         known = [*(each["source"] for each in saved), *state["left"]]
@@ -222,19 +221,19 @@ class _Source:
     def __init__(
         self, described: Described, twin: int, tokenizer: Tokenizer, seq_length: int, seed: int, cache_dir: Path
     ) -> None:
-        """`twin`: as `draw_as`."""
+        """Open nothing yet; `twin` is that of `draw_as`."""
         files = described.files
         prefix = files.prefix
         if files.tokens < seq_length + 1:
             raise ValueError(
                 f"data source {prefix} has {files.tokens} tokens, but one sample takes "
-                f"{seq_length + 1} (seq_length + 1); prepare more text (for a valid set, a larger "
+                f"{seq_length + 1} (seq_length + 1): prepare more text (for a valid set, a larger "
                 "valid_fraction) or shorten model.seq_length"
             )
         if files.sequences > MOST_DOCUMENTS:
             raise ValueError(
                 f"data source {prefix} has {files.sequences} documents, and Megatron's sample index numbers at most "
-                f"{MOST_DOCUMENTS}; prepare it in several parts, and list them in data.train with weights in "
+                f"{MOST_DOCUMENTS}: prepare it in several parts, and list them in data.train with weights in "
                 "proportion to their tokens"
             )
         self.prefix, self.identity, self._tokenizer, self._seq_length = (
@@ -250,7 +249,7 @@ class _Source:
         self.draw_as(twin)
 
     def draw_as(self, twin: int) -> None:
-        """Draw orders as the `twin`-th of sources with one `Identity.order`: each of them has orders of its own."""
+        """Shuffle as the `twin`-th of the sources that share an `Identity.order`: each shuffles in its own way."""
         order, contents = self.identity.order, self.identity.contents
         key = repr((order, contents, self._tokenizer.sha256, self._seq_length, self._seed, twin))
         self.epochs = EpochFiles(
@@ -281,7 +280,7 @@ class _Source:
                 continue
             raise ValueError(
                 f"data source {self.prefix}, sample {k}: token id {wrong} is outside the vocabulary of "
-                f"{self._tokenizer.vocab_size}; use the tokenizer that the corpus was prepared with"
+                f"{self._tokenizer.vocab_size}: use the tokenizer that the corpus was prepared with"
             )
         return {"tokens": tokens, "labels": labels}
 
@@ -306,7 +305,7 @@ def _wait_for(directory: Path, cache_dir: Path) -> None:
     while not directory.exists():
         if time.monotonic() > deadline:
             raise RuntimeError(
-                f"rank {environment.rank()} does not see {directory}, which rank 0 builds; "
+                f"rank {environment.rank()} does not see {directory}, which rank 0 builds: "
                 f"call prepare() on all ranks, and put {cache_dir} on a file system that all nodes share"
             )
         time.sleep(0.1)

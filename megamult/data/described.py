@@ -1,4 +1,6 @@
-"""The description of a run's sources: what every rank must know of them, read by one rank of each node."""
+"""Descriptions of a run's sources: what every rank must know of them, read by one rank of each node."""
+
+from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable, Sequence
@@ -14,13 +16,13 @@ from megamult.data.tokenizer import Tokenizer
 # Every source takes some 40 small reads, which wait for a file server rather than for a processor.
 _THREADS = 16
 _TELL_SECONDS = 5.0
-"""How often a long check says how far it has got."""
+"""Seconds between the progress reports of a long check."""
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Described:
-    """One source: its files, what it is known by, and whether it has a stamp."""
+    """Description of one source: its files, the digests that identify it, and whether it has a stamp."""
 
     files: IndexedFiles
     identity: Identity
@@ -28,7 +30,7 @@ class Described:
 
 
 def describe(prefix: str, tokenizer: Tokenizer) -> Described:
-    """Read headers, sizes, the stamp, and samples of both files. Without a stamp also up to all of the .idx's pointers.
+    """Read headers, sizes, the stamp and samples of both files; without a stamp also the pointers in the .idx.
 
     Raises:
         ValueError: a file is missing or damaged, does not fit its stamp, or was encoded with another tokenizer.
@@ -45,7 +47,7 @@ def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Des
     """Describe each source, and check samples of the token ids of those that have no stamp.
 
     Raises:
-        ValueError: as `describe`, or a token id is outside the vocabulary; all mistakes in one message.
+        ValueError: the errors of `describe`, or a token id outside the vocabulary; all mistakes in one message.
     """
 
     def check(prefix: str) -> Described:
@@ -63,13 +65,13 @@ def validate_all(
     """Read every byte of each source, rank k of n its share (k, n), and compare checksums where there is a stamp.
 
     Args:
-        note: told how many pieces of the files have been checked so far, every few seconds in which there are more.
+        note: called with the number of pieces checked so far, every few seconds in which it has grown.
 
     Raises:
-        ValueError: as `validate_indexed`; all mistakes in one message.
+        ValueError: the errors of `validate_indexed`; all mistakes in one message.
     """
 
-    checked: list[str] = []  # a piece each, by its source; several threads append
+    checked: list[str] = []  # one entry per piece, its source; several threads append
 
     def check(prefix: str) -> None:
         stamp = Stamp.read(prefix)
@@ -90,7 +92,7 @@ def validate_all(
 def _each(
     check: Callable[[str], _Result], prefixes: Sequence[str], waiting: Callable[[], None] = lambda: None
 ) -> dict[str, _Result]:
-    """What `check` returns for each source, in several threads; `waiting` is called every few seconds meanwhile."""
+    """Run `check` on each source in several threads, calling `waiting` every few seconds meanwhile."""
     found: dict[str, _Result] = {}
     mistakes: list[str] = []
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -108,7 +110,7 @@ def _each(
 
 
 def unchecked(described: Sequence[Described], full: bool) -> str | None:
-    """Say in one line what could not be checked for lack of stamps; None: everything was.
+    """Say in one line what could not be checked because stamps are missing; None: everything was checked.
 
     Args:
         full: whether `validate_all` has been asked for.

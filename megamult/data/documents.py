@@ -1,5 +1,7 @@
 """Documents read one by one from files of text and of JSON lines, with errors that name file and line."""
 
+from __future__ import annotations
+
 import codecs
 import json
 from collections.abc import Iterable, Iterator
@@ -21,9 +23,9 @@ class Document:
 def read_documents(paths: Iterable[str | Path], json_key: str = "text") -> Iterator[Document]:
     """Yield the documents of all files in order.
 
-    JSON lines, whatever the file's name, hold one object each, its text under `json_key`. Any other text is plain:
-    a document is a run of non-blank lines, without the line ending of its last line. Everything else is kept
-    as it stands, except a byte-order mark at the start of a file.
+    JSON lines, whatever the file's name, hold one object each, its text under `json_key`. Any other text is plain: a
+    document is a block of non-blank lines, without the line ending of its last line. Everything else is kept as it
+    stands, except a byte-order mark at the start of a file.
 
     Raises:
         ValueError: a file is missing, empty, not UTF-8 or of a format that is not read (see `recognize`); a JSON line
@@ -33,13 +35,13 @@ def read_documents(paths: Iterable[str | Path], json_key: str = "text") -> Itera
         # Every file is read twice (checked before anything is written, then encoded), which a pipe cannot give.
         if not Path(path).is_file():
             fact = "is not a regular file" if Path(path).exists() else "does not exist"
-            raise ValueError(f"input {path} {fact}; give the path of a file of text or JSON lines")
+            raise ValueError(f"input {path} {fact}: give the path of a file of text or JSON lines")
         try:
             if Path(path).stat().st_size == 0:
-                raise ValueError(f"input {path} is empty (0 bytes); remove it from the inputs or fill it")
+                raise ValueError(f"input {path} is empty (0 bytes): remove it from the inputs or fill it")
             form = recognize(path, json_key)
         except OSError as error:
-            raise ValueError(f"cannot read input {path}: {error.strerror}; check its permissions") from error
+            raise ValueError(f"cannot read input {path} ({error.strerror}): check its permissions") from None
         lines = _decoded_lines(path)
         if form == "json lines":
             yield from _json_documents(path, lines, json_key)
@@ -48,7 +50,7 @@ def read_documents(paths: Iterable[str | Path], json_key: str = "text") -> Itera
 
 
 def _decoded_lines(path: str) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line with its ending); split as bytes, so that each error has its line."""
+    """Yield (line number, line with its ending). Lines are split as bytes, so that a decoding error has its line."""
     number = 0
     try:
         with open(path, "rb") as stream:
@@ -60,10 +62,10 @@ def _decoded_lines(path: str) -> Iterator[tuple[int, str]]:
                 except UnicodeDecodeError as error:
                     raise ValueError(
                         f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x}, byte "
-                        f"{error.start + 1} of the line); convert the file, for example with iconv -t UTF-8"
-                    ) from error
+                        f"{error.start + 1} of the line): convert the file, for example with iconv -t UTF-8"
+                    ) from None
     except OSError as error:
-        raise ValueError(f"cannot read input {path}: {error.strerror}; check its permissions") from error
+        raise ValueError(f"cannot read input {path} ({error.strerror}): check its permissions") from None
 
 
 def _text_blocks(path: str, lines: Iterable[tuple[int, str]]) -> Iterator[Document]:
@@ -79,7 +81,7 @@ def _text_blocks(path: str, lines: Iterable[tuple[int, str]]) -> Iterator[Docume
     if block:
         yield _block(path, start, block)
     elif not found:
-        raise ValueError(f"input {path} is empty (blank lines only); remove it from the inputs or fill it")
+        raise ValueError(f"input {path} is empty (blank lines only): remove it from the inputs or fill it")
 
 
 def _block(path: str, start: int, lines: list[str]) -> Document:
@@ -90,26 +92,26 @@ def _json_documents(path: str, lines: Iterable[tuple[int, str]], json_key: str) 
     for number, line in lines:
         where = f"{path}, line {number}"
         if not line.strip():
-            raise ValueError(f"{where}: the line is blank, but every line holds one JSON object; delete it")
+            raise ValueError(f"{where}: the line is blank, but every line holds one JSON object: delete it")
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: invalid JSON ({error}); write one JSON object per line") from error
+            raise ValueError(f"{where}: invalid JSON ({error}): write one JSON object per line") from None
         if not isinstance(record, dict):
-            raise ValueError(f'{where}: a JSON {type(record).__name__}, not an object; write {{"{json_key}": "..."}}')
+            raise ValueError(f'{where}: a JSON {type(record).__name__}, not an object: write {{"{json_key}": "..."}}')
         if json_key not in record:
             names = ", ".join(map(repr, list(record)[:8])) or "none"
-            raise ValueError(f"{where}: no field {json_key!r} (fields: {names}); name the right one with --json_key")
+            raise ValueError(f"{where}: no field {json_key!r} (fields: {names}): name the right one with --json_key")
         text = record[json_key]
         if not isinstance(text, str):
-            raise ValueError(f"{where}: field {json_key!r} is a {type(text).__name__}, not a string; make it a string")
+            raise ValueError(f"{where}: field {json_key!r} is a {type(text).__name__}, not a string: make it a string")
         if not text.strip():
-            raise ValueError(f"{where}: field {json_key!r} is an empty document ({text[:20]!r}); remove the line")
+            raise ValueError(f"{where}: field {json_key!r} is an empty document ({text[:20]!r}): remove the line")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"{where}: field {json_key!r} is not valid Unicode (lone surrogate at character "
-                f"{error.start}); repair it"
-            ) from error
+                f"{error.start}): repair it"
+            ) from None
         yield Document(path, number, text)

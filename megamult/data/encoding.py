@@ -1,7 +1,9 @@
-"""Documents to token ids in several processes, in order, with a bounded number of them in memory.
+"""Encoding of documents to token ids, in several processes and in order, with a bounded number in memory.
 
 Worker processes import this file: it must stay free of torch and Megatron, which take seconds to load.
 """
+
+from __future__ import annotations
 
 import collections
 import multiprocessing
@@ -25,20 +27,20 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
     """Ids of a document and the end-of-document token, int32[tokens + 1].
 
     Raises:
-        ValueError: decoding does not give the text back, so training on it would lose something.
+        ValueError: decoding the ids does not return the same text, so training would lose part of it.
     """
     where = f"{document.path}, line {document.line}"
     try:
         ids = tokenizer.encode(document.text)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {error}") from None
     decoded = tokenizer.decode(ids)
     if decoded != document.text:
         pairs = zip(decoded, document.text, strict=False)
         at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded), len(document.text)))
         raise ValueError(
             f"{where}: the tokenizer {tokenizer.model_path} does not keep the text: character {at} of the "
-            f"document, {document.text[at : at + 20]!r}, comes back as {decoded[at : at + 20]!r}; use "
+            f"document, {document.text[at : at + 20]!r}, comes back as {decoded[at : at + 20]!r}: use "
             "a model with identity normalization and byte fallback, or let launch/prepare_data.py train one"
         )
     return np.array([*ids, tokenizer.eod], dtype=np.int32)
@@ -50,7 +52,7 @@ def encode_in_order(
     """Yield the ids of each document, in the order of `documents`, whatever the number of processes.
 
     Raises:
-        ValueError: a document is not kept by the tokenizer (see `encode_document`).
+        ValueError: the tokenizer does not keep a document (see `encode_document`).
     """
     if workers == 1:
         tokenizer = Tokenizer(model_path)
@@ -95,7 +97,7 @@ def _start_worker(model_path: str) -> None:
 
 
 def _die_with_parent() -> None:
-    # A killed parent cannot shut its pool down, and its workers would wait for work for ever.
+    # A killed parent cannot shut its pool down; its workers would wait for work for ever.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,8 +1,10 @@
-"""One epoch of one source: Megatron's `GPTDataset` over it, and the index files that say in which order it is read.
+"""One epoch of one source: Megatron's `GPTDataset` over it, and the index files that fix the order in which it is read.
 
-As a program (`python -m megamult.data.epochs DESCRIPTOR`) it builds the index files that an open file names, one JSON
-object per line, as long as standard input is open: `megamult.data.ahead` starts it so.
+As a program (`python -m megamult.data.epochs DESCRIPTOR`) it reads descriptions of epochs from an open file, one JSON
+object per line, and builds their index files; it ends when its standard input closes. `megamult.data.ahead` starts it.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -27,8 +29,8 @@ from megamult.runtime.partial import partial_folder
 MOST_DOCUMENTS = 2**31 - 1
 """Megatron's builder of sample indices takes document numbers as 32-bit integers."""
 
-# Megatron zeroes and masks tokens equal to its padding id, by default -1, which a damaged corpus may hold and
-# which would then pass unseen. No token type holds this one.
+# Megatron zeroes and masks tokens equal to its padding id, by default -1, which a damaged corpus may hold and which
+# would then pass unseen. No token type holds this one.
 _NO_PADDING = -(1 << 40)
 
 
@@ -43,13 +45,13 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class EpochFiles:
-    """The epochs of one source: where their index files are, and all that their contents depend on.
+    """Epochs of one source: where their index files are, and everything that the contents depend on.
 
     Attributes:
-        prefix: of the source's .bin and .idx.
-        name: what Megatron names the index files by; a digest of the source.
-        seed: hashed together with the epoch's number.
-        directory: of the epochs' folders.
+        prefix: prefix of the source's .bin and .idx.
+        name: digest of the source, which Megatron uses in the names of the index files.
+        seed: integers that are hashed together with the epoch's number.
+        directory: folder that holds one folder per epoch.
     """
 
     prefix: str
@@ -60,13 +62,13 @@ class EpochFiles:
     directory: str
 
     def path(self, epoch: int) -> Path:
-        """The folder of an epoch's index files; it is there once they are complete."""
+        """Folder of an epoch's index files; it exists once they are complete."""
         return Path(self.directory) / f"epoch_{epoch}"
 
     def build(self, epoch: int) -> None:
-        """Write an epoch's index files, unless they are there.
+        """Write an epoch's index files, unless they exist.
 
-        In a distributed run only global rank 0 can: Megatron writes nothing on another one.
+        In a distributed run only global rank 0 can do it: Megatron writes nothing on other ranks.
         """
         final = self.path(epoch)
         if final.exists():
@@ -82,7 +84,7 @@ class EpochFiles:
                     raise
 
     def load(self, epoch: int, indexed: Any) -> Any:
-        """The GPTDataset of an epoch whose index files are there, over an open `IndexedDataset`."""
+        """Return the GPTDataset of an epoch whose index files exist, over an open `IndexedDataset`."""
         return self._dataset(epoch, self.path(epoch), indexed)
 
     def _dataset(self, epoch: int, directory: Path, indexed: Any) -> Any:
@@ -90,7 +92,7 @@ class EpochFiles:
             from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
             from megatron.core.datasets.utils import Split
 
-            # The list of documents is needed to build an index, and would stay in memory beside a loaded one.
+            # Only building needs the list of documents; a loaded dataset would keep it in memory for nothing.
             documents = np.empty(0, np.int32)
             if indexed is None:
                 indexed = open_indexed(self.prefix)
@@ -140,7 +142,7 @@ def quiet_megatron() -> Iterator[None]:
 
 
 def to_json(files: EpochFiles, epoch: int) -> str:
-    """One line for the program."""
+    """Describe an epoch in one line, for the program."""
     return json.dumps({"files": dataclasses.asdict(files), "epoch": epoch})
 
 
@@ -153,7 +155,7 @@ def _from_json(line: str) -> tuple[EpochFiles, int]:
 
 
 def _main() -> None:
-    # Requests to stop reach every process of a job; the run that started this one decides, and this one ends with it.
+    # Signals to stop reach every process of a job. The run that started this one handles them.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)
@@ -164,7 +166,7 @@ def _main() -> None:
         for files, epoch in work:
             files.build(epoch)
     except Exception as error:
-        # The last line is what the run will say of it.
+        # The run shows the last line in its warning.
         print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -1,8 +1,10 @@
 """Formats of input files, known by their first bytes: JSON lines, plain text, and what must be converted first.
 
-A name decides only where the content leaves it open: text that is no JSON under `.jsonl` is a mistake in that file, and
-`.csv` or `.json` promise what plain text is not.
+The file's name decides only where its content leaves the format open: text in a `.jsonl` file that is not JSON is a
+mistake in that file, and a `.csv` or `.json` file is not taken for plain text.
 """
+
+from __future__ import annotations
 
 import codecs
 import json
@@ -39,7 +41,7 @@ _TAR_AT = 257
 _LINES_SUFFIXES = (".jsonl", ".ndjson")
 _TABLE_SUFFIXES = (".csv", ".tsv")
 
-# How a JSON document begins that is no JSON line. Text may begin with a bracket, but not with these.
+# Beginnings of JSON documents that are not JSON lines. Plain text may begin with a bracket, but not like this.
 _JSON_DOCUMENT = re.compile(r'\{\s*"|\[\s*[\[{]*\s*"|\[\s*\{|[\[{]\s*$')
 _TABLE_HEADER = re.compile(r'"?\w+"?(?:([,\t;])"?\w+"?)(?:\1"?\w+"?)*$')
 
@@ -48,7 +50,7 @@ def recognize(path: str, json_key: str) -> Format:
     """Return the format of `path`, which is not empty.
 
     Raises:
-        ValueError: a format that is not read here, by its name, with what to do.
+        ValueError: the format is not read here; the message names it and says how to convert it.
         OSError: the file cannot be read.
     """
     with open(path, "rb") as stream:
@@ -64,29 +66,29 @@ def recognize(path: str, json_key: str) -> Format:
     if _is_object(line) or (longer_than_head and re.match(r'\{\s*"', line)):
         return "json lines"
     if suffix in _LINES_SUFFIXES:
-        return "json lines"  # its first mistake will be named with its line
+        return "json lines"  # the reader names its first mistake by line
     if _JSON_DOCUMENT.match(text if line in ("[", "{", "[{") else line):
         kind = "one JSON array" if text.startswith("[") else "a JSON object over several lines, or damaged JSON"
         raise ValueError(
-            f"input {path} looks like {kind}, not one JSON object per line; write it as JSON lines, for example with "
+            f"input {path} looks like {kind}, not one JSON object per line: write it as JSON lines, for example with "
             f"jq -c {'.[]' if text.startswith('[') else '.'}"
         )
     if suffix == ".json" and line:
         raise ValueError(
-            f"input {path} begins with {line[:20]!r}, which is no JSON object; write one object per line, or "
+            f"input {path} begins with {line[:20]!r}, which is no JSON object: write one object per line, or "
             "rename the file if it is plain text"
         )
     if suffix in _TABLE_SUFFIXES or _is_table(line, json_key):
-        raise ValueError(f"input {path} is a table ({line[:40]!r}); {_WITH_PANDAS.format('read_csv')}")
+        raise ValueError(f"input {path} is a table ({line[:40]!r}): {_WITH_PANDAS.format('read_csv')}")
     return "text"
 
 
 def _refuse_binary(path: str, head: bytes) -> None:
     for magic, name, remedy in _MAGIC:
         if head.startswith(magic):
-            raise ValueError(f"input {path} is {name}, by its first bytes; {remedy}")
+            raise ValueError(f"input {path} is {name}, by its first bytes: {remedy}")
     if head[_TAR_AT : _TAR_AT + 5] == b"ustar":
-        raise ValueError(f"input {path} is a tar archive, by its first bytes; unpack it, for example with tar -xf")
+        raise ValueError(f"input {path} is a tar archive, by its first bytes: unpack it, for example with tar -xf")
 
 
 def _is_object(line: str) -> bool:

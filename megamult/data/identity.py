@@ -1,4 +1,6 @@
-"""Digests by which a corpus is known, wherever it lies and whatever it is called."""
+"""Digests that identify a corpus, wherever it lies and whatever it is called."""
+
+from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
@@ -16,8 +18,8 @@ class Identity:
     Attributes:
         order: digest of the sizes and of where up to 65,536 evenly spaced documents start. The order of a run's samples
             is drawn from it, and does not depend on the text: corpora whose documents have the same lengths share it.
-        contents: digest of the sizes and of 16 evenly spaced blocks of 4 KiB of each file, token ids among them. By it
-            a run that goes on recognizes its sources.
+        contents: digest of the sizes and of 16 evenly spaced blocks of 4 KiB of each file, token ids among them. A run
+            that resumes recognizes its sources by it.
     """
 
     order: str
@@ -25,14 +27,14 @@ class Identity:
 
 
 def order_digest(files: IndexedFiles) -> str:
-    """`Identity.order` of an indexed dataset; reads up to all pointers of the .idx."""
+    """Compute `Identity.order` of an indexed dataset; reads some or all pointers of the .idx."""
     digest = hashlib.sha256(f"{files.dtype.__name__} {files.tokens} {files.sequences}".encode())
     digest.update(files.pointers()[:: 1 + files.sequences // _STARTS].tobytes())
     return digest.hexdigest()
 
 
 def contents_digest(files: IndexedFiles) -> str:
-    """`Identity.contents` of an indexed dataset; reads at most 128 KiB."""
+    """Compute `Identity.contents` of an indexed dataset; reads at most 128 KiB."""
     digest = hashlib.sha256(f"{files.dtype.__name__} {files.tokens} {files.sequences}".encode())
     for file in (files.bin, files.idx):
         with open(file, "rb", buffering=0) as stream:

@@ -1,10 +1,11 @@
 """Checks and statistics of Megatron's indexed datasets: token ids in a `.bin`, where they are in an `.idx`.
 
-The layout of an `.idx`, little endian: magic (9 bytes), version (u64), token type (u8), number of sequences
-S (u64), number of document bounds D (u64), lengths (i32[S], tokens), pointers (i64[S], bytes into the .bin),
-bounds (i64[D], sequences). Read here without Megatron, whose own reader answers damage with assertions or
-numpy errors.
+The layout of an `.idx`, little endian: magic (9 bytes), version (u64), token type (u8), number of sequences S (u64),
+number of document bounds D (u64), lengths (i32[S], tokens), pointers (i64[S], bytes into the .bin), bounds (i64[D],
+sequences). Read here without Megatron, whose own reader answers damage with assertions or numpy errors.
 """
+
+from __future__ import annotations
 
 import hashlib
 import struct
@@ -25,7 +26,7 @@ _TOKEN_TYPES: dict[int, type[np.integer]] = {
     8: np.uint16,
 }
 PIECE_BYTES = 1 << 28
-"""A file's checksums are of pieces of so many bytes, which several processes can check at the same time."""
+"""Size of the pieces that have a checksum each, so that several processes can check one file at the same time."""
 
 _CHUNK_TOKENS = 1 << 22
 _CHUNK_SEQUENCES = 1 << 20
@@ -35,7 +36,7 @@ _REMEDY = "copy the pair again or rerun launch/prepare_data.py"
 
 @dataclass(frozen=True)
 class IndexedFiles:
-    """Two files that fit each other. Nothing of them stays in memory: each method reads what it is asked for."""
+    """A .bin and .idx that fit each other. Nothing of them stays in memory: each method reads what it returns."""
 
     prefix: str
     dtype: type[np.integer]
@@ -50,7 +51,7 @@ class IndexedFiles:
 
     @property
     def idx(self) -> Path:
-        """The file that says where they are."""
+        """The file that says where each sequence is."""
         return Path(f"{self.prefix}.idx")
 
     def lengths(self) -> np.ndarray:
@@ -90,38 +91,38 @@ def read_index(prefix: str | Path) -> IndexedFiles:
     for file in (idx, bin_):
         if not file.is_file():
             raise ValueError(
-                f"data file {file} does not exist; give a prefix without .bin or .idx, as "
+                f"data file {file} does not exist: give a prefix without .bin or .idx, as "
                 "launch/prepare_data.py wrote it"
             )
     size = idx.stat().st_size
     with open(idx, "rb") as stream:
         header = stream.read(_HEADER.size)
     if not header.startswith(_MAGIC):
-        raise ValueError(f"{idx} is not a Megatron index: it starts with {header[:9]!r}, not {_MAGIC!r}; {_REMEDY}")
+        raise ValueError(f"{idx} is not a Megatron index: it starts with {header[:9]!r}, not {_MAGIC!r}: {_REMEDY}")
     if len(header) < _HEADER.size:
-        raise ValueError(f"{idx} is cut off: {size} bytes, its header alone has {_HEADER.size}; {_REMEDY}")
+        raise ValueError(f"{idx} is cut off: {size} bytes, its header has {_HEADER.size}: {_REMEDY}")
     _, version, code, sequences, bounds = _HEADER.unpack(header)
     if version != 1 or code not in _TOKEN_TYPES:
         raise ValueError(
             f"{idx} has version {version} and token type code {code}, but version 1 and an integer type "
-            f"({', '.join(map(str, _TOKEN_TYPES))}) are read; {_REMEDY}"
+            f"({', '.join(map(str, _TOKEN_TYPES))}) are read: {_REMEDY}"
         )
     if size < _HEADER.size + 12 * sequences + 8 * bounds:
         raise ValueError(
             f"{idx} is cut off: {size} bytes, but {sequences} sequences and {bounds} document bounds "
-            f"take {_HEADER.size + 12 * sequences + 8 * bounds}; {_REMEDY}"
+            f"take {_HEADER.size + 12 * sequences + 8 * bounds}: {_REMEDY}"
         )
     dtype = _TOKEN_TYPES[code]
     itemsize = np.dtype(dtype).itemsize
     files = IndexedFiles(prefix, dtype, 0, sequences, max(bounds - 1, 0))
     if bounds == 0 or _number(idx, "<i8", 12 * sequences + 8 * (bounds - 1)) != sequences:
-        raise ValueError(f"{idx} is damaged: {bounds} document bounds do not end at sequence {sequences}; {_REMEDY}")
+        raise ValueError(f"{idx} is damaged: {bounds} document bounds do not end at sequence {sequences}: {_REMEDY}")
     expected = 0
     if sequences:
         length, pointer = _number(idx, "<i4", 4 * (sequences - 1)), _number(idx, "<i8", 12 * sequences - 8)
         if length < 0 or pointer < 0:
             raise ValueError(
-                f"{idx} is damaged: its last sequence, {sequences - 1}, has length {length} at byte {pointer}; "
+                f"{idx} is damaged: its last sequence, {sequences - 1}, has length {length} at byte {pointer}: "
                 f"{_REMEDY}"
             )
         expected = pointer + length * itemsize
@@ -129,20 +130,20 @@ def read_index(prefix: str | Path) -> IndexedFiles:
     if actual != expected:
         raise ValueError(
             f"{bin_} has {actual} bytes, but {idx} describes {expected}: the file is "
-            f"{'cut off' if actual < expected else 'longer than its index or belongs to another one'}; "
+            f"{'cut off' if actual < expected else 'longer than its index or belongs to another one'}: "
             f"{_REMEDY}"
         )
     return replace(files, tokens=expected // itemsize)
 
 
 def _number(idx: Path, dtype: str, at: int) -> int:
-    """One number, `at` bytes behind the header; read, because a fault in a mapped file reads its surroundings too."""
+    """Read one number, `at` bytes behind the header. Not memory-mapped: a page fault would read more."""
     return int(np.fromfile(idx, dtype, 1, offset=_HEADER.size + at)[0])
 
 
 def blocks(size: int, block: int) -> list[tuple[int, int]]:
-    """(start, stop) of 16 evenly spaced blocks of `size` things, the first and the last among them; all of the things
-    where they are not more than those blocks hold."""
+    """Return (start, stop) of 16 evenly spaced blocks of `size` items, with the first and the last items among them; a
+    single block if 16 would hold everything."""
     if size <= _BLOCKS * block:
         return [(0, size)] if size else []
     starts = [i * (size - block) // (_BLOCKS - 1) for i in range(_BLOCKS)]
@@ -153,7 +154,7 @@ def check_sequences(files: IndexedFiles, first: int, last: int) -> None:
     """Check that each of the sequences [first, last) begins where the one before it ends.
 
     Raises:
-        ValueError: one does not.
+        ValueError: a sequence begins elsewhere.
     """
     itemsize = np.dtype(files.dtype).itemsize
     all_lengths, all_pointers = files.lengths(), files.pointers()
@@ -169,12 +170,12 @@ def check_sequences(files: IndexedFiles, first: int, last: int) -> None:
             n = int(wrong[0])
             raise ValueError(
                 f"{files.idx} is damaged: sequence {before + n} has length {lengths[n]} at byte {pointers[n]}, "
-                f"which does not follow sequence {before + n - 1}; {_REMEDY}"
+                f"which does not follow sequence {before + n - 1}: {_REMEDY}"
             )
 
 
 def check_ids(files: IndexedFiles, vocab_size: int, start: int, ids: np.ndarray) -> None:
-    """Check token ids, the first of which is the corpus's token `start`, against the vocabulary.
+    """Check token ids against the vocabulary; the first of them is token number `start` of the corpus.
 
     Raises:
         ValueError: one lies outside [0, vocab_size).
@@ -187,7 +188,7 @@ def check_ids(files: IndexedFiles, vocab_size: int, start: int, ids: np.ndarray)
     sequence = int(np.searchsorted(files.pointers(), byte, side="right")) - 1
     raise ValueError(
         f"{files.bin}: token id {int(ids[position - start])} at token {position} (document {sequence}) "
-        f"is outside the vocabulary of {vocab_size}; use the tokenizer that the corpus was prepared "
+        f"is outside the vocabulary of {vocab_size}: use the tokenizer that the corpus was prepared "
         "with, or prepare it again"
     )
 
@@ -196,10 +197,10 @@ def validate_sample(files: IndexedFiles, vocab_size: int) -> int:
     """Check what `validate_indexed` checks in 16 evenly spaced blocks of each file.
 
     Returns:
-        How many tokens were looked at.
+        The number of tokens that were looked at.
 
     Raises:
-        ValueError: as `validate_indexed`.
+        ValueError: the errors of `validate_indexed`.
     """
     for first, last in blocks(files.sequences, 512):
         check_sequences(files, first, last)
@@ -273,16 +274,14 @@ def _check_piece(file: Path, number: int, found: str, checksums: Sequence[str]) 
     if found != expected:
         raise ValueError(
             f"{file} has changed since launch/prepare_data.py wrote it: the SHA-256 of its bytes from "
-            f"{number * PIECE_BYTES} on is {found[:12]}..., and it was {str(expected)[:12]}...; {_REMEDY}"
+            f"{number * PIECE_BYTES} on is {found[:12]}..., and it was {str(expected)[:12]}...: {_REMEDY}"
         )
 
 
 def unigram_entropy(prefix: str | Path, vocab_size: int) -> float:
-    """Entropy of the empirical token distribution, -sum_t p_t ln p_t with p_t = count_t / tokens, in nats
-    per token.
+    """Entropy of the empirical token distribution, -sum_t p_t ln p_t with p_t = count_t / tokens, in nats per token.
 
-    It is the loss of the best model that ignores context: what a language model must beat. `vocab_size`
-    bounds the ids.
+    It is the loss of the best model that ignores context: what a language model must beat. `vocab_size` bounds the ids.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     for _, ids in read_index(prefix).chunks():

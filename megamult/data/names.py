@@ -1,10 +1,12 @@
-"""The names under which a run's checkpoints know its sources of data, and how a run that goes on finds them again.
+"""Names of data sources in a run's checkpoints, and how a run that resumes finds its sources again.
 
-A name is the source's `Identity.order` and a number, its twin: several sources can share an order (the same corpus
-given twice, or corpora whose documents have the same lengths), and each draws its samples in an order of its own. Which
-of them has which number depends on where they stood in the blend when they first came; from then on it stays with their
-contents.
+A name is the source's `Identity.order` and a number, its twin. Several sources can share an `Identity.order` (the same
+corpus given twice, or corpora whose documents have the same lengths), and the twin makes each of them shuffle in its
+own way. Twins are numbered by position in the blend when the sources are first used; from then on the number belongs to
+the source's contents.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +20,9 @@ class Names:
     """Names of the sources of a blend, in its order.
 
     Attributes:
-        twins: each source's number among those of the same order.
+        twins: each source's number among the sources with the same `Identity.order`.
         names: each source's name.
-        contents: name -> `Identity.contents`, of these sources and of those that the run had before.
+        contents: name -> `Identity.contents`, of these sources and of all that the run had before.
     """
 
     twins: list[int]
@@ -28,21 +30,21 @@ class Names:
     contents: dict[str, str]
 
     @staticmethod
-    def fresh(identities: Sequence[Identity]) -> "Names":
-        """Names of a new run's sources: twins are numbered as they stand."""
+    def fresh(identities: Sequence[Identity]) -> Names:
+        """Name a new run's sources, numbering twins by position."""
         return Names.resumed(identities, [], {})
 
     @staticmethod
-    def resumed(identities: Sequence[Identity], known: Sequence[str], contents: Mapping[str, str]) -> "Names":
-        """Names in a run that goes on.
+    def resumed(identities: Sequence[Identity], known: Sequence[str], contents: Mapping[str, str]) -> Names:
+        """Name the sources of a run that resumes.
 
         Args:
             known: names of all sources that the run has had.
-            contents: name -> `Identity.contents`, as far as a checkpoint says it; older ones do not.
+            contents: name -> `Identity.contents`, as far as the checkpoint holds them; older ones do not.
 
         Returns:
-            Names in which a source has the name that the run knew its contents by. Where contents are not known its
-            order decides; a source that is new takes a number that no other has had.
+            Names that give each source the name that the run had for its contents. Where the contents are unknown, the
+            `Identity.order` decides; a new source takes a number that no other has had.
         """
         taken: dict[int, str] = {}
         for sure in (True, False):

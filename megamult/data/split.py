@@ -1,5 +1,7 @@
 """The split of a corpus into training and validation documents."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from megamult.data.splitmix import splitmix
@@ -9,29 +11,29 @@ _SEED = 20240229
 
 @dataclass(frozen=True)
 class ValidSplit:
-    """Which of `documents` documents are for validation: one, drawn by hash, in each of `valid` equal ranges.
+    """Choice of validation documents: one of each of `valid` equal ranges of the `documents`, drawn by hash.
 
-    Stratified, so that the valid set covers the corpus evenly; drawn, so that no period of the corpus is
-    aliased; and a function of the counts alone, so that every process agrees.
+    Stratified, so that the valid set covers the corpus evenly; drawn, so that no period of the corpus is aliased; and a
+    function of the counts only, so that every process agrees.
     """
 
     documents: int
     valid: int
 
     @classmethod
-    def of(cls, documents: int, fraction: float) -> "ValidSplit":
+    def of(cls, documents: int, fraction: float) -> ValidSplit:
         """Round `fraction` of `documents`, leaving at least one document in each set unless it is 0.
 
         Raises:
             ValueError: the fraction is outside [0, 1), or there are too few documents to split.
         """
         if not 0 <= fraction < 1:
-            raise ValueError(f"valid_fraction is {fraction}; give a number from 0 (no valid set) to below 1")
+            raise ValueError(f"valid_fraction is {fraction}: give a number from 0 (no valid set) to below 1")
         if fraction == 0:
             return cls(documents, 0)
         if documents < 2:
             raise ValueError(
-                f"the corpus has {documents} document(s), but a train and a valid set need at least 2; "
+                f"the corpus has {documents} document(s), but a train and a valid set need at least 2: "
                 "separate documents by blank lines or into .jsonl lines, or set valid_fraction to 0"
             )
         return cls(documents, min(max(1, round(fraction * documents)), documents - 1))

@@ -1,5 +1,7 @@
 """A 64-bit hash of integers that is the same in every process, on every machine and in every Python."""
 
+from __future__ import annotations
+
 _MASK = (1 << 64) - 1
 
 
@@ -7,8 +9,8 @@ def splitmix(*values: int) -> int:
     """Hash integers, in order, to [0, 2^64).
 
     Each value is folded into the state and mixed by the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast
-    splittable pseudorandom number generators", OOPSLA 2014). Python's own `hash` is not used: it leaves small
-    integers as they are, so neighbouring seeds would give neighbouring streams.
+    splittable pseudorandom number generators", OOPSLA 2014). Python's own `hash` is not used: it leaves small integers
+    as they are, so neighbouring seeds would give neighbouring streams.
     """
     state = 0
     for value in values:

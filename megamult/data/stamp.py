@@ -1,7 +1,10 @@
 """The stamp that launch/prepare_data.py leaves beside a corpus, PREFIX.stamp.json: its tokenizer, sizes and digests.
 
-With it a run knows at its start, without reading the corpus, that the files are whole and of its own tokenizer.
+It lets a run check at start-up, without reading the corpus, that the files are whole and were encoded with its
+tokenizer.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -21,11 +24,11 @@ class Stamp:
     """Facts about a corpus from the time when it was written.
 
     Attributes:
-        tokenizer_sha256, vocab_size: the tokenizer that encoded it.
-        dtype, tokens, documents, bin_bytes, idx_bytes: of the two files.
-        order, contents: their `Identity`.
+        tokenizer_sha256, vocab_size: of the tokenizer that encoded it.
+        dtype, tokens, documents, bin_bytes, idx_bytes: what the two files hold, and their sizes.
+        order, contents: the `Identity` of the files.
         piece_bytes, bin_sha256, idx_sha256: checksums of consecutive pieces of each file.
-        format: raised when an older version could not read what a newer one writes.
+        format: number that changes when older versions could not read the file any more.
     """
 
     tokenizer_sha256: str
@@ -43,8 +46,8 @@ class Stamp:
     format: int = _FORMAT
 
     @staticmethod
-    def of(files: IndexedFiles, tokenizer: Tokenizer) -> "Stamp":
-        """The stamp of two files that `tokenizer` was used for; reads them once."""
+    def of(files: IndexedFiles, tokenizer: Tokenizer) -> Stamp:
+        """Make the stamp of two files that `tokenizer` encoded; reads both files once."""
         return Stamp(
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
@@ -61,11 +64,11 @@ class Stamp:
         )
 
     @staticmethod
-    def read(prefix: str) -> "Stamp | None":
-        """The stamp beside PREFIX.bin; None: there is none.
+    def read(prefix: str) -> Stamp | None:
+        """Read the stamp beside PREFIX.bin; None: there is none.
 
         Raises:
-            ValueError: it is damaged, or of a newer version.
+            ValueError: the stamp is damaged, or of a newer version.
         """
         path = Path(prefix + SUFFIX)
         remedy = "rerun launch/prepare_data.py, or remove this file (the corpus is then checked in samples only)"
@@ -74,16 +77,16 @@ class Stamp:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON file ({error}); {remedy}") from None
+            raise ValueError(f"{path} is no JSON file ({error}): {remedy}") from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             found = content.get("format") if isinstance(content, dict) else None
-            raise ValueError(f"{path} has format {found!r}, and this version reads {_FORMAT}; {remedy}")
+            raise ValueError(f"{path} has format {found!r}, and this version reads {_FORMAT}: {remedy}")
         try:
             stamp = Stamp(**content)
         except TypeError as error:
-            raise ValueError(f"{path} is damaged ({error}); {remedy}") from None
+            raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
         if stamp.piece_bytes != PIECE_BYTES:
-            raise ValueError(f"{path} has piece_bytes {stamp.piece_bytes!r}, not {PIECE_BYTES}; {remedy}")
+            raise ValueError(f"{path} has piece_bytes {stamp.piece_bytes!r}, not {PIECE_BYTES}: {remedy}")
         return stamp
 
     def write(self, path: Path) -> None:
@@ -91,10 +94,10 @@ class Stamp:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def check_files(self, files: IndexedFiles) -> Identity:
-        """Compare two files with it, by sizes and in samples.
+        """Compare two files with this stamp, by sizes and in samples.
 
         Raises:
-            ValueError: they are not those that it was written for.
+            ValueError: the stamp was written for other files.
         """
         found = {
             "dtype": files.dtype.__name__,
@@ -120,7 +123,7 @@ class Stamp:
         """Compare the tokenizer of a run with the corpus's.
 
         Raises:
-            ValueError: it is another one.
+            ValueError: the corpus was encoded with another one.
         """
         if tokenizer.sha256 != self.tokenizer_sha256:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A sentencepiece BPE tokenizer for which encode then decode is the identity: its training and its use.
+"""Training and use of a sentencepiece BPE tokenizer whose decode(encode(text)) is the text.
 
 Identity normalization, byte fallback, no dummy prefix and no whitespace removal make sentencepiece keep every
 character, newlines and tabs among them. Two characters are special inside the library and are handled here:
@@ -7,6 +7,8 @@ character, newlines and tabs among them. Two characters are special inside the l
 * A training sentence with U+2585 (its mark for an unknown character) is dropped without a word, so the
   training text is cut there; encoding it is no problem.
 """
+
+from __future__ import annotations
 
 import hashlib
 import io
@@ -40,16 +42,15 @@ def train_tokenizer(
 ) -> None:
     """Train a BPE model on `texts` and write it to `model_path`; the same texts give the same bytes.
 
-    The ids of unk, bos and eos are 0, 1 and 2, then come the 256 bytes. Characters outside
-    `character_coverage` (a fraction of all characters) are spelled in bytes. The file appears under its name
-    only when it is complete.
+    The ids of unk, bos and eos are 0, 1 and 2, then come the 256 bytes. Characters outside `character_coverage` (a
+    fraction of all characters) are spelled in bytes. The file appears under its name only when it is complete.
 
     Raises:
         ValueError: `vocab_size` is not one that this text can yield.
     """
     if vocab_size <= _FIXED_PIECES:
         raise ValueError(
-            f"vocab_size is {vocab_size}, but 3 special tokens and 256 byte tokens come first; "
+            f"vocab_size is {vocab_size}, but 3 special tokens and 256 byte tokens come first: "
             f"ask for at least {_FIXED_PIECES + 1}, usually 4096 or more"
         )
     model = io.BytesIO()
@@ -87,17 +88,17 @@ def _training_error(message: str, vocab_size: int) -> Exception:
     too_high = re.search(r"Vocabulary size too high .*<= (\d+)", message)
     if too_high:
         return ValueError(
-            f"vocab_size is {vocab_size}, but this text yields at most {too_high[1]} tokens; "
+            f"vocab_size is {vocab_size}, but this text yields at most {too_high[1]} tokens: "
             f"ask for {too_high[1]} or fewer, or give more text"
         )
     too_low = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if too_low:
         return ValueError(
             f"vocab_size is {vocab_size}, but special tokens, bytes and the characters of this text need "
-            f"{too_low[1]}; ask for {too_low[1]} or more"
+            f"{too_low[1]}: ask for {too_low[1]} or more"
         )
     if "sentences_.empty()" in message:
-        return ValueError("there is no text to train the tokenizer on; give at least one non-empty document")
+        return ValueError("there is no text to train the tokenizer on: give at least one non-empty document")
     return RuntimeError(f"sentencepiece could not train a tokenizer of {vocab_size} tokens: {message}")
 
 
@@ -108,8 +109,8 @@ class Tokenizer:
         vocab_size: number of tokens; every id lies in [0, vocab_size).
         eod: id of the end-of-document token (sentencepiece's eos).
         sha256: digest of the file, which is the tokenizer's identity wherever the file lies.
-        unique_identifiers: what Megatron's dataset configuration hashes to name its caches. There is
-            deliberately no `pad` attribute: GPTDataset would zero every token equal to it.
+        unique_identifiers: what Megatron's dataset configuration hashes to name its caches. There is deliberately no
+            `pad` attribute: GPTDataset would zero every token equal to it.
 
     Raises:
         ValueError: the file is missing, is not a sentencepiece model, or has no end-of-document token.
@@ -121,25 +122,25 @@ class Tokenizer:
             proto = Path(model_path).read_bytes()
         except OSError as error:
             raise ValueError(
-                f"cannot read the tokenizer {self.model_path}: {error.strerror}; "
+                f"cannot read the tokenizer {self.model_path} ({error.strerror}): "
                 "give the .model file that launch/prepare_data.py wrote"
-            ) from error
+            ) from None
         try:
             if not proto:
                 raise RuntimeError("the file is empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        except RuntimeError as error:
+        except RuntimeError:
             raise ValueError(
                 f"the tokenizer {self.model_path} ({len(proto)} bytes) is not a sentencepiece model or is "
-                "damaged; copy it again or rerun launch/prepare_data.py"
-            ) from error
+                "damaged: copy it again or rerun launch/prepare_data.py"
+            ) from None
         self.sha256 = hashlib.sha256(proto).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.eod: int = self._processor.eos_id()
         if self.eod < 0:
             raise ValueError(
                 f"the tokenizer {self.model_path} has no eos token to end documents with (eos_id is "
-                f"{self.eod}); train it with an eos_id, or let launch/prepare_data.py train one"
+                f"{self.eod}): train it with an eos_id, or let launch/prepare_data.py train one"
             )
         self.unique_identifiers: dict[str, str] = {"class": "megamult.Tokenizer", "sha256": self.sha256}
         self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
@@ -156,8 +157,8 @@ class Tokenizer:
                 if i:
                     ids += self._space_mark_ids
                 ids += self._processor.encode(part)
-        except RuntimeError as error:
-            raise ValueError(f"text {text[:40]!r} is not valid Unicode; remove lone surrogates") from error
+        except RuntimeError:
+            raise ValueError(f"text {text[:40]!r} is not valid Unicode: remove lone surrogates") from None
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

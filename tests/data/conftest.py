@@ -1,5 +1,7 @@
 """A small corpus, a tokenizer trained on it, indexed files written without Megatron or megamult, samples of them."""
 
+from __future__ import annotations
+
 import random
 import struct
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """The index of a coming epoch is built beside training, with the same bytes, and nothing is built without need."""
 
+from __future__ import annotations
+
 import os
 import signal
 from collections.abc import Callable
@@ -7,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import distinct_ids, of, window
 
 from megamult.data.epochs import to_json
 from megamult.runtime.partial import partial_folder
+from tests.data.conftest import distinct_ids, of, window
 
 Write = Callable[..., str]
 

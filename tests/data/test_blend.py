@@ -1,5 +1,7 @@
 """The blend follows its weights at every prefix, gives each source's samples in order, needs no history."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -41,7 +43,7 @@ def test_weights_are_relative() -> None:
 
 @pytest.mark.parametrize("weight", [0, -1.0, math.nan, math.inf])
 def test_a_weight_must_be_positive(weight: float) -> None:
-    with pytest.raises(ValueError, match=f"source 1 is {weight}; give a positive"):
+    with pytest.raises(ValueError, match=f"source 1 is {weight}: give a positive"):
         Blend([1.0, weight])
     with pytest.raises(ValueError, match="no sources"):
         Blend([])

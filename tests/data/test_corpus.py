@@ -1,5 +1,7 @@
 """Preparation: what is written, independence of the number of processes, the split, and atomicity."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

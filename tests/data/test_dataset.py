@@ -1,5 +1,7 @@
 """Samples are a function of (seed, source, k), epochs are permutations, ranks open them together."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import logging
@@ -10,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SEQ, StubTokenizer, distinct_ids, of, same_lengths, window
 
 from megamult.data.dataset import BlendedDataset
+from tests.data.conftest import SEQ, StubTokenizer, distinct_ids, of, same_lengths, window
 
 Write = Callable[..., str]
 
@@ -269,7 +271,7 @@ def test_one_with_more_documents_than_megatron_numbers_is_refused(
 ) -> None:
     monkeypatch.setattr("megamult.data.dataset.MOST_DOCUMENTS", 29)
     with pytest.raises(
-        ValueError, match=r"a has 30 documents, and Megatron's sample index numbers at most 29; prepare"
+        ValueError, match=r"a has 30 documents, and Megatron's sample index numbers at most 29: prepare"
     ):
         make(write_indexed("a", distinct_ids(0, 1)))
 
@@ -281,6 +283,6 @@ def test_a_file_that_is_cut_off_meanwhile_is_an_error(write_indexed: Write, make
     dataset.prepare(0, dataset.samples_per_epoch[0])
     os.truncate(f"{prefix}.bin", 4096)
     with pytest.raises(
-        ValueError, match=r"a\.bin has 4096 bytes, and the run reads up to byte \d+, .*it has been cut off"
+        ValueError, match=r"a\.bin has 4096 bytes, and the run reads up to byte \d+, .*It has been cut off"
     ):
         of(dataset, range(dataset.samples_per_epoch[0]))

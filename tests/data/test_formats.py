@@ -1,5 +1,7 @@
 """Inputs are known by their content: JSON lines under any name, text that only looks like JSON, and what is refused."""
 
+from __future__ import annotations
+
 import gzip
 import io
 import json
@@ -60,12 +62,12 @@ def zipped() -> bytes:
 
 
 REFUSED: dict[str, tuple[str, bytes, str]] = {
-    "gzip": ("a.jsonl", gzip.compress(LINES.encode()), "is gzip, by its first bytes; decompress it"),
-    "zip": ("a.txt", zipped(), "is zip, by its first bytes; unpack it"),
+    "gzip": ("a.jsonl", gzip.compress(LINES.encode()), "is gzip, by its first bytes: decompress it"),
+    "zip": ("a.txt", zipped(), "is zip, by its first bytes: unpack it"),
     "zstd": ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04\x00", "is zstd, by its first bytes"),
-    "parquet": ("a.parquet", b"PAR1\x15\x04\x15", "is Parquet, by its first bytes; write it as JSON lines"),
+    "parquet": ("a.parquet", b"PAR1\x15\x04\x15", "is Parquet, by its first bytes: write it as JSON lines"),
     "arrow": ("a", b"ARROW1\x00\x00", "is Arrow, by its first bytes"),
-    "UTF-16": ("a.txt", "text".encode("utf-16"), "is UTF-16, by its first bytes; convert it"),
+    "UTF-16": ("a.txt", "text".encode("utf-16"), "is UTF-16, by its first bytes: convert it"),
     "index": ("a.idx", b"MMIDIDX\x00\x00", "is a Megatron index"),
     "array": (
         "a.json",

@@ -1,5 +1,7 @@
 """Damaged pairs of .bin and .idx, ids outside the vocabulary, and the unigram entropy."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Callable

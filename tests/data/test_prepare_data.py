@@ -1,5 +1,7 @@
 """launch/prepare_data.py from the outside: a user's mistake is one message, exit code 2, and no file."""
 
+from __future__ import annotations
+
 import io
 import json
 import os
@@ -12,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import make_documents
+
+from tests.data.conftest import make_documents
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = [sys.executable, str(REPOSITORY / "launch" / "prepare_data.py")]
@@ -74,9 +77,9 @@ MISTAKES = [
         r"vocab_size is 90000, but this text yields at most \d+",
     ),
     ("vocab.jsonl", good(9), ["--vocab_size", "12"], r"vocab_size is 12, .* at least 260"),
-    ("split.jsonl", good(9), ["--valid_fraction", "1"], r"valid_fraction is 1\.0; give"),
-    ("work.jsonl", good(9), ["--workers", "0"], r"workers is 0; give"),
-    ("out.jsonl", good(9), ["--output", "data/"], r"output is 'data/'; give a prefix"),
+    ("split.jsonl", good(9), ["--valid_fraction", "1"], r"valid_fraction is 1\.0: give"),
+    ("work.jsonl", good(9), ["--workers", "0"], r"workers is 0: give"),
+    ("out.jsonl", good(9), ["--output", "data/"], r"output is 'data/': give a prefix"),
     ("out.jsonl", good(9), ["--output", "out.jsonl/x"], r"cannot write under .*out\.jsonl"),
 ]
 
@@ -204,9 +207,9 @@ def test_all_bad_inputs_are_named_together(tmp_path: Path) -> None:
     names = ["nowhere.txt", "good.txt", "table.csv", "list.json", "hole.jsonl"]
     result = run(tmp_path, "--input", *names, "--output", "c", "--vocab_size", "280", "--workers", "1")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: 4 of 5 inputs cannot be read: input nowhere.txt does not exist; ")
+    assert result.stderr.startswith("error: 4 of 5 inputs cannot be read: input nowhere.txt does not exist: ")
     for part in (
-        "; input table.csv is a table ('id,text'); ",
+        "; input table.csv is a table ('id,text'): ",
         "; input list.json looks like one JSON array",
         "hole.jsonl, line 3",
     ):
@@ -218,4 +221,4 @@ def test_an_input_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "c_train.stamp.json").write_bytes(good(5))
     result = run(tmp_path, "--input", "c_train.stamp.json", "--output", "c", "--vocab_size", "280")
     assert result.returncode == 2
-    assert "input c_train.stamp.json is also the output file c_train.stamp.json; choose another prefix" in result.stderr
+    assert "input c_train.stamp.json is also the output file c_train.stamp.json: choose another prefix" in result.stderr

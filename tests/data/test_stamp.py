@@ -1,5 +1,7 @@
 """A corpus's stamp: what it vouches for, what is found to differ, and what is done without one."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable
@@ -120,7 +122,7 @@ def test_all_sources_mistakes_come_together(prefix: str, write_indexed: Write, t
     ("spoil", "message"),
     [
         (lambda text: text[:-9], r"stamp\.json is no JSON file"),
-        (lambda text: "[]", r"stamp\.json has format None, and this version reads 1; rerun"),
+        (lambda text: "[]", r"stamp\.json has format None, and this version reads 1: rerun"),
         (lambda text: text.replace('"format": 1', '"format": 2'), r"has format 2"),
         (lambda text: text.replace('"order"', '"disorder"'), r"stamp\.json is damaged \(.*disorder"),
     ],

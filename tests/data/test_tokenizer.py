@@ -1,5 +1,7 @@
 """Encode then decode is the identity, ids are fixed, and every mistake is a ValueError with a remedy."""
 
+from __future__ import annotations
+
 import io
 import random
 import re
@@ -87,7 +89,7 @@ def test_an_impossible_vocabulary_size_names_the_possible_one(documents: list[st
 
 
 def test_missing_and_damaged_files(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.model: No such file"):
+    with pytest.raises(ValueError, match=r"nowhere\.model \(No such file"):
         Tokenizer(tmp_path / "nowhere.model")
     for content in (b"", b"\x00garbage" * 40, model.read_bytes()[:1000]):
         (tmp_path / "damaged.model").write_bytes(content)
