@@ -52,6 +52,7 @@ ENV VIRTUAL_ENV=/opt/megamult/.venv \
     DS_ACCELERATOR=cpu
 
 COPY --chown=megamult:megamult README.md CONTRIBUTING.md ./
+COPY --chown=megamult:megamult docs docs
 COPY --chown=megamult:megamult docker docker
 COPY --chown=megamult:megamult launch launch
 COPY --chown=megamult:megamult megamult megamult
@@ -109,6 +110,7 @@ ENV VIRTUAL_ENV=/opt/megamult/.venv \
 
 # File by file: constraints.txt is no longer the repository's.
 COPY --chown=megamult:megamult README.md CONTRIBUTING.md ./
+COPY --chown=megamult:megamult docs docs
 COPY --chown=megamult:megamult docker docker
 COPY --chown=megamult:megamult launch launch
 COPY --chown=megamult:megamult megamult megamult

@@ -72,7 +72,7 @@ def test_what_an_image_copies_is_in_the_context_and_dependencies_come_before_the
         elif words[0] == "RUN" and "launch/setup_env.sh" in words:
             assert {"setup.py", "constraints.txt", "launch/setup_env.sh"} <= set(copied)
             assert not {"megamult", "launch", "README.md"} & set(copied), "any change would install everything again"
-    assert {"megamult", "launch", "examples", "tests", "docker", "README.md"} <= set(copied)
+    assert {"megamult", "launch", "examples", "tests", "docker", "docs", "README.md"} <= set(copied)
 
 
 def test_the_bases_torch_and_what_is_compiled_against_it_stay_and_other_pins_are_ours(hold_base: ModuleType) -> None:

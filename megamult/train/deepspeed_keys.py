@@ -25,7 +25,7 @@ class Key:
     values: tuple[str, ...] = ()
     """The only values that are accepted, if there is a choice (free keys)."""
     keys: tuple[str, ...] = ()
-    """All keys of a section in which DeepSpeed ignores keys that it does not know."""
+    """All keys of a section, where DeepSpeed would silently ignore unknown ones."""
     package: str | None = None
     """The package that the section needs once it is enabled; its module has the same name."""
 
@@ -54,7 +54,7 @@ _OFFLOAD = (
     "or train.recompute full save memory"
 )
 _ONE_PARTITION = "megamult sets and reads each parameter in one partition over all data-parallel ranks, as it is"
-_OWN_CHECKPOINTS = "megamult writes its own checkpoints, which every layout of processes can load (checkpoint.*)"
+_OWN_CHECKPOINTS = "megamult writes its own checkpoints, which a run in any sharding can load (checkpoint.*)"
 _OWN_DATA = "megamult reads its own data (data.*, train.seed)"
 
 KEYS: dict[str, Key] = {
@@ -85,9 +85,9 @@ KEYS: dict[str, Key] = {
     "data_types.keep_in_fp32_modules": _refused("train.dtype decides for the whole model"),
     # Gradients between ranks.
     "communication_data_type": _free(
-        "what gradients are summed in over data-parallel ranks; unless it is set, the dtype that they are accumulated "
-        "in (train.grad_accum_dtype). bf16 sends half as much as fp32 and rounds every partial sum to 8 bits; fp16 "
-        "would make infinities of sums above 65,504",
+        "dtype in which gradients are summed over data-parallel ranks (default: the dtype in which they are "
+        "accumulated, train.grad_accum_dtype). bf16 sends half as much as fp32 and rounds every partial sum to 8 bits; "
+        "fp16 would make infinities of sums above 65,504",
         values=("fp32", "bf16"),
     ),
     "seq_parallel_communication_data_type": _refused(
@@ -99,7 +99,7 @@ KEYS: dict[str, Key] = {
     ),
     "disable_allgather": _refused("DeepSpeed reads it and does nothing with it"),
     "sparse_gradients": _refused(_REMOVED + "gradients are dense"),
-    # ZeRO; keys that are not here are handed on, and DeepSpeed knows which there are.
+    # ZeRO. Keys that are not here are handed on, and DeepSpeed refuses unknown ones.
     "zero_optimization.stage": _decided("parallel.zero_stage decides"),
     "zero_optimization.contiguous_gradients": _decided("reduced gradients are copied into one buffer"),
     "zero_optimization.compute_grad_norm": _decided("megamult's optimizer takes the norm"),
@@ -138,8 +138,8 @@ KEYS: dict[str, Key] = {
     "pipeline": _refused("there is no pipeline parallelism; use parallel.tensor and parallel.zero_stage 3"),
     "expert_parallel": _refused("there are no experts in the model", switch="enabled"),
     "use_data_before_expert_parallelism": _refused("there are no experts in the model"),
-    "hybrid_engine": _refused("it is for generation during training, which there is not", switch="enabled"),
-    "compile": _refused("the engine is never compiled; optim/symmetric.py and kernels.py fuse what pays"),
+    "hybrid_engine": _refused("it is for generation during training; a run only trains", switch="enabled"),
+    "compile": _refused("the engine is never compiled; megamult compiles and fuses its own functions"),
     "graph_harvesting": _refused(_REMOVED + "nothing takes its place"),
     "elasticity": _refused(
         _REMOVED + "a run resumes on any number of processes by checkpoint.load latest", switch="enabled"
@@ -160,7 +160,7 @@ KEYS: dict[str, Key] = {
     "checkpoint": _refused(_OWN_CHECKPOINTS),
     "nebula": _refused(_REMOVED + "checkpoint.asynchronous true writes while training goes on", switch="enabled"),
     "datastates_ckpt": _refused("checkpoint.asynchronous true writes while training goes on"),
-    # What DeepSpeed says and measures.
+    # DeepSpeed's own output and measurements.
     "steps_per_print": _free("steps between DeepSpeed's own progress lines (default: none)"),
     "wall_clock_breakdown": _free("seconds of forward, backward and step on the screen; waits for the device"),
     "memory_breakdown": _free("memory in use around forward, backward and step on the screen"),
@@ -187,39 +187,37 @@ KEYS: dict[str, Key] = {
     "dump_state": _refused("DeepSpeed's lines below a warning are not shown; config.yaml has every key of the run"),
     "log_level": _refused("DeepSpeed's warnings and errors are shown, and nothing below"),
 }
-"""The table, by dotted name. It holds only those keys of `zero_optimization` and `bf16` that need a word: DeepSpeed
-itself refuses what it does not know in them, and in every free section without `keys`."""
+"""The table, by dotted name. Of `zero_optimization` and `bf16` it holds only the keys that need an explanation:
+DeepSpeed itself refuses unknown keys in them, and in every free section without `keys`."""
 
 SECTIONS = frozenset(name.partition(".")[0] for name in KEYS if "." in name)
 """Top-level keys whose own keys are in the table."""
 
 CHECKED_BY_DEEPSPEED = frozenset({"zero_optimization", "bf16"})
-"""Sections whose other keys DeepSpeed checks; in `data_types` it ignores what it does not know."""
+"""Sections whose other keys DeepSpeed checks. In `data_types` it ignores unknown ones."""
 
 TOP_LEVEL = SECTIONS | {name for name in KEYS if "." not in name}
 """All top-level keys that DeepSpeed knows."""
 
 
 def as_markdown() -> str:
-    """The table for readers: docs/deepspeed.md."""
+    """Return the table as Markdown, the text of docs/deepspeed.md."""
     parts = [
         "# Keys of a DeepSpeed configuration\n",
         "`deepspeed` takes a mapping or a JSON file and merges it into the configuration that the run's own keys "
         'produce. `"auto"`, at any depth, means megamult\'s value. A section that is switched off (`enabled: false`) '
-        "asks for nothing. Every other key that is not free is an error, and all such keys are named at once. Written "
+        "asks for nothing. A key that cannot be taken is an error, and one message names all such keys. Written "
         "by `python -m megamult.train.deepspeed_keys`.\n",
     ]
     heads = {
         "free": ("Free", "what it does"),
-        "decided": ("Decided by other keys (the same value is accepted)", "which"),
+        "decided": ("Decided by other keys (the same value is accepted)", "which key decides"),
         "refused": ("Refused", "why, and what to use instead"),
     }
     for use, (title, column) in heads.items():
         rows = [f"| `{name}` | {key.text} |" for name, key in KEYS.items() if key.use == use]
         parts.append("\n".join([f"## {title}\n", f"| key | {column} |", "|---|---|", *rows]) + "\n")
-    parts.append(
-        "What `zero_optimization` and `bf16` hold besides is handed on, and DeepSpeed refuses what it does not know.\n"
-    )
+    parts.append("Other keys of `zero_optimization` and `bf16` are handed on, and DeepSpeed refuses unknown ones.\n")
     return "\n".join(parts)
 
 
