@@ -62,7 +62,7 @@ def fixed_values(name: str, section: Any, why: Why) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A key whose value differs; each side's value, or ABSENT."""
+    """A key whose value differs, with both values; a value is ABSENT if the configuration has no such key."""
 
     key: str
     mine: Any
@@ -70,12 +70,12 @@ class Difference:
 
 
 ABSENT = object()
-"""Stands for the value of a key that a configuration does not have."""
+"""The value of a key that a configuration does not have."""
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves of nested mappings by dotted key: {"optimizer": {"lr": 1}} is {"optimizer.lr": 1}; values as JSON has them
-    (a tuple is a list). An empty mapping has no leaves."""
+    """Flatten nested mappings to dotted keys: {"optimizer": {"lr": 1}} is {"optimizer.lr": 1}. Values become what JSON
+    makes of them (a tuple is a list). An empty mapping has no leaves."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -86,22 +86,22 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's whole configuration, flat; a `deepspeed` section that is not given is an empty one, and so are those of
-    the update rules that the optimizer does not use."""
+    """Flatten a run's whole configuration. A `deepspeed` section that is not given counts as empty, and so do the
+    sections of update rules that the optimizer does not use."""
     optimizer = {key: value for key, value in configuration.get("optimizer", {}).items() if value is not None}
     return flat({**configuration, "optimizer": optimizer, "deepspeed": configuration.get("deepspeed") or {}})
 
 
 def differences(mine: Mapping[str, Any], its: Mapping[str, Any]) -> list[Difference]:
-    """Keys of two flat configurations whose values differ: in the order of `mine`, then those that only `its` has."""
+    """List the keys of two flat configurations whose values differ: in the order of `mine`, then of `its`."""
     keys = [*mine, *(key for key in its if key not in mine)]
     pairs = [Difference(key, mine.get(key, ABSENT), its.get(key, ABSENT)) for key in keys]
-    # In Python True is 1; 1 and 1.0 are the same setting.
+    # In Python True == 1, but they are different settings; 1 and 1.0 are the same setting.
     return [
         pair for pair in pairs if pair.mine != pair.its or isinstance(pair.mine, bool) is not isinstance(pair.its, bool)
     ]
 
 
 def shown(value: Any) -> str:
-    """A value as YAML's flow style has it; "not set" for ABSENT."""
+    """Return a value in YAML's flow style; "not set" for ABSENT."""
     return "not set" if value is ABSENT else json.dumps(value, ensure_ascii=False)

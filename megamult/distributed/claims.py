@@ -1,4 +1,4 @@
-"""Claims to a place in a launch: what a process says of itself, and which of them belong together; pure functions."""
+"""Claims of processes to be ranks of a launch, and the rules that decide which belong together; pure functions."""
 
 from __future__ import annotations
 
@@ -22,51 +22,51 @@ class Claim:
     host: str
     pid: int
     machine: str
-    """The node that it runs on (:func:`megamult.distributed.environment.machine`)."""
+    """Node that the process runs on (:func:`megamult.distributed.environment.machine`)."""
     launch: str
-    """The name that a scheduler gave to the launch: equal on all its ranks and unlike any other's; "" if none did."""
+    """Unique name that a scheduler gave to the launch, the same on all its ranks; "" if there is none."""
     launcher: str
-    """The launcher's process that started it, by machine and start time; "" if that is no launcher that is known."""
+    """Launcher's process that started this one, by machine and start time; "" if no known launcher did."""
     siblings: tuple[int, int]
-    """First and number of the ranks that this launcher starts on its node."""
+    """(first rank, number of ranks) that this launcher starts on its node."""
     command: str
     configuration: str
     """Digest of the resolved configuration."""
     problem: str | None = None
-    """Why this process cannot take part, where it comes only to say that."""
+    """Reason why this process cannot take part, if it comes only to report that."""
 
     def __str__(self) -> str:
         short = self.command[:_COMMAND_CHARACTERS] + ("..." if len(self.command) > _COMMAND_CHARACTERS else "")
         return f"rank {self.rank} on {self.host} (process {self.pid}: {short})"
 
     def starts(self, rank: int) -> bool:
-        """Whether the launcher of this process starts that rank."""
+        """Tell whether the launcher of this process starts that rank."""
         first, count = self.siblings
         return first <= rank < first + count
 
 
 def same_launch(one: Claim, other: Claim) -> bool | None:
-    """Whether two processes belong to one launch; None: nothing that they know of themselves tells."""
+    """Tell whether two processes belong to one launch; None: their claims do not tell."""
     if one.launcher and one.launcher == other.launcher:
         return True
     if one.launch or other.launch:
         return one.launch == other.launch
-    # A launcher starts each rank of its node itself: nobody else's process is one of them.
+    # A launcher starts every rank of its node itself, so a process that it did not start is none of them.
     if (one.launcher and one.starts(other.rank)) or (other.launcher and other.starts(one.rank)):
         return False
     return None
 
 
 def judge(claim: Claim, rank_0: Claim, taken: Mapping[int, Claim], configuration: str | None) -> str | None:
-    """Why a process is refused; None: it takes its place, also if another process of its launch had it before.
+    """Return why a process is refused; None: it becomes the rank, even if another process of its launch was it before.
 
-    A process that provably belongs to rank 0's launch is never refused: a configuration or a problem of its own is a
-    mistake of the whole launch (:func:`mistake`).
+    A process that provably belongs to rank 0's launch is never refused: if its configuration differs or it reports a
+    problem, that is a mistake of the whole launch (:func:`mistake`).
 
     Args:
         rank_0: the claim of the rank that judges.
-        taken: rank -> claim, of those that have been let in, rank 0's own among them.
-        configuration: what its configuration differs in from rank 0's, as text; None: nothing.
+        taken: rank -> accepted claim, rank 0's own included.
+        configuration: differences between its configuration and rank 0's, as text; None: there are none.
     """
     related = same_launch(rank_0, claim)
     if related:
@@ -85,10 +85,10 @@ def judge(claim: Claim, rank_0: Claim, taken: Mapping[int, Claim], configuration
 
 
 def unlike(claims: Sequence[Claim], configurations: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Every key that these processes do not all have the same value of, with the values and who has them; None: all do.
+    """Name every key whose value is not the same on all these processes, with the values and ranks; None: all agree.
 
     Args:
-        claims: rank 0's first.
+        claims: of the processes, rank 0's first.
         configurations: digest -> flat configuration.
     """
     groups: dict[tuple[int, str], list[Claim]] = {}
@@ -107,7 +107,7 @@ def unlike(claims: Sequence[Claim], configurations: Mapping[str, Mapping[str, An
 
 
 def mistake(claims: Sequence[Claim], configurations: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What is wrong with a launch whose ranks have come; None: nothing. Arguments as of :func:`unlike`."""
+    """Return the mistake of a launch whose ranks have come; None: there is none. Arguments: those of :func:`unlike`."""
     for claim in claims:
         if claim.problem is not None:
             return f"rank {claim.rank} on {claim.host}: {claim.problem}"
@@ -116,7 +116,7 @@ def mistake(claims: Sequence[Claim], configurations: Mapping[str, Mapping[str, A
 
 
 REMEDY = (
-    "Start every rank with the same command and the same files; give another run another port (the launcher's "
+    "Start every rank with the same command and the same files, and another run with another port (the launcher's "
     "--master_port, or MASTER_PORT)"
 )
 

@@ -1,7 +1,7 @@
 """The one place that knows whether there is CUDA: device, backend, peak rate, and the CPU shim for Megatron-Core.
 
-Megatron-Core allocates with ``torch.cuda.current_device()`` in its rotary embedding, mappings and layers, and forks
-the CUDA random state around dropout. Where there is no CUDA, :func:`install_cpu_shim` makes the first answer
+Megatron-Core allocates with ``torch.cuda.current_device()`` in its rotary embedding, mappings and layers, and forks the
+CUDA random state around dropout. Where there is no CUDA, :func:`install_cpu_shim` makes the first answer
 ``torch.device("cpu")`` and the second a no-op, which is all that its models need to run on a CPU.
 """
 
@@ -17,29 +17,29 @@ from megamult.distributed import environment
 
 
 def has_cuda() -> bool:
-    """Whether this process computes on a CUDA GPU: there is one, and DS_ACCELERATOR does not say otherwise."""
+    """Tell whether this process computes on a CUDA GPU: there is one, and DS_ACCELERATOR does not say otherwise."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def local_device() -> torch.device:
-    """The device of this process: the GPU numbered LOCAL_RANK, or the only one that it sees; or the CPU."""
+    """Return the device of this process: the GPU numbered LOCAL_RANK, the only GPU that it sees, or the CPU."""
     if not has_cuda():
         return torch.device("cpu")
     return torch.device("cuda", environment.local_rank() if torch.cuda.device_count() > 1 else 0)
 
 
 def upload(tensor: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor on the device of this process; itself if that is the CPU. The caller does not wait for the copy."""
+    """Copy a CPU tensor to the device of this process without waiting; return it as it is if that is the CPU."""
     return tensor.pin_memory().to(local_device(), non_blocking=True) if has_cuda() else tensor
 
 
 def backend() -> str:
-    """The torch.distributed backend for this device."""
+    """Return the torch.distributed backend for this device."""
     return "nccl" if has_cuda() else "gloo"
 
 
 class _NoRandomState:
-    """Stands in for Megatron's CUDA random-state tracker: without CUDA there is no state to fork."""
+    """Replacement for Megatron's CUDA random-state tracker: without CUDA there is no state to fork."""
 
     def is_initialized(self) -> bool:
         return True
@@ -77,8 +77,9 @@ def prepare(tensor: int = 1) -> torch.device:
     """
     device = local_device()
     if has_cuda():
-        # Before CUDA starts. Megatron overlaps tensor-parallel collectives, with and without sequence parallelism, with
-        # products by the order in which kernels are queued. Elsewhere one queue only holds ZeRO's collectives back.
+        # Set before CUDA starts. Megatron overlaps tensor-parallel collectives with products by the order in which
+        # kernels are queued, which needs a single queue. Without tensor parallelism a single queue only delays ZeRO's
+        # collectives.
         if tensor > 1:
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
@@ -89,7 +90,7 @@ def prepare(tensor: int = 1) -> torch.device:
 
 
 def memory_bytes() -> int:
-    """Peak bytes in use by this process: allocated on the GPU, or resident on the CPU."""
+    """Return the peak bytes in use by this process: allocated on the GPU, or resident on the CPU."""
     if has_cuda():
         return torch.cuda.max_memory_allocated()
     import resource
@@ -98,7 +99,7 @@ def memory_bytes() -> int:
 
 
 _PEAK_BF16_FLOPS = {
-    # Dense bf16 tensor-core peaks of NVIDIA's data sheets, FLOP/s; first match in the device's name counts.
+    # Dense bf16 tensor-core peaks of NVIDIA's data sheets, FLOP/s. The first key found in the device's name counts.
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -113,7 +114,7 @@ _PEAK_BF16_FLOPS = {
 
 
 def peak_flops(dtype: torch.dtype) -> float | None:
-    """Peak matrix rate of this device in FLOP/s, or None where it is not known (CPUs, other dtypes)."""
+    """Return the peak matrix rate of this device in FLOP/s, or None if it is not known (CPUs, other dtypes)."""
     if not has_cuda() or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name()

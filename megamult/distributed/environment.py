@@ -1,4 +1,4 @@
-"""What the launcher says about this process, known before any process group exists. Imports nothing heavy."""
+"""Facts that the launcher states about this process, known before any process group exists. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def world_size() -> int:
 
 
 def has_agent_store() -> bool:
-    """Whether torchrun's agent serves the store that processes meet at, rather than rank 0."""
+    """Tell whether torchrun's agent, instead of rank 0, serves the store of the rendezvous."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -33,14 +33,14 @@ def host() -> str:
 
 
 def machine() -> str:
-    """What no two nodes share, whatever their names: by it, processes know that they run on one."""
+    """Return an identifier of this node that no other node shares, whatever the nodes are called."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
         return f"{host()} {boot.read().strip()}"
 
 
 def set_defaults() -> None:
-    """Complete the environment that torch.distributed reads: a task of `srun` takes its place from SLURM_*, a process
-    without a launcher is a world of one. What a launcher has set stays."""
+    """Complete the environment that torch.distributed reads: a task of `srun` takes its rank from SLURM_*, a process
+    without a launcher is a world of one. Variables that a launcher has set stay."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         for key, value in _from_slurm().items():
             os.environ.setdefault(key, value)
@@ -48,20 +48,20 @@ def set_defaults() -> None:
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
-        with socket.socket() as listener:  # any free port: two such runs on one machine do not meet
+        with socket.socket() as listener:  # any free port, so that two such runs on one machine stay apart
             listener.bind((os.environ["MASTER_ADDR"], 0))
             os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
 
 
 _SLURM_PORTS = (20000, 10000)
-"""First, and how many: below the ports that Linux gives out by itself (32768 and up)."""
+"""(first, number) of ports, below those that Linux assigns by itself (32768 and up)."""
 
 
 def _from_slurm() -> dict[str, str]:
-    """This task of a job step. Only `srun` sets SLURM_STEP_NUM_TASKS to more than 1; a batch script's own process is no
-    task, whatever the job asked for."""
+    """Return the variables of this task of a job step. Only `srun` sets SLURM_STEP_NUM_TASKS above 1; the process of a
+    batch script is no task, whatever the job asked for."""
     first, count = _SLURM_PORTS
-    # Steps of one job that run at the same time do not meet.
+    # Steps of one job that run at the same time get different ports.
     port = first + (int(os.environ["SLURM_JOB_ID"]) * 16 + int(os.environ["SLURM_STEP_ID"])) % count
     return {
         "RANK": os.environ["SLURM_PROCID"],
@@ -73,7 +73,7 @@ def _from_slurm() -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's node list: `gpu[007-010,12],login` begins with gpu007."""
+    """Return the first host of Slurm's node list: gpu007 for `gpu[007-010,12],login`."""
     name = re.match(r"[^,\[]*(?:\[([^\]]*)\][^,\[]*)*", nodes)
     assert name is not None
     return re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", name[0])

@@ -1,7 +1,7 @@
-"""Locks in torch's cache of compiled extensions: wait for one that is held, remove one whose process is gone.
+"""Locks in torch's cache of compiled extensions: wait for those that are held, remove those whose process has ended.
 
-torch compiles an extension under a file ``lock`` in its folder, and every other process waits until the file is gone:
-for ever, if the process that made it was killed. A run loads DeepSpeed's shared-memory collectives from there.
+While torch compiles an extension, a file ``lock`` lies in its folder, and every other process waits until the file is
+removed: for ever, if the process that made it was killed. A run loads DeepSpeed's shared-memory collectives from there.
 
 Imports only the standard library and nothing of the package, so that launch/setup_env.sh can run it before anything is
 installed: ``python megamult/distributed/extensions.py FOLDER``.
@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PATIENCE = 120.0
-"""Seconds without a change in a locked folder after which its lock is stale, if no process of this machine holds it:
-another machine, or another container, may be compiling there, and a compiler writes a file in less."""
+"""Seconds without a change in a locked folder after which its lock is stale, if no process of this machine holds it.
+Another machine or container may be compiling there, but a compiler writes files more often than that."""
 
 LIMIT = 300.0
 """Seconds to wait for a lock that a process of this machine holds. Compiling takes half a minute."""
 
 
 def build_root() -> Path:
-    """The folder of torch's compiled extensions: TORCH_EXTENSIONS_DIR, or torch's default."""
+    """Return the folder of torch's compiled extensions: TORCH_EXTENSIONS_DIR, or torch's default."""
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given)
     from torch.utils.cpp_extension import get_default_build_root
@@ -42,13 +42,13 @@ def release(
     patience: float = PATIENCE,
     limit: float = LIMIT,
 ) -> None:
-    """Wait until no extension below `root` is locked, and remove the locks of processes that are gone.
+    """Wait until no extension below `root` is locked, and remove the locks of processes that have ended.
 
     Args:
-        root: the cache; extensions are its folders, or those of its folders.
-        say: takes a line for the user, without its end.
+        root: the cache, which holds a folder per extension, one or two levels down.
+        say: function that shows one line to the user.
         name: pattern of the extensions' names.
-        waits_aloud: say for what it waits; false where another rank of the node says it.
+        waits_aloud: whether to say what it waits for; false if another rank of the node says it.
         patience: seconds; see `PATIENCE`.
         limit: seconds; see `LIMIT`.
 
@@ -64,12 +64,12 @@ def _release(lock: Path, say: Callable[[str], None], waits_aloud: bool, patience
     began, told = time.monotonic(), not waits_aloud
     holders: list[int] = []
     while True:
-        # One process at a time judges and removes, so that none removes the new lock of another that was faster.
+        # One process at a time checks and removes, so that none removes a new lock that a faster process has made.
         with _guarded(lock.parent), contextlib.suppress(FileNotFoundError):
             holders, quiet = _holders(lock), time.time() - _last_change(lock)
             if not holders and quiet > patience:
                 lock.unlink()
-                say(f"removed {lock}: it was left by a process that is gone")
+                say(f"removed {lock}: the process that made it has ended")
         if not lock.exists():
             return
         if holders and time.monotonic() - began > limit:
@@ -95,11 +95,11 @@ def _guarded(folder: Path) -> Iterator[None]:
 
 
 def _holders(lock: Path) -> list[int]:
-    """Processes of this machine that compile there: one has the lock open, its ninja, even orphaned, works there."""
+    """List the processes of this machine that compile there: one has the lock open, and ninja works in the folder."""
     found = []
     for pattern, target in (("[0-9]*/fd/*", lock), ("[0-9]*/cwd", lock.parent)):
         for link in Path("/proc").glob(pattern):
-            with contextlib.suppress(OSError):  # gone, or not ours to see
+            with contextlib.suppress(OSError):  # ended, or not readable
                 if os.path.samefile(link, target):
                     found.append(int(link.parts[2]))
     return [process for process in found if process != os.getpid()]
@@ -109,7 +109,7 @@ def _last_change(lock: Path) -> float:
     """Return when a file in the locked folder was last written, in seconds since the epoch.
 
     Raises:
-        FileNotFoundError: the lock is gone.
+        FileNotFoundError: the lock has been removed.
     """
     newest = lock.stat().st_mtime
     for file in lock.parent.iterdir():

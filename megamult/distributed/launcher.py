@@ -1,4 +1,4 @@
-"""The programs above this process: which launcher started it, on which hosts, and what tells its launch from others."""
+"""Parent processes of this one: which launcher started it, on which hosts, and what distinguishes its launch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megamult.distributed import environment
 
 
 def _command(process: int) -> list[str]:
-    """The command line of a process; empty if it is gone or not ours to see."""
+    """Return the command line of a process; empty if it has ended or may not be read."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
     return []
 
 
 def _parent(process: int) -> int:
-    """The process that it is a child of; 0 if that is not to be known."""
+    """Return the parent of a process; 0 if it cannot be found out."""
     with contextlib.suppress(OSError):
         # The second field is the program's name in parentheses, which may hold anything.
         return int(Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
@@ -27,7 +27,7 @@ def _parent(process: int) -> int:
 
 
 def hosts_of_ranks() -> dict[int, str]:
-    """Rank -> host, as DeepSpeed's launcher lays them out; empty under another one, which names its hosts itself."""
+    """Return rank -> host under DeepSpeed's launcher; empty under others, which name the hosts themselves."""
     for argument in _command(os.getppid()):
         name, _, value = argument.partition("=")
         if name == "--world_info":
@@ -38,8 +38,8 @@ def hosts_of_ranks() -> dict[int, str]:
 
 
 def launchers() -> list[int]:
-    """Process ids of the launchers whose end shall end the run: the one that started this rank and, where that is
-    DeepSpeed's own on this node, the `deepspeed` command above it, which passes no signal on."""
+    """Process ids of the launchers whose end must end the run: the one that started this rank and, if that is
+    DeepSpeed's launcher of this node, the `deepspeed` command above it, which passes no signal on."""
     parent = os.getppid()
     command = _command(parent)
     if "deepspeed.launcher.launch" in command:
@@ -50,7 +50,7 @@ def launchers() -> list[int]:
 
 
 def process() -> str:
-    """The process that started this rank, unlike any other that is or was; "" if it is no launcher that is known."""
+    """Return a unique name of the launcher's process that started this rank; "" if no known launcher did."""
     above = launchers()
     if not above:
         return ""
@@ -61,8 +61,8 @@ def process() -> str:
 
 
 def launch() -> str:
-    """The name of this launch, unlike any other's: what MEGAMULT_LAUNCH gives to all its processes, or torchrun's
-    --rdzv-id, or a job step of Slurm whose tasks are the ranks; "" if there is none."""
+    """Return the unique name of this launch: MEGAMULT_LAUNCH, torchrun's --rdzv-id, or the Slurm job step whose tasks
+    are the ranks; "" if there is none of them."""
     if name := os.environ.get("MEGAMULT_LAUNCH"):
         return f"MEGAMULT_LAUNCH {name}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -74,7 +74,7 @@ def launch() -> str:
 
 
 def siblings() -> tuple[int, int]:
-    """(first, number) of the ranks that this rank's launcher starts on its node, this one among them."""
+    """Return (first rank, number of ranks) that this rank's launcher starts on its node."""
     rank, hosts = environment.rank(), hosts_of_ranks()
     if rank in hosts:
         here = [each for each, host in hosts.items() if host == hosts[rank]]

@@ -1,4 +1,4 @@
-"""How many sockets a rank of a run holds open, and the limit of open files that must let it."""
+"""Sockets that a rank of a run holds open, and the check that the limit of open files allows them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ _SPARE = 256
 
 
 def raise_limit() -> None:
-    """Raise this process's soft limit of open files to the hard one, which an ordinary user may."""
+    """Raise this process's soft limit of open files to the hard one; an ordinary user may do that."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    # A hard limit above the kernel's own, as some containers inherit, cannot be set; the soft one then stays.
+    # Some containers inherit a hard limit above the kernel's own: it cannot be set, and the soft limit stays.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def sockets(rank: int, processes: int, tensor: int, gloo: bool) -> int:
-    """Sockets from one rank to others: gloo connects every two ranks of a group.
+    """Count the sockets from one rank to others: gloo connects every two ranks of a group.
 
     Args:
-        rank: its number; rank 0 serves the store and the watchdog, and every rank has a connection to each.
-        processes: of the run.
+        rank: number of the rank; rank 0 serves the store and the watchdog, and every rank has a connection to each.
+        processes: number of processes of the run.
         tensor: tensor-parallel size.
-        gloo: training itself communicates over gloo, as on CPUs; NCCL's connections are not counted.
+        gloo: whether training itself communicates over gloo, as on CPUs. Connections of NCCL are not counted.
     """
     meshes = [processes]  # the group for work on files
     if gloo:
@@ -35,10 +35,10 @@ def sockets(rank: int, processes: int, tensor: int, gloo: bool) -> int:
 
 
 def check_limit(rank: int, processes: int, tensor: int, gloo: bool) -> None:
-    """Make sure that the hard limit of open files lets this rank connect to its peers; arguments as of `sockets`.
+    """Check that the hard limit of open files lets this rank connect to its peers. Arguments are those of `sockets`.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the limit is too low.
     """
     needed = sockets(rank, processes, tensor, gloo) + _SPARE
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

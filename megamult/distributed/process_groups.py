@@ -19,12 +19,12 @@ from torch.distributed import ProcessGroup
 from megamult.runtime.patience import ON_FILES
 
 _FILES_TIMEOUT = datetime.timedelta(seconds=ON_FILES)
-"""How long the fastest rank's file system may wait for the slowest's."""
+"""Time that the fastest rank may wait for the slowest rank's file system."""
 
 _made: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...] | str, ProcessGroup]] = WeakKeyDictionary()
-"""Groups that were made beside each default group, by their ranks: made once, and kept. torch names a group after its
-ranks and the number of this process's groups, so that one which is made anew after others have gone could meet the
-first one's addresses."""
+"""Groups made beside each default group, by their ranks; each is made once and kept. torch names a group after its
+ranks and the number of this process's groups, so a group that is made again after others were destroyed could find the
+addresses of the first one."""
 
 
 def create(tensor: int, timeout: datetime.timedelta) -> None:
@@ -35,7 +35,7 @@ def create(tensor: int, timeout: datetime.timedelta) -> None:
 
     Args:
         tensor: tensor-parallel size; divides the number of ranks.
-        timeout: after which a collective of these groups fails.
+        timeout: time after which a collective of these groups fails.
     """
     size = torch.distributed.get_world_size()
     tensor_group = _member(
@@ -47,9 +47,9 @@ def create(tensor: int, timeout: datetime.timedelta) -> None:
 
 
 def files() -> ProcessGroup:
-    """The group over which all ranks' CPUs talk about files: loads, saves. Collective over all ranks on the first call.
+    """Return the gloo group of all ranks for work on files: loads, saves. Collective over all ranks on the first call.
 
-    It is apart from all others, so that a thread which saves meets none of the training's collectives.
+    It is separate, so that the collectives of a thread that saves never mix with those of training.
     """
     made = _made.setdefault(_default(), {})
     if "files" not in made:
@@ -64,7 +64,7 @@ def _default() -> ProcessGroup:
 
 
 def _member(partition: Sequence[range], description: str, timeout: datetime.timedelta) -> ProcessGroup:
-    """This rank's group of disjoint ones that together hold all ranks."""
+    """Return this rank's group of a partition of all ranks into groups."""
     default, rank = _default(), torch.distributed.get_rank()
     mine = next(tuple(ranks) for ranks in partition if rank in ranks)
     if len(mine) == default.size():
@@ -72,7 +72,7 @@ def _member(partition: Sequence[range], description: str, timeout: datetime.time
     made = _made.setdefault(default, {})
     if mine not in made:
         if _is_bound(default):
-            # NCCL is connected, and splits off all groups of the partition at once.
+            # NCCL is already connected and can split off all groups of the partition at once.
             group = torch.distributed.split_group(
                 split_ranks=[list(ranks) for ranks in partition], timeout=timeout, group_desc=description
             )
@@ -86,16 +86,16 @@ def _member(partition: Sequence[range], description: str, timeout: datetime.time
 
 
 def _is_bound(default: ProcessGroup) -> bool:
-    """Whether the default group is bound to a device, so that NCCL connected all ranks when it was made."""
+    """Tell whether the default group is bound to a device: NCCL then connected all ranks when it was made."""
     return default.bound_device_id is not None
 
 
 def _register(tensor: ProcessGroup, data: ProcessGroup, solo: ProcessGroup) -> None:
     """Set the variables of `megatron.core.parallel_state` that its `initialize_model_parallel` sets.
 
-    Megatron offers no way to hand groups to its getters, which its layers and DeepSpeed (`mpu`) ask. Each variable gets
-    the group that has the same ranks as the one that Megatron would have made, so that all getters answer the same,
-    but for those of gloo groups: Megatron's own optimizer and checkpoints use these, ours do not.
+    Megatron's layers and DeepSpeed (`mpu`) call its getters, and Megatron has no public way to set what they return.
+    Each variable gets the group with the ranks that Megatron's own group would have. Getters of gloo groups are the
+    exception: only Megatron's own optimizer and checkpoints use them.
     """
     everyone = _default()
     for group, names in (

@@ -1,4 +1,4 @@
-"""Rank 0's part of the rendezvous: it reads the claims of those who come, refuses strangers, says who takes part."""
+"""Rank 0's part of the rendezvous: read the processes' claims, refuse strangers, announce who takes part."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ from megamult.distributed.claims import REMEDY, Claim, judge, mistake, same_laun
 from megamult.runtime.console import ranges
 
 CLAIMS = "claims"
-"""Counts the claims that have been handed in."""
+"""Key of the number of claims submitted so far."""
 
 MET = "met"
-"""What rank 0 has found, once its wait is over."""
+"""Key of rank 0's result, written once its wait is over."""
 
 RANK_0 = "rank 0"
-"""Key of the name of the process that serves this store, for those that find its port in use."""
+"""Key of the name of the process that serves this store, for runs that find the port in use."""
 
 HEAR = datetime.timedelta(seconds=10)
-"""How long rank 0 waits until what it has found is heard."""
+"""Time that rank 0 waits until all ranks have read its result."""
 
 TELL_SECONDS = 15.0
-"""A rank that still waits after so long says for whom."""
+"""Time after which a rank that still waits says for whom."""
 
 _PORT = "Give this run another port (the launcher's --master_port, or MASTER_PORT)"
 
-_ANOTHER_VERSION = "it runs another version of megamult: use one on all nodes"
+_ANOTHER_VERSION = "it runs another version of megamult: use the same on all nodes"
 
 
 def claim_key(number: int) -> str:
-    """The store's key of a claim."""
+    """Return the store's key of a claim."""
     return f"claim/{number}"
 
 
 def answer_key(number: int) -> str:
-    """The store's key of a refusal."""
+    """Return the store's key of a refusal."""
     return f"answer/{number}"
 
 
 def heard_key(number: int) -> str:
-    """The store's key by which a process that takes part says that it has read MET."""
+    """Return the store's key by which a process that takes part confirms that it has read MET."""
     return f"heard/{number}"
 
 
 def configuration_key(digest: str) -> str:
-    """The store's key of a flat configuration, which all ranks of a launch share."""
+    """Return the store's key of a flat configuration, which all ranks of a launch share."""
     return f"configuration/{digest}"
 
 
 def refusal(claim: str, by: str, why: str, configuration: bool = False) -> str:
-    """What a process is told that may not take part.
+    """Return the message for a process that may not take part.
 
     Args:
         claim, by: the process and rank 0, as text.
@@ -68,10 +68,10 @@ def refusal(claim: str, by: str, why: str, configuration: bool = False) -> str:
 
 
 class Reception:
-    """Receives the processes of rank 0's launch.
+    """Reception of the processes of rank 0's launch.
 
     Args:
-        store: where they hand their claims in.
+        store: the store to which they submit their claims.
         claim: rank 0's own.
         configuration: rank 0's, flat.
     """
@@ -80,22 +80,22 @@ class Reception:
         self._store, self._claim = store, claim
         self._configurations: dict[str, Mapping[str, Any]] = {claim.configuration: configuration}
         self._taken: dict[int, Claim] = {0: claim}
-        self._numbers: dict[int, int] = {}  # rank -> number of the claim that has its place
-        self._refused: list[tuple[Claim, str]] = []  # for a configuration or a problem of their own
+        self._numbers: dict[int, int] = {}  # rank -> number of the accepted claim
+        self._refused: list[tuple[Claim, str]] = []  # because of their configuration or their own problem
         self._unread: set[int] = set()
         self._read = 0
         store.set(RANK_0, str(claim))
 
     def receive(self, seconds: float, deadline: float) -> dict[str, Any]:
-        """Wait for all ranks until the deadline (of time.monotonic()), and let them know who came.
+        """Wait for all ranks until the deadline (of time.monotonic()), and announce who came.
 
         Args:
-            seconds: the whole wait, for messages.
+            seconds: the whole wait; only for messages.
 
         Returns:
-            name: a token of this run, which nobody else has; numbers: of the claims that take part; machines: each
-            rank's, or None where one is missing; problem: the mistake that ends the launch, or None; missing: who
-            did not come, as text, or None; by: rank 0, as text.
+            name: a unique token of this run; numbers: the accepted claims; machines: one per rank, or None if a rank is
+            missing; problem: the mistake that ends the launch, or None; missing: the ranks that did not come, as text,
+            or None; by: rank 0, as text.
         """
         tell = min(deadline, time.monotonic() + TELL_SECONDS)
         while missing := self._missing():
@@ -109,11 +109,11 @@ class Reception:
         return self._conclude(missing, seconds)
 
     def _missing(self) -> list[int]:
-        """Ranks that have no process yet, once all claims that have come are judged."""
+        """Judge all new claims, then return the ranks that have no process yet."""
         count = int(self._store.add(CLAIMS, 0))
         self._unread |= set(range(self._read + 1, count + 1))
         self._read = count
-        # A process counts its claim first and then hands it in.
+        # A process increments the count before it writes its claim.
         for number in sorted(self._unread):
             if self._store.check([claim_key(number)]):
                 self._unread.discard(number)
@@ -157,8 +157,8 @@ class Reception:
         if missing and problem is None:
             absent = (
                 f"{len(missing)} of {self._claim.size} processes did not come within {seconds:.0f} s "
-                f"(parallel.rendezvous_seconds): {_who(missing)}; see whether the host is up and what its own "
-                "output says"
+                f"(parallel.rendezvous_seconds): {_who(missing)}. See whether the host is up, and its own "
+                "output"
             )
             if at_fault := [f"{claim}: {why}" for claim, why in self._refused if claim.rank in missing]:
                 problem = f"{_who(missing)} did not come within {seconds:.0f} s, but {'; '.join(at_fault)}. {REMEDY}"
@@ -171,13 +171,13 @@ class Reception:
             "by": str(self._claim),
         }
         self._store.set(MET, json.dumps(met))
-        # The store goes with this process: it may leave only once all others have heard.
+        # The store ends with this process, so it must stay until all others have read the result.
         takes_part = [heard_key(number) for rank, number in self._numbers.items() if self._taken[rank].problem is None]
         with contextlib.suppress(RuntimeError):
             self._store.wait(takes_part, HEAR)
         if environment.has_agent_store():
-            # torchrun's store may serve these ranks once more, without a new count of restarts. Our own one keeps what
-            # a stranger is told who comes later.
+            # torchrun's store may serve restarted ranks without counting the restart. Our own store keeps the keys, so
+            # that a stranger who comes later is told why it is refused.
             for number in range(1, self._read + 1):
                 for key in (claim_key(number), answer_key(number), heard_key(number)):
                     self._store.delete_key(key)
@@ -187,7 +187,7 @@ class Reception:
 
 
 def _who(ranks: Sequence[int]) -> str:
-    """Ranks with their hosts, where those are known."""
+    """Name ranks, with their hosts where those are known."""
     hosts = launcher.hosts_of_ranks()
     named = sorted({hosts[rank] for rank in ranks if rank in hosts})
     return f"rank {ranges(ranks)}{' on ' + ', '.join(named) if named else ''}"

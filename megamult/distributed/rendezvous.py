@@ -1,4 +1,4 @@
-"""All processes of a launch meet, within a bounded time, or say who did not come."""
+"""Rendezvous of a launch: all its processes meet within a bounded time, or a message names those that are missing."""
 
 from __future__ import annotations
 
@@ -37,17 +37,16 @@ from megamult.distributed.reception import (
 )
 
 SECONDS = 45.0
-"""How long to wait if nothing else is asked for: together with the launcher's own start, a host that is down is named
-within a minute."""
+"""Default time to wait. With the launcher's own start, a host that is down is named within a minute."""
 
 
 class Refused(Exception):
-    """Rank 0 takes this process for one of another launch, or of another configuration."""
+    """Rank 0 refused this process: it belongs to another launch or has another configuration."""
 
     def __init__(self, message: str, configuration: bool) -> None:
         super().__init__(message)
         self.configuration = configuration
-        """Whether the configuration is what differs: the same command again would be refused again."""
+        """Whether the configuration is the reason; then the same command would be refused again."""
 
 
 class NobodyThere(Exception):
@@ -60,10 +59,10 @@ class NobodyThere(Exception):
 
 @dataclass(frozen=True)
 class Meeting:
-    """All processes of a launch."""
+    """Result of a rendezvous: all processes of the launch are here."""
 
     store: Store
-    """What they share; strangers do not know its prefix."""
+    """Store that they share, under a prefix that processes of other launches do not know."""
     machines: list[str]
     """The node of each rank (:func:`megamult.distributed.environment.machine`)."""
 
@@ -71,7 +70,7 @@ class Meeting:
         """Refuse tensor-parallel groups of `tensor` consecutive ranks that span nodes.
 
         Raises:
-            ValueError: one does; on every rank.
+            ValueError: a group spans nodes. Raised on every rank.
         """
         for first in range(0, len(self.machines), tensor):
             group = self.machines[first : first + tensor]
@@ -86,18 +85,20 @@ class Meeting:
 
 
 def meet(seconds: float, configuration: Mapping[str, Any] | None = None) -> Meeting:
-    """Wait until every process of this launch has come to rank 0's store. Collective over all ranks.
+    """Wait until every process of this launch has reached rank 0's store. Collective over all ranks.
 
-    A process of another launch is refused and told by whom; this launch goes on waiting for its own.
+    A process of another launch is refused and told which run refuses it; this launch keeps waiting for its own.
 
     Args:
-        seconds: how long to wait.
-        configuration: of the run, flat (:func:`megamult.settings.flat`): the same on all ranks.
+        seconds: time to wait.
+        configuration: the run's, flat (:func:`megamult.settings.flat`); must be the same on all ranks.
 
     Raises:
-        NobodyThere: on every rank that is here: who did not come, on which hosts; on a rank that finds nobody: that.
-        Refused: rank 0 does not take this process for one of its launch.
-        ValueError: on every rank: what one excused itself with, or every key whose value is not the same on all.
+        NobodyThere: processes are missing; the message names them and their hosts, on every rank that came. A rank that
+            cannot reach rank 0 says so.
+        Refused: rank 0 decided that this process is not part of its launch.
+        ValueError: a rank reported a mistake (`excuse`), or the configurations differ; the message has every key that
+            does. Raised on every rank.
     """
     deadline = time.monotonic() + seconds
     configuration = dict(configuration or {})
@@ -106,9 +107,9 @@ def meet(seconds: float, configuration: Mapping[str, Any] | None = None) -> Meet
     if claim.rank == 0:
         met = Reception(store, claim, configuration).receive(seconds, deadline)
     else:
-        number = _come(store, claim, configuration)
-        # Rank 0 may have begun later, and waits for as long.
-        met = _heard(store, claim, number, time.monotonic() + 2 * seconds + HEAR.total_seconds())
+        number = _submit(store, claim, configuration)
+        # Rank 0 may have started later, and waits as long as this rank did.
+        met = _answer(store, claim, number, time.monotonic() + 2 * seconds + HEAR.total_seconds())
     if met["problem"] is not None:
         raise ValueError(met["problem"])
     if met["missing"] is not None:
@@ -119,21 +120,21 @@ def meet(seconds: float, configuration: Mapping[str, Any] | None = None) -> Meet
 
 
 def excuse(problem: str) -> None:
-    """Come in order to say that this rank cannot take part, if rank 0 is there to hear it."""
+    """Report to rank 0, if it can be reached, that this rank cannot take part and why."""
     with contextlib.suppress(NobodyThere, RuntimeError):
-        _come(_store(_EXCUSE_SECONDS), _claim({}, problem), {})
+        _submit(_store(_EXCUSE_SECONDS), _claim({}, problem), {})
 
 
 _EXCUSE_SECONDS = 15.0
-"""Rank 0 may still be importing what this one did not get to."""
+"""Time to wait for rank 0, which may still be importing libraries when this rank has already failed."""
 
 
 _PATIENCE = datetime.timedelta(minutes=30)
-"""How long ranks that have met wait for one another's keys in the store: some import longer than others."""
+"""Time that ranks wait for one another's keys in the store after the rendezvous; some take longer to import."""
 
 
 def _claim(configuration: Mapping[str, Any], problem: str | None = None) -> Claim:
-    """What this process says of itself."""
+    """Describe this process to rank 0."""
     text = json.dumps(configuration, sort_keys=True)
     return Claim(
         rank=environment.rank(),
@@ -150,8 +151,8 @@ def _claim(configuration: Mapping[str, Any], problem: str | None = None) -> Clai
     )
 
 
-def _come(store: Store, claim: Claim, configuration: Mapping[str, Any]) -> int:
-    """Hand a claim in; its number among all of them."""
+def _submit(store: Store, claim: Claim, configuration: Mapping[str, Any]) -> int:
+    """Submit a claim to rank 0 and return its number."""
     store.set(configuration_key(claim.configuration), json.dumps(configuration))
     number = int(store.add(CLAIMS, 1))
     store.set(claim_key(number), json.dumps(dataclasses.asdict(claim)))
@@ -159,7 +160,7 @@ def _come(store: Store, claim: Claim, configuration: Mapping[str, Any]) -> int:
 
 
 def _store(seconds: float) -> Store:
-    """Rank 0's, or torchrun's own."""
+    """Connect to the store that rank 0 or torchrun serves."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = environment.rank() == 0 and not environment.has_agent_store()
     deadline = time.monotonic() + seconds
@@ -168,7 +169,7 @@ def _store(seconds: float) -> Store:
             _reach(address, port, deadline)
         store = _connect(address, port, max(1.0, deadline - time.monotonic()), serves)
     except (RuntimeError, OSError) as error:
-        # torch's message goes on with the C++ stack.
+        # The first line is torch's message, the others are the C++ stack.
         why = str(error).splitlines()[0]
         if "EADDRINUSE" in str(error):
             raise NobodyThere(
@@ -185,15 +186,15 @@ def _store(seconds: float) -> Store:
 
 
 def _of_this_start(store: Store) -> Store:
-    """torchrun's store outlives the processes that it starts again."""
+    """Prefix the keys by the number of restarts: torchrun's store outlives the processes that it restarts."""
     return PrefixStore(f"megamult/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _connect(address: str, port: int, seconds: float, serves: bool) -> Store:
-    """The store at an address.
+    """Connect to the store at an address, or serve it there.
 
     Raises:
-        OSError, RuntimeError: it cannot be reached or served, or what listens there is none.
+        OSError, RuntimeError: the store cannot be reached or served, or another program listens there.
     """
     found: list[Store | RuntimeError] = []
 
@@ -205,19 +206,19 @@ def _connect(address: str, port: int, seconds: float, serves: bool) -> Store:
         except RuntimeError as error:
             found.append(error)
 
-    # torch waits for ever for the greeting of a server that is no store of its own.
+    # torch would wait for ever for the greeting of a server that is not its store.
     thread = threading.Thread(target=connect, name="store", daemon=True)
     thread.start()
     thread.join(seconds + 1.0)
     if not found:
-        raise OSError(f"what listens there did not greet as torch's store within {seconds:.0f} s")
+        raise OSError(f"the program that listens there is not torch's store: no greeting within {seconds:.0f} s")
     if isinstance(found[0], RuntimeError):
         raise found[0]
     return found[0]
 
 
 def _by_whom(address: str, port: int) -> str:
-    """The run that listens there, for a message; nothing if it is none of megamult's."""
+    """Name the megamult run that listens there, for a message; "" if another program does."""
     with contextlib.suppress(OSError, RuntimeError):
         store = _of_this_start(_connect(address, port, _ASK_SECONDS, serves=False))
         if store.check([RANK_0]):
@@ -226,14 +227,14 @@ def _by_whom(address: str, port: int) -> str:
 
 
 _ASK_SECONDS = 3.0
-"""How long to wait for the greeting of who listens at a port that is in use."""
+"""Time to wait for the greeting of the program that listens at a port in use."""
 
 
 def _reach(address: str, port: int, deadline: float) -> None:
-    """Wait until somebody listens there. torch's own retries wait ever longer, up to twice as long as they were told.
+    """Wait until a server listens there. torch's own retries wait ever longer, up to twice the given time.
 
     Raises:
-        OSError: nobody does by then.
+        OSError: no server listens there at the deadline.
     """
     tell = time.monotonic() + TELL_SECONDS if environment.local_rank() == 0 else math.inf
     while True:
@@ -250,24 +251,26 @@ def _reach(address: str, port: int, deadline: float) -> None:
         time.sleep(0.2)
 
 
-def _heard(store: Store, claim: Claim, number: int, deadline: float) -> dict[str, Any]:
-    """What rank 0 has found, if it counts this process in."""
+def _answer(store: Store, claim: Claim, number: int, deadline: float) -> dict[str, Any]:
+    """Wait for rank 0's result and return it, if this process takes part."""
     answer = answer_key(number)
     try:
         while not store.check([answer]):
             if store.check([MET]):
                 break
             if time.monotonic() > deadline:
-                raise NobodyThere("rank 0 was there, and has said nothing since", rank_0_is_missing=True)
-            time.sleep(0.4)  # thousands of ranks ask the one store
+                raise NobodyThere("rank 0 came, and has not answered since: see its output", rank_0_is_missing=True)
+            time.sleep(0.4)  # thousands of ranks ask the same store
         if store.check([answer]):
             told = json.loads(store.get(answer))
             raise Refused(told["why"], told["configuration"])
         met = dict(json.loads(store.get(MET)))
     except RuntimeError as error:
         why = str(error).splitlines()[0]
-        raise NobodyThere(f"rank 0 has left before all had come ({why})", rank_0_is_missing=True) from None
+        raise NobodyThere(
+            f"rank 0 left before all processes had come ({why}): see its output", rank_0_is_missing=True
+        ) from None
     if number not in met["numbers"]:
-        raise Refused(refusal(str(claim), met["by"], "the processes of its launch have all come"), False)
+        raise Refused(refusal(str(claim), met["by"], "all processes of that launch have come already"), False)
     store.set(heard_key(number), "")
     return met

@@ -100,7 +100,7 @@ def test_hosts_and_launchers_of_deepspeed_are_read_from_the_processes_above(tmp_
     world = "eyJuMSI6IFswLCAxXSwgIm4yIjogWzBdfQ=="  # {"n1": [0, 1], "n2": [0]}
     rank = tmp_path / "rank.py"
     rank.write_text(
-        "from megamult import launcher\n"
+        "from megamult.distributed import launcher\n"
         "print(launcher.hosts_of_ranks(), len(launcher.launchers()), launcher.siblings(), bool(launcher.process()))\n"
     )
     run_next = "import subprocess, sys\nsys.exit(subprocess.run(sys.argv[sys.argv.index('--') + 1:]).returncode)\n"
@@ -113,7 +113,7 @@ def test_hosts_and_launchers_of_deepspeed_are_read_from_the_processes_above(tmp_
             capture_output=True,
             text=True,
             timeout=60,
-            env={**os.environ, "RANK": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+            env={**os.environ, "RANK": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         assert done.stdout == f"{{0: 'n1', 1: 'n1', 2: 'n2'}} {count} (0, 2) True\n", done.stderr
     assert launcher.hosts_of_ranks() == {} and launcher.process() == "", "pytest is no launcher"

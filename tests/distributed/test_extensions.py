@@ -51,7 +51,7 @@ def test_a_lock_of_a_process_that_is_gone_is_removed_with_a_word(tmp_path: Path,
     lock, said = locked(tmp_path / below, age=HOUR), list[str]()
     extensions.release(tmp_path, said.append)
     assert not lock.exists()
-    assert said == [f"removed {lock}: it was left by a process that is gone"]
+    assert said == [f"removed {lock}: the process that made it has ended"]
 
 
 def test_a_lock_is_waited_for_until_its_process_has_compiled(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_it_runs_as_a_program_before_anything_is_installed(tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, "-I", "-S", extensions.__file__, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert not lock.exists() and done.stderr == f"megamult: removed {lock}: it was left by a process that is gone\n"
+    assert not lock.exists() and done.stderr == f"megamult: removed {lock}: the process that made it has ended\n"
 
 
 def start(root: str) -> list[bool]:
