@@ -1,4 +1,4 @@
-"""What programs say and how they end: one line for a user's mistake, exit codes, cleaning up when asked to stop."""
+"""Output and ends of programs: one line for a user's mistake, exit codes, cleaning up when asked to stop."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from megamult.runtime import exit_codes
 
 
 def say_error(message: str) -> None:
-    """One line on standard error."""
+    """Print an error as one line on standard error."""
     print("error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr, flush=True)
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    runs: list[list[int]] = []
+    """Write [0, 1, 2, 5] as "0-2, 5"."""
+    spans: list[list[int]] = []
     for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
         else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+            spans.append([number])
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C end a program with one word of rank 0 and exit code 130, no traceback. It goes around all imports."""
+    """Let Ctrl-C end a program with one word from rank 0 and exit code 130, no traceback. Enter it before imports."""
     try:
         yield
     except KeyboardInterrupt:
@@ -41,10 +41,13 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_or_nothing() -> Iterator[None]:
-    """Run a program's work, which writes nothing unless it ends in order. ValueError and OSError are a user's mistake
-    (exit code 2), Ctrl-C is 130; SIGTERM (143) and the terminal's end (SIGHUP, 129) clean up as Ctrl-C does."""
+    """Run a program that writes nothing unless it succeeds, and choose its exit code.
+
+    ValueError and OSError are the user's mistake (2). Ctrl-C (130), SIGTERM (143) and the end of the terminal (SIGHUP,
+    129) clean up first.
+    """
     signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it is ignored, and shall be
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup sets it to be ignored; keep that
         signal.signal(signal.SIGHUP, _terminate)
     try:
         yield

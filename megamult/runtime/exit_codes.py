@@ -18,7 +18,7 @@ NO_CHECKPOINT = 74
 """The run's last checkpoint could not be written (EX_IOERR)."""
 
 RESUME = 75
-"""The run saved a checkpoint and stopped before its last step, as it was asked to: start it again (EX_TEMPFAIL)."""
+"""The run saved a checkpoint and stopped on request before its last step: start it again (EX_TEMPFAIL)."""
 
 INTERRUPTED = 130
 """Ctrl-C: 128 + SIGINT."""

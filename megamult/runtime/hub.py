@@ -1,4 +1,4 @@
-"""Rank 0's part of the watchdog: it hears every rank, and decides who died or stands still."""
+"""Rank 0's part of the watchdog: receive every rank's reports, and decide which rank died or stands still."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from megamult.runtime.progress import Place, Progress
 from megamult.runtime.verdict import Peer
 
 CONNECT_SECONDS = 60.0
-"""Within which a rank that has met the others has found rank 0's port."""
+"""Time after the rendezvous within which every rank must have connected to rank 0's port."""
 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """In seconds without progress; all of them within the run's timeout. Ranks that are stopped on a host of their own
-    are left to its launcher then."""
+    """Deadlines in seconds without progress, all within the run's timeout. Stopped ranks of a host on which no other
+    rank runs are left to its launcher."""
 
     timeout: float
 
     @property
     def answer(self) -> float:
-        """Within which a rank that lives tells its stack, and rank 0 its verdict."""
+        """Time within which a live rank sends its stack, and rank 0 its verdict."""
         return min(5.0, self.timeout / 6)
 
     @property
     def ask(self) -> float:
-        """A rank asks rank 0 whether anybody gets further."""
+        """Time after which a rank asks rank 0 whether any rank makes progress."""
         return self.timeout - 3 * self.answer
 
     @property
     def alone(self) -> float:
-        """A rank that has had no answer, though there was time for two, ends by itself."""
+        """Time after which a rank ends by itself: rank 0 had time for two answers and sent none."""
         return self.timeout - self.answer
 
 
 _SETTLE_SECONDS = 0.5
-"""Between the first sign of a death and the verdict: those that die of it may be heard first."""
+"""Time from the first report of a death to the verdict: ranks that die as a consequence may report earlier."""
 
 LEFT_SECONDS = 10.0
-"""After which a rank that left with an error ends those that have not."""
+"""Time after which a rank that left with an error ends the ranks that have not left."""
 
 
 @dataclass
 class _Connection:
     peer: Peer
     where: str
-    """What processes share that can signal one another."""
+    """Identifier that processes share if they can signal one another."""
     writer: asyncio.StreamWriter
     heard: float
     left: bool = False
@@ -63,13 +63,13 @@ class _Connection:
 
 
 class Hub:
-    """Serves every rank's connection, rank 0's own too.
+    """Server of every rank's connection, rank 0's own included.
 
     Args:
-        token: without which nobody is heard.
+        token: secret that every rank sends first; other connections are closed.
         size: number of ranks.
-        deadlines: for ranks without progress.
-        progress: rank 0's own.
+        deadlines: deadlines for ranks without progress.
+        progress: rank 0's own progress.
     """
 
     def __init__(self, token: str, size: int, deadlines: Deadlines, progress: Progress) -> None:
@@ -85,7 +85,7 @@ class Hub:
         self._later(CONNECT_SECONDS, self._absentees)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One rank, from its hello until it is gone."""
+        """Serve one rank, from its first message until its connection closes."""
         task = asyncio.current_task()
         assert task is not None
         self._serving.add(task)
@@ -96,7 +96,7 @@ class Hub:
             writer.close()
 
     async def closed(self, seconds: float) -> None:
-        """Until every rank has closed its connection, for so long at most."""
+        """Wait until every rank has closed its connection, for at most `seconds`."""
         if self._serving:
             await asyncio.wait(self._serving, timeout=seconds)
 
@@ -105,7 +105,7 @@ class Hub:
         try:
             hello = json.loads(await reader.readline())
             if hello["token"] != self._token:
-                raise ValueError("not one of ours")
+                raise ValueError("another program's connection")
         except (ValueError, KeyError, TypeError, OSError):
             return
         self._absent.discard(hello["rank"])
@@ -167,12 +167,12 @@ class Hub:
         peers = {number: each.peer for number, each in self._ranks.items()}
         why, guilty = verdict.died(self._lost, self._failed, peers, self._progress.place)
         for number in guilty:
-            if number != 0 and number in self._failed:  # rank 0 says its own
+            if number != 0 and number in self._failed:  # rank 0 prints its own
                 print(f"{self._ranks[number].peer}:\n{self._failed[number]}", end="", file=sys.stderr)
         self._end(why, guilty, [])
 
     async def _ask(self) -> None:
-        """Let every rank say where it is; end the run if none has got further for too long."""
+        """Ask every rank for its place; end the run if none has made progress for too long."""
         for rank in self._ranks.values():
             rank.peer.stack = None
         self._all({"report": True})
@@ -194,7 +194,7 @@ class Hub:
         self._end(line, [rank.peer.rank for rank in silent], [[rank.peer.pid, rank.where] for rank in silent])
 
     def _all(self, message: dict[str, Any]) -> None:
-        # Rank 0 last: the process may end of it.
+        # Rank 0 comes last: the message may end its process.
         for number in sorted(self._ranks, reverse=True):
             with contextlib.suppress(OSError):
                 send(self._ranks[number].writer, message)
@@ -206,14 +206,16 @@ class Hub:
 
 
 def keep_alive(writer: asyncio.StreamWriter) -> None:
-    """Let the kernels ask one another whether the hosts are there: a process that is stopped or busy still answers."""
+    """Turn on TCP keep-alive, by which kernels check that hosts are up; it works while a process is stopped or busy."""
     connection = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 9)):
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000)  # milliseconds, of what is sent
+    connection.setsockopt(
+        socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000
+    )  # milliseconds until unacknowledged data fails
 
 
 def send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
-    """One line of JSON."""
+    """Send one line of JSON."""
     writer.write(json.dumps(message).encode() + b"\n")

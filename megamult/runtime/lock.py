@@ -1,4 +1,4 @@
-"""One live run to a run directory, also on file systems whose locks reach no further than one node."""
+"""Lock of a run directory, which one live run holds, even on file systems whose locks are known on one node only."""
 
 from __future__ import annotations
 
@@ -22,32 +22,35 @@ from megamult.runtime.console import say_error
 LOCK = "lock"
 
 PATIENCE_SECONDS = 120.0
-"""An earlier part of the run may still be saving, or its file server may not have noticed yet that its node is down."""
+"""Time to wait for an earlier start of the run, which may still be saving, or whose dead node the file server may not
+have noticed yet."""
 
 BEAT_SECONDS = 3.0
-"""How often the holder writes into the lock that it is alive."""
+"""Seconds between the holder's writes to the lock, which show that it is alive."""
 
 LOOKS = 120
-"""A holder on another node is dead once its lock has been read so often, LOOK_SECONDS apart, without a beat between. A
-live one may hold its interpreter that long: shuffling the 2^31 documents that a source may have takes 90 s. It is reads
-that count: a file server that hangs lets no time pass for either side, and no clocks are compared."""
+"""Reads of the lock, LOOK_SECONDS apart, that must all find it unchanged before a holder on another node counts as
+dead. A live holder may be unable to write for as long: shuffling the 2^31 documents that a source may have takes 90 s.
+Reads are counted instead of seconds, because a file server that hangs then delays both sides, and no clocks are
+compared."""
 
 LOOK_SECONDS = 1.0
 
 SETTLE_SECONDS = 1.0
-"""How long after taking over a dead run's lock a run reads it again: of several that take it over, the last to write
-has it, and a run that had opened a file which its holder then removed finds another one under that name."""
+"""Time after which a run that took over a dead run's lock reads it again. If several runs take it over, the last to
+write has it; and if the holder removed the file after this run had opened it, another file has its name now."""
 
 
 class RunLock:
-    """`lock` in a run directory, held by rank 0 as long as its process lives, however it ends.
+    """The file `lock` in a run directory, held by rank 0 as long as its process lives, however it ends.
 
-    Two things keep others out. flock: released the moment the process ends, but on some file systems unknown to other
-    nodes. And the record in the file, which names the holder and counts its beats: seen by every node, but a dead
-    holder's only gives itself away by standing still. A run that ends in order removes the file.
+    Two things keep other runs out. The first is flock, which is released the moment the process ends, but which other
+    nodes do not see on some file systems. The second is the record in the file, which names the holder and counts its
+    beats: every node sees it, but only after a while that a dead holder's count stands still. A run that ends in order
+    removes the file.
 
     Args:
-        ending: called before this process ends because another run has the lock.
+        ending: function that is called before this process ends because another run has the lock.
     """
 
     def __init__(self, ending: Callable[[], None] = lambda: None) -> None:
@@ -61,17 +64,17 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def acquire(self, run_dir: Path) -> bool:
-        """Hold it, once; wait for a while if another run does, and return whether one did.
+        """Take the lock, unless it is held already. If another run has it, wait for a while; return whether one had it.
 
         Raises:
-            ValueError: another run still does.
+            ValueError: another run still has it.
             OSError: the file cannot be written.
         """
         if self._descriptor is not None:
             return False
         self._path = run_dir / LOCK
         deadline, waited = time.monotonic() + PATIENCE_SECONDS, False
-        before, looks = None, 0  # the record when it was last read, and how often it has been the same
+        before, looks = None, 0  # the last record, and how many reads in a row found the same
         while True:
             descriptor, made = _open(self._path)
             if descriptor is None:
@@ -82,25 +85,25 @@ class RunLock:
             looks = looks + 1 if text == before else 0
             if flocked is not False and (ours or looks >= LOOKS):
                 if not ours:
-                    print(f"{_holder(text)} has not touched {self._path} for {LOOKS} s: taking it over", flush=True)
+                    print(f"{_holder(text)} has not written {self._path} for {LOOKS} s: taking it over", flush=True)
                 if self._take(descriptor, settle=not made):
                     return waited
             os.close(descriptor)
             alive = flocked is False or (before is not None and text != before)
             if alive and time.monotonic() > deadline:
                 hint = (
-                    f". If there is no such process any more (its node is gone, and the file server keeps its lock), "
+                    f". If there is no such process any more (its node is down, and the file server keeps its lock), "
                     f"remove {self._path}"
                 )
                 raise ValueError(
-                    f"train.run_dir {run_dir} belongs to a run that is alive ({_holder(text)}): end it, or choose "
+                    f"train.run_dir {run_dir} belongs to a live run ({_holder(text)}): end it, or choose "
                     f"another with --train.run_dir{hint if flocked is False else ''}"
                 )
             if alive and not waited:
                 waited = True
                 print(f"waiting until an earlier run leaves {run_dir} ({_holder(text)})", flush=True)
             elif before is None and not alive:
-                print(f"{self._path} names {_holder(text)}: reading for {LOOKS} s whether that is alive", flush=True)
+                print(f"{self._path} names {_holder(text)}: watching for {LOOKS} s whether it is alive", flush=True)
             before = text
             time.sleep(LOOK_SECONDS)
 
@@ -122,7 +125,7 @@ class RunLock:
         self._descriptor = None
 
     def _take(self, descriptor: int, settle: bool) -> bool:
-        """Put our own record into the file, and see that nobody else did so after us."""
+        """Write our own record into the file, and check that no other run has overwritten it."""
         self._write(descriptor)
         if settle:
             time.sleep(SETTLE_SECONDS)
@@ -145,10 +148,10 @@ class RunLock:
         text = (json.dumps(record) + "\n").encode()
         os.pwrite(descriptor, text, 0)
         os.ftruncate(descriptor, len(text))
-        os.fsync(descriptor)  # other nodes see what is on the file server
+        os.fsync(descriptor)  # other nodes see only what has reached the file server
 
     def _beat(self) -> None:
-        """Write that we are alive; end the process if another run has taken the lock over because we did not."""
+        """Write every few seconds that this run is alive; end the process if another run has taken the lock over."""
         warned = False
         while not self._over.wait(BEAT_SECONDS):
             self._beats += 1
@@ -158,7 +161,7 @@ class RunLock:
                 if text and self._token not in text:
                     say_error(
                         f"{_holder(text)} has taken {self._path} over, because this run (process {os.getpid()} on "
-                        f"{environment.host()}) was held up for over {LOOKS} s or its lock was removed: this one ends"
+                        f"{environment.host()}) was held up for over {LOOKS} s or its lock was removed: this run ends"
                     )
                     self._ending()
                     os._exit(exit_codes.WATCHDOG)
@@ -167,15 +170,15 @@ class RunLock:
                 if not warned:
                     warned = True
                     print(
-                        f"warning: {self._path} cannot be written ({problem.strerror}): another run may take this one "
-                        "for dead",
+                        f"warning: {self._path} cannot be written ({problem.strerror}): another run may take this "
+                        "run for dead",
                         file=sys.stderr,
                         flush=True,
                     )
 
 
 def _open(path: Path) -> tuple[int | None, bool]:
-    """(descriptor, whether the file is new); None: it was removed while we looked."""
+    """Return (descriptor, whether the file is new); the descriptor is None if the file was removed meanwhile."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
     except FileExistsError:
@@ -186,10 +189,10 @@ def _open(path: Path) -> tuple[int | None, bool]:
 
 
 def _flock(descriptor: int, insist: bool) -> bool | None:
-    """Whether the file is now locked by us; None: this file system has no locks.
+    """Lock the file and return whether that worked; None: this file system has no locks.
 
     Args:
-        insist: the file is ours: who has it locked only looks, and leaves at once.
+        insist: try until it works. For a file that we made: others lock it only for a moment, to look.
     """
     while True:
         try:
@@ -204,7 +207,7 @@ def _flock(descriptor: int, insist: bool) -> bool | None:
 
 
 def _read(path: Path) -> str:
-    """The lock's text, as a file that is opened anew shows it on every file system; "" if there is none."""
+    """Return the lock's text; "" if there is none. A file opened anew shows its state on every file system."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -220,8 +223,8 @@ def _record(text: str) -> dict[str, Any]:
 
 
 def _is_here(text: str) -> bool:
-    """Whether the record's process ran on this node, whose kernel tells of its lock. A record of an older version names
-    no machine: there the host's name decides."""
+    """Tell whether the record's process ran on this node, whose kernel knows its flock. A record of an older version
+    has no machine; then the host's name decides."""
     found = _record(text)
     if "machine" in found:
         return bool(found["machine"] == environment.machine())
@@ -232,6 +235,6 @@ def _holder(text: str) -> str:
     """Name of the process that holds the lock, for a message."""
     found = _record(text)
     if not found:
-        return "a process that has not said its name"
+        return "an unknown process"
     process, host, since = (found.get(key, "unknown") for key in ("process", "host", "since"))
     return f"process {process} on {host} since {since}"

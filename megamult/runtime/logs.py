@@ -1,4 +1,4 @@
-"""What a rank says: into a file of its own, rank 0's on the screen too; and which ranks ended without a word."""
+"""Logs of ranks: a file for each, rank 0's output also on the screen; and marks that show which ranks were killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megamult.distributed import environment
 
 
 class _Patient(io.TextIOBase):
-    """A file that may be on a full disk: what cannot be written is lost, and nobody fails because of it."""
+    """File that may be on a full disk: text that cannot be written is lost, and nothing fails because of it."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
@@ -39,7 +39,7 @@ class _Patient(io.TextIOBase):
 
 
 class _Both(io.TextIOBase):
-    """Writes to the screen and to a file; what redraws a line (a progress bar) goes to the screen alone."""
+    """Stream to the screen and to a file; text that redraws a line (a progress bar) goes to the screen only."""
 
     def __init__(self, screen: IO[str], file: IO[str]) -> None:
         self._screen, self._file = screen, _Patient(file)
@@ -64,10 +64,11 @@ class _Both(io.TextIOBase):
 
 
 class RankLog:
-    """Standard output and error of this process while it is entered: the screen, until :meth:`open` names a folder.
+    """Destination of this process's output and errors while it is entered: the screen, until :meth:`open` names a
+    folder.
 
-    Rank 0's file has what Python says; those of the others have also what libraries in C say, as nothing of it reaches
-    the screen any more.
+    Rank 0's file has what Python prints. The files of other ranks also have what libraries in C print, because their
+    output no longer reaches the screen.
     """
 
     def __enter__(self) -> RankLog:
@@ -97,13 +98,13 @@ class RankLog:
             self._file.close()
 
     def open(self, folder: Path) -> None:
-        """From now on into `folder`/rank_N.log, after what an earlier part of the run said there.
+        """Append all output from now on to `folder`/rank_N.log.
 
-        While this process is there, so is `folder`/rank_N.running, which names it: a process that is killed leaves it
-        behind, and with it the word that it could not say.
+        As long as this process lives there is also `folder`/rank_N.running, which names it. A process that is killed
+        leaves this file behind, so that others can say who was killed.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: a file cannot be written.
         """
         folder.mkdir(exist_ok=True)
         path = folder / f"rank_{environment.rank()}.log"
@@ -122,7 +123,7 @@ class RankLog:
         sys.stdout, sys.stderr = _Patient(self._file), _Patient(self._file)
 
     def say(self, line: str, on_screen: bool) -> None:
-        """A line into the file and, if asked for or if there is none, on the screen; from any thread, at any time."""
+        """Write a line to the file, and to the screen if `on_screen` or without a file. Any thread may call it."""
         with contextlib.suppress(OSError):
             if self._file is not None:
                 os.write(self._file.fileno(), f"{line}\n".encode())
@@ -130,7 +131,7 @@ class RankLog:
                 os.write(self._screen[1] if self._screen else 2, f"{line}\n".encode())
 
     def ended(self) -> None:
-        """This process is about to end and has said why; from any thread."""
+        """Remove the mark: this process is about to end and has said why. May be called from any thread."""
         if self._mark is not None:
             with contextlib.suppress(OSError):
                 self._mark.unlink()
@@ -140,8 +141,7 @@ _RUNNING = ".running"
 
 
 def left_without_a_word(folder: Path) -> list[str]:
-    """Names of the processes of an earlier part of the run that were killed, in the order of their ranks; each is told
-    once."""
+    """Return the names of processes of earlier starts of the run that were killed, by rank, and remove their marks."""
     marks = list(folder.glob(f"rank_*{_RUNNING}"))
     names = {}
     for mark in sorted(marks, key=lambda each: (len(each.name), each.name)):

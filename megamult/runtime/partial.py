@@ -1,8 +1,10 @@
-"""Hidden folders in which results are written until they are complete, and what processes that were killed left there.
+"""Hidden folders in which results are written until they are complete, and removal of those that killed processes left.
 
-A folder `.NAME.RANDOM.partial` belongs to the process that holds the lock on the file `owner` in it. The kernel gives a
-lock back however its process ends, so a folder of this machine that nobody holds is a dead process's.
+A folder `.NAME.RANDOM.partial` belongs to the process that holds the lock on the file `owner` in it. The kernel
+releases a lock however its process ends, so an unlocked folder of this machine belongs to a dead process.
 """
+
+from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -23,18 +25,18 @@ _OWNER = "owner"
 
 @contextlib.contextmanager
 def partial_folder(final: Path) -> Iterator[Path]:
-    """An empty folder beside `final` to write it in; removed at the end with what is still in it.
+    """Make an empty folder beside `final` to write its contents in; remove it at the end with whatever is left in it.
 
-    First it removes folders for the same `final` that dead processes left, and says so on standard error. A folder of
-    another machine, of this one before it was started anew, or of nobody that can be known stays, with a line that
-    names it; so does every folder on a file system without locks.
+    Folders for the same `final` that dead processes left are removed first, with a line on standard error. A folder
+    stays, with a line that names it, if it belongs to another machine, to this machine before a reboot, or to an
+    unknown process, or if the file system has no locks.
     """
     _remove_leftovers(final)
     folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
     try:
         with open(folder / _OWNER, "x", encoding="utf-8") as owner:
-            # The lock comes before the text: a file with text that is not locked is a dead process's. Who has it locked
-            # before us only looks, and leaves at once.
+            # The lock comes before the text: a file that has text and no lock belongs to a dead process. Another
+            # process that has locked it before us only looks, and releases it at once.
             while _lock(owner) is False:
                 time.sleep(0.01)
             json.dump({"machine": environment.machine(), "host": environment.host(), "process": os.getpid()}, owner)
@@ -58,7 +60,7 @@ def _lock(owner: IO[str]) -> bool | None:
 
 
 def is_being_written(final: Path) -> bool:
-    """Whether a process of this machine is writing `final` in a partial folder now."""
+    """Tell whether a process of this machine is writing `final` in a partial folder now."""
     for folder in _unfinished(final):
         with contextlib.suppress(OSError), open(folder / _OWNER, "r+", encoding="utf-8") as file:
             if _lock(file) is False:
@@ -67,9 +69,9 @@ def is_being_written(final: Path) -> bool:
 
 
 def _unfinished(final: Path) -> list[Path]:
-    """The partial folders for `final` that are there, of the living and of the dead."""
+    """List the partial folders for `final`, of live and of dead processes."""
     found = final.parent.glob(f".{_escaped(final.name)}.*.partial")
-    # What follows NAME must be mkdtemp's eight characters: `.a.b.x.partial` belongs to `a.b`, not to `a`.
+    # Only mkdtemp's eight characters may follow NAME: `.a.b.x.partial` belongs to `a.b`, not to `a`.
     ours = [path for path in found if "." not in path.name.removeprefix(f".{final.name}.").removesuffix(".partial")]
     return sorted(path for path in ours if path.is_dir())
 
@@ -87,8 +89,8 @@ def _escaped(name: str) -> str:
 
 
 def _dead_owner(folder: Path) -> str | None:
-    """Name the process that a folder belonged to, if it is known to be dead; None: it lives, or nobody can know."""
-    doubt = f"{folder} is unfinished, and whether its process still runs cannot be seen from here: remove it if not"
+    """Name the process that a folder belonged to, if it is known to be dead; None: it lives, or that is unknown."""
+    doubt = f"{folder} is unfinished, and this process cannot tell whether its writer still runs: remove it if not"
     try:
         with open(folder / _OWNER, "r+", encoding="utf-8") as file:
             free = _lock(file)
@@ -97,11 +99,11 @@ def _dead_owner(folder: Path) -> str | None:
             owner = json.loads(file.read())
             machine, host, process = owner["machine"], owner["host"], owner["process"]
     except (OSError, ValueError, KeyError, TypeError):
-        # No record, or none yet: it was made this moment, or by a version that kept none.
+        # No record (yet): the folder was made this moment, or by a version that wrote none.
         print(doubt, file=sys.stderr)
         return None
     if free and machine == environment.machine():
         return f"process {process}"
-    # Locks of many file systems are known on one node only, and two machines may have one name.
+    # Many file systems show a lock on one node only, and two machines may have the same name.
     print(f"{doubt} (process {process} on {host})", file=sys.stderr)
     return None

@@ -1,4 +1,4 @@
-"""How long ranks wait for one another where the wait has nothing to do with a peer's health."""
+"""Time limits for work in which a slow rank is no sign of a failing one."""
 
 ON_FILES = 2 * 3600.0
-"""Seconds for work on files, which no peer can hold up, and which a loaded file system may."""
+"""Seconds that ranks wait for one another's work on files, which a loaded file system may slow down."""

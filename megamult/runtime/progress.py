@@ -1,4 +1,4 @@
-"""How far this process has got, and where it stands: what a watchdog asks of it."""
+"""Progress of this process: its place in training, and the stack, for the watchdog."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is."""
+    """Place of a rank in training."""
 
     step: int
     doing: str
     count: int
-    """How many places it has been at: the same for ranks that have got equally far."""
+    """Number of places so far: the same for ranks that have got equally far."""
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.doing}"
@@ -27,7 +27,7 @@ START = Place(0, "start-up", 0)
 
 
 class Progress:
-    """Noted by the main thread, read by another."""
+    """Progress that the main thread notes and another thread reads."""
 
     def __init__(self) -> None:
         self._main = threading.get_ident()
@@ -35,29 +35,29 @@ class Progress:
         self._since = time.monotonic()
 
     def at(self, step: int, doing: str, grace: float = 0.0) -> None:
-        """The main thread begins something: so far it has got further.
+        """Note that the main thread begins something, which counts as progress.
 
         Args:
-            grace: seconds for which it does not count as standing.
+            grace: seconds of the new work that do not count as standing still.
         """
         self._place = Place(step, doing, self._place.count + 1)
         self._since = time.monotonic() + grace
 
     def forgive(self, seconds: float) -> None:
-        """Time in which the whole process was stopped does not count."""
+        """Discount time in which the whole process was stopped."""
         self._since += seconds
 
     @property
     def place(self) -> Place:
-        """The last thing begun."""
+        """The last place noted."""
         return self._place
 
     def standing(self) -> float:
-        """Seconds since then; negative within its grace."""
+        """Return the seconds since the last progress; negative within its grace."""
         return time.monotonic() - self._since
 
     def report(self) -> dict[str, Any]:
-        """Place and Python stack of the main thread, for JSON."""
+        """Return place and Python stack of the main thread, ready for JSON."""
         frame = sys._current_frames().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         return {"place": asdict(self._place), "standing": self.standing(), "stack": stack}

@@ -1,4 +1,4 @@
-"""Requests to save and stop: signals, the launcher's end, a time limit; acted on by all ranks at one step."""
+"""Requests to save and stop: signals, the launcher's end, a time limit. All ranks obey at the same step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 from megamult.distributed import environment, launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""A scheduler's, and Ctrl-C, which reaches ranks from the terminal or their launcher. Where ranks have heard different
-ones, the first of these is the run's reason to stop."""
+"""Signals of schedulers, and Ctrl-C, which reaches ranks from the terminal or their launcher. If ranks received
+different ones, the first in this list is the run's reason to stop."""
 
 _ABANDONED = 255
-"""In the place of a signal's number: a launcher above this rank is gone."""
+"""Number used like a signal's: a launcher above this rank has ended."""
 
 SAME_REQUEST_SECONDS = 5.0
 """Signals that follow the first one within this time are the same request: a scheduler sends one to every process of a
@@ -28,16 +28,16 @@ job, and launchers pass theirs on."""
 
 
 class StopRequests:
-    """Watches for signals while it is entered. The first one is noted, a later one ends the process at once.
+    """Receiver of requests while it is entered. The first signal is noted, a later one ends the process at once.
 
-    Signals reach a thread through a pipe that Python's own C handler writes to, so a later one ends the process also
-    where the main thread waits in a collective for ever.
+    Signals reach a thread through a pipe that Python's own C handler writes to. A later one therefore ends the process
+    even if the main thread hangs in a collective.
 
-    Launchers that pass no signal on leave their ranks behind: that one of those above is gone is a request, too.
+    Some launchers end on a signal without passing it on, so the end of a launcher above this rank is a request too.
 
     Args:
-        deadline: of `time.monotonic()`, from which on to stop; None: never.
-        ending: called before a later signal ends the process.
+        deadline: value of `time.monotonic()` from which on to stop; None: never.
+        ending: function that is called before a later signal ends the process.
     """
 
     def __init__(self, deadline: float | None = None, ending: Callable[[], None] = lambda: None) -> None:
@@ -49,14 +49,14 @@ class StopRequests:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        # Ctrl-C that is ignored, as by a script's background jobs, stays so. A scheduler's signals are heard: launchers
-        # that must not die of them are started with them ignored, and their ranks inherit that.
+        # If Ctrl-C is ignored, as in a script's background jobs, it stays ignored. A scheduler's signals are always
+        # received: launchers that must survive them are started with them ignored, and their ranks inherit that.
         ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         heard = [number for number in SIGNALS if number != signal.SIGINT or not ignored]
         self._before = {number: signal.signal(number, lambda *_: None) for number in heard}
         self._launchers: list[int] = []
         for process in launcher.launchers():
-            with contextlib.suppress(OSError, AttributeError):  # gone already; a Python built on an older system
+            with contextlib.suppress(OSError, AttributeError):  # ended already; or a Python built on an older system
                 self._launchers.append(os.pidfd_open(process))
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
@@ -66,7 +66,7 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            # The same request may still arrive once more while the process ends.
+            # The same request may arrive again while the process ends.
             signal.signal(number, signal.SIG_IGN if self._asked else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)  # ends the thread
@@ -106,18 +106,21 @@ class StopRequests:
                     os._exit(128 + number)
 
     def ballot(self) -> list[float]:
-        """This rank's vote on stopping now, which travels beside the loss: a number for each possible reason, 1 where
-        this rank has it. Sums over ranks are what :meth:`decided` takes, exact in fp32 up to 2^24 ranks."""
+        """Return this rank's vote on stopping now: for each possible reason 1 if this rank has it, else 0.
+
+        The votes are summed over ranks together with the loss, exactly in fp32 up to 2^24 ranks, and :meth:`decided`
+        takes the sums.
+        """
         late = self._deadline is not None and time.monotonic() >= self._deadline
         asked = self._asked
         return [float(asked == number) for number in (_ABANDONED, *SIGNALS)] + [float(late)]
 
     @staticmethod
     def decided(votes: Sequence[float]) -> str | None:
-        """Why all ranks should stop now; None: no rank was asked to.
+        """Return the reason for all ranks to stop now; None: no rank was asked to.
 
         Args:
-            votes: the sum of all ranks' ballots. It is the same on all of them, and so is the answer.
+            votes: the sum of all ranks' ballots. It is the same on all ranks, and so is the result.
         """
-        reasons = ["the launcher is gone", *(number.name for number in SIGNALS), "train.max_minutes"]
+        reasons = ["the launcher has ended", *(number.name for number in SIGNALS), "train.max_minutes"]
         return next((reason for reason, count in zip(reasons, votes, strict=True) if count), None)

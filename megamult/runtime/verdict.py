@@ -1,4 +1,4 @@
-"""What a watchdog says of ranks that died or stand still: pure functions from what is known to text."""
+"""Messages of a watchdog about ranks that died or stand still: pure functions from reports to text."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megamult.runtime.progress import START, Place
 
 @dataclass
 class Peer:
-    """What is known of a rank."""
+    """State of a rank as the watchdog knows it."""
 
     rank: int
     host: str
     pid: int
     place: Place = START
-    """When it was last heard of."""
+    """Place in its last report."""
     heard: float = 0.0
-    """Seconds ago."""
+    """Seconds since its last report."""
     stack: str | None = None
-    """Of its main thread; None: it does not answer."""
+    """Stack of its main thread; None: it does not answer."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} (process {self.pid})"
@@ -30,19 +30,19 @@ class Peer:
 def died(
     lost: Sequence[Peer], failed: Mapping[int, str], peers: Mapping[int, Peer], here: Place
 ) -> tuple[str, list[int]]:
-    """One line on whose death ended the run, and their ranks.
+    """Return one line that says which rank's death ended the run, and the numbers of the ranks that died.
 
     Args:
-        lost: ranks whose connection closed without a word, as a killed process' does, the first one first: what others
-            then report is only what came of it.
-        failed: rank -> traceback, in the order in which they were told.
+        lost: ranks whose connection closed without a last message, as that of a killed process does, in the order in
+            which they closed. Errors that other ranks report afterwards are only consequences.
+        failed: rank -> traceback, in the order in which they were reported.
         peers: all ranks.
-        here: where rank 0 is.
+        here: rank 0's own place.
     """
     if lost:
         first, *others = lost
         after = f" (soon after it: {_listed([str(peer) for peer in others])})" if others else ""
-        why = f"{first} was killed, or went without a word, with rank 0 at {here}{after}"
+        why = f"{first} was killed or ended without a message, with rank 0 at {here}{after}"
         return why, [peer.rank for peer in lost]
     rank, text = next(iter(failed.items()))
     peer = peers[rank]
@@ -50,8 +50,7 @@ def died(
 
 
 def late(peers: Sequence[Peer]) -> list[Peer]:
-    """For whom the others wait: those that do not answer, else those that have got least far if others have got further
-    than they."""
+    """List the ranks that the others wait for: those that do not answer; if all do, those that are behind."""
     silent = [peer for peer in peers if peer.stack is None]
     if silent:
         return silent
@@ -61,17 +60,17 @@ def late(peers: Sequence[Peer]) -> list[Peer]:
 
 
 def stands_still(peers: Sequence[Peer], seconds: float, timeout: float) -> tuple[str, str]:
-    """(one line on who is late, each rank's place and stack with equal ones together).
+    """Return (one line that names the late ranks, place and stack of each rank with equal ones grouped).
 
     Args:
-        seconds: for which no rank has got further.
-        timeout: within which such a run is ended, in seconds.
+        seconds: time since any rank made progress.
+        timeout: seconds within which such a run is ended.
     """
     waited_for = late(peers)
     if not waited_for:
         who = "all ranks are at the same place"
     else:
-        who = "the late: " + _listed(
+        who = "late: " + _listed(
             [f"{peer}, {_silence(peer) if peer.stack is None else f'at {peer.place}'}" for peer in waited_for]
         )
     line = f"no progress for {seconds:.0f} s (parallel.timeout_minutes {timeout / 60:g}); {who}"
@@ -84,7 +83,7 @@ def stands_still(peers: Sequence[Peer], seconds: float, timeout: float) -> tuple
 
 
 def _listed(which: Sequence[str]) -> str:
-    """The first eight, and how many more."""
+    """Join the first eight, and count the others."""
     return ", ".join(which[:8]) + (f" and {len(which) - 8} more" if len(which) > 8 else "")
 
 

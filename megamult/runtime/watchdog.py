@@ -1,8 +1,8 @@
-"""Ranks that watch one another: one that dies or stands still ends the run everywhere, and is named.
+"""Watchdog of a run: a rank that dies or stands still ends the run on all ranks, and the message names it.
 
-Every rank has one TCP connection to rank 0, from a thread of its own, apart from the collectives that may hang. A
-process that dies closes it, so that rank 0 knows at once, under any launcher and backend. A rank whose own clock runs
-out asks rank 0, which asks all for their stacks. Otherwise a rank says every ten seconds where it is.
+A thread of every rank keeps one TCP connection to rank 0, apart from the collectives, which may hang. When a process
+dies its connection closes, so rank 0 knows at once, under any launcher and backend. A rank that sees no progress for
+too long tells rank 0, which asks all ranks for their stacks. Otherwise each rank reports its place every ten seconds.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from megamult.runtime.progress import Progress
 
 _HEARTBEAT_SECONDS = 10.0
 _LEAVE_SECONDS = 5.0
-"""For which the ends of ranks may lie apart."""
+"""Longest time expected between the first and the last rank's end."""
 _LAST_WORD_SECONDS = 3.0
-"""A rank that is told to end by SIGTERM waits so long for the verdict: rank 0 takes half a second to find it."""
+"""Time that a rank with SIGTERM waits for rank 0's verdict, which takes half a second, before it ends."""
 _LINE_BYTES = 1 << 24
 _TRACEBACK_CHARACTERS = 20_000
 
 
 class Watchdog:
-    """Watches while it is entered; entering and leaving are collective over all ranks.
+    """Watchdog that is active while it is entered; entering and leaving are collective over all ranks.
 
     Args:
-        meeting: of all ranks; its store tells them where rank 0 listens.
-        timeout_seconds: within which a run without progress of any rank is ended.
-        log: of this rank.
+        meeting: the rendezvous of all ranks; its store tells them where rank 0 listens.
+        timeout_seconds: time within which a run without progress of any rank is ended.
+        log: this rank's log.
     """
 
     def __init__(self, meeting: Meeting, timeout_seconds: float, log: RankLog) -> None:
@@ -62,8 +62,8 @@ class Watchdog:
         self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._connected = threading.Event()
-        self._problem: OSError | None = None  # of the connection
-        self._done = threading.Event()  # over everywhere, or ended by a verdict
+        self._problem: OSError | None = None  # why the connection failed
+        self._done = threading.Event()  # the run is over on all ranks, or a verdict ended it
         self._guilty: list[int] = []
         self._patience_since = 0.0
         self._sigterm_before: Any = None
@@ -73,8 +73,8 @@ class Watchdog:
         self._thread.start()
         if not self._connected.wait(CONNECT_SECONDS / 2) or self._problem is not None:
             raise ConnectionError(
-                f"rank {self._rank} on {environment.host()} met rank 0 at port {os.environ['MASTER_PORT']}, but does "
-                f"not reach {self._address}:{self._port} ({self._problem}): let ranks reach each other at any port"
+                f"rank {self._rank} on {environment.host()} met rank 0 at port {os.environ['MASTER_PORT']}, but "
+                f"cannot reach {self._address}:{self._port} ({self._problem}): let ranks connect at any port"
             )
         return self
 
@@ -83,8 +83,9 @@ class Watchdog:
     ) -> None:
         if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
             self._tell({"bye": int(error is not None)})
-            # All leave together: a connection that closes must not look like a death. Who leaves alone with an error
-            # waits until rank 0 has ended the others; else the clock runs, and ends also what hangs here.
+            # All ranks leave together, because a connection that closes looks like a death. A rank that leaves with an
+            # error, while others do not, waits until rank 0 has ended the others. Otherwise the clock still runs, and
+            # ends the process if it hangs here.
             alone = LEFT_SECONDS + 2 * _LEAVE_SECONDS
             self._done.wait(alone if error is not None else self._deadlines.timeout + _LEAVE_SECONDS)
             self._thread.join(_LEAVE_SECONDS if not self._guilty else 0.0)
@@ -93,16 +94,19 @@ class Watchdog:
         text = "".join(traceback.format_exception(kind, error, trace))
         self._tell({"failed": text[-_TRACEBACK_CHARACTERS:], "place": vars(self.progress.place)})
         if self._done.wait(_LEAVE_SECONDS) and self._rank not in self._guilty:
-            # It failed because another one had; the thread says so and ends the process.
+            # It failed because another rank had failed. The thread says so and ends the process.
             self._thread.join()
         print(text, end="", file=sys.stderr, flush=True)
         self._log.ended()
-        os._exit(1)  # the interpreter's clean-up may wait for peers that are gone
+        os._exit(1)  # the interpreter's clean-up may wait for ranks that have ended
 
     def _hear_sigterm(self) -> None:
-        """Launchers send SIGTERM to all ranks as soon as they see one die. It must not end this one before it has said
-        whose death that was: while no training does (:class:`megamult.runtime.signals.StopRequests`), the thread hears
-        the signal, through a pipe that Python's own C handler writes to, whatever the main thread waits for."""
+        """Let the thread receive SIGTERM, so that this rank can say which rank died before it ends.
+
+        Launchers send SIGTERM to all ranks as soon as they see one die. Outside of training, where
+        :class:`megamult.runtime.signals.StopRequests` handles the signal, the thread receives it through a pipe that
+        Python's own C handler writes to, whatever the main thread waits for.
+        """
         self._sigterm_before = signal.getsignal(signal.SIGTERM)
         if self._sigterm_before == signal.SIG_IGN:
             return
@@ -115,7 +119,7 @@ class Watchdog:
     def _restore_signals(self) -> None:
         if self._sigterm_before == signal.SIG_IGN:
             return
-        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # else it has been acted on already
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # otherwise it has been handled already
             signal.signal(signal.SIGTERM, self._sigterm_before)
         signal.set_wakeup_fd(self._wakeup_before)
         for end in (self._reader, self._writer):
@@ -124,7 +128,7 @@ class Watchdog:
     def _tell(self, message: dict[str, Any]) -> None:
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, message)
 
-    # What follows runs in the thread.
+    # All methods below run in the thread.
 
     def _watch(self) -> None:
         try:
@@ -159,7 +163,7 @@ class Watchdog:
         for task in others:
             task.cancel()
         for task in done:
-            task.result()  # what goes wrong here shall be seen
+            task.result()  # raise here what failed in the task
         writer.close()
         if self._listener is not None:
             server.close()
@@ -170,7 +174,7 @@ class Watchdog:
             send(writer, await self._outbox.get())
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        """Until the run is over."""
+        """Handle rank 0's messages until the run is over."""
         with contextlib.suppress(OSError):
             async for line in reader:
                 message = json.loads(line)
@@ -184,7 +188,7 @@ class Watchdog:
                 elif "over" in message:
                     self._done.set()
                     return
-        self._without_rank_0("is gone: killed, or its host is down")
+        self._without_rank_0("was killed, or its host is down")
 
     async def _clock(self, writer: asyncio.StreamWriter) -> None:
         tick = min(1.0, self._deadlines.answer / 3)
@@ -199,7 +203,7 @@ class Watchdog:
             if standing > self._deadlines.ask and not asked:
                 send(writer, {"stalled": standing})
             asked = standing > self._deadlines.ask
-            # Who speaks goes first: to the others, rank 0 is then gone.
+            # Ranks that write to the screen end first and kill rank 0; others only see its connection close.
             if standing > self._deadlines.alone + (0.0 if self._speaks() else self._deadlines.answer / 2):
                 report = self.progress.report()
                 print(f"rank {self._rank} at {self.progress.place}:\n{report['stack']}", end="", file=sys.stderr)
@@ -209,14 +213,14 @@ class Watchdog:
                 send(writer, {"at": vars(self.progress.place)})
 
     def _without_rank_0(self, what: str) -> NoReturn:
-        """Every rank decides by itself."""
+        """End this process without a verdict: rank 0 is the rank that died or stands still."""
         self._guilty = [0]
         rank_0 = f"rank 0 on {self._host_of_rank_0} (process {self._rank_0[0]})"
         why = f"{rank_0} {what}; this rank was at {self.progress.place}"
-        self._end(why, [self._rank_0], self._speaks())  # a stopped process would otherwise be its launcher's to end
+        self._end(why, [self._rank_0], self._speaks())  # kill rank 0 too: a stopped process does not end by itself
 
     def _speaks(self) -> bool:
-        """Without rank 0, the first rank of each node has the screen, or the next one."""
+        """Tell whether this rank writes to the screen when rank 0 cannot: rank 1 and the first rank of each node do."""
         return self._rank == 1 or environment.local_rank() == 0
 
     def _end(self, why: str, kill: list[list[Any]], on_screen: bool) -> NoReturn:
@@ -226,7 +230,7 @@ class Watchdog:
                 with contextlib.suppress(OSError):
                     os.kill(process, signal.SIGKILL)
         if self._rank in self._guilty:
-            time.sleep(_LEAVE_SECONDS)  # the main thread says what was wrong, and ends the process
+            time.sleep(_LEAVE_SECONDS)  # the main thread prints the error and ends the process
         line = f"error: rank {self._rank} on {environment.host()} ends: {why}"
         self._log.say(line, on_screen=on_screen)
         self._log.ended()
@@ -234,13 +238,13 @@ class Watchdog:
 
 
 def _address(meeting: Meeting) -> str:
-    """Of rank 0's host, for all ranks: where they met, unless that was at torchrun's store on another node."""
+    """Return the address of rank 0's host: that of the rendezvous, unless torchrun's store may be on another node."""
     elsewhere = environment.has_agent_store() and len(set(meeting.machines)) > 1
     return socket.getfqdn() if elsewhere else os.environ["MASTER_ADDR"]
 
 
 def _listen(address: str) -> socket.socket:
-    """A free port of this host, which all call `address`."""
+    """Listen at a free port of this host, whose name for all ranks is `address`."""
     if address == "localhost" or address.startswith("127."):
         return socket.create_server(("127.0.0.1", 0), backlog=1024)
     if socket.has_dualstack_ipv6():
@@ -249,5 +253,5 @@ def _listen(address: str) -> socket.socket:
 
 
 def _where() -> str:
-    """The same for processes that can signal one another by number: one machine, one process namespace."""
+    """Return an identifier of this machine and process namespace: processes that share it can signal one another."""
     return f"{environment.machine()} {os.readlink('/proc/self/ns/pid')}"

@@ -93,7 +93,7 @@ def test_a_second_run_on_the_node_is_refused_by_name_of_the_first_and_a_killed_o
 ) -> None:
     first = hold()
     name = f"process {first.process.pid} on {environment.host()}"
-    with pytest.raises(ValueError, match=f"belongs to a run that is alive .{name}.*--train.run_dir"):
+    with pytest.raises(ValueError, match=f"belongs to a live run .{name}.*--train.run_dir"):
         lock.RunLock().acquire(tmp_path)
     first.kill()
     with lock.RunLock() as mine:
@@ -129,7 +129,7 @@ def test_a_live_run_on_another_node_that_flock_does_not_show_is_refused_by_name(
     first = hold("n2")
     with (tmp_path / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this node's kernel sees no holder
-    with pytest.raises(ValueError, match=f"a run that is alive .process {first.process.pid} on n2 since .*run_dir"):
+    with pytest.raises(ValueError, match=f"a live run .process {first.process.pid} on n2 since .*run_dir"):
         lock.RunLock().acquire(tmp_path)
 
 
@@ -181,9 +181,9 @@ def test_who_takes_a_dead_runs_lock_over_just_before_another_does_has_it_not(
         assert mine.acquire(tmp_path), "the other one was waited for"
     said = [line.replace(str(tmp_path), "RUN") for line in capsys.readouterr().out.splitlines()]
     assert said[1:] == [
-        "process 1 on n2 since then has not touched RUN/lock for 30 s: taking it over",
+        "process 1 on n2 since then has not written RUN/lock for 30 s: taking it over",
         "waiting until an earlier run leaves RUN (process 1 on n3 since then)",
-        "process 1 on n3 since then has not touched RUN/lock for 30 s: taking it over",
+        "process 1 on n3 since then has not written RUN/lock for 30 s: taking it over",
     ]
 
 
@@ -200,7 +200,7 @@ def test_who_opened_a_lock_that_its_holder_then_removed_does_not_hold_the_next_o
         return flock(descriptor, insist)
 
     monkeypatch.setattr(lock, "_flock", late)
-    with pytest.raises(ValueError, match="belongs to a run that is alive") as refused:
+    with pytest.raises(ValueError, match="belongs to a live run") as refused:
         lock.RunLock().acquire(tmp_path)
     assert f"process {holders[0].process.pid} on" in str(refused.value)
 

@@ -67,7 +67,7 @@ def test_only_what_is_known_to_be_dead_is_removed(tmp_path: Path, capsys: pytest
     assert all(path.exists() for path in (rebooted, elsewhere, unknown, just_made))
     said = capsys.readouterr().err
     assert f"{rebooted} is unfinished" in said and "removed" not in said
-    assert f"{elsewhere} is unfinished, and whether its process still runs cannot be seen from here" in said
+    assert f"{elsewhere} is unfinished, and this process cannot tell whether its writer still runs" in said
     assert "(process 7 on n2)" in said
 
 
@@ -82,7 +82,7 @@ def test_nothing_is_removed_where_there_are_no_locks(
         (first / "work").touch()
         with partial_folder(tmp_path / "a"):
             assert (first / "work").exists()
-    assert f"{first.parent} is unfinished, and whether its process still runs cannot be seen" in capsys.readouterr().err
+    assert f"{first.parent} is unfinished, and this process cannot tell whether its writer" in capsys.readouterr().err
 
 
 def test_a_folder_is_locked_though_an_onlooker_held_its_lock_for_a_moment(

@@ -16,7 +16,7 @@ def test_a_rank_gone_without_a_word_is_blamed_before_those_that_failed_of_it() -
     why, guilty = died([peers[2]], told, peers, Place(8, "micro-batch 8", 9))
     assert guilty == [2]
     assert why == (
-        "rank 2 on n2 (process 102) was killed, or went without a word, with rank 0 at step 8, micro-batch 8"
+        "rank 2 on n2 (process 102) was killed or ended without a message, with rank 0 at step 8, micro-batch 8"
     )
 
 
@@ -24,7 +24,7 @@ def test_of_ranks_gone_without_a_word_the_first_is_named_first_and_eight_of_thos
     peers = {rank: peer(rank) for rank in range(11)}
     gone = [peers[rank] for rank in (3, 0, 1, 2, 4, 5, 6, 7, 8, 9, 10)]
     why, guilty = died(gone, {}, peers, Place(8, "micro-batch 8", 9))
-    assert why.startswith("rank 3 on n2 (process 103) was killed, or went without a word, with rank 0 at step 8, ")
+    assert why.startswith("rank 3 on n2 (process 103) was killed or ended without a message, with rank 0 at step 8, ")
     assert why.endswith(" (soon after it: " + ", ".join(map(str, gone[1:9])) + " and 2 more)")
     assert guilty == [peer.rank for peer in gone]
 
@@ -49,7 +49,7 @@ def test_the_late_are_the_silent_else_those_behind_else_nobody() -> None:
 def test_equal_stacks_are_said_once_and_the_late_in_the_first_line() -> None:
     line, text = stands_still([peer(0), peer(1), peer(2, stack=None, heard=61), peer(3, count=6)], 47, 60)
     assert line == (
-        "no progress for 47 s (parallel.timeout_minutes 1); the late: rank 2 on n2 (process 102), which does not "
+        "no progress for 47 s (parallel.timeout_minutes 1); late: rank 2 on n2 (process 102), which does not "
         "answer, last heard of 61 s ago at step 7, micro-batch 7"
     )
     assert text == (
@@ -58,6 +58,6 @@ def test_equal_stacks_are_said_once_and_the_late_in_the_first_line() -> None:
         "rank 3 at step 6, micro-batch 6:\nin all_reduce\n"
     )
     line, _ = stands_still([peer(0), peer(1, count=6)], 47, 60)
-    assert line.endswith("the late: rank 1 on n1 (process 101), at step 6, micro-batch 6")
+    assert line.endswith("late: rank 1 on n1 (process 101), at step 6, micro-batch 6")
     line, _ = stands_still([peer(0), peer(1)], 47, 60)
     assert line.endswith("all ranks are at the same place")

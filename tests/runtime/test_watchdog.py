@@ -132,7 +132,7 @@ def test_a_killed_rank_is_named_at_once_and_all_end(play: Plays) -> None:
 def test_when_rank_0_is_killed_the_next_one_says_so_on_its_screen(play: Plays) -> None:
     ended = play("die, wait, wait")
     assert ended.codes == [-9, 70, 70]
-    assert re.search(rf"rank 0 on {environment.host()} \(process [0-9]+\) is gone", ended.screens[1])
+    assert re.search(rf"rank 0 on {environment.host()} \(process [0-9]+\) was killed", ended.screens[1])
     assert ended.screens[2] == ""
 
 
@@ -142,10 +142,10 @@ def test_a_launcher_that_ends_all_ranks_at_once_does_not_silence_the_one_that_sa
     ended = play("wait, die and be told of")
     assert ended.codes == [70, -9]
     assert f"rank 1 on {environment.host()} (process " in ended.screens[0].splitlines()[-1]
-    assert "was killed, or went without a word, with rank 0 at step " in ended.screens[0]
+    assert "was killed or ended without a message, with rank 0 at step " in ended.screens[0]
     ended = play("die and be told of, wait")
     assert ended.codes == [-9, 70]
-    assert re.search(rf"rank 0 on {environment.host()} \(process [0-9]+\) is gone: killed", ended.screens[1])
+    assert re.search(rf"rank 0 on {environment.host()} \(process [0-9]+\) was killed, or", ended.screens[1])
 
 
 def test_sigterm_while_no_training_hears_it_ends_a_rank_once_the_watchdog_has_had_its_say(play: Plays) -> None:
@@ -169,7 +169,7 @@ def test_a_stopped_rank_is_the_late_one_and_ended_too(play: Plays) -> None:
     ended = play("wait, stop, wait")
     assert ended.codes == [70, -9, 70]
     assert "no progress for " in ended.screens[0] and "(parallel.timeout_minutes 0.3)" in ended.screens[0]
-    assert "the late: rank 1 on " in ended.screens[0] and "does not answer" in ended.screens[0]
+    assert "late: rank 1 on " in ended.screens[0] and "does not answer" in ended.screens[0]
     assert ended.screens[0].count("_never_ends") >= 1, "the stacks of those that wait"
     assert "rank 0, 2 at step 4, all_reduce:" in ended.screens[0]
     assert 18 / 2 <= ended.seconds < 18, "within the timeout, and no sooner than it takes to ask"
@@ -185,7 +185,7 @@ def test_when_rank_0_is_stopped_the_others_end_by_themselves(play: Plays) -> Non
 def test_who_has_got_least_far_is_late_though_all_answer(play: Plays) -> None:
     ended = play("wait, hang")
     assert ended.codes == [70, 70]
-    assert "the late: rank 1 on " in ended.screens[0] and "at step 4, what the others wait for" in ended.screens[0]
+    assert "late: rank 1 on " in ended.screens[0] and "at step 4, what the others wait for" in ended.screens[0]
 
 
 def test_the_timeout_counts_from_when_the_last_one_got_further(play: Plays) -> None:
@@ -194,7 +194,7 @@ def test_the_timeout_counts_from_when_the_last_one_got_further(play: Plays) -> N
     # Rank 0 asks 21 s after it stands, when rank 1 has stood for 15; both have for 21 another 6 s later. Asking anew
     # only after another 21 s would be too late.
     assert 21 <= ended.seconds < 30
-    assert "the late: rank 1 on " in ended.screens[0] and "a little later than the others" in ended.screens[0]
+    assert "late: rank 1 on " in ended.screens[0] and "a little later than the others" in ended.screens[0]
 
 
 def test_nobody_is_ended_while_one_rank_still_gets_further(play: Plays) -> None:
