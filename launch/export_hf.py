@@ -21,9 +21,9 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights (default auto: float32 for an fp32 run, bfloat16 for a bf16 run)",
+        help="dtype of the weights (default auto: float32 for an fp32 run, bfloat16 for a bf16 run)",
     )
-    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one safetensors file (default 5GB)")
+    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest file (default 5GB)")
     return parser
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     args = _parser().parse_args()
     with whole_or_nothing():
         try:
-            from megamult.huggingface.exporting import export  # heavy: --help and a wrong argument need not wait for it
+            from megamult.huggingface.exporting import export  # heavy: --help and a wrong argument do not wait for it
         except ImportError as error:
             raise ValueError(f"{error.name} is not installed: pip install megamult[export]") from None
         done = export(args.checkpoint, args.output, args.dtype, args.max_shard_size)

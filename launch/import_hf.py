@@ -1,4 +1,4 @@
-"""Import a Hugging Face model (LlamaForCausalLM) as a checkpoint to train on from, with all multipliers at 1."""
+"""Import a Hugging Face model (LlamaForCausalLM) as a checkpoint to continue from, with all multipliers at 1."""
 
 import argparse
 from pathlib import Path
@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
         "--placement",
         default="all",
         choices=["all", "none", "symmetry_free", "scalar"],
-        help="which matrices get multipliers, which start at 1 (default all; none: a plain model)",
+        help="placement of the multipliers, which start at 1 (default all; none: a plain model)",
     )
     return parser
 
@@ -30,14 +30,14 @@ def main() -> None:
     """Run the command line; the exit code is 0, 2 for a user's mistake, 130 for Ctrl-C."""
     args = _parser().parse_args()
     with whole_or_nothing():
-        from megamult.huggingface.importing import import_  # heavy: --help and a wrong argument need not wait for it
+        from megamult.huggingface.importing import import_  # heavy: --help and a wrong argument do not wait for it
 
         done = import_(args.input, args.output, args.placement)
     for note in done.notes:
         print(f"note: {note}")
     print(f"{args.output}: {done.parameters} parameters and {done.multipliers} multipliers, {done.dtype}")
     if done.trainable:
-        print(f"train on from it: --checkpoint.load {args.output}")
+        print(f"to continue from it: --checkpoint.load {args.output}")
 
 
 if __name__ == "__main__":

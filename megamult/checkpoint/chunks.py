@@ -1,4 +1,4 @@
-"""A rectangle of a named tensor: the unit that checkpoints are written and read in."""
+"""Chunk: a rectangle of a named tensor, the unit in which checkpoints are written and read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Chunk:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     load: Callable[[], Tensor] = field(repr=False, compare=False)
-    """Gives its values, a tensor of `sizes`: a view of live memory, or read from elsewhere when it is asked for."""
+    """Function that returns its values, a tensor of `sizes`: a view of live memory, or read from a file when called."""
     dtype: torch.dtype = torch.float32
 
     @property
@@ -28,15 +28,15 @@ class Chunk:
         return torch.Size(self.sizes).numel() * self.dtype.itemsize
 
     def holding(self, values: Tensor) -> Chunk:
-        """The same rectangle, of which these are the values."""
+        """Return the same rectangle with these values."""
         return dataclasses.replace(self, load=lambda: values)
 
     @staticmethod
     def of(name: str, shape: tuple[int, ...], offsets: tuple[int, ...], values: Tensor) -> Chunk:
-        """The rectangle at `offsets` that has these values."""
+        """Return the rectangle at `offsets` with these values."""
         return Chunk(name, shape, offsets, tuple(values.shape), lambda: values, values.dtype)
 
     @staticmethod
     def whole(name: str, values: Tensor) -> Chunk:
-        """All of a tensor."""
+        """Return a whole tensor as one chunk."""
         return Chunk.of(name, tuple(values.shape), (0,) * values.ndim, values)

@@ -1,4 +1,4 @@
-"""Names in a run's `checkpoints/`: step_N, `latest`, what is temporary, what is kept."""
+"""Names in a run's `checkpoints/` directory: step_N, `latest`, temporary ones; and removal of old checkpoints."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _STEP = re.compile(r"step_(\d+)")
 
 
 def of_step(parent: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the path of a step's checkpoint."""
     return parent / f"step_{step}"
 
 
 def steps(parent: Path) -> list[int]:
-    """Of all complete checkpoints in `parent`, ascending."""
+    """List the steps of all complete checkpoints in `parent`, ascending."""
     if not parent.is_dir():
         return []
     found = (_STEP.fullmatch(entry.name) for entry in parent.iterdir() if entry.is_dir())
@@ -29,17 +29,17 @@ def steps(parent: Path) -> list[int]:
 
 
 def is_of_step(path: Path) -> bool:
-    """Whether a path has the name of a step's checkpoint."""
+    """Tell whether a path has the name of a step's checkpoint."""
     return _STEP.fullmatch(path.name) is not None
 
 
 def temporary(path: Path) -> Path:
-    """What a checkpoint is called until it is complete, and while it is removed."""
+    """Return the name of a checkpoint until it is complete, and while it is being removed."""
     return path.with_name(path.name + _TEMPORARY)
 
 
 def replace(made: Path, path: Path) -> None:
-    """Give a complete directory its name; one that has it already goes."""
+    """Rename the complete directory `made` to `path`, and remove a checkpoint that had this name."""
     old = path.with_name(path.name + _OLD)
     if path.exists():
         _remove(old)
@@ -50,7 +50,7 @@ def replace(made: Path, path: Path) -> None:
 
 
 def mend(parent: Path) -> None:
-    """Give a complete checkpoint its name back that was about to be replaced when the run was interrupted."""
+    """Undo interrupted replacements: give complete checkpoints that were about to be replaced their names back."""
     for old in parent.glob(f"*{_OLD}"):
         path = old.with_name(old.name.removesuffix(_OLD))
         if not path.exists():
@@ -58,7 +58,7 @@ def mend(parent: Path) -> None:
 
 
 def clean(parent: Path) -> list[str]:
-    """Remove what an interrupted save or removal has left; returns its names."""
+    """Remove what interrupted saves and removals have left, and return the names."""
     mend(parent)
     found = sorted(entry.name for entry in parent.glob(f"*{_TEMPORARY}")) if parent.is_dir() else []
     for name in found:
@@ -67,7 +67,7 @@ def clean(parent: Path) -> list[str]:
 
 
 def point(parent: Path, path: Path) -> None:
-    """Let `latest` name a checkpoint of `parent`."""
+    """Write the name of a checkpoint of `parent` into `latest`."""
     assert _STEP.fullmatch(path.name), path
     written = parent / (LATEST + _TEMPORARY)
     written.write_text(path.name + "\n", encoding="utf-8")
@@ -77,10 +77,10 @@ def point(parent: Path, path: Path) -> None:
 
 
 def candidates(parent: Path) -> list[Path]:
-    """Checkpoints to resume from, the best first: the one that `latest` names and those before it.
+    """List the checkpoints to resume from, best first: the one that `latest` names and those before it.
 
-    A checkpoint that is newer than `latest` says was either not finished, or someone moved `latest` back. Without
-    `latest` all count.
+    Checkpoints newer than the one in `latest` are left out: either the save did not finish, or someone moved `latest`
+    back. Without `latest` all count.
     """
     known = steps(parent)
     try:
@@ -96,9 +96,9 @@ def retain(parent: Path, newest: int, keep: int, keep_every: int) -> None:
     """Remove old checkpoints.
 
     Args:
-        newest: step of the one just written; later ones, of a run that was taken back, are left alone.
-        keep: how many to keep, that one included; 0: all.
-        keep_every: steps that are multiples of this stay besides; 0: none. Step 0 stays: an imported model.
+        newest: step of the one just written. Later ones, of a run that was taken back to an earlier step, stay.
+        keep: number to keep, that one included; 0: all.
+        keep_every: steps that are multiples of this also stay; 0: none. Step 0 stays: an imported model.
     """
     if keep == 0:
         return

@@ -1,4 +1,4 @@
-"""index.json of a checkpoint: which tensors there are, in which rectangles, in which files."""
+"""The file index.json of a checkpoint: its tensors, their chunks, and the file of each chunk."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ INDEX = "index.json"
 
 
 def key_of(index: MetadataIndex) -> str:
-    """The name of a chunk in its file: `model.x.weight@128,0`."""
+    """Return the name of a chunk in its file: `model.x.weight@128,0`."""
     assert index.offset is not None
     return f"{index.fqn}@{','.join(map(str, index.offset))}"
 
 
 def to_json(metadata: Metadata, stored: Mapping[MetadataIndex, tuple[str, str]]) -> bytes:
-    """The file's content.
+    """Return the content of the file.
 
     Args:
-        metadata: torch's, of all ranks' chunks.
-        stored: (name of its file, anything) of each chunk.
+        metadata: torch's metadata of all ranks' chunks.
+        stored: for each chunk (name of its file, anything).
     """
     tensors = {}
     for name, tensor in sorted(metadata.state_dict_metadata.items()):
@@ -50,10 +50,11 @@ def to_json(metadata: Metadata, stored: Mapping[MetadataIndex, tuple[str, str]])
 
 
 def read(path: Path) -> Metadata:
-    """torch's metadata, with (file, sizes) of each chunk as its storage data.
+    """Read it as torch's metadata, with (file, sizes) of each chunk as its storage data.
 
     Raises:
-        ValueError: the file is missing or damaged, names files elsewhere, or chunks that do not tile their tensor.
+        ValueError: the file is missing or damaged, names files outside of the directory, or has chunks that do not tile
+            their tensor.
     """
     try:
         tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
@@ -77,7 +78,7 @@ def read(path: Path) -> Metadata:
 
 
 def _check_tiled(name: str, tensor: TensorStorageMetadata) -> None:
-    """The chunks lie in the tensor, do not overlap and leave nothing out."""
+    """Check that the chunks lie in the tensor, do not overlap and leave nothing out."""
     active: list[ChunkStorageMetadata] = []
     for chunk in sorted(tensor.chunks, key=lambda chunk: tuple(chunk.offsets)):
         what = f"{name} {tuple(tensor.size)} has a chunk {tuple(chunk.sizes)} at {tuple(chunk.offsets)}"

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that wrote it, beside its tensors: checkpoint.json."""
+"""The file checkpoint.json: what a checkpoint holds beside its tensors about the run that wrote it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 from megamult.optim.legacy import modern
 
 FORMAT = 1
-"""Raised when an older version could not read what a newer one writes."""
+"""Number that increases when older versions could not read the files any more."""
 
 INFO = "checkpoint.json"
 
 SENTENCEPIECE = "tokenizer.model"
-"""The sentencepiece model in a checkpoint's directory that the run's data was encoded with."""
+"""Name, in a checkpoint's directory, of the sentencepiece model that the run's data was encoded with."""
 
 _PACKAGES = ("megamult", "torch", "deepspeed", "megatron-core", "numpy", "safetensors", "sentencepiece")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a result may depend on."""
+    """Return the versions of Python and of the packages that a result may depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -35,35 +35,35 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class CheckpointInfo:
-    """The state of a run that is no tensor, and what a reader should know of it."""
+    """State of a run beside its tensors, and facts for whoever reads the checkpoint."""
 
     step: int
     """Optimizer steps."""
     samples: int
-    """Sequences trained on: the next one's number."""
+    """Sequences trained on so far, which is the number of the next one."""
     config: dict[str, Any]
     """The run's resolved configuration; one of an earlier version is read with today's keys of the optimizer."""
     vocab_size: int
-    """Exact, without padding."""
+    """Exact vocabulary size, without padding."""
     tokenizer_sha256: str | None = None
-    """SHA-256 of the files that define the tokenizer; None: not known."""
+    """SHA-256 of the files that define the tokenizer; None: unknown."""
     tokenizer_files: str = SENTENCEPIECE
-    """Names of those files in the checkpoint; training reads a sentencepiece model only."""
+    """Names of those files in the checkpoint; training reads sentencepiece models only."""
     optimizer: dict[str, Any] | None = None
     """`name`, `updates` (steps applied) and `skipped_steps`; None: there is no optimizer state."""
     data: dict[str, Any] | None = None
-    """Where the training data's present blend began (:meth:`megamult.data.BlendedDataset.state_dict`)."""
+    """State of the training data (:meth:`megamult.data.dataset.BlendedDataset.state_dict`)."""
     layout: dict[str, int] = field(default_factory=dict)
-    """How the run was spread when it saved: processes, tensor, zero_stage."""
+    """Sharding of the run when it saved: processes, tensor, zero_stage."""
     figures: dict[str, float] = field(default_factory=dict)
-    """The last ones that were measured: tokens, loss, valid_loss."""
+    """Last measured figures: tokens, loss, valid_loss."""
     versions: dict[str, str] = field(default_factory=versions)
-    """Of what wrote it."""
+    """Versions of the software that wrote it."""
     format: int = FORMAT
-    """Of the directory."""
+    """Format of the directory."""
 
     def to_json(self) -> bytes:
-        """What checkpoint.json holds."""
+        """Return the content of checkpoint.json."""
         return (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode()
 
     @staticmethod
@@ -71,7 +71,7 @@ class CheckpointInfo:
         """Read checkpoint.json.
 
         Raises:
-            ValueError: it is damaged, or written by a newer version.
+            ValueError: the file is damaged, or was written by a newer version.
         """
         loaded = json.loads(content)
         if not isinstance(loaded, dict):

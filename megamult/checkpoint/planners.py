@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint's planners over :class:`Chunk`: rectangles instead of a state dict."""
+"""Planners for torch.distributed.checkpoint that take :class:`Chunk` objects instead of a state dict."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megamult.checkpoint.chunks import Chunk
 
 
 class ChunkSavePlanner(DefaultSavePlanner):
-    """Writes this rank's chunks. torch's own planner then checks that all ranks' rectangles tile every tensor."""
+    """Planner that writes this rank's chunks. torch's own planner checks that all ranks' chunks tile each tensor."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -41,7 +41,7 @@ class ChunkSavePlanner(DefaultSavePlanner):
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        """The chunks are the state."""
+        """Keep the arguments; the chunks are the state."""
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
@@ -61,11 +61,11 @@ class ChunkSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """As torch's, and one process alone must be complete too.
+        """Plan as torch does, and also check that nothing is written twice and that a single process is complete.
 
         Raises:
-            ValueError: chunks that overlap, lie outside of their tensor, leave a part of it out, or are planned twice
-                (which torch would mend without a word).
+            ValueError: chunks overlap, lie outside of their tensor, leave a part of it out, or are planned twice (which
+                torch would silently correct).
         """
         seen: set[MetadataIndex] = set()
         for index in (item.index for plan in all_plans for item in plan.items):
@@ -81,12 +81,12 @@ class ChunkSavePlanner(DefaultSavePlanner):
         return plans, metadata
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """A chunk's values."""
+        """Return a chunk's values."""
         return self._chunks[write_item.index].load()
 
 
 class ChunkLoadPlanner(DefaultLoadPlanner):
-    """Reads into chunks, in place, whatever the rectangles were that wrote the tensors.
+    """Planner that reads into chunks, in place, whatever the chunks were in which the tensors were written.
 
     Raises:
         ValueError: the checkpoint lacks a tensor, or has it in another shape.
@@ -97,11 +97,11 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         self._chunks = {_index(chunk): chunk for chunk in chunks}
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        """The chunks are the state."""
+        """Keep the arguments; the chunks are the state."""
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """For each chunk the parts of stored rectangles that it overlaps."""
+        """Plan to read, for each chunk, the parts of stored chunks that it overlaps."""
         assert self.metadata is not None
         by_name: dict[str, list[Chunk]] = defaultdict(list)
         for chunk in self._chunks.values():
@@ -116,14 +116,14 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of a chunk that an item fills."""
+        """Return the part of a chunk that an item fills."""
         values = self._chunks[read_item.dest_index].load()
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             values = values.narrow(dim, start, length)
         return values
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """It was filled in place."""
+        """Do nothing: the values were filled in place."""
 
 
 def _index(chunk: Chunk) -> MetadataIndex:

@@ -1,6 +1,7 @@
-"""Go on from a checkpoint: find it, see that it fits the run, put its state into model and optimizer.
+"""Resume from a checkpoint: find it, check that it fits the run, load its state into model and optimizer.
 
-Whatever layout wrote it: only the model's sizes, its vocabulary, the data's order and the optimizer must be the same.
+It may have been written in any sharding. Only the model's sizes, its vocabulary, the order of the data and the
+optimizer must be the same.
 """
 
 from __future__ import annotations
@@ -32,20 +33,21 @@ from megamult.zero.partition import Partition
 
 
 def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> SavedCheckpoint | None:
-    """The checkpoint that `checkpoint.load` asks for, verified. Collective over all ranks, which share the reading.
+    """Find and verify the checkpoint that `checkpoint.load` asks for. Collective over all ranks, which share the
+    reading.
 
     Args:
         mesh: of the processes.
-        load: a checkpoint's directory; a directory of checkpoints, or a run's: its newest one; or `latest`: that of
-            `run_dir`.
-        run_dir: this run's.
-        fits: raises ValueError if the run cannot go on from it; asked before much is read.
+        load: a checkpoint's directory; a directory of checkpoints or of a run, for its newest one; or `latest`, for the
+            newest one of `run_dir`.
+        run_dir: this run's directory.
+        fits: function that raises ValueError if the run cannot resume from it; called before much is read.
 
     Returns:
         None: `latest`, and `run_dir` has no checkpoint yet.
 
     Raises:
-        ValueError: there is none, it does not fit, or it is damaged, and so are all before it.
+        ValueError: there is no checkpoint, it does not fit, or it and all before it are damaged.
     """
     first = mesh.rank == 0
     candidates = _listed(mesh, load, run_dir)
@@ -53,7 +55,7 @@ def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], 
         if load == "latest":
             return None
         raise ValueError(
-            f"checkpoint.load is {load!r}: no checkpoint is there; name a directory that holds {INFO}, or one with "
+            f"checkpoint.load is {load!r}: no checkpoint is there: name a directory that holds {INFO}, or one with "
             "step_N directories"
         )
     share = (mesh.rank, mesh.size)
@@ -68,16 +70,16 @@ def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], 
             if problem is None:
                 return checkpoint
         if first and path != candidates[-1]:
-            print(f"warning: {problem}; trying the one before it", file=sys.stderr, flush=True)
+            print(f"warning: {problem}: trying the one before it", file=sys.stderr, flush=True)
     if len(candidates) == 1:
-        raise ValueError(f"{problem}; load another one")
+        raise ValueError(f"{problem}: load another one")
     raise ValueError(
         f"none of the {len(candidates)} checkpoints in {candidates[0].parent} is whole; the last: {problem}"
     )
 
 
 def _opened(path: Path) -> SavedCheckpoint:
-    """Open a checkpoint. Imports by older versions hold no digest of their tokenizer: it is taken of its files."""
+    """Open a checkpoint. Imports by older versions hold no digest of their tokenizer: it is computed from the files."""
     checkpoint = SavedCheckpoint(path)
     if checkpoint.info.tokenizer_sha256 is None:
         files = checkpoint.files(TOKENIZER_FOLDER)
@@ -88,14 +90,17 @@ def _opened(path: Path) -> SavedCheckpoint:
 
 
 def _listed(mesh: Mesh, load: str, run_dir: Path) -> list[Path]:
-    """Candidates as rank 0 sees them, after it has mended what a crash left half renamed. Collective."""
+    """List the candidates as rank 0 sees them, after it has repaired renames that a crash interrupted. Collective."""
     found: list[Any] = [[], None]
     if mesh.rank == 0:
         try:
             directory.mend(run_dir / "checkpoints")
             found = [_candidates(load, run_dir), None]
         except OSError as error:
-            found = [[], f"checkpoint.load is {load[:200]!r}, which cannot be looked at ({error.strerror})"]
+            found = [
+                [],
+                f"checkpoint.load is {load[:200]!r}, which cannot be read ({error.strerror}): check its permissions",
+            ]
     mesh.broadcast_objects(found)
     candidates, problem = found
     if problem is not None:
@@ -104,7 +109,7 @@ def _listed(mesh: Mesh, load: str, run_dir: Path) -> list[Path]:
 
 
 def _candidates(load: str, run_dir: Path) -> list[Path]:
-    """The best first."""
+    """List the checkpoints that `load` may mean, best first."""
     if load == "latest":
         return directory.candidates(run_dir / "checkpoints")
     path = Path(load)
@@ -114,10 +119,10 @@ def _candidates(load: str, run_dir: Path) -> list[Path]:
 
 
 def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_sha256: str | None) -> None:
-    """The checkpoint can be gone on from with this configuration.
+    """Check that a run with this configuration can resume from the checkpoint.
 
     Raises:
-        ValueError: listing every difference that is in the way.
+        ValueError: it cannot; the message lists every difference.
     """
     try:
         sections, multipliers = _fixed_sections(info.config), MultipliersConfig(**info.config["multipliers"])
@@ -155,7 +160,7 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
     if name not in (None, config.optimizer.name) and not config.checkpoint.reset_optimizer:
         found.append(
             f"optimizer.name is {config.optimizer.name!r} and the checkpoint's {name!r} "
-            "(checkpoint.reset_optimizer begins with fresh optimizer state)"
+            "(checkpoint.reset_optimizer true starts with fresh optimizer state)"
         )
     if found:
         raise ValueError(
@@ -186,18 +191,18 @@ def _placement(multipliers: MultipliersConfig) -> Placement:
 def restore(
     checkpoint: SavedCheckpoint, partition: Partition, optimizer: TwoPhaseOptimizer, *, reset_optimizer: bool = False
 ) -> list[str]:
-    """Put a checkpoint's state in the place of a fresh run's. Collective over all ranks.
+    """Load a checkpoint's state into a fresh run. Collective over all ranks.
 
     Args:
-        checkpoint: one that fits.
-        partition, optimizer: before the first step.
-        reset_optimizer: leave the optimizer's state as it is.
+        checkpoint: a checkpoint that fits.
+        partition, optimizer: those of the run, before its first step.
+        reset_optimizer: do not load the optimizer's state.
 
     Returns:
-        Names of multipliers that the checkpoint does not have: they start at 1, where they change nothing.
+        Names of multipliers that the checkpoint does not have. They start at 1, where they change nothing.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor, or has it in another shape, or a weight is NaN afterwards.
+        ValueError: the checkpoint lacks a tensor or has it in another shape, or a weight is NaN afterwards.
     """
     info = checkpoint.info
     fresh = reset_optimizer or info.optimizer is None
@@ -219,18 +224,18 @@ def restore(
 
 
 def _check_defined(partition: Partition) -> None:
-    """A model that waits for a checkpoint is NaN; now no weight may be.
+    """Check that no weight is NaN: a model that waits for a checkpoint starts as NaN.
 
     Raises:
-        ValueError: some are.
+        ValueError: some weights are NaN.
     """
     if not partition.slices:
         return
-    # One wait for the device.
+    # One tensor for all, so that the host waits for the device only once.
     undefined = torch.stack([piece.source.isnan().any() for piece in partition.slices]).tolist()
     names = [piece.name for piece, found in zip(partition.slices, undefined, strict=True) if found]
     if names:
         raise ValueError(
             f"{len(names)} parameters are NaN after the checkpoint was loaded, the first is {names[0]}: it does not "
-            "cover them, or they had diverged when it was saved; load an earlier checkpoint"
+            "cover them, or they had diverged when it was saved: load an earlier checkpoint"
         )

@@ -1,7 +1,7 @@
-"""Random-number states of one rank as tensors: a checkpoint holds every rank's.
+"""Random-number states of a rank as tensors, which a checkpoint holds for every rank.
 
-megamult itself draws nothing while it trains (no dropout, and data order is a function of the seed); a model or a hook
-of someone else may.
+megamult itself draws no numbers while it trains (no dropout, and the order of the data is a function of the seed), but
+other people's models or hooks may.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _TRACKED = "megatron."
 
 
 def prefix(rank: int) -> str:
-    """Of the names of a rank's states in a checkpoint."""
+    """Return the prefix of the names of a rank's states in a checkpoint."""
     return f"rng.rank_{rank:05d}."
 
 
 def states() -> dict[str, Tensor]:
-    """Of torch (CPU and this rank's CUDA device), Megatron's tracker, numpy and Python."""
+    """Return the states of torch (CPU and this rank's CUDA device), Megatron's tracker, numpy and Python."""
     _, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     found = {
@@ -43,7 +43,7 @@ def states() -> dict[str, Tensor]:
 
 
 def restore(found: Mapping[str, Tensor]) -> None:
-    """Go on from what :func:`states` gave."""
+    """Restore what :func:`states` returned."""
     torch.set_rng_state(found["torch"])
     position, has_gauss, cached = found["numpy.rest"].tolist()
     keys = found["numpy.keys"].numpy().astype(np.uint32)

@@ -1,4 +1,4 @@
-"""A checkpoint directory as a whole: verified, read into chunks or tensor by tensor, written by one process or many."""
+"""A checkpoint directory as a whole: verify it, read it into chunks or tensor by tensor, write one."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class SavedCheckpoint:
     """A complete checkpoint directory.
 
     Args:
-        path: of the directory that holds checkpoint.json.
+        path: the directory that holds checkpoint.json.
 
     Attributes:
-        info: what it says of the run that wrote it.
+        info: facts about the run that wrote it.
         shapes: global shape of every tensor, by name.
 
     Raises:
-        ValueError: it is none, or its description is damaged.
+        ValueError: the directory is no checkpoint, or its description is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class SavedCheckpoint:
         if not path.is_dir():
             raise ValueError(f"there is no checkpoint {path}: give a directory that holds {INFO}")
         self._sums = read_sums(path)
-        for name in (INFO, INDEX):  # small, and what they say decides on what follows
+        for name in (INFO, INDEX):  # small files, which decide what is read next
             self._check(name)
         try:
             self.info = CheckpointInfo.from_json((path / INFO).read_bytes())
@@ -59,7 +59,7 @@ class SavedCheckpoint:
         """Read every file and compare its checksum.
 
         Args:
-            share: (k, n): only every n-th file from the k-th on, for n processes to do it together.
+            share: (k, n) to check only every n-th file from the k-th on, so that n processes share the work.
 
         Raises:
             ValueError: a file is missing, truncated or changed.
@@ -80,12 +80,11 @@ class SavedCheckpoint:
             )
 
     def files(self, folder: str) -> dict[str, bytes]:
-        """Contents of the files in a folder of the checkpoint, by their names in it (`folder/name`); it may have
-        none."""
+        """Return the contents of the files in a folder of the checkpoint, by `folder/name`; there may be none."""
         return {name: (self.path / name).read_bytes() for name in self._sums if Path(name).parts[0] == folder}
 
     def load(self, chunks: Sequence[Chunk], group: ProcessGroup | None = None) -> None:
-        """Read into the chunks, in place. With a group: collective over it.
+        """Read into the chunks, in place. Collective over `group` if it is given.
 
         Raises:
             ValueError: the checkpoint lacks a tensor, or has it in another shape.
@@ -100,7 +99,7 @@ class SavedCheckpoint:
             )
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, on the CPU, in the dtype that it was saved in."""
+        """Read one whole tensor, on the CPU, in the dtype in which it was saved."""
         values = torch.empty(self.shapes[name], dtype=self._dtypes[name])
         self.load([Chunk.whole(name, values)])
         return values
@@ -116,18 +115,18 @@ def write(
     complete: Callable[[], None] = lambda: None,
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Write a checkpoint: under a temporary name until it is complete. With a group: collective over it.
+    """Write a checkpoint, under a temporary name until it is complete. Collective over `group` if it is given.
 
     Args:
-        path: what it will be called. One that is there already is replaced.
-        chunks: this process's; over all of them each element once. Values are asked for file by file.
-        info, files: what goes beside the tensors, from the group's first rank.
-        group: that can communicate between CPUs; None: this process alone.
-        complete: called on the first rank once the directory has its name.
-        file_bytes: of tensors in one file.
+        path: final path of the checkpoint. An existing one is replaced.
+        chunks: this process's chunks; all processes together have each element once. Values are loaded file by file.
+        info, files: what goes beside the tensors; those of the group's first rank count.
+        group: a group that communicates between CPUs; None: only this process writes.
+        complete: function that is called on the first rank once the directory has its final name.
+        file_bytes: largest size of the tensors in one file.
 
     Raises:
-        ValueError, OSError, RuntimeError: a rank could not do its part; the same on every rank of the group.
+        ValueError, OSError, RuntimeError: a rank failed. Raised on every rank of the group.
     """
     temporary = directory.temporary(path)
 
@@ -148,9 +147,9 @@ def write(
 
 @contextlib.contextmanager
 def _plainly(group: ProcessGroup | None) -> Iterator[None]:
-    """Let torch's collection of all ranks' errors be the first of them, and no warning that one process is alone."""
+    """Raise the first rank's error instead of torch's collection, and suppress its warning about a single process."""
     with contextlib.ExitStack() as stack:
-        if group is None:  # filters are the whole process's: a thread of its own must not touch them
+        if group is None:  # filters belong to the whole process, so a background thread must not change them
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
         try:

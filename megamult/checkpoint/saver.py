@@ -1,7 +1,7 @@
-"""Saves while training goes on: state is copied aside, a thread of every rank writes it.
+"""Saving while training continues: each rank copies its state, and a thread writes the copy.
 
-A save is collective: every rank calls it at the same step. Ranks talk about it over CPUs, in the group for work on
-files, so that nothing of it meets the training's collectives.
+A save is collective: every rank calls it at the same step. Ranks communicate over CPUs, in the group for work on files,
+so that these collectives never mix with those of training.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ from megamult.distributed.mesh import Mesh
 
 _ALIGNMENT = 64
 _BLOCK_BYTES = 1 << 29
-"""Of memory to stage in: torch rounds pinned memory up to a power of two, which for one large buffer may double it."""
+"""Size of the blocks that copies are made in. torch rounds pinned memory up to a power of two, which may double one
+large buffer."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one save."""
+    """Outcome of one save."""
 
     step: int
     path: Path
     stall_seconds: float
-    """For which training stood still."""
+    """Time for which training stopped."""
     seconds: float
-    """From the call to the moment when `latest` named it."""
+    """Time from the call to the moment when `latest` named it."""
     error: str | None
-    """None: it is complete."""
+    """Message of the error; None: the save is complete."""
 
 
 class Saver:
-    """Writes a run's checkpoints into `parent`.
+    """Writer of a run's checkpoints into `parent`.
 
     Args:
         parent: the run's `checkpoints` directory, on a file system that all ranks see.
         mesh: of the processes.
-        keep, keep_every: as :func:`megamult.checkpoint.directory.retain`.
-        asynchronous: copy the state aside (as much CPU memory as this rank's share of it takes) and write it while
-            training goes on; False: write it in `save`.
+        keep, keep_every: see :func:`megamult.checkpoint.directory.retain`.
+        asynchronous: copy the state (into as much CPU memory as this rank's share of it) and write it while training
+            continues; False: write it in `save`.
     """
 
     def __init__(
@@ -65,21 +66,24 @@ class Saver:
         self._outcome: Outcome | None = None
 
     def save(self, chunks: Sequence[Chunk], info: CheckpointInfo, files: Mapping[str, bytes]) -> Outcome | None:
-        """Begin a save; one that is still being written is finished first.
+        """Begin a save, after finishing one that is still being written.
 
         Args:
             chunks: this rank's share of the state (:func:`megamult.checkpoint.state.owned`).
-            info, files: what goes beside it; the first rank's count.
+            info, files: what goes beside the state; those of the first rank count.
 
         Returns:
-            What became of the save before, if that is not known yet; of this one, if not asynchronous.
+            The outcome of the previous save, unless it has been returned before. If not asynchronous, that of this one.
         """
         began = time.perf_counter()
         before = self.wait()
         if self.asynchronous:
             try:
                 chunks = self._stage(chunks)
-            except (RuntimeError, MemoryError) as error:  # on this rank alone: the others must hear of it
+            except (
+                RuntimeError,
+                MemoryError,
+            ) as error:  # loading the chunks then fails, and all hear of it
                 chunks = [_failing(chunk, error) for chunk in chunks]
             stall = time.perf_counter() - began
             self._thread = threading.Thread(
@@ -91,23 +95,23 @@ class Saver:
         return self.poll()
 
     def poll(self) -> Outcome | None:
-        """What became of a save that has ended since the last question."""
+        """Return the outcome of a save that has ended since the last call; None: there is none."""
         if self._thread is not None and self._thread.is_alive():
             return None
         self._thread, outcome, self._outcome = None, self._outcome, None
         return outcome
 
     def wait(self, seconds: float | None = None) -> Outcome | None:
-        """Let a save that is being written end, for so many seconds at most; what became of it."""
+        """Wait for a save that is being written, for at most `seconds`, and return its outcome."""
         if self._thread is not None:
             self._thread.join(seconds)
         return self.poll()
 
     def _stage(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Copy values aside, into memory that is used again for the next save."""
+        """Copy values into memory that the next save uses again."""
         places, sizes = _places([chunk.nbytes for chunk in chunks])
         if [block.numel() for block in self._blocks] != sizes:
-            self._blocks = []  # first let go of the old ones
+            self._blocks = []  # free the old ones first
             pinned = device.has_cuda()
             self._blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
         staged = []
@@ -133,12 +137,12 @@ class Saver:
             directory.point(self.parent, path)
             try:
                 directory.retain(self.parent, info.step, self.keep, self.keep_every)
-            except OSError as failed:  # the new one is complete all the same
+            except OSError as failed:  # the new one is complete nevertheless
                 print(f"warning: an old checkpoint could not be removed ({failed})", file=sys.stderr, flush=True)
 
         try:
             saved.write(path, chunks, info, files, group=self.group, complete=complete)
-        except Exception as cause:  # whatever it is: training need not end because of it
+        except Exception as cause:  # training must not end because of any error here
             error = str(cause) or type(cause).__name__
         if error is not None and self._first:
             with contextlib.suppress(OSError):
@@ -148,7 +152,11 @@ class Saver:
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
-    """(block, offset) of each of so many bytes, and the blocks' sizes: of at most _BLOCK_BYTES, or of one alone."""
+    """Place items of these sizes in blocks of up to _BLOCK_BYTES; a larger item has a block of its own.
+
+    Returns:
+        (block, offset) of each item, and the size of each block.
+    """
     places: list[tuple[int, int]] = []
     blocks: list[int] = []
     for size in sizes:
@@ -161,7 +169,7 @@ def _places(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _failing(chunk: Chunk, error: Exception) -> Chunk:
-    """A chunk that cannot be read."""
+    """Return the chunk so that loading it raises the error."""
 
     def load() -> Tensor:
         raise error

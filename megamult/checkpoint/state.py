@@ -1,8 +1,8 @@
-"""What a rank holds of every logical tensor of a run, as rectangles: what a checkpoint writes, and what it reads into.
+"""State of a rank as chunks: the rectangles of logical tensors that a checkpoint writes, and reads into.
 
-Names are `model.` and the logical name for weights (without multipliers) and multipliers, `optimizer.`, the state's
-name (`exp_avg`, `exp_avg_sq`, `momentum` ...) and the logical name for state of the optimizer. They, the global shapes
-and the meaning of every element are the same for any sharding.
+A name is a prefix and a logical name. The prefix is `model.` for weights (without multipliers) and multipliers, and
+`optimizer.` with the state's name (`exp_avg`, `exp_avg_sq`, `momentum` ...) for optimizer state. Names, global shapes
+and the meaning of every element are the same in any sharding.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from megamult.zero.partition import Partition, Slice, even_intervals
 
 
 def full_name(what: str, logical_name: str) -> str:
-    """`weight` of a logical tensor is the model's, anything else the optimizer's."""
+    """Return the name in a checkpoint: `weight` of a logical tensor belongs to the model, the rest to the optimizer."""
     return f"model.{logical_name}" if what == "weight" else f"optimizer.{what}.{logical_name}"
 
 
 def held(partition: Partition, optimizer: TwoPhaseOptimizer) -> list[Chunk]:
-    """Everything that this rank holds, replicas too: what it must read when it resumes.
+    """Return everything that this rank holds, replicas included: what it must read when it resumes.
 
-    Writing to the chunks' values writes to masters and state; :meth:`TwoPhaseOptimizer.restored` then brings the model
-    after them.
+    Writing to the chunks' values writes to masters and state; :meth:`TwoPhaseOptimizer.restored` then updates the
+    model.
     """
     return list(_chunks(partition, optimizer, once=False))
 
 
 def owned(partition: Partition, optimizer: TwoPhaseOptimizer) -> list[Chunk]:
-    """This rank's share of everything: over all ranks each element once, and replicas shared out evenly."""
+    """Return this rank's share of the state: all ranks together have each element once; replicas are divided evenly."""
     return list(_chunks(partition, optimizer, once=True))
 
 

@@ -2,10 +2,10 @@
 
     index.json                  every tensor's dtype, global shape and chunks, and the file of each chunk
     shard_RANK_N.safetensors    chunks, under the keys NAME@OFFSETS
-    checkpoint.json ...         what the caller adds
-    SHA256SUMS                  of all of these, as sha256sum writes and checks it
+    checkpoint.json ...         files that the caller adds
+    SHA256SUMS                  checksums of all of these, which sha256sum can check
 
-Nothing in it is a pickle. A directory has its name only once it is complete: it is written under another.
+Nothing in it is a pickle. A directory is written under a temporary name and renamed once it is complete.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ from megamult.checkpoint.index import read as read_index
 
 SUMS = "SHA256SUMS"
 FILE_BYTES = 1 << 30
-"""What one file holds at most, unless one chunk alone is larger: bounds the memory of tensors that are not on the
-CPU already."""
+"""Largest size of a file, unless a single chunk is larger. It bounds the memory for copies of tensors on a GPU."""
 
 
 class ShardWriter(StorageWriter):
-    """Every rank writes its chunks; the first one completes the directory.
+    """Storage writer: every rank writes its chunks, and the first rank completes the directory.
 
     Args:
-        directory: written to; any name, the caller gives it the final one in `complete`.
+        directory: directory to write to, under a temporary name; `complete` renames it.
         files: other files of the directory, by name.
-        complete: called on the first rank when everything is written and synced.
-        file_bytes: what one file holds at most.
+        complete: function that is called on the first rank when everything is written and synced.
+        file_bytes: largest size of a file.
     """
 
     def __init__(
@@ -55,16 +54,16 @@ class ShardWriter(StorageWriter):
         self._directory, self._files, self._complete, self._file_bytes = directory, files, complete, file_bytes
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept between saves."""
+        """Do nothing: no state is kept between saves."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Make the directory, anew where an interrupted save has left one."""
+        """Make the directory, after removing one that an interrupted save has left."""
         if is_coordinator:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory.mkdir(parents=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As it is."""
+        """Return the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -82,7 +81,7 @@ class ShardWriter(StorageWriter):
                 save_file(tensors, path, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(f"{path} cannot be written: {error}") from error
-            path.chmod(self._directory.stat().st_mode & 0o666)  # safetensors lets the owner alone read its files
+            path.chmod(self._directory.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
             sync(path)
             stored = (name, digest(path))
             results += [
@@ -94,7 +93,7 @@ class ShardWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write what describes the shards, on the first rank, and complete the directory."""
+        """Write index, checksums and other files on the first rank, and complete the directory."""
         stored = {result.index: result.storage_data for rank in results for result in rank}
         sums = dict(stored.values())
         for name, content in {**self._files, INDEX: to_json(metadata, stored)}.items():
@@ -111,15 +110,15 @@ class ShardWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Paths only."""
+        """Accept paths only."""
         return isinstance(checkpoint_id, (str, os.PathLike))
 
 
 class ShardReader(StorageReader):
-    """Reads what :class:`ShardWriter` wrote.
+    """Storage reader for what :class:`ShardWriter` wrote.
 
     Args:
-        directory: complete.
+        directory: a complete checkpoint directory.
 
     Raises:
         ValueError: index.json is missing or damaged.
@@ -130,25 +129,25 @@ class ShardReader(StorageReader):
         self._metadata = read_index(directory / INDEX)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept between loads."""
+        """Do nothing: no state is kept between loads."""
 
     def read_metadata(self) -> Metadata:
-        """What index.json says."""
+        """Return the contents of index.json."""
         return self._metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
-        """Nothing to do."""
+        """Do nothing: the reader is ready."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As it is."""
+        """Return the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As they are."""
+        """Return the plans as they are."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy the parts of chunks that the plan names to where the planner wants them."""
+        """Copy the parts of stored chunks that the plan names to the planner's tensors."""
         assert self._metadata.storage_data is not None
         by_file = defaultdict(list)
         for item in plan.items:
@@ -176,12 +175,12 @@ class ShardReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Paths only."""
+        """Accept paths only."""
         return isinstance(checkpoint_id, (str, os.PathLike))
 
 
 def read_sums(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint directory, by name.
+    """Read the SHA-256 of every file of a checkpoint directory, by name.
 
     Raises:
         ValueError: the list is missing or damaged.
@@ -201,13 +200,13 @@ def read_sums(directory: Path) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's contents."""
+    """Return the SHA-256 of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Have the system bring a file or directory to its disk."""
+    """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -227,7 +226,7 @@ def _bytes(item: WriteItem) -> int:
 
 
 def _batches(items: Sequence[WriteItem], limit: int) -> Iterator[list[WriteItem]]:
-    """Consecutive items of at most `limit` bytes together, one at least."""
+    """Group consecutive items into batches of at most `limit` bytes, or of one item that is larger."""
     batch: list[WriteItem] = []
     filled = 0
     for item in items:

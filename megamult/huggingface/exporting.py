@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face model: multipliers merged, streamed shard by shard, complete or not there at all."""
+"""Export of a checkpoint as a Hugging Face model: multipliers merged, streamed shard by shard, complete or absent."""
 
 from __future__ import annotations
 
@@ -32,28 +32,32 @@ _RUN_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass
 class Exported:
-    """What was written."""
+    """Result of an export."""
 
     tensors: int
     parameters: int
     files: list[str]
     dtype: str
     notes: list[str] = field(default_factory=list)
-    """What a user might not expect."""
+    """Remarks on what a user might not expect."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one exported tensor comes from."""
+    """Source of one exported tensor."""
 
     name: str
-    """Hugging Face's."""
+    """Hugging Face's name."""
     weight: Weight
     multipliers: tuple[str, ...]
-    """Logical names of those to merge into it."""
+    """Logical names of the multipliers to merge into the weight."""
 
     def read(self, saved: SavedCheckpoint, dtype: torch.dtype) -> Tensor:
-        """Merge in fp32, then cast."""
+        """Read the weight, merge its multipliers in fp32, then cast.
+
+        Raises:
+            ValueError: a value overflows in `dtype`.
+        """
         tensors = {key: saved.read(f"model.{key}").float() for key in (self.weight.logical, *self.multipliers)}
         effective = merge(tensors)[self.weight.logical]
         tensor = effective.to(dtype)
@@ -73,12 +77,12 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
     Args:
         checkpoint: a checkpoint's directory; all of it is verified first.
         output: the directory to write; appears when it is complete.
-        dtype: of the weights: a key of :data:`megamult.models.common.hugging_face.DTYPES`, or auto: what the run
-            computed in.
-        max_shard_size: of a safetensors file, as "5GB"; a tensor that is larger gets a file of its own.
+        dtype: dtype of the weights, a key of :data:`megamult.models.common.hugging_face.DTYPES`; auto: the one that the
+            run computed in.
+        max_shard_size: largest size of a safetensors file, such as "5GB"; a larger tensor gets a file of its own.
 
     Raises:
-        ValueError: the checkpoint is none or damaged, the output is there already, or an argument is wrong.
+        ValueError: there is no checkpoint or it is damaged, the output exists already, or an argument is wrong.
     """
     check_output(output)
     if dtype not in ("auto", *DTYPES):
@@ -103,7 +107,7 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
         if model.tie_embeddings and not tied:
             notes.append(
                 "the embedding is tied to the head and has multipliers, which the head does not: lm_head.weight is "
-                "written apart (tie_word_embeddings false)"
+                "written separately (tie_word_embeddings false)"
             )
         shards, parameters = _write_tensors(saved, sources, DTYPES[dtype], max_shard_size, partial)
         described = architecture_of(model).to_hugging_face(
@@ -115,7 +119,7 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
         for name, content in files.items():
             (partial / name).write_bytes(content)
         for name in shards:
-            shutil.copymode(partial / "config.json", partial / name)  # safetensors lets the owner alone read its files
+            shutil.copymode(partial / "config.json", partial / name)  # safetensors lets only the owner read its files
         partial.rename(output)
     return Exported(len(sources), parameters, [*shards, *files], dtype, notes)
 
@@ -123,7 +127,7 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
 def _sources(
     saved: SavedCheckpoint, weights: list[Weight], tie_embeddings: bool, placement: Placement
 ) -> Iterator[_Source]:
-    """The exported tensors in Hugging Face's order; a tied head only where the embedding had to be parted from it."""
+    """Yield the tensors in Hugging Face's order, a tied head only if the embedding's multipliers differ from 1."""
     expected: dict[str, tuple[int, ...]] = {}
     parted = None
     for weight in weights:
@@ -173,7 +177,7 @@ def _write_tensors(
 
 
 def _tokenizer(saved: SavedCheckpoint, max_length: int) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:
-    """The tokenizer's files, the ids of its special tokens, and what to say of it."""
+    """Return the tokenizer's files, the ids of its special tokens, and notes for the user."""
     folder, model = saved.path / TOKENIZER_FOLDER, saved.path / "tokenizer.model"
     files: dict[str, bytes] = {}
     ids: dict[str, Any] = hf_tokenizer.special_ids(model) if model.is_file() else {}

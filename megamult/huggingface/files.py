@@ -1,4 +1,4 @@
-"""The files of a Hugging Face model that do not depend on its weights, and the directory that a conversion writes."""
+"""Files of a Hugging Face model that do not depend on its weights, and the check of an output directory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TOKENIZER_FOLDER = "hf_tokenizer"
-"""The folder of an imported checkpoint with the files of the tokenizer that came with it."""
+"""Folder, in an imported checkpoint, of the files of the tokenizer that came with it."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,21 +21,21 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-"""What it may hold: everything of a Hugging Face directory that does not depend on the weights."""
+"""Files that it may hold: those of a Hugging Face directory that do not depend on the weights."""
 
 _DEFINING = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt", "added_tokens.json"))
-"""Files that give a text its token ids, the most telling ones first; the others of :data:`TOKENIZER_FILES` do not."""
+"""Files of :data:`TOKENIZER_FILES` that decide on the token ids of a text; the first group that is there counts."""
 
 
 def tokenizer_identity(files: Mapping[str, bytes]) -> tuple[str, str] | None:
     """Return the identity of a tokenizer that is no sentencepiece model.
 
     Args:
-        files: of a Hugging Face directory, by name.
+        files: contents of a Hugging Face directory's files, by name.
 
     Returns:
-        (the names of the files that define it, their SHA-256): of the one file, as sha256sum prints it, or of a line
-        with name and SHA-256 for each of them. None: there is no tokenizer.
+        (names of the files that define the tokenizer, SHA-256). For one file it is that file's SHA-256, for several
+        that of a text with a line "name SHA-256" for each. None: there is no tokenizer.
     """
     for names in _DEFINING:
         found = {name: hashlib.sha256(files[name]).hexdigest() for name in names if name in files}
@@ -47,12 +47,12 @@ def tokenizer_identity(files: Mapping[str, bytes]) -> tuple[str, str] | None:
 
 
 def check_output(output: Path) -> None:
-    """Nothing is there that writing would replace.
+    """Check that writing the output would replace nothing.
 
     Raises:
-        ValueError: something is.
+        ValueError: something is there.
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise ValueError(f"{output} is there and is no directory: choose another output")
+        raise ValueError(f"{output} exists and is no directory: choose another output")
     if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} is there and is not empty: choose another output, or remove it")
+        raise ValueError(f"{output} exists and is not empty: choose another output, or remove it")

@@ -1,4 +1,4 @@
-"""A Hugging Face model as a checkpoint to train on from: multipliers at 1, the same function, streamed."""
+"""Import of a Hugging Face model as a checkpoint to continue from: same function, multipliers at 1, streamed."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ PLACEMENTS = ("all", "none", "symmetry_free", "scalar")
 
 _CHUNK_BYTES = 256 << 20
 _FLOATS = ("F32", "BF16", "F16")
-# Recomputed from config.json; old models carry it.
+# Old models store this table, which follows from config.json.
 _DERIVED = ".rotary_emb.inv_freq"
 
 
 @dataclass
 class Imported:
-    """What was written."""
+    """Result of an import."""
 
     parameters: int
     multipliers: int
     dtype: str
     trainable: bool = True
-    """Whether training from it is possible: not with a tokenizer that it cannot read."""
+    """Whether a run can train from it: false if runs cannot read its tokenizer."""
     notes: list[str] = field(default_factory=list)
-    """What a user might not expect."""
+    """Remarks on what a user might not expect."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of the input."""
+    """Tensor of the input."""
 
     file: Any
     name: str
@@ -61,27 +61,27 @@ class _Stored:
     dtype: str
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """[start, stop) of its first dimension, fp32."""
+        """Read rows [start, stop) in fp32."""
         values: Tensor = self.file.get_slice(self.name)[start:stop]
         return values.float()
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of consecutive rows of bounded size."""
+        """Yield (start, stop) of consecutive blocks of rows of bounded size."""
         step = max(1, _CHUNK_BYTES // (4 * math.prod(self.shape[1:])))
         for start in range(0, self.shape[0], step):
             yield start, min(start + step, self.shape[0])
 
 
 def import_(source: Path, output: Path, placement: str = "all") -> Imported:
-    """Write a checkpoint at step 0 without optimizer state. Memory: one file of it.
+    """Write a checkpoint at step 0 without optimizer state. Memory: one file of the checkpoint.
 
     Args:
         source: a directory with config.json and safetensors.
-        output: the checkpoint's directory; appears when it is complete.
-        placement: of multipliers, which are 1; `none`: a plain model.
+        output: the checkpoint's directory, which appears when it is complete.
+        placement: placement of the multipliers, which are all 1; `none`: a plain model.
 
     Raises:
-        ValueError: the model cannot be expressed here, its files are damaged, or the output is there already.
+        ValueError: the model cannot be expressed here, its files are damaged, or the output exists already.
     """
     check_output(output)
     if placement not in PLACEMENTS:
@@ -120,17 +120,17 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
 
 
 def _configuration(model: ModelConfig, placement: str, dtype: Any) -> dict[str, Any]:
-    """A run's resolved configuration around the model."""
+    """Return a run's resolved configuration with this model."""
     multipliers = (
         MultipliersConfig(implementation="none") if placement == "none" else MultipliersConfig("layer", placement)
     )
     config = dataclasses.asdict(Config(model=model, multipliers=multipliers, train=TrainConfig(dtype=dtype)))
-    plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a configuration that was read
+    plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a file
     return plain
 
 
 def _open(source: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    """Every tensor of the model's safetensors files, by name; open as long as `stack`."""
+    """Open every tensor of the model's safetensors files, by name; they stay open as long as `stack`."""
     found: dict[str, _Stored] = {}
     for path in _files(source):
         try:
@@ -141,7 +141,7 @@ def _open(source: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
             if name.endswith(_DERIVED):
                 continue
             if name in found:
-                raise ValueError(f"{path} holds {name}, and so does another file of the model: remove the one too many")
+                raise ValueError(f"{path} holds {name}, and so does another file of the model: remove one of them")
             part = file.get_slice(name)
             found[name] = _Stored(file, name, tuple(part.get_shape()), part.get_dtype())
     return found
@@ -160,16 +160,16 @@ def _files(source: Path) -> list[Path]:
     if pickled:
         raise ValueError(
             f"{source} holds {pickled[0]}, a pickle, which can run code when it is read: convert it to safetensors "
-            "(load it with transformers where you trust it, and save_pretrained)"
+            "(load it with transformers on a machine where that is safe, and use save_pretrained)"
         )
     raise ValueError(f"{source} holds neither model.safetensors nor {index.name}: give a directory with one of them")
 
 
 def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list[tuple[Weight, _Stored]]:
-    """Each logical weight with its tensor; every tensor of the input is used.
+    """Pair each logical weight with its tensor, so that every tensor of the input is used.
 
     Raises:
-        ValueError: one is missing, too many, of another shape, or of a dtype that is no plain float.
+        ValueError: a tensor is missing or unknown, or has another shape, or a dtype that is no plain float.
     """
     assert model.vocab_size is not None
     left = dict(stored)
@@ -201,16 +201,20 @@ def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list
 
 
 def _check_equal(source: Path, head: _Stored, embedding: _Stored) -> None:
-    """A tied model that carries its head nevertheless."""
+    """Check that the head in a tied model's files equals the embedding.
+
+    Raises:
+        ValueError: they differ.
+    """
     if any(not torch.equal(head.rows(*block), embedding.rows(*block)) for block in embedding.blocks()):
         raise ValueError(
-            f"{source}: tie_word_embeddings is true, and {head.name} differs from {embedding.name}: remove it, or set "
-            "tie_word_embeddings to false in config.json, whichever is right"
+            f"{source}: tie_word_embeddings is true, and {head.name} differs from {embedding.name}: remove the "
+            "head, or set tie_word_embeddings to false in config.json"
         )
 
 
 def _chunks(weight: Weight, found: _Stored, read: Callable[[int], object]) -> Iterator[Chunk]:
-    """A tensor in blocks of rows, each read when it is asked for."""
+    """Yield a tensor in blocks of rows, each of which is read when it is loaded."""
     for start, stop in found.blocks():
 
         def load(start: int = start, stop: int = stop) -> Tensor:
@@ -224,13 +228,13 @@ def _chunks(weight: Weight, found: _Stored, read: Callable[[int], object]) -> It
 
 
 def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, str] | None, list[str]]:
-    """Return the tokenizer's files as they are, its identity (file names, SHA-256), and what to say of it."""
+    """Return the tokenizer's files as they are, its identity (file names, SHA-256), and notes for the user."""
     found = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
     identity = tokenizer_identity(found)
     files = {f"{TOKENIZER_FOLDER}/{name}": content for name, content in found.items()}
     notes = []
     try:
-        # A model that has one was trained with it, whatever other files say the same in another way.
+        # A model with a sentencepiece file was trained with it; its other tokenizer files only repeat it.
         identity = (SENTENCEPIECE, Tokenizer(source / "tokenizer.model").sha256)
         files[SENTENCEPIECE] = found["tokenizer.model"]
     except ValueError:
@@ -244,7 +248,7 @@ def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes
                 f"the tokenizer ({names}) is no sentencepiece model, and training reads no other kind yet: its files "
                 "are kept for export, and training from this checkpoint is refused"
             )
-    # Without the file, what config.json says of special tokens would be lost with it.
+    # Keep the special tokens that config.json names, because config.json itself is not kept.
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in described}
     files.setdefault(f"{TOKENIZER_FOLDER}/generation_config.json", (json.dumps(ids, indent=2) + "\n").encode())
     return files, identity, notes

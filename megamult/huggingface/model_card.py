@@ -62,12 +62,12 @@ _MODEL = {
 
 
 def render(info: CheckpointInfo, exported: Mapping[str, Any], parameters: int, multipliers: bool) -> str:
-    """The card's text.
+    """Return the text of the card.
 
     Args:
         info: of the checkpoint.
         exported: config.json of the export.
-        parameters: in it.
+        parameters: number of parameters in the export.
         multipliers: whether any were merged.
     """
     config = info.config
@@ -88,7 +88,7 @@ def render(info: CheckpointInfo, exported: Mapping[str, Any], parameters: int, m
     return _CARD.format(
         parameters=parameters,
         dtype=exported["dtype"],
-        origin="imported and not trained on" if imported else f"after {info.step:,} optimizer steps",
+        origin="imported, not trained further" if imported else f"after {info.step:,} optimizer steps",
         multipliers=merged,
         model=_table({name: exported[field] for field, name in _MODEL.items()}),
         training=_table(training),

@@ -1,20 +1,21 @@
-"""Our sentencepiece model as files that `transformers.AutoTokenizer` loads, with the same ids on any text.
+"""Conversion of our sentencepiece model to files for `transformers.AutoTokenizer`, with the same ids on any text.
 
-Both sides run byte-pair merging, so the pieces and the order of the merges say everything. Four things differ
-between the libraries and are settled here:
+Both libraries run byte-pair merging, so pieces and the order of merges define the result. They differ in four points,
+which are handled here:
 
 * sentencepiece writes a space as U+2581 and would take that character in a text for a space, so
   :class:`megamult.data.tokenizer.Tokenizer` spells it in bytes. Here the pieces hold real spaces and nothing is
   normalized: U+2581 is a character that no piece has, and falls back to bytes by itself.
-* sentencepiece ranks merges by the merged piece alone, `tokenizers` by the pair. A piece that several pairs can form
-  gets them all, one after the other. That is the same: what a piece's characters have become when its turn comes, if
-  nothing has merged across its ends, does not depend on what stands around them, so one pair of them ever occurs.
-* Text that looks like a special token ("</s>") is text to us, while transformers looks for special tokens in it unless
-  `split_special_tokens` is set, which is done.
-* No token is put in front of a text (`add_bos_token` is false): documents were trained on without.
+* sentencepiece ranks merges by the merged piece only, `tokenizers` by the pair. A piece that several pairs can form
+  gets all of these pairs, one after the other. The result is the same: if nothing has merged across the ends of a piece
+  before its turn, its characters have merged in a way that does not depend on the surrounding text, so only one of the
+  pairs ever occurs.
+* Text that looks like a special token ("</s>") is plain text to us. transformers would read it as a special token, so
+  `split_special_tokens` is set.
+* No token is put in front of a text (`add_bos_token` is false), because none was in training.
 
-One difference is left. Tokens that no text has, bytes that are not UTF-8, decode to U+FFFD; `tokenizers` writes it for
-every byte token of such a run, sentencepiece for those that are wrong.
+One difference is left, for byte tokens that are not UTF-8, which no text has. They decode to U+FFFD: `tokenizers`
+writes it for every byte token of such a sequence, sentencepiece only for the wrong ones.
 """
 
 from __future__ import annotations
@@ -41,22 +42,23 @@ _HARD_TEXTS = (
     "<s>a</s> <unk><0x0A><0x",
     "e\u0301 \u4e2d\u6587 \u0645\u0631 \u2028\x00\x7f\ufeff\U0001f468\u200d\U0001f469\U0010ffff",
 )
-"""What goes wrong first when two tokenizers are not the same."""
+"""Texts that show differences between tokenizers first."""
 
 
 def special_ids(model: Path) -> dict[str, int]:
-    """`bos_token_id` and `eos_token_id` of a sentencepiece model, each where it has one."""
+    """Return `bos_token_id` and `eos_token_id` of a sentencepiece model, as far as it has them."""
     processor = sentencepiece.SentencePieceProcessor(model_file=Tokenizer(model).model_path)
     found = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
     return {key: value for key, value in found.items() if value >= 0}
 
 
 def convert(model: Path, max_length: int) -> dict[str, bytes]:
-    """`tokenizer.json` and `tokenizer_config.json` of a sentencepiece model, compared with it before they are given.
+    """Return `tokenizer.json` and `tokenizer_config.json` for a sentencepiece model, after comparing their ids with
+    its.
 
     Args:
-        model: the `.model` file that a run was tokenized with.
-        max_length: tokens that the language model was trained on at a time; transformers warns beyond.
+        model: the `.model` file that the run's data was encoded with.
+        max_length: sequence length that the language model was trained at; transformers warns about longer texts.
 
     Raises:
         ValueError: the file is no sentencepiece model, or one whose ids `tokenizers` would not reproduce.
@@ -65,7 +67,7 @@ def convert(model: Path, max_length: int) -> dict[str, bytes]:
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
     _check_expressible(model, proto)
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
-    # Pieces of text alone hold spaces: "<unk>" and byte tokens are names.
+    # Only pieces of text hold spaces; "<unk>" and byte tokens are names.
     text = {i: p.piece.replace(_SPACE_MARK, " ") for i, p in enumerate(proto.pieces) if p.type == kinds.NORMAL}
     vocabulary = {text.get(i, p.piece): i for i, p in enumerate(proto.pieces)}
     scores = {piece: proto.pieces[i].score for i, piece in text.items()}
@@ -79,7 +81,7 @@ def convert(model: Path, max_length: int) -> dict[str, bytes]:
     _check_same_ids(model, ours, backend, text)
     ids = special_ids(model)
     config: dict[str, Any] = {
-        # Any other class builds a backend of its own from the vocabulary, with a mark for spaces.
+        # Any other class builds its own backend from the vocabulary, with a mark for spaces.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{key.removesuffix("_id"): proto.pieces[i].piece for key, i in ids.items()},
         "unk_token": next(piece.piece for piece in proto.pieces if piece.type == kinds.UNKNOWN),
@@ -97,7 +99,11 @@ def convert(model: Path, max_length: int) -> dict[str, bytes]:
 
 
 def _check_expressible(model: Path, proto: Any) -> None:
-    """The model's features are those that the conversion reproduces."""
+    """Check that the conversion can reproduce all features of the model.
+
+    Raises:
+        ValueError: it cannot.
+    """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
     count = Counter(piece.type for piece in proto.pieces)
@@ -123,7 +129,7 @@ _REMEDY = "put the files of its own Hugging Face tokenizer into a folder hf_toke
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that forms a piece, best piece first."""
+    """List every pair of pieces that forms a piece, best piece first."""
     pairs: list[tuple[str, str]] = []
     for piece in sorted(scores, key=lambda piece: -scores[piece]):  # stable: pieces of one score stay in order of id
         splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
@@ -132,7 +138,11 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def _check_same_ids(model: Path, ours: Tokenizer, backend: Any, text: dict[int, str]) -> None:
-    """The converted tokenizer gives our ids for every piece, for pairs of neighbours, and for hard texts."""
+    """Check that the converted tokenizer gives our ids for every piece, for pairs of neighbours, and for hard texts.
+
+    Raises:
+        ValueError: it gives others.
+    """
     pieces = list(text.values())
     probes = [*_HARD_TEXTS, *pieces, *map("".join, pairwise(pieces))]
     for probe, encoding in zip(probes, backend.encode_batch(probes, add_special_tokens=False), strict=True):

@@ -1,1 +1,1 @@
-"""What a run reports: statistics, metrics.jsonl, TensorBoard, progress."""
+"""Reports of a run: statistics, metrics.jsonl, TensorBoard, progress."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Spread:
-    """Of the absolute values of a set of multipliers: extremes, median, and standard deviation."""
+    """Extremes, median and standard deviation of the absolute values of a set of multipliers."""
 
     minimum: float
     median: float
@@ -22,7 +22,7 @@ class Spread:
 
 
 def spread(values: Tensor) -> Spread:
-    """Summary of multipliers [n]. Their sign is a symmetry of the pair they scale, so magnitudes count."""
+    """Summarize multipliers [n] by their magnitudes: flipping signs in a pair of multipliers changes nothing."""
     magnitudes = values.detach().double().abs().flatten()
     return Spread(
         magnitudes.min().item(),
@@ -42,7 +42,7 @@ def by_role(multipliers: Iterable[tuple[str, str, Tensor]]) -> dict[str, Tensor]
 
 
 def spread_table(values: dict[str, Tensor]) -> str:
-    """The spread of every role and side as a table of text."""
+    """Format the spread of every role and side as a table."""
     lines = [f"{'multipliers':<22}{'min':>9}{'median':>9}{'max':>9}{'std':>9}{'count':>9}"]
     for key in sorted(values):
         s = spread(values[key])

@@ -1,4 +1,4 @@
-"""Where a run's figures go, from rank 0: metrics.jsonl, TensorBoard, a progress bar."""
+"""Outputs of a run's figures on rank 0: metrics.jsonl, TensorBoard, a progress bar."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 _FLUSH_SECONDS = 10
-"""What a crash can lose of TensorBoard's figures, and how old they are while one looks on."""
+"""Seconds between flushes of TensorBoard's figures: a crash can lose as much, and a viewer sees them as late."""
 
 
 class Writers:
-    """One object per step into `metrics.jsonl`, the same into `tensorboard/`, and a bar on standard error.
+    """Writer of one object per step to `metrics.jsonl`, of the same to `tensorboard/`, and of a bar on standard error.
 
     Args:
-        run_dir: where to; an earlier part of the same run may be there.
-        steps: of the whole run.
-        done: steps that are behind: what was recorded after them, before a crash, is dropped.
-        skipped: how many of these were skipped.
+        run_dir: run directory, which may hold earlier figures of the same run.
+        steps: steps of the whole run.
+        done: steps that are done. Records of later steps, written before a crash, are dropped.
+        skipped: number of skipped steps among them.
     """
 
     def __init__(self, run_dir: Path, steps: int, done: int = 0, skipped: int = 0) -> None:
@@ -52,7 +52,7 @@ class Writers:
                 close()
 
     def step(self, record: dict[str, float], extra: dict[str, float]) -> None:
-        """A training step: `record` goes to both, `extra` (memory, utilization) to TensorBoard alone."""
+        """Record a training step: `record` goes to both, `extra` (memory, utilization) only to TensorBoard."""
         self._line(record)
         step = int(record["step"])
         if record["skipped_steps"] > self._skipped:
@@ -70,25 +70,25 @@ class Writers:
             self.say(f"step {step}/{self._steps}: {text}")
 
     def evaluation(self, record: dict[str, float]) -> None:
-        """An evaluation."""
+        """Record an evaluation."""
         self._line(record)
         self._scalars("valid", {"loss": record["valid_loss"]}, int(record["step"]))
         self.say(f"step {record['step']}: valid loss {record['valid_loss']:.4f}")
 
     def histograms(self, values: dict[str, Tensor], step: int) -> None:
-        """Histograms of the multipliers of each role and side."""
+        """Write histograms of the multipliers of each role and side."""
         with self._going_on("tensorboard"):
             for key, vector in values.items():
                 self._tensorboard.add_histogram(f"multipliers/{key}", vector, step)
 
     def checkpoint(self, step: int, path: Path, stall_seconds: float, seconds: float) -> None:
-        """A checkpoint that is complete."""
+        """Record a complete checkpoint."""
         self._scalars("checkpoint", {"stall_seconds": stall_seconds, "seconds": seconds}, step)
-        self.say(f"saved {path} in {seconds:.1f} s (training stood still for {stall_seconds:.2f} s)")
+        self.say(f"saved {path} in {seconds:.1f} s (training stopped for {stall_seconds:.2f} s)")
 
     def say(self, text: str) -> None:
-        """A line of text that does not tear the bar."""
-        with contextlib.suppress(OSError):  # a log on a full disk, a pipe that nobody reads any more
+        """Print a line of text without breaking the bar."""
+        with contextlib.suppress(OSError):  # a log on a full disk, or a closed pipe
             self._bar.write(text, file=sys.stdout) if self._interactive else print(text, flush=True)
 
     def _scalars(self, section: str, values: dict[str, float], step: int) -> None:
@@ -104,17 +104,17 @@ class Writers:
 
     @contextlib.contextmanager
     def _going_on(self, name: str) -> Iterator[None]:
-        """A full disk is no reason to end a run: say once that figures are lost."""
+        """Let the run continue if the disk is full, and say once that figures are lost."""
         try:
             yield
         except OSError as error:
             if name not in self._failed:
                 self._failed.add(name)
-                self.say(f"warning: {name} cannot be written ({error}); training goes on, and figures may be lost")
+                self.say(f"warning: {name} cannot be written ({error}); training continues, and figures may be lost")
 
 
 def _drop_after(metrics: Path, step: int) -> None:
-    """Leave the lines of steps up to `step`; a line that a crash cut off goes too."""
+    """Keep only the lines of steps up to `step`; also drop a line that a crash cut off."""
     if not metrics.exists():
         return
     kept = []

@@ -43,7 +43,7 @@ def test_import_then_export(source: Path, tmp_path: Path) -> None:
     done = run("import_hf.py", "--input", source, "--output", tmp_path / "checkpoint", "--placement", "symmetry_free")
     assert (done.returncode, done.stderr) == (0, "")
     assert "note: the input has no tokenizer" in done.stdout
-    assert done.stdout.endswith(f"train on from it: --checkpoint.load {tmp_path / 'checkpoint'}\n")
+    assert done.stdout.endswith(f"to continue from it: --checkpoint.load {tmp_path / 'checkpoint'}\n")
     done = run(
         "export_hf.py", "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "hf", "--dtype", "bfloat16"
     )

@@ -236,7 +236,7 @@ def test_an_output_that_is_there_is_left_alone(checkpoint: Path, tmp_path: Path)
     (tmp_path / "full" / "mine").write_text("kept")
     (tmp_path / "file").write_text("kept")
     for name in ("full", "file"):
-        with pytest.raises(ValueError, match=f"{name} is there and is"):
+        with pytest.raises(ValueError, match=f"{name} exists and is"):
             export(checkpoint, tmp_path / name)
     assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "kept"
     (tmp_path / "empty").mkdir()

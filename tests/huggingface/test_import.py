@@ -272,7 +272,7 @@ def test_a_mistake_is_named_and_leaves_nothing(make: Callable[..., Path], tmp_pa
 def test_placement_and_output_are_checked_first(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine").write_text("kept")
-    with pytest.raises(ValueError, match="there is there and is not empty: choose another output"):
+    with pytest.raises(ValueError, match="there exists and is not empty: choose another output"):
         import_(tmp_path / "nowhere", tmp_path / "there")
     with pytest.raises(ValueError, match="placement is 'most': use one of all, none, symmetry_free, scalar"):
         import_(tmp_path / "nowhere", tmp_path / "new", "most")

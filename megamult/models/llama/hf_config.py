@@ -1,4 +1,4 @@
-"""Our model's sizes as Hugging Face's LlamaConfig, and back: whatever our model cannot express is an error."""
+"""Conversion of our model's sizes to Hugging Face's LlamaConfig and back; what our model cannot express is an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from megamult.models.llama.config import ModelConfig
 
-# What transformers assumes where config.json has no such field.
+# Our key: (Hugging Face's field, value that transformers assumes without it).
 _SIZES = {
     "num_layers": ("num_hidden_layers", 32),
     "hidden_size": ("hidden_size", 4096),
@@ -20,15 +20,15 @@ _SIZES = {
 _NUMBERS = {"norm_eps": ("rms_norm_eps", 1e-6), "init_std": ("initializer_range", 0.02)}
 _ROTARY_BASE = 10000.0
 
-# Field: what it must be (None: or absent), and what a user can do about it.
-_TRAIN_WITHOUT = "if the model computes the same without, correct config.json; else it cannot be imported"
+# Field: allowed values (None: absent), and the remedy for others.
+_TRAIN_WITHOUT = "if the model computes the same without it, correct config.json; otherwise it cannot be imported"
 _MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_type": (("llama",), "import a model of the Llama architecture"),
     "architectures": ((["LlamaForCausalLM"], None), "import a LlamaForCausalLM"),
     "hidden_act": (("silu", "swish", None), "the MLP here is SwiGLU, so it cannot be imported"),
     "attention_bias": ((False, None), "no matrix here has a bias, so it cannot be imported"),
     "mlp_bias": ((False, None), "no matrix here has a bias, so it cannot be imported"),
-    "attention_dropout": ((0, None), "there is no dropout here; set it to 0.0 to train on without"),
+    "attention_dropout": ((0, None), "there is no dropout here; set it to 0.0 to continue without"),
     "sliding_window": ((None,), "attention here sees the whole sequence; " + _TRAIN_WITHOUT),
     "quantization_config": ((None,), "weights here are not quantized; dequantize and save the model first"),
     "partial_rotary_factor": ((1, None), "all of a head is rotated here, so it cannot be imported"),
@@ -38,7 +38,7 @@ _MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
 def to_hugging_face(
     sizes: ModelConfig, vocab_size: int, *, tied: bool, dtype: str, token_ids: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What config.json says of an exported model.
+    """Return the content of config.json for an exported model.
 
     Args:
         sizes: of the model.
@@ -63,7 +63,7 @@ def to_hugging_face(
         "initializer_range": sizes.init_std,
         "rms_norm_eps": sizes.norm_eps,
         "rope_parameters": {"rope_theta": sizes.rotary_base, "rope_type": "default"},
-        # Readers older than transformers 5 know this spelling alone, and would take 10000 without a word.
+        # transformers before version 5 reads only this spelling, and would silently take 10000 without it.
         "rope_theta": sizes.rotary_base,
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -78,7 +78,7 @@ def to_hugging_face(
 
 
 def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
-    """The model that config.json describes. Fields that do not change the function are not looked at.
+    """Return the model that config.json describes. Fields that do not change the function are ignored.
 
     Raises:
         ValueError: a field asks for what our model cannot express, or has no sensible value.
@@ -119,7 +119,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _rotary_base(config: Mapping[str, Any]) -> float:
-    """`rope_theta`, in transformers 5's `rope_parameters` or beside the older `rope_scaling`."""
+    """Read `rope_theta`, in transformers 5's `rope_parameters` or beside the older `rope_scaling`."""
     bases = {}
     for field in ("rope_parameters", "rope_scaling"):
         rope = config.get(field) or {}

@@ -1,4 +1,4 @@
-"""Every weight of a model: its logical name here, its name in Hugging Face's LlamaForCausalLM, its role, its shape."""
+"""Weights of a model: logical name, name in Hugging Face's LlamaForCausalLM, role and shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megamult.parameters.spec import Role
 
 
 def weights(sizes: ModelConfig, vocab_size: int) -> Iterator[Weight]:
-    """Every weight, in Hugging Face's order; the head also where it is tied to the embedding.
+    """Yield every weight in Hugging Face's order, the head even if it is tied to the embedding.
 
     A matrix W[out, in] is the same here and there: both multiply x W^T, have the heads in order and rotate the halves
     of a head, so nothing is transposed or permuted.
