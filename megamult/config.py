@@ -26,7 +26,7 @@ __all__ = ["SECTIONS", "Config", "ModelConfig", "model_section"]
 
 @dataclass
 class Config:
-    """All of a run."""
+    """Configuration of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
@@ -36,7 +36,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     deepspeed: dict[str, Any] | str | None = None
-    """Merged into the DeepSpeed configuration that the other keys produce; docs/deepspeed.md says what its keys do."""
+    """DeepSpeed configuration to merge into the one that the other keys produce; docs/deepspeed.md lists its keys."""
 
     def __post_init__(self) -> None:
         optimizer, train = self.optimizer, self.train
@@ -47,7 +47,7 @@ class Config:
         )
         require(
             not (train.dtype == "bf16" and self.parallel.zero_stage == 0 and train.accumulation_dtype == "fp32"),
-            "parallel.zero_stage is 0 with train.dtype bf16: DeepSpeed accumulates gradients in bf16 there; use "
+            "parallel.zero_stage is 0 with train.dtype bf16: DeepSpeed accumulates gradients in bf16 there: use "
             "parallel.zero_stage 1 to 3, or accept it with train.grad_accum_dtype bf16",
         )
         require(
@@ -77,7 +77,7 @@ class Config:
         model.check_sharding(tensor, self.parallel.sequence)
 
     def check_world(self, processes: int) -> None:
-        """Check what depends on the number of processes.
+        """Check the keys whose values depend on the number of processes.
 
         Raises:
             ValueError: fact, value, remedy.
@@ -99,7 +99,7 @@ class Config:
         return self.train.global_batch_size // (self.train.micro_batch_size * data_parallel)
 
     def deepspeed_overrides(self) -> dict[str, Any]:
-        """The user's part of the DeepSpeed configuration.
+        """Return the user's part of the DeepSpeed configuration.
 
         Raises:
             ValueError: the file is missing or is no JSON object.
@@ -107,7 +107,7 @@ class Config:
         if self.deepspeed is None or isinstance(self.deepspeed, dict):
             return self.deepspeed or {}
         path = Path(self.deepspeed)
-        require(path.is_file(), f"deepspeed is {self.deepspeed!r}: there is no such file; give a path or a mapping")
+        require(path.is_file(), f"deepspeed is {self.deepspeed!r}: there is no such file: give a path or a mapping")
         try:
             loaded = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -9,21 +9,21 @@ from megamult.validation import not_negative, require
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints, in the run directory's `checkpoints/step_N/`; any layout of processes can resume from them."""
+    """Checkpoints, in the run directory's `checkpoints/step_N/`. A run in any sharding can resume from them."""
 
     save_every: int = 0
-    """Steps between checkpoints; 0: at the end alone."""
+    """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """How many of the newest to keep; 0: all."""
+    """Number of newest checkpoints to keep; 0: all."""
     keep_every: int = 0
-    """Checkpoints of steps that are multiples of this are kept besides; 0: none."""
+    """Also keep the checkpoints of steps that are multiples of this; 0: none."""
     asynchronous: bool = True
-    """true: copy the state aside and write it while training goes on; false: write it at once, in less memory."""
+    """true: copy the state and write it while training continues; false: write it at once, which takes less memory."""
     load: str | None = None
-    """Where to go on from: a checkpoint's directory; or latest: the newest one of train.run_dir, if there is any (one
-    that is damaged is reported, and the one before it taken). null: start anew."""
+    """Checkpoint to resume from: its directory, or latest: the newest one of train.run_dir, if there is one (if it is
+    damaged, the run says so and takes the one before it). null: start anew."""
     reset_optimizer: bool = False
-    """Take weights, multipliers and position from the checkpoint, and leave the optimizer's state."""
+    """Load weights, multipliers and position from the checkpoint, and start with fresh optimizer state."""
 
     def __post_init__(self) -> None:
         not_negative("checkpoint", save_every=self.save_every, keep=self.keep, keep_every=self.keep_every)

@@ -28,7 +28,7 @@ class BuildsAhead:
 
     @property
     def busy(self) -> bool:
-        """Whether a process is still at work."""
+        """Tell whether a process is still at work."""
         return self._process is not None and self._process.poll() is None
 
     def start(self, epochs: Sequence[tuple[EpochFiles, int]]) -> None:

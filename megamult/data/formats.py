@@ -99,5 +99,5 @@ def _is_object(line: str) -> bool:
 
 
 def _is_table(line: str, json_key: str) -> bool:
-    """Whether a line reads as the header of a table with a column of texts."""
+    """Tell whether a line reads as the header of a table with a column of texts."""
     return _TABLE_HEADER.match(line) is not None and json_key in re.split(r"[\W]+", line)

@@ -39,7 +39,7 @@ class ValidSplit:
         return cls(documents, min(max(1, round(fraction * documents)), documents - 1))
 
     def is_valid(self, document: int) -> bool:
-        """Whether document number `document` (from 0) belongs to the valid set."""
+        """Tell whether document number `document` (from 0) belongs to the valid set."""
         if self.valid == 0:
             return False
         stratum = ((document + 1) * self.valid - 1) // self.documents

@@ -14,17 +14,17 @@ class MultipliersConfig:
     """Learnable multipliers (arXiv 2601.04890)."""
 
     implementation: Literal["none", "layer", "folded"] = "layer"
-    """layer: explicit parameters in the layers; folded: in the optimizer, the model holds effective weights and pays
+    """layer: parameters of the layers; folded: kept by the optimizer, while the model holds effective weights and pays
     nothing per micro-batch; none: a plain model."""
     placement: str | dict[str, str | list[str]] = "all"
     """all, symmetry_free, scalar (one per logical matrix), or a mapping from role to row, col, scalar or a list."""
     lr: float | None = None
-    """Learning rate of the multipliers before schedule; null: optimizer.lr. Follows the same schedule."""
+    """Peak learning rate of the multipliers, with the same schedule as optimizer.lr; null: optimizer.lr."""
     weight_decay: float = 2e-3
     """Decoupled weight decay of the multipliers."""
     clip: bool = False
-    """false: multipliers' gradients neither enter the norm nor are scaled; true: clipped by their own norm at
-    optimizer.clip_grad_norm."""
+    """true: clip the multipliers' gradients by a norm of their own, at optimizer.clip_grad_norm; false: do not clip
+    them. They never count in the norm of the other gradients."""
 
     def __post_init__(self) -> None:
         resolve(self.placement)

@@ -13,7 +13,7 @@ from megamult.validation import not_negative, positive, require
 
 @dataclass
 class TrainConfig:
-    """The run."""
+    """Length, batch, precision and outputs of the run."""
 
     steps: int = 100
     """Optimizer steps."""
@@ -22,35 +22,35 @@ class TrainConfig:
     micro_batch_size: int = 8
     """Sequences per forward pass of one data-parallel rank."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of parameters and activations; masters and optimizer state are fp32."""
+    """Dtype of parameters and activations; masters and optimizer state are fp32."""
     grad_accum_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of accumulated gradients. auto: fp32. ZeRO 0 in bf16 can only do bf16: say so, or use ZeRO 1 to 3."""
+    """Dtype of accumulated gradients; auto: fp32. With train.dtype bf16, ZeRO 0 needs bf16 here."""
     recompute: Literal["none", "full"] = "none"
-    """full: keep each layer's input alone and recompute the rest in backward."""
+    """full: keep only each layer's input and recompute the rest in backward."""
     seed: int = fixed(1234, "samples", note="the data's order")
-    """Of weights and data order."""
+    """Seed of initial weights and data order."""
     run_dir: str | None = None
-    """Where everything that the run writes goes; must not hold another run. null: a new one, runs/ and the time."""
+    """Directory for everything that the run writes; must not hold another run. null: a new one, runs/ and the time."""
     eval_every: int = 0
-    """Steps between evaluations on data.valid; 0: at the end alone."""
+    """Steps between evaluations on data.valid; 0: only at the end."""
     eval_batches: int = 8
     """Global batches per evaluation."""
     log_histograms_every: int = 100
     """Steps between TensorBoard histograms of the multipliers; 0: none."""
     max_bad_steps: int = 20
     """Bad steps in a row (a gradient or loss that is not finite, or a norm above optimizer.skip_grad_norm) after which
-    the run ends with exit code 65 and names the last checkpoint from before them; 0: never."""
+    the run ends with exit code 65 and names the last checkpoint before them; 0: never."""
     max_minutes: float | None = None
     """Minutes after which the run saves a checkpoint and ends with exit code 75, to be started again; null: none."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of parameters and activations."""
+        """The torch dtype of parameters and activations."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
 
     @property
     def accumulation_dtype(self) -> str:
-        """fp32 or bf16."""
+        """The dtype of accumulated gradients, fp32 or bf16."""
         return "fp32" if self.grad_accum_dtype == "auto" else self.grad_accum_dtype
 
     def __post_init__(self) -> None:

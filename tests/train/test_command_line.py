@@ -185,7 +185,7 @@ LATE: list[tuple[list[str], str]] = [
     (["--checkpoint.load=FOLDER/none"], r"checkpoint\.load is 'FOLDER/none': no checkpoint is there; name"),
     (
         ["--checkpoint.load=" + 300 * "x"],
-        r"checkpoint\.load is 'x{200}', which cannot be looked at \(File name too long\)",
+        r"checkpoint\.load is 'x{200}', which cannot be read \(File name too long\)",
     ),
     (["--checkpoint.load=FOLDER/used"], r"checkpoint\.load is 'FOLDER/used': no checkpoint is there; name"),
     (

@@ -34,9 +34,9 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of initial weights; output projections: divided by sqrt(2 * num_layers)."""
     tie_embeddings: bool = fixed(False, "function")
-    """Use the embedding's weight as the LM head (without its multipliers)."""
+    """Use the embedding's weight, without its multipliers, as the LM head."""
     z_loss: float = 1e-4
-    """Coefficient of log-sum-exp squared in the objective; 0: none."""
+    """Coefficient of the squared log-sum-exp of the logits in the objective; 0: none."""
 
     @property
     def query_groups(self) -> int:
@@ -62,7 +62,7 @@ class ModelConfig:
         require(
             self.hidden_size % heads == 0 and self.hidden_size // heads % 2 == 0,
             f"model.hidden_size is {self.hidden_size} with model.num_attention_heads {heads}: a head's size must be "
-            "a whole even number (rotary embedding); choose hidden_size a multiple of 2 * num_attention_heads",
+            "a whole even number (rotary embedding), so choose hidden_size a multiple of 2 * num_attention_heads",
         )
         require(
             heads % groups == 0,
