@@ -47,7 +47,7 @@ class Config:
         )
         require(
             not (train.dtype == "bf16" and self.parallel.zero_stage == 0 and train.accumulation_dtype == "fp32"),
-            "parallel.zero_stage is 0 with train.dtype bf16: DeepSpeed accumulates gradients in bf16 there: use "
+            "parallel.zero_stage is 0 with train.dtype bf16: DeepSpeed accumulates gradients in bf16 there; use "
             "parallel.zero_stage 1 to 3, or accept it with train.grad_accum_dtype bf16",
         )
         require(
@@ -107,7 +107,7 @@ class Config:
         if self.deepspeed is None or isinstance(self.deepspeed, dict):
             return self.deepspeed or {}
         path = Path(self.deepspeed)
-        require(path.is_file(), f"deepspeed is {self.deepspeed!r}: there is no such file: give a path or a mapping")
+        require(path.is_file(), f"deepspeed is {self.deepspeed!r}: there is no such file; give a path or a mapping")
         try:
             loaded = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -55,7 +55,7 @@ def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], 
         if load == "latest":
             return None
         raise ValueError(
-            f"checkpoint.load is {load!r}: no checkpoint is there: name a directory that holds {INFO}, or one with "
+            f"checkpoint.load is {load!r}: no checkpoint is there; name a directory that holds {INFO}, or one with "
             "step_N directories"
         )
     share = (mesh.rank, mesh.size)
@@ -70,9 +70,9 @@ def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], 
             if problem is None:
                 return checkpoint
         if first and path != candidates[-1]:
-            print(f"warning: {problem}: trying the one before it", file=sys.stderr, flush=True)
+            print(f"warning: {problem}; trying the one before it", file=sys.stderr, flush=True)
     if len(candidates) == 1:
-        raise ValueError(f"{problem}: load another one")
+        raise ValueError(f"{problem}; load another one")
     raise ValueError(
         f"none of the {len(candidates)} checkpoints in {candidates[0].parent} is whole; the last: {problem}"
     )
@@ -237,5 +237,5 @@ def _check_defined(partition: Partition) -> None:
     if names:
         raise ValueError(
             f"{len(names)} parameters are NaN after the checkpoint was loaded, the first is {names[0]}: it does not "
-            "cover them, or they had diverged when it was saved: load an earlier checkpoint"
+            "cover them, or they had diverged when it was saved; load an earlier checkpoint"
         )

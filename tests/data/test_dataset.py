@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megamult.data.dataset import BlendedDataset
+from megamult.distributed import environment
 from tests.data.conftest import SEQ, StubTokenizer, distinct_ids, of, same_lengths, window
 
 Write = Callable[..., str]
@@ -82,6 +83,7 @@ def test_prepare_opens_on_rank_0_first_and_keeps_what_is_in_use(
     rank, reached = 1, []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: rank)
+    monkeypatch.setattr(environment, "rank", lambda: rank)
     leader, follower = make(a), make(a)
     (per_epoch,) = leader.samples_per_epoch
 
@@ -114,6 +116,7 @@ def test_an_index_that_rank_0_did_not_share_is_named(
 ) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 3)
+    monkeypatch.setattr(environment, "rank", lambda: 3)
     monkeypatch.setattr("megamult.data.dataset._SHARED_FILES_SECONDS", 0)
     with pytest.raises(RuntimeError, match=r"rank 3 does not see .* file system that all nodes share"):
         make(write_indexed("a", distinct_ids(0, 1))).prepare(0, 4, lambda: None)

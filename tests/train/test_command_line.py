@@ -156,13 +156,13 @@ def test_ranks_other_than_0_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys:
 
 # What only the data, the directory or DeepSpeed can tell: further arguments (FOLDER as made below), and the line.
 LATE: list[tuple[list[str], str]] = [
-    (["--data.train=FOLDER/none_train"], r"FOLDER/none_train\.idx does not exist; give a prefix"),
+    (["--data.train=FOLDER/none_train"], r"FOLDER/none_train\.idx does not exist: give a prefix"),
     (["--data.train=null"], r"data\.train is not set: give a prefix"),
-    (["--data.valid=FOLDER/none_valid"], r"FOLDER/none_valid\.idx does not exist; give a prefix"),
-    (["--data.train=FOLDER/cut"], r"FOLDER/cut\.bin has \d+ bytes, but .*cut\.idx describes \d+: .*cut off; .*rerun"),
+    (["--data.valid=FOLDER/none_valid"], r"FOLDER/none_valid\.idx does not exist: give a prefix"),
+    (["--data.train=FOLDER/cut"], r"FOLDER/cut\.bin has \d+ bytes, but .*cut\.idx describes \d+: .*cut off: .*rerun"),
     (
         ["--data.train=FOLDER/foreign"],
-        rf"FOLDER/foreign\.bin: token id {VOCAB} at token 7 .*outside the vocabulary of {VOCAB}; use the tokenizer",
+        rf"FOLDER/foreign\.bin: token id {VOCAB} at token 7 .*outside the vocabulary of {VOCAB}: use the tokenizer",
     ),
     (["--data.valid=[FOLDER/tiny_valid, FOLDER/foreign]"], rf"FOLDER/foreign\.bin: token id {VOCAB} at token 7 "),
     (
@@ -170,10 +170,10 @@ LATE: list[tuple[list[str], str]] = [
         r"tiny_train has \d+ tokens, but one sample takes 100001 .*shorten model\.seq_length",
     ),
     (["--data.tokenizer=null"], r"data\.tokenizer is not set: give the \.model file"),
-    (["--data.tokenizer=FOLDER/none.model"], r"cannot read the tokenizer FOLDER/none\.model: No such file.*; give"),
+    (["--data.tokenizer=FOLDER/none.model"], r"cannot read the tokenizer FOLDER/none\.model \(No such file.*: give"),
     (
         ["--data.tokenizer=FOLDER/damaged.model"],
-        r"damaged\.model \(\d+ bytes\) is not a sentencepiece model.*; copy it",
+        r"damaged\.model \(\d+ bytes\) is not a sentencepiece model.*: copy it",
     ),
     (
         ["--model.vocab_size=399"],
@@ -220,7 +220,7 @@ LATE: list[tuple[list[str], str]] = [
     ),
     (
         ["--data.train=FOLDER/late", "--data.validate=full"],
-        rf"FOLDER/late\.bin: token id {VOCAB} at token \d+ .* is outside the vocabulary of {VOCAB}; use the tokenizer",
+        rf"FOLDER/late\.bin: token id {VOCAB} at token \d+ .* is outside the vocabulary of {VOCAB}: use the tokenizer",
     ),
     (
         ["--checkpoint.load=FOLDER/saved/imported"],
