@@ -140,7 +140,7 @@ def count(stage: int, arguments: argparse.Namespace, mesh: Mesh) -> Counted:
         },
     )
     engine = build(config, VOCAB, mesh)
-    elements = sum(cut.layout.numel_logical for cut in engine.partition.cuts)
+    elements = sum(cut.spec.numel_logical for cut in engine.partition.cuts)
     for _ in range(_WARMUP):
         step(engine, arguments.accumulation)
     peak = 0

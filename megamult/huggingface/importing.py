@@ -172,9 +172,10 @@ def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list
         ValueError: a tensor is missing or unknown, or has another shape, or a dtype that is no plain float.
     """
     assert model.vocab_size is not None
+    architecture = architecture_of(model)
     left = dict(stored)
     matched: list[tuple[Weight, _Stored]] = []
-    for weight in architecture_of(model).weights(model, model.vocab_size):
+    for weight in architecture.weights(model, model.vocab_size):
         name = weight.hugging_face
         if name not in left:
             if weight.role == "head" and model.tie_embeddings:
@@ -194,8 +195,8 @@ def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list
     if left:
         first = left[min(left)]
         raise ValueError(
-            f"{source} holds {first.name} {first.shape}, which a model of this config.json does not have "
-            f"({len(left)} such tensors): the model here cannot express it, so it cannot be imported"
+            f"{source} holds {first.name} {first.shape}, which a {architecture.hugging_face_class} of this config.json "
+            f"does not have ({len(left)} such tensors): the model here cannot express it, so it cannot be imported"
         )
     return matched
 

@@ -59,6 +59,8 @@ class Architecture(Generic[Sizes]):
 
     name: str
     """The `model_type` that Hugging Face's config.json gives it."""
+    hugging_face_class: str
+    """The class of its models in transformers."""
     sizes: type[Sizes]
     """The class of its configuration."""
     model: Callable[[], ModelClass[Sizes]]

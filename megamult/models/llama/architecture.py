@@ -17,6 +17,7 @@ def _model() -> ModelClass[ModelConfig]:
 
 LLAMA = Architecture(
     name="llama",
+    hugging_face_class="LlamaForCausalLM",
     sizes=ModelConfig,
     model=_model,
     flops_per_token=flops_per_token,
