@@ -109,6 +109,26 @@ class StateStore:
             for name, values in matrices.items():
                 values.copy_(found[name])
 
+    def keep_fp32(
+        self, rules: Sequence[UpdateRule], state_dict: Mapping[str, Any], parameters: Sequence[Tensor]
+    ) -> None:
+        """Take over once more, from a state that torch has just loaded, what belongs to rules that prepare: torch has
+        cast it to the parameters' dtype, and it stays fp32.
+
+        Args:
+            rules: of the optimizer.
+            state_dict: that was loaded.
+            parameters: of all param groups, in their order.
+        """
+        keys = [state.key for rule in rules if rule.prepares for state in rule.states]
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, parameter in zip(saved, parameters, strict=True):
+            found = state_dict["state"].get(index, {})
+            for key in keys:
+                if key in found:
+                    copy = found[key].detach().to(parameter.device, torch.float32, copy=True)
+                    self._optimizer.state[parameter][key] = copy
+
     def kept(self, rules: Sequence[UpdateRule]) -> dict[str, int]:
         """Bytes of each state that this rank keeps now, by the state's name."""
         found: dict[str, int] = {}

@@ -330,7 +330,8 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{has} has folded multipliers and {lacks} none: load the state of a like optimizer")
         self._begin_if_needed()
         super().load_state_dict(state_dict)
-        self._keep_fp32(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self._store.keep_fp32(self._every_rule(), state_dict, parameters)
         self._store.load_rows(state_dict.get("rows", {}))
         if self.folded is not None and folded is not None:
             self.folded.load_state_dict(folded, self.state)  # torch has put another mapping in its place
@@ -340,15 +341,3 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         rows = any(state.per == "row" for rule in self._every_rule() for state in rule.states)
         if self._bound is None and (self.folded is not None or rows):
             self.begin()
-
-    def _keep_fp32(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of rules that prepare once more: torch has cast it to the parameters' dtype."""
-        keys = [state.key for rule in self._every_rule() if rule.prepares for state in rule.states]
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, parameter in zip(saved, parameters, strict=True):
-            kept = state_dict["state"].get(index, {})
-            for key in keys:
-                if key in kept:
-                    copy = kept[key].detach().to(parameter.device, torch.float32, copy=True)
-                    self.state[parameter][key] = copy
