@@ -2,7 +2,7 @@
 
 Drop-in subclasses: with no multipliers selected they compute what Megatron's compute, and a fresh layer
 (multipliers at 1) does too. A linear layer scales its *local weight*, W_eff = s diag(r) W diag(c), and hands it to
-Megatron's own GEMM, so its overlap of communication and computation stays as it is::
+Megatron's own forward pass, so its overlap of communication and computation stays as it is::
 
                  column-parallel, rank p                row-parallel, rank p
           c (replicated, one per matrix)                  c_p (sharded)
@@ -30,29 +30,12 @@ from torch.nn import Parameter
 from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, full_precision, register_multipliers
 from megamult.multipliers.plan import ScalePlan
 from megamult.multipliers.sharded_state import multiplier_sharded_tensors
+from megamult.multipliers.wrapped import effective_weight
 from megamult.parameters import megatron
 from megamult.parameters.axes import tensor_shard
 from megamult.parameters.roles import Placement, resolve
 from megamult.parameters.spec import ParameterSpec, Role
 from megamult.parameters.stated import set_spec, spec_of
-
-
-class _EffectiveWeight(torch.autograd.Function):
-    """W_eff from W and its multipliers. Saves the four parameters, nothing of its own."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, row: Tensor | None, col: Tensor | None, scalar: Tensor | None, plan: ScalePlan
-    ) -> Tensor:
-        ctx.save_for_backward(weight, row, col, scalar)
-        ctx.plan = plan
-        return plan.scale(weight, row, col, scalar)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, row, col, scalar = ctx.saved_tensors
-        # The gradient of W_eff was made by the GEMM for this node alone, so it may be overwritten.
-        return (*ctx.plan.gradients(grad.contiguous(), weight, row, col, scalar), None)
 
 
 class _MultiplierLinear:
@@ -105,28 +88,17 @@ class _MultiplierLinear:
                     tensors[i] = tensor
         return tensors
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Compute what Megatron's layer computes, with the effective weight in the weight's place."""
         parent: Any = super()
         if not self._has_multipliers:
-            return parent._forward_impl(input, weight, *args, **kwargs)
-        row, col, scalar = self._completed()
-        effective = _EffectiveWeight.apply(weight, row, col, scalar, self._plan)
-        location = (effective.data_ptr(), effective.shape)
-
-        # Megatron's GEMM saves its weight for backward. Instead of W_eff keep nothing, and make it again.
-        def pack(saved: Tensor) -> Tensor | None:
-            return None if (saved.data_ptr(), saved.shape) == location else saved
-
-        def unpack(saved: Tensor | None) -> Tensor:
-            if saved is not None:
-                return saved
-            with torch.no_grad():
-                return self._plan.scale(
-                    weight.detach(), *(None if p is None else p.detach() for p in (row, col, scalar))
-                )
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return parent._forward_impl(input, effective, *args, **kwargs)
+            return parent.forward(input_, *args, **kwargs)
+        given = args[0] if args else kwargs.get("weight")
+        module: Any = self
+        with effective_weight(module, self.weight if given is None else given, self._completed(), self._plan) as scaled:
+            if given is not None:
+                args, kwargs = (scaled, *args[1:]) if args else args, kwargs if args else {**kwargs, "weight": scaled}
+            return parent.forward(input_, *args, **kwargs)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
