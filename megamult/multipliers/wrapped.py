@@ -53,16 +53,19 @@ def effective_weight(
         W_eff, in the weight's dtype.
     """
     effective = _EffectiveWeight.apply(weight, *multipliers, plan)
-    location = (effective.data_ptr(), effective.shape)
+    start, numel = effective.data_ptr(), effective.numel()
 
-    def pack(saved: Tensor) -> Tensor | None:
-        return None if (saved.data_ptr(), saved.shape) == location else saved
+    def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+        # A layer may save its weight transposed: then that view of it is made again.
+        whole = saved.data_ptr() == start and saved.numel() == numel
+        return (saved.shape, saved.stride()) if whole else saved
 
-    def unpack(saved: Tensor | None) -> Tensor:
-        if saved is not None:
+    def unpack(saved: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+        if isinstance(saved, Tensor):
             return saved
         with torch.no_grad():
-            return plan.scale(weight.detach(), *(None if each is None else each.detach() for each in multipliers))
+            again = plan.scale(weight.detach(), *(None if each is None else each.detach() for each in multipliers))
+        return again.as_strided(*saved)
 
     # A module finds its parameters only after its own attributes: this one hides the parameter from the layer, and
     # leaves it in place for everyone who asks for parameters.
