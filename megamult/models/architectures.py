@@ -1,4 +1,4 @@
-"""The architectures that there are. A new one is a folder `models/<name>/` and its line in :data:`ARCHITECTURES`."""
+"""All architectures. A new one is a folder `models/<name>/` and an entry in :data:`ARCHITECTURES`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from megamult.models.common.architecture import Architecture
 from megamult.models.llama.architecture import LLAMA
 
 ARCHITECTURES: dict[str, Architecture[Any]] = {each.name: each for each in (LLAMA,)}
-"""By name."""
+"""Architectures by name."""
 
 
 def architecture_of(sizes: Any) -> Architecture[Any]:
-    """The architecture whose configuration `sizes` is: the section `model` of a run."""
+    """Return the architecture that `sizes`, the section `model` of a run, belongs to."""
     return next(each for each in ARCHITECTURES.values() if type(sizes) is each.sizes)
 
 
 def architecture_of_hugging_face(config: Mapping[str, Any]) -> Architecture[Any]:
-    """The architecture that a config.json names in `model_type`.
+    """Return the architecture that a config.json names in `model_type`.
 
     Raises:
-        ValueError: it names none that there is here.
+        ValueError: the `model_type` is not one of :data:`ARCHITECTURES`.
     """
     found = ARCHITECTURES.get(str(config.get("model_type")))
     if found is None:

@@ -1,6 +1,6 @@
 """Megatron's vocab-parallel embedding with learnable multipliers: it scales the rows that it looked up.
 
-The table is larger than what a micro-batch looks up, so here the activations are the smaller side.
+It scales activations and not the table, because the table is larger than what a micro-batch looks up.
 Source: arXiv 2601.04890.
 """
 
@@ -27,7 +27,7 @@ from megamult.parameters.stated import set_spec
 
 
 class _ScaledLookup(torch.autograd.Function):
-    """x[t] = r[id_t] W[id_t], zero where the id is not on this rank. Saves no activation."""
+    """Lookup and scaling: x[t] = r[id_t] W[id_t], zero where the id is not on this rank. It saves no activation."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, elsewhere: Tensor | None, weight: Tensor, row: Tensor | None) -> Tensor:
@@ -57,9 +57,9 @@ class _ScaledLookup(torch.autograd.Function):
 class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
     """Embedding E_eff = s diag(r) E diag(c), vocabulary rows sharded over tensor-parallel ranks.
 
-    Arguments as in Megatron's `VocabParallelEmbedding`, plus `vocab_size` (rows from it on are padding and carry no
-    multipliers; default: none), `placement` and `grad_sync`. c and s are applied after the reduction, where their
-    gradient is complete without sequence parallelism and partial with it.
+    Arguments are those of Megatron's `VocabParallelEmbedding`, and `vocab_size` (rows from it on are padding and carry
+    no multipliers; default: no padding), `placement` and `grad_sync`. c and s are applied after the reduction, where
+    their gradient is complete without sequence parallelism and partial with it.
 
     Shapes: ids: [batch, seq]; output: [batch, seq, hidden], or [seq/tp, batch, hidden] with
     `reduce_scatter_embeddings`; `row_multiplier`: [vocabulary/tp]; `col_multiplier`: [hidden].
@@ -93,7 +93,7 @@ class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
         self._sum_in_backward = scattered and grad_sync == "backward"
 
     def forward(self, input_: Tensor) -> Tensor:
-        """Look up, scale rows, reduce over TP, scale columns."""
+        """Look up, scale rows, reduce over TP, scale columns. Shapes are those of the class."""
         elsewhere = None
         ids = input_
         if self.tp_group.size() > 1:
@@ -117,9 +117,10 @@ class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> Mapping[str, Any]:
-        """Megatron's, plus the multipliers, each logical vector under its own key and global shape.
+        """Return Megatron's sharded state dict and the multipliers: each logical vector with its own key and global
+        shape.
 
-        `metadata` must hold `dp_cp_group`, as Megatron's own layers ask.
+        `metadata` must hold `dp_cp_group`, which Megatron's own layers need too.
         """
         assert metadata is not None
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)

@@ -3,10 +3,10 @@
 W_eff[i, j] = rho[i] kappa[m(i), j] W[i, j], where rho[out] joins row multipliers and scalars, kappa[parts, in]
 holds one column vector per logical matrix and m(i) is the matrix that row i belongs to. The rows of one matrix
 come as :class:`Span`s. On CUDA each function is one compiled kernel (plus one skinny product); on a CPU, where
-compiling would take longer than a test, rows are worked on in blocks that stay in the cache. Rows of a partition's
-piece have functions of their own, which work in place, and whose compiled form serves pieces of every shape.
+compiling would take longer than a test, rows are processed in blocks that stay in the cache. Slices of a partition
+have functions of their own, which work in place and whose compiled form serves slices of every shape.
 
-`megamult.multipliers.reference` is what both are tested against.
+Both forms are tested against `megamult.multipliers.reference`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Backward:
-    """dL/dW[out, in]; row_dot[out] = sum_j W kappa G, in fp32; dL/dkappa[parts, in], in fp32 (on CUDA of the precision
-    of the weight's dtype)."""
+    """Gradients through a scaled weight: dL/dW[out, in]; row_dot[out] = sum_j W kappa G, in fp32; dL/dkappa[parts, in],
+    in fp32 (on CUDA only as precise as the weight's dtype)."""
 
     weight: Tensor
     row_dot: Tensor | None
     col: Tensor | None
 
 
-_BLOCK_ELEMENTS = 1 << 20  # elements of a CPU block: its operands stay in the last cache, its calls cost nothing
+_BLOCK_ELEMENTS = 1 << 20  # elements of a CPU block: they fit the last-level cache and outweigh the cost of a call
 
 
 def _blocks(spans: tuple[Span, ...], columns: int) -> list[Span]:
@@ -49,7 +49,8 @@ def _blocks(spans: tuple[Span, ...], columns: int) -> list[Span]:
 
 
 def scale(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]) -> Tensor:
-    """W_eff[out, in] in the weight's dtype."""
+    """Return W_eff[out, in] in the weight's dtype, from W[out, in], rho[out] and kappa[parts, in]; one of rho and kappa
+    may be None, which counts as all ones."""
     if weight.is_cuda:
         index = _rows_to_cols(spans, weight.shape[0], weight.device) if kappa is not None else None
         # Detached, or the compiler would make one kernel for a Parameter and another for the same plain tensor.
@@ -80,7 +81,7 @@ def scale_backward(
     spans: tuple[Span, ...],
     needs_row_dot: bool,
 ) -> Backward:
-    """Gradients of :func:`scale` from grad = dL/dW_eff[out, in], which is overwritten."""
+    """Return the gradients of :func:`scale` from grad = dL/dW_eff[out, in], which is overwritten."""
     if weight.is_cuda:
         return _scale_backward_compiled(grad, weight, rho, kappa, spans, needs_row_dot)
     row, col = scale_rows_backward(grad, weight, rho, kappa, spans, row=needs_row_dot, col=kappa is not None)
@@ -88,7 +89,7 @@ def scale_backward(
 
 
 def _computed_in(weight: Tensor) -> torch.dtype:
-    """The dtype that scaling a weight computes in: its own, or fp32 where that is narrower, rounded once at the end."""
+    """Return the dtype to scale a weight in: its own, or fp32 where that is narrower, with one rounding at the end."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
@@ -100,7 +101,7 @@ def _in(dtype: torch.dtype, factors: Tensor | None) -> Tensor | None:
 
 
 def scale_rows(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]) -> None:
-    """:func:`scale` in place."""
+    """Scale W[rows, cols] in place, as :func:`scale` does, by rho[rows] and kappa[parts, cols]; None: all ones."""
     if _worth_compiling(weight, spans):
         _scale_rows_compiled(weight, *_given(weight, rho, kappa, spans))
         return
@@ -122,11 +123,17 @@ def scale_rows_backward(
     row: bool,
     col: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`scale_rows`: grad [rows, cols], of what it makes, becomes that of W, which is not changed.
+    """Turn grad [rows, cols], dL/dW_eff for the scaled weight, into dL/dW in place; return the multipliers' gradients.
+
+    Args:
+        grad: overwritten.
+        weight: W[rows, cols] before :func:`scale_rows`, not changed.
+        rho, kappa, spans: the same as for :func:`scale_rows`.
+        row, col: whether to compute the first and the second result.
 
     Returns:
-        sum_j W kappa G [rows] if `row`, and if `col`, for each row of kappa, sum_i rho W G [parts, cols] (on CUDA a
-        product, in TF32 where torch is told to allow that).
+        sum_j W kappa G [rows] if `row`, else None; and if `col`, for each row of kappa, sum_i rho W G [parts, cols],
+        else None (on CUDA a matrix product, in TF32 where torch is told to allow it).
     """
     rows, device = weight.shape[0], weight.device
     if _worth_compiling(grad, spans):
@@ -162,7 +169,7 @@ def scale_rows_backward(
 
 
 def _rows_to_cols(spans: tuple[Span, ...], rows: int, device: torch.device) -> Tensor:
-    """[rows]: for each the row of kappa (padded with a row of ones at the end) that scales it."""
+    """Return for each row the index of the row of kappa that scales it, [rows]; -1: the row of ones after the last."""
     key = (spans, rows, device)
     if key not in _INDICES:
         index = torch.empty(rows, dtype=torch.long)
@@ -173,7 +180,7 @@ def _rows_to_cols(spans: tuple[Span, ...], rows: int, device: torch.device) -> T
 
 
 def _members(spans: tuple[Span, ...], rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[cols, rows]: 1 where a row of kappa, of which there are `cols`, scales a row, else 0."""
+    """Return [cols, rows]: 1 where a row of kappa scales a row of the weight, else 0; kappa has `cols` rows."""
     key = (spans, rows, cols, device, dtype)
     if key not in _MEMBERS:
         index = _rows_to_cols(spans, rows, device)
@@ -194,17 +201,18 @@ def _with_ones(kappa: Tensor) -> Tensor:
 
 
 def _worth_compiling(tensor: Tensor, spans: tuple[Span, ...]) -> bool:
-    """Whether one compiled call is less than a call for each span: not for the odd ends of a matrix, one row say."""
+    """Return whether one compiled call costs less than a call per span: not for a small piece, such as one row."""
     return tensor.is_cuda and (tensor.numel() >= 1 << 16 or len(spans) > 1)
 
 
 def _given(
     matrix: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """rho, kappa (with a row of ones at its end if any row needs it), and for each row the row of that which scales it.
+    """Return rho [rows], kappa (with a row of ones at its end if any row needs it), and for each row the index of the
+    row of kappa that scales it.
 
-    Ones for what there is not: one kernel does for all placements, and every further one counts towards torch's limit
-    of compilations, after which it would run uncompiled.
+    Missing multipliers become ones, so that one kernel serves all placements: every further kernel counts towards
+    torch's limit of compilations, after which functions run uncompiled.
     """
     rows, cols = matrix.shape
     rho = matrix.new_ones(rows) if rho is None else rho
@@ -216,7 +224,8 @@ def _given(
 
 
 def _scale_rows_fused(weight: Tensor, rho: Tensor, kappa: Tensor, index: Tensor) -> None:
-    # One tensor, in its place: of two views of one buffer a compiled function takes the first call's offset for good.
+    # One tensor, changed in place: given two views of one buffer, a compiled function keeps using the offset that it
+    # saw in its first call.
     weight.mul_(kappa[index]).mul_(rho[:, None])
 
 
@@ -248,7 +257,7 @@ def _scale_compiled(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, in
 def _products_compiled(
     grad: Tensor, weight: Tensor, rho: Tensor | None, kappa: Tensor | None, index: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dL/dW, sum_j W kappa G, and rho W G (summed over rows afterwards)."""
+    """Return dL/dW, sum_j W kappa G, and rho W G, which the caller sums over rows."""
     g, h = grad.float(), grad.float() * weight.float()
     scaled = h
     if kappa is not None:

@@ -1,7 +1,7 @@
 """Megatron's column-parallel and row-parallel layers with learnable multipliers.
 
-Drop-in subclasses: with no multipliers selected they compute what Megatron's compute, and a fresh layer
-(multipliers at 1) does too. A linear layer scales its *local weight*, W_eff = s diag(r) W diag(c), and hands it to
+Drop-in subclasses: with no multipliers selected they compute what Megatron's layers compute, and so does a fresh layer
+(multipliers at 1). A linear layer scales its *local weight*, W_eff = s diag(r) W diag(c), and hands it to
 Megatron's own forward pass, so its overlap of communication and computation stays as it is::
 
                  column-parallel, rank p                row-parallel, rank p
@@ -11,9 +11,9 @@ Megatron's own forward pass, so its overlap of communication and computation sta
   (sharded) |  [out/tp, in]    |            (replicated)   | columns|  [out, in/tp]
             '------------------'                           '--------'
 
-The weight is the smaller side whenever a rank's micro-batch has more than in * out / (in + out) tokens, and, unlike
-the activations, it lets every matrix of a fused projection have column multipliers of its own. W_eff is not saved
-for backward: it is computed again from the weight.
+Scaling the weight is cheaper than scaling the activations whenever a rank's micro-batch has more than
+in * out / (in + out) tokens, and it lets every matrix of a fused projection have column multipliers of its own. W_eff
+is not saved for backward: it is computed again from the weight.
 
 Source: arXiv 2601.04890.
 """
@@ -39,7 +39,7 @@ from megamult.parameters.stated import set_spec, spec_of
 
 
 class _MultiplierLinear:
-    """What the column- and the row-parallel layer share. Mixed in before Megatron's class."""
+    """Code that the column- and the row-parallel layer share, mixed in before Megatron's class."""
 
     weight: Parameter
     row_multiplier: Parameter | None
@@ -75,8 +75,8 @@ class _MultiplierLinear:
         return self.row_multiplier, self.col_multiplier, self.scalar_multiplier
 
     def _completed(self) -> list[Tensor | None]:
-        """The multipliers, in fp32 where that is kept; replicated ones get their gradient summed over TP in backward if
-        that is our job."""
+        """Return the row, column and scalar multipliers, in fp32 where fp32 values are kept. If `grad_sync` is
+        "backward", the gradients of replicated ones are summed over TP in backward."""
         tensors: list[Tensor | None] = [None if p is None else full_precision(p) for p in self._multipliers()]
         if self._sum_in_backward:
             replicated = [
@@ -103,9 +103,10 @@ class _MultiplierLinear:
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Megatron's, plus the multipliers, each logical vector under its own key and global shape.
+        """Return Megatron's sharded state dict and the multipliers: each logical vector with its own key and global
+        shape.
 
-        `metadata` must hold `dp_cp_group`, as Megatron's own layers ask.
+        `metadata` must hold `dp_cp_group`, which Megatron's own layers need too.
         """
         assert metadata is not None
         parent: Any = super()
@@ -118,11 +119,11 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
     """Y = X W_eff^T with W_eff = s diag(r) W diag(c), rows sharded over tensor-parallel ranks.
 
     Args:
-        input_size, output_size: global sizes; all other arguments as in Megatron's `ColumnParallelLinear`.
+        input_size, output_size: global sizes; all other arguments are those of Megatron's `ColumnParallelLinear`.
         spec: the logical matrices in the fused rows (:func:`megamult.parameters.megatron.fused_qkv`,
             :func:`~megamult.parameters.megatron.fused_gate_up`); default: one matrix of role `role`.
         placement: multipliers by role; default: row and column on every matrix.
-        grad_sync: who sums the column multipliers' gradients over TP (:mod:`megamult.multipliers.parameters`).
+        grad_sync: where the column multipliers' gradients are summed over TP (:mod:`megamult.multipliers.parameters`).
 
     Shapes: x: [seq, batch, in]; y: [seq, batch, out/tp]; `row_multiplier`: [out/tp]; `col_multiplier`:
     [matrices * in]; `scalar_multiplier`: [matrices].
@@ -148,7 +149,7 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
 class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
     """Y = X W_eff^T with W_eff = s diag(r) W diag(c), columns sharded over tensor-parallel ranks.
 
-    Arguments as in Megatron's `RowParallelLinear`, and those of :class:`MultiplierColumnParallelLinear`. A bias is
+    Arguments are those of Megatron's `RowParallelLinear` and of :class:`MultiplierColumnParallelLinear`. A bias is
     added after scaling and is not scaled.
 
     Shapes: x: [seq, batch, in/tp]; y: [seq, batch, out]; `row_multiplier`: [out]; `col_multiplier`: [in/tp].

@@ -1,4 +1,4 @@
-"""Merge multipliers into their weights: at inference W_eff = s diag(r) W diag(c) is the weight, at no cost."""
+"""Merge multipliers into their weights: inference then uses W_eff = s diag(r) W diag(c) as the weight, at no cost."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ LEAVES = {"row": "row_multiplier", "col": "col_multiplier", "scalar": "scalar_mu
 
 
 def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Logical tensors without multipliers: each `X.weight` scaled by the `X.*_multiplier` beside it.
+    """Return logical tensors without multipliers: each `X.weight` is scaled by the `X.*_multiplier` beside it.
 
     Args:
-        tensors: logical tensors by name, as :func:`megamult.zero.gather.gather` yields them.
+        tensors: logical tensors by name, as :func:`megamult.zero.gather.gather` yields them: weights [out, in],
+            `row_multiplier` [out], `col_multiplier` [in], `scalar_multiplier` [1].
 
     Returns:
-        The tensors that are no multipliers, under their names; scaled ones in the dtype they came in.
+        The tensors that are no multipliers, under their names; scaled ones, computed in fp32, in their own dtype.
 
     Raises:
-        ValueError: a multiplier without the weight that it scales.
+        ValueError: the weight that a multiplier scales is missing.
     """
     merged: dict[str, Tensor] = {}
     orphans = {name for name in tensors if name.rpartition(".")[2] in LEAVES.values()}

@@ -1,7 +1,7 @@
 """Create a layer's multipliers with their specs, and complete the gradients of replicated ones.
 
-A rank's part of a weight gives a part of the gradient of a replicated multiplier. :data:`GradSync` says who sums
-the parts over tensor-parallel ranks:
+From its part of a weight a rank gets only a part of the gradient of a replicated multiplier. :data:`GradSync` says
+where the parts are summed over tensor-parallel ranks:
 
 - ``"backward"`` (default of the layers, for any training loop): backward all-reduces the multipliers of a layer
   together, one small collective per layer and micro-batch.
@@ -10,7 +10,7 @@ the parts over tensor-parallel ranks:
   without.
 
 In bf16 a multiplier near 1 could only move in steps of 0.4 to 0.8 %. Where an optimizer keeps fp32 masters,
-:mod:`megamult.zero.full_precision` brings those of the multipliers to every rank after each step, and forward passes
+:mod:`megamult.zero.full_precision` brings the multipliers' masters to every rank after each step, and forward passes
 scale by them; the bf16 parameter carries the gradient.
 """
 
@@ -35,7 +35,16 @@ GradSync = Literal["backward", "step"]
 def register_multipliers(
     module: torch.nn.Module, weight: Parameter, spec: ParameterSpec, placement: Placement, grid: Grid, partial: bool
 ) -> None:
-    """Create `row_multiplier`, `col_multiplier`, `scalar_multiplier` (None where not selected), all ones."""
+    """Create `row_multiplier`, `col_multiplier` and `scalar_multiplier` on a module, all ones; None where not selected.
+
+    Args:
+        module: gets the parameters.
+        weight: gives them dtype and device.
+        spec: the spec of the weight, two-dimensional.
+        placement: the sides on which each role is scaled.
+        grid: the process grid; each parameter has the local shape of its spec there.
+        partial: gradients of replicated multipliers must still be summed over tensor-parallel ranks in the step.
+    """
     makers: dict[str, Callable[..., ParameterSpec]] = {
         "row": specs.row_multiplier,
         "col": specs.col_multiplier,
@@ -54,11 +63,11 @@ def register_multipliers(
 
 
 FULL_PRECISION = "full_precision_value"
-"""Attribute of a parameter: its fp32 value, in the shape of the local parameter."""
+"""Name of a parameter's attribute: its fp32 value, in the shape of the local parameter."""
 
 
 def full_precision(parameter: Parameter) -> Tensor:
-    """The value that a forward pass uses: the parameter's fp32 value where there is one, else the parameter itself."""
+    """Return what a forward pass uses: the parameter's fp32 value where there is one, else the parameter itself."""
     value = getattr(parameter, FULL_PRECISION, None)
     return parameter if value is None else _FullPrecision.apply(parameter, value)
 

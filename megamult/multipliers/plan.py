@@ -1,4 +1,4 @@
-"""Where the multipliers of one layer's local weight sit, and the chain rule through them. No communication."""
+"""Positions of the multipliers of one layer's local weight, and the chain rule through them. No communication."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megamult.parameters.spec import ParameterSpec, Segment
 
 
 class _OnDevice:
-    """An index made once on the CPU, and once on the device where it is used."""
+    """An index that is made on the CPU and copied once to the device where it is used."""
 
     def __init__(self, index: Tensor) -> None:
         self._index = index
@@ -24,12 +24,12 @@ class _OnDevice:
 
 
 def _with_one(values: Tensor) -> Tensor:
-    """values[n] and a 1 behind them, which index -1 finds."""
+    """Return values[n] followed by a 1, which index -1 selects."""
     return torch.cat([values, values.new_ones(1)])
 
 
 def _spans(runs: tuple[Segment, ...], col_of: dict[int, int], rows: int) -> tuple[kernels.Span, ...]:
-    """The runs as spans; rows of padding, which are part of no run, as spans without column multipliers."""
+    """Return segments as spans; rows of padding, which are in no segment, become spans without column multipliers."""
     spans: list[kernels.Span] = []
     position = 0
     for run in runs:
@@ -43,7 +43,7 @@ def _spans(runs: tuple[Segment, ...], col_of: dict[int, int], rows: int) -> tupl
 
 
 class ScalePlan:
-    """Where the multipliers of one layer's local weight sit: local rows, column vectors, scalars."""
+    """Positions of the multipliers of one layer's local weight: local rows, column vectors, scalars."""
 
     def __init__(self, weight: ParameterSpec, placement: Placement, coordinates: Coordinates) -> None:
         self.row_parts = weight.parts_with(placement, "row")
@@ -63,16 +63,16 @@ class ScalePlan:
             if run.part in self.scalar_parts:
                 scalar_of[run.start : run.start + run.length] = self.scalar_parts.index(run.part)
         self._row_of = _OnDevice(row_of)
-        """[out]: which row multiplier scales a local row; -1: none."""
+        """Index [out] of the row multiplier that scales a local row; -1: none."""
         self._scaled_rows = _OnDevice(rows[row_of >= 0])
-        """[row multipliers]: the local row that each scales."""
+        """Local row that each row multiplier scales: [row multipliers]."""
         self._scalar_of = _OnDevice(scalar_of)
-        """[out]: which scalar scales a local row; -1: none."""
+        """Index [out] of the scalar that scales a local row; -1: none."""
         self._rows_of_scalar = [_OnDevice(rows[scalar_of == i]) for i in range(len(self.scalar_parts))]
         self._rows_are_whole = bool((row_of == rows).all())
 
     def _rho(self, row: Tensor | None, scalar: Tensor | None) -> Tensor | None:
-        """rho[out]: row multipliers times scalars, 1 for rows that have neither."""
+        """Return rho[out]: row multipliers times scalars, 1 for rows that have neither; None: no row has any."""
         rho = row if row is None or self._rows_are_whole else _with_one(row)[self._row_of.at(row.device)]
         if scalar is None:
             return rho
@@ -80,13 +80,27 @@ class ScalePlan:
         return scales if rho is None else rho * scales
 
     def scale(self, weight: Tensor, row: Tensor | None, col: Tensor | None, scalar: Tensor | None) -> Tensor:
+        """Return W_eff = s diag(r) W diag(c), [out, in], in the weight's dtype.
+
+        Args:
+            weight: the local weight, [out, in].
+            row: one multiplier for each local row of `row_parts`, in local order, [row multipliers]; a padded
+                parameter may have unused entries after them.
+            col: one vector for each of `col_parts`, one after the other, [matrices * in].
+            scalar: one for each of `scalar_parts`, [matrices].
+        """
         kappa = None if col is None else col.view(-1, self.local_cols)
         return kernels.scale(weight, self._rho(row, scalar), kappa, self.spans)
 
     def gradients(
         self, grad: Tensor, weight: Tensor, row: Tensor | None, col: Tensor | None, scalar: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """dL/dW, dL/dr, dL/dc, dL/ds by equation 4 of arXiv 2601.04890, in the parameters' dtypes."""
+        """Return dL/dW, dL/dr, dL/dc, dL/ds by equation 4 of arXiv 2601.04890, in the parameters' shapes and dtypes.
+
+        Args:
+            grad: G = dL/dW_eff, [out, in]; overwritten.
+            weight, row, col, scalar: the same as for :meth:`scale`; the gradient of one that is None is None.
+        """
         kappa = None if col is None else col.view(-1, self.local_cols)
         needs_row_dot = row is not None or scalar is not None
         back = kernels.scale_backward(

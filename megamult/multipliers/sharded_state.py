@@ -23,8 +23,8 @@ def multiplier_sharded_tensors(
 ) -> None:
     """Put factories for the multipliers of `module` into Megatron's `sharded` state dict, in place.
 
-    A factory cuts the local vector into the runs of its logical vectors when saving and joins them when loading, so
-    a checkpoint does not depend on the tensor-parallel size, even where a shard cuts through fused rows.
+    A factory cuts the local vector into the segments of its logical vectors when saving and joins them when loading,
+    so a checkpoint does not depend on the tensor-parallel size, even where a shard cuts through fused rows.
     """
     dp_rank = get_pg_rank(metadata["dp_cp_group"])
     for side in ("row", "col", "scalar"):

@@ -14,9 +14,9 @@ def row_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool
     """Describe r[rows] of the selected parts of a weight [rows, cols]: sharded where the rows are, in the same order.
 
     Args:
-        weight: of two dimensions.
+        weight: the spec of a weight of two dimensions.
         selected: indices of its parts.
-        partial: multipliers that tensor parallelism replicates have a gradient that is still to be summed over ranks.
+        partial: gradients of multipliers that tensor parallelism replicates must still be summed over its ranks.
     """
     index = {part: i for i, part in enumerate(selected)}
     shardings = tuple(each for each in weight.shardings if each.dim == 0)
@@ -48,7 +48,7 @@ def col_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool
 
 
 def scalar_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
-    """Describe one scalar per selected part of a weight, replicated."""
+    """Describe s: one replicated scalar for each selected part of a weight."""
     return ParameterSpec(
         tuple(Part(weight.parts[i].name, weight.parts[i].role, (1,)) for i in selected),
         (len(selected),),
@@ -60,6 +60,7 @@ def scalar_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: b
 
 
 def _reduce_over(shardings: Sequence[Sharding], partial: bool) -> tuple[Axis, ...]:
-    """A sharded multiplier sees all of its gradient."""
+    """Return the axes to sum a gradient over: none where the multiplier is sharded, as each shard then has its whole
+    gradient."""
     sharded = any(each.axis == "tensor" for each in shardings)
     return ("tensor",) if partial and not sharded else ()

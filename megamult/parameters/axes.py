@@ -1,4 +1,4 @@
-"""Axes of the process grid by name, and where a process stands on them. Pure.
+"""Axes of the process grid by name, and the coordinates of a process on them. Pure.
 
 The axes are those of Megatron-Core, in its order: ranks that differ only in their tensor-parallel coordinate are
 consecutive, those of one pipeline stage lie furthest apart. Context, expert and pipeline parallelism have their names
@@ -15,10 +15,10 @@ from typing import Literal, get_args
 Axis = Literal["tensor", "context", "expert", "data", "pipeline"]
 
 AXES: tuple[Axis, ...] = get_args(Axis)
-"""From the axis whose neighbours have consecutive ranks to the one whose neighbours lie furthest apart."""
+"""All axes, from the one whose neighbours have consecutive ranks to the one whose neighbours lie furthest apart."""
 
 MODEL_AXES: tuple[Axis, ...] = ("tensor", "context", "expert")
-"""Axes along which a parameter is either sharded or replicated. Over `data` ZeRO cuts it, and a process of another
+"""Axes along which a parameter is either sharded or replicated. ZeRO cuts it over `data`, and a process of another
 pipeline stage has other parameters."""
 
 
@@ -52,7 +52,7 @@ class Grid:
         return math.prod(self.size_of(axis) for axis in AXES)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Return where the process of a global rank stands."""
+        """Return the coordinates of the process with a global rank."""
         found: dict[str, int] = {}
         for axis in AXES:
             rank, found[axis] = divmod(rank, self.size_of(axis))
@@ -69,7 +69,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one process stands in a grid: its rank along each axis."""
+    """Coordinates of one process in a grid: its rank along each axis."""
 
     grid: Grid
     tensor: int = 0

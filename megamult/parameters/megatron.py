@@ -1,6 +1,6 @@
 """Specs of parameters as Megatron-Core's layers store and shard them.
 
-Sizes are global. What a rank holds by these specs is what Megatron's layer holds there, element for element.
+Sizes are global. The shard that a rank holds by these specs is the one of Megatron's layer, element for element.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from megamult.parameters.spec import ParameterSpec, Part, Role, Segment
 
 
 def tensor_parallel(dim: int, *sizes: int) -> tuple[Sharding, ...]:
-    """Return a sharding over the tensor axis along `dim`, which blocks of these sizes fill."""
+    """Return a sharding over the tensor axis along `dim`; blocks of these sizes fill that dimension."""
     return (Sharding("tensor", dim, tuple(Block(size) for size in sizes)),)
 
 
@@ -21,9 +21,9 @@ def single_matrix(role: Role, rows: int, cols: int, dim: int | None, partial: bo
     Args:
         role: decides whether it is orthogonalized and decayed.
         rows, cols: out and in.
-        dim: that tensor parallelism shards; None: replicated.
-        partial: a replicated one's gradient is still to be summed over tensor-parallel ranks, as where each of them
-            sees a part of the tokens under sequence parallelism.
+        dim: the dimension that tensor parallelism shards; None: replicated.
+        partial: the gradient of a replicated matrix must still be summed over tensor-parallel ranks, for example
+            because sequence parallelism gives each of them only a part of the tokens.
     """
     known = role_named(role)
     return ParameterSpec(
@@ -59,7 +59,7 @@ def fused_qkv(num_heads: int, num_groups: int, head_dim: int, cols: int) -> Para
 
 
 def fused_gate_up(ffn_hidden_size: int, cols: int) -> ParameterSpec:
-    """Describe the gated `linear_fc1`: `[gate; up]`, of which tensor-parallel rank p holds `[gate_p; up_p]`."""
+    """Describe the gated `linear_fc1`: `[gate; up]`; tensor-parallel rank p holds `[gate_p; up_p]`."""
     f = ffn_hidden_size
     parts = (Part("gate", "gate", (f, cols)), Part("up", "up", (f, cols)))
     segments = (Segment(0, 0, 0, f), Segment(f, 1, 0, f))
@@ -77,12 +77,16 @@ def vocabulary(role: Role, vocab_size: int, padded_vocab_size: int, cols: int) -
 
 
 def norm(size: int, partial: bool) -> ParameterSpec:
-    """Describe a norm's weight [size]: replicated; `partial` as for :func:`single_matrix`."""
+    """Describe a norm's weight [size], replicated; `partial` is the same as for :func:`single_matrix`."""
     return vector("norm", size, None, partial)
 
 
 def vector(role: Role, size: int, dim: int | None, partial: bool = False, fp32: bool = False) -> ParameterSpec:
-    """Describe a vector [size] that is one logical tensor; arguments as of :func:`single_matrix`."""
+    """Describe a vector [size] that is one logical tensor.
+
+    `role`, `dim` (0 or None) and `partial` are the same as for :func:`single_matrix`; `fp32`: forward passes of a
+    narrower model read its fp32 value.
+    """
     return ParameterSpec(
         (Part("", role, (size,)),),
         (size,),
@@ -95,7 +99,7 @@ def vector(role: Role, size: int, dim: int | None, partial: bool = False, fp32: 
 
 
 def bias_of(weight: ParameterSpec) -> ParameterSpec:
-    """Describe the bias beside the rows of a matrix: fused and sharded as they are, without decay or multipliers."""
+    """Describe the bias of a matrix: fused and sharded like the matrix's rows, without decay or multipliers."""
     return ParameterSpec(
         tuple(Part(part.name, "bias", part.shape[:1]) for part in weight.parts),
         weight.shape[:1],

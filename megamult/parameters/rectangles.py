@@ -1,7 +1,7 @@
 """A flat interval of a shard, seen as rectangles of the logical tensors that it holds.
 
 ZeRO cuts parameters into flat intervals; Muon and everything else that works on logical tensors (Q, K, V, gate, up ...)
-needs to know where the elements of an interval belong.
+needs to know which elements of which tensor an interval holds.
 
 Pure: no torch.distributed, testable for any number of ranks in one process.
 """
@@ -35,7 +35,7 @@ class Rectangle:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return self.height * self.width
 
 
@@ -43,13 +43,13 @@ def rectangles(spec: ParameterSpec, coordinates: Coordinates, start: int, length
     """Return the logical content of elements [start, start + length) of the flattened shard of one process.
 
     Args:
-        spec: of the parameter.
-        coordinates: of the process.
-        start, length: in elements of the flattened shard.
+        spec: spec of the parameter.
+        coordinates: coordinates of the process.
+        start, length: the interval, in elements of the flattened shard.
 
     Returns:
         Rectangles in the order of their offsets; at most three per segment (the rest of a row, whole rows, the
-        beginning of a row). Padding is part of none.
+        beginning of a row). Padding is in none of them.
     """
     first, cols = spec.local_cols(coordinates)
     segments, counted = spec.local_segments(coordinates), spec.counted_segments(coordinates)
@@ -74,14 +74,14 @@ def rectangles(spec: ParameterSpec, coordinates: Coordinates, start: int, length
 
 
 def counted_intervals(spec: ParameterSpec, coordinates: Coordinates, start: int, length: int) -> list[tuple[int, int]]:
-    """Return the parts of elements [start, start + length) of a process's flattened shard whose copies here count in a
-    sum over processes, as (start, length) counted from the interval's beginning. Padding counts with its rows."""
+    """Return those of elements [start, start + length) of a process's flattened shard whose copies here count in a sum
+    over processes, as (start, length) from the beginning of the interval. Padding counts where its rows do."""
     cols = spec.local_cols(coordinates)[1]
-    if spec.compact:  # its rows are those of segments
+    if spec.compact:  # only rows of segments are stored
         pairs = zip(spec.local_segments(coordinates), spec.counted_segments(coordinates), strict=True)
         rows = [(segment.start, segment.length, counts) for segment, counts in pairs]
         if all(counts for _, _, counts in rows):
-            return [(0, length)]  # padding is zero; with it a sum over the shard has the order that it has elsewhere
+            return [(0, length)]  # padding is zero, and with it the sum has the same order as for other specs
     else:
         rows = [(each.local, each.length, each.counted) for each in spec.row_intervals(coordinates)]
     found: list[tuple[int, int]] = []
@@ -102,11 +102,11 @@ class Box:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     start: int
-    """Where in the rectangle its elements lie, contiguously."""
+    """First of its elements in the rectangle, where they lie contiguously."""
 
 
 def boxes(shape: Sequence[int], rectangle: Rectangle) -> Iterator[Box]:
-    """Yield a rectangle of a logical tensor of this shape as boxes of it: one, up to two dimensions."""
+    """Yield the boxes that make up a rectangle of a logical tensor of this shape: one box up to two dimensions."""
     if len(shape) == 1:
         yield Box((rectangle.row,), (rectangle.height,), 0)
         return
@@ -117,7 +117,7 @@ def boxes(shape: Sequence[int], rectangle: Rectangle) -> Iterator[Box]:
 
 
 def _leading(dims: tuple[int, ...], start: int, length: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Flat indices [start, start + length) of dimensions `dims` as (offsets, sizes) of boxes."""
+    """Yield (offsets, sizes) of the boxes that hold flat indices [start, start + length) of dimensions `dims`."""
     if len(dims) == 1:
         yield (start,), (length,)
         return

@@ -1,4 +1,4 @@
-"""Roles of logical tensors, and which of them get which multipliers (arXiv 2601.04890, sections on placement).
+"""Roles of logical tensors, and the multipliers that each role gets (arXiv 2601.04890, sections on placement).
 
 The table is open: an architecture registers the roles of its own layers in its own folder.
 """
@@ -13,7 +13,7 @@ from megamult.parameters import spec
 from megamult.parameters.spec import Side
 
 Placement = dict[spec.Role, frozenset[Side]]
-"""The sides on which each role's matrices are scaled; a role that is absent has no multipliers."""
+"""Sides on which each role's matrices are scaled; a role that is absent has no multipliers."""
 
 ROW_COL: frozenset[Side] = frozenset({"row", "col"})
 NONE: frozenset[Side] = frozenset()
@@ -21,15 +21,15 @@ NONE: frozenset[Side] = frozenset()
 
 @dataclass(frozen=True)
 class Role:
-    """What a logical tensor does in its model, and what follows from that."""
+    """The purpose of a logical tensor in its model, and what follows from it."""
 
     name: str
     sides: frozenset[Side] = NONE
-    """Multipliers of the placement `all`; empty: it can carry none."""
+    """Sides of its multipliers in the placement `all`; empty: it can carry none."""
     symmetry_free: frozenset[Side] = NONE
-    """Multipliers of the placement `symmetry_free`."""
+    """Sides of its multipliers in the placement `symmetry_free`."""
     orthogonalized: bool = True
-    """Whether Muon and its like train it where it is a matrix."""
+    """Whether Muon and similar optimizers train it where it is a matrix."""
     decay: bool = True
     """Whether weight decay applies to it."""
 
@@ -39,7 +39,7 @@ ROLES: dict[str, Role] = {}
 
 
 def register(*roles: Role) -> None:
-    """Add roles to the table; the same one again changes nothing.
+    """Add roles to the table; adding the same role again changes nothing.
 
     Raises:
         ValueError: another role has that name, or `symmetry_free` has a side that `sides` lacks.
@@ -92,7 +92,8 @@ def placements() -> tuple[str, ...]:
     """Return the names of placements.
 
     `all`: row and column multipliers on every matrix of every block and on the embedding (the paper's choice).
-    `symmetry_free`: without those of which only the product matters. `scalar`: one scalar for each matrix of `all`.
+    `symmetry_free`: the same without multipliers that another one makes redundant because only their product matters.
+    `scalar`: one scalar for each matrix of `all`.
     """
     return ("all", "symmetry_free", "scalar")
 

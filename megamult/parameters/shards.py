@@ -1,4 +1,4 @@
-"""How an axis of the process grid cuts one dimension of a stored tensor: blocks, pieces, copies. Pure."""
+"""Sharding of one dimension of a stored tensor over an axis of the process grid: blocks, pieces, copies. Pure."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from megamult.parameters.axes import AXES, MODEL_AXES, Axis
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive indices of a dimension that an axis of n processes cuts by themselves."""
+    """Consecutive indices of a dimension, which an axis of n processes cuts independently of other blocks."""
 
     size: int
     pieces: int | None = None
-    """Into how many pieces they can be cut at most; None: into n. Where n is larger, n / pieces neighbours hold copies
-    of one piece, as Megatron's query groups and Mamba's groups beyond the tensor-parallel size; 1: replicated."""
+    """Largest number of pieces that the block can be cut into; None: n. Where n is larger, n / pieces neighbours hold
+    copies of one piece, as with Megatron's query groups and Mamba's groups where the tensor-parallel size exceeds their
+    number; 1: replicated."""
 
     def cuts(self, processes: int) -> int:
-        """Return the number of different pieces over so many processes."""
+        """Return the number of different pieces that this many processes hold."""
         return processes if self.pieces is None else min(processes, self.pieces)
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How one axis shards one dimension: each block is cut into equal pieces, and the process at rank p of the axis
-    holds the p-th piece of every block, one after the other."""
+    """Sharding of one dimension over one axis: each block is cut into equal pieces, and the process at rank p of the
+    axis holds the p-th piece of every block, one after the other."""
 
     axis: Axis
     dim: int
@@ -43,10 +44,10 @@ class Sharding:
         return joined(found)
 
     def check(self, processes: int, what: str) -> None:
-        """See that so many processes can cut every block.
+        """Check that this many processes can cut every block.
 
         Raises:
-            ValueError: they cannot; names `what` they would cut.
+            ValueError: they cannot; the message names the parameter with `what`.
         """
         for block in self.blocks:
             cuts = block.cuts(processes)
@@ -60,13 +61,13 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Interval:
-    """Indices [start, start + length) of a global dimension (or rows), which a process holds from `local` on."""
+    """Indices [start, start + length) of a global dimension (or global rows), which a process holds from `local` on."""
 
     start: int
     length: int
     local: int
     counted: bool
-    """Whether this copy counts in a sum over processes: of several copies, the first one does."""
+    """Whether this copy counts in a sum over processes; where there are several copies, only the first one counts."""
 
 
 def cols_of(shape: Sequence[int]) -> int:
@@ -78,7 +79,7 @@ def rows_of(shape: Sequence[int]) -> int:
 
 
 def joined(found: Iterable[tuple[int, int, bool]]) -> list[Interval]:
-    """Make intervals of (start, length, counted) in local order; neighbours that follow one another become one."""
+    """Return intervals from (start, length, counted) in local order, with adjacent ones joined."""
     joined: list[Interval] = []
     local = 0
     for start, length, counted in found:
@@ -94,7 +95,7 @@ def joined(found: Iterable[tuple[int, int, bool]]) -> list[Interval]:
 def check_shardings(
     shape: Sequence[int], shardings: Sequence[Sharding], reduce_over: Sequence[Axis], what: str
 ) -> None:
-    """Refuse shardings that do not describe shards of a tensor of this shape.
+    """Check that shardings describe shards of a tensor of this shape.
 
     Raises:
         ValueError: an axis or a dimension that is unknown or named twice, or blocks that do not tile their dimension.

@@ -1,13 +1,13 @@
-"""What a parameter is: its logical tensors, how mesh axes shard it, what an optimizer does with it. Stated once.
+"""Spec of a parameter: its logical tensors, how mesh axes shard it, what an optimizer does with it. Stated once.
 
 Megatron stores several logical tensors in one parameter (Q, K and V interleaved per query group; gate and up; Mamba-2's
-z, x, B, C and dt; a stack of experts) and shards the stored tensor over mesh axes. Whoever
-creates a parameter states its :class:`ParameterSpec` on it; param groups, Muon, clipping, checkpoints, export and
-monitoring read that, and guess nothing from names or local shapes.
+z, x, B, C and dt; a stack of experts) and shards the stored tensor over mesh axes. The code that creates a parameter
+states its :class:`ParameterSpec` on it; param groups, Muon, clipping, checkpoints, export and monitoring read the spec,
+and guess nothing from names or local shapes.
 
 A stored tensor of n dimensions is read as rows and columns: its last dimension gives the columns, all others together
-give the rows in row-major order; a vector has one column. Global rows are mapped to logical tensors, so the map holds
-where a shard cuts through ``[q ... q k v]``.
+give the rows in row-major order; a vector has one column. The spec maps global rows to logical tensors, so the map also
+holds where a shard cuts through ``[q ... q k v]``.
 
 Pure: no torch.distributed, testable for any grid in one process.
 """
@@ -35,20 +35,20 @@ class Part:
     """One logical tensor of a parameter: a matrix W[rows, cols], a vector, or a tensor of more dimensions."""
 
     name: str
-    """Distinguishes the parts of a fused parameter ("q", "gate", ...); empty where there is one part."""
+    """Name that distinguishes the parts of a fused parameter ("q", "gate", ...); empty where there is one part."""
     role: Role
     shape: tuple[int, ...]
     """Global shape, without padding."""
 
     @property
     def rows(self) -> int:
-        """All elements over those of a row."""
+        """Number of rows: the product of all dimensions but the last; a vector's length."""
         return rows_of(self.shape)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Stored rows [start, start + length) are rows [part_start, part_start + length) of part number `part`."""
+    """Stored rows [start, start + length), which are rows [part_start, part_start + length) of part number `part`."""
 
     start: int
     part: int
@@ -61,18 +61,18 @@ class ParameterSpec:
     """The logical content of one parameter, its sharding, and how it is trained.
 
     Raises:
-        ValueError: a specification that describes no parameter, with fact, value and remedy.
+        ValueError: the spec contradicts itself; the message gives fact, value and remedy.
     """
 
     parts: tuple[Part, ...]
     shape: tuple[int, ...]
     """Global shape of the stored tensor, with padding."""
     segments: tuple[Segment, ...]
-    """Which stored rows hold each part, in ascending order. Rows of no segment are padding."""
+    """Stored rows that hold each part, in ascending order. Rows of no segment are padding."""
     shardings: tuple[Sharding, ...] = ()
-    """At most one for each axis and each dimension; along other axes the parameter is replicated."""
+    """Shardings, at most one for each axis and each dimension; along other axes the parameter is replicated."""
     orthogonalize: bool = False
-    """Whether its parts are matrices that Muon and its like orthogonalize; AdamW updates everything else."""
+    """Whether its parts are matrices that Muon and similar optimizers orthogonalize; AdamW updates everything else."""
     decay: bool = True
     """Whether weight decay applies to it."""
     fp32: bool = False
@@ -80,7 +80,7 @@ class ParameterSpec:
     reduce_over: tuple[Axis, ...] = ()
     """Axes over which the gradient that backward leaves must still be summed, once per optimizer step."""
     side: Side | None = None
-    """Of a multiplier: which side of its matrices it scales."""
+    """Side of its matrices that a multiplier scales; None: the parameter is no multiplier."""
     compact: bool = False
     """Whether a process stores only the rows of its segments, without gaps between them. The local length is then the
     same on every process (the largest that any needs), and rows after a process's last segment are unused."""
@@ -92,8 +92,8 @@ class ParameterSpec:
 
     @property
     def kind(self) -> str:
-        """The param group that it belongs to: "multiplier"; "matrix", which is orthogonalized; "undecayed"; or the
-        roles of its parts, as of an embedding, which AdamW trains with weight decay."""
+        """Name of its param group: "multiplier"; "matrix", which is orthogonalized; "undecayed"; or the roles of its
+        parts, joined by "+", for what AdamW trains with weight decay, such as an embedding."""
         if self.side is not None:
             return "multiplier"
         if self.orthogonalize:
@@ -106,7 +106,7 @@ class ParameterSpec:
 
     @cached_property
     def numel_logical(self) -> int:
-        """Elements of all logical tensors, without padding."""
+        """Number of elements of all logical tensors, without padding."""
         return sum(math.prod(part.shape) for part in self.parts)
 
     def logical_name(self, parameter_name: str, part: Part) -> str:
@@ -120,15 +120,15 @@ class ParameterSpec:
 
     @property
     def cols(self) -> int:
-        """Columns of the stored tensor."""
+        """Number of columns of the stored tensor."""
         return cols_of(self.shape)
 
     def dim_over(self, axis: Axis) -> int | None:
-        """Return the dimension that an axis shards; None: it replicates the parameter."""
+        """Return the dimension that an axis shards; None: the parameter is replicated along the axis."""
         return next((sharding.dim for sharding in self.shardings if sharding.axis == axis), None)
 
     def check(self, grid: Grid) -> None:
-        """See that a grid can shard the parameter.
+        """Check that a grid can shard the parameter.
 
         Raises:
             ValueError: the size of an axis does not divide a block.
@@ -137,7 +137,7 @@ class ParameterSpec:
             sharding.check(grid.size_of(sharding.axis), self._named())
 
     def local_shape(self, grid: Grid) -> tuple[int, ...]:
-        """Return the shape of one process's shard, the same for all.
+        """Return the shape of one process's shard, which is the same on every process.
 
         Raises:
             ValueError: the grid cannot shard the parameter.
@@ -152,7 +152,7 @@ class ParameterSpec:
         return tuple(shape)
 
     def local_rows(self, coordinates: Coordinates) -> int:
-        """Return how many rows a process holds of parts, without padding."""
+        """Return how many rows of parts a process holds, without padding."""
         return sum(segment.length for segment in self.local_segments(coordinates))
 
     def local_segments(self, coordinates: Coordinates) -> tuple[Segment, ...]:
@@ -171,8 +171,10 @@ class ParameterSpec:
         return interval.start, interval.length
 
     def row_intervals(self, coordinates: Coordinates) -> list[Interval]:
-        """Return the global rows that a process holds, padding too, in local order. The one place that decides whose
-        copy counts: of a piece that several processes hold, that of the first process along each axis.
+        """Return the global rows that a process holds, including padding, in local order.
+
+        Only this method decides whose copy counts: where several processes hold a piece, the copy of the first process
+        along each axis does.
 
         Raises:
             ValueError: the grid cannot shard the parameter.
@@ -184,7 +186,7 @@ class ParameterSpec:
         if len(self.shape) > 1:
             (columns,) = self._along(len(self.shape) - 1, coordinates)
             counted = counted and columns.counted
-        found = [(0, 1, counted)]  # in units of what lies further inside
+        found = [(0, 1, counted)]  # in units of all dimensions further inside
         for dim, size in enumerate(self.shape[:-1] if len(self.shape) > 1 else self.shape):
             along = self._along(dim, coordinates)
             if len(along) == 1 and along[0].length == size:
@@ -212,7 +214,7 @@ class ParameterSpec:
 
     @cached_property
     def _cache(self) -> dict[tuple[tuple[int, int], ...], tuple[tuple[Segment, ...], tuple[bool, ...]]]:
-        """Local segments by place on the model's axes: plans of large runs ask for them again and again."""
+        """Local segments by (rank, size) on each model axis: plans of large runs ask for the same ones repeatedly."""
         return {}
 
     def _make_local(self, coordinates: Coordinates) -> tuple[tuple[Segment, ...], tuple[bool, ...]]:
@@ -235,7 +237,7 @@ class ParameterSpec:
         return tuple(local), tuple(counted)
 
     def _shards(self, grid: Grid) -> Iterable[Coordinates]:
-        """One process for each different shard."""
+        """Yield the coordinates of one process for each different shard."""
         sizes: dict[str, int] = {each.axis: grid.size_of(each.axis) for each in self.shardings}
         for ranks in itertools.product(*(range(size) for size in sizes.values())):
             yield Coordinates(grid, **dict(zip(sizes, ranks, strict=True)))
@@ -249,7 +251,7 @@ class ParameterSpec:
 
 
 def _check(spec: ParameterSpec) -> None:
-    """Refuse a specification that describes no parameter."""
+    """Raise a ValueError for a spec that contradicts itself."""
     what = f"the spec of a parameter {spec.shape}"
     if not spec.shape or min(spec.shape) < 1:
         raise ValueError(f"{what} has no size: every dimension must be at least 1, and there must be one")
@@ -283,7 +285,7 @@ def _check(spec: ParameterSpec) -> None:
 
 
 def _check_segments(spec: ParameterSpec, what: str) -> None:
-    """Stored rows belong to one part at most, and every row of a part is stored once."""
+    """Check that each stored row belongs to at most one part, and that every row of a part is stored once."""
     position, rows = 0, rows_of(spec.shape)
     for segment in spec.segments:
         if not 0 <= segment.part < len(spec.parts):

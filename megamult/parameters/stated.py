@@ -1,4 +1,4 @@
-"""The spec on a parameter: how it is put there, and how it is read."""
+"""Functions that put a spec on a parameter and read it there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ATTRIBUTE = "parameter_spec"
 
 
 def set_spec(parameter: Parameter, spec: ParameterSpec) -> None:
-    """State on `parameter` what it is, for us and (the `tensor_model_parallel` trio) for Megatron and DeepSpeed."""
+    """State the spec on `parameter`, and set the `tensor_model_parallel` trio for Megatron and DeepSpeed."""
     setattr(parameter, _ATTRIBUTE, spec)
     sharding = next((each for each in spec.shardings if each.axis == "tensor"), None)
     parameter.tensor_model_parallel = sharding is not None  # type: ignore[attr-defined]
@@ -37,12 +37,12 @@ def spec_of(parameter: Parameter, name: str = "a parameter") -> ParameterSpec:
 
 
 def has_spec(tensor: torch.Tensor) -> bool:
-    """Return whether a spec was stated on it."""
+    """Return whether a spec was stated on the tensor."""
     return hasattr(tensor, _ATTRIBUTE)
 
 
 def stored_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Return the shape of this process's shard, also where ZeRO 3 has emptied the parameter."""
+    """Return the shape of this process's tensor-parallel shard, also where ZeRO 3 has emptied the parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -50,7 +50,7 @@ def named_specs(module: torch.nn.Module) -> Iterable[tuple[str, Parameter, Param
     """Yield (name, parameter, spec) of every trainable parameter, each once, in the module's order.
 
     Raises:
-        ValueError: a parameter without spec.
+        ValueError: a parameter has no spec.
     """
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -63,7 +63,7 @@ def names_of(module: torch.nn.Module) -> dict[Parameter, str]:
 
 
 def check_complete(held: Container[str], names: Iterable[str]) -> None:
-    """See that every one of `names`, of trainable parameters, is among those `held` by a param group.
+    """Check that each of `names`, those of the trainable parameters, is among the names `held` by param groups.
 
     Raises:
         ValueError: one is not.

@@ -1,1 +1,1 @@
-"""Which slice of which parameter this rank's ZeRO partition holds, for each of DeepSpeed's optimizer classes."""
+"""The slices of parameters that this rank's ZeRO partition holds, for each of DeepSpeed's optimizer classes."""

@@ -30,20 +30,20 @@ class TwoPhase(Protocol):
 
     @property
     def gradient_norm(self) -> float | None:
-        """Of the last prepared gradients, before clipping."""
+        """Norm of the last prepared gradients, before clipping."""
 
     def bind(self, partition: Partition) -> None:
-        """Once, after the partition was checked."""
+        """Take the partition that later calls use; called once, after the partition was checked."""
 
     def prepare(self, partition: Partition) -> None:
-        """Once per optimizer step, before the first `step`."""
+        """Decide the update on all reduced gradients; called once per optimizer step, before the first `step`."""
 
     def finish(self) -> None:
-        """Once per optimizer step, after the last `step`."""
+        """End the optimizer step; called once per optimizer step, after the last `step`."""
 
 
 def partition_of(engine: Any, optimizer: TwoPhase, mesh: Mesh) -> Partition:
-    """The partition of a DeepSpeed engine that wraps `optimizer`.
+    """Return the partition of a DeepSpeed engine that wraps `optimizer`.
 
     Raises:
         ValueError: DeepSpeed chose an optimizer class that megamult does not know.
@@ -68,13 +68,16 @@ def _complete(partition: Partition, names: Mapping[Parameter, str]) -> Partition
 
 
 def attach(engine: Any, optimizer: TwoPhase, mesh: Mesh | None = None) -> Partition:
-    """Make `engine.step()` run `optimizer.prepare` once, before DeepSpeed's first per-group `optimizer.step()`, and
-    forward passes in bf16 follow the multipliers' fp32 masters after a step and after `engine.load_checkpoint`.
+    """Make `engine.step()` run `optimizer.prepare` once, before DeepSpeed's first per-group `optimizer.step()`.
+
+    Forward passes in bf16 then use the multipliers' current fp32 masters, which are brought to every rank after each
+    step and after `engine.load_checkpoint`.
 
     Args:
-        engine: from `deepspeed.initialize(optimizer=optimizer, ...)`.
+        engine: what `deepspeed.initialize(optimizer=optimizer, ...)` returned.
         optimizer: the one that the engine wraps.
-        mesh: of the processes; None: as Megatron's groups say, or all processes data-parallel.
+        mesh: the mesh of the processes; None: the one that Megatron's groups describe, or without them all processes
+            data-parallel.
 
     Returns:
         The checked partition of this rank.
@@ -82,7 +85,7 @@ def attach(engine: Any, optimizer: TwoPhase, mesh: Mesh | None = None) -> Partit
     Raises:
         ValueError: DeepSpeed chose a class that megamult does not know, the groups lack a parameter of the model, or
             DeepSpeed would clip.
-        RuntimeError: DeepSpeed lays its partitions out differently than this version of megamult knows.
+        RuntimeError: this version of DeepSpeed lays its partitions out in a way that megamult does not know.
     """
     partition = partition_of(engine, optimizer, mesh or current_mesh())
     if engine.gradient_clipping() > 0:
@@ -105,8 +108,8 @@ def attach(engine: Any, optimizer: TwoPhase, mesh: Mesh | None = None) -> Partit
             return result
         finally:
             optimizer.finish()
-            # DeepSpeed took the norm of what `prepare` left in the gradients' place; engine.get_global_grad_norm()
-            # shall answer with the gradients' own.
+            # DeepSpeed took the norm of what `prepare` left in the gradients' place;
+            # engine.get_global_grad_norm() must return the norm of the gradients themselves.
             if hasattr(engine.optimizer, "_global_grad_norm"):
                 engine.optimizer._global_grad_norm = optimizer.gradient_norm
 

@@ -57,11 +57,11 @@ class FlatPartition(Partition):
                 self._places.append((group, position))
 
     def spread(self) -> None:
-        """DeepSpeed's all-gather at the end of a step."""
+        """Run DeepSpeed's all-gather from the end of a step."""
         self._zero.update_lp_params()
 
     def read_back(self, piece: Slice) -> Tensor | None:
-        """DeepSpeed's link from a parameter to its fragment of the flat fp32 partition."""
+        """Return the fragment of the flat fp32 partition that DeepSpeed links the parameter to."""
         mapping = self.parameters[piece.name]._hp_mapping  # type: ignore[attr-defined]
         address = mapping.lp_fragment_address
         if (address.start, address.numel) != (piece.start, piece.length):
@@ -70,7 +70,7 @@ class FlatPartition(Partition):
 
 
 class Zero12Partition(FlatPartition):
-    """`DeepSpeedZeroOptimizer` (stage_1_and_2.py)."""
+    """Partition of `DeepSpeedZeroOptimizer` (stage_1_and_2.py): ZeRO 1 and 2."""
 
     def __init__(self, zero: Any, names: Mapping[Parameter, str], mesh: Mesh) -> None:
         if zero.cpu_offload:
@@ -84,7 +84,7 @@ class Zero12Partition(FlatPartition):
             self._add_group(group, parameters, offsets, zero.real_dp_process_group[group], master, names)
 
     def gradients(self) -> list[Tensor]:
-        """Views into `averaged_gradients`: per group a list of tensors that tile the partition."""
+        """Return views into `averaged_gradients`: for each group it has a list of tensors that tile the partition."""
         tiles: dict[int, dict[int, Tensor]] = {}
         for group, tensors in self._zero.averaged_gradients.items():
             position, tiles[group] = 0, {}
@@ -107,7 +107,7 @@ class Zero12Partition(FlatPartition):
 
 
 class Bf16Partition(FlatPartition):
-    """`BF16_Optimizer` (bf16_optimizer.py): ZeRO 1 in bf16 with fp32 gradient accumulation."""
+    """Partition of `BF16_Optimizer` (bf16_optimizer.py): ZeRO 1 in bf16 with fp32 gradient accumulation."""
 
     def __init__(self, zero: Any, names: Mapping[Parameter, str], mesh: Mesh) -> None:
         super().__init__(zero, mesh)
@@ -119,7 +119,7 @@ class Bf16Partition(FlatPartition):
             self._add_group(group, zero.bf16_groups[group], offsets, zero.real_dp_process_group[group], master, names)
 
     def gradients(self) -> list[Tensor]:
-        """Views into the flat fp32 gradient of the partition."""
+        """Return views into the flat fp32 gradient of the partition."""
         flat = self._zero.fp32_groups_gradient_flat_partition
         return [
             flat[group][position : position + piece.length]

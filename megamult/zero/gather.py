@@ -22,16 +22,16 @@ def gather(
     value: Callable[[int], Tensor] | None = None,
     select: Callable[[ParameterSpec], bool] = lambda spec: True,
 ) -> Iterator[tuple[str, ParameterSpec, int, Tensor]]:
-    """Full logical tensors, on rank 0's side of a collective that all ranks take part in.
+    """Yield full logical tensors, complete on global rank 0. Collective: all ranks take part.
 
     Args:
-        model: states the layouts; the order of its parameters is the order of the results.
-        partition: what each rank holds.
-        value: what to gather for slice i of the partition, [length]; default: its fp32 master.
-        select: which parameters; the same on every rank.
+        model: its parameters carry the specs; their order is the order of the results.
+        partition: what this rank holds.
+        value: returns what to gather for slice i of the partition, [length]; default: its fp32 master.
+        select: returns whether to gather a parameter, given its spec; the same on every rank.
 
     Yields:
-        (logical name, layout, index of the part, tensor): the tensor is complete on global rank 0 alone. The tensors
+        (logical name, spec, index of the part, tensor): the tensor is complete on global rank 0 only. Only the tensors
         of one parameter exist at a time.
     """
     pieces: dict[str, list[tuple[Slice, int]]] = defaultdict(list)
@@ -52,7 +52,7 @@ def gather(
                 elements = source[r.offset : r.offset + r.numel].view(r.height, r.width)
                 target[r.row : r.row + r.height, r.col : r.col + r.width] = elements
         for index, part in enumerate(spec.parts):
-            # Every element is held by one rank, all others add zero: the sum is exact.
+            # One rank holds each element and all others add zero: the sum is exact.
             mesh.sum_on_first(full[index])
             yield spec.logical_name(name, part), spec, index, full[index]
 
@@ -66,20 +66,21 @@ class Logical:
     """Name of its param group."""
     role: Role
     side: Side | None
-    """Of a multiplier."""
+    """Side of the matrix that a multiplier scales; None: a weight."""
     tensor: Tensor
-    """Whole on global rank 0, fp32."""
+    """Value in fp32, complete on global rank 0 only."""
 
 
 def trained(
     model: torch.nn.Module, partition: Partition, optimizer: Any, kinds: Container[str] | None = None
 ) -> Iterator[Logical]:
-    """Every weight and multiplier, the same names and values whether multipliers are layers' or folded. Collective.
+    """Yield every weight and multiplier, with the same names and values whether multipliers belong to the layers or
+    are folded. Collective.
 
     Args:
-        model, partition: as for :func:`gather`.
-        optimizer: ours.
-        kinds: which; None: all.
+        model, partition: the same as for :func:`gather`.
+        optimizer: the optimizer of this package that trains the model.
+        kinds: names of the param groups to yield; None: all.
     """
     found = gather(
         model,

@@ -1,4 +1,4 @@
-"""The second hinge beside the layout: flat intervals of parameters, with their masters and reduced gradients."""
+"""Flat intervals of parameters with their masters and reduced gradients: one view of all ZeRO classes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from megamult.zero.full_precision import FullPrecision
 
 @dataclass(frozen=True)
 class Cut:
-    """How the data-parallel ranks share one parameter: the same on every rank, and for every tensor-parallel shard."""
+    """Division of one parameter over data-parallel ranks, the same on every rank and for each tensor-parallel shard."""
 
     name: str
     spec: ParameterSpec
     intervals: tuple[tuple[int, int], ...]
-    """(start, length) in the flattened tensor-parallel shard, by data-parallel rank; length 0: holds nothing."""
+    """Intervals (start, length) in the flattened tensor-parallel shard, by data-parallel rank; length 0: the rank holds
+    nothing."""
     dtype: torch.dtype
-    """Of the model's parameter."""
+    """dtype of the model's parameter."""
 
     def held_by(self, coordinates: Coordinates) -> tuple[int, int]:
         """Return the interval (start, length) that a process holds."""
@@ -36,7 +37,11 @@ class Cut:
 
 
 def flat_intervals(offset: int, numel: int, partition_size: int, ranks: int) -> tuple[tuple[int, int], ...]:
-    """Of a parameter that begins at `offset` in a flat buffer, of which rank d holds the d-th `partition_size`."""
+    """Return each rank's interval (start, length) of a parameter that begins at `offset` in a flat buffer.
+
+    Rank d holds elements [d * partition_size, (d + 1) * partition_size) of the buffer. Intervals are relative to the
+    parameter's first of `numel` elements; length 0: the rank holds nothing of it.
+    """
     intervals = []
     for rank in range(ranks):
         start = min(max(rank * partition_size - offset, 0), numel)
@@ -46,12 +51,13 @@ def flat_intervals(offset: int, numel: int, partition_size: int, ranks: int) -> 
 
 
 def even_intervals(numel: int, ranks: int) -> tuple[tuple[int, int], ...]:
-    """Of a parameter that is cut by itself into pieces of one size, the last ones possibly shorter or empty."""
+    """Return each rank's interval (start, length) of a parameter that is cut by itself into pieces of one size; the
+    last ones may be shorter or empty."""
     return flat_intervals(0, numel, -(-numel // ranks), ranks)
 
 
 def buckets(sizes: Sequence[int], elements: int) -> list[slice]:
-    """Consecutive items of these sizes, together at most `elements` in a bucket, or one item."""
+    """Return slices of consecutive items of these sizes: at most `elements` together in a bucket, or one item."""
     bounds: list[int] = []
     filled = 0
     for i, size in enumerate(sizes):
@@ -71,56 +77,57 @@ class Slice:
     start: int
     length: int
     tensor: Tensor
-    """What the optimizer updates, and keys its state by: fp32 masters of one or many slices."""
+    """fp32 masters of one or many slices: the tensor that the optimizer updates and keys its state by."""
     offset: int
-    """Where the slice begins in the flattened `tensor`."""
+    """First element of the slice in the flattened `tensor`."""
     source: Tensor
-    """[length] view of the model's own values of the same elements, in the model's dtype."""
+    """View of the model's own values of the same elements, in the model's dtype: [length]."""
     shared: bool = False
-    """All data-parallel ranks hold `tensor` whole, and this slice is this rank's share of it."""
+    """Whether all data-parallel ranks hold `tensor` whole, and this slice is only this rank's share of it."""
 
     @property
     def kept(self) -> tuple[int, int]:
-        """(offset, size): where in a buffer of which size this rank keeps state that is kept once over data-parallel
-        ranks. As `tensor` itself where ZeRO cuts that; this slice alone where it is shared."""
+        """Place of this slice in a buffer of state that the data-parallel ranks keep once between them: (offset of the
+        slice, size of this rank's buffer). The buffer covers all of `tensor` where ZeRO cuts parameters, and only this
+        slice where `tensor` is shared."""
         return (0, self.length) if self.shared else (self.offset, self.tensor.numel())
 
     @property
     def master(self) -> Tensor:
-        """[length] view of the fp32 master weights."""
+        """View of the fp32 master weights: [length]."""
         return self.tensor.detach().view(-1)[self.offset : self.offset + self.length]
 
 
 class Partition(ABC):
-    """What one rank's optimizer updates, seen the same way for every ZeRO class.
+    """The part of a model that one rank's optimizer updates, seen the same way for every ZeRO class.
 
-    `sharded` says whether data-parallel ranks hold different slices (ZeRO 1 to 3) or all hold all (ZeRO 0).
+    `sharded` says whether data-parallel ranks hold different slices (ZeRO 1 to 3) or each holds everything (ZeRO 0).
     """
 
     slices: list[Slice]
-    """What this rank holds."""
+    """Slices that this rank holds."""
     cuts: list[Cut]
-    """What every rank holds: every parameter, in an order that is the same on all ranks."""
+    """Cuts of every parameter, in an order that is the same on all ranks: they say what each rank holds."""
     sharded: bool
     mesh: Mesh
     group: ProcessGroup | None
-    """The processes that ZeRO cuts parameters over; None: this is the only one."""
+    """Processes that ZeRO cuts parameters over; None: this process is the only one."""
     parameters: dict[str, Parameter]
-    """The model's, by name."""
+    """Parameters of the model by name."""
     full_precision: FullPrecision | None = None
-    """Kept where the model's multipliers are narrower than their masters."""
+    """fp32 values of the multipliers, kept where the model's own are narrower than their masters; else None."""
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """The reduced gradient of each slice, [length] each, aligned with `slices`.
+        """Return the reduced gradient of each slice, [length] each, in the order of `slices`.
 
-        Valid between the backward pass of the last micro-batch and DeepSpeed's `step`. They are views: writing to
-        them changes what the optimizer will be given.
+        They are valid between the backward pass of the last micro-batch and DeepSpeed's `step`, and they are views:
+        writing to them changes the gradients that the optimizer is given.
         """
 
     def counted(self, piece: Slice) -> list[tuple[int, int]]:
         """Return the parts of a slice whose copies on this process count in a sum over all processes, as (start,
-        length) from its beginning. Of copies on several processes the first one counts."""
+        length) from the beginning of the slice. Where several processes hold a copy, only the first one counts."""
         coordinates = self.mesh.coordinates
         if not (self.sharded or piece.shared) and coordinates.data != 0:
             return []
@@ -128,42 +135,50 @@ class Partition(ABC):
 
     @torch.no_grad()
     def publish(self) -> None:
-        """The masters were written to: give the whole model their values, as after a step. Collective."""
+        """Give the whole model the values of masters that were written to, as after a step. Collective."""
         for piece in self.slices:
             piece.source.copy_(piece.master)
         self.spread()
         self.stepped()
 
     def stepped(self) -> None:
-        """Bring the masters of multipliers to every forward pass, once they have changed. Collective."""
+        """Bring the multipliers' changed masters to the forward passes of every rank. Collective."""
         if self.full_precision is not None:
             self.full_precision.refresh()
 
     def spread(self) -> None:  # noqa: B027
-        """This rank's slices of the model were written to: bring them to all ranks that hold them."""
+        """Bring this rank's slices of the model, which were written to, to all ranks that hold them."""
 
     def complete(self, dtype: torch.dtype, bucket_elements: int) -> int:
-        """Bring gradients that one rank has changed to all that hold them; returns the bytes that this rank sent."""
+        """Bring gradients that one rank has changed to all ranks that hold them.
+
+        Args:
+            dtype: dtype in which they are sent.
+            bucket_elements: most elements that one collective brings, unless one parameter has more.
+
+        Returns:
+            Bytes that this rank sent; 0 where nothing has to be sent.
+        """
         return 0
 
     def release(self) -> None:  # noqa: B027
-        """The step is done: undo what `gradients` arranged."""
+        """Undo what `gradients` arranged, once the step is done."""
 
     def read_back(self, piece: Slice) -> Tensor | None:
-        """The masters of the slice as DeepSpeed's own accessor finds them; None: DeepSpeed has none here."""
+        """Return the masters of the slice as DeepSpeed's own accessor finds them; None: it has no accessor here."""
         return None
 
     def check(self) -> None:
-        """Prove the map from slices to masters, where weights are random and where (multipliers) they are all alike.
+        """Prove the map from slices to masters, for random weights and for multipliers, which all have the same value.
 
-        A slice's master must hold the values of the parameter that it claims to be; and a pattern written to it
-        through our map must be what DeepSpeed's own accessor reads back for that parameter, bit by bit.
+        The master of a slice must hold the values of the parameter that the slice names; and a pattern that is written
+        to it through our map must be what DeepSpeed's own accessor reads back for that parameter, bit by bit.
 
         Raises:
-            RuntimeError: it does not, as after a change inside DeepSpeed.
+            RuntimeError: one of the two does not hold, for example after a change inside DeepSpeed.
         """
         for piece in self.slices:
-            # Equal where both are NaN too: weights that a checkpoint will bring.
+            # NaN equals NaN here: weights that a checkpoint will bring are NaN until then.
             if not torch.allclose(piece.master.to(piece.source.dtype), piece.source, rtol=0, atol=0, equal_nan=True):
                 raise self._mismatch(piece, "hold other values")
             before = piece.master.clone()

@@ -14,7 +14,7 @@ from megamult.zero.partition import Cut, Partition, Slice, flat_intervals
 
 
 class Zero3Partition(Partition):
-    """`DeepSpeedZeroOptimizer_Stage3` (stage3.py)."""
+    """Partition of `DeepSpeedZeroOptimizer_Stage3` (stage3.py)."""
 
     sharded = True
 
@@ -45,18 +45,19 @@ class Zero3Partition(Partition):
                 position += piece
 
     def spread(self) -> None:
-        """Small parameters stay gathered between steps: let go of them (or gathering does nothing), gather again."""
+        """Gather again the small parameters that DeepSpeed keeps gathered between steps. They are released first, as
+        gathering does nothing to a parameter that is already gathered."""
         persistent = self._zero.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
     def read_back(self, piece: Slice) -> Tensor:
-        """DeepSpeed's accessor of this rank's part of a parameter's fp32 masters."""
+        """Return this rank's part of a parameter's fp32 masters through DeepSpeed's accessor."""
         return self._zero.get_local_fp32_param(self.parameters[piece.name]).view(-1)[: piece.length]
 
     def gradients(self) -> list[Tensor]:
-        """Views into `averaged_gradients`: per sub-group one cut per parameter."""
+        """Return views into `averaged_gradients`, which has for each sub-group one tensor per parameter."""
         averaged = self._zero.averaged_gradients
         return [
             averaged[sub_group][i].view(-1)[: piece.length]

@@ -1,4 +1,7 @@
-"""At ZeRO 0 all data-parallel ranks hold all: share out among them what only one of them need compute and keep."""
+"""A cut over data-parallel ranks at ZeRO 0, where each of them holds everything.
+
+It shares out what only one of them has to compute and keep.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from megamult.zero.partition import Cut, Partition, Slice, buckets, even_interva
 
 
 def kept_once(partition: Partition, select: Callable[[ParameterSpec], bool]) -> Partition:
-    """A partition in which one data-parallel rank holds each element of the selected parameters."""
+    """Return a partition in which only one data-parallel rank holds each element of the selected parameters."""
     return partition if partition.sharded else VirtualPartition(partition, select)
 
 
 class VirtualPartition(Partition):
-    """An even cut over the data-parallel ranks of some parameters of an unsharded partition."""
+    """Some parameters of an unsharded partition, cut evenly over the data-parallel ranks."""
 
     sharded = True
 
@@ -41,7 +44,7 @@ class VirtualPartition(Partition):
                 self._indices_here.append(i)
 
     def gradients(self) -> list[Tensor]:
-        """This rank's part of the whole gradients."""
+        """Return this rank's part of the whole gradients."""
         gradients = self._whole.gradients()
         return [
             gradients[i][piece.start : piece.start + piece.length]
@@ -52,8 +55,8 @@ class VirtualPartition(Partition):
         """Bring every rank's part of the gradients to all data-parallel ranks: all-gathers of bounded size.
 
         Args:
-            dtype: to send in.
-            bucket_elements: what one all-gather may bring, unless one parameter alone is larger.
+            dtype: dtype in which they are sent.
+            bucket_elements: most elements that one all-gather brings, unless one parameter has more.
 
         Returns:
             Bytes that this rank sent.

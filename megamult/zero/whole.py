@@ -15,7 +15,7 @@ from megamult.zero.partition import Cut, Partition, Slice
 
 
 class WholePartition(Partition):
-    """The parameters themselves: DeepSpeed at ZeRO 0 in fp32, and training loops without DeepSpeed."""
+    """Partition of the parameters themselves: DeepSpeed at ZeRO 0 in fp32, and training loops without DeepSpeed."""
 
     sharded = False
 
@@ -26,7 +26,7 @@ class WholePartition(Partition):
     def _build(self, pairs: list[tuple[Parameter, Tensor]], names: Mapping[Parameter, str], mesh: Mesh) -> None:
         self.mesh, self.group = mesh, mesh.groups.get("data")
         self.parameters = {names[parameter]: parameter for parameter, _ in pairs}
-        self._borrowed: list[Parameter] = []  # whose .grad is their main_grad
+        self._borrowed: list[Parameter] = []  # parameters whose .grad is their main_grad
         self.slices, self.cuts = [], []
         for parameter, master in pairs:
             name = names[parameter]
@@ -35,10 +35,10 @@ class WholePartition(Partition):
             self.cuts.append(Cut(name, spec, ((0, numel),) * mesh.grid.data, parameter.dtype))
 
     def gradients(self) -> list[Tensor]:
-        """The parameters' `.grad`, or Megatron DDP's `main_grad`; zeros where backward left none.
+        """Return the parameters' `.grad`, or Megatron DDP's `main_grad`; zeros where backward left none.
 
         Raises:
-            RuntimeError: no parameter has a gradient, or one has another dtype than its parameter.
+            RuntimeError: no parameter has a gradient, or the dtype of a `main_grad` differs from its parameter's.
         """
         if all(p.grad is None and getattr(p, "main_grad", None) is None for p in self.parameters.values()):
             raise RuntimeError(
@@ -62,14 +62,14 @@ class WholePartition(Partition):
         return [parameter.grad.view(-1) for parameter in self.parameters.values() if parameter.grad is not None]
 
     def release(self) -> None:
-        """Megatron's hooks add `.grad` to `main_grad`, and must not find the one in the other."""
+        """Clear each `.grad` that is a view of `main_grad`: Megatron's hooks would add it to itself."""
         for parameter in self._borrowed:
             parameter.grad = None
         self._borrowed.clear()
 
 
 class UnfusedPartition(WholePartition):
-    """`FP16_UnfusedOptimizer` (unfused_optimizer.py): ZeRO 0 in bf16, gradients accumulated in bf16."""
+    """Partition of `FP16_UnfusedOptimizer` (unfused_optimizer.py): ZeRO 0 in bf16, gradients accumulated in bf16."""
 
     def __init__(self, zero: Any, names: Mapping[Parameter, str], mesh: Mesh) -> None:
         pairs = [

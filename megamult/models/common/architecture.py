@@ -18,7 +18,7 @@ _Sizes = TypeVar("_Sizes", contravariant=True)
 
 
 class ModelClass(Protocol[_Sizes]):
-    """Makes this rank's part of a new model, every parameter with its spec."""
+    """Function or class that builds this rank's part of a new model, every parameter with its spec."""
 
     def __call__(
         self,
@@ -33,7 +33,7 @@ class ModelClass(Protocol[_Sizes]):
         recompute: bool = False,
         note: Callable[[str], None] = lambda doing: None,
     ) -> torch.nn.Module:
-        """Arguments: :class:`megamult.models.llama.model.GPT`.
+        """Build the model; the arguments are those of :class:`megamult.models.llama.model.GPT`.
 
         Returns:
             A module that takes tokens and labels, ids [batch, seq], and returns two scalars: the objective to minimize,
@@ -42,17 +42,17 @@ class ModelClass(Protocol[_Sizes]):
 
 
 class ToHuggingFace(Protocol[_Sizes]):
-    """Makes the config.json of an exported model."""
+    """Function that makes the config.json of an exported model."""
 
     def __call__(
         self, sizes: _Sizes, vocab_size: int, *, tied: bool, dtype: str, token_ids: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Arguments: :func:`megamult.models.llama.hf_config.to_hugging_face`."""
+        """Return its content; the arguments are those of :func:`megamult.models.llama.hf_config.to_hugging_face`."""
 
 
 @dataclass(frozen=True)
 class Architecture(Generic[Sizes]):
-    """Everything that code outside of `models/<name>/` asks of that architecture.
+    """Everything that code outside `models/<name>/` needs from that architecture.
 
     `Sizes` is its configuration, the section `model` of a run. Vocabulary sizes are exact, without padding.
     """
@@ -64,12 +64,13 @@ class Architecture(Generic[Sizes]):
     sizes: type[Sizes]
     """The class of its configuration."""
     model: Callable[[], ModelClass[Sizes]]
-    """Imports the class of its models, and with it Megatron: export and import do without."""
+    """Function that imports and returns the class of its models. Only this import needs Megatron, so that export to and
+    import from Hugging Face do not."""
     flops_per_token: Callable[[Sizes, int], float]
-    """(sizes, vocabulary size) -> FLOPs of forward and backward per token, without recomputation."""
+    """Function (sizes, vocabulary size) -> FLOPs of forward and backward per token, without recomputation."""
     weights: Callable[[Sizes, int], Iterator[Weight]]
-    """(sizes, vocabulary size) -> every weight in Hugging Face's order; the head last, also where it is tied."""
+    """Function (sizes, vocabulary size) -> every weight in Hugging Face's order, the head last even if it is tied."""
     to_hugging_face: ToHuggingFace[Sizes]
-    """Makes an exported model's config.json."""
+    """Function that makes an exported model's config.json."""
     from_hugging_face: Callable[[Mapping[str, Any]], Sizes]
-    """Reads a config.json; a ValueError says what of it this architecture's code cannot compute."""
+    """Function that reads a config.json; its ValueError names what this architecture's code cannot compute."""

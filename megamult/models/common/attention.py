@@ -1,4 +1,4 @@
-"""Core attention on `scaled_dot_product_attention`: the flash path without Transformer Engine, and the CPU's."""
+"""Core attention on `scaled_dot_product_attention`: flash attention without Transformer Engine, and a CPU path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class SdpaAttention(torch.nn.Module):
-    """softmax(Q K^T / sqrt(d)) V with a causal mask; grouped queries share keys and values."""
+    """Attention softmax(Q K^T / sqrt(d)) V with a causal mask; grouped queries share keys and values."""
 
     def __init__(
         self,
@@ -26,15 +26,15 @@ class SdpaAttention(torch.nn.Module):
         if attention_type != "self" or attn_mask_type != AttnMaskType.causal:
             raise ValueError(
                 f"attention type {attention_type!r} with mask {attn_mask_type}: SdpaAttention does causal "
-                "self-attention alone"
+                "self-attention only"
             )
         self.softmax_scale = softmax_scale
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """query: [seq, batch, heads/tp, dim]; key, value: [seq, batch, groups/tp, dim]; returns [seq, batch,
-        heads/tp * dim]."""
+        """Return [seq, batch, heads/tp * dim] from query: [seq, batch, heads/tp, dim] and key, value: [seq, batch,
+        groups/tp, dim]."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
             # No fused CUDA kernel takes grouped queries in fp32; the plain one would store every score.

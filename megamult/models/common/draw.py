@@ -1,10 +1,10 @@
-"""Normal numbers by index: element i of a named tensor has one value, whoever computes it and in whatever order.
+"""Normal numbers by index: element i of a named tensor has one value, on every rank and in any order of drawing.
 
 A number is a function of (seed, name, i) only: SplitMix64's output i for a key of seed and name, put through the
-inverse of the normal distribution. So a rank draws what it holds and nothing else, and every sharding and device gives
-the same model. Bitwise: the computation uses integers, and fp64 multiplications, additions and subtractions, which
-IEEE 754 rounds in one way, one tensor operation each (a compiler may not fuse them); logarithms, whose last bit differs
-between libraries, occur only in a table that is computed in decimal arithmetic.
+inverse of the normal distribution. So a rank draws only what it holds, and every sharding and device gives the same
+model, bitwise: the computation uses integers, and fp64 multiplications, additions and subtractions, which IEEE 754
+rounds in one way, each in a tensor operation of its own (a compiler must not fuse them); logarithms, whose last bit
+differs between libraries, occur only in a table that is computed in decimal arithmetic.
 
 The inverse is a cubic in each of 64 equal pieces of each octave of the tail's probability, down to 2^-53: absolute
 error below 5e-10, a hundredth of the rounding to fp32 at 1; |z| at most 8.3. Source of the generator: Steele, Lea and
@@ -24,14 +24,14 @@ from torch import Tensor
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _PIECE_BITS = 6
-"""Pieces of an octave, as a power of two."""
+"""Number of pieces of an octave, as a power of two."""
 _OCTAVES = 53
 _BLOCK = {"cpu": 1 << 15, "cuda": 1 << 22}
-"""Numbers that are drawn at once: on a CPU intermediate values stay in its cache, on a GPU few kernels are started."""
+"""Numbers that are drawn at once: few enough on a CPU for its cache, enough on a GPU to start few kernels."""
 
 
 def key(seed: int, name: str) -> int:
-    """The 64-bit key of the tensor `name` under `seed`."""
+    """Return the 64-bit key of the tensor `name` under `seed`."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -41,15 +41,15 @@ def fill_normal(target: Tensor, std: float, key: int, row: int, col: int, column
     """Set a rectangle of a matrix to its elements of N(0, std^2).
 
     Args:
-        target: [height, width], any dtype; values are rounded to fp32, then to it.
+        target: [height, width], any dtype; values are rounded to fp32, then to that dtype.
         std: standard deviation.
-        key: of the matrix (:func:`key`).
-        row, col: of the matrix, where the rectangle begins.
-        columns: of the whole matrix: element (r, c) has index r * columns + c.
+        key: key of the matrix (:func:`key`).
+        row, col: position in the matrix at which the rectangle begins.
+        columns: number of columns of the whole matrix: element (r, c) has index r * columns + c.
     """
     height, width = target.shape
     block = _BLOCK[target.device.type]
-    # Whole rows are one run of consecutive indices.
+    # Indices of whole rows are consecutive: they are drawn as one long row.
     if width == columns and target.is_contiguous():
         target, row, col, height, width = target.view(1, -1), 0, row * columns + col, 1, height * width
         columns = 0
@@ -66,24 +66,24 @@ def fill_normal(target: Tensor, std: float, key: int, row: int, col: int, column
 
 
 def _signed(value: int) -> int:
-    """The 64-bit integer of torch that has the low bits of `value`."""
+    """Return the signed 64-bit integer, as torch computes with, that has the low 64 bits of `value`."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """A logical shift to the right; torch's repeats the sign."""
+    """Shift to the right and fill with zeros; torch's own shift repeats the sign."""
     return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _mixed(state: Tensor) -> Tensor:
-    """SplitMix64's output for each state, in place."""
+    """Turn each state into SplitMix64's output, in place."""
     state.bitwise_xor_(_shifted(state, 30)).mul_(_signed(_FIRST))
     state.bitwise_xor_(_shifted(state, 27)).mul_(_signed(_SECOND))
     return state.bitwise_xor_(_shifted(state, 31))
 
 
 def _normal(bits: Tensor) -> Tensor:
-    """Normal fp64 numbers from 64 random bits each: 52 give the tail's probability, the lowest one the sign."""
+    """Return normal fp64 numbers from 64 random bits each: 52 give the tail's probability, the lowest one the sign."""
     tail = (bits >> 11).bitwise_and_((1 << 53) - 2).bitwise_or_(1)  # odd, in [1, 2^53): 2^54 times the probability
     magnitude = tail.to(torch.float64).view(torch.int64)
     piece = (magnitude >> (52 - _PIECE_BITS)).sub_(1023 << _PIECE_BITS)
@@ -101,15 +101,16 @@ def _normal(bits: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _table(device: torch.device) -> tuple[Tensor, ...]:
-    """The coefficients on `device`, [pieces] each, from the constant on."""
-    # Through NumPy: `deepspeed.zero.Init` casts what torch.tensor and its like make to the dtype of the model.
+    """Return the coefficients on `device`, [pieces] each, beginning with the constant."""
+    # NumPy makes the table: `deepspeed.zero.Init` casts what torch.tensor and similar functions make to the model's
+    # dtype.
     columns = torch.from_numpy(np.array(_coefficients()).T.copy())
     return tuple(column.to(device) for column in columns)
 
 
 @lru_cache(maxsize=1)
 def _coefficients() -> list[tuple[float, ...]]:
-    """Taylor's coefficients of the quantile z(p) of the upper tail about the middle of each piece.
+    """Return Taylor's coefficients of the quantile z(p) of the upper tail about the middle of each piece.
 
     With phi the density, z' = -1 / phi(z), z'' = z z'^2, z''' = (1 + 2 z^2) z'^3. The values that fp64 gives are
     corrected in decimal arithmetic, so that the rounded coefficients are the same on every machine.
@@ -136,7 +137,7 @@ def _coefficients() -> list[tuple[float, ...]]:
 
 
 def _upper_tail(z: Decimal, density: Decimal) -> Decimal:
-    """1/2 - phi(z) (z + z^3/3 + z^5/(3 5) + ...), with an error below 1e-39."""
+    """Return 1/2 - phi(z) (z + z^3/3 + z^5/(3 5) + ...), with an error below 1e-39."""
     term = total = z
     square, smallest = z * z, Decimal("1e-40") / density
     n = 1
@@ -148,7 +149,7 @@ def _upper_tail(z: Decimal, density: Decimal) -> Decimal:
 
 
 def _pi() -> Decimal:
-    """pi by Machin's formula, to the context's precision."""
+    """Return pi by Machin's formula, to the context's precision."""
 
     def arctan_of_inverse(x: int) -> Decimal:
         power = total = 1 / Decimal(x)

@@ -1,6 +1,6 @@
-"""Initial weights that do not depend on the layout: each rank sets what it holds, element by element of the model.
+"""Initial weights that do not depend on the sharding: each rank computes the elements that it holds.
 
-An element's value is a function of the seed, its logical tensor's name and its place in it
+An element's value is a function of the seed, the name of its logical tensor and its position there
 (:mod:`megamult.models.common.draw`), so a rank draws nothing that only others hold, and never a whole matrix.
 """
 
@@ -30,18 +30,19 @@ def initialize(
     """Set this rank's part of every trainable parameter, on the parameter's own device.
 
     Parts whose role has a `std` are drawn from N(0, std^2), in fp32, then cast; their padding is zero. Everything
-    else, norms and multipliers, is 1. Parameters that `deepspeed.zero.Init` has partitioned are set in their
+    else (norms and multipliers) is 1. Parameters that `deepspeed.zero.Init` has partitioned are set in their
     partitions; nothing is gathered.
 
     Args:
-        model: every trainable parameter states its layout.
-        std: by role of the logical matrix.
-        seed: of the weights; None: a checkpoint will be loaded, and until then every element that it must have is NaN.
-        coordinates: of this process.
-        note: told of each parameter before it is drawn, as large ones take seconds.
+        model: every trainable parameter has a spec.
+        std: standard deviations by role of the logical matrix.
+        seed: seed of the weights; None: a checkpoint will be loaded, and until then every element that it must have is
+            NaN.
+        coordinates: coordinates of this process.
+        note: called with a text before each parameter is drawn, as large ones take seconds.
 
     Raises:
-        ValueError: a parameter without layout, or one whose partition DeepSpeed keeps quantized or twice.
+        ValueError: a parameter has no spec, or DeepSpeed keeps its partition quantized or twice.
     """
     for name, parameter, spec in named_specs(model):
         values, start = _held(parameter, name)
@@ -62,7 +63,7 @@ def initialize(
 
 
 def _held(parameter: Parameter, name: str) -> tuple[Tensor, int]:
-    """This rank's values of a parameter's tensor-parallel shard, flat, and where in the flattened shard they begin."""
+    """Return this rank's flat values of a parameter's tensor-parallel shard, and where in the flat shard they begin."""
     partition = getattr(parameter, "ds_tensor", None)
     if partition is None:
         return parameter.detach().view(-1), 0

@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Logits that are worked on in fp32 at a time, in up to two tensors: they stay in a CPU's cache, and take at most
+"""Logits that are processed in fp32 at a time, in up to two tensors: these fit a CPU's cache, and take at most
 256 MiB of a GPU."""
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
-    """(cross entropy, log-sum-exp) per token, both [seq, batch], in fp32 and nats.
+    """Cross entropy and log-sum-exp per token, both [seq, batch], in fp32 and nats.
 
-    Two collectives of one number per token and statistic: the maximum; then the sum of exponentials together with
+    Two collectives send one number per token and statistic: the maximum; then the sum of exponentials together with
     the target's logit. Logits of padding (ids from `vocab_size` on) count as -inf and get no gradient.
 
-    All arithmetic is fp32, a chunk of tokens at a time: backward keeps the logits in their own dtype and makes the
-    softmax again, so in bf16 nothing of the logits' size is held in fp32.
+    All arithmetic is in fp32, on a chunk of tokens at a time: the logits are kept for backward in their own dtype, and
+    the softmax is computed again there, so in bf16 no tensor of the logits' size is held in fp32.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, group: torch.distributed.ProcessGroup
     ) -> tuple[Tensor, Tensor]:
-        """logits: [seq, batch, padded vocabulary/tp]; labels: [seq, batch] global ids."""
+        """Return both. logits: [seq, batch, padded vocabulary/tp]; labels: [seq, batch] global ids."""
         logits = logits.contiguous()
         local = logits.shape[-1]
         start = group.rank() * local
@@ -53,7 +53,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_entropy: Tensor, grad_log_sum_exp: Tensor) -> tuple[Tensor | None, ...]:
-        """d entropy = softmax - onehot; d log-sum-exp = softmax."""
+        """Return the logits' gradient: d entropy = softmax - onehot; d log-sum-exp = softmax."""
         logits, maximum, sums, target, elsewhere = ctx.saved_tensors
         grad = torch.empty_like(logits)
         rows = grad.view(-1, grad.shape[-1])
@@ -62,21 +62,21 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         target = target.reshape(-1, 1)
         for at in _chunks(logits):
             softmax = _exponentials(logits, at, ctx.real, maximum).div_(sums.view(-1, 1)[at])
-            # The 1 of the target is subtracted before rounding: near p = 1 the difference is all there is.
+            # The target's 1 is subtracted before rounding: near p = 1, p rounds to 1 and the difference would be lost.
             rows[at] = softmax.mul_(of_softmax[at]).scatter_add_(-1, target[at], at_target[at])
             del softmax  # before the next chunk is made
         return grad, None, None, None
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Slices of tokens, which together have at most CHUNK_ELEMENTS logits or are one token."""
+    """Yield slices of tokens, each with at most CHUNK_ELEMENTS logits or of one token."""
     tokens, local = logits.shape[:-1].numel(), logits.shape[-1]
     size = max(1, CHUNK_ELEMENTS[logits.device.type] // local)
     return (slice(first, first + size) for first in range(0, tokens, size))
 
 
 def _scores(logits: Tensor, at: slice, real: int) -> Tensor:
-    """Logits of a chunk of tokens in fp32, of which all from `real` on are padding: [tokens, padded vocabulary/tp]."""
+    """Return a chunk's logits in fp32, [tokens, padded vocabulary/tp]; those from `real` on are padding and -inf."""
     scores = logits.view(-1, logits.shape[-1])[at]
     if real < scores.shape[-1]:
         scores = scores.to(torch.float32, copy=True)
@@ -85,5 +85,5 @@ def _scores(logits: Tensor, at: slice, real: int) -> Tensor:
 
 
 def _exponentials(logits: Tensor, at: slice, real: int, maximum: Tensor) -> Tensor:
-    """exp(score - maximum) of a chunk of tokens, in new memory."""
+    """Return exp(score - maximum) of a chunk of tokens, [tokens, padded vocabulary/tp], in new memory."""
     return (_scores(logits, at, real) - maximum.view(-1, 1)[at]).exp_()

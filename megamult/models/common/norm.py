@@ -1,4 +1,4 @@
-"""RMSNorm that states its layout: its weight is replicated, its gradient partial under sequence parallelism."""
+"""RMSNorm that states its spec: its weight is replicated, its gradient partial under sequence parallelism."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megamult.parameters.stated import set_spec
 
 
 class RMSNorm(torch.nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * w over the last dimension. x, y: [..., hidden]; w: [hidden].
+    """RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * w. x, y: [..., hidden]; w: [hidden].
 
-    Under sequence parallelism a rank sees its part of the tokens alone, so the weight's gradient is partial:
-    `sequence_parallel` tells Megatron's loop, the layout tells our optimizer.
+    Under sequence parallelism a rank sees only its part of the tokens, so the weight's gradient is partial:
+    `sequence_parallel` tells this to Megatron's loop, the spec to our optimizer.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -25,5 +25,5 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize and scale."""
+        """Normalize and scale x: [..., hidden]."""
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)

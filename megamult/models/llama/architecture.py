@@ -1,4 +1,4 @@
-"""Llama as the rest of the package sees it: grouped-query attention, RMSNorm and gated MLP."""
+"""Llama for the rest of the package: its entry in the table of architectures."""
 
 from __future__ import annotations
 

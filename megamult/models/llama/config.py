@@ -40,7 +40,7 @@ class ModelConfig:
 
     @property
     def query_groups(self) -> int:
-        """Key-value heads."""
+        """Number of key-value heads."""
         return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
 
     def __post_init__(self) -> None:
@@ -70,13 +70,14 @@ class ModelConfig:
         )
 
     def check_sharding(self, tensor: int, sequence: bool) -> None:
-        """Check that a model of these sizes can be spread over `tensor` tensor-parallel ranks.
+        """Check that a model of these sizes can be sharded over `tensor` tensor-parallel ranks.
 
         Args:
+            tensor: tensor-parallel size.
             sequence: whether sequence parallelism is on.
 
         Raises:
-            ValueError: fact, value, remedy.
+            ValueError: it cannot; the message gives fact, value and remedy.
         """
         require(
             not sequence or self.seq_length % tensor == 0,

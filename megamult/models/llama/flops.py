@@ -6,8 +6,8 @@ from megamult.models.llama.config import ModelConfig
 
 
 def flops_per_token(sizes: ModelConfig, vocab_size: int) -> float:
-    """FLOPs of forward and backward per token: 6 per weight in a matrix product, and attention's two products over
-    the causal half of the sequence (recomputation not counted)."""
+    """Return the FLOPs of forward and backward per token: 6 per weight in a matrix product, and those of attention's
+    two products over the causal half of the sequence (recomputation not counted)."""
     h, f, layers = sizes.hidden_size, sizes.ffn_hidden_size, sizes.num_layers
     kv = h // sizes.num_attention_heads * sizes.query_groups
     weights = layers * (2 * h * h + 2 * h * kv + 3 * h * f) + h * vocab_size

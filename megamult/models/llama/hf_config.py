@@ -8,7 +8,7 @@ from typing import Any
 
 from megamult.models.llama.config import ModelConfig
 
-# Our key: (Hugging Face's field, value that transformers assumes without it).
+# Maps our key to (Hugging Face's field, the value that transformers assumes where the field is absent).
 _SIZES = {
     "num_layers": ("num_hidden_layers", 32),
     "hidden_size": ("hidden_size", 4096),
@@ -20,7 +20,7 @@ _SIZES = {
 _NUMBERS = {"norm_eps": ("rms_norm_eps", 1e-6), "init_std": ("initializer_range", 0.02)}
 _ROTARY_BASE = 10000.0
 
-# Field: allowed values (None: absent), and the remedy for others.
+# Maps a field to its allowed values (None: absent) and the remedy for others.
 _TRAIN_WITHOUT = "if the model computes the same without it, correct config.json; otherwise it cannot be imported"
 _MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_type": (("llama",), "import a model of the Llama architecture"),
@@ -41,11 +41,11 @@ def to_hugging_face(
     """Return the content of config.json for an exported model.
 
     Args:
-        sizes: of the model.
-        vocab_size: exact, without padding.
+        sizes: sizes of the model.
+        vocab_size: exact number of tokens, without padding.
         tied: whether the head is the embedding in the exported tensors.
         dtype: a key of :data:`megamult.models.common.hugging_face.DTYPES`.
-        token_ids: `bos_token_id`, `eos_token_id` ... of the tokenizer.
+        token_ids: the tokenizer's `bos_token_id`, `eos_token_id` ...
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -70,7 +70,7 @@ def to_hugging_face(
         "mlp_bias": False,
         "tie_word_embeddings": tied,
         "use_cache": True,
-        # transformers takes 1 and 2 where these are absent.
+        # transformers assumes 1 and 2 where these are absent.
         "bos_token_id": None,
         "eos_token_id": None,
         **token_ids,
@@ -78,10 +78,10 @@ def to_hugging_face(
 
 
 def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
-    """Return the model that config.json describes. Fields that do not change the function are ignored.
+    """Return the sizes of the model that config.json describes. Fields that do not change the function are ignored.
 
     Raises:
-        ValueError: a field asks for what our model cannot express, or has no sensible value.
+        ValueError: a field asks for something that our model cannot express, or has no sensible value.
     """
     for field, (allowed, remedy) in _MUST_BE.items():
         if config.get(field) not in allowed:
@@ -119,7 +119,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _rotary_base(config: Mapping[str, Any]) -> float:
-    """Read `rope_theta`, in transformers 5's `rope_parameters` or beside the older `rope_scaling`."""
+    """Read `rope_theta`: in transformers 5's `rope_parameters`, or beside the older `rope_scaling`; default: 10000."""
     bases = {}
     for field in ("rope_parameters", "rope_scaling"):
         rope = config.get(field) or {}

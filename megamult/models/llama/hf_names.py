@@ -12,12 +12,12 @@ from megamult.parameters.spec import Role
 def weights(sizes: ModelConfig, vocab_size: int) -> Iterator[Weight]:
     """Yield every weight in Hugging Face's order, the head even if it is tied to the embedding.
 
-    A matrix W[out, in] is the same here and there: both multiply x W^T, have the heads in order and rotate the halves
-    of a head, so nothing is transposed or permuted.
+    A matrix W[out, in] is the same here and in Hugging Face: both multiply x W^T, have the heads in order and rotate
+    the halves of a head, so nothing is transposed or permuted.
 
     Args:
-        sizes: of the model.
-        vocab_size: exact, without padding.
+        sizes: sizes of the model.
+        vocab_size: exact number of tokens, without padding.
     """
     hidden, ffn = sizes.hidden_size, sizes.ffn_hidden_size
     kv = hidden // sizes.num_attention_heads * sizes.query_groups

@@ -25,12 +25,12 @@ class RecomputedTransformerLayer(TransformerLayer):
     """A layer that keeps only its input and runs forward again in backward (no dropout: no random state)."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As Megatron's TransformerLayer."""
+        """Run Megatron's TransformerLayer; arguments and results are the same."""
         run = super().forward
         if not torch.is_grad_enabled():
             return run(hidden_states, *args, **kwargs)
-        # Reentrant: the first pass runs without a graph, so that the layers' own hooks on saved tensors cannot
-        # keep activations that the recomputation is there to drop.
+        # Reentrant checkpointing runs the first pass without a graph, so the layers' own hooks on saved tensors cannot
+        # keep the activations that recomputation is meant to drop.
         output = torch.utils.checkpoint.checkpoint(
             lambda hidden: run(hidden, *args, **kwargs)[0],
             hidden_states,
@@ -47,13 +47,14 @@ def gpt_layer_spec(
     grad_sync: GradSync = "backward",
     recompute: bool = False,
 ) -> ModuleSpec:
-    """A pre-norm transformer layer: RMSNorm, grouped-query attention, gated MLP, all matrices with multipliers.
+    """Return the ModuleSpec of a pre-norm transformer layer: RMSNorm, grouped-query attention, gated MLP, all matrices
+    with multipliers.
 
     Args:
-        config: Megatron's; sizes of heads, groups and MLP are read from it.
+        config: Megatron's configuration; sizes of heads, groups and MLP are read from it.
         placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar; `{}`: none.
-        grad_sync: who sums replicated multipliers' gradients over tensor-parallel ranks
-            (:mod:`megamult.multipliers.parameters`); "step" needs an optimizer of ours.
+        grad_sync: where gradients of replicated multipliers are summed over tensor-parallel ranks
+            (:mod:`megamult.multipliers.parameters`); "step" needs an optimizer of this package.
         recompute: keep only a layer's input and recompute the rest in backward.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Megatron-Core's GPTModel with our embedding and head: padded vocabulary, z-loss, initialization free of sharding."""
+"""Megatron-Core's GPTModel with our embedding and head: padded vocabulary, z-loss, weights that ignore sharding."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ class GPT(GPTModel):
     """A decoder-only language model; forward takes tokens and labels and returns losses.
 
     Args:
-        sizes: of the model.
+        sizes: sizes of the model.
         vocab_size: exact number of tokens.
-        seed: of the weights; the same model for every sharding. None: weights are NaN until a checkpoint is loaded.
-        placement: of multipliers in the layers: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or
-            scalar; `{}`: none.
-        dtype: of parameters and activations.
+        seed: seed of the weights; it gives the same model for every sharding. None: weights are NaN until a checkpoint
+            is loaded.
+        placement: placement of multipliers in the layers: `all`, `symmetry_free`, `scalar`, or a mapping from role to
+            row, col or scalar; `{}`: none.
+        dtype: dtype of parameters and activations.
         tensor_parallel: size of the tensor-parallel groups that :func:`megamult.distributed.start.initialize` made.
         sequence_parallel: shard norms and residuals over the tensor-parallel ranks, by position in the sequence.
         recompute: keep only each layer's input, and run it forward again in backward.
-        note: told what is being done, a parameter at a time.
+        note: called with a text before each parameter is drawn.
 
     Raises:
-        ValueError: `sizes` cannot be sharded so, or the groups have another size.
+        ValueError: `sizes` cannot be sharded like this, or the tensor-parallel group has another size.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class GPT(GPTModel):
                 f"tensor_parallel is {tensor_parallel} and the tensor-parallel group has {group.size()} ranks: give "
                 "the model the size that start.initialize was given"
             )
-        # GPTModel names the classes of embedding and head itself, so they are replaced after it has built them, of
-        # memory that nobody has written to.
+        # GPTModel fixes the classes of embedding and head, so they are replaced after it has built them; it has not
+        # written to their memory, so they cost almost nothing.
         self.embedding.word_embeddings = MultiplierVocabParallelEmbedding(
             padded,
             sizes.hidden_size,
@@ -93,7 +94,7 @@ class GPT(GPTModel):
         if not sizes.tie_embeddings:
             self.output_layer = Head(vocab_size, transformer, group)
         self.setup_embeddings_and_output_layer()
-        # zero.Init casts what is made under it to the parameters' dtype; rotary angles need fp32.
+        # zero.Init casts tensors that are made under it to the parameters' dtype; rotary angles need fp32.
         dim = transformer.kv_channels
         exponents = torch.arange(0, dim, 2, device=device.local_device()).to(torch.float64) / dim
         self.rotary_pos_emb.inv_freq = (1.0 / sizes.rotary_base**exponents).to(torch.float32)
@@ -102,7 +103,7 @@ class GPT(GPTModel):
         initialize(self, parameters.standard_deviations(sizes), seed, tensor_shard(group.rank(), group.size()), note)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of a micro-batch.
+        """Return the losses of a micro-batch.
 
         Args:
             tokens, labels: [batch, seq] ids.
@@ -114,7 +115,7 @@ class GPT(GPTModel):
         return super().forward(tokens, None, None, labels=labels)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """labels: [batch, seq]; logits: [seq, batch, padded vocabulary/tp]. Returns what forward returns."""
+        """Return what `forward` returns. labels: [batch, seq]; logits: [seq, batch, padded vocabulary/tp]."""
         entropy, log_sum_exp = VocabParallelCrossEntropy.apply(
             logits, labels.transpose(0, 1), self.exact_vocab_size, self.pg_collection.tp
         )
@@ -141,15 +142,15 @@ class Head(ColumnParallelLinear):
 
 
 def _nothing(weight: Tensor) -> Tensor:
-    """The init method of layers whose weights are set once the model is complete."""
+    """Leave a weight as it is: the init method of layers whose weights are set once the model is complete."""
     return weight
 
 
 def transformer_config(
     sizes: ModelConfig, dtype: torch.dtype, tensor_parallel: int, sequence_parallel: bool
 ) -> TransformerConfig:
-    """Megatron's configuration of the transformer. Its layers allocate their weights where they will be used, and leave
-    them as they are."""
+    """Return Megatron's configuration of the transformer. Its layers allocate weights on the device that uses them, and
+    do not initialize them."""
     fused = device.has_cuda()  # Megatron's fusions compile, which on a CPU takes longer than it saves
     return TransformerConfig(
         num_layers=sizes.num_layers,
