@@ -166,5 +166,5 @@ def test_attention_is_dense_causal_grouped_query_attention(groups: int, scale: f
 
 @pytest.mark.parametrize(("mask", "kind"), [(AttnMaskType.padding, "self"), (AttnMaskType.causal, "cross")])
 def test_attention_that_is_not_causal_self_attention_is_refused(mask: AttnMaskType, kind: str) -> None:
-    with pytest.raises(ValueError, match="SdpaAttention does causal self-attention alone"):
+    with pytest.raises(ValueError, match="SdpaAttention does causal self-attention only"):
         SdpaAttention(None, 1, mask, kind)  # type: ignore[arg-type]
