@@ -1,6 +1,7 @@
-"""Settings of all tests: one thread per process, no GPU unless a test asks for it."""
+"""Settings of all tests: one thread per process, no GPU unless a test asks for it, and how two workers share them."""
 
 import os
+from pathlib import PurePosixPath
 
 import pytest
 
@@ -9,7 +10,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
+ONE_LAUNCH = ("tests/models", "tests/multipliers")
+"""Folders in which all tests read the results of one launch."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--cluster`: see tests/cluster/conftest.py."""
+    """`--cluster`: see tests/cluster/conftest.py. `--fast`: see `tests.processes.starts_processes`."""
     parser.addoption("--cluster", action="store_true", help="run the tests marked `cluster` too, which take minutes")
+    parser.addoption("--fast", action="store_true", help="skip tests that start processes, except one launch of ranks")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Pass `--fast` on."""
+    from tests import processes  # imports torch
+
+    processes.FAST = config.getoption("--fast")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist, keep the tests of a file on one worker: their fixtures launch once."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        file = PurePosixPath(item.nodeid.partition("::")[0])
+        group = file.parent if str(file.parent) in ONE_LAUNCH else file
+        item.add_marker(pytest.mark.xdist_group(str(group)))

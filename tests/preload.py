@@ -1,16 +1,23 @@
 """Modules that a rank needs, imported once for all of them: `tests/processes.py` forks ranks from a server that has
 imported this one. It must start no thread and no process group, which a fork would not survive."""
 
+# ruff: noqa: F401
+
 from __future__ import annotations
 
 import atexit
 import gc
 import os
 
+import deepspeed.runtime.engine
+import megatron.core.models.gpt
+import torch._inductor.compile_fx
+import torch.utils.tensorboard
+
 import megamult.checkpoint.resume
 import megamult.train.checkpoints
 import megamult.train.engine
-import megamult.train.loop  # noqa: F401
+import megamult.train.loop
 
 SERVER = os.getpid()
 """Process that has imported these modules; in a rank, its parent."""

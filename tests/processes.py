@@ -16,10 +16,20 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
 REPOSITORY = Path(__file__).parents[1]
+
+FAST = False
+"""Whether tests that start processes are to be skipped; `tests/conftest.py` sets it."""
+
+
+def starts_processes() -> None:
+    """Skip the running test with `--fast`: whatever starts Python with torch in it, calls this first."""
+    if FAST:
+        pytest.skip("starts processes: not with --fast")
 
 
 def free_port() -> int:
@@ -33,7 +43,12 @@ def free_port() -> int:
 
 
 def run_distributed(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0, cuda: bool = False
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 600.0,
+    cuda: bool = False,
+    fast: bool = False,
 ) -> list[Any]:
     """What `function(*args)` returned on each of `world_size` processes, by rank.
 
@@ -45,11 +60,13 @@ def run_distributed(
 
     Every process is new and has this process' environment variables. Those on the CPU are forked from one that has
     imported `tests/preload.py` and done nothing else, in a tenth of a second instead of eight; those on GPUs start
-    afresh.
+    afresh. With `--fast` the test is skipped, unless `fast` is true.
 
     Raises:
         AssertionError: a process raised; with its traceback.
     """
+    if not fast:
+        starts_processes()
     with tempfile.TemporaryDirectory() as folder:
         context: BaseContext = mp.get_context("spawn") if cuda else _preloaded()
         port = free_port()

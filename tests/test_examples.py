@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import free_port
+from tests.processes import free_port, starts_processes
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def _run(*command: str, **variables: str) -> str:
+    starts_processes()
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", **variables}
     done = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import processes
 from tests.processes import run_distributed
 
 
@@ -36,7 +37,7 @@ def fails_on_rank_one() -> None:
 
 
 def test_every_rank_is_a_fresh_fork_of_a_server_that_has_imported_the_libraries() -> None:
-    launches = [run_distributed(2, found) for _ in range(2)]
+    launches = [run_distributed(2, found, fast=True) for _ in range(2)]
     ranks = [rank for launch in launches for rank in launch]
     for rank in ranks:
         assert rank["forked"] and rank["threads"] == 1
@@ -47,13 +48,19 @@ def test_every_rank_is_a_fresh_fork_of_a_server_that_has_imported_the_libraries(
 
 def test_ranks_have_the_environment_of_their_launch_not_of_the_servers_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGAMULT_TEST_EARLY", "of the first launch")
-    run_distributed(1, found)
+    run_distributed(1, found, fast=True)
     monkeypatch.delenv("MEGAMULT_TEST_EARLY")
     monkeypatch.setenv("MEGAMULT_TEST_LATE", "of this launch")
-    (rank,) = run_distributed(1, found)
+    (rank,) = run_distributed(1, found, fast=True)
     assert (rank["variable"], rank["further"]) == ("of this launch", None)
 
 
 def test_a_rank_that_raises_ends_the_launch_with_its_traceback() -> None:
     with pytest.raises(AssertionError, match=r"(?s)rank 1:.*fails_on_rank_one.*KeyError: 'no such key'"):
-        run_distributed(2, fails_on_rank_one)
+        run_distributed(2, fails_on_rank_one, fast=True)
+
+
+def test_fast_skips_a_test_that_starts_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "FAST", True)
+    with pytest.raises(pytest.skip.Exception, match="not with --fast"):
+        run_distributed(1, found)

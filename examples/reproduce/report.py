@@ -154,7 +154,7 @@ def plot(curves: dict[str, list[Curves]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), spec="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for panel, kind in zip(panels, ("valid", "train"), strict=True):
         for (implementation, runs), colour in zip(curves.items(), ("tab:gray", "tab:blue"), strict=True):
             lines = [getattr(run, kind) for run in runs]

@@ -15,7 +15,7 @@ import torch
 from megamult.checkpoint.saved import SavedCheckpoint
 from tests.checkpoint.crash import crash, losses
 from tests.checkpoint.interrupted_workers import found_checkpoints, overlapping_saves, stopped_runs
-from tests.processes import free_port, run_distributed
+from tests.processes import free_port, run_distributed, starts_processes
 from tests.train.command import REPOSITORY, data_arguments, make_corpus, start
 
 
@@ -62,6 +62,7 @@ with signals.StopRequests() as stop:
 
 @pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM"), ("SIGINT", "SIGINT")])
 def test_a_second_request_ends_the_process_at_once_wherever_it_waits(first: str, second: str) -> None:
+    starts_processes()
     code = _TWO_SIGNALS.format(port=free_port(), first=first, second=second)
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -91,6 +92,8 @@ torch.distributed.destroy_process_group()  # as a program does: gloo has aborted
 
 
 def test_ctrl_c_stays_ignored_and_a_schedulers_signal_is_heard_though_launchers_ignore_it() -> None:
+    starts_processes()
+
     def ignore() -> None:
         for number in (signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
@@ -104,6 +107,7 @@ def test_ctrl_c_stays_ignored_and_a_schedulers_signal_is_heard_though_launchers_
 
 
 def test_ctrl_c_before_training_has_begun_ends_in_one_line(tmp_path: Path) -> None:
+    starts_processes()
     process = subprocess.Popen(
         [sys.executable, "launch/pretrain.py", "--config", "examples/configs/tiny.yaml", "--train.run_dir", tmp_path],
         cwd=REPOSITORY,

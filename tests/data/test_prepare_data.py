@@ -17,12 +17,15 @@ import sentencepiece
 
 from tests.data.conftest import make_documents
 
+from tests.processes import starts_processes
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = [sys.executable, str(REPOSITORY / "launch" / "prepare_data.py")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    starts_processes()
     return subprocess.run(
         [*SCRIPT, *arguments], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
@@ -139,6 +142,7 @@ def test_the_summary_is_printed(tmp_path: Path) -> None:
 
 def start_long_run(directory: Path, model: Path) -> subprocess.Popen[str]:
     """A preparation that takes a while."""
+    starts_processes()
     (directory / "c.txt").write_text("\n\n".join(make_documents(1000) * 30))
     arguments = ["--input", "c.txt", "--output", "c", "--tokenizer", str(model), "--workers", "2"]
     return subprocess.Popen(

@@ -19,7 +19,7 @@ from torch.distributed import HashStore
 from megamult.distributed import environment, rendezvous
 from megamult.distributed.claims import Claim
 from megamult.distributed.reception import CLAIMS, Reception, answer_key, claim_key, heard_key
-from tests.processes import free_port
+from tests.processes import REPOSITORY, free_port, starts_processes
 
 
 def test_one_node_may_hold_a_group_and_two_may_not() -> None:
@@ -68,11 +68,12 @@ print(json.dumps([process.communicate()[0] for process in started]))
 
 
 def come(rank: int, size: int, port: int, *arguments: str) -> subprocess.Popen[str]:
+    starts_processes()
     place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return subprocess.Popen(
         [sys.executable, "-c", _COME, *arguments],
         env={**os.environ, **place},
-        cwd=Path(__file__).parents[1],
+        cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -86,13 +87,14 @@ class Job:
     """Ranks on one node that one launcher has started, each with its own arguments."""
 
     def __init__(self, folder: Path, port: int, size: int, ranks: dict[int, list[str]]) -> None:
+        starts_processes()
         launcher = folder / "torchrun"
         launcher.write_text(_TORCHRUN)
         place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.process = subprocess.Popen(
             [sys.executable, launcher, json.dumps(ranks), sys.executable, "-c", _COME],
             env={**os.environ, **place},
-            cwd=Path(__file__).parents[1],
+            cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -261,12 +263,13 @@ sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and environment.rank() 
 
 
 def test_torchruns_store_serves_the_ranks_that_it_starts_again(tmp_path: Path) -> None:
+    starts_processes()
     (tmp_path / "again.py").write_text(_AGAIN)
     ranks = ["--nproc-per-node", "2", "--max-restarts", "1", "--rdzv-backend", "c10d"]
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *ranks, "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
         + [str(tmp_path / "again.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         check=True,
         capture_output=True,
         timeout=180,

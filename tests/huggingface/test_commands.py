@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.hf_config import to_hugging_face
 from megamult.models.llama.hf_names import weights
+from tests.processes import starts_processes
 from tests.train.command import data_arguments, make_corpus, start
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    starts_processes()
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONWARNINGS", None)  # what a user would see
     command = [sys.executable, str(REPOSITORY / "launch" / script), *map(str, arguments)]

@@ -14,6 +14,7 @@ import pytest
 
 from megamult.distributed import environment
 from megamult.runtime.logs import left_without_a_word
+from tests.processes import starts_processes
 from tests.train.command import REPOSITORY
 
 # What each rank does -> seconds within which a run without progress is ended. A minute: no test waits for it.
@@ -51,6 +52,7 @@ class Plays:
     """All of them at once: they mostly wait."""
 
     def __init__(self, folder: Path) -> None:
+        starts_processes()
         self._folder = folder
         self._drivers: dict[str, subprocess.Popen[str]] = {}
         self._outputs: dict[str, tuple[str, str]] = {}

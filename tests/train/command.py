@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from tests.processes import free_port
+from tests.processes import free_port, starts_processes
 
 REPOSITORY = Path(__file__).parents[2]
 VOCAB = 400
@@ -24,6 +24,7 @@ VOCAB = 400
 
 def make_corpus(folder: Path) -> Path:
     """PREFIX of a corpus of about 20,000 tokens, made by launch/prepare_data.py."""
+    starts_processes()
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 6))) for _ in range(200)]
     text = "\n\n".join(" ".join(draw.choices(words, k=100)) for _ in range(100))
@@ -90,6 +91,7 @@ class Launch:
     """
 
     def __init__(self, arguments: list[str], processes: int | None = None, first: Path | None = None) -> None:
+        starts_processes()
         self._marker = f"MEGAMULT_TEST_{uuid.uuid4().hex}"
         environment = {**os.environ, self._marker: "1", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in (first, REPOSITORY) if path is not None)

@@ -108,7 +108,7 @@ def wrong_weights(model: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     """What `run` returns, by rank and case."""
-    return run_distributed(2, run, CASES, tmp_path_factory.mktemp("deepspeed"))
+    return run_distributed(2, run, CASES, tmp_path_factory.mktemp("deepspeed"), fast=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
