@@ -16,7 +16,6 @@ import pytest
 import sentencepiece
 
 from tests.data.conftest import make_documents
-
 from tests.processes import starts_processes
 
 REPOSITORY = Path(__file__).parents[2]
