@@ -65,19 +65,21 @@ class StateStore:
             )
         return kept[state.key]
 
-    def claim_rows(self, state: State, matrices: Mapping[str, int], device: torch.device) -> None:
-        """Keep a state of the rows of these logical matrices, and of no others: of a matrix that is new, zeros.
+    def claim_rows(self, rules: Sequence[UpdateRule], device: torch.device) -> None:
+        """Keep the state of rows of the logical matrices that the rules have on this rank now, and of no others: zeros
+        of a matrix that is new.
 
         Args:
-            state: per row.
-            matrices: their names, and how many rows each has.
+            rules: all of the optimizer; several may have a state of the same name, each of other matrices.
             device: to keep it on.
         """
-        before = self.rows.get(state.name, {})
-        self.rows[state.name] = {
-            name: before[name] if name in before else torch.zeros(rows, dtype=torch.float32, device=device)
-            for name, rows in matrices.items()
-        }
+        before, self.rows = self.rows, {}
+        for rule, state in ((each, state) for each in rules for state in each.states if state.per == "row"):
+            kept = before.get(state.name, {})
+            self.rows.setdefault(state.name, {}).update(
+                (name, kept[name] if name in kept else torch.zeros(rows, dtype=torch.float32, device=device))
+                for name, rows in rule.rows().items()
+            )
 
     def of_rows(self, state: State, matrices: Sequence[str]) -> Tensor:
         """Return a copy [matrices, rows] of a state of logical matrices with the same number of rows."""

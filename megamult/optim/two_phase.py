@@ -151,9 +151,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         self._norms = GlobalNorms(partition)
         for rule in self._every_rule():
             rule.bind(partition, self._updates(rule))
-            for state in rule.states:
-                if state.per == "row":
-                    self._store.claim_rows(state, rule.rows(), device.local_device())
+        self._store.claim_rows(self._every_rule(), device.local_device())
         self._bound = partition
 
     def begin(self) -> None:

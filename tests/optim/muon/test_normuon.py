@@ -13,6 +13,7 @@ from megamult import param_groups
 from megamult.optim.adamw import AdamW
 from megamult.optim.muon.normuon import NorMuon
 from megamult.optim.two_phase import TwoPhaseOptimizer
+from megamult.parameters import megatron
 from tests.optim.muon.test_muon import FFN, HIDDEN, LAYOUTS, MULTIPLIER, SIMPLE, Small, gradients, logical
 from tests.optim.muon.test_newton_schulz import reference as newton_schulz_reference
 
@@ -81,6 +82,18 @@ def test_the_second_moment_is_one_number_per_row_of_every_logical_matrix() -> No
     heads = {"q.qkv": (24,), "k.qkv": (8,), "v.qkv": (8,)}
     assert rows == heads | {"gate.gate_up": (FFN,), "up.gate_up": (FFN,), "down": (HIDDEN,)}
     assert optimizer.state_bytes["second_moment"] == 4 * (24 + 8 + 8 + 2 * FFN + HIDDEN)
+
+
+def test_two_rules_of_one_name_keep_their_rows_side_by_side() -> None:
+    model = Small({"down": LAYOUTS["down"], "head": megatron.vocabulary("head", 7, 7, HIDDEN)})
+    rules = {"matrix": NorMuon(), "head": NorMuon()}
+    optimizer = TwoPhaseOptimizer(param_groups(model, lr=LR, weight_decay=DECAY), AdamW(), rules, model=model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    rows = {name: values for _, name, values in optimizer.row_views(optimizer._own_partition())}
+    assert {name: len(values) for name, values in rows.items()} == {"down": HIDDEN, "head": 7}
+    assert all(bool((values > 0).all()) for values in rows.values())
 
 
 def test_a_state_dict_brings_the_second_moment_back() -> None:
