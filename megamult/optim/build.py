@@ -1,4 +1,4 @@
-"""A configuration's optimizer and multipliers become the optimizer of a model whose parameters state their layouts."""
+"""A configuration's optimizer and multipliers become the optimizer of a model whose parameters have specs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_optimizer(
     """The optimizer over all trainable parameters of a model; its learning rate is the peak.
 
     Args:
-        model: every trainable parameter states its layout.
+        model: every trainable parameter has a spec.
         chosen: which optimizer, and its settings; the schedule is the loop's.
         multipliers: folded ones are made here, others are parameters of the model.
         initial: first value of each (role, side) of folded multipliers.

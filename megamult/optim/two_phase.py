@@ -69,7 +69,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError: a group without kind, with parameters of another kind or of several dtypes; a parameter without
-            layout, of another shape than its layout says, or in no group.
+            spec, of another shape than its spec says, or in no group.
     """
 
     def __init__(
