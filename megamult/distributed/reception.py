@@ -30,7 +30,7 @@ HEAR = datetime.timedelta(seconds=10)
 """Time that rank 0 waits until all ranks have read its result."""
 
 TELL_SECONDS = 15.0
-"""Time after which a rank that still waits says for whom."""
+"""Time after which a rank that still waits says which ranks it waits for."""
 
 _PORT = "Give this run another port (the launcher's --master_port, or MASTER_PORT)"
 

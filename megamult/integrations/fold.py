@@ -100,7 +100,7 @@ def _listed(sides: str | Sequence[str]) -> list[str]:
 
 
 def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerConfig:
-    """The optimizer's configuration, checked as the command line would."""
+    """Return the optimizer's configuration, checked as the command line would check it."""
     if isinstance(given, OptimizerConfig):
         chosen = given
     else:
@@ -123,7 +123,7 @@ def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerCo
 
 
 def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
-    """The keys and values of a section, of the types that its dataclass states."""
+    """Return the keys and values of a section, checked against the types that its dataclass states."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{section} is {given!r}: it is a section; give a mapping of its keys")
     hints, values = get_type_hints(dataclass), dict(given)
@@ -170,7 +170,7 @@ def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placeme
 
 
 def _names(model: torch.nn.Module) -> dict[Parameter, list[str]]:
-    """All names of each parameter: several where modules share it."""
+    """Return all names of each parameter: several where modules share it."""
     names: dict[Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -185,7 +185,7 @@ def _names(model: torch.nn.Module) -> dict[Parameter, list[str]]:
 
 
 def _claims(names: Sequence[str], rules: Mapping[str, Rule]) -> dict[str, str]:
-    """The expression that finds each name, of those that are found."""
+    """Return, for each name that a rule finds, the expression that finds it."""
     claims: dict[str, str] = {}
     for expression in rules:
         try:
@@ -207,7 +207,7 @@ def _claims(names: Sequence[str], rules: Mapping[str, Rule]) -> dict[str, str]:
 
 
 def _state(parameter: Parameter, name: str, rule: Rule, tp_size: int) -> ParameterSpec:
-    """What a rule says of a parameter."""
+    """Return the spec that a rule gives to a parameter."""
     if isinstance(rule, ParameterSpec):
         return rule
     if not isinstance(rule, str):
@@ -232,7 +232,7 @@ def _unnamed(parameter: Parameter, name: str, tp_size: int) -> ParameterSpec:
 
 
 def _check_tie(known: list[str], stated: dict[str, ParameterSpec], spec: ParameterSpec, placement: Placement) -> None:
-    """A shared parameter with multipliers has one role under all of its names."""
+    """Check that a shared parameter with multipliers has one role under all of its names."""
     roles = {name: _roles(stated[name]) if name in stated else "no rule" for name in known}
     scaled = any(covers(each, placement) for each in (spec, *stated.values()))
     if scaled and len(known) > 1 and ("no rule" in roles.values() or len(set(roles.values())) > 1):

@@ -19,7 +19,7 @@ from megamult.parameters.rectangles import Rectangle
 from megamult.parameters.spec import Side
 
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Of a band at most: bounds temporary memory (of a GPU to 256 MiB), stays in a CPU's cache."""
+"""Most elements of a band: bounds temporary memory (of a GPU to 256 MiB), stays in a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Band:
     """Rows of a piece, and the packed entries that scale them; the entry after the last multiplier is 1."""
 
     offset: int
-    """In the piece."""
+    """Position of the first element in the piece."""
     height: int
     width: int
     row: Tensor
@@ -41,7 +41,7 @@ class Band:
     col: Tensor
     """[vectors, width] entries of column multipliers."""
     spans: tuple[Span, ...]
-    """Which of these vectors scales which rows."""
+    """Rows that each of these vectors scales."""
 
     def of(self, values: Tensor) -> Tensor:
         """[height, width] view of the band in the values [length] of its piece."""
@@ -148,7 +148,7 @@ def _bounded(r: Rectangle, elements: int) -> Iterator[Rectangle]:
 
 
 def _band(together: list[Rectangle], places: Mapping[tuple[int, Side], slice], one: int) -> Band | None:
-    """The band of these rectangles, unless nothing scales it."""
+    """Return the band of these rectangles; None: nothing scales it."""
     row, scalar = torch.full((2, sum(r.height for r in together)), one)
     cols: dict[int, Tensor] = {}
     spans, stop = [], 0

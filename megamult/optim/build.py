@@ -26,7 +26,7 @@ def make_optimizer(
     multipliers: MultipliersConfig,
     initial: Callable[[Role, Side], float] = lambda role, side: 1.0,
 ) -> TwoPhaseOptimizer:
-    """The optimizer over all trainable parameters of a model; its learning rate is the peak.
+    """Make the optimizer of all trainable parameters of a model; its learning rate is the peak.
 
     Args:
         model: every trainable parameter has a spec.
@@ -66,7 +66,7 @@ def make_optimizer(
 
 
 def matrix_rules(chosen: OptimizerConfig) -> dict[str, UpdateRule]:
-    """The rule of the blocks' matrices, by their kind; none: AdamW's, as everything else's."""
+    """Make the update rule of the blocks' matrices, by their kind; empty: AdamW updates them too."""
     choice = OPTIMIZERS[chosen.name]
     if choice.rule is None:
         return {}

@@ -60,7 +60,7 @@ class LocalSquares:
 
 
 def clip_factor(norm: float, threshold: float) -> float:
-    """What to scale gradients by so that their norm is at most `threshold` (0: never scale)."""
+    """Return the factor that brings a norm down to `threshold`, at most 1 (threshold 0: always 1)."""
     if threshold <= 0:
         return 1.0
     return min(1.0, threshold / (norm + 1e-6))

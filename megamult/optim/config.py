@@ -91,7 +91,7 @@ class Choice:
     """An optimizer that `optimizer.name` may name: AdamW, or another rule for the blocks' matrices beside it."""
 
     sections: tuple[str, ...]
-    """Whose keys it uses."""
+    """Sections whose keys it uses."""
     rule: str | None = None
     """`module:class` of the matrices' rule, which takes the keys of all sections but adamw; None: AdamW."""
 
@@ -101,7 +101,8 @@ OPTIMIZERS = {
     "muon": Choice(("adamw", "muon"), "megamult.optim.muon.rule:Muon"),
     "normuon": Choice(("adamw", "normuon"), "megamult.optim.muon.normuon:NorMuon"),
 }
-"""By the names of `optimizer.name`. A new one is an entry here, a section above and a field in OptimizerConfig."""
+"""Optimizers by the values of `optimizer.name`. A new one is an entry here, a section above, and a field and a
+name in OptimizerConfig."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ class Vector:
     """The multipliers of one side of one logical matrix: entries [start, start + length) of the packed vector."""
 
     name: str
-    """As the layer implementation's logical tensors are named."""
+    """Name of the logical tensor, the same as in the layer implementation."""
     role: Role
     side: Side
     start: int
@@ -44,7 +44,7 @@ class Vector:
 
 
 def covers(spec: ParameterSpec, placement: Placement) -> bool:
-    """Whether folded multipliers of this placement scale a parameter."""
+    """Return whether folded multipliers of this placement scale a parameter."""
     return spec.side is None and any(placement.get(part.role) for part in spec.parts)
 
 
@@ -85,7 +85,7 @@ class FoldedMultipliers:
         self._state: MutableMapping[Tensor, Any] = {}
 
     def covers(self, spec: ParameterSpec) -> bool:
-        """Whether a parameter has multipliers."""
+        """Return whether a parameter has multipliers."""
         return covers(spec, self.placement)
 
     @torch.no_grad()
@@ -265,7 +265,7 @@ class FoldedMultipliers:
             self._write(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The packed multipliers, and AdamW's state of them; the latent weights are in the optimizer's own state."""
+        """Return the packed multipliers and AdamW's state of them; the optimizer's own state has the latent weights."""
         return {"values": self.values.detach(), **self._adamw.state[self.values]}
 
     def load_state_dict(self, state: dict[str, Tensor], optimizer_state: MutableMapping[Tensor, Any]) -> None:
@@ -289,7 +289,7 @@ class FoldedMultipliers:
         self._present = None
 
     def named(self) -> Iterator[tuple[Vector, Tensor]]:
-        """Every vector of multipliers, whole on every rank."""
+        """Yield every vector of multipliers, whole on every rank."""
         for vector in self.vectors:
             yield vector, self.values.detach()[vector.start : vector.start + vector.length]
 
@@ -307,7 +307,7 @@ class FoldedMultipliers:
                 kernels.scale_rows(band.of(flat[piece.offset : piece.offset + piece.length]), rho, kappa, band.spans)
 
     def _factors(self) -> Factors:
-        """The present multipliers of every band."""
+        """Return the present multipliers of every band."""
         if self._present is None:
             self._present = self._table.factors(torch.cat([self.values.detach(), self.values.new_ones(1)]))
         return self._present

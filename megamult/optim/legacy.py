@@ -25,7 +25,7 @@ RENAMED = {"ns_coefficients": {"quintic": "simple"}, "update_scale": {"spectral"
 
 
 def is_old(optimizer: Mapping[str, Any]) -> bool:
-    """Whether an optimizer's configuration has keys of an earlier version."""
+    """Return whether an optimizer's configuration has keys of an earlier version."""
     return any(key in optimizer for key in MOVED)
 
 

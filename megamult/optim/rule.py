@@ -27,11 +27,11 @@ class State:
     """
 
     name: str
-    """In checkpoints."""
+    """Name in checkpoints."""
     key: str
-    """In torch's `state_dict`."""
+    """Key in torch's `state_dict`."""
     per: Literal["element", "row"] = "element"
-    """Of what there is a value: of each element, kept beside the slices of a parameter; or of each row of a logical
+    """Unit that has one value: each element, kept beside the slices of a parameter; or each row of a logical
     matrix, kept by the rank that owns the matrix."""
 
 

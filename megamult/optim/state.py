@@ -42,8 +42,8 @@ class StateStore:
         return kept
 
     def of_slice(self, rule: UpdateRule, state: State, piece: Slice) -> Tensor:
-        """Return a state of a slice that `rule` updates, a [length] view. Of a shared slice it is fp32 and this rank's
-        alone.
+        """Return a state of a slice that `rule` updates, a [length] view; fp32 and kept only by this rank
+        where the slice is shared.
 
         Raises:
             RuntimeError: a state was loaded that another rank had kept of the slice.
@@ -90,7 +90,7 @@ class StateStore:
         torch._foreach_copy_([self.rows[state.name][name] for name in matrices], list(values.unbind()))
 
     def all_rows(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Every (name of the state, name of the logical matrix, [rows]) that this rank keeps, to read and to write."""
+        """Yield every (name of the state, name of the logical matrix, [rows]) of this rank, to read and to write."""
         for state, matrices in self.rows.items():
             for name, values in matrices.items():
                 yield state, name, values

@@ -42,7 +42,7 @@ class _Decision:
     """Factor of all gradients but the multipliers'."""
     clip_multipliers: float = 1.0
     partition: Partition | None = None
-    """Whose gradients they are."""
+    """Partition that the gradients belong to."""
 
 
 class TwoPhaseOptimizer(torch.optim.Optimizer):
@@ -117,7 +117,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         return [self.rule, *self.rules.values()]
 
     def _updates(self, rule: UpdateRule) -> Callable[[ParameterSpec], bool]:
-        """Whether `rule` updates a parameter."""
+        """Return a test: does `rule` update a parameter?"""
         return lambda spec: self.rule_of(spec.kind) is rule
 
     @property
@@ -159,7 +159,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         self.bind(self._own_partition())
 
     def _own_partition(self) -> WholePartition:
-        """The partition of a loop without DeepSpeed, where this optimizer holds the model's own parameters."""
+        """Return the partition of a loop without DeepSpeed, where this optimizer holds the model's own parameters."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         driven = self._bound is not None and self._bound is not self._own
         if driven or not all(has_spec(p) for p in parameters):
@@ -204,7 +204,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
             rule.prepare(clip, self._store)
 
     def _schedule(self) -> float:
-        """The present fraction of the peak learning rate, read off the first group."""
+        """Return the present fraction of the peak learning rate, read off the first group."""
         group = self.param_groups[0]
         return group["lr"] / group["peak_lr"]
 
@@ -289,7 +289,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         yield from self._store.all_rows()
 
     def restored(self, partition: Partition, updates: int, skipped_steps: int) -> None:
-        """What :meth:`views` yields was written to: go on from there. Collective over all ranks.
+        """Go on from what was written to the views of :meth:`views`. Collective over all ranks.
 
         Args:
             updates: steps that had been applied to that state. AdamW counts them for all alike: state that is new
@@ -305,8 +305,8 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         partition.publish()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; besides, with folded multipliers their values and state under `folded`, and state of rows of
-        matrices under `rows`."""
+        """Return torch's state dict, and in it the values and state of folded multipliers under `folded`, and state of
+        rows of matrices under `rows`."""
         self._begin_if_needed()
         found = super().state_dict()
         if self.folded is not None:
@@ -316,7 +316,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's. Latent weights are in it; the model's effective ones are in the model's own state.
+        """Load what :meth:`state_dict` returned. It has latent weights; the model's own state has the effective ones.
 
         Raises:
             ValueError: it has folded multipliers and this optimizer none, or the other way round; or it has the state

@@ -1,1 +1,1 @@
-"""From a configuration to a trained model: engine, loop, command line."""
+"""Training: what leads from a configuration to a trained model (engine, loop, command line)."""

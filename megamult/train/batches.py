@@ -34,7 +34,7 @@ class Samples(Readable, Protocol):
         """Make samples [first, last) ready, and the run's others, before `end`, in time; all ranks call it together."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold of them."""
+        """Return what a checkpoint must hold of them."""
 
     def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
         """Go on before global sample `samples` of a run that left `state`; return lines that a user should read."""
@@ -75,7 +75,7 @@ class MicroBatches:
         self._ask()
 
     def take(self) -> MicroBatch:
-        """The next micro-batch.
+        """Return the next micro-batch.
 
         Raises:
             Exception: what reading this micro-batch raised, on the rank that reads. Its tensor-parallel peers wait for

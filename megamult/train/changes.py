@@ -10,11 +10,11 @@ from megamult.config import Config
 from megamult.settings import differences, run_settings, shown
 
 _NOT_COMPARED = ("checkpoint.load",)
-"""Where the run goes on from: said already."""
+"""Keys that are left out: where the run resumes from has been said already."""
 
 
 def changes(before: Mapping[str, Any], config: Config) -> str | None:
-    """One aligned line for every key that differs, old -> new; None: none does.
+    """Return one aligned line for every key that differs, old -> new; None: none does.
 
     A key that the checkpoint's version did not have counts as its default then.
 

@@ -47,7 +47,7 @@ class RunCheckpoints:
         )
 
     def due(self, step: int) -> bool:
-        """Whether a run that goes on saves after this step."""
+        """Return whether a run that goes on saves after this step."""
         every = self._config.checkpoint.save_every
         return every > 0 and step % every == 0
 
@@ -93,7 +93,7 @@ class RunCheckpoints:
         return self._saver.save(chunks, info, self._files)
 
     def poll(self) -> Outcome | None:
-        """What became of a save that has ended since the last question."""
+        """Return the outcome of a save that has ended since the last call; None: there is none."""
         return self._saver.poll()
 
     def wait(self, seconds: float | None = None) -> Outcome | None:

@@ -25,7 +25,7 @@ _Result = TypeVar("_Result")
 
 
 def parser() -> Any:
-    """The jsonargparse parser of a run: `--config FILE.yaml`, `--section.key value`, `--print_config`, `--help`."""
+    """Make a run's jsonargparse parser: `--config FILE.yaml`, `--section.key value`, `--print_config`, `--help`."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     class Parser(ArgumentParser):
@@ -59,7 +59,7 @@ def parser() -> Any:
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
-    """The validated configuration, and it resolved as YAML.
+    """Return the validated configuration, and the same resolved as YAML.
 
     Raises:
         ValueError: a key or a value that is not possible.
@@ -90,7 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
 
 
 def _used(namespace: Any) -> Any:
-    """A copy of all sections without those of rules that the optimizer does not use."""
+    """Copy all sections but those of rules that the optimizer does not use."""
     namespace = namespace.clone()
     namespace.pop("local_rank", None)  # of a launcher, not of a run
     optimizer = namespace.get("optimizer")
@@ -113,7 +113,7 @@ def _check_used(given: Any) -> None:
 
 
 def _modern(arguments: Sequence[str]) -> list[str]:
-    """The arguments with configurations of earlier versions, such as an old run's config.yaml, in today's keys; rank 0
+    """Translate configurations of earlier versions, such as an old run's config.yaml, to today's keys; rank 0
     says what was translated.
 
     Raises:
@@ -131,7 +131,7 @@ def _modern(arguments: Sequence[str]) -> list[str]:
 
 
 def _modern_file(path: str) -> str:
-    """The path of a configuration; of an earlier version's, the contents in today's keys."""
+    """Return the path of a configuration, or, for one of an earlier version, its contents in today's keys."""
     import yaml
     from jsonargparse import get_loader
 

@@ -17,7 +17,7 @@ from megamult.train.command_line import agreed
 
 
 def vocabulary(config: Config) -> tuple[Tokenizer, int]:
-    """The tokenizer, and the model's vocabulary size.
+    """Open the tokenizer; return it and the model's vocabulary size.
 
     Raises:
         ValueError: there is no tokenizer, or it does not fit model.vocab_size.
@@ -37,7 +37,7 @@ def vocabulary(config: Config) -> tuple[Tokenizer, int]:
 def open_datasets(
     config: Config, tokenizer: Tokenizer, run_dir: Path, mesh: Mesh, note: Callable[[int], None] = lambda pieces: None
 ) -> tuple[BlendedDataset, BlendedDataset | None]:
-    """The samples of data.train and, if it is set, of data.valid. Collective over all ranks; a mistake ends them all.
+    """Open the samples of data.train and, if it is set, of data.valid. Collective; a mistake ends all ranks.
 
     One rank of each node reads headers, sizes, stamps and samples of the files; what rank 0 has found is sent to
     everyone, and each node's rank compares its own findings with that. With data.validate full every rank then reads

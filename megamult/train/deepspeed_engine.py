@@ -46,7 +46,7 @@ class DeepSpeedEngine:
 
     @property
     def mesh(self) -> Mesh:
-        """The processes that it computes on."""
+        """Mesh of the processes that it computes on."""
         return self.partition.mesh
 
     @property
@@ -56,7 +56,7 @@ class DeepSpeedEngine:
 
     @property
     def norms(self) -> Norms:
-        """Of the last step's gradient."""
+        """Norms of the last step's gradient."""
         assert self.optimizer.norms is not None
         return self.optimizer.norms
 
@@ -94,11 +94,11 @@ class DeepSpeedEngine:
         return loss / count
 
     def multipliers(self) -> Iterator[Logical]:
-        """All multipliers, each complete on global rank 0."""
+        """Yield all multipliers, each complete on global rank 0."""
         return trained(self.model, self.partition, self.optimizer, kinds=("multiplier",))
 
     def state(self) -> EngineState:
-        """What is to be saved."""
+        """Return what is to be saved."""
         chunks = owned(self.partition, self.optimizer)
         return EngineState(chunks, self.optimizer.updates, self.optimizer.skipped_steps)
 
@@ -128,7 +128,7 @@ def check_deepspeed(config: Config, mesh: Mesh) -> None:
 
 
 def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseOptimizer:
-    """The optimizer that `config` names, over all parameters of the model."""
+    """Make the optimizer that `config` names, over all parameters of the model."""
     return make_optimizer(model, config.optimizer, config.multipliers)
 
 

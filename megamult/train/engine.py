@@ -36,7 +36,7 @@ class Engine(Protocol):
 
     @property
     def mesh(self) -> Mesh:
-        """The processes that it computes on."""
+        """Mesh of the processes that it computes on."""
 
     @property
     def parameter_count(self) -> int:
@@ -44,7 +44,7 @@ class Engine(Protocol):
 
     @property
     def norms(self) -> Norms:
-        """Of the last step's gradient, over all ranks."""
+        """Norms of the last step's gradient, over all ranks."""
 
     @property
     def skipped_steps(self) -> int:
@@ -64,10 +64,10 @@ class Engine(Protocol):
         """Compute the cross entropy as :meth:`train_batch` does, and change nothing."""
 
     def multipliers(self) -> Iterable[Logical]:
-        """All multipliers, each complete on global rank 0."""
+        """Yield all multipliers, each complete on global rank 0."""
 
     def state(self) -> EngineState:
-        """What is to be saved; the chunks are views of live memory."""
+        """Return what is to be saved; the chunks are views of live memory."""
 
     def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> list[str]:
         """Put a checkpoint's state in the place of this one's, before the first step.

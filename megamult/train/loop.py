@@ -57,7 +57,7 @@ class Trainer:
         """Sums over all ranks of what was voted at the end of the last step."""
 
     def _batches(self, samples: Samples, first: int) -> MicroBatches:
-        """This rank's micro-batches of the global batches from sample `first` on."""
+        """Make this rank's micro-batches of the global batches from sample `first` on."""
         train, (data_rank, data_size) = self.config.train, self._mesh.coordinates.on("data")
         size = train.micro_batch_size
         starts = (
@@ -68,7 +68,7 @@ class Trainer:
         return MicroBatches(samples, starts, size, self.config.model.seq_length, self._mesh)
 
     def _taken(self, batches: MicroBatches, step: int, of: str = "") -> Iterator[MicroBatch]:
-        """The micro-batches of one global batch, each read when it is asked for.
+        """Yield the micro-batches of one global batch, each read when it is asked for.
 
         Notes the progress of `step`: waiting for a micro-batch is work on files, what follows it is not.
         """
@@ -80,7 +80,7 @@ class Trainer:
             yield micro_batch
 
     def train_step(self, ballot: Callable[[], Sequence[float]] = tuple) -> dict[str, float]:
-        """One optimizer step; returns the step's record.
+        """Take one optimizer step; return the step's record.
 
         Args:
             ballot: asked for this rank's vote when the step is done; `votes` then holds the sums over all ranks.
@@ -140,7 +140,7 @@ class Trainer:
         return mean_loss
 
     def multipliers(self) -> dict[str, Tensor]:
-        """All multipliers by "role/side", complete on global rank 0. Collective."""
+        """Return all multipliers by "role/side", complete on global rank 0. Collective."""
         return by_role((item.role, item.side or "", item.tensor.cpu()) for item in self.engine.multipliers())
 
     def close(self) -> None:
@@ -161,7 +161,7 @@ class Trainer:
         return [] if info.data is None else self._train.load_state_dict(info.data, info.samples)
 
     def run(self, run_dir: Path, checkpoints: RunCheckpoints, stop: StopRequests) -> str | None:
-        """All remaining steps, with evaluation, records and checkpoints. Records are written by global rank 0.
+        """Take all remaining steps, with evaluation, records and checkpoints. Records are written by global rank 0.
 
         Returns:
             Why the run stopped before its last step; None: it is complete.
@@ -203,7 +203,7 @@ class Trainer:
         return reason
 
     def _recorded_step(self, records: Records, stop: StopRequests) -> None:
-        """One optimizer step with its figures.
+        """Take one optimizer step and record its figures.
 
         Raises:
             Diverged: it is one bad step too many.

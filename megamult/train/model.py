@@ -13,7 +13,7 @@ from megamult.models.architectures import architecture_of
 def build_model(
     config: Config, vocab_size: int, seed: int | None, note: Callable[[str], None] = lambda doing: None
 ) -> torch.nn.Module:
-    """This rank's part of the model that a run trains, as :class:`megamult.models.common.architecture.ModelClass`.
+    """Build this rank's part of a run's model, as :class:`megamult.models.common.architecture.ModelClass`.
 
     Args:
         config: of the run.

@@ -87,7 +87,7 @@ def run(config: Config, resolved: str) -> None:
 
 
 def _meet(config: Config) -> Meeting:
-    """All processes come together, or this one ends. What they import is little: a host that is down is named soon."""
+    """Meet all other processes, or end this one. Little is imported before: a host that is down is named soon."""
     from megamult.distributed import device, open_files, rendezvous
 
     open_files.raise_limit()

@@ -43,7 +43,7 @@ class Records:
             self._out.__exit__(kind, error, trace)
 
     def step(self, record: dict[str, float]) -> None:
-        """A training step, with this rank's memory and, where the device's peak is known, the run's utilization."""
+        """Record a training step, this rank's memory and, where the device's peak is known, the run's utilization."""
         extra = {"memory_bytes": float(device.memory_bytes())}
         if self._peak is not None:
             extra["mfu"] = record["tokens_per_second"] * self._flops / self._peak
@@ -51,17 +51,17 @@ class Records:
             self._out.step(record, extra)
 
     def evaluation(self, step: int, valid_loss: float) -> None:
-        """An evaluation."""
+        """Record an evaluation."""
         if self._out is not None:
             self._out.evaluation({"step": step, "valid_loss": valid_loss})
 
     def histograms(self, values: dict[str, Tensor], step: int) -> None:
-        """The multipliers of each role and side."""
+        """Record histograms of the multipliers of each role and side."""
         if self._out is not None:
             self._out.histograms(values, step)
 
     def checkpoint(self, outcome: Outcome | None) -> None:
-        """What became of a checkpoint; None: nothing is known yet."""
+        """Record the outcome of a checkpoint; None: nothing is known yet."""
         if self._out is None or outcome is None:
             return
         if outcome.error is None:

@@ -95,7 +95,7 @@ def train(run: Run) -> int:
 
 
 def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCheckpoint | None:
-    """The checkpoint that the run goes on from; None: it starts anew."""
+    """Find the checkpoint that the run resumes from; None: it starts anew."""
     config, load = run.config, run.config.checkpoint.load
     if not load:
         return None
@@ -109,7 +109,7 @@ def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCh
 
 
 def _files(resolved: str, tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) -> dict[str, bytes]:
-    """What goes into every checkpoint beside the tensors; an imported tokenizer's own files stay with their model."""
+    """Collect what every checkpoint holds beside tensors; an imported tokenizer's own files stay with their model."""
     if environment.rank() != 0:
         return {}
     files = {"config.yaml": resolved.encode(), "tokenizer.model": Path(tokenizer.model_path).read_bytes()}

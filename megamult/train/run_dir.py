@@ -20,8 +20,8 @@ from megamult.runtime.logs import left_without_a_word
 
 @contextlib.contextmanager
 def chosen(configured: str | None, mesh: Mesh) -> Iterator[Path]:
-    """The run directory that the configuration names, or a new one under runs/, named by the time on rank 0, which goes
-    if nothing was written into it. Collective over all ranks.
+    """Yield the run directory that the configuration names, or a new one under runs/, named by the time on rank 0. A new
+    one is removed if nothing was written into it. Collective over all ranks.
 
     Raises:
         ValueError: it cannot be made; on every rank.
@@ -66,7 +66,7 @@ def _new_directory(path: Path) -> list[Path]:
 
 
 def own(checkpoint: Path, run_dir: Path) -> Path | None:
-    """The checkpoint by its own name in `run_dir`, if it is one of this run."""
+    """Return the checkpoint by its own name in `run_dir`, if it is one of this run."""
     path = checkpoint.resolve()
     here = path.parent == (run_dir / "checkpoints").resolve() and directory.is_of_step(path)
     return run_dir / "checkpoints" / path.name if here else None
@@ -132,7 +132,7 @@ def _tell_who_left(run_dir: Path) -> None:
 
 
 def _last_step(run_dir: Path) -> int:
-    """The step of the last record in metrics.jsonl; 0: there is none."""
+    """Return the step of the last record in metrics.jsonl; 0: there is none."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _RECORD_BYTES))
@@ -148,7 +148,7 @@ _RECORD_BYTES = 1 << 14
 
 
 def check_shared(run_dir: Path) -> None:
-    """Every rank reads the data index that rank 0 writes into the run directory."""
+    """Check that every rank sees what rank 0 writes into the run directory: all read its data index there."""
     if not (run_dir / "config.yaml").exists():
         raise ValueError(
             f"rank {environment.rank()} does not see {run_dir / 'config.yaml'}, which rank 0 wrote: train.run_dir must "
@@ -157,7 +157,7 @@ def check_shared(run_dir: Path) -> None:
 
 
 def after_divergence(run_dir: Path, last_good_step: int) -> str:
-    """What to do with a run that has diverged."""
+    """Return advice on a run that has diverged."""
     parent = run_dir / "checkpoints"
     saved = [directory.of_step(parent, step) for step in directory.steps(parent) if step <= last_good_step][-1:]
     if not saved:

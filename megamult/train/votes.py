@@ -12,7 +12,7 @@ from megamult.distributed.mesh import Mesh
 
 
 def mean_and_votes(mesh: Mesh, value: Tensor, votes: Sequence[float] = ()) -> tuple[float, list[float]]:
-    """The mean of an fp32 scalar over data-parallel ranks, and sums of `votes` over all ranks, in one collective.
+    """Take the mean of an fp32 scalar over data-parallel ranks and sums of `votes` over all ranks, in one collective.
 
     Tensor-parallel ranks hold the same value but vote each for itself, as a signal may reach only one of them. So all
     ranks take part, and of the value's replicas the first counts: zeros added to an fp32 sum change no bit.

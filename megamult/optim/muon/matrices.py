@@ -115,12 +115,12 @@ class MatrixRule(UpdateRule):
 
     @property
     def plan(self) -> Plan | None:
-        """Who owns what; None: not known yet."""
+        """Owners of the matrices; None: not known yet."""
         return None if self.matrices is None else self.matrices.plan
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank to others, in all exchanges since the partition was bound."""
+        """Bytes that this rank has sent to others in all exchanges since the partition was bound."""
         return self._bytes_gathered + (self._exchange.bytes_sent if self._exchange else 0)
 
     def bind(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> None:

@@ -42,7 +42,7 @@ _POLAR_EXPRESS = (
 R. Gower, "The Polar Express", arXiv 2505.16932, algorithm 1."""
 
 _SAFETY = 1.01
-"""By which arXiv 2505.16932 shrinks the singular values that enter a step, against rounding above 1."""
+"""Factor by which arXiv 2505.16932 shrinks the singular values that enter a step, against rounding above 1."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def workspace(rows: int, cols: int) -> int:
 
 
 def cheaper_form(rows: int, cols: int, steps: int) -> Form:
-    """Which form takes fewer FLOPs."""
+    """Return the form that takes fewer FLOPs."""
     standard, gram = (flops(rows, cols, steps, form) for form in ("standard", "gram"))
     return "gram" if gram < standard else "standard"
 
@@ -239,7 +239,7 @@ shape_scaling: https://kellerjordan.github.io/posts/muon/."""
 
 
 def scale(rows: int, cols: int, rule: str) -> float:
-    """What the orthogonalized update of a logical matrix [rows, cols] is multiplied by.
+    """Return the factor of the orthogonalized update of a logical matrix [rows, cols].
 
     Args:
         rows, cols: out and in of the full logical matrix, never of a shard.

@@ -1,4 +1,6 @@
-"""Which rank orthogonalizes which logical matrix, and in which order they travel. Pure, the same on every rank.
+"""Assignment of logical matrices to the ranks that orthogonalize them, and the order in which they travel.
+
+Pure, and the same on every rank.
 
 Each logical matrix has one owner among the processes of the grid (:class:`megamult.parameters.axes.Grid`).
 
@@ -47,7 +49,7 @@ class Plan:
     cuts: tuple[Cut, ...]
     grid: Grid
     steps: int
-    """Of Newton-Schulz."""
+    """Number of Newton-Schulz steps."""
     matrices: tuple[Matrix, ...]
     owners: tuple[int, ...]
     """Rank of each matrix."""
@@ -152,7 +154,7 @@ def make_plan(cuts: Sequence[Cut], grid: Grid, steps: int, bucket_elements: int 
 
 
 def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
-    """An owner for each matrix: largest first, to the rank with the least to do; of those, to the largest holder.
+    """Choose an owner for each matrix: largest first, to the rank with the least to do; among those the largest holder.
 
     Largest first exceeds the best possible makespan by a third at most (R. L. Graham, "Bounds on multiprocessing
     timing anomalies", SIAM J. Appl. Math. 17, 1969).
@@ -198,7 +200,7 @@ def held_elements(
 
 
 def lower_bound(costs: Sequence[int], ranks: int) -> int:
-    """What no assignment of whole matrices can make the busiest rank's cost smaller than."""
+    """Return a lower bound of the busiest rank's cost in any assignment of whole matrices."""
     ordered = sorted(costs, reverse=True)
     best = max(-(-sum(ordered) // ranks), ordered[0])
     # Among the k * ranks + 1 largest, some rank has k + 1, each at least as large as the smallest of them.

@@ -132,10 +132,10 @@ class DistributedMuon(TwoPhaseOptimizer):
 
     @property
     def plan(self) -> Plan | None:
-        """Who owns what; None before it is known what ranks hold (the first step, or DeepSpeed's attach)."""
+        """Owners of the matrices; None before it is known what ranks hold (the first step, or DeepSpeed's attach)."""
         return self.muon.plan
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank's exchanges since construction."""
+        """Bytes that this rank's exchanges have sent since construction."""
         return self.muon.bytes_sent

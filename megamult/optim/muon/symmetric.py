@@ -22,9 +22,9 @@ _BLOCKS = 4
 _SMALLEST_BLOCK = 64
 
 _FEWEST_ROWS = 512
-"""From which on the kernel's tiles are no more than block rows."""
+"""Size from which on the kernel computes no more elements than block rows do."""
 _MULTIPLE = 16
-"""Of which sizes must be: otherwise the kernel's loads are of single elements."""
+"""Number that sizes must be multiples of: otherwise the kernel loads single elements."""
 
 
 def symmetric_product(
@@ -78,7 +78,7 @@ def _bounds(n: int) -> list[tuple[int, int]]:
 
 
 def _has_kernel(device: torch.device) -> bool:
-    """Whether the Triton kernel runs there: it is for NVIDIA's GPUs since Ampere."""
+    """Return whether the Triton kernel runs there: it is for NVIDIA's GPUs since Ampere."""
     return (
         device.type == "cuda"
         and "lower_tiles" in globals()
