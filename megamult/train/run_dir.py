@@ -20,7 +20,7 @@ from megamult.runtime.logs import left_without_a_word
 
 @contextlib.contextmanager
 def chosen(configured: str | None, mesh: Mesh) -> Iterator[Path]:
-    """Yield the run directory that the configuration names, or a new one under runs/, named by the time on rank 0. A new
+    """Yield the run directory that the configuration names, or a new one under runs/, named by rank 0's time. A new
     one is removed if nothing was written into it. Collective over all ranks.
 
     Raises:
