@@ -352,7 +352,7 @@ def test_nobody_waits_longer_than_asked_for_a_first_host_that_does_not_come(host
         hosts.power_off(1)
     meet = (
         "import time\n"
-        "from megamult import rendezvous\n"
+        "from megamult.distributed import rendezvous\n"
         "began = time.monotonic()\n"
         "try:\n"
         "    rendezvous.meet(8.0)\n"
