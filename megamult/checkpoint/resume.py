@@ -33,18 +33,18 @@ from megamult.zero.partition import Partition
 
 
 def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> SavedCheckpoint | None:
-    """Find and verify the checkpoint that `checkpoint.load` asks for. Collective over all ranks, which share the
-    reading.
+    """Find and verify the checkpoint that `checkpoint.load` asks for. Collective: every rank verifies a part of its
+    files.
 
     Args:
-        mesh: of the processes.
+        mesh: mesh of the processes.
         load: a checkpoint's directory; a directory of checkpoints or of a run, for its newest one; or `latest`, for the
             newest one of `run_dir`.
         run_dir: this run's directory.
         fits: function that raises ValueError if the run cannot resume from it; called before much is read.
 
     Returns:
-        None: `latest`, and `run_dir` has no checkpoint yet.
+        The checkpoint; None: `load` is `latest`, and `run_dir` has no checkpoint yet.
 
     Raises:
         ValueError: there is no checkpoint, it does not fit, or it and all before it are damaged.

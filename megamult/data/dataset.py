@@ -128,7 +128,8 @@ class BlendedDataset:
         return touched
 
     def _next_epochs(self, last: int, end: int) -> list[tuple[EpochFiles, int]]:
-        """The next epoch of each source that the samples [last, end) need and that is not prepared, soonest first."""
+        """Return, for each source, the first epoch that is not prepared, if samples [last, end) need it; the one
+        that is needed soonest comes first."""
         found = []
         for position, (reached, stop, share) in enumerate(
             zip(self._positions(last), self._positions(end), self._weights, strict=True)

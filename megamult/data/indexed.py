@@ -194,13 +194,14 @@ def check_ids(files: IndexedFiles, vocab_size: int, start: int, ids: np.ndarray)
 
 
 def validate_sample(files: IndexedFiles, vocab_size: int) -> int:
-    """Check what `validate_indexed` checks in 16 evenly spaced blocks of each file.
+    """Check where sequences begin, and that token ids are in the vocabulary, in 16 evenly spaced blocks of each file.
+    :func:`validate_indexed` checks all of them.
 
     Returns:
-        The number of tokens that were looked at.
+        The number of tokens that were read.
 
     Raises:
-        ValueError: the errors of `validate_indexed`.
+        ValueError: a sequence does not follow the one before it, or a token id lies outside the vocabulary.
     """
     for first, last in blocks(files.sequences, 512):
         check_sequences(files, first, last)

@@ -254,10 +254,10 @@ class FoldedMultipliers:
                 yield name, vector, packed[vector.start : vector.start + vector.length]
 
     def restored(self, updates: int) -> None:
-        """Multipliers, their state and the latent weights were written to: bring W_eff after them.
+        """Recompute W_eff, after multipliers, their AdamW state and the latent weights have been loaded.
 
         Args:
-            updates: steps that had been applied when they were kept.
+            updates: number of steps that were applied when that state was saved.
         """
         self._adamw.state[self.values]["step"].fill_(updates)
         self._present = None

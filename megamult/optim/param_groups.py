@@ -57,7 +57,8 @@ def param_groups(
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Parameter, str], grid: Grid) -> None:
-    """See what our optimizers rely on: kinds stated and true, shapes as specs say, one dtype per group.
+    """Check what megamult's optimizers rely on: each group has a kind, which is that of its parameters' specs; each
+    parameter has the shape that its spec gives; each group has one dtype.
 
     Args:
         groups: as a user gives them, before ZeRO replaces their parameters.
@@ -65,7 +66,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
         grid: of the processes.
 
     Raises:
-        ValueError: fact, value, remedy.
+        ValueError: one of these does not hold.
     """
     for g, group in enumerate(groups):
         kind, parameters = group.get("kind"), group["params"]
@@ -79,14 +80,14 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
             spec = spec_of(parameter, name)
             if spec.kind != kind:
                 raise ValueError(
-                    f"{name} is of kind {spec.kind} and in param_groups[{g}] of kind {kind}: move it to a group of "
-                    "its own kind, or state the spec that it has"
+                    f"{name} is of kind {spec.kind}, and param_groups[{g}] of kind {kind}: move it to a group of its own "
+                    "kind, or correct its spec"
                 )
             shape = stored_shape(parameter)
             if shape != spec.local_shape(grid):
                 raise ValueError(
                     f"{name} has the shape {shape}, and its spec at tensor parallel {grid.tensor} says "
-                    f"{spec.local_shape(grid)}: state the spec that it has"
+                    f"{spec.local_shape(grid)}: correct its spec"
                 )
             if parameter.dtype != parameters[0].dtype:
                 first = names.get(parameters[0], f"param_groups[{g}]['params'][0]")

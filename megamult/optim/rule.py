@@ -1,7 +1,7 @@
-"""What an optimizer consists of beside its driver: update rules, each with its mathematics and the names of its state.
+"""Update rules: the mathematics of an update, and the names of the state that it needs.
 
-A driver (:mod:`megamult.optim.two_phase`) owns one rule for each kind of parameter. It creates, saves and restores what
-a rule names in `states`; the rule only computes with it.
+The rest of an optimizer, its driver (:mod:`megamult.optim.two_phase`), owns one rule for each kind of parameter. It
+creates, saves and restores what a rule names in `states`; the rule only computes with it.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ STEP = "step"
 
 
 class StateStore:
-    """The state that one optimizer keeps on this rank. Whatever is asked for and was never kept is zeros.
+    """The optimizer state that one rank keeps. State that was never stored reads as zeros.
 
     Args:
-        optimizer: its `state`, by tensor, is that of its elements. torch replaces it when a state is loaded.
+        optimizer: holds the state of elements in its `state`, by tensor. torch replaces that when a state is loaded.
 
     Attributes:
-        rows: by name of the state and of the logical matrix, [rows] fp32.
+        rows: state of matrices' rows, [rows] fp32, by the name of the state, then by that of the logical matrix.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

@@ -21,7 +21,7 @@ from megamult.parameters.spec import ParameterSpec
 class Rectangle:
     """Elements [row, row + height) x [col, col + width) of a logical tensor, read as rows and columns.
 
-    In the interval they lie contiguously, row by row, from `offset`.
+    They lie in a flat interval of a shard: contiguous, row by row, from `offset` elements after its start.
     """
 
     part: int

@@ -104,10 +104,12 @@ def check_shardings(
         if axis not in AXES:
             raise ValueError(f"{what} names the axis {axis!r}: use one of {', '.join(AXES)}")
         if axis not in MODEL_AXES:
-            raise ValueError(f"{what} names the axis {axis}: a spec speaks of {', '.join(MODEL_AXES)}; ZeRO cuts data")
+            raise ValueError(
+                f"{what} names the axis {axis}, along which no single parameter is sharded: use {', '.join(MODEL_AXES)}"
+            )
     axes, dims = [each.axis for each in shardings], [each.dim for each in shardings]
     if len(set(axes)) != len(axes) or len(set(dims)) != len(dims):
-        raise ValueError(f"{what} is sharded over {axes} along {dims}: an axis shards one dimension, each another one")
+        raise ValueError(f"{what} is sharded over {axes} along {dims}: name each axis once, and each dimension once")
     if both := sorted(set(axes) & set(reduce_over)):
         raise ValueError(
             f"{what} is sharded over {both[0]}, and its gradient is to be summed over it: shards differ; name the axis "
@@ -115,7 +117,10 @@ def check_shardings(
         )
     for each in shardings:
         if not 0 <= each.dim < len(shape):
-            raise ValueError(f"{what} is sharded along dimension {each.dim}: it has {len(shape)}, from 0 on")
+            raise ValueError(
+                f"{what} is sharded along dimension {each.dim}, and has {len(shape)} dimensions: give one from 0 to "
+                f"{len(shape) - 1}"
+            )
         if not each.blocks or min(block.size for block in each.blocks) < 1:
             raise ValueError(f"{what} has a block without size over {each.axis}: give blocks of at least 1")
         total = sum(block.size for block in each.blocks)

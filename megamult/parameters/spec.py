@@ -160,7 +160,8 @@ class ParameterSpec:
         return self._local(coordinates)[0]
 
     def counted_segments(self, coordinates: Coordinates) -> tuple[bool, ...]:
-        """Return for each of :meth:`local_segments` whether this process's copy counts."""
+        """Return, for each of :meth:`local_segments`, whether a sum over processes includes this process's copy. Of
+        several copies it includes one (:meth:`row_intervals`)."""
         return self._local(coordinates)[1]
 
     def local_cols(self, coordinates: Coordinates) -> tuple[int, int]:
@@ -277,8 +278,9 @@ def _check(spec: ParameterSpec) -> None:
         )
     if spec.orthogonalize and sum(segment.length for segment in spec.segments) != rows_of(spec.shape):
         raise ValueError(
-            f"{what} is orthogonalized, and its parts hold {sum(s.length for s in spec.segments)} of its "
-            f"{rows_of(spec.shape)} rows: it has no padding; give the rest a part of its own"
+            f"{what} is orthogonalized, and its parts hold only {sum(s.length for s in spec.segments)} of its "
+            f"{rows_of(spec.shape)} rows: padding cannot be orthogonalized; add a part for the other rows, or state "
+            "orthogonalize=False"
         )
     if (spec.side is not None or spec.compact) and (len(spec.shape) != 1 or spec.orthogonalize):
         raise ValueError(f"{what} is a multiplier or compact: it must be a vector, and not orthogonalized")
@@ -289,7 +291,10 @@ def _check_segments(spec: ParameterSpec, what: str) -> None:
     position, rows = 0, rows_of(spec.shape)
     for segment in spec.segments:
         if not 0 <= segment.part < len(spec.parts):
-            raise ValueError(f"{what} has a segment of part {segment.part}: it has {len(spec.parts)} parts, from 0 on")
+            raise ValueError(
+                f"{what} has a segment of part {segment.part}, and {len(spec.parts)} parts: give a part's number from "
+                f"0 to {len(spec.parts) - 1}"
+            )
         if segment.length < 1 or segment.start < position or segment.start + segment.length > rows:
             raise ValueError(
                 f"{what} has a segment of rows [{segment.start}:{segment.start + segment.length}], after row "

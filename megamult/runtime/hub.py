@@ -40,7 +40,8 @@ class Deadlines:
 
     @property
     def alone(self) -> float:
-        """Time after which a rank ends by itself: rank 0 had time for two answers and sent none."""
+        """Time after which a rank without progress ends by itself. By then rank 0, asked at `ask`, has had time for two
+        answers and has sent none."""
         return self.timeout - self.answer
 
 

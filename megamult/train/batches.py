@@ -21,14 +21,14 @@ _AHEAD = 4
 
 
 class Readable(Protocol):
-    """Sample i, which a thread may read."""
+    """Samples that a thread may read."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """`tokens` and `labels`, [seq] each."""
 
 
 class Samples(Readable, Protocol):
-    """Sample i of a run: a function of i only, whatever the sharding (:class:`megamult.data.BlendedDataset`)."""
+    """The samples of a run. Sample i depends on i only, not on the sharding (:class:`megamult.data.BlendedDataset`)."""
 
     def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
         """Make samples [first, last) ready, and the run's others, before `end`, in time; all ranks call it together."""

@@ -61,7 +61,7 @@ class Records:
             self._out.histograms(values, step)
 
     def checkpoint(self, outcome: Outcome | None) -> None:
-        """Record the outcome of a checkpoint; None: nothing is known yet."""
+        """Record the outcome of a checkpoint; do nothing if it is None (no save has ended)."""
         if self._out is None or outcome is None:
             return
         if outcome.error is None:

@@ -84,7 +84,8 @@ class Zero12Partition(FlatPartition):
             self._add_group(group, parameters, offsets, zero.real_dp_process_group[group], master, names)
 
     def gradients(self) -> list[Tensor]:
-        """Return views into `averaged_gradients`: for each group it has a list of tensors that tile the partition."""
+        """Return the gradient of each slice, as a view into DeepSpeed's `averaged_gradients`: lists of tensors that
+        tile the partition of each group."""
         tiles: dict[int, dict[int, Tensor]] = {}
         for group, tensors in self._zero.averaged_gradients.items():
             position, tiles[group] = 0, {}

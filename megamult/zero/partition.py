@@ -39,8 +39,8 @@ class Cut:
 def flat_intervals(offset: int, numel: int, partition_size: int, ranks: int) -> tuple[tuple[int, int], ...]:
     """Return each rank's interval (start, length) of a parameter that begins at `offset` in a flat buffer.
 
-    Rank d holds elements [d * partition_size, (d + 1) * partition_size) of the buffer. Intervals are relative to the
-    parameter's first of `numel` elements; length 0: the rank holds nothing of it.
+    Rank d holds elements [d * partition_size, (d + 1) * partition_size) of the buffer. Starts count from the
+    parameter's first element; the parameter has `numel` elements. Length 0: the rank holds nothing of it.
     """
     intervals = []
     for rank in range(ranks):
@@ -84,13 +84,6 @@ class Slice:
     """View of the model's own values of the same elements, in the model's dtype: [length]."""
     shared: bool = False
     """Whether all data-parallel ranks hold `tensor` whole, and this slice is only this rank's share of it."""
-
-    @property
-    def kept(self) -> tuple[int, int]:
-        """Place of this slice in a buffer of state that the data-parallel ranks keep once between them: (offset of the
-        slice, size of this rank's buffer). The buffer covers all of `tensor` where ZeRO cuts parameters, and only this
-        slice where `tensor` is shared."""
-        return (0, self.length) if self.shared else (self.offset, self.tensor.numel())
 
     @property
     def master(self) -> Tensor:

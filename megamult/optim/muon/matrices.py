@@ -28,12 +28,12 @@ class Matrices:
     Args:
         partition: what the rank holds.
         select: which parameters hold the matrices.
-        steps: of Newton-Schulz, by whose FLOPs owners are chosen.
+        steps: number of Newton-Schulz steps; owners are chosen so that their FLOPs are balanced.
         bucket_elements: as :class:`MatrixRule`'s.
 
     Attributes:
-        slices: what this rank keeps state of; over all data-parallel ranks every element once.
-        plan: who owns what.
+        slices: slices whose state this rank keeps; exactly one data-parallel rank keeps each element's.
+        plan: the owner of each matrix.
         dtype: fp32 if the model's matrices are, else bf16.
     """
 
@@ -61,7 +61,8 @@ class Matrices:
         return {name: matrix.rows for name, matrix, owner in owned if owner == self.partition.mesh.rank}
 
     def exchange(self, dtype: torch.dtype) -> Exchange:
-        """Make the exchange of this rank."""
+        """Return a new exchange, which carries this rank's slices to the owners of matrices, and updates back, in
+        `dtype`."""
         index_of = {piece.name: k for k, piece in enumerate(self.slices)}
         slice_of_cut = {c: index_of[cut.name] for c, cut in enumerate(self._cuts) if cut.name in index_of}
         return Exchange(self.plan, self.partition.mesh, slice_of_cut, dtype, device.local_device())
@@ -130,7 +131,7 @@ class MatrixRule(UpdateRule):
         self._exchange = self.matrices.exchange(self.exchange_dtype)
 
     def slices(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> list[Slice]:
-        """Return the slices that this rank keeps state of: over the data-parallel ranks each element once."""
+        """Return the slices whose state this rank keeps; exactly one data-parallel rank keeps each element's."""
         assert self.matrices is not None and self.matrices.partition is partition
         return self.matrices.slices
 

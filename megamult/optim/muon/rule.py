@@ -33,13 +33,15 @@ class Muon(MatrixRule):
 
     Args:
         momentum: decay rate of M.
-        nesterov: False: orthogonalize M itself.
+        nesterov: orthogonalize momentum M + (1 - momentum) G; False: M.
         ns_steps: Newton-Schulz steps.
         coefficients: name of the Newton-Schulz polynomials, as :func:`megamult.optim.muon.newton_schulz.coefficients`.
-        ns_dtype: that Newton-Schulz computes in, fp32, bf16 or fp16; None: fp32 if the model's matrices are, else bf16.
-        exchange_dtype: that pieces travel in, fp32 or bf16; None: likewise.
+        ns_dtype: dtype that Newton-Schulz computes in: fp32, bf16 or fp16; None: fp32 if the model's matrices are, else
+            bf16.
+        exchange_dtype: dtype that pieces travel in: fp32 or bf16; None: fp32 if the model's matrices are, else bf16.
         scale: name of the factor, as :func:`megamult.optim.muon.newton_schulz.scale`.
-        bucket_elements: of the matrices that one owner takes from one exchange; bounds temporary memory.
+        bucket_elements: most elements that one rank receives or sends in one exchange, unless one matrix is larger;
+            bounds temporary memory.
 
     Raises:
         ValueError: an unknown setting.

@@ -1,8 +1,8 @@
-"""Products of matrices that are known to be symmetric, of which only a part is computed. Pure. No gradients.
+"""Matrix products whose result is known to be symmetric, such as XX^T; only about half is computed. No gradients. Pure.
 
-XX^T, and every product of polynomials in it. On CUDA in half precision a Triton kernel computes the tiles on and below
-the diagonal (:mod:`megamult.optim.muon.symmetric_triton`), towards half of large products; elsewhere torch's products
-compute block rows up to it, five eighths. MEGAMULT_TRITON=0 in the environment keeps to those on CUDA too.
+On CUDA in half precision a Triton kernel computes the tiles on and below the diagonal
+(:mod:`megamult.optim.muon.symmetric_triton`): little more than half of a large product. Elsewhere torch computes block
+rows up to the diagonal: five eighths. MEGAMULT_TRITON=0 in the environment selects torch on CUDA too.
 """
 
 from __future__ import annotations
