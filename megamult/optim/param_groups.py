@@ -80,8 +80,8 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
             spec = spec_of(parameter, name)
             if spec.kind != kind:
                 raise ValueError(
-                    f"{name} is of kind {spec.kind}, and param_groups[{g}] of kind {kind}: move it to a group of its own "
-                    "kind, or correct its spec"
+                    f"{name} is of kind {spec.kind}, and param_groups[{g}] of kind {kind}: move it to a group of "
+                    "its own kind, or correct its spec"
                 )
             shape = stored_shape(parameter)
             if shape != spec.local_shape(grid):
