@@ -243,8 +243,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "bad config": (lambda source: (source / "config.json").write_text("{"), "config.json is no JSON file"),
     "a list": (lambda source: (source / "config.json").write_text("[]"), "config.json holds no JSON object"),
     "missing": (change_tensors(**{UP: None}), f"has no tensor {UP}: config.json asks for it, with shape (72, 48)"),
-    "bias": (change_tensors(**{BIAS: torch.ones(48)}), f"holds {BIAS} (48,), which a model of this config.json"),
-    "layers": (change_config(num_hidden_layers=1), "model.layers.1.input_layernorm.weight (48,), which a model"),
+    "bias": (
+        change_tensors(**{BIAS: torch.ones(48)}),
+        f"holds {BIAS} (48,), which a LlamaForCausalLM of this config.json",
+    ),
+    "layers": (
+        change_config(num_hidden_layers=1),
+        "model.layers.1.input_layernorm.weight (48,), which a LlamaForCausalLM",
+    ),
     "shape": (
         change_tensors(**{UP: torch.ones(72, 47)}),
         f"{UP} has shape (72, 47), and config.json asks for (72, 48)",
