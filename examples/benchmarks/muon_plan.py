@@ -79,7 +79,7 @@ def main() -> None:
             for data in arguments.data:
                 cuts = zero_cuts(specs, arguments.tensor, data, stage)
                 began = time.perf_counter()
-                plan = make_plan(cuts, arguments.tensor, 5)
+                plan = make_plan(cuts, Grid(tensor=arguments.tensor, data=data), 5)
                 seconds = time.perf_counter() - began
                 costs = [flops(m.rows, m.cols, 5) for m in plan.matrices]
                 mean = sum(costs) / plan.ranks

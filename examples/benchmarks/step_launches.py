@@ -21,6 +21,7 @@ from muon_plan import LLAMA
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from megamult.distributed.mesh import ALONE
 from megamult.multipliers import kernels
 from megamult.optim import bands
 from megamult.optim.clip import LocalSquares
@@ -60,6 +61,7 @@ class RankPartition(Partition):
     sharded = True
 
     def __init__(self, stated: dict[str, ParameterSpec], data: int) -> None:
+        self.mesh, self.group = ALONE, None  # the other ranks' collectives are not what is counted
         self.slices, self.cuts, self._gradients = [], [], []
         for name, each in stated.items():
             intervals = even_intervals(torch.Size(each.shape).numel(), data)
