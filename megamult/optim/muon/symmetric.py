@@ -1,8 +1,9 @@
-"""Products of matrices that are known to be symmetric, of which only a part is computed. Pure. No gradients.
+"""Matrix products with a symmetric result, of which only a part is computed. Pure. No gradients.
 
-XX^T, and every product of polynomials in it. On CUDA in half precision a Triton kernel computes the tiles on and below
-the diagonal (:mod:`megamult.optim.muon.symmetric_triton`), towards half of large products; elsewhere torch's products
-compute block rows up to it, five eighths. MEGAMULT_TRITON=0 in the environment keeps to those on CUDA too.
+Such products are XX^T and all products of polynomials in it. On CUDA in half precision, a Triton kernel computes the
+tiles on and below the diagonal (:mod:`megamult.optim.muon.symmetric_triton`), which approaches half of a large product.
+Elsewhere torch's products compute block rows up to the diagonal, five eighths of it. MEGAMULT_TRITON=0 in the
+environment chooses block rows on CUDA too.
 """
 
 from __future__ import annotations
@@ -18,28 +19,28 @@ if torch.version.cuda is not None and importlib.util.find_spec("triton") is not 
     from megamult.optim.muon.symmetric_triton import lower_tiles
 
 _BLOCKS = 4
-"""Block rows of a product: 5/8 of the multiplications. More blocks save little more, and are slower."""
+"""Number of block rows of a product: 5/8 of the multiplications. More blocks save little more, and are slower."""
 _SMALLEST_BLOCK = 64
 
 _FEWEST_ROWS = 512
-"""Size from which on the kernel computes no more elements than block rows do."""
+"""Smallest size at which the kernel computes no more elements than block rows do."""
 _MULTIPLE = 16
-"""Number that sizes must be multiples of: otherwise the kernel loads single elements."""
+"""Number that divides the sizes: with others the kernel would load single elements."""
 
 
 def symmetric_product(
     left: Tensor, right: Tensor, *, add: tuple[float, Tensor] | None = None, alpha: float = 1.0
 ) -> Tensor:
-    """alpha left @ right (+ beta C for `add` = (beta, C)), where that is known to be symmetric.
+    """Return alpha left @ right (+ beta C if `add` is (beta, C)), a matrix that is known to be symmetric.
 
     Args:
-        left: [batch, n, depth].
-        right: [batch, depth, n], of the same dtype.
-        add: beta and the symmetric C[batch, n, n].
-        alpha: a factor.
+        left: [batch, n, depth] operand.
+        right: [batch, depth, n] operand of the same dtype.
+        add: (beta, C) with a symmetric C[batch, n, n]; None: nothing is added.
+        alpha: factor of the product.
 
     Returns:
-        [batch, n, n] in the operands' dtype.
+        [batch, n, n] result in the operands' dtype.
     """
     beta, c = (0.0, None) if add is None else add
     _, n, depth = left.shape
@@ -50,7 +51,7 @@ def symmetric_product(
 
 
 def block_rows(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
-    """:func:`symmetric_product` by torch's own products: block rows up to the diagonal, mirrored."""
+    """Compute :func:`symmetric_product` by torch's own products: block rows up to the diagonal, then mirrored."""
     batch, n = left.shape[:2]
     out = torch.empty(batch, n, n, dtype=left.dtype, device=left.device)
     for lo, hi in _bounds(n):
@@ -66,8 +67,10 @@ def block_rows(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alp
 
 
 def computed(n: int) -> int:
-    """Elements of an [n, n] product that :func:`block_rows` computes. Costs are weighed by it on every device: the
-    kernel's smaller part would change all of them nearly alike."""
+    """Return how many elements of an [n, n] product :func:`block_rows` computes.
+
+    Costs are weighed by this number on every device: the kernel computes fewer, which changes all costs nearly alike.
+    """
     return sum((hi - lo) * hi for lo, hi in _bounds(n))
 
 
@@ -78,7 +81,7 @@ def _bounds(n: int) -> list[tuple[int, int]]:
 
 
 def _has_kernel(device: torch.device) -> bool:
-    """Return whether the Triton kernel runs there: it is for NVIDIA's GPUs since Ampere."""
+    """Return whether the Triton kernel runs on this device: it is for NVIDIA's GPUs since Ampere."""
     return (
         device.type == "cuda"
         and "lower_tiles" in globals()
