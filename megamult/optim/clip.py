@@ -33,7 +33,7 @@ class LocalSquares:
     A call takes a few kernels, however many slices there are, and copies nothing between the CPU and the device.
 
     Args:
-        partition: what this process holds.
+        partition: the slices that this process holds.
         device: the device of its slices.
     """
 

@@ -39,7 +39,7 @@ class UpdateRule(ABC):
     """Rule by which parameters of one kind are updated. A rule belongs to one optimizer.
 
     Attributes:
-        states: what the rule keeps from step to step.
+        states: quantities that the rule keeps from step to step.
         defaults: settings that the rule reads from param groups, where a user may change them, with default values.
     """
 

@@ -26,7 +26,7 @@ class Matrices:
     """Logical matrices of one partition, as one rank sees them.
 
     Args:
-        partition: what the rank holds.
+        partition: the slices that the rank holds.
         select: tells whether a parameter holds such matrices.
         steps: number of Newton-Schulz steps, by whose FLOPs owners are chosen.
         bucket_elements: see :class:`MatrixRule`.
