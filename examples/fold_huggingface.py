@@ -5,7 +5,7 @@
     python examples/fold_huggingface.py                      # one process
 
 A small LlamaForCausalLM with random weights learns one random batch. At ZeRO 3 it is built under `deepspeed.zero.Init`,
-so that no process ever holds all of it. `transformers` is needed: pip install megamult[export].
+so no process ever holds all of it. The example needs `transformers`: pip install megamult[export].
 """
 
 import argparse
@@ -45,12 +45,13 @@ with deepspeed.zero.Init(config_dict_or_path=settings, enabled=arguments.stage =
         )
     )
     if arguments.stage == 3:
-        # transformers has initialized tensors that are empty by then; DeepSpeed's apply gathers each module's first.
+        # transformers initializes weights when ZeRO has already partitioned them and left empty tensors. Do it again:
+        # DeepSpeed's `apply` gathers the weights of each module first.
         model.apply(model._init_weights)
 
 optimizer = megamult.fold({"name": "muon", "lr": 5e-3, "clip_grad_norm": 1.0}, model, megamult.LLAMA_RULES)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-megamult.attach(engine, optimizer)  # from here on engine.step() trains W and multipliers, and writes W_eff to the model
+megamult.attach(engine, optimizer)  # now engine.step() trains W and multipliers, and writes W_eff to the model
 
 text = torch.randint(0, VOCAB, (SEQUENCES, TOKENS))[rank::ranks].to(engine.device)
 for step in range(10):

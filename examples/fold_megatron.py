@@ -4,7 +4,7 @@
     python examples/fold_megatron.py                         # one process
 
 A small GPTModel of Megatron's local layer spec learns one random batch. Embedding and head are padded to 1,024 tokens.
-`start.initialize` sets Megatron's process groups up and, where there is no GPU, lets its modules run on a CPU.
+`start.initialize` sets up Megatron's process groups and, if there is no GPU, lets its modules run on a CPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size"
 parser.add_argument("--local_rank", help="DeepSpeed's launcher adds it")
 arguments = parser.parse_args()
 mesh = start.initialize(tensor=arguments.tensor)
-torch.manual_seed(1)  # with use_cpu_initialization weights are drawn whole, then cut: the same for any --tensor
+torch.manual_seed(1)  # use_cpu_initialization draws weights whole, then cuts them: the same for any --tensor
 config = TransformerConfig(
     num_layers=2,
     hidden_size=64,
@@ -62,13 +62,13 @@ settings = {
 rules = megamult.megatron_rules(config, VOCAB)
 optimizer = megamult.fold({"name": "muon", "lr": 5e-3, "clip_grad_norm": 1.0}, model, rules)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mesh.mpu)
-megamult.attach(engine, optimizer)  # from here on engine.step() trains W and multipliers, and writes W_eff to the model
+megamult.attach(engine, optimizer)  # now engine.step() trains W and multipliers, and writes W_eff to the model
 
 here = device.local_device()
 torch.manual_seed(2)
 text = torch.randint(0, VOCAB, (SEQUENCES, TOKENS + 1))[rank::ranks].to(here)
 positions = torch.arange(TOKENS, device=here).expand(len(text), -1)
-# Megatron would make the causal mask itself, on a GPU. True: not to be seen.
+# Causal mask; True marks positions that must not be seen. Megatron would make it itself, but on a GPU.
 future = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=here).triu(1)
 for step in range(10):
     loss = engine(text[:, :-1], positions, future, labels=text[:, 1:].contiguous()).mean()

@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 2 examples/own_loop.py
 
-Every parameter must state its layout, as the modules of megamult.layers and megamult.models do; to a module of your
-own, `megamult.parameters.spec.attach` gives one.
+Every parameter must have a spec. The modules of megamult.layers and megamult.models state theirs; for a module of your
+own, state them with `megamult.parameters.stated.set_spec`.
 """
 
 import deepspeed
@@ -31,7 +31,7 @@ settings = {
 }
 with optimizer.paused():  # DeepSpeed may call step() while it is constructed
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mesh.mpu)
-attach(engine, optimizer)  # from here on engine.step() first clips over all groups, multipliers left out
+attach(engine, optimizer)  # now engine.step() first clips, over all groups but multipliers
 
 text = torch.randint(0, VOCAB, (4, 65), device=device.local_device())
 for step in range(10):

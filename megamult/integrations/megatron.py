@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def megatron_rules(config: TransformerConfig, vocab_size: int) -> dict[str, Rule]:
-    """Return rules for an unmodified Megatron-Core GPTModel, of the local or the Transformer Engine layer spec.
+    """Return rules for an unmodified Megatron-Core GPTModel of the local or the Transformer Engine layer spec.
 
-    Learned position embeddings are the model's own choice, not the configuration's: where there are some, add
+    Learned position embeddings are an argument of the model, not of its configuration. If the model has them, add
     ``{r"position_embeddings\\.weight$": "norm"}``.
 
     Args:
-        config: the model's.
+        config: the model's configuration.
         vocab_size: exact number of tokens; further rows of embedding and head are padding.
 
     Raises:
-        ValueError: an architecture whose matrices these rules do not know (mixture of experts, latent attention).
+        ValueError: the architecture has matrices that these rules do not know (mixture of experts, latent attention).
     """
     for key in ("num_moe_experts", "multi_latent_attention", "attention_output_gate", "experimental_attention_variant"):
         if getattr(config, key, None):

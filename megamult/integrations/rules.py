@@ -1,7 +1,7 @@
-"""What the parameters of other people's models are, by name: rules for :func:`megamult.fold`.
+"""Rules for :func:`megamult.fold`, which say by name what the parameters of other people's models are.
 
-megamult's own modules state the spec of each parameter. Elsewhere only a name says what a parameter is, and a *rule*
-says what a name means: a regular expression, and the role or the spec of what it finds.
+megamult's own modules state the spec of each parameter. In other models only the name tells what a parameter is. A
+*rule* interprets names: it has a regular expression, and the role or the spec of the parameters that this finds.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from megamult.parameters.spec import ParameterSpec, Part, Role, Segment
 from megamult.parameters.stated import stored_shape
 
 Rule = Role | ParameterSpec | Callable[[Parameter], ParameterSpec]
-"""What the parameters that an expression finds are: a role, where each is one matrix W[out, in] (or, as `norm`,
-whatever AdamW trains without weight decay and without multipliers); or a spec, or a function that makes one."""
+"""Meaning of the parameters that an expression finds: a role, if each is one matrix W[out, in] (the role `norm` fits
+any shape: AdamW without weight decay, no multipliers); or a spec; or a function that makes one."""
 
 
 def one_tensor(role: Role, parameter: Parameter, tp_size: int) -> ParameterSpec:
-    """Return the spec of a parameter that is one logical tensor; Megatron's attributes say whether and how tensor
-    parallelism shards it."""
+    """Return the spec of a parameter that is one logical tensor.
+
+    Megatron's attributes on the parameter say whether and how tensor parallelism shards it.
+    """
     shape = list(stored_shape(parameter)) or [1]
     shardings: tuple[Sharding, ...] = ()
     if getattr(parameter, "tensor_model_parallel", False):

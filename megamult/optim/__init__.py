@@ -1,1 +1,1 @@
-"""Optimizers and what they need: param groups, clipping, schedules."""
+"""Optimizers and their parts: update rules, param groups, clipping, schedules."""

@@ -1,4 +1,4 @@
-"""AdamW as an update rule, and the optimizer that updates everything by it."""
+"""AdamW as an update rule, and the optimizer that updates every parameter with it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class AdamW(UpdateRule):
     """AdamW (arXiv 1711.05101), bias-corrected.
 
     The kernels are torch's fused ones, on CUDA and on the CPU, which count steps per parameter. NVIDIA Apex's
-    FusedAdam counts per group, and ZeRO 3, calling `step` once per sub-group, would advance it several times.
+    FusedAdam counts per group: ZeRO 3 calls `step` once per sub-group and would advance that count several times.
 
     Args:
         betas: decay rates of first and second moment.
-        eps: added to the root of the second moment.
+        eps: number added to the root of the second moment.
     """
 
     states = (State("exp_avg", "exp_avg"), State("exp_avg_sq", "exp_avg_sq"))
@@ -37,7 +37,7 @@ class AdamW(UpdateRule):
         gradients: list[Tensor],
         state: Mapping[str, list[Tensor]],
     ) -> None:
-        """Update tensors of one param group in place."""
+        """Update the tensors of one param group in place."""
         adamw(
             parameters,
             gradients,
@@ -60,12 +60,12 @@ class TwoPhaseAdamW(TwoPhaseOptimizer):
     """AdamW for every parameter, with global clipping that leaves multipliers out.
 
     Args:
-        groups: from :func:`megamult.param_groups`.
-        betas, eps: as :class:`AdamW`'s.
-        driver: as :class:`megamult.optim.two_phase.TwoPhaseOptimizer`'s keyword arguments.
+        groups: param groups, made by :func:`megamult.param_groups`.
+        betas, eps: see :class:`AdamW`.
+        driver: keyword arguments of :class:`megamult.optim.two_phase.TwoPhaseOptimizer`.
 
     Raises:
-        ValueError: as :class:`megamult.optim.two_phase.TwoPhaseOptimizer`.
+        ValueError: see :class:`megamult.optim.two_phase.TwoPhaseOptimizer`.
     """
 
     def __init__(

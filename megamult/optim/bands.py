@@ -1,7 +1,7 @@
-"""A piece of a partition as few bands of rows, each with the packed multipliers that scale it. Pure.
+"""Bands: groups of rows of one piece of a partition that are scaled by multipliers together. Pure.
 
-ZeRO cuts parameters anywhere, and a fused parameter has its logical matrices in turns: rectangles are many. Those that
-lie one after the other and are as wide as each other are scaled together.
+ZeRO cuts parameters anywhere, and a fused parameter interleaves its logical matrices, so a piece can consist of many
+rectangles. Consecutive rectangles of equal width become one band, so that a piece has few.
 """
 
 from __future__ import annotations
@@ -19,58 +19,62 @@ from megamult.parameters.rectangles import Rectangle
 from megamult.parameters.spec import Side
 
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Most elements of a band: bounds temporary memory (of a GPU to 256 MiB), stays in a CPU's cache."""
+"""Largest number of elements in a band: bounds temporary memory (256 MiB on a GPU), and fits into a CPU's cache."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """Rows of a piece, and the packed entries that scale them; the entry after the last multiplier is 1."""
+    """Rows of a piece, and the indices of their multipliers in the packed vector.
+
+    An *entry* is such an index. The packed vector ends with a 1, whose entry stands for "no multiplier".
+    """
 
     offset: int
-    """Position of the first element in the piece."""
+    """Position of the band's first element in the piece."""
     height: int
     width: int
     row: Tensor
-    """[height] entries of row multipliers; 1's where a row has none. Likewise below."""
+    """[height] entries of the row multipliers; the entry of the 1 where a row has none, here and below."""
     scalar: Tensor
-    """[height] entries of scalars."""
+    """[height] entries of the scalars."""
     has_rho: bool
     """Whether any row has a row multiplier or a scalar."""
     scalars: tuple[Tensor, Tensor] | None
-    """[count] entries of scalars, each once, and [count, height]: 1 where it scales a row, else 0."""
+    """[count] distinct entries of scalars, and a mask [count, height]: 1 where that scalar scales the row, else 0."""
     col: Tensor
-    """[vectors, width] entries of column multipliers."""
+    """[vectors, width] entries of the column multipliers."""
     spans: tuple[Span, ...]
-    """Rows that each of these vectors scales."""
+    """Spans of rows, each with the index of the column vector that scales it."""
 
     def of(self, values: Tensor) -> Tensor:
-        """[height, width] view of the band in the values [length] of its piece."""
+        """Return the view [height, width] of this band in `values`, the [length] values of its piece."""
         return values[self.offset : self.offset + self.height * self.width].view(self.height, self.width)
 
 
 class Factors(NamedTuple):
-    """The multipliers of all rows of a table's bands, one band after the other, and those of each band."""
+    """Values of the multipliers of a table's bands: those of all rows, one band after the other, and band by band."""
 
     row: Tensor
-    """[rows] row multipliers; 1 where a row has none. Likewise below."""
+    """[rows] row multipliers; 1 where a row has none, here and below."""
     scalar: Tensor
     """[rows] scalars."""
     bands: list[tuple[Tensor | None, Tensor | None]]
-    """rho [height], the product of both, and kappa [vectors, width], the column multipliers; None: all are 1."""
+    """(rho [height], kappa [vectors, width]) of each band: rho is row multiplier times scalar, kappa the column
+    multipliers; None where all are 1."""
 
 
 class Table:
-    """Entries of the rows and columns of many bands, so that their multipliers are looked up together.
+    """Entries of the rows and columns of many bands, concatenated so that few kernels look up all multipliers.
 
     Args:
-        bands: in the order in which they are worked on.
-        here: where the entries are needed.
+        bands: bands in the order in which they are processed.
+        here: device that the entries are needed on.
     """
 
     def __init__(self, bands: Sequence[Band], here: torch.device) -> None:
         nothing = [torch.empty(0, dtype=torch.long)]
         self.rows = torch.cat([band.row for band in bands] or nothing).to(here)
-        """[rows]: the entry of each row's multiplier."""
+        """[rows] entry of each row's row multiplier."""
         self._scalars = torch.cat([band.scalar for band in bands] or nothing).to(here)
         self._cols = torch.cat([band.col.view(-1) for band in bands] or nothing).to(here)
         self._heights = [band.height for band in bands]
@@ -87,13 +91,13 @@ class Table:
             )
             for band, row, scalar, col in zip(bands, rows, scalars, cols, strict=True)
         ]
-        """The bands, whose entries are views of the table's."""
+        """Bands whose entries are views of the table's."""
 
     def factors(self, packed: Tensor) -> Factors:
-        """Look the multipliers up: four kernels for all bands.
+        """Look up the multipliers of all bands, with four kernels.
 
         Args:
-            packed: [entries + 1] multipliers and 1.
+            packed: [entries + 1] multipliers, then 1.
         """
         row, scalar = packed[self.rows], packed[self._scalars]
         rhos = (row * scalar).split(self._heights)
@@ -105,27 +109,27 @@ class Table:
         return Factors(row, scalar, by_band)
 
     def by_band(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """[height] views of values of all rows."""
+        """Split values [rows] of all rows into views [height], one for each band."""
         return rows.split(self._heights)
 
 
 def bands(
     found: Iterable[Rectangle], places: Mapping[tuple[int, Side], slice], one: int, device_type: str
 ) -> list[Band]:
-    """Make as few as widths and the bound of temporary memory allow; none where nothing is scaled.
+    """Make as few bands of a piece as widths and the bound on temporary memory allow; skip rows that nothing scales.
 
     Args:
         found: the rectangles of one piece, in the order of their offsets.
-        places: packed entries of each (part, side) that has multipliers.
-        one: the entry that is 1.
-        device_type: cpu or cuda, where the piece is.
+        places: the range of packed entries of each (part, side) that has multipliers.
+        one: the entry of the 1.
+        device_type: cpu or cuda: the device of the piece.
     """
     made = (_band(together, places, one) for together in _together(found, _ELEMENTS[device_type]))
     return [band for band in made if band is not None]
 
 
 def _together(found: Iterable[Rectangle], elements: int) -> Iterator[list[Rectangle]]:
-    """Rectangles, or rows of them, that follow one another and are equally wide: so many elements, or one row."""
+    """Yield groups of consecutive, equally wide rectangles (or rows of them): at most `elements`, or one row."""
     together: list[Rectangle] = []
     for r in itertools.chain.from_iterable(_bounded(r, elements) for r in found):
         if together:
@@ -140,7 +144,7 @@ def _together(found: Iterable[Rectangle], elements: int) -> Iterator[list[Rectan
 
 
 def _bounded(r: Rectangle, elements: int) -> Iterator[Rectangle]:
-    """Its rows, in rectangles of at most so many elements or one row."""
+    """Split a rectangle by rows into rectangles of at most `elements` elements, or of one row."""
     step = max(1, elements // r.width)
     for row in range(0, r.height, step):
         height = min(step, r.height - row)
@@ -148,7 +152,7 @@ def _bounded(r: Rectangle, elements: int) -> Iterator[Rectangle]:
 
 
 def _band(together: list[Rectangle], places: Mapping[tuple[int, Side], slice], one: int) -> Band | None:
-    """Return the band of these rectangles; None: nothing scales it."""
+    """Return the band of these rectangles; None if nothing scales it."""
     row, scalar = torch.full((2, sum(r.height for r in together)), one)
     cols: dict[int, Tensor] = {}
     spans, stop = [], 0

@@ -1,4 +1,4 @@
-"""A configuration's optimizer and multipliers become the optimizer of a model whose parameters have specs."""
+"""Construction of the optimizer that a configuration asks for, for a model whose parameters have specs."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def make_optimizer(
     multipliers: MultipliersConfig,
     initial: Callable[[Role, Side], float] = lambda role, side: 1.0,
 ) -> TwoPhaseOptimizer:
-    """Make the optimizer of all trainable parameters of a model; its learning rate is the peak.
+    """Make the optimizer of all trainable parameters of a model, at the peak learning rate.
 
     Args:
-        model: every trainable parameter has a spec.
-        chosen: which optimizer, and its settings; the schedule is the loop's.
-        multipliers: folded ones are made here, others are parameters of the model.
-        initial: first value of each (role, side) of folded multipliers.
+        model: a model whose trainable parameters all have specs.
+        chosen: the optimizer's name and settings; its schedule is applied by the training loop.
+        multipliers: settings; folded multipliers are made here, others are parameters of the model already.
+        initial: initial value of the folded multipliers of each (role, side).
 
     Raises:
-        ValueError: as :func:`megamult.param_groups` and the optimizer's constructor.
+        ValueError: see :func:`megamult.param_groups` and the optimizer's constructor.
     """
     groups = param_groups(
         model,
@@ -66,7 +66,7 @@ def make_optimizer(
 
 
 def matrix_rules(chosen: OptimizerConfig) -> dict[str, UpdateRule]:
-    """Make the update rule of the blocks' matrices, by their kind; empty: AdamW updates them too."""
+    """Make the update rules that replace AdamW, by kind of parameter: that of the blocks' matrices, or none."""
     choice = OPTIMIZERS[chosen.name]
     if choice.rule is None:
         return {}

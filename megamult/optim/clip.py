@@ -1,4 +1,4 @@
-"""Gradient norms over a sharded model, each element counted once, and the factors that clip by them."""
+"""Gradient norms over a sharded model, in which each element counts once, and the factors that clip by them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from megamult.zero.partition import Partition
 
 @dataclass(frozen=True)
 class Norms:
-    """l2 norms of the reduced gradient before clipping."""
+    """L2 norms of the reduced gradient before clipping."""
 
     main: float
-    """Everything but multipliers."""
+    """Norm over everything but multipliers."""
     multipliers: float
+    """Norm over the multipliers."""
 
     @property
     def finite(self) -> bool:
@@ -27,13 +28,13 @@ class Norms:
 
 
 class LocalSquares:
-    """Sums of squares of the gradients of a partition, each element of the model counted once over all processes.
+    """Sums of squares of the gradients of a partition; over all processes, each element of the model counts once.
 
-    However many slices there are, a call takes a few kernels, and no copy between the CPU and the device.
+    A call takes a few kernels, however many slices there are, and copies nothing between the CPU and the device.
 
     Args:
-        partition: what this process holds.
-        device: of its slices.
+        partition: the slices that this process holds.
+        device: the device of its slices.
     """
 
     def __init__(self, partition: Partition, device: torch.device) -> None:
@@ -44,10 +45,10 @@ class LocalSquares:
         self._of_multipliers = torch.tensor(of_multipliers, dtype=torch.bool, device=device)
 
     def __call__(self, gradients: Sequence[Tensor]) -> Tensor:
-        """[2], fp64: (all but multipliers, multipliers).
+        """Return this process's sums, [2] in fp64: (all but multipliers, multipliers).
 
         Args:
-            gradients: of each slice.
+            gradients: the gradient of each slice.
         """
         if not self._counted:
             return torch.zeros(2, dtype=torch.float64, device=self._of_multipliers.device)
@@ -60,7 +61,7 @@ class LocalSquares:
 
 
 def clip_factor(norm: float, threshold: float) -> float:
-    """Return the factor that brings a norm down to `threshold`, at most 1 (threshold 0: always 1)."""
+    """Return the factor, at most 1, that brings a norm down to `threshold`; always 1 if the threshold is 0."""
     if threshold <= 0:
         return 1.0
     return min(1.0, threshold / (norm + 1e-6))

@@ -1,4 +1,4 @@
-"""The section `optimizer` of a run: keys of every optimizer, and in it a section for the keys of each update rule."""
+"""The section `optimizer` of a run: the keys of every optimizer, and a nested section for those of each update rule."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ DType = Literal["auto", "fp32", "bf16"]
 
 @dataclass
 class AdamWConfig:
-    """AdamW: of everything that no other rule updates, and of folded multipliers."""
+    """AdamW, which updates folded multipliers and everything that no other rule updates."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of first and second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Number added to the root of the second moment."""
 
     def __post_init__(self) -> None:
         positive("optimizer.adamw", eps=self.eps)
@@ -42,9 +42,9 @@ class OrthogonalizedConfig:
     """Newton-Schulz polynomials, by the names of NVIDIA's Emerging-Optimizers. simple: (3.4445, -4.7750, 2.0315) in
     every step. cubic5 has exactly 5 steps."""
     ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What Newton-Schulz computes in. auto: fp32 if train.dtype is fp32, else bf16."""
+    """Dtype that Newton-Schulz computes in. auto: fp32 if train.dtype is fp32, else bf16."""
     exchange_dtype: DType = "auto"
-    """What momentum and updates travel in between ranks. auto: fp32 if train.dtype is fp32, else bf16."""
+    """Dtype in which momentum and updates travel between ranks. auto: fp32 if train.dtype is fp32, else bf16."""
 
     section: ClassVar[str]
 
@@ -60,7 +60,7 @@ class OrthogonalizedConfig:
 
 @dataclass
 class MuonConfig(OrthogonalizedConfig):
-    """Muon, of the blocks' matrices."""
+    """Muon, which updates the blocks' matrices."""
 
     scale: Literal["match_rms_adamw", "spectral", "unit_rms_norm", "shape_scaling"] = "match_rms_adamw"
     """Factor of an update. match_rms_adamw: 0.2 sqrt(max(out, in)), at which AdamW's lr and weight_decay carry over;
@@ -71,12 +71,12 @@ class MuonConfig(OrthogonalizedConfig):
 
 @dataclass
 class NorMuonConfig(OrthogonalizedConfig):
-    """NorMuon, of the blocks' matrices."""
+    """NorMuon, which updates the blocks' matrices."""
 
     beta2: float = 0.95
     """Decay rate of the second moment of each row of an update."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Number added to the root of the second moment."""
 
     section: ClassVar[str] = "normuon"
 
@@ -88,10 +88,10 @@ class NorMuonConfig(OrthogonalizedConfig):
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimizer that `optimizer.name` may name: AdamW, or another rule for the blocks' matrices beside it."""
+    """An optimizer that `optimizer.name` may name: only AdamW, or AdamW with another rule for the blocks' matrices."""
 
     sections: tuple[str, ...]
-    """Sections whose keys it uses."""
+    """Sections whose keys this optimizer uses."""
     rule: str | None = None
     """`module:class` of the matrices' rule, which takes the keys of all sections but adamw; None: AdamW."""
 
@@ -101,8 +101,8 @@ OPTIMIZERS = {
     "muon": Choice(("adamw", "muon"), "megamult.optim.muon.rule:Muon"),
     "normuon": Choice(("adamw", "normuon"), "megamult.optim.muon.normuon:NorMuon"),
 }
-"""Optimizers by the values of `optimizer.name`. A new one is an entry here, a section above, and a field and a
-name in OptimizerConfig."""
+"""Optimizers by the values of `optimizer.name`. A new optimizer needs an entry here, a section above, and a field and
+a name in OptimizerConfig."""
 
 
 @dataclass
@@ -157,7 +157,7 @@ class OptimizerConfig:
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> OptimizerConfig:
-        """Make the configuration of nested mappings: `{"name": "muon", "muon": {"momentum": 0.9}}`."""
+        """Make the configuration from nested mappings such as `{"name": "muon", "muon": {"momentum": 0.9}}`."""
         sections = {
             name: section(**settings[name])
             for name, section in rule_sections().items()
@@ -166,7 +166,7 @@ class OptimizerConfig:
         return OptimizerConfig(**{**settings, **sections})
 
     def keys_of(self, section: str) -> dict[str, Any]:
-        """Return the keys and values of a rule's section that this optimizer uses."""
+        """Return the keys and values of a rule's section, one that this optimizer uses."""
         return {field.name: getattr(getattr(self, section), field.name) for field in fields(rule_sections()[section])}
 
 
@@ -182,14 +182,14 @@ def rule_sections() -> dict[str, type]:
 
 
 def check_used(optimizer: str, given: Iterable[str]) -> None:
-    """See that every given key of a rule is one that the optimizer uses.
+    """Check that the optimizer uses every given key of a rule.
 
     Args:
         optimizer: its name.
-        given: as `muon.momentum`.
+        given: keys such as `muon.momentum`.
 
     Raises:
-        ValueError: naming all that are not.
+        ValueError: some are not used; the message names all of them.
     """
     used = OPTIMIZERS[optimizer].sections
     unused = [f"optimizer.{key}" for key in given if key.partition(".")[0] not in used]

@@ -1,11 +1,11 @@
-"""Folded multipliers: the model holds effective weights, and the optimizer applies the chain rule to their gradient.
+"""Folded multipliers: the model holds effective weights, and the optimizer applies the chain rule to their gradients.
 
-For a logical matrix W_eff = s diag(r) W diag(c) and G = dL/dW_eff, equation 4 of arXiv 2601.04890 is linear in G, and
-r, c, W do not change between micro-batches: it is applied once per optimizer step, to the reduced and accumulated
-gradient. Forward and backward are those of a model without multipliers.
+A logical matrix W_eff is s diag(r) W diag(c); let G be dL/dW_eff. The chain rule (equation 4 of arXiv 2601.04890) is
+linear in G, and r, c, s and W do not change between micro-batches. It is therefore applied once per optimizer step, to
+the reduced and accumulated gradient. Forward and backward are those of a model without multipliers.
 
-W, the latent weight, is kept in fp32 beside the tensor that the optimizer updates (where that is sharded, W is). All of
-r, c and s are one packed fp32 vector, the same on every rank; its gradient is one all-reduce per step.
+W, the latent weight, is kept in fp32 beside the tensor that the optimizer updates, and is sharded like it. All r, c and
+s together are one packed fp32 vector, the same on every rank; its gradient takes one all-reduce per step.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from megamult.parameters.spec import ParameterSpec, Role, Side
 from megamult.zero.partition import Partition
 
 LATENT = "latent_weight"
-"""Key of W in the optimizer's state."""
+"""Key of the latent weight W in the optimizer's state."""
 
 
 @dataclass(frozen=True)
 class Vector:
-    """The multipliers of one side of one logical matrix: entries [start, start + length) of the packed vector."""
+    """Multipliers of one side of one logical matrix: entries [start, start + length) of the packed vector."""
 
     name: str
     """Name of the logical tensor, the same as in the layer implementation."""
@@ -49,19 +49,19 @@ def covers(spec: ParameterSpec, placement: Placement) -> bool:
 
 
 class FoldedMultipliers:
-    """The multipliers of all matrices of one model, their gradients and their AdamW.
+    """Multipliers of all matrices of one model, with their gradients and the AdamW that updates them.
 
     Args:
-        placement: which sides of which roles.
-        lr: peak learning rate; follows the schedule of the matrices' groups.
-        weight_decay: decoupled.
-        betas, eps: AdamW's.
-        initial: first value of each (role, side).
+        placement: sides of each role that have multipliers.
+        lr: peak learning rate; it follows the schedule of the matrices' groups.
+        weight_decay: decoupled weight decay.
+        betas, eps: settings of AdamW.
+        initial: initial value of the multipliers of each (role, side).
 
     Attributes:
-        vectors: what there is, known once :meth:`bind` was called.
-        values: [entries] fp32, the same on every rank.
-        gradient: [entries] fp32, of the last step, summed over ranks, before clipping.
+        vectors: all vectors of multipliers; empty until :meth:`bind` is called.
+        values: [entries] multipliers in fp32, the same on every rank.
+        gradient: [entries] their gradient at the last step in fp32, summed over ranks, before clipping.
     """
 
     def __init__(
@@ -79,25 +79,25 @@ class FoldedMultipliers:
         self.vectors: list[Vector] = []
         self.partition: Partition | None = None
         self._table: Table
-        self._bands_of: dict[int, range] = {}  # which of the table's bands each scaled slice has
-        self._present: Factors | None = None  # of the present values, once they were asked for
-        self._slices_of: dict[Tensor, list[int]] = {}  # of each tensor that holds folded weights
+        self._bands_of: dict[int, range] = {}  # by index of each scaled slice: its range of the table's bands
+        self._present: Factors | None = None  # factors of the present values; None: not computed yet
+        self._slices_of: dict[Tensor, list[int]] = {}  # by tensor that holds folded weights: the indices of its slices
         self._state: MutableMapping[Tensor, Any] = {}
 
     def covers(self, spec: ParameterSpec) -> bool:
-        """Return whether a parameter has multipliers."""
+        """Return whether a parameter has folded multipliers."""
         return covers(spec, self.placement)
 
     @torch.no_grad()
     def bind(self, partition: Partition, state: MutableMapping[Tensor, Any]) -> None:
-        """Lay the multipliers out over a partition whose masters hold W, keep W in `state`, leave W_eff in its place.
+        """Create the multipliers of a partition whose masters hold W; move W to `state` and put W_eff in its place.
 
         Args:
-            partition: checked, before the first step.
-            state: the optimizer's.
+            partition: a checked partition, before the first step.
+            state: the optimizer's state.
 
         Raises:
-            ValueError: masters that are not fp32.
+            ValueError: a master is not in fp32.
         """
         self.partition, self._state = partition, state
         places = self._lay_out(partition)
@@ -106,7 +106,7 @@ class FoldedMultipliers:
         self.values = torch.nn.Parameter(starts.to(here, torch.float32))
         self._sums = torch.zeros(
             len(starts) + 1, dtype=torch.float32, device=here
-        )  # the last: of what has no multiplier
+        )  # the last entry collects the sums of rows and columns without multiplier
         self.gradient = self._sums[:-1]
         self._adamw = torch.optim.AdamW([self.values], lr=self.lr, fused=True, **self._settings)
         self._adamw.state[self.values] = {
@@ -138,7 +138,7 @@ class FoldedMultipliers:
             partition.publish()
 
     def _lay_out(self, partition: Partition) -> dict[str, dict[tuple[int, Side], slice]]:
-        """Fill `vectors`; returns by parameter the packed entries of each (part, side)."""
+        """Fill `vectors`; return the range of packed entries of each (part, side), by name of the parameter."""
         self.vectors, position = [], 0
         places: dict[str, dict[tuple[int, Side], slice]] = {}
         for cut in partition.cuts:
@@ -162,7 +162,7 @@ class FoldedMultipliers:
         """Turn dL/dW_eff into dL/dW, in place, and sum the multipliers' gradient over all ranks. One collective.
 
         Args:
-            gradients: of each slice of the partition.
+            gradients: the gradient of each slice of the partition.
         """
         assert self.partition is not None
         mesh = self.partition.mesh
@@ -186,10 +186,12 @@ class FoldedMultipliers:
     def _backward(
         self, k: int, gradient: Tensor, weight: Tensor, factors: tuple[Tensor | None, Tensor | None], counts: bool
     ) -> Tensor | None:
-        """Turn the gradient [height, width] of band k into that of W, and add to the sums of its columns if it counts.
+        """Turn the gradient [height, width] of band k into that of W, in place.
+
+        If the band counts (its copy is the one that sums count), also add to the sums of its column multipliers.
 
         Returns:
-            sum_j W kappa G [height] if it counts and its rows are scaled.
+            The row sums sum_j W kappa G, [height], if the band counts and its rows are scaled; else None.
         """
         rho, kappa = factors
         g = gradient.float()
@@ -209,8 +211,8 @@ class FoldedMultipliers:
         return dot
 
     def _add_rows(self, dots: Tensor, factors: Factors) -> None:
-        """Add sum_j W kappa G [rows], of all bands, to the sums of their row multipliers and scalars."""
-        # Nothing but the last entry is twice in what is added at once: sums have one order on a GPU too.
+        """Add the row sums sum_j W kappa G, [rows] of all bands, to the gradients of row multipliers and scalars."""
+        # No entry but the last occurs twice in one index_add_, so the order of additions is fixed on a GPU too.
         self._sums.index_add_(0, self._table.rows, dots * factors.scalar)
         if any(band.scalars is not None for band in self._table.bands):
             for band, dot in zip(self._table.bands, self._table.by_band(dots * factors.row), strict=True):
@@ -220,7 +222,7 @@ class FoldedMultipliers:
 
     @torch.no_grad()
     def update(self, factor: float, schedule: float) -> None:
-        """AdamW on the multipliers: clipped by `factor`, at `schedule` times the peak learning rate."""
+        """Update the multipliers by AdamW: gradient times `factor`, learning rate `schedule` times its peak."""
         self.values.grad = self.gradient * factor
         self._adamw.param_groups[0]["lr"] = self.lr * schedule
         self._adamw.step()
@@ -228,7 +230,7 @@ class FoldedMultipliers:
 
     @contextlib.contextmanager
     def latent_weights(self, tensors: list[Tensor]) -> Iterator[None]:
-        """Let the tensors hold W while the optimizer updates them, and the new W_eff afterwards."""
+        """Make the tensors hold W while the optimizer updates them, and the new W_eff afterwards."""
         folded = [tensor for tensor in tensors if tensor in self._slices_of]
         effective = [tensor.data for tensor in folded]
         for tensor in folded:
@@ -241,13 +243,15 @@ class FoldedMultipliers:
                 self._write(tensor)
 
     def latent(self, tensor: Tensor, offset: int, length: int) -> Tensor:
-        """[length] view of the latent weights of elements of a tensor; its own values where it is not folded."""
+        """Return a [length] view of the latent weights at `offset` of a tensor; its own values if it is not folded."""
         values = self._state[tensor][LATENT] if tensor in self._slices_of else tensor.detach()
         return values.view(-1)[offset : offset + length]
 
     def views(self) -> Iterator[tuple[str, Vector, Tensor]]:
-        """(name, vector, values) of the multipliers (`weight`) and of their `exp_avg` and `exp_avg_sq`, whole on every
-        rank, to read and to write in place."""
+        """Yield (name, vector, values) of the multipliers (`weight`) and of their `exp_avg` and `exp_avg_sq`.
+
+        Values are whole on every rank, and may be written in place.
+        """
         state = self._adamw.state[self.values]
         for vector in self.vectors:
             for name, packed in (("weight", self.values.detach()), *((k, state[k]) for k in ("exp_avg", "exp_avg_sq"))):
@@ -265,18 +269,18 @@ class FoldedMultipliers:
             self._write(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the packed multipliers and AdamW's state of them; the optimizer's own state has the latent weights."""
+        """Return the packed multipliers and their AdamW state; the latent weights are in the optimizer's own state."""
         return {"values": self.values.detach(), **self._adamw.state[self.values]}
 
     def load_state_dict(self, state: dict[str, Tensor], optimizer_state: MutableMapping[Tensor, Any]) -> None:
-        """Go on from what :meth:`state_dict` of a like run gave.
+        """Continue from what :meth:`state_dict` returned in a run of the same model and placement.
 
         Args:
-            state: that.
-            optimizer_state: of the optimizer, with the latent weights, already loaded.
+            state: the result of :meth:`state_dict`.
+            optimizer_state: the optimizer's state, already loaded, with the latent weights.
 
         Raises:
-            ValueError: as many multipliers are not here.
+            ValueError: the state has another number of multipliers.
         """
         if state["values"].shape != self.values.shape:
             raise ValueError(
@@ -289,13 +293,13 @@ class FoldedMultipliers:
         self._present = None
 
     def named(self) -> Iterator[tuple[Vector, Tensor]]:
-        """Yield every vector of multipliers, whole on every rank."""
+        """Yield every vector of multipliers with its values [length], whole on every rank."""
         for vector in self.vectors:
             yield vector, self.values.detach()[vector.start : vector.start + vector.length]
 
     @torch.no_grad()
     def _write(self, tensor: Tensor) -> None:
-        """W_eff of the present multipliers to a tensor."""
+        """Write W_eff of the present multipliers to a tensor."""
         assert self.partition is not None
         flat, latent = tensor.detach().view(-1), self._state[tensor][LATENT].view(-1)
         flat.copy_(latent)
@@ -307,7 +311,7 @@ class FoldedMultipliers:
                 kernels.scale_rows(band.of(flat[piece.offset : piece.offset + piece.length]), rho, kappa, band.spans)
 
     def _factors(self) -> Factors:
-        """Return the present multipliers of every band."""
+        """Return the present multipliers of every band; they are looked up once per update."""
         if self._present is None:
             self._present = self._table.factors(torch.cat([self.values.detach(), self.values.new_ones(1)]))
         return self._present

@@ -1,7 +1,8 @@
-"""Optimizer configurations of earlier versions: flat keys of all rules, and names that other projects use otherwise.
+"""Optimizer configurations of earlier versions, translated to today's keys.
 
-What was `quintic` is `simple` everywhere else, and what was `spectral` is `unit_rms_norm`: the old words under the old
-keys keep their old numbers.
+Earlier versions had one flat list of keys for all rules, and two names that other projects give to something else:
+their `quintic` is called `simple` everywhere else, and their `spectral` is called `unit_rms_norm`. Under an old key, an
+old name keeps its old numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MOVED = {
     "exchange_dtype": "muon.exchange_dtype",
     "update_scale": "muon.scale",
 }
-"""Old keys of the section `optimizer`, and where they are now."""
+"""Old keys of the section `optimizer`, and the keys that replace them."""
 
 RENAMED = {"ns_coefficients": {"quintic": "simple"}, "update_scale": {"spectral": "unit_rms_norm"}}
 """Values of old keys that have another name now."""
@@ -32,13 +33,13 @@ def is_old(optimizer: Mapping[str, Any]) -> bool:
 def modern(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """Return an optimizer's configuration with today's keys and names and the same numbers.
 
-    Keys that the earlier version had not used are left out: of Muon, where `name` says adamw.
+    Keys that the earlier version ignored are left out: those of Muon where `name` is adamw.
 
     Args:
-        optimizer: the section `optimizer`, nested mappings, of any version.
+        optimizer: the section `optimizer` of any version, as nested mappings.
 
     Raises:
-        ValueError: it has both an old key and the one that it became.
+        ValueError: it has both an old key and the key that replaces it.
     """
     found = {key: value for key, value in optimizer.items() if key not in MOVED}
     for old, value in optimizer.items():
@@ -58,7 +59,7 @@ def modern(optimizer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def translations(optimizer: Mapping[str, Any]) -> list[str]:
-    """Return what :meth:`modern` does, in words: `optimizer.momentum -> optimizer.muon.momentum`, key by key."""
+    """Describe what :func:`modern` does, one string per key: `optimizer.momentum -> optimizer.muon.momentum`."""
     said = []
     for old, value in optimizer.items():
         if old not in MOVED:
@@ -76,10 +77,10 @@ def check_modern(keys: Mapping[str, Any]) -> None:
     """Refuse keys of an earlier version.
 
     Args:
-        keys: of the section `optimizer`, with their values if they are known.
+        keys: keys of the section `optimizer`, with their values if they are known.
 
     Raises:
-        ValueError: naming each, and the key that it is now.
+        ValueError: there are old keys; the message names each, and the key that replaces it.
     """
     old = [key for key in keys if key in MOVED]
     if old:

@@ -1,4 +1,4 @@
-"""Param groups by what is done with parameters, read from their specs: every trainable parameter in exactly one."""
+"""Param groups by kind of parameter, as specs state it: every trainable parameter is in exactly one group."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megamult.parameters.axes import Grid
 from megamult.parameters.stated import named_specs, spec_of, stored_shape
 
 _FIRST = ("matrix", "multiplier", "undecayed")
-"""Kinds in this order, then those of single roles in the model's order. The order decides where ZeRO cuts, and so the
-order of sums."""
+"""Order of the first groups' kinds; further kinds follow in the model's order. The order decides where ZeRO cuts, and
+so the order of sums."""
 
 
 def param_groups(
@@ -23,20 +23,20 @@ def param_groups(
     multiplier_lr: float | None = None,
     multiplier_weight_decay: float = 2e-3,
 ) -> list[dict[str, Any]]:
-    """Make groups for our optimizers, one for each kind (:attr:`ParameterSpec.kind`) that the model has.
+    """Make the param groups of our optimizers, one for each kind (:attr:`ParameterSpec.kind`) in the model.
 
     Args:
-        model: every trainable parameter has a spec.
+        model: a model whose trainable parameters all have specs.
         lr: peak learning rate.
-        weight_decay: decoupled, of matrices, embedding and head; norms have none.
-        multiplier_lr: of multipliers; None: `lr`.
-        multiplier_weight_decay: of multipliers, 2e-3 in arXiv 2601.04890.
+        weight_decay: decoupled weight decay of matrices, embedding and head; norms have none.
+        multiplier_lr: peak learning rate of multipliers; None: `lr`.
+        multiplier_weight_decay: decoupled weight decay of multipliers, 2e-3 in arXiv 2601.04890.
 
     Returns:
         Groups with `params`, `kind`, `lr`, `peak_lr` (what a schedule scales) and `weight_decay`.
 
     Raises:
-        ValueError: a parameter without spec.
+        ValueError: a parameter has no spec.
     """
     members: dict[str, list[torch.nn.Parameter]] = {kind: [] for kind in _FIRST}
     for _, parameter, spec in named_specs(model):
@@ -61,9 +61,9 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
     parameter has the shape that its spec gives; each group has one dtype.
 
     Args:
-        groups: as a user gives them, before ZeRO replaces their parameters.
-        names: of parameters, for messages; those of groups are numbered where a name is missing.
-        grid: of the processes.
+        groups: param groups as a user gives them, before ZeRO replaces their parameters.
+        names: names of parameters, for messages; a parameter without one is called by its group and index.
+        grid: the grid of the processes.
 
     Raises:
         ValueError: one of these does not hold.

@@ -1,4 +1,4 @@
-"""What an optimizer step sums over ranks before anything is updated: partial gradients, and the norms."""
+"""Sums over ranks that an optimizer step takes before it updates anything: partial gradients, and the norms."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from megamult.zero.partition import Partition
 
 
 def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None:
-    """Sum, in place, the gradients that are partial over tensor-parallel ranks: one packed collective.
+    """Sum, in place, the gradients that are partial over tensor-parallel ranks, in one packed collective.
 
     A replicated parameter's slices are the same on every rank of a tensor-parallel group (shards have equal sizes),
     so the packed buffers line up.
+
+    Args:
+        gradients: [length] gradient of each slice of the partition.
     """
     if partition.mesh.size_of("tensor") == 1:
         return
@@ -27,7 +30,7 @@ def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None
 
 
 class GlobalNorms:
-    """Norms of the gradients of a partition over all ranks, each element of the model counted once."""
+    """Norms of the gradients of a partition over all ranks, in which each element of the model counts once."""
 
     def __init__(self, partition: Partition) -> None:
         here = partition.slices[0].tensor.device if partition.slices else device.local_device()
@@ -37,8 +40,8 @@ class GlobalNorms:
         """Return the norms. Collective over all ranks.
 
         Args:
-            gradients: of each slice of the partition.
-            folded: [entries], the gradient of folded multipliers, the same on every rank; None: there are none.
+            gradients: the gradient of each slice of the partition.
+            folded: [entries] gradient of folded multipliers, the same on every rank; None: there are none.
         """
         squares = self._mesh.sum_over(self._squares(gradients).to(device.local_device()))
         if folded is not None:

@@ -20,10 +20,10 @@ from megamult.zero.partition import Partition, Slice
 
 @dataclass(frozen=True)
 class State:
-    """A quantity that a rule keeps from step to step, zeros at first.
+    """A quantity that a rule keeps from step to step, zero at first.
 
-    A checkpoint holds it under `optimizer.<name>.<name of the logical tensor>`, in the logical tensor's shape, or with
-    one value for each of its rows: any sharding reads it.
+    A checkpoint holds it under `optimizer.<name>.<name of the logical tensor>`, in the logical tensor's shape or with
+    one value for each row, so that a run with any other sharding can load it.
     """
 
     name: str
@@ -31,47 +31,48 @@ class State:
     key: str
     """Key in torch's `state_dict`."""
     per: Literal["element", "row"] = "element"
-    """Unit that has one value: each element, kept beside the slices of a parameter; or each row of a logical
+    """Unit that has one value. element: each element, kept beside the slices of a parameter. row: each row of a logical
     matrix, kept by the rank that owns the matrix."""
 
 
 class UpdateRule(ABC):
-    """How parameters of one kind are updated. A rule belongs to one optimizer.
+    """Rule by which parameters of one kind are updated. A rule belongs to one optimizer.
 
     Attributes:
-        defaults: settings that the rule reads from param groups, where a user may change them; and their values.
+        states: quantities that the rule keeps from step to step.
+        defaults: settings that the rule reads from param groups, where a user may change them, with default values.
     """
 
     states: ClassVar[tuple[State, ...]] = ()
     counts_steps: ClassVar[bool] = False
-    """Whether the state of each tensor holds the number of its updates too, under `step`."""
+    """Whether the state of each tensor also holds the number of its updates, under `step`."""
     prepares: ClassVar[bool] = False
-    """Whether :meth:`prepare` replaces the gradients by updates, clipping included, before the first :meth:`apply`."""
+    """Whether :meth:`prepare` clips the gradients and replaces them by updates, before the first :meth:`apply`."""
 
     defaults: Mapping[str, Any] = {}
 
     def bind(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> None:  # noqa: B027
-        """Take the partition whose gradients :meth:`prepare` will be given.
+        """Remember the partition that :meth:`prepare` will find gradients in.
 
         Args:
-            partition: all of the model's parameters.
-            updates: whether this rule updates a parameter.
+            partition: partition of all of the model's parameters.
+            updates: tells whether this rule updates a parameter.
         """
 
     def slices(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> list[Slice]:
-        """Return the slices beside which this rank keeps state of each element."""
+        """Return the slices for whose elements this rank keeps state."""
         return [piece for piece in partition.slices if updates(piece.spec)]
 
     def rows(self) -> Mapping[str, int]:
-        """Return the logical matrices of whose rows this rank keeps state, by name, and how many rows each has."""
+        """Return, by name, how many rows each logical matrix has for whose rows this rank keeps state."""
         return {}
 
     def prepare(self, clip: float, store: StateStore) -> None:  # noqa: B027
-        """Do, once per step, what needs the gradients of several groups. Collective over all ranks.
+        """Do the part of a step that needs the gradients of several groups. Collective over all ranks.
 
         Args:
             clip: factor that clips the gradients.
-            store: gives the state.
+            store: the state of this rank.
         """
 
     @abstractmethod
@@ -82,11 +83,11 @@ class UpdateRule(ABC):
         gradients: list[Tensor],
         state: Mapping[str, list[Tensor]],
     ) -> None:
-        """Update tensors of one param group in place.
+        """Update the tensors of one param group in place.
 
         Args:
-            group: with `lr`, `weight_decay` and this rule's `defaults`.
-            parameters: that have gradients now.
-            gradients: of each, clipped; where the rule `prepares`, what it has put in their place.
-            state: of each, by the keys of the states; empty where the rule `prepares`.
+            group: param group with `lr`, `weight_decay` and this rule's `defaults`.
+            parameters: the tensors that have gradients now.
+            gradients: the clipped gradient of each; if the rule `prepares`, the update in its place.
+            state: the state of each, by the states' keys; empty if the rule `prepares`.
         """

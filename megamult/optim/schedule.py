@@ -10,8 +10,8 @@ from megamult.optim.config import OptimizerConfig
 def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """Return the learning rate of update `step` (from 0) over its peak, in a run of `steps` updates.
 
-    Linear warm-up over `warmup_steps`, then constant, then a fall over the last `decay_steps` that ends, at the last
-    update, at min_lr / lr. `exponential`: a constant factor per step; `inverse_sqrt`: 1 / sqrt of a straight line.
+    It rises linearly over `warmup_steps`, stays constant, and falls over the last `decay_steps` to min_lr / lr at the
+    last update. `exponential`: a constant factor per step; `inverse_sqrt`: 1 / sqrt of a straight line.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

@@ -1,1 +1,1 @@
-"""Training: what leads from a configuration to a trained model (engine, loop, command line)."""
+"""Training: the way from a configuration to a trained model (command line, engine, loop)."""

@@ -1,4 +1,4 @@
-"""Micro-batches for the training loop: a thread reads them ahead, on one rank of each tensor-parallel group."""
+"""Micro-batches for the training loop, which a thread on one rank of each tensor-parallel group reads ahead."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from megamult.distributed import device
 from megamult.distributed.mesh import Mesh
 
 MicroBatch = tuple[Tensor, Tensor]
-"""Tokens and labels, ids [micro batch, seq] each, on this process's device."""
+"""(tokens, labels): ids [micro batch, seq] each, on this process's device."""
 
 _AHEAD = 4
-"""Micro-batches that are read before they are asked for: enough that one slow read is not felt."""
+"""Number of micro-batches that are read before they are asked for: enough to hide one slow read."""
 
 
 class Readable(Protocol):
     """Samples that a thread may read."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`tokens` and `labels`, [seq] each."""
+        """Return sample `index`: `tokens` and `labels`, [seq] each."""
 
 
 class Samples(Readable, Protocol):
     """The samples of a run. Sample i depends on i only, not on the sharding (:class:`megamult.data.BlendedDataset`)."""
 
     def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
-        """Make samples [first, last) ready, and the run's others, before `end`, in time; all ranks call it together."""
+        """Make samples [first, last) ready now, and the others before `end` in time. All ranks call it together."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold of them."""
+        """Return what a checkpoint must hold of the samples."""
 
     def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
-        """Go on before global sample `samples` of a run that left `state`; return lines that a user should read."""
+        """Continue a run that saved `state`, with global sample `samples`; return lines that the user should read."""
 
 
 class MicroBatches:
-    """The micro-batches of this data-parallel rank, one after the other, each of consecutive samples.
+    """Micro-batches of this data-parallel rank in order, each of consecutive samples.
 
     Tensor-parallel ranks train on the same tokens: the first of them reads, and sends each micro-batch to the others
-    over their group when it is taken. Every rank calls every method together. Nothing is computed from when a read
-    happens: what comes is a function of `starts` only.
+    over their group when it is taken. Every rank calls every method together. Results do not depend on when a read
+    happens: micro-batches are a function of `starts` only.
 
     Args:
-        samples: what is read.
+        samples: the samples that are read.
         starts: first sample of each micro-batch.
-        size: samples of a micro-batch.
-        seq_length: tokens of a sample.
-        mesh: of the processes.
+        size: number of samples in a micro-batch.
+        seq_length: number of tokens in a sample.
+        mesh: the processes.
     """
 
     def __init__(self, samples: Readable, starts: Iterator[int], size: int, seq_length: int, mesh: Mesh) -> None:
@@ -60,8 +60,8 @@ class MicroBatches:
         self._shape = (2, size, seq_length)
         self._end = 0
         self._mesh = mesh
-        self._next: int | None = None  # the first start that has not been given to the thread
-        self._waiting = 0  # given to it, and not taken yet
+        self._next: int | None = None  # first start that has not been given to the thread
+        self._waiting = 0  # micro-batches that were given to it and not taken yet
         self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._read: queue.SimpleQueue[Tensor | BaseException] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -70,7 +70,7 @@ class MicroBatches:
             self._thread.start()
 
     def allow(self, end: int) -> None:
-        """Let samples before `end` be read from now on; none has been read at or after an earlier `end`."""
+        """Allow samples before `end` to be read from now on; none at or after the earlier `end` has been read."""
         self._end = end
         self._ask()
 
@@ -78,8 +78,8 @@ class MicroBatches:
         """Return the next micro-batch.
 
         Raises:
-            Exception: what reading this micro-batch raised, on the rank that reads. Its tensor-parallel peers wait for
-                the tokens until that rank's end ends them.
+            Exception: whatever reading this micro-batch raised, on the rank that reads. Its tensor-parallel peers wait
+                for the tokens until that rank has ended, which ends them too.
         """
         if self._thread is None:
             both = torch.empty(self._shape, dtype=torch.int64, device=device.local_device())
@@ -95,7 +95,7 @@ class MicroBatches:
         return both[0], both[1]
 
     def close(self) -> None:
-        """End the thread after the read that it is in; what has been read ahead is dropped."""
+        """End the thread after its present read, and drop what was read ahead."""
         if self._thread is not None:
             while not self._asked.empty():
                 self._asked.get()
@@ -123,4 +123,4 @@ class MicroBatches:
 
 
 _CLOSE_SECONDS = 5.0
-"""Seconds that `close` waits: the thread may be in a read that a file server does not answer."""
+"""Seconds that `close` waits for the thread, whose read a file server may never answer."""

@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint changes of its configuration: an override that was left out is seen."""
+"""Differences between the configurations of a checkpoint and of the run that resumes: they reveal lost overrides."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from megamult.config import Config
 from megamult.settings import differences, run_settings, shown
 
 _NOT_COMPARED = ("checkpoint.load",)
-"""Keys that are left out: where the run resumes from has been said already."""
+"""Keys that are not compared: the checkpoint that the run resumes from is printed already."""
 
 
 def changes(before: Mapping[str, Any], config: Config) -> str | None:
-    """Return one aligned line for every key that differs, old -> new; None: none does.
+    """Return an aligned line, old -> new, for every key that differs; None if none does.
 
-    A key that the checkpoint's version did not have counts as its default then.
+    A key that the checkpoint's version did not have counts as having its default value.
 
     Args:
-        before: the checkpoint's configuration, as it holds it: nested mappings.
-        config: the run's.
+        before: the configuration in the checkpoint, as nested mappings.
+        config: the configuration of the run.
     """
     now, old = run_settings(dataclasses.asdict(config)), run_settings(before)
     old = {key: value for key, value in run_settings(dataclasses.asdict(Config())).items() if key in now} | old

@@ -1,4 +1,4 @@
-"""A run's checkpoints: what of a run goes into one, and when the next is due."""
+"""Checkpoints of a run: what goes into one, and when the next is due."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megamult.train.engine import Engine
 
 
 class RunCheckpoints:
-    """Saves a run's state into its directory's `checkpoints/`. Every rank calls every method together.
+    """Saver of a run's state to `checkpoints/` in its directory. Every rank calls every method together.
 
     Args:
-        run_dir: of the run.
-        config, vocab_size, mesh: the run's.
-        tokenizer_sha256: of its tokenizer.
-        files: what goes beside the tensors (config.yaml, tokenizer.model), by name.
+        run_dir: directory of the run.
+        config, vocab_size, mesh: the run's configuration, vocabulary size and processes.
+        tokenizer_sha256: hash of its tokenizer.
+        files: contents of the files beside the tensors (config.yaml, tokenizer.model), by name.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RunCheckpoints:
         )
 
     def due(self, step: int) -> bool:
-        """Return whether a run that goes on saves after this step."""
+        """Return whether a run saves after this step, if it is not the last."""
         every = self._config.checkpoint.save_every
         return every > 0 and step % every == 0
 
@@ -59,15 +59,15 @@ class RunCheckpoints:
         data: dict[str, Any] | None,
         figures: dict[str, float],
     ) -> Outcome | None:
-        """Begin to save.
+        """Begin to save a checkpoint.
 
         Args:
             step, samples: optimizer steps and sequences so far.
-            data: the training data's state.
-            figures: the run's last ones.
+            data: state of the training data.
+            figures: the latest figures of the run.
 
         Returns:
-            What became of an earlier save, or of this one, as :meth:`Saver.save`.
+            The outcome of an earlier save, or of this one, see :meth:`Saver.save`.
         """
         prefix, state = rng.prefix(self._mesh.rank), engine.state()
         chunks = [*state.chunks, *(Chunk.whole(prefix + key, value) for key, value in rng.states().items())]
@@ -93,9 +93,9 @@ class RunCheckpoints:
         return self._saver.save(chunks, info, self._files)
 
     def poll(self) -> Outcome | None:
-        """Return the outcome of a save that has ended since the last call; None: there is none."""
+        """Return the outcome of a save that has ended since the last call; None if there is none."""
         return self._saver.poll()
 
     def wait(self, seconds: float | None = None) -> Outcome | None:
-        """Let the last save end, for so many seconds at most; what became of it."""
+        """Wait for the last save, for at most `seconds`, and return its outcome."""
         return self._saver.wait(seconds)

@@ -1,4 +1,4 @@
-"""The command line of a run: its keys, and how a user's mistake ends it on every rank at once."""
+"""The command line of a run: its keys, and the common end of all ranks after a user's mistake."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megamult.distributed.mesh import Mesh
 
 HEAD_START_SECONDS = 2.0
-"""Launchers end all ranks once one has left: the others let rank 0 speak first."""
+"""Seconds that other ranks wait before they exit, so that rank 0 prints first: launchers end all once one has."""
 
 _Result = TypeVar("_Result")
 
@@ -29,7 +29,7 @@ def parser() -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     class Parser(ArgumentParser):
-        """Leaves out the sections of rules that the optimizer does not use: what it dumps and prints can be read."""
+        """Parser whose dumps leave out the sections of unused rules, so that they can be read again."""
 
         def dump(self, cfg: Any, **settings: Any) -> str:
             return super().dump(_used(cfg), **settings)
@@ -39,7 +39,7 @@ def parser() -> Any:
         prog="pretrain.py",
         description="Pretrain a language model with learnable row and column multipliers.",
         exit_on_error=False,
-        allow_abbrev=False,  # a misspelt key must not pass for another one that it begins
+        allow_abbrev=False,  # a truncated key must not pass for the full one
     )
     made.add_argument("--config", action="config", help="YAML file with the keys below")
     for name, section in SECTIONS.items():
@@ -59,17 +59,17 @@ def parser() -> Any:
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
-    """Return the validated configuration, and the same resolved as YAML.
+    """Return the validated configuration, and its resolved form as YAML.
 
     Raises:
-        ValueError: a key or a value that is not possible.
+        ValueError: a key or a value is not possible.
     """
     from jsonargparse import ArgumentError
 
     arguments = _modern(sys.argv[1:] if arguments is None else arguments)
     made = parser()
     try:
-        # Keys that the command line and its files give, without defaults.
+        # Only the keys that the command line and its files give, without defaults.
         given = made.parse_args([each for each in arguments if not each.startswith("--print_config")], defaults=False)
         _check_used(given)
         namespace = made.parse_args(arguments)
@@ -84,15 +84,15 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     del namespace["config"], namespace["local_rank"]
     sections["optimizer"] = OptimizerConfig.of(_used(namespace)["optimizer"].as_dict())
     config = Config(**{name: sections[name] for name in SECTIONS}, deepspeed=sections["deepspeed"])
-    # The contents of a file of DeepSpeed's belong to the configuration: they may be others the next time, or elsewhere.
+    # Put the contents of DeepSpeed's file into the configuration: the file may change, or be missing on another host.
     config.deepspeed = namespace["deepspeed"] = config.deepspeed_overrides() or None
     return config, made.dump(namespace, skip_validation=True, skip_none=False)
 
 
 def _used(namespace: Any) -> Any:
-    """Copy all sections but those of rules that the optimizer does not use."""
+    """Copy a namespace without the sections of rules that the optimizer does not use."""
     namespace = namespace.clone()
-    namespace.pop("local_rank", None)  # of a launcher, not of a run
+    namespace.pop("local_rank", None)  # a launcher's argument, not a key of the run
     optimizer = namespace.get("optimizer")
     if hasattr(optimizer, "keys"):
         for name in rule_sections():
@@ -102,7 +102,7 @@ def _used(namespace: Any) -> Any:
 
 
 def _check_used(given: Any) -> None:
-    """See that the keys of rules that were given are of rules that the optimizer uses."""
+    """Check that the optimizer uses the rules whose keys were given."""
     optimizer = given.get("optimizer")
     if hasattr(optimizer, "keys"):
         sections = {name: optimizer.get(name) for name in rule_sections()}
@@ -113,8 +113,9 @@ def _check_used(given: Any) -> None:
 
 
 def _modern(arguments: Sequence[str]) -> list[str]:
-    """Translate configurations of earlier versions, such as an old run's config.yaml, to today's keys; rank 0
-    says what was translated.
+    """Translate configurations of earlier versions, such as an old run's config.yaml, to today's keys.
+
+    Rank 0 prints what was translated.
 
     Raises:
         ValueError: the command line itself has an old key.
@@ -131,14 +132,14 @@ def _modern(arguments: Sequence[str]) -> list[str]:
 
 
 def _modern_file(path: str) -> str:
-    """Return the path of a configuration, or, for one of an earlier version, its contents in today's keys."""
+    """Return the path of a configuration; for one of an earlier version, its contents with today's keys instead."""
     import yaml
     from jsonargparse import get_loader
 
     try:
         loaded = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return path  # the parser says what is wrong with it
+        return path  # the parser reports what is wrong with it
     optimizer = loaded.get("optimizer") if isinstance(loaded, dict) else None
     if not isinstance(optimizer, dict) or not legacy.is_old(optimizer):
         return path
@@ -150,7 +151,7 @@ def _modern_file(path: str) -> str:
 
 
 def fail(message: str) -> NoReturn:
-    """End this rank because of a mistake that every rank knows; rank 0 says why, in one line."""
+    """Exit because of a mistake that every rank has found; rank 0 prints why, in one line."""
     if environment.rank() == 0:
         say_error(message)
     else:
@@ -159,7 +160,7 @@ def fail(message: str) -> NoReturn:
 
 
 def fail_alone(message: str) -> NoReturn:
-    """End this rank because of a mistake that the others may not have found, before all have met."""
+    """Exit because of a mistake that other ranks may not have found, before all have met."""
     if environment.rank() != 0:
         from megamult.distributed import rendezvous
 
@@ -168,7 +169,7 @@ def fail_alone(message: str) -> NoReturn:
 
 
 def agreed(mesh: Mesh, check: Callable[[], _Result]) -> _Result:
-    """Run `check` on every rank; if any rank raises ValueError or OSError, all end with the first one's message."""
+    """Return what `check` returns; if it raises ValueError or OSError on any rank, all exit with the first message."""
     from megamult.distributed import start
     from megamult.distributed.agreement import everywhere
 

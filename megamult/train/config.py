@@ -45,12 +45,12 @@ class TrainConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The torch dtype of parameters and activations."""
+        """Torch dtype of parameters and activations."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
 
     @property
     def accumulation_dtype(self) -> str:
-        """The dtype of accumulated gradients, fp32 or bf16."""
+        """Dtype of accumulated gradients, fp32 or bf16."""
         return "fp32" if self.grad_accum_dtype == "auto" else self.grad_accum_dtype
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A run's tokenizer and its data as it starts: checked once on every node, described to all ranks, then opened."""
+"""Opening of a run's tokenizer and data: files are checked once on every node, described to all ranks, then opened."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def open_datasets(
 ) -> tuple[BlendedDataset, BlendedDataset | None]:
     """Open the samples of data.train and, if it is set, of data.valid. Collective; a mistake ends all ranks.
 
-    One rank of each node reads headers, sizes, stamps and samples of the files; what rank 0 has found is sent to
-    everyone, and each node's rank compares its own findings with that. With data.validate full every rank then reads
-    its share of all bytes.
+    One rank of each node reads headers, sizes, time stamps and samples of the files. Rank 0 sends its findings to all
+    ranks, and each node's rank compares them with its own. With data.validate full, every rank then reads its share of
+    all bytes.
 
     Args:
-        mesh: of the processes.
-        note: told how many pieces of files this rank has checked so far, every few seconds.
+        mesh: the processes.
+        note: called every few seconds with the number of pieces of files that this rank has checked so far.
     """
     sources = {key: DataConfig.sources(getattr(config.data, key)) for key in ("train", "valid")}
     prefixes = list(dict.fromkeys(prefix for blend in sources.values() for prefix, _ in blend))
@@ -83,7 +83,11 @@ def open_datasets(
 
 
 def _check_same(mine: Mapping[str, Described] | None, described: Mapping[str, Described]) -> None:
-    """Compare what this node's rank has found with what rank 0 has."""
+    """Compare what this node's rank has found with what rank 0 has found.
+
+    Raises:
+        ValueError: they differ.
+    """
     different = [prefix for prefix, found in (mine or {}).items() if found != described[prefix]]
     if different:
         raise ValueError(

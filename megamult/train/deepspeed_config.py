@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run: what the run's keys produce, with the user's part checked and merged in."""
+"""The DeepSpeed configuration of a run: made from the run's keys, with the user's part checked and merged in."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from megamult.distributed import device
 from megamult.train.deepspeed_keys import CHECKED_BY_DEEPSPEED, KEYS, SECTIONS, TOP_LEVEL
 
 _BUCKET_ELEMENTS = 50_000_000
-"""Elements of a ZeRO communication bucket: 100 MB in bf16, enough to fill a link, little beside a model."""
+"""Elements of a ZeRO communication bucket: 100 MB in bf16, enough to fill a link, and small compared with a model."""
 
 
 def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run over `data_parallel` ranks, with the user's part merged in.
 
     Raises:
-        ValueError: the user's part has keys that DeepSpeed does not know, that have no effect here, or that differ from
-            what a key of ours decides; all of them at once.
+        ValueError: the user's part has keys that DeepSpeed does not know, that have no effect here, or that contradict
+            one of the run's own keys; the message names all of them.
     """
     produced, overrides = _produced(config, data_parallel), without_auto(config.deepspeed_overrides())
     problems = [problem for key, value in overrides.items() for problem in _problems(key, value, produced)]
@@ -31,8 +31,10 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
 
 
 def _is_bf16_optimizer(config: Config) -> bool:
-    """Tell whether DeepSpeed wraps the optimizer in its BF16_Optimizer. It does so at ZeRO 1 in bf16 with sums in fp32,
-    and none of its keys chooses another class."""
+    """Return whether DeepSpeed wraps the optimizer in its BF16_Optimizer.
+
+    It does so at ZeRO 1 in bf16 with sums in fp32, and none of its keys chooses another class.
+    """
     train = config.train
     return config.parallel.zero_stage == 1 and train.dtype == "bf16" and train.accumulation_dtype == "fp32"
 
@@ -45,16 +47,16 @@ def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
     if stage:
         zero |= {
             "contiguous_gradients": True,
-            # It waits for the device, also where there is nobody to reduce with.
+            # Overlap waits for the device, even if there is no other rank to reduce with.
             "overlap_comm": device.has_cuda() and data_parallel > 1,
             "reduce_bucket_size": _BUCKET_ELEMENTS,
         }
     if stage in (1, 2):
         zero["allgather_bucket_size"] = _BUCKET_ELEMENTS
-        # Our optimizer takes the norm and skips bad steps; DeepSpeed need not do so again where it can be told.
+        # Our optimizer computes the norm and skips bad steps: turn DeepSpeed's own norm off where that is possible.
         zero["compute_grad_norm"] = _is_bf16_optimizer(config)
-        # With it DeepSpeed divides by the number of ranks in the model's dtype, before it casts to the one it sends.
-        # It saves no traffic: buckets of several owners are all-reduced either way.
+        # With reduce_scatter, DeepSpeed divides by the number of ranks in the model's dtype, before it casts to the
+        # dtype that it sends; and it saves no traffic: buckets of several owners are all-reduced either way.
         zero["reduce_scatter"] = not bf16
     return {
         "train_batch_size": train.global_batch_size,
@@ -65,21 +67,21 @@ def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
         "gradient_allreduce_op": "mean",
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
-        # A gradient is added to its fp32 sum as soon as backward has it, instead of after all of them.
+        # Add each gradient to its fp32 sum as soon as backward has computed it, not when all are there.
         "bf16": {"enabled": bf16} | ({"check_grad_overflow": False, "immediate_grad_update": True} if bf16 else {}),
         "data_types": {"grad_accum_dtype": accumulation},
-        # DeepSpeed's default is the dtype of the model: sums over ranks would be rounded to bf16.
+        # DeepSpeed's default is the model's dtype, which would round sums over ranks to bf16.
         "communication_data_type": accumulation,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
-        # It waits for the device in every micro-batch.
+        # The timer would wait for the device in every micro-batch.
         "timers": {"throughput": {"enabled": False}},
     }
 
 
 def without_auto(overrides: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Return `overrides` without any "auto", which means megamult's value, and without mappings that are then empty or
-    switched off."""
+    """Return `overrides` without mappings that are switched off and without "auto" (which means megamult's value), and
+    without mappings that this leaves empty."""
     kept = {}
     for key, value in overrides.items():
         name = f"{path}{key}"
@@ -138,12 +140,15 @@ def _problem(name: str, value: Any, ours: Any) -> Iterator[str]:
 
 
 _OF_BUCKETS = {"overlap_comm", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"}
-"""Keys of `zero_optimization` that DeepSpeed's BF16_Optimizer does not look at."""
+"""Keys of `zero_optimization` that DeepSpeed's BF16_Optimizer ignores."""
 
 
 def _without_effect(zero: Any, config: Config) -> list[str]:
-    """Return a message for each of the user's keys of `zero_optimization` that seems to act in this run and does not:
-    any at ZeRO 0, those of buckets at ZeRO 1 in bf16. Keys of another stage (stage3_...) pass: files serve several."""
+    """Return a message for each of the user's keys of `zero_optimization` that seems to have an effect and has none.
+
+    At ZeRO 0 these are all keys, and at ZeRO 1 in bf16 those of buckets. Keys of another stage (stage3_...) are
+    accepted, as one file may serve several stages.
+    """
     names = zero.keys() - {"stage"} if isinstance(zero, dict) else set()
     where, remedy = "at parallel.zero_stage 0", "raise that"
     if config.parallel.zero_stage:

@@ -1,4 +1,4 @@
-"""A configuration becomes a DeepSpeed engine: model, param groups, optimizer, partition."""
+"""Construction of a DeepSpeed engine from a configuration: model, param groups, optimizer, partition."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from megamult.zero.partition import Partition
 
 @dataclass
 class DeepSpeedEngine:
-    """An :class:`megamult.train.engine.Engine` of DeepSpeed's, which reduces gradients and shards by ZeRO."""
+    """DeepSpeed as an :class:`megamult.train.engine.Engine`: it reduces gradients, and shards by ZeRO."""
 
     deepspeed: Any
     model: torch.nn.Module
@@ -46,12 +46,12 @@ class DeepSpeedEngine:
 
     @property
     def mesh(self) -> Mesh:
-        """Mesh of the processes that it computes on."""
+        """Mesh of the processes that the engine computes on."""
         return self.partition.mesh
 
     @property
     def parameter_count(self) -> int:
-        """Logical parameters (no padding) of the whole model."""
+        """Number of logical parameters (without padding) of the whole model."""
         return sum(spec.numel_logical for _, _, spec in named_specs(self.model))
 
     @property
@@ -62,16 +62,16 @@ class DeepSpeedEngine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps so far that changed nothing."""
+        """Number of steps so far that changed nothing."""
         return self.optimizer.skipped_steps
 
     def set_lr_factor(self, factor: float) -> None:
-        """Let the next steps' learning rates be their peaks times `factor`."""
+        """Set the learning rates of the next steps to `factor` times their peaks."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
     def train_batch(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
-        """Take one optimizer step; as many micro-batches as DeepSpeed was told to accumulate."""
+        """Take one optimizer step, on as many micro-batches as DeepSpeed was told to accumulate."""
         loss, count = torch.zeros((), device=device.local_device()), 0
         for tokens, labels in micro_batches:
             objective, entropy = self.deepspeed(tokens, labels)
@@ -83,7 +83,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
-        """Mean cross entropy of any number of micro-batches."""
+        """Return the mean cross entropy in nats of any number of micro-batches."""
         self.deepspeed.eval()
         loss, count = torch.zeros((), device=device.local_device()), 0
         for tokens, labels in micro_batches:
@@ -98,17 +98,17 @@ class DeepSpeedEngine:
         return trained(self.model, self.partition, self.optimizer, kinds=("multiplier",))
 
     def state(self) -> EngineState:
-        """Return what is to be saved."""
+        """Return the state to save."""
         chunks = owned(self.partition, self.optimizer)
         return EngineState(chunks, self.optimizer.updates, self.optimizer.skipped_steps)
 
     def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> list[str]:
-        """:func:`megamult.checkpoint.resume.restore`."""
+        """Restore a checkpoint, see :func:`megamult.checkpoint.resume.restore`."""
         return resume.restore(checkpoint, self.partition, self.optimizer, reset_optimizer=reset_optimizer)
 
 
 def check_deepspeed(config: Config, mesh: Mesh) -> None:
-    """Let our rules and DeepSpeed's own look at the DeepSpeed configuration before anything is built.
+    """Check the DeepSpeed configuration, by our rules and by DeepSpeed's own, before anything is built.
 
     Raises:
         ValueError: the user's part of it is not possible.
@@ -122,13 +122,13 @@ def check_deepspeed(config: Config, mesh: Mesh) -> None:
                 f"{'.'.join(map(str, part['loc'])) or error.title}: {part['msg']}" for part in error.errors()
             )
             raise ValueError(f"deepspeed: DeepSpeed refuses it ({each}); correct or remove that") from None
-        # DeepSpeedConfigError is an Exception of its own; wrong types surface as whatever its parser trips over.
+        # DeepSpeedConfigError derives from Exception directly, and a wrong type can raise anything in its parser.
         except Exception as error:
             raise ValueError(f"deepspeed: DeepSpeed refuses it ({error}); correct or remove that key") from None
 
 
 def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseOptimizer:
-    """Make the optimizer that `config` names, over all parameters of the model."""
+    """Make the optimizer that `config` names, for all parameters of the model."""
     return make_optimizer(model, config.optimizer, config.multipliers)
 
 
@@ -141,23 +141,23 @@ def build(
     note: Callable[[str], None] = lambda doing: None,
     optimizer_of: Callable[[Config, torch.nn.Module], TwoPhaseOptimizer] = build_optimizer,
 ) -> DeepSpeedEngine:
-    """Model, optimizer and engine for this rank.
+    """Build this rank's model, optimizer and engine.
 
     At ZeRO 3 the model is partitioned while it is constructed, so it may be larger than one device.
 
     Args:
-        mesh: of the processes.
-        draw: initial weights; False: they are NaN until a checkpoint is loaded.
-        note: told what is being done, as the model of a large run takes minutes.
-        optimizer_of: makes the optimizer of a configuration over the parameters of a model.
+        mesh: the processes.
+        draw: whether to draw initial weights; False: they are NaN until a checkpoint is loaded.
+        note: called with what is being done, as building a large model takes minutes.
+        optimizer_of: makes the optimizer of a configuration for the parameters of a model.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     settings = deepspeed_config(config, mesh.size_of("data"))
     context: Any = contextlib.nullcontext()
     if config.parallel.zero_stage == 3:
         context = deepspeed.zero.Init(
-            # Without the group, zero.Init partitions over the world and overwrites tensor-parallel shards. It takes
-            # the dtype from the settings; its argument `dtype` is not heeded where fp16 is unsupported (CPUs).
+            # Without the group, zero.Init partitions over all ranks and overwrites tensor-parallel shards. It takes
+            # the dtype from the settings; it ignores its argument `dtype` where fp16 is unsupported (CPUs).
             data_parallel_group=mesh.groups["data"],
             config_dict_or_path=settings,
             mpu=mesh.mpu,
@@ -168,7 +168,7 @@ def build(
         model.to(device.local_device())
     note("building the optimizer")
     optimizer = optimizer_of(config, model)
-    # DeepSpeed warns of every optimizer that is not its own, and its bf16 wrapper prints memory figures per group.
+    # DeepSpeed warns about optimizers that are not its own, and its bf16 wrapper prints memory figures per group.
     deepspeed_logger.setLevel(logging.ERROR)
     with optimizer.paused(), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(

@@ -1,4 +1,4 @@
-"""The table of DeepSpeed's configuration keys: what each one does in a run, or what to use in its place.
+"""Table of DeepSpeed's configuration keys: what each of them does in a run, or what to use instead.
 
 ``python -m megamult.train.deepspeed_keys`` prints it as Markdown: docs/deepspeed.md.
 """
@@ -14,23 +14,23 @@ class Key:
     """Treatment of one key of the user's DeepSpeed configuration."""
 
     use: Literal["free", "decided", "refused"]
-    """free: handed to DeepSpeed. decided: set by megamult's own keys, so that only the same value is accepted.
+    """Treatment. free: passed to DeepSpeed. decided: set by megamult's own keys, only the same value is accepted.
     refused: it has no effect in a run, or a wrong one."""
     text: str
-    """free: what it does. decided: which key decides it. refused: why, and what to use instead."""
+    """Explanation. free: what the key does. decided: which key decides it. refused: why, and what to use instead."""
     neutral: Any = None
-    """A value besides null, false and {} that asks for nothing (refused keys)."""
+    """Value besides null, false and {} that asks for nothing (refused keys)."""
     switch: str | None = None
-    """The key of a section that turns it on: if that is false, "none" or "auto", the section asks for nothing."""
+    """Key within a section that switches it on: if it is false, "none" or "auto", the section asks for nothing."""
     values: tuple[str, ...] = ()
-    """The only values that are accepted, if there is a choice (free keys)."""
+    """Values that are accepted, if not all are (free keys)."""
     keys: tuple[str, ...] = ()
     """All keys of a section, where DeepSpeed would silently ignore unknown ones."""
     package: str | None = None
-    """The package that the section needs once it is enabled; its module has the same name."""
+    """Package that the section needs when it is enabled; its module has the same name."""
 
     def off(self, value: Any) -> bool:
-        """Tell whether `value` asks for nothing."""
+        """Return whether `value` asks for nothing."""
         if self.switch is not None and isinstance(value, dict) and self.switch in value:
             return value[self.switch] in (None, False, "none", "auto")
         return value is None or value is False or value == {} or (self.neutral is not None and value == self.neutral)
@@ -99,7 +99,7 @@ KEYS: dict[str, Key] = {
     ),
     "disable_allgather": _refused("DeepSpeed reads it and does nothing with it"),
     "sparse_gradients": _refused(_REMOVED + "gradients are dense"),
-    # ZeRO. Keys that are not here are handed on, and DeepSpeed refuses unknown ones.
+    # ZeRO. Other keys are passed on, and DeepSpeed refuses unknown ones.
     "zero_optimization.stage": _decided("parallel.zero_stage decides"),
     "zero_optimization.contiguous_gradients": _decided("reduced gradients are copied into one buffer"),
     "zero_optimization.compute_grad_norm": _decided("megamult's optimizer takes the norm"),
@@ -187,8 +187,8 @@ KEYS: dict[str, Key] = {
     "dump_state": _refused("DeepSpeed's lines below a warning are not shown; config.yaml has every key of the run"),
     "log_level": _refused("DeepSpeed's warnings and errors are shown, and nothing below"),
 }
-"""The table, by dotted name. Of `zero_optimization` and `bf16` it holds only the keys that need an explanation:
-DeepSpeed itself refuses unknown keys in them, and in every free section without `keys`."""
+"""Treatment of each key, by dotted name. Of `zero_optimization` and `bf16`, only keys that need explanation are here:
+DeepSpeed itself refuses unknown keys in these two, and in every free section without `keys`."""
 
 SECTIONS = frozenset(name.partition(".")[0] for name in KEYS if "." in name)
 """Top-level keys whose own keys are in the table."""

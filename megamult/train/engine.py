@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine: a model and its optimizer, spread over all ranks."""
+"""The interface between the training loop and an engine: a model and its optimizer, spread over all ranks."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from megamult.zero.gather import Logical
 
 @dataclass(frozen=True)
 class EngineState:
-    """What a checkpoint holds of an engine."""
+    """State of an engine in a checkpoint."""
 
     chunks: list[Chunk]
-    """This rank's share of weights, multipliers and optimizer state: over all ranks each element once."""
+    """This rank's share of weights, multipliers and optimizer state; over all ranks, each element once."""
     updates: int
-    """Optimizer steps that were applied."""
+    """Number of optimizer steps that were applied."""
     skipped_steps: int
 
 
 class Engine(Protocol):
-    """Every rank calls every method together, with its own micro-batches.
+    """A model and its optimizer, which take steps. Every rank calls every method together, with its own micro-batches.
 
-    Micro-batches come as an iterator, and are taken from it one at a time, each when it is about to be computed: to
-    take one reads files, and tells the watchdog how far the run is.
+    Micro-batches come as an iterator. An engine takes each only when it is about to compute it, because taking one
+    reads files, and tells the watchdog how far the run is.
     """
 
     @property
     def mesh(self) -> Mesh:
-        """Mesh of the processes that it computes on."""
+        """Mesh of the processes that the engine computes on."""
 
     @property
     def parameter_count(self) -> int:
-        """Logical parameters (no padding) of the whole model."""
+        """Number of logical parameters (without padding) of the whole model."""
 
     @property
     def norms(self) -> Norms:
@@ -48,10 +48,10 @@ class Engine(Protocol):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps so far that changed nothing, because the gradient was not finite or too large."""
+        """Number of steps so far that changed nothing, because the gradient was not finite or too large."""
 
     def set_lr_factor(self, factor: float) -> None:
-        """Let the next steps' learning rates be their peaks times `factor`."""
+        """Set the learning rates of the next steps to `factor` times their peaks."""
 
     def train_batch(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
         """Take one optimizer step on all micro-batches.
@@ -67,18 +67,18 @@ class Engine(Protocol):
         """Yield all multipliers, each complete on global rank 0."""
 
     def state(self) -> EngineState:
-        """Return what is to be saved; the chunks are views of live memory."""
+        """Return the state to save; its chunks are views of live memory."""
 
     def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> list[str]:
-        """Put a checkpoint's state in the place of this one's, before the first step.
+        """Replace the engine's state by a checkpoint's, before the first step.
 
         Args:
-            checkpoint: one that fits.
-            reset_optimizer: leave the optimizer's state as it is.
+            checkpoint: a checkpoint of the same model.
+            reset_optimizer: whether to leave the optimizer's state as it is.
 
         Returns:
             Names of multipliers that the checkpoint does not have: they start at 1, where they change nothing.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor, or has it in another shape, or a weight is NaN afterwards.
+            ValueError: a tensor is missing in the checkpoint or has another shape, or a weight is NaN afterwards.
         """

@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps, evaluation, figures out."""
+"""The training loop: steps on batches, evaluation, figures, checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megamult.train.votes import mean_and_votes
 
 
 class Trainer:
-    """Drives an engine over a run. Every rank calls every method together."""
+    """Loop that drives an engine through a run. Every rank calls every method together."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class Trainer:
         self.last_multipliers: dict[str, Tensor] = {}
         self.last_checkpoint: Path | None = None
         self.bad_steps = 0
-        """In a row."""
+        """Number of bad steps in a row, up to now."""
         self.votes: list[float] = []
-        """Sums over all ranks of what was voted at the end of the last step."""
+        """Sums over all ranks of the votes at the end of the last step."""
 
     def _batches(self, samples: Samples, first: int) -> MicroBatches:
         """Make this rank's micro-batches of the global batches from sample `first` on."""
@@ -70,7 +70,7 @@ class Trainer:
     def _taken(self, batches: MicroBatches, step: int, of: str = "") -> Iterator[MicroBatch]:
         """Yield the micro-batches of one global batch, each read when it is asked for.
 
-        Notes the progress of `step`: waiting for a micro-batch is work on files, what follows it is not.
+        Report the progress of `step` too: waiting for a micro-batch is work on files, and what follows is not.
         """
         for micro in range(self._accumulation):
             which = f"micro-batch {micro + 1} of {self._accumulation}{of}"
@@ -80,17 +80,17 @@ class Trainer:
             yield micro_batch
 
     def train_step(self, ballot: Callable[[], Sequence[float]] = tuple) -> dict[str, float]:
-        """Take one optimizer step; return the step's record.
+        """Take one optimizer step, and return its record.
 
         Args:
-            ballot: asked for this rank's vote when the step is done; `votes` then holds the sums over all ranks.
+            ballot: called for this rank's votes when the step is done; `votes` then holds their sums over all ranks.
         """
         began = time.perf_counter()
         config, step, first = self.config, self.step_count, self.samples
         batch = config.train.global_batch_size
         self._progress.at(step + 1, "samples", ON_FILES)
         end = first + max(1, config.train.steps - step) * batch
-        # The next step's too: they are read while this one computes.
+        # Include the next step's samples, which are read while this step computes.
         ready = min(first + 2 * batch, end)
         self._train.prepare(first, ready, self._mesh.barrier, end)
         if self._reading is None:
@@ -116,10 +116,10 @@ class Trainer:
         }
 
     def evaluate(self, ballot: Callable[[], Sequence[float]] = tuple) -> float:
-        """Mean cross entropy in nats over the first `train.eval_batches` global batches of data.valid.
+        """Return the mean cross entropy in nats over the first `train.eval_batches` global batches of data.valid.
 
         Args:
-            ballot: asked for this rank's vote at the end, as in :meth:`train_step`, whose `votes` it replaces.
+            ballot: called for this rank's votes at the end; their sums replace `votes` of :meth:`train_step`.
         """
         assert self._valid is not None
         train, step = self.config.train, self.step_count
@@ -150,10 +150,10 @@ class Trainer:
             self._reading = None
 
     def resume(self, info: CheckpointInfo) -> list[str]:
-        """Go on after the step at which a checkpoint was saved, with the next sample of every source.
+        """Continue after the step at which a checkpoint was saved, with the next sample of every source.
 
         Returns:
-            Lines on the sources of data that a user should read.
+            Lines about the data sources that the user should read.
         """
         self.close()
         self.step_count, self.samples, self.figures = info.step, info.samples, dict(info.figures)
@@ -161,10 +161,10 @@ class Trainer:
         return [] if info.data is None else self._train.load_state_dict(info.data, info.samples)
 
     def run(self, run_dir: Path, checkpoints: RunCheckpoints, stop: StopRequests) -> str | None:
-        """Take all remaining steps, with evaluation, records and checkpoints. Records are written by global rank 0.
+        """Take all remaining steps, with evaluation, records and checkpoints. Global rank 0 writes the records.
 
         Returns:
-            Why the run stopped before its last step; None: it is complete.
+            The reason why the run stopped before its last step; None: it is complete.
 
         Raises:
             CheckpointFailed: the last checkpoint could not be written; on every rank.
@@ -172,7 +172,7 @@ class Trainer:
         """
         steps, reason, outcome, unsaved = self.config.train.steps, None, None, False
         with contextlib.ExitStack() as stack:
-            # If training fails, the checkpoint that is being written shall be there all the same.
+            # Let a checkpoint that is being written be completed, even if training fails.
             stack.callback(checkpoints.wait, _LAST_SAVE_SECONDS)
             stack.callback(self.close)
             records = stack.enter_context(
@@ -185,7 +185,7 @@ class Trainer:
                 self._progress.at(self.step_count, "after the records")
                 reason = None if last else stop.decided(self.votes)
                 records.checkpoint(checkpoints.poll())
-                # Not while steps are bad: what is wrong may be in the weights already.
+                # No checkpoint while steps are bad, as the weights may be bad already.
                 unsaved |= checkpoints.due(self.step_count)
                 if last or reason or (unsaved and not self.bad_steps):
                     unsaved = False
@@ -206,7 +206,7 @@ class Trainer:
         """Take one optimizer step and record its figures.
 
         Raises:
-            Diverged: it is one bad step too many.
+            Diverged: there are now `train.max_bad_steps` bad steps in a row.
         """
         skipped, limit = self.engine.skipped_steps, self.config.train.max_bad_steps
         record = self.train_step(stop.ballot)
@@ -219,7 +219,7 @@ class Trainer:
             raise Diverged(self.step_count, self.bad_steps, record)
 
     def _look(self, records: Records, stop: StopRequests, last: bool) -> None:
-        """Histograms of the multipliers and an evaluation, where this step is one for them."""
+        """Record histograms of the multipliers and evaluate, if either is due after this step."""
         train, step = self.config.train, self.step_count
         every = train.log_histograms_every
         if self.config.multipliers.implementation != "none" and (last or (every and step % every == 0)):
@@ -231,18 +231,18 @@ class Trainer:
             records.evaluation(step, self.figures["valid_loss"])
 
     def _save(self, checkpoints: RunCheckpoints) -> Outcome | None:
-        """Begin to save; what became of an earlier save, or of this one."""
+        """Begin to save a checkpoint; return the outcome of an earlier save or of this one, as soon as it is known."""
         self._progress.at(self.step_count, "checkpoint", ON_FILES)
         data, figures = self._train.state_dict(), dict(self.figures)
         return checkpoints.save(self.engine, self.step_count, self.samples, data, figures)
 
 
 _LAST_SAVE_SECONDS = 60.0
-"""Seconds that a run that fails waits for a checkpoint that is being written: other ranks may be gone."""
+"""Seconds that a failing run waits for a checkpoint that is being written; not longer, as other ranks may be gone."""
 
 
 class Diverged(Exception):
-    """Too many bad steps in a row."""
+    """Error: too many bad steps in a row."""
 
     def __init__(self, step: int, bad: int, record: dict[str, float]) -> None:
         self.last_good_step = step - bad
@@ -253,9 +253,9 @@ class Diverged(Exception):
 
 
 class CheckpointFailed(Exception):
-    """A run's last checkpoint is not there."""
+    """Error: the last checkpoint of a run could not be written."""
 
     def __init__(self, outcome: Outcome, reason: str | None) -> None:
         super().__init__(f"the checkpoint of step {outcome.step} could not be written ({outcome.error})")
         self.reason = reason
-        """Why the run had stopped; None: it was complete."""
+        """Reason why the run had stopped before its last step; None: it was complete."""

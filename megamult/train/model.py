@@ -1,4 +1,4 @@
-"""A run's configuration becomes its model."""
+"""Construction of a run's model from its configuration."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megamult.models.architectures import architecture_of
 def build_model(
     config: Config, vocab_size: int, seed: int | None, note: Callable[[str], None] = lambda doing: None
 ) -> torch.nn.Module:
-    """Build this rank's part of a run's model, as :class:`megamult.models.common.architecture.ModelClass`.
+    """Build this rank's part of a run's model, see :class:`megamult.models.common.architecture.ModelClass`.
 
     Args:
-        config: of the run.
-        vocab_size: exact, without padding.
-        seed: of the weights; None: they are NaN until a checkpoint is loaded.
-        note: told what is being done, a parameter at a time.
+        config: configuration of the run.
+        vocab_size: exact number of tokens, without padding.
+        seed: seed of the initial weights; None: they are NaN until a checkpoint is loaded.
+        note: called with what is being done, once per parameter.
     """
     multipliers = config.multipliers
     return architecture_of(config.model).model()(

@@ -1,4 +1,4 @@
-"""The start of a run: parse, meet, watch. What is heavy is imported only once the keys are right."""
+"""The start of a run: parse, meet, watch. Heavy modules are imported only after the keys have been checked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BEGAN = time.monotonic()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Pretrain as the command line says."""
+    """Pretrain a model as the command line asks."""
     environment.set_defaults()
     try:
         config, resolved = parse(arguments)
@@ -38,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config, resolved: str) -> None:
-    """Train `config`; `resolved` is what config.yaml will say. Imports what is heavy only once the keys are right, and
-    all processes watch one another."""
+    """Start the run `config` and train; `resolved` is the text for config.yaml.
+
+    Heavy modules are imported only after the keys have been checked and all processes watch one another.
+    """
     meeting = _meet(config)
     from megamult.runtime.lock import RunLock
     from megamult.runtime.logs import RankLog
@@ -55,7 +57,7 @@ def run(config: Config, resolved: str) -> None:
             watchdog = Watchdog(meeting, 60 * config.parallel.timeout_minutes, log)
             progress = stack.enter_context(watchdog).progress
         progress.at(0, "importing", ON_FILES)
-        # Megatron says at import, on every rank, which optional packages it does without.
+        # Megatron warns at import, on every rank, about optional packages that are missing.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
         from megamult.distributed import extensions, process_groups, start
         from megamult.runtime.signals import StopRequests
@@ -64,9 +66,10 @@ def run(config: Config, resolved: str) -> None:
         try:
             mesh = start.initialize(
                 config.parallel.tensor,
-                # The watchdog comes first; alone, a group's own timeout would also end who waits for work on files.
+                # The watchdog ends a stuck run first. A group's own timeout is longer by the limit of work on files, as
+                # it would also end ranks that wait for such work.
                 timeout_minutes=config.parallel.timeout_minutes + ON_FILES / 60,
-                across_nodes=True,  # asked already
+                across_nodes=True,  # checked already, in _meet
                 meeting=meeting,
             )
         except TimeoutError as error:
@@ -87,7 +90,7 @@ def run(config: Config, resolved: str) -> None:
 
 
 def _meet(config: Config) -> Meeting:
-    """Meet all other processes, or end this one. Little is imported before: a host that is down is named soon."""
+    """Meet all other processes, or exit. Little is imported before, so that a host that is down is named soon."""
     from megamult.distributed import device, open_files, rendezvous
 
     open_files.raise_limit()
@@ -104,14 +107,14 @@ def _meet(config: Config) -> Meeting:
     except ValueError as error:
         fail(str(error))
     except rendezvous.Refused as error:
-        # The first of a launcher's ranks that is refused speaks for its node.
+        # The first of a launcher's refused ranks prints the reason for its node.
         if environment.rank() <= max(1, launcher.siblings()[0]):
             say_error(str(error))
         else:
             time.sleep(HEAD_START_SECONDS)
         sys.exit(exit_codes.USER_ERROR if error.configuration else exit_codes.UNAVAILABLE)
     except rendezvous.NobodyThere as error:
-        # Who is missing, rank 0 says; that rank 0 is, one rank of each node.
+        # Rank 0 names the missing ranks; if rank 0 itself is missing, one rank of each node says so.
         if environment.rank() == 0 or (error.rank_0_is_missing and environment.local_rank() == 0):
             say_error(str(error))
         sys.exit(exit_codes.UNAVAILABLE)

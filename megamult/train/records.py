@@ -1,4 +1,4 @@
-"""A run's figures on their way to the run directory: what is derived from a step's record, and who writes."""
+"""Figures of a run on their way to its directory: what is derived from a step's record, and which rank writes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megamult.train.config import TrainConfig
 
 
 class Records:
-    """Writes on global rank 0, and does nothing on other ranks.
+    """Writer of a run's figures on global rank 0; it does nothing on other ranks.
 
     Args:
-        run_dir: where to.
-        train: the run's.
-        flops: of one token, forward and backward.
-        mesh: of the processes.
-        done: steps that are behind.
-        skipped: how many of these were skipped.
+        run_dir: directory that the figures are written to.
+        train: the run's section `train`.
+        flops: floating-point operations per token, forward and backward.
+        mesh: the processes.
+        done: number of steps that were taken before.
+        skipped: number of these that were skipped.
     """
 
     def __init__(self, run_dir: Path, train: TrainConfig, flops: float, mesh: Mesh, done: int, skipped: int) -> None:
@@ -43,7 +43,7 @@ class Records:
             self._out.__exit__(kind, error, trace)
 
     def step(self, record: dict[str, float]) -> None:
-        """Record a training step, this rank's memory and, where the device's peak is known, the run's utilization."""
+        """Record a training step, this rank's memory and, if the device's peak is known, the run's utilization."""
         extra = {"memory_bytes": float(device.memory_bytes())}
         if self._peak is not None:
             extra["mfu"] = record["tokens_per_second"] * self._flops / self._peak

@@ -1,4 +1,4 @@
-"""A run from its data to its last checkpoint: check, build, resume, train, tell. Its process groups are there."""
+"""A run from its data to its last checkpoint: check, build, resume, train, report. Process groups exist already."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from megamult.train.summary import conclude
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has started: what it is to do, and what watches over it."""
+    """A run that has started: its task, its processes, and what watches over it."""
 
     config: Config
     resolved: str
-    """The configuration as config.yaml will hold it."""
+    """Text of the configuration for config.yaml."""
     run_dir: Path
     mesh: Mesh
     progress: Progress
@@ -46,7 +46,7 @@ class Run:
 
 
 def train(run: Run) -> int:
-    """Train it. Collective over all ranks; a user's mistake ends them all.
+    """Train the model of a run. Collective over all ranks; a user's mistake ends them all.
 
     Returns:
         The exit code.
@@ -54,7 +54,7 @@ def train(run: Run) -> int:
     config, progress = run.config, run.progress
     agreed(run.mesh, lambda: check_deepspeed(config, run.mesh))
     tokenizer, vocab_size = agreed(run.mesh, lambda: corpora.vocabulary(config))
-    # Before the newest checkpoint is looked for: an earlier part of the run may be writing it.
+    # Wait before looking for the newest checkpoint, which an earlier part of the run may be writing.
     progress.at(0, "waiting for the run directory", ON_FILES)
     agreed(run.mesh, lambda: run_dirs.wait_for(run.lock, run.run_dir))
     checkpoint = _find_checkpoint(run, vocab_size, tokenizer)
@@ -95,7 +95,7 @@ def train(run: Run) -> int:
 
 
 def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCheckpoint | None:
-    """Find the checkpoint that the run resumes from; None: it starts anew."""
+    """Find the checkpoint that the run resumes from; None if it starts anew."""
     config, load = run.config, run.config.checkpoint.load
     if not load:
         return None
@@ -109,7 +109,7 @@ def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCh
 
 
 def _files(resolved: str, tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) -> dict[str, bytes]:
-    """Collect what every checkpoint holds beside tensors; an imported tokenizer's own files stay with their model."""
+    """Collect every checkpoint's files beside its tensors; an imported tokenizer's own files stay with its model."""
     if environment.rank() != 0:
         return {}
     files = {"config.yaml": resolved.encode(), "tokenizer.model": Path(tokenizer.model_path).read_bytes()}
@@ -119,7 +119,7 @@ def _files(resolved: str, tokenizer: Tokenizer, checkpoint: SavedCheckpoint | No
 
 
 def _say_what(run: Run, engine: Engine) -> None:
-    """Say what trains, and on what."""
+    """Print what is trained, and on which processes."""
     if environment.rank() == 0:
         parallel = run.config.parallel
         print(
@@ -131,7 +131,7 @@ def _say_what(run: Run, engine: Engine) -> None:
 
 
 def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
-    """Put a checkpoint's state in the place of a fresh run's, and say what is new since."""
+    """Replace the fresh run's state by a checkpoint's, and print what has changed since the checkpoint."""
     config = run.config
     run.progress.at(0, "reading the checkpoint", ON_FILES)
     new = agreed(
@@ -143,7 +143,7 @@ def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
     fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
     step, samples = trainer.step_count, trainer.samples
     print(f"going on from {checkpoint.path}: step {step}, {samples} sequences{fresh}", flush=True)
-    # An imported model's configuration is no run's: all but its sizes are defaults.
+    # The configuration of an imported model is not that of a run: all values but sizes are defaults.
     changed = changes(checkpoint.info.config, config) if checkpoint.info.data is not None else None
     if changed is not None:
         print(changed, flush=True)
@@ -154,10 +154,10 @@ def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
 
 
 def _train(run: Run, trainer: Trainer, checkpoints: RunCheckpoints) -> tuple[int, str | None, str | None]:
-    """Train to the end.
+    """Train until the run ends.
 
     Returns:
-        (exit code, why the run stopped before its last step, what went wrong).
+        (exit code, reason why the run stopped before its last step, error).
     """
     try:
         reason = trainer.run(run.run_dir, checkpoints, run.stop)

@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, and what is made of it before training begins. Rank 0 writes, others look."""
+"""The directory of a run: which run it belongs to, and its preparation for training. Rank 0 writes, others read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from megamult.runtime.logs import left_without_a_word
 
 @contextlib.contextmanager
 def chosen(configured: str | None, mesh: Mesh) -> Iterator[Path]:
-    """Yield the run directory that the configuration names, or a new one under runs/, named by rank 0's time. A new
-    one is removed if nothing was written into it. Collective over all ranks.
+    """Yield the run directory that the configuration names, or a new one under runs/, named by rank 0's time.
+
+    A new directory is removed at the end if nothing was written into it. Collective over all ranks.
 
     Raises:
         ValueError: it cannot be made; on every rank.
@@ -45,15 +46,15 @@ def chosen(configured: str | None, mesh: Mesh) -> Iterator[Path]:
         yield Path(name)
     finally:
         for path in reversed(made):
-            with contextlib.suppress(OSError):  # it is used
+            with contextlib.suppress(OSError):  # not empty: it is used
                 path.rmdir()
 
 
 def _new_directory(path: Path) -> list[Path]:
-    """Make a directory that no other process has made, of this name or with -2, -3, ... after it.
+    """Make a directory that did not exist, with this name or with -2, -3, ... after it.
 
     Returns:
-        What was made: its parent, if that was not there, and the directory.
+        The directories that were made: the parent, if it did not exist, and the directory.
     """
     made = [] if path.parent.exists() else [path.parent]
     for number in itertools.count(1):
@@ -66,16 +67,20 @@ def _new_directory(path: Path) -> list[Path]:
 
 
 def own(checkpoint: Path, run_dir: Path) -> Path | None:
-    """Return the checkpoint by its own name in `run_dir`, if it is one of this run."""
+    """Return the checkpoint's own path in `run_dir`, if it is a checkpoint of this run; else None."""
     path = checkpoint.resolve()
     here = path.parent == (run_dir / "checkpoints").resolve() and directory.is_of_step(path)
     return run_dir / "checkpoints" / path.name if here else None
 
 
 def claim(run_dir: Path, resumes: bool) -> None:
-    """Refuse a directory that already holds a run which this one does not go on with (rank 0 looks: it writes)."""
+    """Refuse a directory that holds a run which this run does not continue. Only rank 0 looks, as only it writes.
+
+    Raises:
+        ValueError: the directory holds another run's metrics.
+    """
     metrics = run_dir / "metrics.jsonl"
-    # An empty one is of a run that did not reach its first step.
+    # An empty file is left by a run that did not reach its first step.
     if environment.rank() == 0 and not resumes and metrics.exists() and metrics.stat().st_size > 0:
         raise ValueError(
             f"train.run_dir {run_dir} holds another run (metrics.jsonl): go on with it by --checkpoint.load latest, "
@@ -84,23 +89,23 @@ def claim(run_dir: Path, resumes: bool) -> None:
 
 
 def wait_for(lock: RunLock, run_dir: Path) -> None:
-    """Wait for an earlier part of the run to end, if there is one; on rank 0."""
+    """Wait until an earlier part of the run, if there is one, has ended. Only rank 0 waits."""
     if environment.rank() == 0 and (run_dir / LOCK).exists():
         lock.acquire(run_dir)
 
 
 def begin(run_dir: Path, resolved: str, checkpoint: Path | None, step: int, lock: RunLock) -> None:
-    """Make the run directory, write the configuration, remove what an interrupted save left; on rank 0.
+    """Make the run directory, write the configuration, and remove what an interrupted save left, all on rank 0.
 
     Args:
-        resolved: the configuration: config.yaml, and config_step_N.yaml besides, which a later start from another step
-            leaves as it is.
-        checkpoint: the one of this run that it goes on from: what came after it counts no more.
-        step: the step that the run goes on from.
-        lock: held from now on.
+        resolved: text of the configuration, for config.yaml and for config_step_N.yaml, which later starts from another
+            step do not overwrite.
+        checkpoint: the checkpoint of this run that it continues from; whatever came after it is no longer valid.
+        step: the step that the run continues from.
+        lock: the lock of the directory, held from now on.
 
     Raises:
-        ValueError: the directory cannot be written, or another run used it meanwhile.
+        ValueError: the directory cannot be written, or another run has used it meanwhile.
     """
     if environment.rank() == 0:
         try:
@@ -121,7 +126,7 @@ def begin(run_dir: Path, resolved: str, checkpoint: Path | None, step: int, lock
 
 
 def _tell_who_left(run_dir: Path) -> None:
-    """Name the ranks that an earlier part of the run lost without a word, in one line."""
+    """Print, in one line, the ranks that an earlier part of the run lost without any message from them."""
     if left := left_without_a_word(run_dir / "logs"):
         print(
             f"an earlier part of this run, whose metrics.jsonl ends at step {_last_step(run_dir)}, lost without a word "
@@ -132,7 +137,7 @@ def _tell_who_left(run_dir: Path) -> None:
 
 
 def _last_step(run_dir: Path) -> int:
-    """Return the step of the last record in metrics.jsonl; 0: there is none."""
+    """Return the step of the last record in metrics.jsonl; 0 if there is none."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _RECORD_BYTES))
@@ -144,11 +149,11 @@ def _last_step(run_dir: Path) -> int:
 
 
 _RECORD_BYTES = 1 << 14
-"""More than the last records of metrics.jsonl have."""
+"""Bytes to read from the end of metrics.jsonl: more than its last records have."""
 
 
 def check_shared(run_dir: Path) -> None:
-    """Check that every rank sees what rank 0 writes into the run directory: all read its data index there."""
+    """Check that every rank sees what rank 0 writes into the run directory, as all read the data index there."""
     if not (run_dir / "config.yaml").exists():
         raise ValueError(
             f"rank {environment.rank()} does not see {run_dir / 'config.yaml'}, which rank 0 wrote: train.run_dir must "
@@ -157,7 +162,7 @@ def check_shared(run_dir: Path) -> None:
 
 
 def after_divergence(run_dir: Path, last_good_step: int) -> str:
-    """Return advice on a run that has diverged."""
+    """Return advice for the user of a run that has diverged."""
     parent = run_dir / "checkpoints"
     saved = [directory.of_step(parent, step) for step in directory.steps(parent) if step <= last_good_step][-1:]
     if not saved:

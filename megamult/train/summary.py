@@ -1,4 +1,4 @@
-"""The last words of a run."""
+"""The messages at the end of a run."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from megamult.monitor.statistics import spread_table
 from megamult.train.loop import Trainer
 
 _ENTROPY_TOKENS = 1 << 28
-"""Corpora up to this many tokens get their unigram entropy printed: a second or two of counting."""
+"""Largest corpus, in tokens, whose unigram entropy is printed: a second or two of counting."""
 
 
 def conclude(config: Config, vocab_size: int, trainer: Trainer, reason: str | None, run_dir: Path, code: int) -> None:
-    """Say how the run has ended.
+    """Print how the run has ended.
 
     Args:
-        config, vocab_size: the run's.
-        trainer: after its last step.
-        reason: why it stopped before the last step of the run; None: it is complete.
-        run_dir: the run's.
-        code: its exit code.
+        config, vocab_size: the run's configuration and vocabulary size.
+        trainer: the trainer after its last step.
+        reason: why the run stopped before its last step; None: it is complete.
+        run_dir: directory of the run.
+        code: exit code of the run.
     """
     if reason is not None:
         print(
@@ -39,7 +39,7 @@ def conclude(config: Config, vocab_size: int, trainer: Trainer, reason: str | No
 
 
 def _compare_with_unigrams(config: Config, vocab_size: int, valid_loss: float | None) -> None:
-    """Print the last evaluation, and what a model would reach that knows only how often each token occurs."""
+    """Print the last evaluation, and the loss of a model that knows only how often each token occurs."""
     if valid_loss is None:
         return
     print(f"valid loss {valid_loss:.4f} nats per token")

@@ -1,7 +1,7 @@
 """Bring flat pieces of logical matrices to their owners, let the owners compute, and bring the results back.
 
-The pure plan says what travels where; this file packs, sends and unpacks. Two all-to-alls per bucket over all ranks;
-bucket k + 1 arrives and the results of k - 1 return while bucket k is computed.
+The pure plan says what travels where; this file packs, sends and unpacks. Each bucket takes two all-to-alls over all
+ranks; while bucket k is computed, bucket k + 1 arrives and the results of bucket k - 1 return.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from megamult.parameters.rectangles import Rectangle
 
 @dataclass
 class _Direction:
-    """What this rank moves from holders to owners or back, in the order of the buffers."""
+    """Pieces that this rank moves from holders to owners or back, in the order of the buffers."""
 
     held: list[tuple[int, int, int]] = field(default_factory=list)
-    """(slice, offset in it, elements) of what this rank holds of others' matrices."""
+    """(slice, offset in it, elements) of each piece that this rank holds of a matrix that another rank owns."""
     held_sizes: list[int] = field(default_factory=list)
-    """Elements of it by owner."""
+    """Elements of `held`, by the rank that owns the matrix."""
     owned: list[tuple[int, int, Rectangle]] = field(default_factory=list)
-    """(batch, index in it, rectangle) of what others hold of this rank's matrices."""
+    """(batch, index in it, rectangle) of each piece that another rank holds of a matrix that this rank owns."""
     owned_sizes: list[int] = field(default_factory=list)
-    """Elements of it by holder."""
+    """Elements of `owned`, by the rank that holds the piece."""
     local: list[tuple[int, int, int, Rectangle]] = field(default_factory=list)
-    """(slice, batch, index in it, rectangle) of what this rank holds of its own matrices."""
+    """(slice, batch, index in it, rectangle) of each piece that this rank holds of a matrix that it owns."""
 
 
 @dataclass
 class _Bucket:
-    """What this rank sends, receives and computes in one bucket."""
+    """Pieces and matrices that this rank sends, receives and computes in one bucket."""
 
     shapes: list[tuple[int, int, int]]
     """(matrices, rows, cols) of each batch that this rank owns."""
@@ -49,14 +49,14 @@ class _Bucket:
 
 
 class Exchange:
-    """The exchange of one rank.
+    """One rank's side of the exchange.
 
     Args:
-        plan: the same on every rank.
-        mesh: this process, in the plan's grid.
-        slice_of_cut: for each of the plan's cuts, the index of this rank's slice of it; absent where it has none.
-        dtype: that the pieces travel in, both ways.
-        device: of the slices.
+        plan: the plan, the same on every rank.
+        mesh: the processes, with the plan's grid.
+        slice_of_cut: index of this rank's slice of each of the plan's cuts; no key for a cut that it has no slice of.
+        dtype: dtype in which pieces travel, both ways.
+        device: the device of the slices.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Exchange:
     ) -> None:
         self.plan, self.dtype, self.device = plan, dtype, device
         self.bytes_sent = 0
-        """By this rank to others, since construction."""
+        """Bytes that this rank has sent to others since construction."""
         self._ranks, self._world = plan.ranks, mesh.world
         self._buckets = [self._bucket(bucket, mesh.rank, slice_of_cut) for bucket in plan.buckets]
 
@@ -79,8 +79,11 @@ class Exchange:
         place = {i: (b, k) for b, members in enumerate(by_shape.values()) for k, i in enumerate(members)}
 
         def direction(elements: NDArray[np.int64], counted: bool) -> _Direction:
-            """`elements` [matrices, ranks]: 0 where a rank's pieces of a matrix do not travel; `counted`: copies that
-            do not count stay."""
+            """Return this rank's moves.
+
+            `elements`, [matrices, ranks], is 0 where a rank's pieces of a matrix do not travel; with `counted`, only
+            the copies that count do.
+            """
             found = _Direction()
             for other in range(self._ranks):
                 mine = [
@@ -113,12 +116,12 @@ class Exchange:
         return _Bucket(shapes, list(by_shape.values()), to_owners, to_holders)
 
     def run(self, values: Sequence[Tensor], compute: Callable[[Tensor, Sequence[int]], Tensor]) -> None:
-        """Replace `values` by what `compute` makes of the logical matrices that they are pieces of. Collective.
+        """Replace `values`, pieces of logical matrices, by the same pieces of what `compute` returns. Collective.
 
         Args:
-            values: [length] of each of this rank's slices, any floating dtype; written to.
-            compute: a batch of whole matrices [batch, rows, cols] in the exchange's dtype, and their numbers in the
-                plan, to their results, same shape.
+            values: [length] values of each of this rank's slices, in any floating dtype; written to.
+            compute: function of a batch of whole matrices, [batch, rows, cols] in the exchange's dtype, and of their
+                numbers in the plan; returns results of the same shape.
         """
         arriving = self._gather(0, values) if self._buckets else None
         returning: tuple[int, Tensor, Work | None, Tensor] | None = None
@@ -128,11 +131,11 @@ class Exchange:
             arriving = self._gather(k + 1, values) if k + 1 < len(self._buckets) else None
             if work is not None:
                 work.wait()
-            del sent  # kept until here: the collective was reading it
+            del sent  # not before: the collective was reading it
             batches = self._assemble(bucket, received, values)
             del received
             results = []
-            for members in bucket.members:  # each batch is freed when its result is there
+            for members in bucket.members:  # pop: each batch is freed as soon as its result is there
                 results.append(compute(batches.pop(0), members).to(self.dtype))
             following = self._scatter(k, results, values)
             if returning is not None:

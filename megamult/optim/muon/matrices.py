@@ -1,7 +1,7 @@
-"""Rules on whole logical matrices: each matrix is brought to one owner among all ranks, and its update back.
+"""Update rules that need whole logical matrices: each matrix travels to one owner among all ranks, its update back.
 
-A rule says what it does to slices before and to whole matrices on their owner; here is what all such rules share: which
-rank keeps what, who owns which matrix, and the exchange.
+A rule says what it does to slices first, and to whole matrices on their owner then. This file holds what all such rules
+share: which rank keeps which state, which rank owns which matrix, and the exchange.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megamult.zero.virtual import kept_once
 
 
 class Matrices:
-    """The logical matrices of one partition as one rank sees them.
+    """Logical matrices of one partition, as one rank sees them.
 
     Args:
         partition: what the rank holds.
@@ -53,10 +53,10 @@ class Matrices:
             for matrix in self.plan.matrices
             for cut in (self._cuts[matrix.cut],)
         ]
-        """Logical name of each of the plan's matrices."""
+        """Logical name of each matrix in the plan."""
 
     def owned(self) -> dict[str, int]:
-        """Return the names of the matrices that this rank owns, and how many rows each has."""
+        """Return, by name, how many rows each matrix has that this rank owns."""
         owned = zip(self.names, self.plan.matrices, self.plan.owners, strict=True)
         return {name: matrix.rows for name, matrix, owner in owned if owner == self.partition.mesh.rank}
 
@@ -68,39 +68,39 @@ class Matrices:
         return Exchange(self.plan, self.partition.mesh, slice_of_cut, dtype, device.local_device())
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradient of each slice, [length], to read and to write."""
+        """Return the gradient [length] of each slice; it may be written to."""
         gradients = self._pieces.gradients()
         return [gradients[i] for i in self._indices]
 
     def complete(self, dtype: torch.dtype) -> int:
-        """Bring what was written to gradients to all ranks that hold them; returns the bytes that this rank sent."""
+        """Send what was written to gradients to all ranks that hold them; return the bytes that this rank sent."""
         return self._pieces.complete(dtype, self._bucket_elements)
 
 
 class MatrixRule(UpdateRule):
-    """A rule that needs whole logical matrices (Q, K, V, gate, up apart), whatever the sharding.
+    """A rule that needs whole logical matrices (Q, K, V, gate and up each by itself), whatever the sharding.
 
-    `prepare` does for all groups at once everything but the last line of an update, and leaves the update where the
-    gradient was (in the gradient's dtype). Slices of what is orthogonalized travel to the owners and slices of the
-    updates back, one all-to-all each; owners are spread over the data-parallel x tensor-parallel grid by Newton-Schulz
+    `prepare` does, for all groups at once, everything but the last line of an update, and leaves the update in the
+    gradient's place and dtype. Slices of what is orthogonalized travel to the owners, and slices of the updates travel
+    back, with one all-to-all each. Owners are spread over the data-parallel x tensor-parallel grid by Newton-Schulz
     FLOPs (:mod:`megamult.optim.muon.plan`).
 
-    State of elements is fp32, sharded like the ZeRO partition; at ZeRO 0 and outside DeepSpeed the data-parallel ranks
-    share it out evenly and all-gather the updates: each rank's `state_dict` then holds its own share, and loads on that
-    rank alone. Of a matrix that tensor parallelism replicates, the update is that of the first rank's state; every rank
-    keeps its own. State of rows is fp32 and kept by the matrix's owner.
+    State of elements is fp32 and sharded like the ZeRO partition. At ZeRO 0 and outside DeepSpeed, the data-parallel
+    ranks divide it evenly and all-gather the updates; each rank's `state_dict` then holds its own share, and loads only
+    on that rank. If tensor parallelism replicates a matrix, every rank keeps state of its own, and the update comes
+    from the state of the first. State of rows is fp32 and kept by the matrix's owner.
 
     Args:
-        ns_steps: Newton-Schulz steps.
-        exchange_dtype: that pieces travel in, fp32 or bf16; None: fp32 if the model's matrices are, else bf16.
-        bucket_elements: of the matrices that one owner takes from one exchange; bounds temporary memory.
+        ns_steps: number of Newton-Schulz steps.
+        exchange_dtype: dtype in which pieces travel, fp32 or bf16; None: fp32 if the model's matrices are, else bf16.
+        bucket_elements: elements of the matrices that one owner takes from one exchange; bounds temporary memory.
 
     Attributes:
-        matrices: of the bound partition; None before it is known what ranks hold (the first step, or DeepSpeed's
-            attach).
+        matrices: the matrices of the bound partition; None until what each rank holds is known, at the first step or
+            DeepSpeed's attach.
 
     Raises:
-        ValueError: an `exchange_dtype` that is neither.
+        ValueError: `exchange_dtype` is none of these.
     """
 
     prepares = True
@@ -116,7 +116,7 @@ class MatrixRule(UpdateRule):
 
     @property
     def plan(self) -> Plan | None:
-        """Owners of the matrices; None: not known yet."""
+        """Owners and buckets of the matrices; None: not known yet."""
         return None if self.matrices is None else self.matrices.plan
 
     @property
@@ -125,7 +125,7 @@ class MatrixRule(UpdateRule):
         return self._bytes_gathered + (self._exchange.bytes_sent if self._exchange else 0)
 
     def bind(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> None:
-        """Plan the exchange."""
+        """Choose the owners of the matrices, and plan the exchange."""
         self.matrices = Matrices(partition, updates, self.ns_steps, self.bucket_elements)
         self.exchange_dtype = self.exchange_dtype or self.matrices.dtype
         self._exchange = self.matrices.exchange(self.exchange_dtype)
@@ -136,7 +136,7 @@ class MatrixRule(UpdateRule):
         return self.matrices.slices
 
     def rows(self) -> Mapping[str, int]:
-        """Return the logical matrices that this rank owns, and how many rows each has."""
+        """Return, by name, how many rows each logical matrix has that this rank owns."""
         return {} if self.matrices is None else self.matrices.owned()
 
     def prepare(self, clip: float, store: StateStore) -> None:
@@ -145,7 +145,7 @@ class MatrixRule(UpdateRule):
         slices, names = self.matrices.slices, self.matrices.names
         gradients = self.matrices.gradients()
         for part in buckets([piece.length for piece in slices], self.bucket_elements):
-            values = [gradient.float() for gradient in gradients[part]]  # themselves, unless they are narrower
+            values = [gradient.float() for gradient in gradients[part]]  # no copies of fp32 gradients
             if clip != 1.0:
                 torch._foreach_mul_(values, clip)
             kept = {
@@ -171,32 +171,35 @@ class MatrixRule(UpdateRule):
 
     @abstractmethod
     def accumulate(self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]) -> list[Tensor]:
-        """Take gradients into the state of elements, on the ranks that keep it.
+        """Accumulate gradients in the state of elements, on the ranks that keep it.
 
         Args:
-            gradients: [length] of some slices, fp32, clipped; may be written to.
-            state: of each of these slices, by the states' names; written to.
+            gradients: [length] clipped gradients of some slices, in fp32; may be written to.
+            state: state of each of these slices, by the states' names; written to.
 
         Returns:
-            [length] for each slice, that the whole matrices of :meth:`update` are made of; gradients or state, not
-            copies.
+            [length] values of each slice, from which the whole matrices of :meth:`update` are assembled: the tensors of
+            `gradients` or of `state`, not copies.
         """
 
     @abstractmethod
     def update(self, matrices: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Compute, on the matrices' owner, what the weights are to move by at the learning rate 1.
+        """Compute, on the matrices' owner, the amount to subtract from the weights at learning rate 1.
 
         Args:
-            matrices: [batch, rows, cols] of whole logical matrices of one shape, in `exchange_dtype`.
-            state: of rows, [batch, rows] fp32 each, by the states' names; written to.
+            matrices: [batch, rows, cols] whole logical matrices of one shape, in `exchange_dtype`.
+            state: [batch, rows] state of rows in fp32, by the states' names; written to.
 
         Returns:
-            [batch, rows, cols].
+            [batch, rows, cols] updates.
         """
 
 
 def check_dtype(key: str, dtype: torch.dtype | None, known: tuple[torch.dtype, ...]) -> None:
-    """Refuse what is neither None nor in `known`.
+    """Check that a dtype is None or in `known`.
+
+    Args:
+        key: name of the setting, for the message.
 
     Raises:
         ValueError: it is neither.

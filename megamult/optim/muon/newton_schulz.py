@@ -1,16 +1,17 @@
 """Newton-Schulz: an odd polynomial of a matrix that drives its singular values towards 1. Pure.
 
-One step maps X to aX + b(XX^T)X + c(XX^T)^2 X: the singular vectors stay, each singular value s becomes
+One step maps X to aX + b(XX^T)X + c(XX^T)^2 X: the singular vectors stay, and each singular value s becomes
 a s + b s^3 + c s^5. Two forms compute the same:
 
 - *standard* works on X itself;
-- *gram* works on R = XX^T and on the polynomial Q in R that X is to be multiplied by, both of the small side (J. Zhang,
-  N. Amsel, B. Chen, T. Dao, "Gram Newton-Schulz", blog post, 2026, https://tridao.me/blog/2026/gram-newton-schulz/).
-  Rounding makes the smallest eigenvalues of R negative, and each step multiplies those by up to a^2 (11.9 for
-  `simple`): after :data:`RESTART` steps Q is applied to X and R is made anew, in every dtype.
+- *gram* works on R = XX^T and on the polynomial Q in R that X will be multiplied by, both square matrices of X's
+  smaller dimension (J. Zhang, N. Amsel, B. Chen, T. Dao, "Gram Newton-Schulz", blog post, 2026,
+  https://tridao.me/blog/2026/gram-newton-schulz/). Rounding makes the smallest eigenvalues of R negative, and each step
+  multiplies those by up to a^2 (11.9 for `simple`). In every dtype, Q is therefore applied to X after :data:`RESTART`
+  steps, and R is computed anew.
 
-All products with a symmetric result (XX^T, and every product of polynomials in R) compute about half of it
-(:mod:`megamult.optim.muon.symmetric`). `[..., rows, cols]`: any leading dimensions are a batch.
+Of every product with a symmetric result (XX^T, and products of polynomials in R) about half is computed
+(:mod:`megamult.optim.muon.symmetric`). Leading dimensions of `[..., rows, cols]` are a batch.
 """
 
 from __future__ import annotations
@@ -38,24 +39,25 @@ _POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-"""The best quintic for each step in turn, from singular values in [1e-3, 1] on: N. Amsel, D. Persson, C. Musco,
+"""Best quintic for each step in turn, for singular values that begin in [1e-3, 1]: N. Amsel, D. Persson, C. Musco,
 R. Gower, "The Polar Express", arXiv 2505.16932, algorithm 1."""
 
 _SAFETY = 1.01
-"""Factor by which arXiv 2505.16932 shrinks the singular values that enter a step, against rounding above 1."""
+"""Factor by which arXiv 2505.16932 shrinks the singular values that enter a step, lest rounding leave some above 1."""
 
 
 @dataclass(frozen=True)
 class CoefficientSet:
-    """(a, b, c) of the first steps, and what follows them."""
+    """Coefficients (a, b, c) of the first steps, and what follows them."""
 
     steps: tuple[tuple[float, float, float], ...]
     after: Literal["again", "last", "nothing"] = "again"
-    """Begin again with the first step; repeat the last one, which keeps values near 1; or have no further step."""
+    """Continuation. again: begin again with the first step. last: repeat the last step, which keeps values near 1.
+    nothing: no further step is possible."""
 
 
 SIMPLE = (3.4445, -4.7750, 2.0315)
-"""Steep at 0, converges to no single value but to about 0.7 to 1.2.
+"""Quintic that is steep at 0, and takes singular values not to 1 but into the range of about 0.7 to 1.2. Source:
 K. Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon/; used in arXiv 2502.16982."""
 
 COEFFICIENTS: dict[str, CoefficientSet] = {
@@ -85,8 +87,9 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
         ),
         "last",
     ),
-    # T. Boissin, https://github.com/thib-s/flash-newton-schulz: made for input that is preconditioned (AOL), which
-    # Emerging-Optimizers does not do either. Singular values above 0.88 change sign: nothing for matrices near rank 1.
+    # T. Boissin, https://github.com/thib-s/flash-newton-schulz: made for preconditioned input (AOL). We do not
+    # precondition, and neither does Emerging-Optimizers. Singular values above 0.88 change sign, so this set does not
+    # suit matrices near rank 1.
     "aol": CoefficientSet(
         (
             (4.0098, -7.0585, 2.4635),
@@ -95,9 +98,9 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
             (2.7215, -3.0494, 1.3169),
         )
     ),
-    # DeepSeek-V4's: ten steps, the last two of which converge to 1.
+    # DeepSeek-V4's set: ten steps, of which the last two converge to 1.
     "deepseekv4": CoefficientSet((SIMPLE,) * 8 + ((2.0, -1.5, 0.5),) * 2, "last"),
-    # H. Huang, arXiv 2606.00371: cubic polynomials, to a band around 1.
+    # H. Huang, arXiv 2606.00371: cubic polynomials that lead to a band around 1.
     "cubic5": CoefficientSet(
         (
             (3.3656576, -3.3420992, 0.0),
@@ -112,18 +115,18 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
 """Polynomials by the names that NVIDIA's Emerging-Optimizers (muon_utils.py, 0.4.0) and Megatron-LM give them."""
 
 RESTART = 2
-"""Steps of the gram form after which it applies Q to X and begins anew."""
+"""Number of steps after which the gram form applies Q to X and begins anew."""
 
 
 def coefficients(name: str, steps: int) -> Coefficients:
-    """(a, b, c) of each of `steps` steps.
+    """Return (a, b, c) of each of `steps` steps.
 
     Args:
         name: a key of :data:`COEFFICIENTS`.
-        steps: how many.
+        steps: number of steps.
 
     Raises:
-        ValueError: an unknown name, no steps, or more than the set has.
+        ValueError: the name is unknown, or there are fewer than one step or more than the set has.
     """
     if steps < 1:
         raise ValueError(f"Newton-Schulz with {steps} steps does nothing: use at least 1 (5 is usual)")
@@ -139,23 +142,23 @@ def coefficients(name: str, steps: int) -> Coefficients:
 
 
 def orthogonalize(matrices: Tensor, steps: Coefficients, dtype: torch.dtype, form: Form | None = None) -> Tensor:
-    """U p(S) V^T of each matrix U S V^T divided by its Frobenius norm, p being the steps one after the other.
+    """Return U p(S) V^T for each matrix U S V^T divided by its Frobenius norm; p is the composition of all steps.
 
     Args:
-        matrices: [..., rows, cols], any floating dtype; not changed.
-        steps: from :func:`coefficients`.
-        dtype: that the products are computed in: fp32, bf16 or fp16.
-        form: standard or gram; None: what takes fewer FLOPs at this shape.
+        matrices: [..., rows, cols] matrices in any floating dtype; not changed.
+        steps: coefficients, from :func:`coefficients`.
+        dtype: dtype in which products are computed: fp32, bf16 or fp16.
+        form: standard or gram; None: the one that takes fewer FLOPs at this shape.
 
     Returns:
-        [..., rows, cols] in `dtype`. A zero matrix gives zeros.
+        [..., rows, cols] results in `dtype`. A zero matrix gives zeros.
     """
     rows, cols = matrices.shape[-2:]
     given = matrices.reshape(-1, rows, cols)
     wide = torch.float64 if given.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(given, dim=(-2, -1), keepdim=True, dtype=wide)
-    # Divided in fp32, before the cast: fp16 holds neither large nor small matrices. The clamp, torch.optim.Muon's too,
-    # keeps a zero matrix zero.
+    # Divide in fp32, before the cast, as the values of large and of small matrices are out of fp16's range. The clamp,
+    # the same as torch.optim.Muon's, keeps a zero matrix zero.
     x = torch.empty(given.shape, dtype=dtype, device=given.device)
     torch.div(given, norm.clamp(min=1e-7), out=x)
     tall = rows > cols
@@ -181,10 +184,13 @@ def _gram(x: Tensor, steps: Coefficients) -> Tensor:
 
 
 def _polynomial(r: Tensor, steps: Coefficients) -> Tensor:
-    """Q with Q X = the steps applied to X, R = XX^T. With Z = aI + bR + cR^2 a step does Q <- ZQ and R <- ZRZ."""
+    """Return the Q for which Q X is what the steps make of X, given R = XX^T.
+
+    With Z = aI + bR + cR^2, one step is Q <- ZQ and R <- ZRZ.
+    """
     q = None
     for i, (a, b, c) in enumerate(steps):
-        z = symmetric_product(r, r, add=(b, r), alpha=c)  # without its aI, added where Z is used
+        z = symmetric_product(r, r, add=(b, r), alpha=c)  # without aI, which is added where Z is used
         if q is None:
             q = z.clone()
             q.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -198,23 +204,25 @@ def _polynomial(r: Tensor, steps: Coefficients) -> Tensor:
 
 
 def flops(rows: int, cols: int, steps: int, form: Form | None = None) -> int:
-    """Floating-point operations (a multiply-add counts 2) that :func:`orthogonalize` spends on one matrix, with
+    """Return the floating-point operations (a multiply-add counts as 2) of :func:`orthogonalize` for one matrix, with
     symmetric products by block rows."""
     if form is None:
         return min(flops(rows, cols, steps, "standard"), flops(rows, cols, steps, "gram"))
     small, large = sorted((rows, cols))
-    symmetric = 2 * computed(small)  # per unit of the inner dimension
+    symmetric = 2 * computed(small)  # one symmetric product, per unit of the inner dimension
     dense = 2 * small * small * large
     if form == "standard":
         return steps * (symmetric * large + symmetric * small + dense)
     runs = [run for run in (min(steps, RESTART), steps - RESTART) if run > 0]
-    # Per run: XX^T, QX, and in step i: R^2, from the second on ZQ, before the last two for R.
+    # In a run of steps: XX^T and QX; R^2 per step; ZQ in all but the first; two products for R in all but the last.
     return sum(symmetric * large + dense + symmetric * small * (run + (run - 1) + 2 * (run - 1)) for run in runs)
 
 
 def workspace(rows: int, cols: int) -> int:
-    """Elements that :func:`orthogonalize` needs beside its input at most: X before and after a step, and on the small
-    side R, Z, Q and a product."""
+    """Return an upper bound of the elements that :func:`orthogonalize` needs beside its input for one matrix.
+
+    These are X before and after a step, and R, Z, Q and one product, which are square in the smaller dimension.
+    """
     return 2 * rows * cols + 4 * min(rows, cols) ** 2
 
 
@@ -230,12 +238,12 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "unit_rms_norm": lambda rows, cols: math.sqrt(rows / cols),
     "shape_scaling": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
 }
-"""Factors of an orthogonalized update [rows, cols], by the names that Emerging-Optimizers (muon.py), Megatron-LM and,
-for the first, torch.optim.Muon give them.
+"""Factors of an orthogonalized update [rows, cols], by the names that Emerging-Optimizers (muon.py) and Megatron-LM
+give them, and torch.optim.Muon the first.
 
-match_rms_adamw: learning rate and weight decay of AdamW carry over (arXiv 2502.16982). spectral: the same without 0.2,
-the `extra_scale_factor` there. unit_rms_norm: arXiv 2502.07529, https://jeremybernste.in/writing/deriving-muon.
-shape_scaling: https://kellerjordan.github.io/posts/muon/."""
+match_rms_adamw: AdamW's learning rate and weight decay carry over (arXiv 2502.16982). spectral: the same without 0.2,
+which is the `extra_scale_factor` there. unit_rms_norm: arXiv 2502.07529,
+https://jeremybernste.in/writing/deriving-muon. shape_scaling: https://kellerjordan.github.io/posts/muon/."""
 
 
 def scale(rows: int, cols: int, rule: str) -> float:
@@ -246,7 +254,7 @@ def scale(rows: int, cols: int, rule: str) -> float:
         rule: a key of :data:`SCALES`.
 
     Raises:
-        ValueError: an unknown rule.
+        ValueError: the rule is unknown.
     """
     if rule not in SCALES:
         raise ValueError(f"the update scale {rule!r} is unknown: use one of {', '.join(SCALES)}")

@@ -1,4 +1,4 @@
-"""NorMuon as an update rule: Muon's update, normalized row by row by its own second moment."""
+"""NorMuon as an update rule: Muon's update, with each row normalized by its own second moment."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from megamult.optim.rule import State
 
 
 class NorMuon(Muon):
-    """NorMuon (arXiv 2510.05491, algorithm 1): every row (output neuron) of an update gets the same size over time.
+    """NorMuon (arXiv 2510.05491, algorithm 1): all rows (output neurons) of an update have the same size over time.
 
     With O the orthogonalized momentum of a logical matrix W[out, in], which Muon computes, one step is::
 
         v <- beta2 v + (1 - beta2) mean over columns of O * O       [out], kept by the matrix's owner
         U <- O / (sqrt(v) + eps), row by row
-        U <- 0.2 sqrt(out in) U / ||U||                             root mean square 0.2, as AdamW's updates
+        U <- 0.2 sqrt(out in) U / ||U||                             root mean square 0.2, like AdamW's updates
         W <- W - lr (weight_decay W + U)
 
-    v begins at 0 and is not corrected for that, as in the paper: the last scaling takes out what all rows have in
-    common.
+    v begins at 0 and, as in the paper, has no bias correction: its bias is the same factor in all rows, which the last
+    scaling removes.
 
     Args:
         beta2: decay rate of v.
-        eps: added to the root of v.
-        muon: keyword arguments of :class:`Muon`, all but `scale`: the update has a size of its own.
+        eps: number added to the root of v.
+        muon: keyword arguments of :class:`Muon` but `scale`, as NorMuon fixes the size of its update.
 
     Raises:
         ValueError: an unknown setting.

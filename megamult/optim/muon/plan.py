@@ -1,11 +1,11 @@
 """Assignment of logical matrices to the ranks that orthogonalize them, and the order in which they travel.
 
-Pure, and the same on every rank.
+The plan is pure, and the same on every rank.
 
 Each logical matrix has one owner among the processes of the grid (:class:`megamult.parameters.axes.Grid`).
 
-Where several processes hold copies, the copy that counts in sums (:attr:`Rectangle.counted`) travels to the owner, and
-all take results: copies stay alike, whatever became of their gradients.
+Where several processes hold copies, only the copy that counts in sums (:attr:`Rectangle.counted`) travels to the owner,
+and all of them receive the result: copies stay equal, even if their gradients differ.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from megamult.parameters.rectangles import Rectangle, rectangles
 from megamult.zero.partition import Cut
 
 BUCKET_ELEMENTS = 2**25
-"""Elements that one rank takes as an owner, or sends to owners, in one exchange (64 MiB in bf16)."""
+"""Most elements that one rank receives as an owner, or sends to owners, in one exchange (64 MiB in bf16)."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One logical matrix W[rows, cols]: a part of the parameter `cuts[cut]`."""
+    """A logical matrix W[rows, cols]: a part of the parameter `cuts[cut]`."""
 
     cut: int
     part: int
@@ -38,7 +38,7 @@ class Matrix:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return self.rows * self.cols
 
 
@@ -52,13 +52,13 @@ class Plan:
     """Number of Newton-Schulz steps."""
     matrices: tuple[Matrix, ...]
     owners: tuple[int, ...]
-    """Rank of each matrix."""
+    """Rank that owns each matrix."""
     buckets: tuple[tuple[int, ...], ...]
-    """Matrices by exchange: what any rank takes as an owner and what it sends to owners is bounded in each."""
+    """Indices of the matrices in each exchange, which bounds what any rank receives as an owner and sends to owners."""
     held: NDArray[np.int64] = field(compare=False)
-    """[matrices, ranks]: how many elements of each matrix each rank holds, and takes from the owner."""
+    """[matrices, ranks] number of elements of each matrix that each rank holds, and receives from the owner."""
     given: NDArray[np.int64] = field(compare=False)
-    """[matrices, ranks]: how many of them it gives to the owner."""
+    """[matrices, ranks] number of these elements that the rank sends to the owner."""
 
     @property
     def ranks(self) -> int:
@@ -66,14 +66,15 @@ class Plan:
         return self.grid.size
 
     def fragments(self, matrix: int, rank: int, counted: bool = False) -> Iterator[tuple[int, Rectangle]]:
-        """Yield (index of the cut, rectangle) of what `rank` holds of a matrix, in the order in which it travels.
+        """Yield (index of the cut, rectangle) of each piece that `rank` holds of a matrix, in the order of travel.
 
         A rectangle's offset counts from the beginning of the rank's interval of the parameter.
 
         Args:
             matrix: index of the matrix.
-            rank: whose.
-            counted: only copies that count: what travels to the owner; else all: what it takes from the owner.
+            rank: the holder.
+            counted: whether to yield only the copies that count, which travel to the owner; False: all copies, which
+                receive results from the owner.
         """
         where, coordinates = self.matrices[matrix], self.grid.coordinates(rank)
         cut = self.cuts[where.cut]
@@ -84,14 +85,14 @@ class Plan:
 
     @cached_property
     def loads(self) -> NDArray[np.int64]:
-        """[ranks]: Newton-Schulz FLOPs per optimizer step."""
+        """Return [ranks]: Newton-Schulz FLOPs of each rank per optimizer step."""
         loads = np.zeros(self.ranks, dtype=np.int64)
         np.add.at(loads, list(self.owners), [flops(m.rows, m.cols, self.steps) for m in self.matrices])
         return loads
 
     @cached_property
     def sent(self) -> NDArray[np.int64]:
-        """[ranks]: elements that each rank sends to others in both exchanges of an optimizer step."""
+        """Return [ranks]: elements that each rank sends to others in an optimizer step, in both directions."""
         sent = np.zeros(self.ranks, dtype=np.int64)
         for bucket in self.buckets:
             sent += self._travels(bucket, self.given)[0] + self._travels(bucket, self.held)[1]
@@ -99,10 +100,11 @@ class Plan:
 
     @cached_property
     def temporary(self) -> NDArray[np.int64]:
-        """[ranks]: most elements that are there at once beside momentum and gradients.
+        """Return [ranks]: the most elements that each rank holds at once beside momentum and gradients.
 
-        While bucket k is computed there are its matrices or their results, what Newton-Schulz needs for the largest
-        batch, and the buffers that it came in or goes back in; k + 1 is arriving and k - 1 is going back.
+        While bucket k is computed, memory holds its matrices or their results, what Newton-Schulz needs for the largest
+        batch, and the buffers in which the bucket arrived or returns; those of k + 1 (arriving) and k - 1 (returning)
+        come on top.
         """
         count = len(self.buckets)
         if not count:
@@ -123,8 +125,15 @@ class Plan:
     def _travels(
         self, bucket: Sequence[int], elements: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """[ranks] each: of `elements` [matrices, ranks], those of others' matrices that a rank holds, and those of its
-        own matrices that others hold."""
+        """Count the elements of a bucket that leave each rank and that come to it.
+
+        Args:
+            bucket: indices of its matrices.
+            elements: [matrices, ranks] number of elements that each rank holds.
+
+        Returns:
+            [ranks] each: elements that a rank holds of others' matrices, and that others hold of its own.
+        """
         index, owners = list(bucket), [self.owners[i] for i in bucket]
         own = elements[index, owners]
         by_holder = elements[index].sum(axis=0)
@@ -135,12 +144,12 @@ class Plan:
 
 
 def make_plan(cuts: Sequence[Cut], grid: Grid, steps: int, bucket_elements: int = BUCKET_ELEMENTS) -> Plan:
-    """Owners and buckets of all logical matrices of the parameters `cuts`.
+    """Choose owners and buckets of all logical matrices of the parameters `cuts`.
 
     Args:
         cuts: the matrix parameters, with what every data-parallel rank holds of them.
-        grid: of the processes that hold them.
-        steps: of Newton-Schulz, for its FLOPs.
+        grid: the grid of the processes that hold them.
+        steps: number of Newton-Schulz steps, for its FLOPs.
         bucket_elements: see :data:`BUCKET_ELEMENTS`.
     """
     matrices = tuple(Matrix(i, p, *part.shape) for i, cut in enumerate(cuts) for p, part in enumerate(cut.spec.parts))
@@ -154,17 +163,19 @@ def make_plan(cuts: Sequence[Cut], grid: Grid, steps: int, bucket_elements: int 
 
 
 def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
-    """Choose an owner for each matrix: largest first, to the rank with the least to do; among those the largest holder.
+    """Choose an owner for each matrix: costliest first, each to the rank with the least work so far.
 
-    Largest first exceeds the best possible makespan by a third at most (R. L. Graham, "Bounds on multiprocessing
-    timing anomalies", SIAM J. Appl. Math. 17, 1969).
+    Among several such ranks, the one that holds most of the matrix becomes its owner.
+
+    This order exceeds the best possible makespan by at most a third (R. L. Graham, "Bounds on multiprocessing timing
+    anomalies", SIAM J. Appl. Math. 17, 1969).
 
     Args:
-        costs: of each matrix.
-        held: [matrices, ranks], elements held.
+        costs: cost of each matrix.
+        held: [matrices, ranks] number of elements that each rank holds.
 
     Returns:
-        The rank of each matrix.
+        The rank that owns each matrix.
     """
     loads = np.zeros(held.shape[1], dtype=np.int64)
     owners = [0] * len(costs)
@@ -178,13 +189,13 @@ def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
 def held_elements(
     cuts: Sequence[Cut], matrices: Sequence[Matrix], grid: Grid
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """[matrices, ranks] each: how many elements of each logical matrix each rank holds, and how many of them count."""
+    """Return the elements of each matrix that each rank holds, and how many count: [matrices, ranks] each."""
     first: dict[int, int] = {}
     for i, matrix in enumerate(matrices):
         first.setdefault(matrix.cut, i)
     held, given = np.zeros((2, len(matrices), grid.size), dtype=np.int64)
     for shard in grid.shards():
-        # All processes with this shard of the model, by data-parallel rank.
+        # Ranks of all processes with this shard of the model, by data-parallel rank.
         ranks = np.array([replace(shard, data=data).rank for data in range(grid.data)])
         for index, cut in enumerate(cuts):
             starts = np.array([start for start, _ in cut.intervals])
@@ -203,7 +214,7 @@ def lower_bound(costs: Sequence[int], ranks: int) -> int:
     """Return a lower bound of the busiest rank's cost in any assignment of whole matrices."""
     ordered = sorted(costs, reverse=True)
     best = max(-(-sum(ordered) // ranks), ordered[0])
-    # Among the k * ranks + 1 largest, some rank has k + 1, each at least as large as the smallest of them.
+    # Among the k * ranks + 1 largest costs, some rank has k + 1, each of them at least as large as the smallest.
     for k in range(1, (len(ordered) - 1) // ranks + 1):
         best = max(best, (k + 1) * ordered[k * ranks])
     return best
@@ -212,8 +223,11 @@ def lower_bound(costs: Sequence[int], ranks: int) -> int:
 def _buckets(
     matrices: Sequence[Matrix], owners: Sequence[int], held: NDArray[np.int64], bucket_elements: int
 ) -> list[tuple[int, ...]]:
-    """Matrices in exchanges. No rank owns (replicas counted each: it sends results to all), and none holds of others',
-    more than `bucket_elements` in one, unless a single matrix is larger than that."""
+    """Divide the matrices into exchanges.
+
+    In one exchange, no rank owns more than `bucket_elements`, and none holds more than that of others' matrices, unless
+    a single matrix is larger. What a rank owns counts once for each replica, as all of them receive its results.
+    """
     queues: dict[int, list[int]] = {}
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].rows, i)):
         queues.setdefault(owners[i], []).append(i)

@@ -1,4 +1,4 @@
-"""Muon as an update rule, and the optimizer that updates matrices by it and everything else by AdamW."""
+"""Muon as an update rule, and the optimizer that updates matrices with it and everything else with AdamW."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from megamult.zero.partition import Partition
 class Muon(MatrixRule):
     """Muon (arXiv 2502.16982): momentum, orthogonalized by Newton-Schulz.
 
-    One step, on the reduced and accumulated gradient G of each logical matrix W[out, in] (Q, K, V, gate, up apart)::
+    One step, on the reduced and accumulated gradient G of each logical matrix W[out, in] (Q, K, V, gate and up each by
+    itself)::
 
         G <- G min(1, clip / ||all gradients but multipliers'||)
         M <- momentum M + (1 - momentum) G                          elementwise, on this rank's slices
@@ -44,7 +45,7 @@ class Muon(MatrixRule):
             bounds temporary memory.
 
     Raises:
-        ValueError: an unknown setting.
+        ValueError: an unknown name, or a value that is not possible.
     """
 
     states: ClassVar[tuple[State, ...]] = (State("momentum", "momentum_buffer"),)
@@ -76,7 +77,7 @@ class Muon(MatrixRule):
         self.ns_dtype = self.ns_dtype or self.matrices.dtype
 
     def accumulate(self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]) -> list[Tensor]:
-        """Take gradients into the momentum; return it, or with `nesterov` the gradients one step ahead of it."""
+        """Update the momentum; return it, or with `nesterov` the gradients one step ahead of it."""
         torch._foreach_lerp_(state["momentum"], gradients, 1 - self.momentum)
         if not self.nesterov:
             return state["momentum"]
@@ -84,12 +85,12 @@ class Muon(MatrixRule):
         return gradients
 
     def update(self, matrices: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Orthogonalize [batch, rows, cols], and scale."""
+        """Orthogonalize [batch, rows, cols] momentum, and scale it."""
         rows, cols = matrices.shape[1:]
         return self.orthogonalized(matrices).mul_(scale_factor(rows, cols, self.scale))
 
     def orthogonalized(self, matrices: Tensor) -> Tensor:
-        """Return [batch, rows, cols] in `ns_dtype`, with singular values near 1."""
+        """Return the matrices, [batch, rows, cols], in `ns_dtype` and with singular values near 1."""
         assert self.ns_dtype is not None
         return orthogonalize(matrices, self._steps, self.ns_dtype)
 
@@ -100,7 +101,7 @@ class Muon(MatrixRule):
         gradients: list[Tensor],
         state: Mapping[str, list[Tensor]],
     ) -> None:
-        """Move tensors of one param group by their updates, which stand in the gradients' place."""
+        """Decay the tensors of one param group, and subtract their updates, which are in the gradients' place."""
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, gradients, alpha=-group["lr"])
 
@@ -109,15 +110,15 @@ class DistributedMuon(TwoPhaseOptimizer):
     """:class:`Muon` for groups of kind `matrix`, AdamW for all others.
 
     Args:
-        groups: from :func:`megamult.param_groups`.
-        betas, eps: as :class:`megamult.optim.adamw.AdamW`'s.
+        groups: param groups, made by :func:`megamult.param_groups`.
+        betas, eps: see :class:`megamult.optim.adamw.AdamW`.
         settings: keyword arguments of :class:`Muon` and of :class:`megamult.optim.two_phase.TwoPhaseOptimizer`.
 
     Attributes:
         muon: the rule of the matrices.
 
     Raises:
-        ValueError: as both of them.
+        ValueError: see both of them.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class DistributedMuon(TwoPhaseOptimizer):
 
     @property
     def plan(self) -> Plan | None:
-        """Owners of the matrices; None before it is known what ranks hold (the first step, or DeepSpeed's attach)."""
+        """Owners and buckets of the matrices; None until what ranks hold is known: first step or DeepSpeed's attach."""
         return self.muon.plan
 
     @property

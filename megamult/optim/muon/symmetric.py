@@ -18,28 +18,28 @@ if torch.version.cuda is not None and importlib.util.find_spec("triton") is not 
     from megamult.optim.muon.symmetric_triton import lower_tiles
 
 _BLOCKS = 4
-"""Block rows of a product: 5/8 of the multiplications. More blocks save little more, and are slower."""
+"""Number of block rows of a product: 5/8 of the multiplications. More blocks save little more, and are slower."""
 _SMALLEST_BLOCK = 64
 
 _FEWEST_ROWS = 512
-"""Size from which on the kernel computes no more elements than block rows do."""
+"""Smallest size at which the kernel computes no more elements than block rows do."""
 _MULTIPLE = 16
-"""Number that sizes must be multiples of: otherwise the kernel loads single elements."""
+"""Number that divides the sizes: with others the kernel would load single elements."""
 
 
 def symmetric_product(
     left: Tensor, right: Tensor, *, add: tuple[float, Tensor] | None = None, alpha: float = 1.0
 ) -> Tensor:
-    """alpha left @ right (+ beta C for `add` = (beta, C)), where that is known to be symmetric.
+    """Return alpha left @ right (+ beta C if `add` is (beta, C)), a matrix that is known to be symmetric.
 
     Args:
-        left: [batch, n, depth].
-        right: [batch, depth, n], of the same dtype.
-        add: beta and the symmetric C[batch, n, n].
-        alpha: a factor.
+        left: [batch, n, depth] operand.
+        right: [batch, depth, n] operand of the same dtype.
+        add: (beta, C) with a symmetric C[batch, n, n]; None: nothing is added.
+        alpha: factor of the product.
 
     Returns:
-        [batch, n, n] in the operands' dtype.
+        [batch, n, n] result in the operands' dtype.
     """
     beta, c = (0.0, None) if add is None else add
     _, n, depth = left.shape
@@ -50,7 +50,7 @@ def symmetric_product(
 
 
 def block_rows(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
-    """:func:`symmetric_product` by torch's own products: block rows up to the diagonal, mirrored."""
+    """Compute :func:`symmetric_product` by torch's own products: block rows up to the diagonal, then mirrored."""
     batch, n = left.shape[:2]
     out = torch.empty(batch, n, n, dtype=left.dtype, device=left.device)
     for lo, hi in _bounds(n):
@@ -66,8 +66,10 @@ def block_rows(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alp
 
 
 def computed(n: int) -> int:
-    """Elements of an [n, n] product that :func:`block_rows` computes. Costs are weighed by it on every device: the
-    kernel's smaller part would change all of them nearly alike."""
+    """Return how many elements of an [n, n] product :func:`block_rows` computes.
+
+    Costs are weighed by this number on every device: the kernel computes fewer, which changes all costs nearly alike.
+    """
     return sum((hi - lo) * hi for lo, hi in _bounds(n))
 
 
@@ -78,7 +80,7 @@ def _bounds(n: int) -> list[tuple[int, int]]:
 
 
 def _has_kernel(device: torch.device) -> bool:
-    """Return whether the Triton kernel runs there: it is for NVIDIA's GPUs since Ampere."""
+    """Return whether the Triton kernel runs on this device: it is for NVIDIA's GPUs since Ampere."""
     return (
         device.type == "cuda"
         and "lower_tiles" in globals()

@@ -1,7 +1,7 @@
-"""Products with a symmetric result on CUDA: tiles on and below the diagonal are computed, those below written twice.
+"""Matrix products with a symmetric result on CUDA: tiles on and below the diagonal are computed, and then mirrored.
 
-One kernel for all shapes, with one tile size: nothing is chosen by timing, so equal operands give equal bits in every
-run. Imported where torch is built for CUDA, which brings Triton, and by tests.
+One kernel with one tile size serves all shapes: nothing is chosen by timing, so equal operands give equal bits in every
+run. The module is imported where torch is built for CUDA, which brings Triton, and by tests.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ TILE = 128
 """Rows and columns that one program computes: two warp groups of Hopper, 64 rows each."""
 CONSTANTS = {
     "TILE": TILE,
-    "DEPTH": 64,  # of the inner dimension per step: 128 bytes, as wide as swizzled shared memory
-    "GROUP": 8,  # tile rows that are worked on together: their operands stay in the L2 cache
+    "DEPTH": 64,  # elements of the inner dimension per step: 128 bytes, the width of swizzled shared memory
+    "GROUP": 8,  # tile rows that are processed together, so that their operands stay in the L2 cache
 }
 OPTIONS = {
     "num_warps": 8,
-    "num_stages": 3,  # of two operands' tiles: 96 KiB of shared memory, which every GPU since Ampere has
-    "enable_fp_fusion": True,  # Triton's default changes
+    "num_stages": 3,  # stages of two operands' tiles: 96 KiB of shared memory, which every GPU since Ampere has
+    "enable_fp_fusion": True,  # stated, as Triton's default changes
 }
 
 
@@ -55,7 +55,7 @@ def _lower_tiles(  # type: ignore[no-untyped-def]  # pointers and integers to Tr
     j = program % (GROUP * tiles) // height
     if j > i:
         return
-    # Rows and columns past the end read others' elements, and are not written.
+    # Rows and columns past the end wrap around: they read existing elements, and their results are not written.
     rows = ((i * TILE + tl.arange(0, TILE)) % n).to(tl.int64)
     cols = ((j * TILE + tl.arange(0, TILE)) % n).to(tl.int64)
     inner = tl.arange(0, DEPTH)
@@ -85,9 +85,9 @@ def _lower_tiles(  # type: ignore[no-untyped-def]  # pointers and integers to Tr
 
 @torch.library.custom_op("megamult::lower_tiles", mutates_args=())
 def lower_tiles(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
-    """alpha left @ right (+ beta add), as :func:`megamult.optim.muon.symmetric.symmetric_product` says; sums are fp32.
+    """Return :func:`megamult.optim.muon.symmetric.symmetric_product`, alpha left @ right (+ beta add), summed in fp32.
 
-    An operator, so that torch's FLOP counter sees it. It has no gradient.
+    It is registered as an operator so that torch's FLOP counter sees it. It has no gradient.
     """
     batch, n, depth = left.shape
     if right.shape != (batch, depth, n) or (add is not None and add.shape != (batch, n, n)):
@@ -121,7 +121,7 @@ def _fake(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: f
 
 @register_flop_formula(torch.ops.megamult.lower_tiles)
 def _flops(left: tuple[int, ...], *_: object, **__: object) -> int:
-    """Partly filled tiles count whole."""
+    """Count the floating-point operations of a call; partly filled tiles count as whole ones."""
     batch, n, depth = left
     tiles = triton.cdiv(n, TILE)
     return batch * tiles * (tiles + 1) * TILE * TILE * depth
