@@ -81,9 +81,11 @@ class CheckpointInfo:
                 f"its format is {loaded.get('format')!r} and this version of megamult reads {FORMAT}: install the "
                 f"version that wrote it ({loaded.get('versions', {}).get('megamult')})"
             )
-        optimizer = loaded.get("config", {}).get("optimizer")
-        if optimizer is not None:
-            loaded["config"]["optimizer"] = modern(optimizer)
+        config = loaded.get("config", {})
+        if not isinstance(config, dict) or not isinstance(config.get("optimizer", {}), dict):
+            raise ValueError("its configuration is no mapping of sections")
+        if "optimizer" in config:
+            config["optimizer"] = modern(config["optimizer"])
         known = {each.name for each in dataclasses.fields(CheckpointInfo)}
         try:
             return CheckpointInfo(**{key: value for key, value in loaded.items() if key in known})

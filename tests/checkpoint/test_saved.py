@@ -303,3 +303,9 @@ def test_a_crash_while_a_checkpoint_is_replaced_leaves_the_old_one(tmp_path: Pat
     assert not (tmp_path / "step_1").exists()
     directory.clean(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+
+
+@pytest.mark.parametrize("config", ["null", "[]", '{"optimizer": 3}', '{"optimizer": null}'])
+def test_a_configuration_that_is_no_mapping_is_damage_and_no_crash(config: str) -> None:
+    with pytest.raises(ValueError, match="its configuration is no mapping of sections"):
+        CheckpointInfo.from_json(f'{{"format": 1, "step": 1, "samples": 0, "vocab_size": 2, "config": {config}}}')
