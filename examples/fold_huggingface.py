@@ -63,7 +63,8 @@ for step in range(10):
     values = optimizer.folded.values
     if rank == 0:
         print(f"step {step}: loss {mean / ranks:.4f}, multipliers {values.min():.4f} to {values.max():.4f}")
-for vector, multipliers in optimizer.folded.named():
+for vector in optimizer.folded.vectors:
+    multipliers = optimizer.folded.values[vector.entries]
     if rank == 0 and "layers." not in vector.name.replace("layers.0.", ""):  # the first layer's and the embedding's
-        print(f"{vector.name:48} [{vector.length:4}]  mean {multipliers.mean():.4f}, spread {multipliers.std():.4f}")
+        print(f"{vector.name:48} [{len(multipliers):4}]  mean {multipliers.mean():.4f}, spread {multipliers.std():.4f}")
 start.destroy()

@@ -79,7 +79,8 @@ for step in range(10):
     values = optimizer.folded.values
     if torch.distributed.get_rank() == 0:
         print(f"step {step}: loss {mean / ranks:.4f}, multipliers {values.min():.4f} to {values.max():.4f}")
-for vector, multipliers in optimizer.folded.named():
+for vector in optimizer.folded.vectors:
+    multipliers = optimizer.folded.values[vector.entries]
     if torch.distributed.get_rank() == 0 and ".layers.1." not in vector.name:
-        print(f"{vector.name:52} [{vector.length:4}]  mean {multipliers.mean():.4f}, spread {multipliers.std():.4f}")
+        print(f"{vector.name:52} [{len(multipliers):4}]  mean {multipliers.mean():.4f}, spread {multipliers.std():.4f}")
 start.destroy()

@@ -118,12 +118,12 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def print_memory(folded: DeepSpeedEngine, none: DeepSpeedEngine) -> None:
     """Print what folded multipliers add to this rank's optimizer, after a step."""
-    multipliers = folded.optimizer.folded
-    assert multipliers is not None
+    settings, multipliers = folded.optimizer.folding, folded.optimizer.folded
+    assert settings is not None and multipliers is not None
     added = tensor_bytes(folded.optimizer.state.values()) - tensor_bytes(none.optimizer.state.values())
     packed = {"values": multipliers.values, "gradient": multipliers.gradient, "clipped": multipliers.values.grad}
     vectors = tensor_bytes([packed, *multipliers._adamw.state.values()])
-    elements = sum(piece.length for piece in folded.partition.slices if multipliers.covers(piece.spec))
+    elements = sum(piece.length for piece in folded.partition.slices if settings.covers(piece.spec))
     print(
         f"memory that folded adds: {added / elements:.4f} bytes per matrix element ({added:,} bytes, {elements:,} "
         f"elements), and vectors: {vectors / elements:.4f} ({vectors:,} bytes, {multipliers.values.numel():,} "

@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from megamult.distributed.mesh import ALONE
-from megamult.multipliers import kernels
-from megamult.optim import bands
+from megamult.multipliers import kernels, scaling
 from megamult.optim.clip import LocalSquares
 from megamult.optim.folded import FoldedMultipliers
 from megamult.parameters import megatron
@@ -107,9 +106,9 @@ def counting() -> Iterator[Launches]:
     """Count as on CUDA."""
     launches = Launches()
     fused = {
-        "_scale_rows_compiled": launches.one(kernels._scale_rows_fused),
-        "_scale_rows_backward_compiled": launches.one(kernels._scale_rows_backward_fused),
-        "_worth_compiling": lambda tensor, spans: True,
+        "_scale_piece_compiled": launches.one(kernels._scale_piece),
+        "_backward_piece_compiled": launches.one(kernels._backward_piece),
+        "_compiled": lambda weight, spans, piece: True,
     }
     with patch.multiple(kernels, **fused), launches:
         yield launches
@@ -119,11 +118,12 @@ def counting() -> Iterator[Launches]:
 def report(name: str, tensor: int, data: int) -> None:
     """Print the rows of one model."""
     partition = RankPartition(specs(name, tensor), data)
-    folded = FoldedMultipliers(resolve("all"), lr=1e-3)
-    with patch.dict(bands._ELEMENTS, cpu=bands._ELEMENTS["cuda"] // NARROWER**2):
-        folded.bind(partition, {each.tensor: {} for each in partition.slices})
+    with patch.dict(scaling._ELEMENTS, cpu=scaling._ELEMENTS["cuda"] // NARROWER**2):
+        folded = FoldedMultipliers(resolve("all"), lr=1e-3).bind(
+            partition, {each.tensor: {} for each in partition.slices}
+        )
     squares = LocalSquares(partition, torch.device("cpu"))
-    count = len(folded._table.bands)
+    count = len(folded._scaling.bands)
 
     def write() -> None:
         folded._present = None  # as after an update

@@ -25,7 +25,7 @@ from megamult.distributed.agreement import everywhere
 from megamult.distributed.mesh import Mesh
 from megamult.huggingface.files import TOKENIZER_FOLDER, tokenizer_identity
 from megamult.multipliers.config import MultipliersConfig
-from megamult.multipliers.merge import LEAVES
+from megamult.multipliers.specs import LEAVES
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.roles import Placement, resolve
 from megamult.settings import Why, fixed_keys, fixed_values

@@ -27,9 +27,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 from torch.nn import Parameter
 
+from megamult.multipliers.layer_scaling import LayerScaling
 from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, full_precision, register_multipliers
-from megamult.multipliers.plan import ScalePlan
 from megamult.multipliers.sharded_state import multiplier_sharded_tensors
+from megamult.multipliers.specs import LEAVES
 from megamult.multipliers.wrapped import effective_weight
 from megamult.parameters import megatron
 from megamult.parameters.axes import tensor_shard
@@ -42,9 +43,6 @@ class _MultiplierLinear:
     """Code that the column- and the row-parallel layer share, mixed in before Megatron's class."""
 
     weight: Parameter
-    row_multiplier: Parameter | None
-    col_multiplier: Parameter | None
-    scalar_multiplier: Parameter | None
     tp_group: torch.distributed.ProcessGroup
 
     def _setup_multipliers(self, spec: ParameterSpec, placement: Placement | None, grad_sync: GradSync) -> None:
@@ -62,7 +60,7 @@ class _MultiplierLinear:
             )
         partial = tp_size > 1 and grad_sync == "step"
         register_multipliers(module, self.weight, spec, chosen, coordinates.grid, partial)
-        self._plan = ScalePlan(spec, chosen, coordinates)
+        self._scaling = LayerScaling(spec, chosen, coordinates)
         self._has_multipliers = any(p is not None for p in self._multipliers())
         self._sum_in_backward = tp_size > 1 and grad_sync == "backward"
         if self._has_multipliers and module.config.gradient_accumulation_fusion:
@@ -71,8 +69,8 @@ class _MultiplierLinear:
                 "set it to False"
             )
 
-    def _multipliers(self) -> tuple[Parameter | None, Parameter | None, Parameter | None]:
-        return self.row_multiplier, self.col_multiplier, self.scalar_multiplier
+    def _multipliers(self) -> tuple[Parameter | None, ...]:
+        return tuple(getattr(self, leaf) for leaf in LEAVES.values())
 
     def _completed(self) -> list[Tensor | None]:
         """Return the row, column and scalar multipliers, in fp32 where fp32 values are kept. If `grad_sync` is
@@ -95,7 +93,9 @@ class _MultiplierLinear:
             return parent.forward(input_, *args, **kwargs)
         given = args[0] if args else kwargs.get("weight")
         module: Any = self
-        with effective_weight(module, self.weight if given is None else given, self._completed(), self._plan) as scaled:
+        with effective_weight(
+            module, self.weight if given is None else given, self._completed(), self._scaling
+        ) as scaled:
             if given is not None:
                 args, kwargs = (scaled, *args[1:]) if args else args, kwargs if args else {**kwargs, "weight": scaled}
             return parent.forward(input_, *args, **kwargs)

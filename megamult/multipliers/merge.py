@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from megamult.multipliers.reference import effective_weight
-
-LEAVES = {"row": "row_multiplier", "col": "col_multiplier", "scalar": "scalar_multiplier"}
+from megamult.multipliers.specs import LEAVES
 
 
 def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

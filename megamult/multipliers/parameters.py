@@ -16,7 +16,6 @@ scale by them; the bf16 parameter carries the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -45,21 +44,14 @@ def register_multipliers(
         grid: the process grid; each parameter has the local shape of its spec there.
         partial: gradients of replicated multipliers must still be summed over tensor-parallel ranks in the step.
     """
-    makers: dict[str, Callable[..., ParameterSpec]] = {
-        "row": specs.row_multiplier,
-        "col": specs.col_multiplier,
-        "scalar": specs.scalar_multiplier,
-    }
-    for side, make in makers.items():
-        parts = spec.parts_with(placement, side)  # type: ignore[arg-type]
-        if not parts:
-            module.register_parameter(f"{side}_multiplier", None)
-            continue
-        side_spec = make(spec, parts, partial)
-        ones = torch.ones(side_spec.local_shape(grid), dtype=weight.dtype, device=weight.device)
-        parameter = Parameter(ones)
-        set_spec(parameter, side_spec)
-        module.register_parameter(f"{side}_multiplier", parameter)
+    for side, leaf in specs.LEAVES.items():
+        parameter = None
+        if parts := spec.parts_with(placement, side):
+            stated = specs.multiplier(side, spec, parts, partial)
+            ones = torch.ones(stated.local_shape(grid), dtype=weight.dtype, device=weight.device)
+            parameter = Parameter(ones)
+            set_spec(parameter, stated)
+        module.register_parameter(leaf, parameter)
 
 
 FULL_PRECISION = "full_precision_value"

@@ -8,6 +8,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import get_pg_rank
 
+from megamult.multipliers.specs import LEAVES
 from megamult.parameters.axes import tensor_shard
 from megamult.parameters.spec import ParameterSpec
 from megamult.parameters.stated import spec_of
@@ -27,8 +28,7 @@ def multiplier_sharded_tensors(
     so a checkpoint does not depend on the tensor-parallel size, even where a shard cuts through fused rows.
     """
     dp_rank = get_pg_rank(metadata["dp_cp_group"])
-    for side in ("row", "col", "scalar"):
-        leaf = f"{side}_multiplier"
+    for leaf in LEAVES.values():
         parameter = getattr(module, leaf, None)
         if parameter is None:
             continue

@@ -1,4 +1,4 @@
-"""Specs of the multipliers of a matrix parameter, from the spec of its weight."""
+"""Names and specs of the multipliers of a matrix parameter, from the spec of its weight."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from dataclasses import replace
 
 from megamult.parameters.axes import Axis
 from megamult.parameters.shards import Sharding
-from megamult.parameters.spec import ParameterSpec, Part, Segment
+from megamult.parameters.spec import ParameterSpec, Part, Segment, Side
+
+LEAVES: dict[Side, str] = {"row": "row_multiplier", "col": "col_multiplier", "scalar": "scalar_multiplier"}
+"""Last part of the name of the multipliers on each side, beside the `weight` that they scale."""
+
+
+def multiplier(side: Side, weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
+    """Describe the multipliers on one side of the selected parts of a weight; the arguments are those below."""
+    make = {"row": row_multiplier, "col": col_multiplier, "scalar": scalar_multiplier}[side]
+    return make(weight, selected, partial)
 
 
 def row_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:

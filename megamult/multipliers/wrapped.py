@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult.multipliers.plan import ScalePlan
+from megamult.multipliers.layer_scaling import LayerScaling
 
 
 class _EffectiveWeight(torch.autograd.Function):
@@ -22,22 +22,22 @@ class _EffectiveWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, row: Tensor | None, col: Tensor | None, scalar: Tensor | None, plan: ScalePlan
+        ctx: Any, weight: Tensor, row: Tensor | None, col: Tensor | None, scalar: Tensor | None, scaling: LayerScaling
     ) -> Tensor:
         ctx.save_for_backward(weight, row, col, scalar)
-        ctx.plan = plan
-        return plan.scale(weight, row, col, scalar)
+        ctx.scaling = scaling
+        return scaling.scale(weight, row, col, scalar)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, row, col, scalar = ctx.saved_tensors
         # The gradient of W_eff was made by the product for this node only, so it may be overwritten.
-        return (*ctx.plan.gradients(grad.contiguous(), weight, row, col, scalar), None)
+        return (*ctx.scaling.gradients(grad.contiguous(), weight, row, col, scalar), None)
 
 
 @contextlib.contextmanager
 def effective_weight(
-    module: torch.nn.Module, weight: Tensor, multipliers: Sequence[Tensor | None], plan: ScalePlan
+    module: torch.nn.Module, weight: Tensor, multipliers: Sequence[Tensor | None], scaling: LayerScaling
 ) -> Iterator[Tensor]:
     """Let `module.weight` be W_eff = s diag(r) W diag(c) within the context, as for one forward pass.
 
@@ -47,12 +47,12 @@ def effective_weight(
         module: the layer; its parameter `weight` stays registered as it is.
         weight: W, [out, in] of this rank's shard: the module's own, or one that the caller gave.
         multipliers: row, column and scalar multipliers; None: there are none of a kind.
-        plan: which of them scales which row and column.
+        scaling: which of them scales which row and column.
 
     Yields:
         W_eff, in the weight's dtype.
     """
-    effective = _EffectiveWeight.apply(weight, *multipliers, plan)
+    effective = _EffectiveWeight.apply(weight, *multipliers, scaling)
     start, numel = effective.data_ptr(), effective.numel()
 
     def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
@@ -64,7 +64,7 @@ def effective_weight(
         if isinstance(saved, Tensor):
             return saved
         with torch.no_grad():
-            again = plan.scale(weight.detach(), *(None if each is None else each.detach() for each in multipliers))
+            again = scaling.scale(weight.detach(), *(None if each is None else each.detach() for each in multipliers))
         return again.as_strided(*saved)
 
     # A module finds its parameters only after its own attributes: this one hides the parameter from the layer, and

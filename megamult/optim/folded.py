@@ -20,27 +20,29 @@ from torch import Tensor
 
 from megamult.distributed import device
 from megamult.multipliers import kernels
-from megamult.multipliers.merge import LEAVES
-from megamult.optim.bands import Band, Factors, Table, bands
+from megamult.multipliers.scaling import Band, Factors, PackedScaling, bands
+from megamult.multipliers.specs import LEAVES
 from megamult.parameters.rectangles import rectangles
 from megamult.parameters.roles import Placement
-from megamult.parameters.spec import ParameterSpec, Role, Side
+from megamult.parameters.spec import ParameterSpec, Role, Segment, Side
 from megamult.zero.partition import Partition
 
 LATENT = "latent_weight"
 """Key of the latent weight W in the optimizer's state."""
 
+_STATES = ("exp_avg", "exp_avg_sq")
+
 
 @dataclass(frozen=True)
 class Vector:
-    """Multipliers of one side of one logical matrix: entries [start, start + length) of the packed vector."""
+    """Multipliers of one side of one logical matrix."""
 
     name: str
     """Name of the logical tensor, the same as in the layer implementation."""
     role: Role
     side: Side
-    start: int
-    length: int
+    entries: slice
+    """Where they are in the packed vector, or in one of its shape."""
 
 
 def covers(spec: ParameterSpec, placement: Placement) -> bool:
@@ -48,48 +50,26 @@ def covers(spec: ParameterSpec, placement: Placement) -> bool:
     return spec.side is None and any(placement.get(part.role) for part in spec.parts)
 
 
+@dataclass(frozen=True)
 class FoldedMultipliers:
-    """Multipliers of all matrices of one model, with their gradients and the AdamW that updates them.
+    """Settings of folded multipliers: which ones the matrices of a model have, and how AdamW updates them."""
 
-    Args:
-        placement: sides of each role that have multipliers.
-        lr: peak learning rate; it follows the schedule of the matrices' groups.
-        weight_decay: decoupled weight decay.
-        betas, eps: settings of AdamW.
-        initial: initial value of the multipliers of each (role, side).
-
-    Attributes:
-        vectors: all vectors of multipliers; empty until :meth:`bind` is called.
-        values: [entries] multipliers in fp32, the same on every rank.
-        gradient: [entries] their gradient at the last step in fp32, summed over ranks, before clipping.
-    """
-
-    def __init__(
-        self,
-        placement: Placement,
-        *,
-        lr: float,
-        weight_decay: float = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        initial: Callable[[Role, Side], float] = lambda role, side: 1.0,
-    ) -> None:
-        self.placement, self.lr, self.initial = placement, lr, initial
-        self._settings: dict[str, Any] = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
-        self.vectors: list[Vector] = []
-        self.partition: Partition | None = None
-        self._table: Table
-        self._bands_of: dict[int, range] = {}  # by index of each scaled slice: its range of the table's bands
-        self._present: Factors | None = None  # factors of the present values; None: not computed yet
-        self._slices_of: dict[Tensor, list[int]] = {}  # by tensor that holds folded weights: the indices of its slices
-        self._state: MutableMapping[Tensor, Any] = {}
+    placement: Placement
+    """Sides of each role that have multipliers."""
+    lr: float
+    """Peak learning rate; it follows the schedule of the matrices' groups."""
+    weight_decay: float = 2e-3
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    initial: Callable[[Role, Side], float] = lambda role, side: 1.0
+    """Initial value of the multipliers of each (role, side)."""
 
     def covers(self, spec: ParameterSpec) -> bool:
         """Return whether a parameter has folded multipliers."""
         return covers(spec, self.placement)
 
-    @torch.no_grad()
-    def bind(self, partition: Partition, state: MutableMapping[Tensor, Any]) -> None:
+    def bind(self, partition: Partition, state: MutableMapping[Tensor, Any]) -> BoundMultipliers:
         """Create the multipliers of a partition whose masters hold W; move W to `state` and put W_eff in its place.
 
         Args:
@@ -99,25 +79,49 @@ class FoldedMultipliers:
         Raises:
             ValueError: a master is not in fp32.
         """
-        self.partition, self._state = partition, state
-        places = self._lay_out(partition)
+        return BoundMultipliers(self, partition, state)
+
+
+class BoundMultipliers:
+    """Multipliers of all matrices of one model, with their gradients and the AdamW that updates them.
+
+    :meth:`FoldedMultipliers.bind` makes them.
+
+    Attributes:
+        vectors: all vectors of multipliers.
+        values: [entries] multipliers in fp32, the same on every rank.
+        gradient: [entries] their gradient at the last step in fp32, summed over ranks, before clipping.
+    """
+
+    @torch.no_grad()
+    def __init__(self, settings: FoldedMultipliers, partition: Partition, state: MutableMapping[Tensor, Any]) -> None:
+        self.partition, self._settings, self._state = partition, settings, state
+        self.vectors: list[Vector] = []
+        places = self._lay_out()
         here = device.local_device()
-        starts = torch.cat([torch.full((v.length,), self.initial(v.role, v.side)) for v in self.vectors])
-        self.values = torch.nn.Parameter(starts.to(here, torch.float32))
-        self._sums = torch.zeros(
-            len(starts) + 1, dtype=torch.float32, device=here
-        )  # the last entry collects the sums of rows and columns without multiplier
+        first = [
+            torch.full((v.entries.stop - v.entries.start,), settings.initial(v.role, v.side)) for v in self.vectors
+        ]
+        self.values = torch.cat(first).to(here, torch.float32)
+        self._sums = self.values.new_zeros(len(self.values) + 1)  # the last entry collects the sums of rows and columns without multiplier
         self.gradient = self._sums[:-1]
-        self._adamw = torch.optim.AdamW([self.values], lr=self.lr, fused=True, **self._settings)
+        self._adamw = torch.optim.AdamW(
+            [self.values],
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
         self._adamw.state[self.values] = {
             "step": torch.zeros((), device=here),
-            "exp_avg": torch.zeros_like(self.gradient),
-            "exp_avg_sq": torch.zeros_like(self.gradient),
+            **{key: torch.zeros_like(self.values) for key in _STATES},
         }
-        self._bands_of, self._slices_of = {}, {}
-        all_bands: list[Band] = []
+        self._slices_of: dict[Tensor, list[int]] = {}  # by tensor that holds folded weights: the indices of its slices
+        self._bands_of: dict[int, range] = {}  # by index of each scaled slice: its range of bands
+        found: list[Band] = []
         for i, piece in enumerate(partition.slices):
-            if not self.covers(piece.spec):
+            if not settings.covers(piece.spec):
                 continue
             if piece.tensor.dtype != torch.float32:
                 raise ValueError(
@@ -126,10 +130,11 @@ class FoldedMultipliers:
                 )
             self._slices_of.setdefault(piece.tensor, []).append(i)
             held = rectangles(piece.spec, partition.mesh.coordinates, piece.start, piece.length)
-            found = bands(held, places[piece.name], len(starts), here.type)
-            self._bands_of[i] = range(len(all_bands), len(all_bands) + len(found))
-            all_bands += found
-        self._table, self._present = Table(all_bands, here), None
+            before = len(found)
+            found += bands(held, places[piece.name], len(self.values), here.type)
+            self._bands_of[i] = range(before, len(found))
+        self._scaling = PackedScaling(found, here)
+        self._present: Factors | None = None  # factors of the present values; None: not computed yet
         for tensor in self._slices_of:
             state[tensor][LATENT] = tensor.detach().clone()
         if bool((self.values != 1).any()):
@@ -137,21 +142,21 @@ class FoldedMultipliers:
                 self._write(tensor)
             partition.publish()
 
-    def _lay_out(self, partition: Partition) -> dict[str, dict[tuple[int, Side], slice]]:
-        """Fill `vectors`; return the range of packed entries of each (part, side), by name of the parameter."""
-        self.vectors, position = [], 0
-        places: dict[str, dict[tuple[int, Side], slice]] = {}
-        for cut in partition.cuts:
-            if not self.covers(cut.spec):
+    def _lay_out(self) -> dict[str, dict[tuple[int, Side], list[Segment]]]:
+        """Fill `vectors`; return the packed entries of each (part, side), by name of the parameter."""
+        position = 0
+        places: dict[str, dict[tuple[int, Side], list[Segment]]] = {}
+        for cut in self.partition.cuts:
+            if not self._settings.covers(cut.spec):
                 continue
             module = cut.name.rpartition(".")[0]
             for side, leaf in LEAVES.items():
-                for p in cut.spec.parts_with(self.placement, side):  # type: ignore[arg-type]
+                for p in cut.spec.parts_with(self._settings.placement, side):
                     part = cut.spec.parts[p]
                     length = {"row": part.shape[0], "col": part.shape[1], "scalar": 1}[side]
                     name = cut.spec.logical_name(f"{module}.{leaf}" if module else leaf, part)
-                    self.vectors.append(Vector(name, part.role, side, position, length))  # type: ignore[arg-type]
-                    places.setdefault(cut.name, {})[p, side] = slice(position, position + length)  # type: ignore[index]
+                    self.vectors.append(Vector(name, part.role, side, slice(position, position + length)))
+                    places.setdefault(cut.name, {})[p, side] = [Segment(position, p, 0, length)]
                     position += length
         return places
 
@@ -164,67 +169,40 @@ class FoldedMultipliers:
         Args:
             gradients: the gradient of each slice of the partition.
         """
-        assert self.partition is not None
         mesh = self.partition.mesh
         replica = not self.partition.sharded and mesh.rank_on("data") != 0
         self._sums.zero_()
         factors = self._factors()
-        nothing = self._sums.new_zeros(1)
-        dots: list[Tensor] = []
+        dots: list[Tensor | None] = []
         for i, numbers in self._bands_of.items():
             piece = self.partition.slices[i]
-            counts = bool(self.partition.counted(piece))
+            counted = bool(self.partition.counted(piece))
             latent = self.latent(piece.tensor, piece.offset, piece.length)
             for k in numbers:
-                band = self._table.bands[k]
-                dot = self._backward(k, band.of(gradients[i]), band.of(latent), factors.bands[k], counts)
-                dots.append(nothing.expand(band.height) if dot is None else dot)
-        if dots and not replica:
-            self._add_rows(torch.cat(dots), factors)
+                band, (rho, kappa) = self._scaling.bands[k], factors.bands[k]
+                counts = counted and band.counted
+                dot, cols = kernels.scale_backward(
+                    band.of(gradients[i]),
+                    band.of(latent),
+                    rho,
+                    kappa,
+                    band.spans,
+                    row=counts and rho is not None,
+                    col=counts and kappa is not None,
+                    piece=True,
+                )
+                dots.append(dot)
+                if cols is not None:
+                    self._scaling.add_cols(self._sums, k, cols)
+        if not replica:
+            self._scaling.add_rows(self._sums, dots, factors)
         mesh.sum_over(self.gradient)
-
-    def _backward(
-        self, k: int, gradient: Tensor, weight: Tensor, factors: tuple[Tensor | None, Tensor | None], counts: bool
-    ) -> Tensor | None:
-        """Turn the gradient [height, width] of band k into that of W, in place.
-
-        If the band counts (its copy is the one that sums count), also add to the sums of its column multipliers.
-
-        Returns:
-            The row sums sum_j W kappa G, [height], if the band counts and its rows are scaled; else None.
-        """
-        rho, kappa = factors
-        g = gradient.float()
-        dot, col = kernels.scale_rows_backward(
-            g,
-            weight,
-            rho,
-            kappa,
-            self._table.bands[k].spans,
-            row=counts and rho is not None,
-            col=counts and kappa is not None,
-        )
-        if gradient.dtype != g.dtype:
-            gradient.copy_(g)
-        if col is not None:
-            self._sums.index_add_(0, self._table.bands[k].col.view(-1), col.view(-1))
-        return dot
-
-    def _add_rows(self, dots: Tensor, factors: Factors) -> None:
-        """Add the row sums sum_j W kappa G, [rows] of all bands, to the gradients of row multipliers and scalars."""
-        # No entry but the last occurs twice in one index_add_, so the order of additions is fixed on a GPU too.
-        self._sums.index_add_(0, self._table.rows, dots * factors.scalar)
-        if any(band.scalars is not None for band in self._table.bands):
-            for band, dot in zip(self._table.bands, self._table.by_band(dots * factors.row), strict=True):
-                if band.scalars is not None:
-                    entries, members = band.scalars
-                    self._sums.index_add_(0, entries, members @ dot)
 
     @torch.no_grad()
     def update(self, factor: float, schedule: float) -> None:
         """Update the multipliers by AdamW: gradient times `factor`, learning rate `schedule` times its peak."""
         self.values.grad = self.gradient * factor
-        self._adamw.param_groups[0]["lr"] = self.lr * schedule
+        self._adamw.param_groups[0]["lr"] = self._settings.lr * schedule
         self._adamw.step()
         self._present = None
 
@@ -254,8 +232,8 @@ class FoldedMultipliers:
         """
         state = self._adamw.state[self.values]
         for vector in self.vectors:
-            for name, packed in (("weight", self.values.detach()), *((k, state[k]) for k in ("exp_avg", "exp_avg_sq"))):
-                yield name, vector, packed[vector.start : vector.start + vector.length]
+            for name, packed in (("weight", self.values), *((key, state[key]) for key in _STATES)):
+                yield name, vector, packed[vector.entries]
 
     def restored(self, updates: int) -> None:
         """Recompute W_eff, after multipliers, their AdamW state and the latent weights have been loaded.
@@ -270,7 +248,7 @@ class FoldedMultipliers:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the packed multipliers and their AdamW state; the latent weights are in the optimizer's own state."""
-        return {"values": self.values.detach(), **self._adamw.state[self.values]}
+        return {"values": self.values, **self._adamw.state[self.values]}
 
     def load_state_dict(self, state: dict[str, Tensor], optimizer_state: MutableMapping[Tensor, Any]) -> None:
         """Continue from what :meth:`state_dict` returned in a run of the same model and placement.
@@ -292,26 +270,21 @@ class FoldedMultipliers:
             tensor.copy_(state[name])
         self._present = None
 
-    def named(self) -> Iterator[tuple[Vector, Tensor]]:
-        """Yield every vector of multipliers with its values [length], whole on every rank."""
-        for vector in self.vectors:
-            yield vector, self.values.detach()[vector.start : vector.start + vector.length]
-
     @torch.no_grad()
     def _write(self, tensor: Tensor) -> None:
         """Write W_eff of the present multipliers to a tensor."""
-        assert self.partition is not None
         flat, latent = tensor.detach().view(-1), self._state[tensor][LATENT].view(-1)
         flat.copy_(latent)
         factors = self._factors()
         for i in self._slices_of[tensor]:
             piece = self.partition.slices[i]
             for k in self._bands_of[i]:
-                band, (rho, kappa) = self._table.bands[k], factors.bands[k]
-                kernels.scale_rows(band.of(flat[piece.offset : piece.offset + piece.length]), rho, kappa, band.spans)
+                band, (rho, kappa) = self._scaling.bands[k], factors.bands[k]
+                rows = band.of(flat[piece.offset : piece.offset + piece.length])
+                kernels.scale(rows, rho, kappa, band.spans, piece=True)
 
     def _factors(self) -> Factors:
         """Return the present multipliers of every band; they are looked up once per update."""
         if self._present is None:
-            self._present = self._table.factors(torch.cat([self.values.detach(), self.values.new_ones(1)]))
+            self._present = self._scaling.factors(torch.cat([self.values, self.values.new_ones(1)]))
         return self._present

@@ -21,7 +21,7 @@ from torch import Tensor
 from megamult.distributed import device
 from megamult.distributed.mesh import Mesh, current_mesh
 from megamult.optim.clip import Norms, clip_factor
-from megamult.optim.folded import FoldedMultipliers
+from megamult.optim.folded import BoundMultipliers, FoldedMultipliers
 from megamult.optim.param_groups import check_groups
 from megamult.optim.reduction import GlobalNorms, sum_partial_gradients
 from megamult.optim.rule import UpdateRule
@@ -63,6 +63,8 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         mesh: of the processes; None: as Megatron's groups say, or all processes data-parallel.
 
     Attributes:
+        folding: settings of the folded multipliers; None: there are none.
+        folded: the folded multipliers themselves, once the optimizer is bound to a partition.
         norms: of the last prepared gradients, before clipping.
         updates: how many steps were applied: the count that every state of AdamW has.
         skipped_steps: how many steps were dropped because a gradient was not finite, or above `skip_grad_norm`.
@@ -99,7 +101,8 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         self.clip_grad_norm = clip_grad_norm
         self.clip_multipliers = clip_multipliers
         self.skip_grad_norm = skip_grad_norm
-        self.folded = folded
+        self.folding = folded
+        self.folded: BoundMultipliers | None = None
         self.norms: Norms | None = None
         self.updates = 0
         self.skipped_steps = 0
@@ -146,8 +149,8 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         """Take the partition whose gradients `prepare` will be given: plan, and lay out what is kept of it."""
         if self._bound is partition:
             return
-        if self.folded is not None:
-            self.folded.bind(partition, self.state)
+        if self.folding is not None:
+            self.folded = self.folding.bind(partition, self.state)
         self._norms = GlobalNorms(partition)
         for rule in self._every_rule():
             rule.bind(partition, self._updates(rule))
@@ -323,8 +326,8 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
                 of rows of other matrices than this rank owns.
         """
         folded = state_dict.get("folded")
-        if (folded is None) != (self.folded is None):
-            has, lacks = ("the state", "this optimizer") if self.folded is None else ("this optimizer", "the state")
+        if (folded is None) != (self.folding is None):
+            has, lacks = ("the state", "this optimizer") if self.folding is None else ("this optimizer", "the state")
             raise ValueError(f"{has} has folded multipliers and {lacks} none: load the state of a like optimizer")
         self._begin_if_needed()
         super().load_state_dict(state_dict)
@@ -337,5 +340,5 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
     def _begin_if_needed(self) -> None:
         """Lay out what is kept beside torch's state, in a loop without DeepSpeed that has not stepped yet."""
         rows = any(state.per == "row" for rule in self._every_rule() for state in rule.states)
-        if self._bound is None and (self.folded is not None or rows):
+        if self._bound is None and (self.folding is not None or rows):
             self.begin()

@@ -91,5 +91,6 @@ def trained(
     for name, spec, part, full in found:
         yield Logical(name, spec.kind, spec.parts[part].role, spec.side, full)
     if optimizer.folded is not None and (kinds is None or "multiplier" in kinds):
-        for vector, values in optimizer.folded.named():
+        for vector in optimizer.folded.vectors:
+            values = optimizer.folded.values[vector.entries]
             yield Logical(vector.name, "multiplier", vector.role, vector.side, values)

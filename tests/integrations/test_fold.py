@@ -145,7 +145,7 @@ def test_a_folded_llama_trains_as_one_with_explicit_multipliers(placement: str, 
         assert optimizer.norms is not None and optimizer.norms.multipliers > clip, "not clipping them must matter"
     folded = optimizer.folded
     assert folded is not None
-    multipliers = {vector.name: values for vector, values in folded.named()}
+    multipliers = {vector.name: folded.values[vector.entries] for vector in folded.vectors}
     assert multipliers.keys() == reference.multipliers.keys()
     # The two differ in the order of fp32 sums and products alone, 2^-24 each, some tens in a row. AdamW divides by the
     # gradient's own size and so lets elements with small gradients amplify that, down to eps: measured up to 7e-7 of
@@ -168,11 +168,11 @@ def test_settings_reach_the_optimizer_and_its_multipliers() -> None:
     for given in (settings, OptimizerConfig.of(settings | {"adamw": {"betas": (0.8, 0.9)}})):
         muon = megamult.fold(given, llama(), megamult.LLAMA_RULES, multiplier_weight_decay=0.01, clip_multipliers=True)
         rule = muon.rule_of("matrix")
-        assert type(rule) is Muon and type(muon.rule_of("norm")) is AdamW and muon.folded is not None
+        assert type(rule) is Muon and type(muon.rule_of("norm")) is AdamW and muon.folding is not None
         assert (rule.momentum, muon.clip_grad_norm, muon.clip_multipliers) == (0.8, 0.3, True)
-        assert [group["lr"] for group in muon.param_groups] == [2e-3] * 4 and muon.folded.lr == 2e-3
+        assert [group["lr"] for group in muon.param_groups] == [2e-3] * 4 and muon.folding.lr == 2e-3
         assert all(group["betas"] == (0.8, 0.9) for group in muon.param_groups)
-        assert muon.folded._settings == {"weight_decay": 0.01, "betas": (0.8, 0.9), "eps": 1e-8}
+        assert (muon.folding.weight_decay, muon.folding.betas, muon.folding.eps) == (0.01, (0.8, 0.9), 1e-8)
         assert {group["kind"]: len(group["params"]) for group in muon.param_groups} == {
             "matrix": 14,
             "undecayed": 5,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from megamult.multipliers import kernels
-from megamult.multipliers.kernels import Backward, Span
+from megamult.multipliers.kernels import Span
 from megamult.multipliers.reference import effective_weight, gradients
 
 ROWS, COLS = 600, 230  # three of the CPU path's blocks of 2^16 elements, the last cut short; no powers of two
@@ -27,6 +27,14 @@ NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="compiles kernels for a CUDA GPU, and there is none"
 )
 RHO_KAPPA = [(True, False), (False, True), (True, True)]
+
+
+class Backward(NamedTuple):
+    """What `scale_backward` leaves in the gradient [out, in], and returns."""
+
+    weight: Tensor
+    row_dot: Tensor | None
+    col: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -93,34 +101,21 @@ def assert_agrees(problem: Problem, effective: Tensor, back: Backward) -> None:
             assert excess <= 0, f"{name} is {excess:.3e} beyond {tolerance:.1e} of the sum of its terms' magnitudes"
 
 
-def run_cpu(problem: Problem, needs_row_dot: bool = True) -> tuple[Tensor, Backward]:
-    """Both public functions; the gradient's buffer is theirs to overwrite, so they get a copy."""
+def run_cpu(problem: Problem, needs_row_dot: bool = True, piece: bool = False) -> tuple[Tensor, Backward]:
+    """Both public functions; what they overwrite is theirs, so they get copies."""
     p = problem
-    effective = kernels.scale(p.weight, p.rho, p.kappa, p.spans)
-    return effective, kernels.scale_backward(p.grad.clone(), p.weight, p.rho, p.kappa, p.spans, needs_row_dot)
-
-
-def run_compiled_eagerly(problem: Problem, needs_row_dot: bool = True) -> tuple[Tensor, Backward]:
-    """The functions that CUDA compiles, run by Python on the CPU."""
-    p = problem
-    with torch.compiler.set_stance("force_eager"):
-        index = None if p.kappa is None else kernels._rows_to_cols(p.spans, len(p.weight), p.weight.device)
-        effective = kernels._scale_compiled(p.weight, p.rho, p.kappa, index)
-        back = kernels._scale_backward_compiled(p.grad.clone(), p.weight, p.rho, p.kappa, p.spans, needs_row_dot)
-    return effective, back
-
-
-def run_rows(problem: Problem, compiled: bool = False) -> tuple[Tensor, Backward]:
-    """The functions that work in place; with `compiled` those that CUDA compiles, run by Python."""
-    p = problem
-    effective, grad = p.weight.clone(), p.grad.clone()
-    with contextlib.ExitStack() as stack:
-        if compiled:
-            stack.enter_context(pytest.MonkeyPatch.context()).setattr(kernels, "_worth_compiling", lambda *_: True)
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        kernels.scale_rows(effective, p.rho, p.kappa, p.spans)
-        sums = kernels.scale_rows_backward(grad, p.weight, p.rho, p.kappa, p.spans, row=True, col=p.kappa is not None)
+    factors = p.rho, p.kappa, p.spans
+    effective = kernels.scale(p.weight.clone() if piece else p.weight, *factors, piece=piece)
+    grad = p.grad.clone()
+    sums = kernels.scale_backward(grad, p.weight, *factors, row=needs_row_dot, col=p.kappa is not None, piece=piece)
     return effective, Backward(grad, *sums)
+
+
+def run_compiled_eagerly(problem: Problem, needs_row_dot: bool = True, piece: bool = False) -> tuple[Tensor, Backward]:
+    """The functions that CUDA compiles, run by Python on the CPU."""
+    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
+        patch.setattr(kernels, "_compiled", lambda *_: True)
+        return run_cpu(problem, needs_row_dot, piece)
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +192,7 @@ def test_ones_leave_a_bf16_weight_and_its_gradient_bitwise_alone(run: Run) -> No
 @pytest.mark.parametrize("spans", SPANS)
 def test_rows_are_scaled_in_place_as_the_reference_says(spans: str, rho: bool, kappa: bool, compiled: bool) -> None:
     problem = Problem.draw(SPANS[spans], rho, kappa, torch.float32)
-    assert_agrees(problem, *run_rows(problem, compiled))
+    assert_agrees(problem, *(run_compiled_eagerly if compiled else run_cpu)(problem, piece=True))
 
 
 # Of one buffer that holds them one after the other: rows, columns. Square and not, narrower than high, the first again.
@@ -210,7 +205,7 @@ def test_few_compilations_serve_pieces_of_every_shape_wherever_they_lie_in_a_buf
     backend = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
     scale, backward = (
         torch.compile(function, dynamic=True, backend=backend)
-        for function in (kernels._scale_rows_fused, kernels._scale_rows_backward_fused)
+        for function in (kernels._scale_piece, kernels._backward_piece)
     )
     torch.manual_seed(0)
     size = sum(rows * cols for rows, cols in PIECES)
@@ -228,7 +223,7 @@ def test_few_compilations_serve_pieces_of_every_shape_wherever_they_lie_in_a_buf
             wanted_scaled[here] = effective.flatten()
             # The matrix and up to two of no rows.
             kappas = torch.cat([kappa[None], torch.ones(rows % 3, cols, device=device)])
-            factors = kernels._given(weights[here].view(rows, cols), rho, kappas, (Span(0, rows, 0),))
+            factors = kernels._whole(weights[here].view(rows, cols), rho, kappas, (Span(0, rows, 0),))
             scale(scaled[here].view(rows, cols), *factors)
             row, products = backward(grads[here].view(rows, cols), weights[here].view(rows, cols), *factors)
             col = products.sum(0)
@@ -249,8 +244,8 @@ def test_few_compilations_serve_pieces_of_every_shape_wherever_they_lie_in_a_buf
 @pytest.mark.parametrize("spans", SPANS)
 def test_the_compiled_kernels_in_place_are_the_float64_reference(spans: str, rho: bool, kappa: bool) -> None:
     problem = Problem.draw(SPANS[spans], rho, kappa, torch.float32, device="cuda")
-    assert kernels._worth_compiling(problem.weight, problem.spans)
-    assert_agrees(problem, *run_rows(problem))
+    assert kernels._compiled(problem.weight, problem.spans, piece=True)
+    assert_agrees(problem, *run_cpu(problem, piece=True))
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megamult.multipliers import specs
-from megamult.multipliers.plan import ScalePlan
+from megamult.multipliers.layer_scaling import LayerScaling
 from megamult.parameters import megatron
 from megamult.parameters.axes import Grid, tensor_shard
 from tests.multipliers import cases
@@ -146,13 +146,13 @@ def test_multipliers_add_one_collective_to_a_layer_whose_backward_sums_and_none_
 @pytest.mark.parametrize("sides", [("row",), ("col",), ("row", "col", "scalar")], ids="-".join)
 def test_padding_rows_of_a_linear_layer_are_not_scaled(sides: tuple[str, ...], tensor: int, rank: int) -> None:
     spec = megatron.vocabulary("q", vocab_size=9, padded_vocab_size=16, cols=3)
-    plan = ScalePlan(spec, {"q": frozenset(sides)}, tensor_shard(rank, tensor))  # type: ignore[arg-type]
+    scaling = LayerScaling(spec, {"q": frozenset(sides)}, tensor_shard(rank, tensor))  # type: ignore[arg-type]
     torch.manual_seed(0)
     weight, grad = torch.randn(2, 16 // tensor, 3)
     length = specs.row_multiplier(spec, [0], partial=False).local_shape(Grid(tensor=tensor))[0]
     lengths = {"row": length, "col": 3, "scalar": 1}
     made = [torch.randn(n) if side in sides else None for side, n in lengths.items()]
     start = min(len(weight), max(0, 9 - rank * len(weight)))
-    assert torch.equal(plan.scale(weight, *made)[start:], weight[start:])
-    grad_weight = plan.gradients(grad.clone(), weight, *made)[0]
+    assert torch.equal(scaling.scale(weight, *made)[start:], weight[start:])
+    grad_weight = scaling.gradients(grad.clone(), weight, *made)[0]
     assert torch.equal(grad_weight[start:], grad[start:])

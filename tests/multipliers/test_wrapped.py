@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamult.multipliers.plan import ScalePlan
+from megamult.multipliers.layer_scaling import LayerScaling
 from megamult.multipliers.wrapped import effective_weight
 from megamult.parameters import megatron
 from megamult.parameters.axes import tensor_shard
@@ -15,8 +15,8 @@ SPEC = megatron.single_matrix("up", ROWS, COLS, None)
 
 
 def scaled(layer: torch.nn.Linear, row: torch.Tensor, col: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    plan = ScalePlan(SPEC, {"up": frozenset({"row", "col"})}, tensor_shard(0, 1))
-    with effective_weight(layer, layer.weight, (row, col, None), plan):
+    scaling = LayerScaling(SPEC, {"up": frozenset({"row", "col"})}, tensor_shard(0, 1))
+    with effective_weight(layer, layer.weight, (row, col, None), scaling):
         output: torch.Tensor = layer(x)
     return output
 
@@ -32,7 +32,7 @@ def test_a_plain_linear_layer_computes_with_the_effective_weight_and_gets_the_gr
     output.backward(grad)
     g = grad.T @ x
     assert torch.allclose(layer.weight.grad, row[:, None] * g * col, rtol=1e-12)
-    # Sums of these two are taken in fp32 (Backward's docstring).
+    # Sums of these two are taken in fp32 (scale_backward's docstring).
     assert torch.allclose(row.grad, (w * g * col).sum(1), rtol=1e-5)
     assert torch.allclose(col.grad, (w * g * row[:, None]).sum(0), rtol=1e-5)
 
@@ -49,13 +49,13 @@ def test_what_the_layer_saves_of_the_effective_weight_is_made_again_for_backward
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[torch.Tensor] = []
-    scale = ScalePlan.scale
+    scale = LayerScaling.scale
 
     def counted(*arguments: torch.Tensor) -> torch.Tensor:
         made.append(scale(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(ScalePlan, "scale", counted)
+    monkeypatch.setattr(LayerScaling, "scale", counted)
     layer = torch.nn.Linear(COLS, ROWS, bias=False)
     row, col = torch.full((ROWS,), 2.0, requires_grad=True), torch.ones(COLS, requires_grad=True)
     x = torch.ones(1, COLS, requires_grad=True)

@@ -65,12 +65,12 @@ def equations(cases: list[Case]) -> list[dict[str, Any]]:
         result: dict[str, Any] = {
             "G": whole(lambda i, gradients=gradients: gradients[i].float()),
             "W": whole(lambda i, engine=engine: engine.optimizer.weight(engine.partition.slices[i])),
-            "multipliers": {vector.name: values.double() for vector, values in folded.named()},
+            "multipliers": {v.name: folded.values[v.entries].double() for v in folded.vectors},
         }
         folded.chain_rule(gradients)
         result["dW"] = whole(lambda i, gradients=gradients: gradients[i].float())
-        result["dm"] = {v.name: folded.gradient[v.start : v.start + v.length].double() for v in folded.vectors}
-        pieces = [piece for piece in partition.slices if folded.covers(piece.spec)]
+        result["dm"] = {v.name: folded.gradient[v.entries].double() for v in folded.vectors}
+        pieces = [piece for piece in partition.slices if engine.optimizer.folding.covers(piece.spec)]
         tensors: dict[int, set[str]] = {}
         for piece in pieces:
             tensors.setdefault(id(piece.tensor), set()).add(piece.name)

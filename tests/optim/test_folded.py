@@ -147,7 +147,7 @@ def explicit(weight: Tensor, initial: float, sides: str, steps: int, lr: float) 
 def folded(weight: Tensor, initial: float, sides: str, steps: int, lr: float) -> Run:
     """The same through the optimizer, fp32."""
     model = Folded(weight)
-    multipliers = FoldedMultipliers(
+    settings = FoldedMultipliers(
         resolve({"down": sides.split()}), lr=lr, betas=(0.9, 0.95), eps=1e-6, initial=lambda role, side: initial
     )
     optimizer = TwoPhaseAdamW(
@@ -156,7 +156,7 @@ def folded(weight: Tensor, initial: float, sides: str, steps: int, lr: float) ->
         eps=1e-6,
         clip_grad_norm=0.5,
         model=model,
-        folded=multipliers,
+        folded=settings,
     )
     optimizer.begin()
     losses = []
@@ -167,7 +167,9 @@ def folded(weight: Tensor, initial: float, sides: str, steps: int, lr: float) ->
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
-    final = {vector.side: values.clone() for vector, values in multipliers.named()}
+    multipliers = optimizer.folded
+    assert multipliers is not None
+    final = {vector.side: multipliers.values[vector.entries].clone() for vector in multipliers.vectors}
     return losses, {"W": optimizer.state[model.weight][LATENT].clone(), **final}
 
 
@@ -207,14 +209,14 @@ def test_multipliers_that_are_exactly_zero_train_on() -> None:
 def test_memory_is_four_bytes_per_element_beside_adamws() -> None:
     weight = torch.randn(ROWS, COLS)
     model = Folded(weight)
-    multipliers = FoldedMultipliers(resolve({"down": ["row", "col"]}), lr=0.1)
-    optimizer = TwoPhaseAdamW(param_groups(model, lr=0.1, weight_decay=0.0), model=model, folded=multipliers)
+    settings = FoldedMultipliers(resolve({"down": ["row", "col"]}), lr=0.1)
+    optimizer = TwoPhaseAdamW(param_groups(model, lr=0.1, weight_decay=0.0), model=model, folded=settings)
     model.weight.grad = torch.ones_like(model.weight)
     optimizer.step()
     state = optimizer.state[model.weight]
     assert set(state) == {LATENT, "step", "exp_avg", "exp_avg_sq"}
     assert state[LATENT].numel() * state[LATENT].element_size() == 4 * weight.numel()
-    assert multipliers.values.numel() == ROWS + COLS
+    assert optimizer.folded is not None and optimizer.folded.values.numel() == ROWS + COLS
 
 
 def test_the_placement_of_the_workers_covers_every_combination_of_sides() -> None:

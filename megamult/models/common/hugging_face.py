@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megamult.multipliers.merge import LEAVES
+from megamult.multipliers.specs import LEAVES
 from megamult.parameters.roles import Placement
 from megamult.parameters.spec import Role, Side
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamult.optim import bands as module
-from megamult.optim.bands import Table, bands
+from megamult.multipliers import scaling
+from megamult.multipliers.scaling import PackedScaling, bands
 from megamult.parameters import megatron
 from megamult.parameters.axes import Grid, tensor_shard
 from megamult.parameters.rectangles import rectangles
-from megamult.parameters.spec import ParameterSpec, Side
+from megamult.parameters.spec import ParameterSpec, Segment, Side
 
 QKV = megatron.fused_qkv(32, 16, 4, 24)  # 16 groups of [q q k v]
 LAYOUTS = {
@@ -22,7 +22,7 @@ LAYOUTS = {
     "down": megatron.single_matrix("down", 24, 40, 1),
     "embedding": megatron.vocabulary("embedding", 29, 32, 24),
 }
-Places = dict[tuple[int, Side], slice]
+Places = dict[tuple[int, Side], list[Segment]]
 
 
 def packed(stated: ParameterSpec, sides: dict[int, tuple[Side, ...]]) -> tuple[Places, Tensor]:
@@ -33,7 +33,7 @@ def packed(stated: ParameterSpec, sides: dict[int, tuple[Side, ...]]) -> tuple[P
         rows, cols = stated.parts[part].shape
         for side in of_part:
             length = {"row": rows, "col": cols, "scalar": 1}[side]
-            places[part, side] = slice(position, position + length)
+            places[part, side] = [Segment(position, part, 0, length)]
             position += length
     values = torch.randn(position, generator=torch.Generator().manual_seed(1))
     return places, torch.cat([values, torch.ones(1)])
@@ -48,7 +48,7 @@ SIDES: list[tuple[Side, ...]] = [("row", "col", "scalar"), ("row",), ("col",), (
 def test_every_element_is_scaled_by_its_row_its_column_and_its_scalar(
     name: str, tensor: int, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module._ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(scaling._ELEMENTS, "cpu", elements)
     stated = LAYOUTS[name]
     numel = torch.Size(stated.local_shape(Grid(tensor=tensor))).numel()
     cuts = [(0, numel), (5, numel - 9), (24 * 3 + 1, 20), (24 * 7, 24 * 20 + 3)]
@@ -59,7 +59,8 @@ def test_every_element_is_scaled_by_its_row_its_column_and_its_scalar(
             found = rectangles(stated, tensor_shard(tp_rank, tensor), start, length)
             wanted, actual = torch.ones(2, length)
             for r in found:
-                of_part = {side: values[places[r.part, side]] for side in given[r.part]}
+                held = {side: places[r.part, side][0] for side in given[r.part]}
+                of_part = {side: values[each.start : each.start + each.length] for side, each in held.items()}
                 factor = torch.ones(r.height, r.width)
                 if "row" in of_part:
                     factor = of_part["row"][r.row : r.row + r.height, None] * factor
@@ -68,11 +69,10 @@ def test_every_element_is_scaled_by_its_row_its_column_and_its_scalar(
                 if "col" in of_part:
                     factor = factor * of_part["col"][r.col : r.col + r.width]
                 wanted[r.offset : r.offset + r.numel] = factor.view(-1)
-            table = Table(bands(found, places, len(values) - 1, "cpu"), torch.device("cpu"))
-            factors = table.factors(values)
-            for band, scalar, (rho, kappa) in zip(
-                table.bands, table.by_band(factors.scalar), factors.bands, strict=True
-            ):
+            packed_scaling = PackedScaling(bands(found, places, len(values) - 1, "cpu"), torch.device("cpu"))
+            factors = packed_scaling.factors(values)
+            scalars = factors.scalar.split([band.height for band in packed_scaling.bands])
+            for band, scalar, (rho, kappa) in zip(packed_scaling.bands, scalars, factors.bands, strict=True):
                 assert band.height == 1 or band.height * band.width <= elements
                 if band.scalars is not None:  # what sums are added to, and of which rows
                     entries, members = band.scalars

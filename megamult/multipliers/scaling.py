@@ -1,0 +1,219 @@
+"""Index of the multipliers that scale each row and column of a weight, for layers and folded multipliers. Pure.
+
+The index is built from the rectangles of an interval of a weight: a layer has the interval of its whole shard, the
+optimizer has the slices that ZeRO leaves on a rank, cut anywhere. A fused parameter interleaves its logical matrices, so
+a slice can consist of many rectangles. Consecutive rectangles of equal width become one :class:`Band`, so that it has
+few.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megamult.multipliers.kernels import Span
+from megamult.parameters.rectangles import Rectangle
+from megamult.parameters.spec import Segment, Side
+
+Places = Mapping[tuple[int, Side], Sequence[Segment]]
+"""Segments of a vector of multipliers that hold those of each (part, side); a part without multipliers has none."""
+
+_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Largest number of elements in a band: bounds temporary memory (256 MiB on a GPU), and fits into a CPU's cache."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows of an interval, and the indices of their multipliers in the vectors that hold them.
+
+    An *entry* is such an index. Where a row has no multiplier, its entry is `one`, an argument of :func:`band_of`.
+    """
+
+    offset: int
+    """Position of the band's first element in the interval."""
+    height: int
+    width: int
+    row: Tensor
+    """[height] entries of the row multipliers."""
+    scalar: Tensor
+    """[height] entries of the scalars."""
+    has_rho: bool
+    """Whether any row has a row multiplier or a scalar."""
+    scalars: tuple[Tensor, Tensor] | None
+    """[count] distinct entries of scalars, and a mask [count, height]: 1 where that scalar scales the row, else 0."""
+    col: Tensor
+    """[vectors, width] entries of the column multipliers."""
+    spans: tuple[Span, ...]
+    """Spans of rows, each with the index of the column vector that scales it."""
+    counted: bool
+    """Whether this process's copy counts in a sum over processes."""
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return the view [height, width] of this band in `values`, the [length] values of its interval."""
+        return values[self.offset : self.offset + self.height * self.width].view(self.height, self.width)
+
+
+def bands(found: Iterable[Rectangle], places: Places, one: int, device_type: str) -> list[Band]:
+    """Make as few bands of a slice as widths and the bound on temporary memory allow; skip rows that nothing scales.
+
+    Args:
+        found: the rectangles of one slice, in the order of their offsets.
+        places: segments of the multipliers of each (part, side).
+        one: the entry that stands for "no multiplier".
+        device_type: cpu or cuda: the device of the slice.
+    """
+    made = (band_of(together, places, one) for together in _together(found, _ELEMENTS[device_type]))
+    return [band for band in made if band.has_rho or len(band.col)]
+
+
+def _together(found: Iterable[Rectangle], elements: int) -> Iterator[list[Rectangle]]:
+    """Yield groups of consecutive, equally wide rectangles (or rows of them): at most `elements`, or one row."""
+    together: list[Rectangle] = []
+    for r in itertools.chain.from_iterable(_bounded(r, elements) for r in found):
+        if together:
+            first, last = together[0], together[-1]
+            follows = (r.col, r.width, r.offset) == (last.col, last.width, last.offset + last.numel)
+            if not follows or r.counted != last.counted or r.offset + r.numel - first.offset > elements:
+                yield together
+                together = []
+        together.append(r)
+    if together:
+        yield together
+
+
+def _bounded(r: Rectangle, elements: int) -> Iterator[Rectangle]:
+    """Split a rectangle by rows into rectangles of at most `elements` elements, or of one row."""
+    step = max(1, elements // r.width)
+    for row in range(0, r.height, step):
+        height = min(step, r.height - row)
+        yield replace(r, row=r.row + row, height=height, offset=r.offset + row * r.width)
+
+
+def band_of(together: Sequence[Rectangle], places: Places, one: int) -> Band:
+    """Return the band of consecutive rectangles of equal width.
+
+    Args:
+        together: the rectangles, at least one, in the order of their offsets.
+        places, one: the same as for :func:`bands`.
+    """
+    row, scalar = torch.full((2, sum(r.height for r in together)), one)
+    cols: dict[int, Tensor] = {}
+    spans, stop = [], 0
+    for r in together:
+        start, stop = stop, stop + r.height
+        if (first := _entry(places, r.part, "row", r.row)) is not None:
+            row[start:stop] = first + torch.arange(r.height)
+        if (first := _entry(places, r.part, "scalar", 0)) is not None:
+            scalar[start:stop] = first
+        if (first := _entry(places, r.part, "col", r.col)) is not None:
+            cols.setdefault(r.part, first + torch.arange(r.width))
+        spans.append(Span(start, stop, None if first is None else list(cols).index(r.part)))
+    entries = scalar[scalar != one].unique()
+    width = together[0].width
+    return Band(
+        together[0].offset,
+        len(row),
+        width,
+        row,
+        scalar,
+        bool((row != one).any()) or len(entries) > 0,
+        (entries, (scalar == entries[:, None]).float()) if len(entries) else None,
+        torch.stack(list(cols.values())) if cols else torch.empty(0, width, dtype=torch.long),
+        tuple(spans),
+        all(r.counted for r in together),
+    )
+
+
+def _entry(places: Places, part: int, side: Side, position: int) -> int | None:
+    """Return the entry of the multiplier of row or column `position` of a part; None: it has none on this side."""
+    for segment in places.get((part, side), ()):
+        if segment.part_start <= position < segment.part_start + segment.length:
+            return segment.start + position - segment.part_start
+    return None
+
+
+class Factors(NamedTuple):
+    """Values of the multipliers of many bands: those of all rows, one band after the other, and band by band."""
+
+    row: Tensor
+    """[rows] row multipliers; 1 where a row has none, here and below."""
+    scalar: Tensor
+    """[rows] scalars."""
+    bands: list[tuple[Tensor | None, Tensor | None]]
+    """(rho [height], kappa [vectors, width]) of each band: rho is row multiplier times scalar, kappa the column
+    multipliers; None where all are 1."""
+
+
+class PackedScaling:
+    """Bands whose multipliers are one packed vector, concatenated so that few kernels look up all of them.
+
+    Args:
+        bands: bands in the order in which they are processed; their `one` is the number of multipliers.
+        here: device that the entries are needed on.
+    """
+
+    def __init__(self, bands: Sequence[Band], here: torch.device) -> None:
+        nothing = [torch.empty(0, dtype=torch.long)]
+        self._rows = torch.cat([band.row for band in bands] or nothing).to(here)
+        self._scalars = torch.cat([band.scalar for band in bands] or nothing).to(here)
+        self._cols = torch.cat([band.col.view(-1) for band in bands] or nothing).to(here)
+        self._heights = [band.height for band in bands]
+        self._widths = [band.col.numel() for band in bands]
+        rows, scalars = self._rows.split(self._heights), self._scalars.split(self._heights)
+        cols = self._cols.split(self._widths)
+        self.bands = [
+            replace(
+                band,
+                row=row,
+                scalar=scalar,
+                col=col.view(-1, band.width),
+                scalars=None if band.scalars is None else (band.scalars[0].to(here), band.scalars[1].to(here)),
+            )
+            for band, row, scalar, col in zip(bands, rows, scalars, cols, strict=True)
+        ]
+        """Bands whose entries are views of the concatenated ones."""
+
+    def factors(self, packed: Tensor) -> Factors:
+        """Look up the multipliers of all bands, with four kernels.
+
+        Args:
+            packed: [entries + 1] multipliers, then 1.
+        """
+        row, scalar = packed[self._rows], packed[self._scalars]
+        rhos = (row * scalar).split(self._heights)
+        kappas = packed[self._cols].split(self._widths)
+        by_band = [
+            (rho if band.has_rho else None, kappa.view(-1, band.width) if kappa.numel() else None)
+            for band, rho, kappa in zip(self.bands, rhos, kappas, strict=True)
+        ]
+        return Factors(row, scalar, by_band)
+
+    def add_cols(self, sums: Tensor, k: int, cols: Tensor) -> None:
+        """Add dL/dkappa [vectors, width] of band k to the sums [entries + 1] of its column multipliers."""
+        sums.index_add_(0, self.bands[k].col.view(-1), cols.view(-1))
+
+    def add_rows(self, sums: Tensor, dots: Sequence[Tensor | None], factors: Factors) -> None:
+        """Add the row sums sum_j W kappa G of each band to the gradients of its row multipliers and scalars.
+
+        Args:
+            sums: [entries + 1] gradients, changed in place; the last entry collects rows without multipliers.
+            dots: row sums [height] of each band; None for one whose rows are not scaled.
+            factors: the multipliers with which the row sums were taken.
+        """
+        if not dots:
+            return
+        nothing = sums.new_zeros(1)
+        pairs = zip(dots, self._heights, strict=True)
+        rows = torch.cat([nothing.expand(height) if dot is None else dot for dot, height in pairs])
+        # No entry but the last occurs twice in one index_add_, so the order of additions is fixed on a GPU too.
+        sums.index_add_(0, self._rows, rows * factors.scalar)
+        if any(band.scalars is not None for band in self.bands):
+            for band, dot in zip(self.bands, (rows * factors.row).split(self._heights), strict=True):
+                if band.scalars is not None:
+                    entries, members = band.scalars
+                    sums.index_add_(0, entries, members @ dot)
