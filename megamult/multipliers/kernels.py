@@ -137,8 +137,6 @@ def _in(dtype: torch.dtype, factors: Tensor | None) -> Tensor | None:
     return None if factors is None else factors.to(dtype)
 
 
-# ---- CUDA ----------------------------------------------------------------------------------------------------
-
 _Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
 """rho [rows]; kappa, with a row of ones at its end if any row needs it; and for each row the index of the row of kappa
 that scales it, [rows]."""

@@ -1,9 +1,9 @@
 """Index of the multipliers that scale each row and column of a weight, for layers and folded multipliers. Pure.
 
 The index is built from the rectangles of an interval of a weight: a layer has the interval of its whole shard, the
-optimizer has the slices that ZeRO leaves on a rank, cut anywhere. A fused parameter interleaves its logical matrices, so
-a slice can consist of many rectangles. Consecutive rectangles of equal width become one :class:`Band`, so that it has
-few.
+optimizer has the slices that ZeRO leaves on a rank, cut anywhere. A fused parameter interleaves its logical matrices,
+so a slice can consist of many rectangles. Consecutive rectangles of equal width become one :class:`Band`, so that it
+has few.
 """
 
 from __future__ import annotations

@@ -103,7 +103,9 @@ class BoundMultipliers:
             torch.full((v.entries.stop - v.entries.start,), settings.initial(v.role, v.side)) for v in self.vectors
         ]
         self.values = torch.cat(first).to(here, torch.float32)
-        self._sums = self.values.new_zeros(len(self.values) + 1)  # the last entry collects the sums of rows and columns without multiplier
+        self._sums = self.values.new_zeros(
+            len(self.values) + 1
+        )  # the last entry collects the sums of rows and columns without multiplier
         self.gradient = self._sums[:-1]
         self._adamw = torch.optim.AdamW(
             [self.values],
@@ -159,8 +161,6 @@ class BoundMultipliers:
                     places.setdefault(cut.name, {})[p, side] = [Segment(position, p, 0, length)]
                     position += length
         return places
-
-    # ---- one step --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def chain_rule(self, gradients: list[Tensor]) -> None:

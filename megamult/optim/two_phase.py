@@ -143,8 +143,6 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         finally:
             self._decision = None
 
-    # ---- the partition -------------------------------------------------------------------------------------------
-
     def bind(self, partition: Partition) -> None:
         """Take the partition whose gradients `prepare` will be given: plan, and lay out what is kept of it."""
         if self._bound is partition:
@@ -179,8 +177,6 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
             }
             self._own = WholePartition(self.param_groups, numbered, self.mesh)
         return self._own
-
-    # ---- one step ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prepare(self, partition: Partition) -> None:
@@ -259,8 +255,6 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         if self._decision is not None and self._decision.partition is not None:
             self._decision.partition.release()
         self._decision = None
-
-    # ---- what is kept --------------------------------------------------------------------------------------------
 
     def weight(self, piece: Slice) -> Tensor:
         """[length] of the slice's weights without multipliers, in fp32."""

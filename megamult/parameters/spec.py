@@ -88,8 +88,6 @@ class ParameterSpec:
     def __post_init__(self) -> None:
         _check(self)
 
-    # ---- what the optimizer does with it -------------------------------------------------------------------------
-
     @property
     def kind(self) -> str:
         """Name of its param group: "multiplier"; "matrix", which is orthogonalized; "undecayed"; or the roles of its
@@ -115,8 +113,6 @@ class ParameterSpec:
             return parameter_name
         module, _, leaf = parameter_name.rpartition(".")
         return ".".join(filter(None, (module, part.name, leaf)))
-
-    # ---- its shards ----------------------------------------------------------------------------------------------
 
     @property
     def cols(self) -> int:
@@ -246,9 +242,6 @@ class ParameterSpec:
     def _named(self) -> str:
         roles = ", ".join(dict.fromkeys(part.role for part in self.parts))
         return f"a parameter {self.shape} of role {roles}"
-
-
-# ---- checks ------------------------------------------------------------------------------------------------------
 
 
 def _check(spec: ParameterSpec) -> None:

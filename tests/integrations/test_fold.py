@@ -290,9 +290,6 @@ def test_a_vector_is_sharded_and_partial_as_megatron_says() -> None:
     assert (stated["norm.weight"].shardings, stated["norm.weight"].reduce_over) == ((), ("tensor",))
 
 
-# ---- errors --------------------------------------------------------------------------------------------------
-
-
 def frozen(name: str) -> Callable[[Any], None]:
     return lambda model: model.get_parameter(name).requires_grad_(False)
 
@@ -409,9 +406,6 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     with pytest.raises(ValueError, match="no rule names it"):
         megamult.fold({}, model, without("lm_head"))
     assert not any(has_spec(parameter) for parameter in model.parameters())
-
-
-# ---- Megatron ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

@@ -187,9 +187,6 @@ def dense(data: Data) -> Dense:
     return Dense(y=y, dx=dx, bias=bias, **by_side)
 
 
-# ---- which entries a rank holds ------------------------------------------------------------------------------
-
-
 def qkv_rows(heads: int, groups: int, head_dim: int) -> list[tuple[str, int]]:
     """(part, row) of each global fused row of `linear_qkv`: per query group [q ... q k v]."""
     fused = []

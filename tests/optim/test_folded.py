@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,11 +12,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megamult import TwoPhaseAdamW, param_groups
+from megamult.distributed.mesh import Mesh
 from megamult.multipliers.reference import effective_weight
 from megamult.optim.folded import LATENT, FoldedMultipliers
 from megamult.parameters import megatron
+from megamult.parameters.axes import Axis, Coordinates, Grid
 from megamult.parameters.roles import resolve
+from megamult.parameters.shards import Block, Sharding
+from megamult.parameters.spec import ParameterSpec, Part, Segment
 from megamult.parameters.stated import set_spec
+from megamult.zero.whole import WholePartition
 from tests.optim.folded_workers import PLACEMENT, all_of_it
 from tests.optim.workers import Case
 from tests.processes import run_distributed
@@ -95,8 +102,6 @@ def test_the_model_starts_with_effective_weights(ranks: list[dict[str, Any]], ca
         assert losses["doubled"] == pytest.approx(losses["plain, doubled"], rel=1e-6)
         assert abs(losses["doubled"] - losses["ones"]) > 1e-3
 
-
-# ---- one process, no DeepSpeed: against explicit parameters in float64 ---------------------------------------
 
 ROWS, COLS = 6, 5
 
@@ -222,3 +227,43 @@ def test_memory_is_four_bytes_per_element_beside_adamws() -> None:
 def test_the_placement_of_the_workers_covers_every_combination_of_sides() -> None:
     combinations = {tuple([s] if isinstance(s, str) else s) for s in PLACEMENT.values()}
     assert len(combinations) == 7
+
+
+@dataclass(frozen=True, eq=False)
+class _OneOfTwo(Mesh):
+    """Tensor-parallel rank of two, without the other: sums are this rank's terms."""
+
+    def sum_over(self, tensor: torch.Tensor, axis: Axis | None = None) -> torch.Tensor:
+        return tensor
+
+
+def test_a_block_that_two_ranks_hold_copies_of_counts_once_in_the_multipliers_gradients() -> None:
+    """A projection [x, B] whose B both ranks have, as Mamba-2's with one group: x is cut, B is copied."""
+    spec = ParameterSpec(
+        (Part("x", "q", (8, 5)), Part("b", "k", (3, 5))),
+        (11, 5),
+        (Segment(0, 0, 0, 8), Segment(8, 1, 0, 3)),
+        (Sharding("tensor", 0, (Block(8), Block(3, 1))),),
+        orthogonalize=True,
+    )
+    placement = resolve({"q": ["row", "col"], "k": ["row", "col", "scalar"]})
+    generator = torch.Generator().manual_seed(2)
+    x, b = (torch.randn(2, rows, 5, generator=generator) for rows in (8, 3))  # W and G of each
+    sums: dict[str, torch.Tensor] = {}
+    for rank in range(2):
+        weight, gradient = (torch.cat([x[i].chunk(2)[rank], b[i]]) for i in range(2))
+        parameter = torch.nn.Parameter(weight)
+        set_spec(parameter, spec)
+        parameter.grad = gradient
+        mesh = _OneOfTwo(Coordinates(Grid(tensor=2), tensor=rank))
+        partition = WholePartition([{"params": [parameter]}], {parameter: "weight"}, mesh)
+        folded = FoldedMultipliers(placement, lr=1.0)
+        bound = folded.bind(partition, defaultdict(dict))
+        bound.chain_rule(partition.gradients())
+        for vector in bound.vectors:
+            sums[vector.name] = sums.get(vector.name, 0) + bound.gradient[vector.entries]
+    for part, (w, g) in {"x": x, "b": b}.items():
+        # All multipliers are 1. Sums of at most 24 fp32 products.
+        torch.testing.assert_close(sums[f"{part}.row_multiplier"], (w * g).sum(1), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(sums[f"{part}.col_multiplier"], (w * g).sum(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sums["b.scalar_multiplier"], (b[0] * b[1]).sum()[None], rtol=1e-6, atol=1e-6)

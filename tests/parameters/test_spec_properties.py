@@ -83,8 +83,6 @@ def numbers(*shapes: tuple[int, ...]) -> list[Array]:
     return made
 
 
-# ---- Megatron's layers -------------------------------------------------------------------------------------------
-
 Z = X = 1536
 STATE, HEADS, WIDTH = 128, 24, 8
 
@@ -196,9 +194,6 @@ def test_qkv_is_cut_evenly_through_groups_where_ranks_outnumber_them(tensor: int
     check_against(spec, parts, lambda shard: np.split(fused, tensor)[shard.tensor], Grid(tensor=tensor))
 
 
-# ---- random specs ------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Drawn:
     """A random spec, with its parts as arrays and the whole stored array (-1: padding)."""
@@ -289,8 +284,6 @@ def test_ranks_and_coordinates_are_each_others_inverse_with_tensor_parallel_rank
     ]
     assert [{axis: each.on(axis)[0] for axis in axes} for each in found] == by_hand  # type: ignore[arg-type]
 
-
-# ---- specs that describe no parameter ----------------------------------------------------------------------------
 
 GOOD = ParameterSpec(
     (Part("a", "up", (4, 6)), Part("b", "up", (4, 6))),

@@ -31,9 +31,6 @@ PRIME = 1021
 GUARD = -7.0
 
 
-# ---- ranks as threads ----------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class Collective:
     """One rank's part in one all-to-all; stands in for torch.distributed.Work."""
@@ -133,9 +130,6 @@ class Network:
         for failure in sorted(failures, key=lambda failure: isinstance(failure, ConnectionError)):
             raise failure
         assert all(collective.waited for rank in self.posted for collective in rank)
-
-
-# ---- logical matrices and what each rank holds of them -------------------------------------------------------
 
 
 def fuse_qkv(parts: Sequence[Tensor]) -> Tensor:
@@ -257,9 +251,6 @@ def new_memory_is_nan() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
-
-
-# ---- theorems ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bucket_elements", BUCKET_ELEMENTS.values(), ids=BUCKET_ELEMENTS)
