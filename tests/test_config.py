@@ -343,6 +343,20 @@ def test_a_configuration_of_an_earlier_version_means_the_same(
     assert OptimizerConfig.of(CheckpointInfo.from_json(kept).config["optimizer"] | {"adamw": adamw}) == wanted
 
 
+def test_an_old_file_counts_for_the_optimizer_that_the_command_line_names(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("optimizer: {name: adamw, momentum: 0.9, update_scale: spectral}\n", encoding="utf-8")
+    for words in (["--optimizer.name", "muon"], ["--optimizer.name=muon"]):
+        config, _ = parse(["--config", str(file), *words])
+        assert config.optimizer == OptimizerConfig(name="muon", muon=MuonConfig(0.9, scale="unit_rms_norm"))
+    assert parse(["--config", str(file)])[0].optimizer == OptimizerConfig()
+
+
+def test_an_unknown_optimizer_is_named_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.name is 'sgd': use one of adamw, muon, normuon"):
+        OptimizerConfig(name="sgd")  # type: ignore[arg-type]
+
+
 def test_an_old_key_beside_its_new_one_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("optimizer: {name: muon, momentum: 0.8, muon: {momentum: 0.9}}\n", encoding="utf-8")

@@ -134,7 +134,7 @@ class Contestant:
             self._plain(config)
             return
         if name == "megamult":
-            optimizer = build_optimizer(config, self.model)
+            optimizer = build_optimizer(config, self.model, mesh)
             rule = optimizer.rule_of("matrix")
             assert isinstance(rule, Muon)
             self.ours = rule

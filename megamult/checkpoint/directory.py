@@ -49,7 +49,7 @@ def replace(made: Path, path: Path) -> None:
     _remove(old)
 
 
-def mend(parent: Path) -> None:
+def undo_interrupted_replacements(parent: Path) -> None:
     """Undo interrupted replacements: give complete checkpoints that were about to be replaced their names back."""
     for old in parent.glob(f"*{_OLD}"):
         path = old.with_name(old.name.removesuffix(_OLD))
@@ -59,7 +59,7 @@ def mend(parent: Path) -> None:
 
 def clean(parent: Path) -> list[str]:
     """Remove what interrupted saves and removals have left, and return the names."""
-    mend(parent)
+    undo_interrupted_replacements(parent)
     found = sorted(entry.name for entry in parent.glob(f"*{_TEMPORARY}")) if parent.is_dir() else []
     for name in found:
         _remove(parent / name)

@@ -21,7 +21,7 @@ from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import held
 from megamult.config import SECTIONS, Config, model_section
 from megamult.distributed import process_groups
-from megamult.distributed.agreement import everywhere
+from megamult.distributed.agreement import on_every_rank
 from megamult.distributed.mesh import Mesh
 from megamult.huggingface.files import TOKENIZER_FOLDER, tokenizer_identity
 from megamult.multipliers.config import MultipliersConfig
@@ -61,12 +61,12 @@ def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], 
     share = (mesh.rank, mesh.size)
     problem = None
     for path in candidates:
-        checkpoint, problem = everywhere(mesh, partial(_opened, path))
+        checkpoint, problem = on_every_rank(mesh, partial(_opened, path))
         if checkpoint is not None:
-            _, unfit = everywhere(mesh, partial(fits, checkpoint.info))
+            _, unfit = on_every_rank(mesh, partial(fits, checkpoint.info))
             if unfit is not None:
                 raise ValueError(unfit)
-            _, problem = everywhere(mesh, partial(checkpoint.verify, share))
+            _, problem = on_every_rank(mesh, partial(checkpoint.verify, share))
             if problem is None:
                 return checkpoint
         if first and path != candidates[-1]:
@@ -94,7 +94,7 @@ def _listed(mesh: Mesh, load: str, run_dir: Path) -> list[Path]:
     found: list[Any] = [[], None]
     if mesh.rank == 0:
         try:
-            directory.mend(run_dir / "checkpoints")
+            directory.undo_interrupted_replacements(run_dir / "checkpoints")
             found = [_candidates(load, run_dir), None]
         except OSError as error:
             found = [

@@ -10,7 +10,7 @@ from megamult.distributed.mesh import Mesh
 Result = TypeVar("Result")
 
 
-def everywhere(mesh: Mesh, do: Callable[[], Result]) -> tuple[Result | None, str | None]:
+def on_every_rank(mesh: Mesh, do: Callable[[], Result]) -> tuple[Result | None, str | None]:
     """Run `do` on every rank, and let all know where it fails. Collective over all ranks.
 
     Returns:

@@ -115,6 +115,10 @@ def current_mesh() -> Mesh:
     tensor, data = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
     grid = Grid(tensor=tensor.size(), data=data.size())
     coordinates = Coordinates(grid, tensor=tensor.rank(), data=data.rank())
+    if (experts := parallel_state.get_expert_model_parallel_world_size()) > 1:
+        raise ValueError(
+            f"Megatron's expert-parallel size is {experts}: megamult knows data x tensor parallelism; leave it at 1"
+        )
     if (coordinates.rank, grid.size) != (world.rank(), world.size()):
         raise ValueError(
             f"rank {world.rank()} of {world.size()} is data-parallel rank {data.rank()} of {data.size()} and "

@@ -40,7 +40,7 @@ SECONDS = 45.0
 """Default time to wait. With the launcher's own start, a host that is down is named within a minute."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """Rank 0 refused this process: it belongs to another launch or has another configuration."""
 
     def __init__(self, message: str, configuration: bool) -> None:
@@ -49,7 +49,7 @@ class Refused(Exception):
         """Whether the configuration is the reason; then the same command would be refused again."""
 
 
-class NobodyThere(Exception):
+class RanksMissingError(Exception):
     """Processes of this launch did not come together in time."""
 
     def __init__(self, message: str, rank_0_is_missing: bool = False) -> None:
@@ -94,11 +94,11 @@ def meet(seconds: float, configuration: Mapping[str, Any] | None = None) -> Meet
         configuration: the run's, flat (:func:`megamult.settings.flat`); must be the same on all ranks.
 
     Raises:
-        NobodyThere: processes are missing; the message names them and their hosts, on every rank that came. A rank that
-            cannot reach rank 0 says so.
-        Refused: rank 0 decided that this process is not part of its launch.
-        ValueError: a rank reported a mistake (`excuse`), or the configurations differ; the message has every key that
-            does. Raised on every rank.
+        RanksMissingError: processes are missing; the message names them and their hosts, on every rank that came. A
+            rank that cannot reach rank 0 says so.
+        RefusedError: rank 0 decided that this process is not part of its launch.
+        ValueError: a rank reported a mistake (:func:`report_mistake`), or the configurations differ; the message has
+            every key that does. Raised on every rank.
     """
     deadline = time.monotonic() + seconds
     configuration = dict(configuration or {})
@@ -113,15 +113,15 @@ def meet(seconds: float, configuration: Mapping[str, Any] | None = None) -> Meet
     if met["problem"] is not None:
         raise ValueError(met["problem"])
     if met["missing"] is not None:
-        raise NobodyThere(met["missing"])
+        raise RanksMissingError(met["missing"])
     shared = PrefixStore(met["name"], store)
     shared.set_timeout(_PATIENCE)
     return Meeting(shared, met["machines"])
 
 
-def excuse(problem: str) -> None:
+def report_mistake(problem: str) -> None:
     """Report to rank 0, if it can be reached, that this rank cannot take part and why."""
-    with contextlib.suppress(NobodyThere, RuntimeError):
+    with contextlib.suppress(RanksMissingError, RuntimeError):
         _submit(_store(_EXCUSE_SECONDS), _claim({}, problem), {})
 
 
@@ -172,11 +172,11 @@ def _store(seconds: float) -> Store:
         # The first line is torch's message, the others are the C++ stack.
         why = str(error).splitlines()[0]
         if "EADDRINUSE" in str(error):
-            raise NobodyThere(
+            raise RanksMissingError(
                 f"port {port} on {environment.host()} is in use{_by_whom(address, port)} ({why}): choose another one "
                 "by the launcher's --master_port, or MASTER_PORT"
             ) from None
-        raise NobodyThere(
+        raise RanksMissingError(
             f"rank {environment.rank()} on {environment.host()} did not reach rank 0 at {address}:{port} within "
             f"{seconds:.0f} s ({why}): see whether rank 0's host is up, whether its address is the one that "
             "--master_addr or MASTER_ADDR names, and whether a firewall closes the port",
@@ -259,18 +259,18 @@ def _answer(store: Store, claim: Claim, number: int, deadline: float) -> dict[st
             if store.check([MET]):
                 break
             if time.monotonic() > deadline:
-                raise NobodyThere("rank 0 came, and has not answered since: see its output", rank_0_is_missing=True)
+                raise RanksMissingError("rank 0 came, and has not answered since: see its output", rank_0_is_missing=True)
             time.sleep(0.4)  # thousands of ranks ask the same store
         if store.check([answer]):
             told = json.loads(store.get(answer))
-            raise Refused(told["why"], told["configuration"])
+            raise RefusedError(told["why"], told["configuration"])
         met = dict(json.loads(store.get(MET)))
     except RuntimeError as error:
         why = str(error).splitlines()[0]
-        raise NobodyThere(
+        raise RanksMissingError(
             f"rank 0 left before all processes had come ({why}): see its output", rank_0_is_missing=True
         ) from None
     if number not in met["numbers"]:
-        raise Refused(refusal(str(claim), met["by"], "all processes of that launch have come already"), False)
+        raise RefusedError(refusal(str(claim), met["by"], "all processes of that launch have come already"), False)
     store.set(heard_key(number), "")
     return met

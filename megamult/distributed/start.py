@@ -33,8 +33,8 @@ def initialize(
     Raises:
         ValueError: the sizes do not fit, a tensor-parallel group would span nodes, or the limit of open files is too
             low for the connections between ranks.
-        megamult.distributed.rendezvous.NobodyThere: not all processes came.
-        megamult.distributed.rendezvous.Refused: this process came to another launch's port.
+        megamult.distributed.rendezvous.RanksMissingError: not all processes came.
+        megamult.distributed.rendezvous.RefusedError: this process came to another launch's port.
         TimeoutError: DeepSpeed's operator is being compiled by another process, which does not end.
     """
     environment.set_defaults()

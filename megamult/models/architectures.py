@@ -13,8 +13,19 @@ ARCHITECTURES: dict[str, Architecture[Any]] = {each.name: each for each in (LLAM
 
 
 def architecture_of(sizes: Any) -> Architecture[Any]:
-    """Return the architecture that `sizes`, the section `model` of a run, belongs to."""
-    return next(each for each in ARCHITECTURES.values() if type(sizes) is each.sizes)
+    """Return the architecture that `sizes`, the section `model` of a run, belongs to.
+
+    Raises:
+        TypeError: it is of no architecture in :data:`ARCHITECTURES`.
+    """
+    for each in ARCHITECTURES.values():
+        if type(sizes) is each.sizes:
+            return each
+    known = ", ".join(each.sizes.__name__ for each in ARCHITECTURES.values())
+    raise TypeError(
+        f"a model's sizes are of the type {type(sizes).__name__}, which no architecture has: use one of {known}, or add "
+        "the architecture to megamult/models/architectures.py"
+    )
 
 
 def architecture_of_hugging_face(config: Mapping[str, Any]) -> Architecture[Any]:

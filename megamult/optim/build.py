@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from megamult.distributed.mesh import Mesh
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.adamw import AdamW
 from megamult.optim.config import OPTIMIZERS, OptimizerConfig
@@ -25,6 +26,7 @@ def make_optimizer(
     chosen: OptimizerConfig,
     multipliers: MultipliersConfig,
     initial: Callable[[Role, Side], float] = lambda role, side: 1.0,
+    mesh: Mesh | None = None,
 ) -> TwoPhaseOptimizer:
     """Make the optimizer of all trainable parameters of a model, at the peak learning rate.
 
@@ -33,6 +35,7 @@ def make_optimizer(
         chosen: the optimizer's name and settings; its schedule is applied by the training loop.
         multipliers: settings; folded multipliers are made here, others are parameters of the model already.
         initial: initial value of the folded multipliers of each (role, side).
+        mesh: the mesh of the processes; None: that of the process groups that exist.
 
     Raises:
         ValueError: see :func:`megamult.param_groups` and the optimizer's constructor.
@@ -62,6 +65,7 @@ def make_optimizer(
         skip_grad_norm=chosen.skip_grad_norm,
         model=model,
         folded=folded,
+        mesh=mesh,
     )
 
 

@@ -133,6 +133,8 @@ class OptimizerConfig:
     normuon: NorMuonConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optimizer.name is {self.name!r}: use one of {', '.join(OPTIMIZERS)}")
         given = {name: getattr(self, name) for name in rule_sections()}
         check_used(self.name, [f"{name}.{key}" for name, section in given.items() if section for key in vars(section)])
         for name in OPTIMIZERS[self.name].sections:

@@ -7,26 +7,26 @@ from torch import Tensor
 
 from megamult.distributed import device
 from megamult.optim.clip import LocalSquares, Norms
+from megamult.parameters.axes import MODEL_AXES
 from megamult.zero.partition import Partition
 
 
 def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None:
-    """Sum, in place, the gradients that are partial over tensor-parallel ranks, in one packed collective.
+    """Sum, in place, the gradients that are partial over an axis, in one packed collective per axis.
 
-    A replicated parameter's slices are the same on every rank of a tensor-parallel group (shards have equal sizes),
-    so the packed buffers line up.
+    A parameter that is replicated along an axis has the same slices on all its processes, so the packed buffers line up.
 
     Args:
         gradients: [length] gradient of each slice of the partition.
     """
-    if partition.mesh.size_of("tensor") == 1:
-        return
-    partial = [g for piece, g in zip(partition.slices, gradients, strict=True) if "tensor" in piece.spec.reduce_over]
-    if not partial:
-        return
-    packed = torch.cat(partial)
-    partition.mesh.sum_over(packed, "tensor")
-    torch._foreach_copy_(partial, list(packed.split([g.numel() for g in partial])))
+    for axis in MODEL_AXES:
+        if partition.mesh.size_of(axis) == 1:
+            continue
+        partial = [g for piece, g in zip(partition.slices, gradients, strict=True) if axis in piece.spec.reduce_over]
+        if partial:
+            packed = torch.cat(partial)
+            partition.mesh.sum_over(packed, axis)
+            torch._foreach_copy_(partial, list(packed.split([g.numel() for g in partial])))
 
 
 class GlobalNorms:

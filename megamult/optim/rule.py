@@ -51,17 +51,30 @@ class UpdateRule(ABC):
 
     defaults: Mapping[str, Any] = {}
 
-    def bind(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> None:  # noqa: B027
+    def __init_subclass__(cls) -> None:
+        """Check that a rule can be given the states that it names.
+
+        Raises:
+            TypeError: it keeps state of rows and does not prepare, so that no rank would own the rows.
+        """
+        rows = [state.name for state in cls.states if state.per == "row"]
+        if rows and not cls.prepares:
+            raise TypeError(
+                f"{cls.__name__} keeps {', '.join(rows)} of each row and has prepares = False: state of rows belongs to "
+                "the owner of a whole matrix, which only prepare() sees; set prepares, or keep it of each element"
+            )
+
+    def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:  # noqa: B027
         """Remember the partition that :meth:`prepare` will find gradients in.
 
         Args:
             partition: partition of all of the model's parameters.
-            updates: tells whether this rule updates a parameter.
+            selects: tells whether this rule updates a parameter.
         """
 
-    def slices(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> list[Slice]:
+    def slices(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> list[Slice]:
         """Return the slices for whose elements this rank keeps state."""
-        return [piece for piece in partition.slices if updates(piece.spec)]
+        return [piece for piece in partition.slices if selects(piece.spec)]
 
     def rows(self) -> Mapping[str, int]:
         """Return, by name, how many rows each logical matrix has for whose rows this rank keeps state."""

@@ -94,10 +94,9 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         held = {parameter for group in groups for parameter in group["params"]}
         check_complete({name for p, name in self._names.items() if p in held}, self._names.values())
         self.rule, self.rules = rule, dict(rules or {})
-        settings: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0}
-        for each in self._every_rule():
-            settings |= each.defaults
-        super().__init__(groups, settings)
+        # Not torch's defaults, which all groups share: rules may have settings of one name.
+        groups = [{**self.rule_of(group["kind"]).defaults, **group} for group in groups]
+        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0})
         self.clip_grad_norm = clip_grad_norm
         self.clip_multipliers = clip_multipliers
         self.skip_grad_norm = skip_grad_norm
@@ -119,8 +118,8 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
     def _every_rule(self) -> list[UpdateRule]:
         return [self.rule, *self.rules.values()]
 
-    def _updates(self, rule: UpdateRule) -> Callable[[ParameterSpec], bool]:
-        """Return a test: does `rule` update a parameter?"""
+    def _selected_by(self, rule: UpdateRule) -> Callable[[ParameterSpec], bool]:
+        """Return the predicate of the parameters that `rule` updates."""
         return lambda spec: self.rule_of(spec.kind) is rule
 
     @property
@@ -151,7 +150,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
             self.folded = self.folding.bind(partition, self.state)
         self._norms = GlobalNorms(partition)
         for rule in self._every_rule():
-            rule.bind(partition, self._updates(rule))
+            rule.bind(partition, self._selected_by(rule))
         self._store.claim_rows(self._every_rule(), device.local_device())
         self._bound = partition
 
@@ -271,7 +270,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         for piece in partition.slices:
             yield "weight", piece, self.weight(piece)
         for rule in self._every_rule():
-            for piece in rule.slices(partition, self._updates(rule)):
+            for piece in rule.slices(partition, self._selected_by(rule)):
                 for state in rule.states:
                     if state.per == "element":
                         yield state.name, piece, self._store.of_slice(rule, state, piece)

@@ -98,12 +98,19 @@ def vector(role: Role, size: int, dim: int | None, partial: bool = False, fp32: 
     )
 
 
-def bias_of(weight: ParameterSpec) -> ParameterSpec:
-    """Describe the bias of a matrix: fused and sharded like the matrix's rows, without decay or multipliers."""
+def bias_of(weight: ParameterSpec, partial: bool = False) -> ParameterSpec:
+    """Describe the bias of a matrix: fused and sharded like the matrix's rows, without decay or multipliers.
+
+    Args:
+        weight: spec of the matrix.
+        partial: its gradient must still be summed over tensor-parallel ranks in the step: that of a row-parallel layer
+            under sequence parallelism.
+    """
     return ParameterSpec(
         tuple(Part(part.name, "bias", part.shape[:1]) for part in weight.parts),
         weight.shape[:1],
         weight.segments,
         tuple(each for each in weight.shardings if each.dim == 0),
         decay=False,
+        reduce_over=("tensor",) if partial else (),
     )

@@ -17,7 +17,8 @@ class Block:
     pieces: int | None = None
     """Largest number of pieces that the block can be cut into; None: n. Where n is larger, n / pieces neighbours hold
     copies of one piece, as with Megatron's query groups and Mamba's groups where the tensor-parallel size exceeds their
-    number; 1: replicated."""
+    number; 1: replicated. The layer must give all copies the same gradient, summed in its backward pass: `reduce_over`
+    is for parameters that are replicated whole."""
 
     def cuts(self, processes: int) -> int:
         """Return the number of different pieces that this many processes hold."""

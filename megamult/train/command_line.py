@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
         for name in SECTIONS:  # jsonargparse lets `model: 3` pass
             if not hasattr(namespace[name], "keys"):
                 raise ValueError(f"{name} is {namespace[name]!r}: it is a section; give a mapping of its keys")
-        sections = made.instantiate_classes(namespace)
+        sections = made.instantiate(namespace)
     except ArgumentError as error:
         raise ValueError(f"{str(error).strip()}; --help lists every key with its unit") from None
     except UnicodeDecodeError as error:
@@ -86,7 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     config = Config(**{name: sections[name] for name in SECTIONS}, deepspeed=sections["deepspeed"])
     # Put the contents of DeepSpeed's file into the configuration: the file may change, or be missing on another host.
     config.deepspeed = namespace["deepspeed"] = config.deepspeed_overrides() or None
-    return config, made.dump(namespace, skip_validation=True, skip_none=False)
+    return config, made.dump(namespace, skip_validation=True, skip_unset=False)
 
 
 def _used(namespace: Any) -> Any:
@@ -122,17 +123,34 @@ def _modern(arguments: Sequence[str]) -> list[str]:
     """
     dotted = [each.partition("=")[0].removeprefix("--optimizer.") for each in arguments if each.startswith("--optim")]
     legacy.check_modern(dict.fromkeys(dotted))
+    name = _last_value(arguments, "--optimizer.name")
     found = list(arguments)
     for i, argument in enumerate(found):
         if argument == "--config" and i + 1 < len(found):
-            found[i + 1] = _modern_file(found[i + 1])
+            found[i + 1] = _modern_file(found[i + 1], name)
         elif argument.startswith("--config="):
-            found[i] = f"--config={_modern_file(argument.removeprefix('--config='))}"
+            found[i] = f"--config={_modern_file(argument.removeprefix('--config='), name)}"
     return found
 
 
-def _modern_file(path: str) -> str:
-    """Return the path of a configuration; for one of an earlier version, its contents with today's keys instead."""
+def _last_value(arguments: Sequence[str], key: str) -> str | None:
+    """Return the value that counts of a key on the command line; None: it is not there."""
+    found = None
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        if argument == key:
+            found = following
+        elif argument.startswith(f"{key}="):
+            found = argument.removeprefix(f"{key}=")
+    return found
+
+
+def _modern_file(path: str, name: str | None) -> str:
+    """Return the path of a configuration; for one of an earlier version, its contents with today's keys instead.
+
+    Args:
+        path: path of a YAML file.
+        name: the optimizer that the command line names, for which the file's keys count; None: the file's.
+    """
     import yaml
     from jsonargparse import get_loader
 
@@ -143,6 +161,8 @@ def _modern_file(path: str) -> str:
     optimizer = loaded.get("optimizer") if isinstance(loaded, dict) else None
     if not isinstance(optimizer, dict) or not legacy.is_old(optimizer):
         return path
+    if name is not None:
+        optimizer = loaded["optimizer"] = {**optimizer, "name": name}
     loaded["optimizer"] = legacy.modern(optimizer)
     if environment.rank() == 0:
         said = "; ".join(legacy.translations(optimizer))
@@ -164,16 +184,16 @@ def fail_alone(message: str) -> NoReturn:
     if environment.rank() != 0:
         from megamult.distributed import rendezvous
 
-        rendezvous.excuse(message)
+        rendezvous.report_mistake(message)
     fail(message)
 
 
 def agreed(mesh: Mesh, check: Callable[[], _Result]) -> _Result:
     """Return what `check` returns; if it raises ValueError or OSError on any rank, all exit with the first message."""
     from megamult.distributed import start
-    from megamult.distributed.agreement import everywhere
+    from megamult.distributed.agreement import on_every_rank
 
-    result, problem = everywhere(mesh, check)
+    result, problem = on_every_rank(mesh, check)
     if problem is not None:
         start.destroy()
         fail(problem)

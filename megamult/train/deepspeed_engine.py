@@ -127,9 +127,9 @@ def check_deepspeed(config: Config, mesh: Mesh) -> None:
             raise ValueError(f"deepspeed: DeepSpeed refuses it ({error}); correct or remove that key") from None
 
 
-def build_optimizer(config: Config, model: torch.nn.Module) -> TwoPhaseOptimizer:
+def build_optimizer(config: Config, model: torch.nn.Module, mesh: Mesh) -> TwoPhaseOptimizer:
     """Make the optimizer that `config` names, for all parameters of the model."""
-    return make_optimizer(model, config.optimizer, config.multipliers)
+    return make_optimizer(model, config.optimizer, config.multipliers, mesh=mesh)
 
 
 def build(
@@ -139,7 +139,7 @@ def build(
     *,
     draw: bool = True,
     note: Callable[[str], None] = lambda doing: None,
-    optimizer_of: Callable[[Config, torch.nn.Module], TwoPhaseOptimizer] = build_optimizer,
+    optimizer_of: Callable[[Config, torch.nn.Module, Mesh], TwoPhaseOptimizer] = build_optimizer,
 ) -> DeepSpeedEngine:
     """Build this rank's model, optimizer and engine.
 
@@ -149,7 +149,7 @@ def build(
         mesh: the processes.
         draw: whether to draw initial weights; False: they are NaN until a checkpoint is loaded.
         note: called with what is being done, as building a large model takes minutes.
-        optimizer_of: makes the optimizer of a configuration for the parameters of a model.
+        optimizer_of: makes the optimizer of a configuration for the parameters of a model on a mesh.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     settings = deepspeed_config(config, mesh.size_of("data"))
@@ -167,7 +167,7 @@ def build(
     if config.parallel.zero_stage != 3:
         model.to(device.local_device())
     note("building the optimizer")
-    optimizer = optimizer_of(config, model)
+    optimizer = optimizer_of(config, model, mesh)
     # DeepSpeed warns about optimizers that are not its own, and its bf16 wrapper prints memory figures per group.
     deepspeed_logger.setLevel(logging.ERROR)
     with optimizer.paused(), contextlib.redirect_stdout(io.StringIO()):

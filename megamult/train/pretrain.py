@@ -106,14 +106,14 @@ def _meet(config: Config) -> Meeting:
         return meeting
     except ValueError as error:
         fail(str(error))
-    except rendezvous.Refused as error:
+    except rendezvous.RefusedError as error:
         # The first of a launcher's refused ranks prints the reason for its node.
         if environment.rank() <= max(1, launcher.siblings()[0]):
             say_error(str(error))
         else:
             time.sleep(HEAD_START_SECONDS)
         sys.exit(exit_codes.USER_ERROR if error.configuration else exit_codes.UNAVAILABLE)
-    except rendezvous.NobodyThere as error:
+    except rendezvous.RanksMissingError as error:
         # Rank 0 names the missing ranks; if rank 0 itself is missing, one rank of each node says so.
         if environment.rank() == 0 or (error.rank_0_is_missing and environment.local_rank() == 0):
             say_error(str(error))

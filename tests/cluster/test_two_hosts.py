@@ -356,7 +356,7 @@ def test_nobody_waits_longer_than_asked_for_a_first_host_that_does_not_come(host
         "began = time.monotonic()\n"
         "try:\n"
         "    rendezvous.meet(8.0)\n"
-        "except rendezvous.NobodyThere as error:\n"
+        "except rendezvous.RanksMissingError as error:\n"
         "    assert error.rank_0_is_missing and '10.77.0.1' in str(error)\n"
         "    print(time.monotonic() - began)\n"
     )

@@ -42,14 +42,14 @@ what = sys.argv[1]
 if what == "late":
     time.sleep(3)
 if what == "excuse":
-    rendezvous.excuse("no such file")
+    rendezvous.report_mistake("no such file")
     sys.exit()
 try:
     meeting = rendezvous.meet(float(sys.argv[2]), json.loads(sys.argv[3]) if sys.argv[3:] else None)
     print(meeting.machines, flush=True)
     if what == "stay":
         time.sleep(60)
-except (rendezvous.NobodyThere, rendezvous.Refused, ValueError) as error:
+except (rendezvous.RanksMissingError, rendezvous.RefusedError, ValueError) as error:
     print(type(error).__name__, error, sep=": ")
 """
 
@@ -124,7 +124,7 @@ def test_who_does_not_come_is_named_on_every_rank_in_time() -> None:
     started = [come(rank, 4, port, "meet", "6") for rank in (0, 2)]
     said = [process.communicate(timeout=60)[0] for process in started]
     assert said[0] == said[1]
-    assert said[0].startswith("NobodyThere: 2 of 4 processes did not come within 6 s"), said
+    assert said[0].startswith("RanksMissingError: 2 of 4 processes did not come within 6 s"), said
     assert "rank 1, 3." in said[0]
 
 
@@ -145,7 +145,7 @@ def test_who_is_waited_for_is_said_long_before_the_time_is_up() -> None:
 def test_a_rank_that_finds_nobody_says_so() -> None:
     began = time.monotonic()
     said = come(1, 2, free_port(), "meet", "2").communicate(timeout=60)[0]
-    assert said.startswith("NobodyThere: rank 1 on ") and "did not reach rank 0 at 127.0.0.1:" in said
+    assert said.startswith("RanksMissingError: rank 1 on ") and "did not reach rank 0 at 127.0.0.1:" in said
     assert time.monotonic() - began < 50, "not torch's own half hour"
 
 
@@ -180,7 +180,7 @@ def test_a_stranger_is_refused_by_name_and_the_run_goes_on_with_its_own_rank(tmp
     said, errors = ours.said()
     assert said == [MET, MET]
     refused, _ = stranger.said()
-    assert refused[0].startswith(f"Refused: rank 1 on {environment.host()} (process ")
+    assert refused[0].startswith(f"RefusedError: rank 1 on {environment.host()} (process ")
     assert "came to the port of rank 0 on" in refused[0] and "it belongs to another launch" in refused[0]
     assert "--master_port" in refused[0]
     assert f"refused rank 1 on {environment.host()} (process " in errors
@@ -193,7 +193,7 @@ def test_another_configuration_on_a_node_of_its_own_is_refused_at_once_and_named
     said = second.communicate(timeout=60)[0]
     here = environment.host()
     differs = f"lr is 2 on rank 1 ({here}) and 1 on rank 0 ({here})"
-    assert said.startswith("Refused: ") and differs in said
+    assert said.startswith("RefusedError: ") and differs in said
     assert first.poll() is None, "rank 0 still waits for its own"
     said, errors = first.communicate(timeout=60)
     assert said.startswith("ValueError: rank 1 did not come within 10 s, but rank 1 on ") and differs in said
@@ -221,7 +221,7 @@ def test_who_comes_when_all_have_met_is_told_so() -> None:
     assert first.stdout is not None and second.stdout is not None
     assert first.stdout.readline() == second.stdout.readline() == MET
     said = come(1, 2, port, *meet(60)).communicate(timeout=60)[0]
-    assert said.startswith("Refused: rank 1 on ") and "all processes of that launch have come already" in said
+    assert said.startswith("RefusedError: rank 1 on ") and "all processes of that launch have come already" in said
     for process in (first, second):
         process.kill()
 

@@ -21,6 +21,11 @@ def test_the_section_model_of_a_run_is_the_configuration_of_an_architecture() ->
     assert SECTIONS["model"] in {architecture.sizes for architecture in ARCHITECTURES.values()}
 
 
+def test_sizes_of_no_architecture_are_named_with_those_that_there_are() -> None:
+    with pytest.raises(TypeError, match="of the type dict, which no architecture has: use one of ModelConfig"):
+        architecture_of({})
+
+
 @pytest.mark.parametrize("described", [{"model_type": "mistral"}, {"model_type": ["llama"]}, {}])
 def test_another_model_type_is_named_with_those_that_there_are(described: dict[str, object]) -> None:
     message = f"model_type is {described.get('model_type')!r}, not 'llama'".replace("[", r"\[").replace("]", r"\]")

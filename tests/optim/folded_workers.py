@@ -22,8 +22,8 @@ def _engine(case: Case, placement: Any, initial: Any = None) -> tuple[Any, Any]:
     config = case.config(world)
     config.multipliers = replace(config.multipliers, implementation="folded", placement=placement)
 
-    def started(config: Any, model: torch.nn.Module) -> Any:
-        return make_optimizer(model, config.optimizer, config.multipliers, initial)
+    def started(config: Any, model: torch.nn.Module, mesh: Any) -> Any:
+        return make_optimizer(model, config.optimizer, config.multipliers, initial, mesh)
 
     # A run's configuration has no key for the first values.
     changes = {} if initial is None else {"optimizer_of": started}

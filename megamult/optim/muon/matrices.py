@@ -124,13 +124,13 @@ class MatrixRule(UpdateRule):
         """Bytes that this rank has sent to others in all exchanges since the partition was bound."""
         return self._bytes_gathered + (self._exchange.bytes_sent if self._exchange else 0)
 
-    def bind(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> None:
+    def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:
         """Choose the owners of the matrices, and plan the exchange."""
-        self.matrices = Matrices(partition, updates, self.ns_steps, self.bucket_elements)
+        self.matrices = Matrices(partition, selects, self.ns_steps, self.bucket_elements)
         self.exchange_dtype = self.exchange_dtype or self.matrices.dtype
         self._exchange = self.matrices.exchange(self.exchange_dtype)
 
-    def slices(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> list[Slice]:
+    def slices(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> list[Slice]:
         """Return the slices whose state this rank keeps; exactly one data-parallel rank keeps each element's."""
         assert self.matrices is not None and self.matrices.partition is partition
         return self.matrices.slices

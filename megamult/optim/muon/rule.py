@@ -70,9 +70,9 @@ class Muon(MatrixRule):
         self.momentum, self.nesterov, self.scale, self.ns_dtype = momentum, nesterov, scale, ns_dtype
         self._steps = coefficient_set(coefficients, ns_steps)
 
-    def bind(self, partition: Partition, updates: Callable[[ParameterSpec], bool]) -> None:
+    def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:
         """Plan the exchange, and choose the dtype of Newton-Schulz."""
-        super().bind(partition, updates)
+        super().bind(partition, selects)
         assert self.matrices is not None
         self.ns_dtype = self.ns_dtype or self.matrices.dtype
 
@@ -140,5 +140,5 @@ class DistributedMuon(TwoPhaseOptimizer):
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank's exchanges have sent since construction."""
+        """Bytes that this rank has sent to others in all exchanges since the partition was bound."""
         return self.muon.bytes_sent

@@ -31,7 +31,7 @@ def own_loop(tensor: int) -> dict[str, Tensor]:
     start.initialize(tensor)
     config = Case(tensor=tensor, optimizer="muon").config(world)
     model = build_model(config, VOCAB, config.train.seed)
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(config, model, mesh)
     data = current_mesh().groups["data"]
     for step in range(STEPS):
         optimizer.zero_grad()
