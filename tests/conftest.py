@@ -1,7 +1,7 @@
 """Settings of all tests: one thread per process, no GPU unless a test asks for it, and how two workers share them."""
 
 import os
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -12,6 +12,14 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 ONE_LAUNCH = ("tests/models", "tests/multipliers")
 """Folders in which all tests read the results of one launch."""
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PREFIX of a small corpus, made once, which no test changes; see `tests.train.command.make_corpus`."""
+    from tests.train.command import make_corpus
+
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
