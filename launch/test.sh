@@ -11,7 +11,7 @@ export MEGAMULT_EXTRAS=test
 source launch/setup_env.sh
 
 # Two workers, however many cores: a test's launch has up to eight ranks.
-workers=(-n 2 --dist loadgroup --no-loadscope-reorder)
+workers=(-n 2 --no-loadscope-reorder)
 case "$*" in
     "") set -- "${workers[@]}" ;;
     --fast) set -- "${workers[@]}" --fast -r fE ;; # what it skips is counted, not listed

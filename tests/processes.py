@@ -68,7 +68,7 @@ def run_distributed(
     if not fast:
         starts_processes()
     with tempfile.TemporaryDirectory() as folder:
-        context: BaseContext = mp.get_context("spawn") if cuda else _preloaded()
+        context: BaseContext = mp.get_context("spawn") if cuda else preloaded()
         port = free_port()
         processes = [
             context.Process(  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def run_distributed(
         return [outcome["result"] for outcome in outcomes if outcome is not None]
 
 
-def _preloaded() -> BaseContext:
+def preloaded() -> BaseContext:
     """Start processes by forking a server that has imported `tests/preload.py`; it starts with the first of them."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])

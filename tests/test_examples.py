@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.processes import free_port, starts_processes
+from tests.programs import Ranks
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def _run(*command: str, **variables: str) -> str:
-    starts_processes()
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", **variables}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def _run(*command: str, ranks: int | None = None, **variables: str) -> str:
+    """What a script printed: by itself, or on so many ranks."""
+    program = Ranks(command, ranks, {**os.environ, "DS_ACCELERATOR": "cpu", **variables})
+    stdout, stderr = program.communicate(timeout=300)
+    assert program.poll() == 0, stderr
+    return stdout
 
 
 def test_own_loop_learns_its_one_batch() -> None:
@@ -45,9 +41,8 @@ def test_a_folded_model_of_someone_else_learns_the_same_on_one_process_and_two(
     script: str, stage: tuple[str, ...], flags: tuple[str, ...]
 ) -> None:
     path = str(EXAMPLES / script)
-    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()))
     alone, pair = (
-        _folded(said) for said in (_run(path, *stage), _run(*launcher, path, *stage, *flags, OMP_NUM_THREADS="1"))
+        _folded(said) for said in (_run(path, *stage), _run(path, *stage, *flags, ranks=2, OMP_NUM_THREADS="1"))
     )
     losses = [loss for loss, _, _ in alone]
     # One batch of 256 tokens over and over, from ln(1000) = 6.91, where weights of 0.02 leave it: ten steps must show.

@@ -119,10 +119,10 @@ def live_and_die(run_dir: Path, command: list[str], draw: random.Random, inside_
 
 def stop(run_dir: Path, command: list[str], draw: random.Random, whom: str) -> Life:
     """Start, and ask for a save and an end: one rank; all of them twice, as a scheduler and a launcher together do; or
-    the launcher, which passes nothing on."""
+    DeepSpeed's launcher, which passes nothing on."""
     before = newest(run_dir)
     ready = stepping(run_dir)
-    launch = Launch(command, processes=2)
+    launch = Launch(command, processes=2, launcher=whom == "the launcher")
     wait_for(ready, launch, "step")
     wait_for(further(run_dir, draw.randrange(4)), launch, "further steps")
     ranks = launch.ranks()
@@ -147,15 +147,14 @@ def damage_newest(checkpoints: Path) -> tuple[str, str]:
     return named, f"step_{directory.steps(checkpoints)[at - 1]}"
 
 
-def crash(folder: Path, kills: int, steps: int, seed: int = 0) -> list[Life]:
-    """The whole experiment in `folder`; what each life was.
+def crash(folder: Path, prefix: Path, kills: int, steps: int, seed: int = 0) -> list[Life]:
+    """The whole experiment in `folder`, on the corpus `prefix`; what each life was.
 
     Raises:
         AssertionError: a restart did not go on from the newest finished checkpoint, or a loss is another one than that
             of the run that was never killed.
     """
     draw = random.Random(seed)
-    prefix = make_corpus(folder)
     whole = start(arguments(prefix, folder / "whole", steps), processes=2, timeout=600)
     assert whole.code == 0, whole.text
     command = arguments(prefix, folder / "killed", steps)
@@ -187,7 +186,9 @@ def main() -> None:
     made.add_argument("--seed", type=int, default=0)
     chosen = made.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for i, life in enumerate(crash(Path(folder), chosen.kills, chosen.steps, chosen.seed)):
+        for i, life in enumerate(
+            crash(Path(folder), make_corpus(Path(folder)), chosen.kills, chosen.steps, chosen.seed)
+        ):
             print(f"life {i + 1:2d}: went on from {life.began_at}, newest at its end {life.left_at}; {life.how}")
     print(f"{chosen.steps} losses are those of the run that was never killed")
 

@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -74,6 +76,7 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
 
 def overlapping_saves(folder: Path) -> dict[str, Any]:
     """Two saves at once, then one that the second rank cannot write, then a good one."""
+    from megamult.checkpoint import saver as saver_module
     from megamult.checkpoint.chunks import Chunk
     from megamult.checkpoint.info import CheckpointInfo
     from megamult.checkpoint.saver import Saver
@@ -81,7 +84,7 @@ def overlapping_saves(folder: Path) -> dict[str, Any]:
 
     start.initialize(1)
     rank = torch.distributed.get_rank()
-    release = threading.Event()
+    release, order, clock = threading.Event(), list[str](), [0.0]
     saver = Saver(folder, current_mesh())
     state = torch.full((4,), 1.0)
 
@@ -91,22 +94,33 @@ def overlapping_saves(folder: Path) -> dict[str, Any]:
     def info(step: int) -> CheckpointInfo:
         return CheckpointInfo(step, 0, {}, 1)
 
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"order": order}
     write = saver._write
 
     def slowly(*args: Any) -> None:
-        release.wait(60)
+        release.wait()
         write(*args)
+        order.append(f"step {args[1].step} is written")
 
     saver._write = slowly  # type: ignore[method-assign]
     assert saver.save(chunks(), info(1), {}) is None
     state.fill_(2.0)  # training goes on
     found["still writing"] = saver.poll()
-    threading.Timer(0.5, release.set).start()
-    began = time.monotonic()
-    first = saver.save(chunks(), info(2), {})
-    found["second waited"], found["first"] = time.monotonic() - began, first
-    found["second"] = saver.wait()
+    assert saver._thread is not None
+    join = saver._thread.join
+
+    def waiting(seconds: float | None = None) -> None:
+        order.append("the second save waits")
+        clock[0] += 100.0
+        release.set()
+        join(seconds)
+
+    saver._thread.join = waiting  # type: ignore[method-assign]
+    with mock.patch.object(saver_module, "time", SimpleNamespace(perf_counter=lambda: clock[0])):
+        found["first"] = saver.save(chunks(), info(2), {})
+        order.append("the second save is begun")
+        release.set()
+        found["second"] = saver.wait()
     saver._write = write  # type: ignore[method-assign]
 
     def fail() -> Tensor:

@@ -8,26 +8,23 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
+from tests import programs
 from tests.data.conftest import make_documents
-from tests.processes import starts_processes
+from tests.programs import Program
 
 REPOSITORY = Path(__file__).parents[2]
-SCRIPT = [sys.executable, str(REPOSITORY / "launch" / "prepare_data.py")]
+SCRIPT = REPOSITORY / "launch" / "prepare_data.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    starts_processes()
-    return subprocess.run(
-        [*SCRIPT, *arguments], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    return programs.run([SCRIPT, *arguments], ENVIRONMENT, directory)
 
 
 def good(n: int) -> bytes:
@@ -139,23 +136,14 @@ def test_the_summary_is_printed(tmp_path: Path) -> None:
     assert entropy and 3 < float(entropy[1]) < 6
 
 
-def start_long_run(directory: Path, model: Path) -> subprocess.Popen[str]:
+def start_long_run(directory: Path, model: Path) -> Program:
     """A preparation that takes a while."""
-    starts_processes()
     (directory / "c.txt").write_text("\n\n".join(make_documents(1000) * 30))
     arguments = ["--input", "c.txt", "--output", "c", "--tokenizer", str(model), "--workers", "2"]
-    return subprocess.Popen(
-        [*SCRIPT, *arguments],
-        cwd=directory,
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts its background jobs, and so the tests in one, with SIGINT ignored.
-        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
-    )
+    return Program([SCRIPT, *arguments], ENVIRONMENT, directory)
 
 
-def wait_until_it_writes(process: subprocess.Popen[str], directory: Path, what: str) -> None:
+def wait_until_it_writes(process: Program, directory: Path, what: str) -> None:
     deadline = time.monotonic() + 60
     while not any(p.stat().st_size for p in directory.glob(f".c.*.partial/contents/{what}")):
         assert process.poll() is None and time.monotonic() < deadline

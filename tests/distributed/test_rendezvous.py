@@ -20,6 +20,7 @@ from megamult.distributed import environment, rendezvous
 from megamult.distributed.claims import Claim
 from megamult.distributed.reception import CLAIMS, Reception, answer_key, claim_key, heard_key
 from tests.processes import REPOSITORY, free_port, starts_processes
+from tests.programs import Program
 
 
 def test_one_node_may_hold_a_group_and_two_may_not() -> None:
@@ -53,31 +54,30 @@ except (rendezvous.RanksMissingError, rendezvous.RefusedError, ValueError) as er
     print(type(error).__name__, error, sep=": ")
 """
 
-# Starts its ranks as torchrun does, and prints what they printed, by rank.
+# Starts its ranks, each with its own arguments, as torchrun does; rank R writes to said_R in a folder. They are forks
+# that have torch already.
 _TORCHRUN = """
-import json, os, subprocess, sys
-ranks, command = json.loads(sys.argv[1]), sys.argv[2:]
-place = {"LOCAL_WORLD_SIZE": str(len(ranks))}
+import json, os, sys
+from megamult.distributed import rendezvous
+folder, code, ranks = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 started = []
 for local, (rank, arguments) in enumerate(ranks.items()):
-    place |= {"RANK": rank, "LOCAL_RANK": str(local)}
-    ran = subprocess.Popen([*command, *arguments], env={**os.environ, **place}, stdout=subprocess.PIPE, text=True)
-    started.append(ran)
-print(json.dumps([process.communicate()[0] for process in started]))
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open(f"{folder}/said_{rank}", os.O_WRONLY | os.O_CREAT), 1)
+        os.environ.update(RANK=rank, LOCAL_RANK=str(local), LOCAL_WORLD_SIZE=str(len(ranks)))
+        sys.argv = ["-c", *arguments]
+        exec(code)
+        sys.exit()
+    started.append(process)
+for process in started:
+    os.waitpid(process, 0)
 """
 
 
-def come(rank: int, size: int, port: int, *arguments: str) -> subprocess.Popen[str]:
-    starts_processes()
+def come(rank: int, size: int, port: int, *arguments: str) -> Program:
     place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return subprocess.Popen(
-        [sys.executable, "-c", _COME, *arguments],
-        env={**os.environ, **place},
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Program(["-c", _COME, *arguments], {**os.environ, **place})
 
 
 MET = f"{[environment.machine()] * 2}\n"
@@ -88,11 +88,12 @@ class Job:
 
     def __init__(self, folder: Path, port: int, size: int, ranks: dict[int, list[str]]) -> None:
         starts_processes()
-        launcher = folder / "torchrun"
+        launcher = folder / "torchrun"  # ranks know it by its name
         launcher.write_text(_TORCHRUN)
+        self._outputs = [folder / f"said_{rank}" for rank in ranks]
         place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.process = subprocess.Popen(
-            [sys.executable, launcher, json.dumps(ranks), sys.executable, "-c", _COME],
+            [sys.executable, launcher, folder, _COME, json.dumps(ranks)],
             env={**os.environ, **place},
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
@@ -102,9 +103,9 @@ class Job:
 
     def said(self) -> tuple[list[str], str]:
         """What each rank printed, and the standard error of all."""
-        output, errors = self.process.communicate(timeout=90)
-        assert output, errors
-        return json.loads(output), errors
+        _, errors = self.process.communicate(timeout=90)
+        assert self.process.returncode == 0, errors
+        return [output.read_text() for output in self._outputs], errors
 
 
 def meet(seconds: float, **configuration: Any) -> list[str]:

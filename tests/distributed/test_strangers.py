@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from megamult.distributed import environment
 from tests.processes import free_port
-from tests.train.command import REPOSITORY, data_arguments, make_corpus
+from tests.programs import Program
+from tests.train.command import REPOSITORY, data_arguments
 
 
-def rank(number: int, port: int, *arguments: str) -> subprocess.Popen[str]:
+def rank(number: int, port: int, *arguments: str) -> Program:
     """One of two ranks, as a launcher on its node would start it."""
     place = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-    return subprocess.Popen(
-        [sys.executable, REPOSITORY / "launch" / "pretrain.py", *arguments],
-        env={**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return Program([REPOSITORY / "launch" / "pretrain.py", *arguments], {**os.environ, **place})
 
 
-def test_another_learning_rate_and_another_deepspeed_file_on_the_second_node_are_named_on_both(tmp_path: Path) -> None:
-    prefix, run_dir, port = make_corpus(tmp_path), tmp_path / "run", free_port()
+def test_another_learning_rate_and_another_deepspeed_file_on_the_second_node_are_named_on_both(
+    corpus: Path, tmp_path: Path
+) -> None:
+    run_dir, port = tmp_path / "run", free_port()
     files = [tmp_path / "one.json", tmp_path / "two.json"]
     for file, size in zip(files, (1000, 2000), strict=True):
         file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": size}}))
@@ -35,7 +30,7 @@ def test_another_learning_rate_and_another_deepspeed_file_on_the_second_node_are
         rank(
             number,
             port,
-            *("--config", "examples/configs/tiny.yaml", *data_arguments(prefix)),
+            *("--config", "examples/configs/tiny.yaml", *data_arguments(corpus)),
             *("--train.run_dir", str(run_dir), "--train.steps", "2", "--optimizer.warmup_steps", "0"),
             *("--optimizer.lr", lr, "--deepspeed", str(file), "--parallel.rendezvous_seconds", "10"),
         )

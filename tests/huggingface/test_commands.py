@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.hf_config import to_hugging_face
 from megamult.models.llama.hf_names import weights
-from tests.processes import starts_processes
-from tests.train.command import data_arguments, make_corpus, start
+from tests import programs
+from tests.train.command import data_arguments, start
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=12, vocab_size=20)
@@ -34,11 +33,9 @@ def source(tmp_path: Path) -> Path:
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    starts_processes()
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONWARNINGS", None)  # what a user would see
-    command = [sys.executable, str(REPOSITORY / "launch" / script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return programs.run([REPOSITORY / "launch" / script, *map(str, arguments)], environment)
 
 
 def test_import_then_export(source: Path, tmp_path: Path) -> None:
@@ -68,10 +65,9 @@ def test_a_mistake_is_one_line(source: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_imported_model_trains_on_and_leaves_with_its_own_tokenizer_files(tmp_path: Path) -> None:
+def test_an_imported_model_trains_on_and_leaves_with_its_own_tokenizer_files(corpus: Path, tmp_path: Path) -> None:
     """Pretrain, export, import, go on at another layout and length, export: the files that came with it are in it."""
-    prefix = make_corpus(tmp_path)
-    common = ["--config", "examples/configs/tiny.yaml", *data_arguments(prefix), "--train.steps", "2"]
+    common = ["--config", "examples/configs/tiny.yaml", *data_arguments(corpus), "--train.steps", "2"]
     common += ["--optimizer.warmup_steps", "1"]
     first = start([*common, "--model.seq_length", "32", "--train.run_dir", str(tmp_path / "one")])
     assert first.code == 0, first.text

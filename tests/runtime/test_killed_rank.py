@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megamult.distributed import environment
-from tests.train.command import Launch, data_arguments, make_corpus
+from tests.train.command import Launch, data_arguments
 
 
 def process_of(job: Launch, rank: int) -> int:
@@ -25,14 +25,14 @@ def process_of(job: Launch, rank: int) -> int:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_its_death_is_said_with_rank_host_process_and_step_and_once_more_at_the_next_start(
-    rank: int, tmp_path: Path
+    rank: int, corpus: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     arguments = [
-        *("--config", "examples/configs/tiny.yaml", *data_arguments(make_corpus(tmp_path)), "--parallel.tensor", "2"),
+        *("--config", "examples/configs/tiny.yaml", *data_arguments(corpus), "--parallel.tensor", "2"),
         *("--model.seq_length", "32", "--train.run_dir", str(run_dir), "--checkpoint.load", "latest"),
     ]
-    job = Launch([*arguments, "--train.steps", "5000"], processes=2)
+    job = Launch([*arguments, "--train.steps", "5000"], processes=2, launcher=True)
     deadline = time.monotonic() + 120
     while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text().count("\n"):
         assert time.monotonic() < deadline and job.process.poll() is None

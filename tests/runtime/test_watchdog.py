@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,7 @@ import pytest
 
 from megamult.distributed import environment
 from megamult.runtime.logs import left_without_a_word
-from tests.processes import starts_processes
-from tests.train.command import REPOSITORY
+from tests.programs import Program
 
 # What each rank does -> seconds within which a run without progress is ended. A minute: no test waits for it.
 PLAYS = {
@@ -52,20 +49,13 @@ class Plays:
     """All of them at once: they mostly wait."""
 
     def __init__(self, folder: Path) -> None:
-        starts_processes()
         self._folder = folder
-        self._drivers: dict[str, subprocess.Popen[str]] = {}
+        self._drivers: dict[str, Program] = {}
         self._outputs: dict[str, tuple[str, str]] = {}
         for number, (parts, timeout) in enumerate(PLAYS.items()):
             own = folder / str(number)
             own.mkdir()
-            self._drivers[parts] = subprocess.Popen(
-                [sys.executable, "-m", "tests.runtime.watched", own, str(timeout), *parts.split(", ")],
-                cwd=REPOSITORY,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            self._drivers[parts] = Program(["-m", "tests.runtime.watched", own, str(timeout), *parts.split(", ")])
 
     def folder(self, parts: str) -> Path:
         """Where a play's ranks write."""

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from tests import programs
 from tests.processes import free_port, starts_processes
+from tests.programs import Ranks
 
 REPOSITORY = Path(__file__).parents[2]
 VOCAB = 400
@@ -39,12 +41,7 @@ def make_corpus(folder: Path) -> Path:
         "--workers",
         "1",
     ]
-    subprocess.run(
-        [sys.executable, REPOSITORY / "launch" / "prepare_data.py", *arguments, "--vocab_size", str(VOCAB)],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    programs.run([REPOSITORY / "launch" / "prepare_data.py", *arguments, "--vocab_size", str(VOCAB)]).check_returncode()
     return folder / "tiny"
 
 
@@ -84,46 +81,58 @@ class Outcome:
 
 
 class Launch:
-    """launch/pretrain.py as it runs: by itself, or on `processes` ranks under DeepSpeed's launcher.
+    """launch/pretrain.py as it runs: by itself, on `processes` ranks, or on so many under DeepSpeed's launcher.
+
+    Without the launcher, the ranks are forked (`tests/programs.py`) and this object does what a launcher does: when a
+    rank ends with an error, it ends the others.
 
     Args:
         first: a folder to import from before all others.
     """
 
-    def __init__(self, arguments: list[str], processes: int | None = None, first: Path | None = None) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        processes: int | None = None,
+        first: Path | None = None,
+        launcher: bool = False,
+    ) -> None:
         starts_processes()
         self._marker = f"MEGAMULT_TEST_{uuid.uuid4().hex}"
         environment = {**os.environ, self._marker: "1", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in (first, REPOSITORY) if path is not None)
         environment.pop("PYTHONWARNINGS", None)  # what a user would see
-        script = str(REPOSITORY / "launch" / "pretrain.py")
-        if processes is None:
-            command = [sys.executable, script]
-            environment["MASTER_PORT"] = str(free_port())
-        else:
-            launcher = str(Path(sys.executable).with_name("deepspeed"))
-            command = [launcher, "--num_gpus", str(processes), "--master_port", str(free_port()), script]
+        command = [str(REPOSITORY / "launch" / "pretrain.py"), *arguments]
         self._began = time.monotonic()
-        self.process = subprocess.Popen(
-            [*command, *arguments],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.process: Ranks | subprocess.Popen[str]
+        if launcher:
+            runner = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(processes)]
+            self.process = subprocess.Popen(
+                [*runner, "--master_port", str(free_port()), *command],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        else:
+            self.process = Ranks(command, processes, env=environment)
 
     def pids(self) -> dict[int, str]:
         """Process id -> command line of every process of it that is there."""
+        ranks = self.process.groups if isinstance(self.process, Ranks) else set()
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if self._marker.encode() in (process / "environ").read_bytes():
+                group = int((process / "stat").read_text().rpartition(")")[2].split()[2])
+                if group in ranks or self._marker.encode() in (process / "environ").read_bytes():
                     found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks."""
+        """Process ids of the ranks that are there."""
+        if isinstance(self.process, Ranks):
+            return sorted(self.process.groups & self.pids().keys())
         return [pid for pid, line in self.pids().items() if "pretrain.py" in line and "deepspeed" not in line]
 
     def wait(self, timeout: float = 180.0) -> Outcome:
@@ -133,12 +142,15 @@ class Launch:
         deadline = time.monotonic() + 5.0
         while (left := self.pids()) and time.monotonic() < deadline:
             time.sleep(0.1)
+        assert self.process.returncode is not None
         return Outcome(self.process.returncode, stdout, stderr, seconds, list(left.values()))
 
 
-def start(arguments: list[str], processes: int | None = None, timeout: float = 180.0) -> Outcome:
+def start(
+    arguments: list[str], processes: int | None = None, timeout: float = 180.0, launcher: bool = False
+) -> Outcome:
     """Run launch/pretrain.py to its end."""
-    return Launch(arguments, processes).wait(timeout)
+    return Launch(arguments, processes, launcher=launcher).wait(timeout)
 
 
 def answers(cases: list[list[str]]) -> list[tuple[object, str]]:

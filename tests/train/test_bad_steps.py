@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.train.command import data_arguments, make_corpus, start
+from tests.train.command import data_arguments, start
 
 
-def test_a_run_of_bad_steps_ends_with_code_65_and_names_the_checkpoint_from_before(tmp_path: Path) -> None:
-    prefix, run_dir = make_corpus(tmp_path), tmp_path / "run"
+def test_a_run_of_bad_steps_ends_with_code_65_and_names_the_checkpoint_from_before(
+    corpus: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
     command = [
-        *("--config", "examples/configs/tiny.yaml", *data_arguments(prefix), "--model.seq_length", "32"),
+        *("--config", "examples/configs/tiny.yaml", *data_arguments(corpus), "--model.seq_length", "32"),
         *("--train.run_dir", str(run_dir), "--checkpoint.load", "latest", "--checkpoint.save_every", "1"),
     ]
     good = start([*command, "--train.steps", "10"])

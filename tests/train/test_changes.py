@@ -13,7 +13,7 @@ from megamult.config import Config
 from megamult.optim.config import AdamWConfig, OptimizerConfig
 from megamult.train.changes import changes
 from megamult.train.config import TrainConfig
-from tests.train.command import data_arguments, make_corpus, start
+from tests.train.command import data_arguments, start
 
 
 def saved(config: Config) -> dict[str, Any]:
@@ -53,10 +53,12 @@ def test_a_key_that_an_older_checkpoint_lacks_counts_as_its_default() -> None:
     assert told is not None and told.splitlines()[1:] == ["  optimizer.gone  3 -> not set"]
 
 
-def test_an_override_that_is_left_out_at_resume_is_said_and_its_configuration_kept(tmp_path: Path) -> None:
+def test_an_override_that_is_left_out_at_resume_is_said_and_its_configuration_kept(
+    corpus: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     arguments = [
-        *("--config", "examples/configs/tiny.yaml", *data_arguments(make_corpus(tmp_path))),
+        *("--config", "examples/configs/tiny.yaml", *data_arguments(corpus)),
         *("--model.seq_length", "32", "--optimizer.warmup_steps", "0", "--train.run_dir", str(run_dir)),
     ]
     first = start([*arguments, "--train.steps", "2", "--optimizer.lr", "1e-3"])

@@ -15,7 +15,7 @@ import pytest
 from megamult.data.tokenizer import train_tokenizer
 from megamult.train import command_line, pretrain
 from tests.processes import run_distributed
-from tests.train.command import VOCAB, answers, data_arguments, make_corpus, snapshot, start
+from tests.train.command import VOCAB, answers, data_arguments, snapshot, start
 from tests.train.mistaken import make_checkpoints, make_long
 
 # What is wrong before any process group exists: arguments (FOLDER is a folder with the files below), and the line.
@@ -239,10 +239,11 @@ LATE: list[tuple[list[str], str]] = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good corpus (tiny), damaged ones, and a directory that holds a run."""
     folder = tmp_path_factory.mktemp("corpus")
-    tiny = make_corpus(folder)
+    shutil.copytree(corpus.parent, folder, dirs_exist_ok=True)
+    tiny = folder / corpus.name
     for name in ("cut", "foreign"):
         for suffix in (".bin", ".idx"):
             shutil.copy(f"{tiny}_train{suffix}", folder / f"{name}{suffix}")
@@ -290,12 +291,12 @@ def test_a_mistake_that_one_rank_sees_ends_both_and_rank_0_says_it(
     assert "Traceback" not in said and "error:" not in other_said
 
 
-# The same from outside, with everything that an import or a launcher may add: processes, arguments, the line.
+# The same from outside: processes, arguments, the line.
 OUTSIDE: dict[str, tuple[int | None, list[str], str]] = {
     "a bad key": (None, ["--model.num_layer=2"], r"unrecognized arguments: --model\.num_layer=2; --help"),
     "a bad key, two ranks": (2, ["--model.num_layer=2"], r"unrecognized arguments: --model\.num_layer=2; --help"),
     "a directory in use": (None, ["--train.run_dir=FOLDER/used"], r"FOLDER/used holds another run .*, choose another"),
-    "a corpus of other tokens, two ranks": (
+    "a corpus of other tokens, under DeepSpeed's launcher": (
         2,
         ["--parallel.tensor=2", "--data.train=FOLDER/foreign"],
         rf"foreign\.bin: token id {VOCAB} at token 7 ",
@@ -307,7 +308,8 @@ OUTSIDE: dict[str, tuple[int | None, list[str], str]] = {
 def test_the_command_ends_with_code_2_one_line_and_no_process_left(folder: Path, name: str) -> None:
     processes, further, message = OUTSIDE[name]
     before = snapshot(folder)
-    outcome = start(late_arguments(folder, further), processes)
+    # The last one brings everything that an import or a launcher may add to what is said.
+    outcome = start(late_arguments(folder, further), processes, launcher="launcher" in name)
     assert outcome.code == 2, outcome.text
     assert len(outcome.errors) == 1, outcome.text
     assert re.search(message.replace("FOLDER", re.escape(str(folder))), outcome.errors[0])

@@ -1,4 +1,4 @@
-"""A real run under DeepSpeed's launcher at tensor parallel 2: what it leaves, and the same losses at ZeRO 3."""
+"""A run under DeepSpeed's launcher at tensor parallel 2: what it leaves, and the same losses at ZeRO 3."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import megamult
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.train.command_line import parse
 from tests.processes import run_distributed
-from tests.train.command import REPOSITORY, VOCAB, data_arguments, make_corpus, start
+from tests.train.command import REPOSITORY, VOCAB, data_arguments, start
 
 STEPS, SEQ, BATCH = 4, 32, 16  # the batch is tiny.yaml's
 HIDDEN, FFN, LAYERS, KV = 128, 352, 2, 64  # tiny.yaml's
@@ -34,14 +34,13 @@ def arguments(prefix: Path, run_dir: Path, zero_stage: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """ZeRO stage -> run directory."""
     folder = tmp_path_factory.mktemp("runs")
-    prefix = make_corpus(folder)
     found = {}
     for stage in ZERO:
         found[stage] = folder / f"zero{stage}"
-        outcome = start(arguments(prefix, found[stage], stage), processes=2)
+        outcome = start(arguments(corpus, found[stage], stage), processes=2, launcher=stage == 1)
         assert outcome.code == 0, outcome.text
         assert outcome.errors == [] and outcome.left == []
         (found[stage] / "said.txt").write_text(outcome.stdout, encoding="utf-8")
@@ -98,10 +97,11 @@ def test_the_model_starts_ignorant_and_learns(runs: dict[int, Path]) -> None:
 
 
 @pytest.mark.parametrize("stage", ZERO)
-def test_config_yaml_reproduces_the_run(runs: dict[int, Path], stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_yaml_reproduces_the_run(
+    runs: dict[int, Path], corpus: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(REPOSITORY)
-    prefix = runs[stage].parent / "tiny"
-    asked, _ = parse(arguments(prefix, runs[stage], stage))
+    asked, _ = parse(arguments(corpus, runs[stage], stage))
     written, _ = parse(["--config", str(runs[stage] / "config.yaml")])
     assert written == asked
 
@@ -225,9 +225,9 @@ def numbers_drawn(arguments: list[str]) -> tuple[int, set[str]]:
     return sum(call.args[0].numel() for call in fill.call_args_list), heard
 
 
-def test_a_run_that_resumes_draws_no_weights_and_new_multipliers_start_at_1(tmp_path: Path) -> None:
+def test_a_run_that_resumes_draws_no_weights_and_new_multipliers_start_at_1(corpus: Path, tmp_path: Path) -> None:
     run = [
-        *("--config", str(REPOSITORY / "examples/configs/tiny.yaml"), *data_arguments(make_corpus(tmp_path))),
+        *("--config", str(REPOSITORY / "examples/configs/tiny.yaml"), *data_arguments(corpus)),
         *("--train.run_dir", str(tmp_path / "run"), "--model.seq_length", "32", "--optimizer.warmup_steps", "0"),
     ]
     parts: list[list[str]] = [
