@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,12 @@ from torch import Tensor
 
 from megamult.config import Config
 from megamult.distributed.config import ParallelConfig
-from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import AdamWConfig, OptimizerConfig
 from megamult.train.config import TrainConfig
 from tests.processes import run_distributed
+from tests.small import SMALL, VOCAB, Samples
 
-VOCAB = 200  # not a multiple of 128: the last rows are padding, on the last tensor-parallel rank
 LR = 3e-3
 PLACEMENTS: dict[str, Any] = {
     "all": "all",
@@ -75,18 +74,10 @@ class Case:
         return fits and not (self.implementation == "folded" and self.tied and self.placement != "mapping")
 
     def config(self) -> Config:
-        """12 heads, 2 groups, hidden 96: TP 4 cuts through a query group, and no size is a power of two."""
+        """A run of the small model."""
         batch = 16
         return Config(
-            model=ModelConfig(
-                num_layers=2,
-                hidden_size=96,
-                num_attention_heads=12,
-                num_query_groups=2,
-                ffn_hidden_size=132,
-                seq_length=24,
-                tie_embeddings=self.tied,
-            ),
+            model=replace(SMALL, tie_embeddings=self.tied),
             multipliers=MultipliersConfig(
                 implementation=self.implementation,  # type: ignore[arg-type]
                 placement=PLACEMENTS[self.placement],
@@ -125,21 +116,6 @@ class Outcome:
     kinds: dict[str, str] = field(default_factory=dict)
 
 
-class RandomSamples:
-    """Sample i: random tokens, the same for i and i + 16 (one global batch): there is something to learn."""
-
-    def __init__(self, vocab_size: int, seq_length: int) -> None:
-        self.vocab_size, self.seq_length = vocab_size, seq_length
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(index % 16)
-        text = torch.randint(0, self.vocab_size, (self.seq_length + 1,), generator=generator)
-        return {"tokens": text[:-1], "labels": text[1:]}
-
-    def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
-        """Nothing to open."""
-
-
 def run_cases(cases: list[Case]) -> list[Outcome]:
     """Train every case, one after the other, on this launch's processes. Complete on rank 0."""
     from megamult.distributed import start
@@ -153,7 +129,9 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
         config = case.config()
         mesh = start.initialize(case.tensor)
         engine = build(config, VOCAB, mesh)
-        trainer = Trainer(config, engine, RandomSamples(VOCAB, config.model.seq_length), None, VOCAB)
+        trainer = Trainer(
+            config, engine, Samples(VOCAB, config.model.seq_length, period=config.train.global_batch_size), None, VOCAB
+        )
         outcome = Outcome()
         for tensors in (outcome.initial, outcome.tensors):
             if tensors is outcome.tensors:

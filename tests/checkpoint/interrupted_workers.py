@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from megamult.distributed.mesh import current_mesh
-from tests.checkpoint.resume_workers import Samples
-from tests.invariance import VOCAB, Case
+from tests.invariance import Case
+from tests.small import VOCAB, Samples
 
 
 class Signalling(Samples):

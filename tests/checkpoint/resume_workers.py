@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megamult.checkpoint.config import CheckpointConfig
-from tests.invariance import VOCAB, Case
+from tests.invariance import Case
+from tests.small import VOCAB, Samples
 
 
 @dataclass
@@ -45,27 +45,6 @@ class Trace:
     new: list[str] = field(default_factory=list)
     drawn: list[float] = field(default_factory=list)
     """What torch draws on this rank after saving, and after loading."""
-
-
-class Samples:
-    """Sample i: random tokens of its own. Remembers what was asked for."""
-
-    def __init__(self, vocab_size: int, seq_length: int) -> None:
-        self.vocab_size, self.seq_length, self.seen = vocab_size, seq_length, list[int]()
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        self.seen.append(index)
-        generator = torch.Generator().manual_seed(index)
-        # Ids of low entropy, so that there is something to learn from few samples.
-        text = torch.randint(0, self.vocab_size, (self.seq_length + 1,), generator=generator) ** 2 // self.vocab_size
-        return {"tokens": text[:-1], "labels": text[1:]}
-
-    def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
-        """Nothing to open."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """None is needed."""
-        return {}
 
 
 def run_all(runs: list[Run]) -> list[Trace]:

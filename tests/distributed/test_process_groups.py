@@ -19,8 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megamult.checkpoint.saver import Saver
 from megamult.distributed import open_files, process_groups, start
 from megamult.distributed.mesh import current_mesh
-from tests.invariance import VOCAB, Case
+from tests.invariance import Case
 from tests.processes import run_distributed
+from tests.small import VOCAB
 
 TIMEOUT = datetime.timedelta(minutes=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megamult.distributed.mesh import current_mesh
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from tests.huggingface.corpus import VOCAB
+from tests.small import SMALL
 
 TOKENS, PROMPT, GREEDY = 256, 8, 64
 EOS = 2
@@ -25,7 +26,7 @@ GREEDY_CASES = ("all", "all, tied")
 
 
 @dataclass(frozen=True)
-class Case:
+class SavedModel:
     """A model, and how many processes it was spread over when it was saved."""
 
     tensor: int
@@ -35,33 +36,23 @@ class Case:
 
     @property
     def config(self) -> Config:
-        """Grouped queries; no number is a default of transformers', so that a field that is lost shows."""
-        model = ModelConfig(
-            num_layers=2,
-            hidden_size=96,
-            num_attention_heads=12,
-            num_query_groups=2,
-            ffn_hidden_size=132,
-            seq_length=TOKENS,
-            rotary_base=500.0,
-            norm_eps=1e-3,
-            tie_embeddings=self.tied,
-        )
+        """The small model; no number is a default of transformers', so that a field that is lost shows."""
+        model = replace(SMALL, seq_length=TOKENS, rotary_base=500.0, norm_eps=1e-3, tie_embeddings=self.tied)
         multipliers = MultipliersConfig(self.implementation, self.placement)  # type: ignore[arg-type]
         return Config(model=model, multipliers=multipliers, parallel=ParallelConfig(tensor=self.tensor))
 
 
 # At tensor parallel 2 each process holds half of the vocabulary's 512 padded rows: 400 leaves padding on the second.
 CASES = {
-    "all": Case(2, "all"),
-    "all, tied": Case(1, "all", tied=True),
-    "all, folded": Case(2, "all", implementation="folded"),
-    "symmetry_free, tied": Case(2, "symmetry_free", tied=True),
-    "scalar": Case(1, "scalar"),
-    "mapping, tied": Case(
+    "all": SavedModel(2, "all"),
+    "all, tied": SavedModel(1, "all", tied=True),
+    "all, folded": SavedModel(2, "all", implementation="folded"),
+    "symmetry_free, tied": SavedModel(2, "symmetry_free", tied=True),
+    "scalar": SavedModel(1, "scalar"),
+    "mapping, tied": SavedModel(
         1, {"q": "row", "k": ["row", "scalar"], "v": "col", "up": "row", "down": "scalar"}, tied=True
     ),
-    "none": Case(2, "all", implementation="none"),
+    "none": SavedModel(2, "all", implementation="none"),
 }
 
 

@@ -16,8 +16,9 @@ from megamult.multipliers.merge import LEAVES
 from megamult.parameters import megatron
 from megamult.parameters.axes import tensor_shard
 from megamult.parameters.stated import set_spec
-from tests.invariance import VOCAB, Case
+from tests.invariance import Case
 from tests.processes import run_distributed
+from tests.small import VOCAB
 
 CASES = [
     Case(world=4, tensor=tensor, zero=zero, dtype=dtype)

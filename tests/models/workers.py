@@ -8,23 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamult.models.llama.config import ModelConfig
+from tests.small import SMALL
 
 VOCAB, PADDED = 130, 256  # at tensor parallel 4 rank 2 holds two tokens and rank 3 padding alone
 SEQ, BATCH = 6, 3
 LOSS_CASES = {"plain": (torch.float32, 0.0), "far from zero": (torch.float32, 300.0), "bf16": (torch.bfloat16, 0.0)}
 """dtype of the logits, offset of all logits."""
 
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=96,
-    num_attention_heads=12,
-    num_query_groups=2,
-    ffn_hidden_size=60,
-    seq_length=24,
-    vocab_size=VOCAB,
-    init_std=0.1,
-)
+MODEL = dataclasses.replace(SMALL, vocab_size=VOCAB, init_std=0.1)
 SEED = 7
 
 

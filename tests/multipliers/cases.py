@@ -57,7 +57,7 @@ PLACEMENTS: dict[str, dict[str, dict[str, str | tuple[str, ...]]]] = {
 
 
 @dataclass(frozen=True)
-class Case:
+class LayerCase:
     """One layer in one setting."""
 
     layer: str
@@ -94,7 +94,7 @@ SETTINGS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
 """(tensor parallel, sequence parallel)"""
 
 CASES = [
-    Case(layer, placement, tensor, sequence, grad_sync)
+    LayerCase(layer, placement, tensor, sequence, grad_sync)
     for tensor, sequence in SETTINGS
     for layer, placements in PLACEMENTS.items()
     for placement in placements
@@ -125,7 +125,7 @@ class Data:
         return Data(**by_part, x=self.x.abs())
 
 
-def draw(case: Case) -> Data:
+def draw(case: LayerCase) -> Data:
     """The case's numbers: fp32 values, multipliers on both sides of zero and exactly zero."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{case.layer} {case.placement}".encode()))
 
@@ -203,7 +203,7 @@ def gate_up_rows(ffn: int, rank: int, tensor: int) -> list[tuple[str, int]]:
     return [(part, rank * piece + i) for part in ("gate", "up") for i in range(piece)]
 
 
-def local_rows(case: Case, rank: int) -> list[tuple[str, int] | None]:
+def local_rows(case: LayerCase, rank: int) -> list[tuple[str, int] | None]:
     """(part, row) of each row of a rank's weight; None: padding."""
     if case.layer == "row":
         return [("", i) for i in range(PARTS["row"][""])]
@@ -219,7 +219,7 @@ def local_rows(case: Case, rank: int) -> list[tuple[str, int] | None]:
     return whole[rank * piece : (rank + 1) * piece]
 
 
-def local_columns(case: Case, rank: int) -> slice:
+def local_columns(case: LayerCase, rank: int) -> slice:
     """The columns of a rank's weight."""
     if case.layer != "row":
         return slice(None)
@@ -227,7 +227,7 @@ def local_columns(case: Case, rank: int) -> slice:
     return slice(rank * piece, (rank + 1) * piece)
 
 
-def local_tokens(case: Case, rank: int) -> slice:
+def local_tokens(case: LayerCase, rank: int) -> slice:
     """The sequence positions of a rank under sequence parallelism."""
     if not case.sequence:
         return slice(None)
@@ -235,7 +235,7 @@ def local_tokens(case: Case, rank: int) -> slice:
     return slice(rank * piece, (rank + 1) * piece)
 
 
-def shard(case: Case, rank: int, whole: Data | Dense, unused: float) -> dict[str, Tensor]:
+def shard(case: LayerCase, rank: int, whole: Data | Dense, unused: float) -> dict[str, Tensor]:
     """A rank's parameters, or their gradients, from the whole ones: `weight`, `bias` and the `*_multiplier`.
 
     Row multipliers follow each other in the order of the local weight's rows and fill the length that the fullest
@@ -262,7 +262,7 @@ def shard(case: Case, rank: int, whole: Data | Dense, unused: float) -> dict[str
     return result
 
 
-def local_input(case: Case, rank: int, x: Tensor) -> Tensor:
+def local_input(case: LayerCase, rank: int, x: Tensor) -> Tensor:
     """What a rank feeds its layer (and the shape of the input's gradient there)."""
     if case.layer == "embedding":
         return x
@@ -271,7 +271,7 @@ def local_input(case: Case, rank: int, x: Tensor) -> Tensor:
     return x[local_tokens(case, rank)]
 
 
-def local_output(case: Case, rank: int, y: dict[str, Tensor]) -> Tensor:
+def local_output(case: LayerCase, rank: int, y: dict[str, Tensor]) -> Tensor:
     """What a rank's layer puts out, of the whole output by part."""
     if case.layer == "embedding":
         whole = y[""][local_tokens(case, rank)]

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.multipliers.cases import Case
+from tests.multipliers.cases import LayerCase
 from tests.multipliers.workers import run_all
 from tests.processes import run_distributed
 
-ByRank = Callable[[str, Case], list[Any]]
+ByRank = Callable[[str, LayerCase], list[Any]]
 
 
 @pytest.fixture(scope="session")

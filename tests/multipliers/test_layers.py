@@ -14,7 +14,7 @@ from megamult.multipliers.layer_scaling import LayerScaling
 from megamult.parameters import megatron
 from megamult.parameters.axes import Grid, tensor_shard
 from tests.multipliers import cases
-from tests.multipliers.cases import CASES, Case, Dense
+from tests.multipliers.cases import CASES, Dense, LayerCase
 from tests.multipliers.conftest import ByRank
 from tests.multipliers.workers import COUNTED, FRESH, KEPT
 
@@ -27,11 +27,11 @@ factor, row or summand is an error of order one on this scale."""
 
 @functools.cache
 def _dense(layer: str, placement: str) -> tuple[Dense, Dense]:
-    data = cases.draw(Case(layer, placement, 1, False, "step"))
+    data = cases.draw(LayerCase(layer, placement, 1, False, "step"))
     return cases.dense(data), cases.dense(data.magnitudes())
 
 
-def wanted(case: Case, rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def wanted(case: LayerCase, rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a rank should hold, by name as the worker names it, and the sums of its |terms|."""
     pair = []
     for whole in _dense(case.layer, case.placement):
@@ -51,12 +51,12 @@ def assert_close(name: str, got: Tensor, want: Tensor, scale: Tensor) -> None:
     assert bool((error <= bound).all()), f"{name}: off by up to {(error / scale).nan_to_num(torch.inf).max():.2e}"
 
 
-def multipliers_of(case: Case) -> list[str]:
+def multipliers_of(case: LayerCase) -> list[str]:
     return [f"{side}_multiplier" for side in ("row", "col", "scalar") if case.scaled(side)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_and_input_and_weight_gradients_are_the_dense_layers(by_rank: ByRank, case: Case) -> None:
+def test_output_and_input_and_weight_gradients_are_the_dense_layers(by_rank: ByRank, case: LayerCase) -> None:
     for rank, outcome in enumerate(by_rank("gradients", case)):
         want, scale = wanted(case, rank)
         names = ["y", "weight"] + ["dx"] * (case.layer != "embedding")
@@ -68,7 +68,7 @@ def test_output_and_input_and_weight_gradients_are_the_dense_layers(by_rank: ByR
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.grad_sync == "backward"], ids=str)
-def test_multiplier_gradients_are_complete_on_every_rank_after_backward(by_rank: ByRank, case: Case) -> None:
+def test_multiplier_gradients_are_complete_on_every_rank_after_backward(by_rank: ByRank, case: LayerCase) -> None:
     for rank, outcome in enumerate(by_rank("gradients", case)):
         want, scale = wanted(case, rank)
         assert not any(outcome["partial"].values()), "an optimizer would sum a complete gradient again"
@@ -78,7 +78,7 @@ def test_multiplier_gradients_are_complete_on_every_rank_after_backward(by_rank:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.grad_sync == "step"], ids=str)
 def test_multiplier_gradients_sum_to_the_dense_ones_where_the_layout_says_partial_and_are_complete_elsewhere(
-    by_rank: ByRank, case: Case
+    by_rank: ByRank, case: LayerCase
 ) -> None:
     outcomes = by_rank("gradients", case)
     for name in multipliers_of(case):
@@ -102,7 +102,7 @@ def states_partial(layer: str, side: str, tensor: int, sequence: bool) -> bool:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.grad_sync == "step"], ids=str)
-def test_the_layout_states_partial_exactly_as_the_table_has_it(by_rank: ByRank, case: Case) -> None:
+def test_the_layout_states_partial_exactly_as_the_table_has_it(by_rank: ByRank, case: LayerCase) -> None:
     table = {
         f"{side}_multiplier": states_partial(case.layer, side, case.tensor, case.sequence)
         for side in ("row", "col", "scalar")
@@ -113,18 +113,18 @@ def test_the_layout_states_partial_exactly_as_the_table_has_it(by_rank: ByRank, 
 
 
 @pytest.mark.parametrize("case", FRESH, ids=str)
-def test_a_fresh_layer_computes_bitwise_what_megatrons_plain_layer_computes(by_rank: ByRank, case: Case) -> None:
+def test_a_fresh_layer_computes_bitwise_what_megatrons_plain_layer_computes(by_rank: ByRank, case: LayerCase) -> None:
     assert by_rank("fresh", case) == [[]] * case.tensor
 
 
 @pytest.mark.parametrize("case", KEPT, ids=str)
-def test_nothing_of_the_weights_size_is_kept_for_backward(by_rank: ByRank, case: Case) -> None:
+def test_nothing_of_the_weights_size_is_kept_for_backward(by_rank: ByRank, case: LayerCase) -> None:
     for kept in by_rank("kept", case):
         assert all(size < kept["weight"] for size in kept["alive"]), kept  # inputs and outputs are smaller here
 
 
 @pytest.mark.parametrize("case", [case for case in COUNTED if case.grad_sync == "step"], ids=str)
-def test_multipliers_add_no_collective_when_the_optimizer_sums(by_rank: ByRank, case: Case) -> None:
+def test_multipliers_add_no_collective_when_the_optimizer_sums(by_rank: ByRank, case: LayerCase) -> None:
     for found in by_rank("collectives", case):
         assert found["plain"], "the plain layer communicates at tensor parallel 2: the count sees nothing"
         assert Counter(found["multipliers"]) == Counter(found["plain"])
@@ -132,7 +132,7 @@ def test_multipliers_add_no_collective_when_the_optimizer_sums(by_rank: ByRank, 
 
 @pytest.mark.parametrize("case", [case for case in COUNTED if case.grad_sync == "backward"], ids=str)
 def test_multipliers_add_one_collective_to_a_layer_whose_backward_sums_and_none_where_nothing_is_partial(
-    by_rank: ByRank, case: Case
+    by_rank: ByRank, case: LayerCase
 ) -> None:
     partial = any(states_partial(case.layer, side, 2, case.sequence) for side in ("row", "col") if case.scaled(side))
     for found in by_rank("collectives", case):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.multipliers import cases
-from tests.multipliers.cases import Case
+from tests.multipliers.cases import LayerCase
 from tests.multipliers.conftest import ByRank
 from tests.multipliers.workers import SAVED
 
@@ -14,7 +14,9 @@ every_case = pytest.mark.parametrize("case", SAVED, ids=str)
 
 
 @every_case
-def test_the_pieces_of_all_ranks_tile_each_logical_multiplier_once_with_its_values(by_rank: ByRank, case: Case) -> None:
+def test_the_pieces_of_all_ranks_tile_each_logical_multiplier_once_with_its_values(
+    by_rank: ByRank, case: LayerCase
+) -> None:
     data = cases.draw(case)
     wanted = {}
     for side in ("row", "col", "scalar"):
@@ -35,7 +37,7 @@ def test_the_pieces_of_all_ranks_tile_each_logical_multiplier_once_with_its_valu
 
 
 @every_case
-def test_every_rank_reads_its_replicated_multipliers_whole(by_rank: ByRank, case: Case) -> None:
+def test_every_rank_reads_its_replicated_multipliers_whole(by_rank: ByRank, case: LayerCase) -> None:
     sharded = {"row": "col", "embedding": "row"}.get(case.layer, "row")
     for rank, outcome in enumerate(by_rank("sharded", case)):
         for key, _, _, _, replica_id in outcome["pieces"]:
@@ -44,7 +46,7 @@ def test_every_rank_reads_its_replicated_multipliers_whole(by_rank: ByRank, case
 
 
 @every_case
-def test_merging_what_was_cut_gives_the_parameter_back(by_rank: ByRank, case: Case) -> None:
+def test_merging_what_was_cut_gives_the_parameter_back(by_rank: ByRank, case: LayerCase) -> None:
     names = [f"m.{side}_multiplier" for side in ("col", "row", "scalar") if case.scaled(side)]
     for outcome in by_rank("sharded", case):
         assert outcome["names"] == names

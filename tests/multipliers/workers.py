@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.multipliers import cases
-from tests.multipliers.cases import CASES, Case
+from tests.multipliers.cases import CASES, LayerCase
 
 
-def build(case: Case, plain: bool = False) -> torch.nn.Module:
+def build(case: LayerCase, plain: bool = False) -> torch.nn.Module:
     """The case's layer, or with `plain` the class of Megatron's that it extends."""
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -55,7 +55,7 @@ def load(layer: torch.nn.Module, values: dict[str, Tensor]) -> None:
             parameters[name].copy_(value)
 
 
-def forward_backward(case: Case, rank: int, layer: torch.nn.Module) -> dict[str, Tensor]:
+def forward_backward(case: LayerCase, rank: int, layer: torch.nn.Module) -> dict[str, Tensor]:
     """The rank's output `y`, input gradient `dx`, and the gradient of every parameter by name."""
     data = cases.draw(case)
     x = cases.local_input(case, rank, data.x).clone().requires_grad_(case.layer != "embedding")
@@ -68,7 +68,7 @@ def forward_backward(case: Case, rank: int, layer: torch.nn.Module) -> dict[str,
     return results if x.grad is None else results | {"dx": x.grad.clone()}
 
 
-def gradients_of(case: Case, rank: int) -> dict[str, Any]:
+def gradients_of(case: LayerCase, rank: int) -> dict[str, Any]:
     """Results with the case's multipliers, and what each parameter's layout says about its gradient."""
     from megamult.parameters.stated import spec_of
 
@@ -79,7 +79,7 @@ def gradients_of(case: Case, rank: int) -> dict[str, Any]:
     return {"results": forward_backward(case, rank, layer), "partial": partial}
 
 
-def fresh_differences(case: Case, rank: int) -> list[str]:
+def fresh_differences(case: LayerCase, rank: int) -> list[str]:
     """Which results of a fresh layer are not bitwise those of Megatron's plain one."""
     fresh, plain = build(case), build(case, plain=True)
     values = cases.shard(case, rank, cases.draw(case), unused=1.0)
@@ -90,7 +90,7 @@ def fresh_differences(case: Case, rank: int) -> list[str]:
     return [name for name in want if not torch.equal(got[name], want[name])]
 
 
-def collectives_of(case: Case, rank: int) -> dict[str, list[str]]:
+def collectives_of(case: LayerCase, rank: int) -> dict[str, list[str]]:
     """The collectives of one forward and backward pass, of our layer and of Megatron's."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -145,7 +145,7 @@ class _LiveStorages:
         return sorted(n for key, (ref, n) in self.references.items() if key not in ours and not ref.expired())
 
 
-def kept_for_backward(case: Case, rank: int) -> dict[str, Any]:
+def kept_for_backward(case: LayerCase, rank: int) -> dict[str, Any]:
     """Bytes of each tensor that forward leaves alive besides parameters, input and output; and of the weight."""
     from megatron.core.parallel_state import get_global_memory_buffer
 
@@ -161,7 +161,7 @@ def kept_for_backward(case: Case, rank: int) -> dict[str, Any]:
     }
 
 
-def sharded_state_of(case: Case, rank: int) -> dict[str, Any]:
+def sharded_state_of(case: LayerCase, rank: int) -> dict[str, Any]:
     """The multipliers' ShardedTensors after Megatron applied their factories, and what merging gives back."""
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
@@ -197,7 +197,7 @@ KEPT = [
 ]
 SAVED = [case for case in CASES if not case.sequence and case.grad_sync == "step"]
 
-RUNS: dict[str, tuple[Any, list[Case]]] = {
+RUNS: dict[str, tuple[Any, list[LayerCase]]] = {
     "gradients": (gradients_of, CASES),
     "fresh": (fresh_differences, FRESH),
     "collectives": (collectives_of, COUNTED),
@@ -206,7 +206,7 @@ RUNS: dict[str, tuple[Any, list[Case]]] = {
 }
 
 
-def run_all() -> dict[tuple[str, Case], Any]:
+def run_all() -> dict[tuple[str, LayerCase], Any]:
     """Every run's result on this rank, by (run, case). A rank beyond a case's tensor parallel size leaves it out."""
     from megamult.distributed import start
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from megamult.parameters.axes import Grid
-from tests.optim.workers import VOCAB, Case, _batch
+from tests.optim.workers import StepCase, _batch
+from tests.small import VOCAB
 
 
-def _engine(case: Case, placement: Any, initial: Any = None) -> tuple[Any, Any]:
+def _engine(case: StepCase, placement: Any, initial: Any = None) -> tuple[Any, Any]:
     """A fresh engine with folded multipliers, and its configuration."""
-    from megamult.distributed import environment, start
+    from megamult.distributed import start
     from megamult.optim.build import make_optimizer
     from megamult.train.deepspeed_engine import build
 
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else environment.world_size()
-    config = case.config(world)
+    config = case.config()
     config.multipliers = replace(config.multipliers, implementation="folded", placement=placement)
 
     def started(config: Any, model: torch.nn.Module, mesh: Any) -> Any:
@@ -44,7 +44,7 @@ PLACEMENT = {
 }
 
 
-def equations(cases: list[Case]) -> list[dict[str, Any]]:
+def equations(cases: list[StepCase]) -> list[dict[str, Any]]:
     """Per case: full G, W, multipliers before; full dL/dW and the multipliers' gradient after. Whole on rank 0."""
     from megamult.zero.gather import gather
 
@@ -83,7 +83,7 @@ def equations(cases: list[Case]) -> list[dict[str, Any]]:
     return results
 
 
-def starts(cases: list[Case]) -> list[dict[str, float]]:
+def starts(cases: list[StepCase]) -> list[dict[str, float]]:
     """Per case, of this rank: first losses by how the multipliers start; and of a plain model of doubled matrices."""
     from megamult.parameters.stated import named_specs
     from megamult.train.model import build_model
@@ -105,6 +105,6 @@ def starts(cases: list[Case]) -> list[dict[str, float]]:
     return results
 
 
-def all_of_it(cases: list[Case], starting: list[Case]) -> dict[str, Any]:
+def all_of_it(cases: list[StepCase], starting: list[StepCase]) -> dict[str, Any]:
     """Everything in one launch."""
     return {"equations": equations(cases), "starts": starts(starting)}

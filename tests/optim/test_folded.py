@@ -23,21 +23,21 @@ from megamult.parameters.spec import ParameterSpec, Part, Segment
 from megamult.parameters.stated import set_spec
 from megamult.zero.whole import WholePartition
 from tests.optim.folded_workers import PLACEMENT, all_of_it
-from tests.optim.workers import Case
+from tests.optim.workers import StepCase
 from tests.processes import run_distributed
 
 CASES = [
-    *(Case(stage=stage) for stage in range(4)),
-    *(Case(tensor=2, stage=stage) for stage in (0, 1, 3)),
-    Case(tensor=2, sequence=True, stage=2),
-    Case(stage=1, dtype="bf16"),
-    Case(stage=0, dtype="bf16"),
+    *(StepCase(world=2, zero=stage) for stage in range(4)),
+    *(StepCase(world=2, tensor=2, zero=stage) for stage in (0, 1, 3)),
+    StepCase(world=2, tensor=2, sequence=True, zero=2),
+    StepCase(world=2, zero=1, dtype="bf16"),
+    StepCase(world=2, zero=0, dtype="bf16"),
 ]
-STARTING = [*CASES[:4], Case(tensor=2, stage=3), Case(stage=1, dtype="bf16")]
+STARTING = [*CASES[:4], StepCase(world=2, tensor=2, zero=3), StepCase(world=2, zero=1, dtype="bf16")]
 
 
-def _name(case: Case) -> str:
-    return f"tp{case.tensor}{'-sp' if case.sequence else ''}-zero{case.stage}-{case.dtype}"
+def _name(case: StepCase) -> str:
+    return f"tp{case.tensor}{'-sp' if case.sequence else ''}-zero{case.zero}-{case.dtype}"
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def of_part(multipliers: dict[str, Tensor], weight_name: str) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)
-def test_the_chain_rule_is_equation_4_whatever_zero_cuts(ranks: list[dict[str, Any]], case: Case) -> None:
+def test_the_chain_rule_is_equation_4_whatever_zero_cuts(ranks: list[dict[str, Any]], case: StepCase) -> None:
     result = ranks[0]["equations"][CASES.index(case)]
     # fp32 sums of up to a few hundred terms; gradients kept in bf16 (ZeRO 0 there) are rounded to 2^-9 once more.
-    tolerance = 1e-5 if case.dtype == "fp32" or case.stage else 2**-8
+    tolerance = 1e-5 if case.dtype == "fp32" or case.zero else 2**-8
     checked = set()
     for name, g in result["G"].items():
         w, sides = result["W"][name], of_part(result["multipliers"], name)
@@ -82,19 +82,19 @@ def test_the_chain_rule_is_equation_4_whatever_zero_cuts(ranks: list[dict[str, A
 def test_matrices_straddle_partitions_and_partitions_hold_several(ranks: list[dict[str, Any]]) -> None:
     """Else the test above would not show what it says."""
     for case, *found in zip(CASES, *(rank["equations"] for rank in ranks), strict=True):
-        if case.stage and case.tensor == 1:
+        if case.zero and case.tensor == 1:
             assert any(result["straddling"] for result in found)
             assert any(result["several matrices in a partition"] for result in found)
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)
-def test_every_rank_has_the_same_gradient_of_the_multipliers(ranks: list[dict[str, Any]], case: Case) -> None:
+def test_every_rank_has_the_same_gradient_of_the_multipliers(ranks: list[dict[str, Any]], case: StepCase) -> None:
     first, second = (rank["equations"][CASES.index(case)]["dm"] for rank in ranks)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("case", STARTING, ids=_name)
-def test_the_model_starts_with_effective_weights(ranks: list[dict[str, Any]], case: Case) -> None:
+def test_the_model_starts_with_effective_weights(ranks: list[dict[str, Any]], case: StepCase) -> None:
     for rank in ranks:
         losses = rank["starts"][STARTING.index(case)]
         assert losses["cancelled"] == losses["ones"], "2 x 0.5 = 1 exactly"

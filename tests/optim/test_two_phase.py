@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import pytest
 
-from tests.optim.workers import Case, one_process, run_cases
+from tests.optim.workers import StepCase, one_process, run_cases
 from tests.processes import run_distributed
 
+_two_ranks = functools.partial(StepCase, world=2)
 TWO = [  # data parallel: every stage in both dtypes; tensor parallel: every stage, each dtype twice
-    *(Case(stage=stage, poison="gradient" if stage else "objective") for stage in range(4)),
-    *(Case(stage=stage, dtype="bf16") for stage in range(4)),
-    *(Case(tensor=2, stage=stage, dtype=("fp32", "bf16")[stage % 2], poison="gradient") for stage in range(4)),
-    Case(tensor=2, sequence=True, stage=1),
-    *(Case(stage=stage, dtype=("fp32", "bf16")[stage % 2], optimizer="muon") for stage in range(4)),
-    *(Case(tensor=2, stage=stage, dtype=("bf16", "fp32")[stage % 2], optimizer="muon") for stage in range(4)),
-    Case(stage=2, optimizer="muon", poison="gradient"),
+    *(_two_ranks(zero=stage, poison="gradient" if stage else "objective") for stage in range(4)),
+    *(_two_ranks(zero=stage, dtype="bf16") for stage in range(4)),
+    *(_two_ranks(tensor=2, zero=stage, dtype=("fp32", "bf16")[stage % 2], poison="gradient") for stage in range(4)),
+    _two_ranks(tensor=2, sequence=True, zero=1),
+    *(_two_ranks(zero=stage, dtype=("fp32", "bf16")[stage % 2], optimizer="muon") for stage in range(4)),
+    *(_two_ranks(tensor=2, zero=stage, dtype=("bf16", "fp32")[stage % 2], optimizer="muon") for stage in range(4)),
+    _two_ranks(zero=2, optimizer="muon", poison="gradient"),
 ]
-ONE = [Case(), Case(stage=1), Case(dtype="bf16"), Case(optimizer="muon")]
+ONE = [StepCase(), StepCase(zero=1), StepCase(dtype="bf16"), StepCase(optimizer="muon")]
 
 
-def _name(case: Case) -> str:
+def _name(case: StepCase) -> str:
     split = f"tp{case.tensor}{'-sp' if case.sequence else ''}"
-    return f"{case.optimizer}-{split}-zero{case.stage}-{case.dtype}-{case.poison}"
+    return f"{case.optimizer}-{split}-zero{case.zero}-{case.dtype}-{case.poison}"
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +36,8 @@ def one() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two() -> dict[Case, list[dict[str, Any]]]:
-    """Case -> what each of two ranks saw."""
+def two() -> dict[StepCase, list[dict[str, Any]]]:
+    """StepCase -> what each of two ranks saw."""
     ranks = run_distributed(2, run_cases, TWO)
     return {case: [rank[i] for rank in ranks] for i, case in enumerate(TWO)}
 
@@ -51,7 +53,7 @@ def test_norms_in_one_process_are_those_of_autograd_with_multipliers_apart(one: 
 
 @pytest.mark.parametrize("case", TWO, ids=_name)
 def test_norms_count_each_element_once_whatever_the_layout(
-    one: dict[str, Any], two: dict[Case, list[dict[str, Any]]], case: Case
+    one: dict[str, Any], two: dict[StepCase, list[dict[str, Any]]], case: StepCase
 ) -> None:
     main, multipliers = one["autograd norms"]
     # fp32: sums in another order. bf16: gradients rounded to 8 bits, random over thousands of elements; a replica
@@ -64,7 +66,7 @@ def test_norms_count_each_element_once_whatever_the_layout(
 
 @pytest.mark.parametrize("case", TWO, ids=_name)
 def test_a_step_with_a_bad_gradient_on_one_rank_is_skipped_on_every_rank(
-    two: dict[Case, list[dict[str, Any]]], case: Case
+    two: dict[StepCase, list[dict[str, Any]]], case: StepCase
 ) -> None:
     for rank in two[case]:
         assert rank["moved"], "the step before must change something, or nothing is shown"
@@ -77,7 +79,7 @@ def test_a_step_with_a_bad_gradient_on_one_rank_is_skipped_on_every_rank(
 
 @pytest.mark.parametrize("case", TWO, ids=_name)
 def test_the_step_after_a_skipped_one_is_bitwise_what_it_would_have_been(
-    two: dict[Case, list[dict[str, Any]]], case: Case
+    two: dict[StepCase, list[dict[str, Any]]], case: StepCase
 ) -> None:
     for rank in two[case]:
         assert rank["fresh again"], "two engines of one seed start differently: the comparison would show nothing"
@@ -96,7 +98,7 @@ def test_deepspeeds_phantom_step_at_zero_0_in_bf16_leaves_no_trace(one: dict[str
     assert unfused["class"] == "FP16_UnfusedOptimizer", "the class whose constructor calls step()"
     assert unfused["masters"] == unfused["parameters"] > 0
     assert unfused["equal"], "weight decay was applied at construction"
-    outcome = one["cases"][ONE.index(Case(dtype="bf16"))]
+    outcome = one["cases"][ONE.index(StepCase(dtype="bf16"))]
     assert outcome["counts when fresh"] <= {0.0}
     assert outcome["counts after one step"] == {1.0}
 

@@ -2,64 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megamult.config import Config
-from megamult.distributed.config import ParallelConfig
 from megamult.distributed.mesh import current_mesh
-from megamult.models.llama.config import ModelConfig
 from megamult.optim.config import OptimizerConfig
-from megamult.train.config import TrainConfig
+from tests.invariance import Case
+from tests.small import VOCAB
 
-VOCAB = 200  # padded to 256
-SEQ, BATCH = 16, 4
+BATCH = 16
 THRESHOLD = 0.25  # below the first norms of both kinds, so that clipping happens
 
 
 @dataclass(frozen=True)
-class Case:
-    """A layout, and how the second step's gradient goes bad (on the last rank)."""
+class StepCase(Case):
+    """A run of one layer without warm-up, and how its second step's gradient goes bad (on the last rank)."""
 
-    tensor: int = 1
-    sequence: bool = False
-    stage: int = 0
-    dtype: str = "fp32"
-    optimizer: str = "adamw"
     poison: str = "objective"
     """objective: its loss is NaN; gradient: one element of one reduced gradient that this rank holds is infinite."""
 
-    def config(self, world: int) -> Config:
-        unfused = self.stage == 0 and self.dtype == "bf16"
-        return Config(
-            model=ModelConfig(
-                num_layers=1,
-                hidden_size=48,
-                num_attention_heads=4,
-                num_query_groups=2,
-                ffn_hidden_size=60,
-                seq_length=SEQ,
-            ),
-            optimizer=OptimizerConfig(name=self.optimizer, lr=1e-2, clip_grad_norm=THRESHOLD),  # type: ignore[arg-type]
-            parallel=ParallelConfig(tensor=self.tensor, sequence=self.sequence, zero_stage=self.stage),
-            train=TrainConfig(
-                steps=3,
-                global_batch_size=BATCH,
-                micro_batch_size=BATCH // (world // self.tensor),
-                dtype=self.dtype,  # type: ignore[arg-type]
-                grad_accum_dtype="bf16" if unfused else "auto",
-            ),
-        )
+    def config(self) -> Config:
+        """The configuration."""
+        config = super().config()
+        config.model = replace(config.model, num_layers=1)
+        config.optimizer = OptimizerConfig(name=self.optimizer, lr=1e-2, clip_grad_norm=THRESHOLD)  # type: ignore[arg-type]
+        return config
 
 
 def _batch(step: int, config: Config) -> tuple[Tensor, Tensor]:
     """This data-parallel rank's rows of the global batch of `step`."""
     from megamult.distributed.mesh import current_mesh
 
-    text = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(step))
+    text = torch.randint(0, VOCAB, (BATCH, config.model.seq_length + 1), generator=torch.Generator().manual_seed(step))
     size, rank = config.train.micro_batch_size, current_mesh().groups["data"].rank()
     rows = text[rank * size : (rank + 1) * size]
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -90,12 +68,12 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def run_case(case: Case) -> dict[str, Any]:
+def run_case(case: StepCase) -> dict[str, Any]:
     """Steps on batch 0, a bad one, batch 1; and, in a second engine, batch 0 and batch 1 alone."""
     from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
 
-    config = case.config(torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world())
+    config = case.config()
     mesh = start.initialize(case.tensor)
     result: dict[str, Any] = {}
     engine = build(config, VOCAB, mesh)
@@ -125,18 +103,12 @@ def run_case(case: Case) -> dict[str, Any]:
     return result
 
 
-def _world() -> int:
-    from megamult.distributed import environment
-
-    return environment.world_size()
-
-
-def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
+def run_cases(cases: list[StepCase]) -> list[dict[str, Any]]:
     """All of them in one launch."""
     return [run_case(case) for case in cases]
 
 
-def one_process(cases: list[Case]) -> dict[str, Any]:
+def one_process(cases: list[StepCase]) -> dict[str, Any]:
     """References, and what needs one process alone."""
     from megamult.distributed import start
 
@@ -154,7 +126,7 @@ def autograd_norms() -> tuple[float, float]:
     from megamult.parameters.stated import named_specs
     from megamult.train.model import build_model
 
-    config = Case().config(1)
+    config = StepCase().config()
     model = build_model(config, VOCAB, config.train.seed)
     model(*_batch(0, config))[0].backward()
     squares = [0.0, 0.0]
@@ -170,7 +142,7 @@ def unfused_start() -> dict[str, Any]:
     from megamult.train.deepspeed_engine import build
     from megamult.train.model import build_model
 
-    config = Case(dtype="bf16").config(1)
+    config = StepCase(dtype="bf16").config()
     engine = build(config, VOCAB, start.initialize(1))
     initial = dict(build_model(config, VOCAB, config.train.seed).named_parameters())
     equal = [

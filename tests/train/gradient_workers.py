@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,17 +10,15 @@ from torch import Tensor
 
 from megamult.config import Config
 from megamult.distributed.config import ParallelConfig
-from megamult.models.llama.config import ModelConfig
 from megamult.train.config import TrainConfig
+from tests.small import SMALL, VOCAB
 
-VOCAB, SEQ, MICRO_BATCHES = 200, 16, 2
+MICRO_BATCHES = 2
 
 
 def _config(stage: int, ranks: int, deepspeed: dict[str, Any] | None = None) -> Config:
     return Config(
-        model=ModelConfig(
-            num_layers=1, hidden_size=48, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=60, seq_length=SEQ
-        ),
+        model=replace(SMALL, num_layers=1),
         parallel=ParallelConfig(zero_stage=stage),
         train=TrainConfig(steps=1, global_batch_size=MICRO_BATCHES * ranks, micro_batch_size=1, dtype="bf16"),
         deepspeed=deepspeed,
@@ -29,7 +28,7 @@ def _config(stage: int, ranks: int, deepspeed: dict[str, Any] | None = None) -> 
 def _batches(rank: int) -> list[tuple[Tensor, Tensor]]:
     """The micro-batches of a data-parallel rank."""
     generator = torch.Generator().manual_seed(rank)
-    texts = [torch.randint(0, VOCAB, (1, SEQ + 1), generator=generator) for _ in range(MICRO_BATCHES)]
+    texts = [torch.randint(0, VOCAB, (1, SMALL.seq_length + 1), generator=generator) for _ in range(MICRO_BATCHES)]
     return [(text[:, :-1].contiguous(), text[:, 1:].contiguous()) for text in texts]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from megamult.train.batches import MicroBatch
 from megamult.train.config import TrainConfig
 from megamult.train.engine import Engine, EngineState
 from megamult.zero.gather import Logical
+from tests.small import Samples
 
 VOCAB, SEQ, STEPS, ACCUMULATION, MICRO = 11, 8, 4, 2, 3
 LR = 0.5
@@ -40,26 +41,9 @@ def loss_of(model: torch.nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
 
 
-class Samples:
-    """Sample i: random tokens of its own."""
-
-    def __init__(self, offset: int) -> None:
-        self.offset = offset
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        text = torch.randint(0, VOCAB, (SEQ + 1,), generator=torch.Generator().manual_seed(index + self.offset))
-        return {"tokens": text[:-1], "labels": text[1:]}
-
-    def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
-        """Nothing to open."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """None is needed."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
-        """None is needed."""
-        return []
+def samples(valid: bool = False) -> Samples:
+    """Those for training, or for evaluations."""
+    return Samples(VOCAB, SEQ, offset=1000 if valid else 0)
 
 
 class PlainEngine:
@@ -160,7 +144,7 @@ def drive(folder: Path) -> dict[str, Any]:
         events: list[str] = []
         plain = PlainEngine(events, current_mesh())
         engine: Engine = plain
-        trainer = Trainer(config, engine, Samples(0), Samples(1000), VOCAB, Noting(events))
+        trainer = Trainer(config, engine, samples(), samples(valid=True), VOCAB, Noting(events))
         if what == "rest":
             checkpoint = SavedCheckpoint(folder / "whole/checkpoints/step_3")
             engine.restore(checkpoint, reset_optimizer=False)

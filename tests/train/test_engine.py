@@ -14,7 +14,8 @@ from torch import Tensor
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.train import checkpoints, engine, loop, records
 from tests.processes import run_distributed
-from tests.train.plain_engine import ACCUMULATION, LR, MICRO, SEQ, STEPS, Samples, drive, loss_of, tiny_model
+from tests.small import Samples
+from tests.train.plain_engine import ACCUMULATION, LR, MICRO, SEQ, STEPS, drive, loss_of, samples, tiny_model
 
 FACTORS = (0.5, 1.0, 1.0, 1.0)
 """Of the learning rate: two steps of warm-up."""
@@ -33,13 +34,13 @@ def driven(folder: Path) -> dict[str, Any]:
 def by_hand() -> tuple[list[tuple[float, float]], list[float], dict[str, Tensor]]:
     """(loss, gradient norm) of every step, losses of the evaluations, and the weights at the end."""
 
-    def batch(samples: Samples, first: int) -> tuple[Tensor, Tensor]:
-        rows = [samples[i] for i in range(first, first + ACCUMULATION * MICRO)]
+    def batch(source: Samples, first: int) -> tuple[Tensor, Tensor]:
+        rows = [source[i] for i in range(first, first + ACCUMULATION * MICRO)]
         return torch.stack([row["tokens"] for row in rows]), torch.stack([row["labels"] for row in rows])
 
     model, steps, evaluations = tiny_model(), [], []
     for step, factor in enumerate(FACTORS):
-        loss = loss_of(model, *batch(Samples(0), step * ACCUMULATION * MICRO))
+        loss = loss_of(model, *batch(samples(), step * ACCUMULATION * MICRO))
         model.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -48,7 +49,7 @@ def by_hand() -> tuple[list[tuple[float, float]], list[float], dict[str, Tensor]
             for parameter in model.parameters():
                 parameter -= LR * factor * parameter.grad
             if step % 2:
-                both = [loss_of(model, *batch(Samples(1000), first)) for first in (0, ACCUMULATION * MICRO)]
+                both = [loss_of(model, *batch(samples(valid=True), first)) for first in (0, ACCUMULATION * MICRO)]
                 evaluations.append((sum(both) / 2).item())
     return steps, evaluations, {name: parameter.detach() for name, parameter in model.named_parameters()}
 

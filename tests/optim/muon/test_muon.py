@@ -18,7 +18,7 @@ from megamult.parameters.spec import ParameterSpec
 from megamult.parameters.stated import set_spec
 from tests.optim.muon.test_newton_schulz import reference as newton_schulz_reference
 from tests.optim.muon.workers import exchange_figures, own_loop, routed, two_processes
-from tests.optim.workers import Case
+from tests.optim.workers import StepCase
 from tests.processes import run_distributed
 
 SIMPLE = [(3.4445, -4.7750, 2.0315)] * 5
@@ -288,8 +288,8 @@ def test_a_matrix_that_tensor_parallel_ranks_replicate_is_updated_once_for_all()
             assert difference <= 1e-5 * torch.linalg.vector_norm(value), (stage, name)
 
 
-FIGURES = [Case(stage=stage, optimizer="muon") for stage in range(4)] + [
-    Case(tensor=2, stage=stage, optimizer="muon") for stage in (0, 1, 3)
+FIGURES = [StepCase(world=2, zero=stage, optimizer="muon") for stage in range(4)] + [
+    StepCase(world=2, tensor=2, zero=stage, optimizer="muon") for stage in (0, 1, 3)
 ]
 
 
@@ -309,37 +309,37 @@ def test_a_loop_without_deepspeed_trains_the_same_on_two_processes(two: list[dic
         assert torch.linalg.vector_norm(actual[name] - value) <= 1e-4 * torch.linalg.vector_norm(value), name
 
 
-@pytest.mark.parametrize("case", FIGURES, ids=lambda case: f"tp{case.tensor}-zero{case.stage}")
-def test_bytes_sent_are_those_of_the_plan(two: list[dict[str, Any]], case: Case) -> None:
+@pytest.mark.parametrize("case", FIGURES, ids=lambda case: f"tp{case.tensor}-zero{case.zero}")
+def test_bytes_sent_are_those_of_the_plan(two: list[dict[str, Any]], case: StepCase) -> None:
     figures = [rank["figures"][FIGURES.index(case)] for rank in two]
     data = 2 // case.tensor
     for rank in figures:
         gathered = 0
-        if case.stage == 0 and data == 2:  # and what the all-gather sends: half of every matrix, twice
+        if case.zero == 0 and data == 2:  # and what the all-gather sends: half of every matrix, twice
             gathered = 2 * 4 * rank["matrices"] // 2
         assert rank["sent"] == rank["planned"] + gathered
     # Both exchanges: at most 2 x itemsize x (matrix elements / ranks), in each of two steps; and nothing is sent twice.
     assert sum(rank["planned"] for rank in figures) / 2 <= 2 * (2 * 4 * figures[0]["matrices"] / 2)
 
 
-@pytest.mark.parametrize("case", FIGURES, ids=lambda case: f"tp{case.tensor}-zero{case.stage}")
-def test_momentum_is_fp32_kept_once_and_no_adam_state_beside_it(two: list[dict[str, Any]], case: Case) -> None:
+@pytest.mark.parametrize("case", FIGURES, ids=lambda case: f"tp{case.tensor}-zero{case.zero}")
+def test_momentum_is_fp32_kept_once_and_no_adam_state_beside_it(two: list[dict[str, Any]], case: StepCase) -> None:
     figures = [rank["figures"][FIGURES.index(case)] for rank in two]
-    keys = {"momentum_buffer", "momentum_interval"} if case.stage == 0 else {"momentum_buffer"}
+    keys = {"momentum_buffer", "momentum_interval"} if case.zero == 0 else {"momentum_buffer"}
     assert all(rank["dtypes"] == {torch.float32} and rank["keys"] == keys for rank in figures)
     kept, matrices = sum(rank["momentum"] for rank in figures), figures[0]["matrices"]
     # Flat partitions are padded to a multiple of the ranks (and of DeepSpeed's alignment).
     assert matrices <= kept <= matrices + 64
 
 
-@pytest.mark.parametrize("case", FIGURES, ids=lambda case: f"tp{case.tensor}-zero{case.stage}")
+@pytest.mark.parametrize("case", FIGURES, ids=lambda case: f"tp{case.tensor}-zero{case.zero}")
 def test_deepspeed_reports_the_norm_of_the_gradients_and_not_of_the_updates(
-    two: list[dict[str, Any]], case: Case
+    two: list[dict[str, Any]], case: StepCase
 ) -> None:
     for rank in two:
         ours, theirs = rank["figures"][FIGURES.index(case)]["norms"]
         assert theirs is None or theirs == ours
-        assert case.stage != 3 or theirs is not None
+        assert case.zero != 3 or theirs is not None
 
 
 def test_where_nothing_is_said_muon_computes_and_exchanges_in_the_models_dtype(two: list[dict[str, Any]]) -> None:
@@ -355,7 +355,7 @@ def test_the_start_up_check_sees_a_wrong_map_even_where_all_values_are_alike(two
 
 
 def test_one_process_sends_nothing() -> None:
-    ((figures,),) = run_distributed(1, exchange_figures, [Case(stage=1, optimizer="muon")])
+    ((figures,),) = run_distributed(1, exchange_figures, [StepCase(zero=1, optimizer="muon")])
     assert figures["sent"] == figures["planned"] == 0
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megamult.parameters import megatron, spec
 from megamult.parameters.stated import names_of, set_spec
-from tests.optim.workers import VOCAB, Case, _batch
+from tests.optim.workers import StepCase, _batch
+from tests.small import VOCAB
 
 STEPS = 3
 
@@ -27,9 +28,8 @@ def own_loop(tensor: int) -> dict[str, Tensor]:
     from megamult.zero.gather import gather
     from megamult.zero.whole import WholePartition
 
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world()
-    start.initialize(tensor)
-    config = Case(tensor=tensor, optimizer="muon").config(world)
+    mesh = start.initialize(tensor)
+    config = StepCase(world=mesh.size, tensor=tensor, optimizer="muon").config()
     model = build_model(config, VOCAB, config.train.seed)
     optimizer = build_optimizer(config, model, mesh)
     data = current_mesh().groups["data"]
@@ -123,7 +123,9 @@ def routed(tensor: int, stages: list[int | None]) -> list[dict[str, Tensor]]:
         if stage is None:
             forward, partition = model, WholePartition(optimizer.param_groups, names_of(model), current_mesh())
         else:
-            settings = deepspeed_config(Case(stage=stage, tensor=tensor).config(mesh.size), mesh.size_of("data"))
+            settings = deepspeed_config(
+                StepCase(world=mesh.size, tensor=tensor, zero=stage).config(), mesh.size_of("data")
+            )
             with optimizer.paused():
                 forward, *_ = deepspeed.initialize(
                     model=model, optimizer=optimizer, config=settings, mpu=mesh.mpu, dist_init_required=False
@@ -156,7 +158,7 @@ def routed(tensor: int, stages: list[int | None]) -> list[dict[str, Tensor]]:
     return found
 
 
-def exchange_figures(cases: list[Case]) -> list[dict[str, Any]]:
+def exchange_figures(cases: list[StepCase]) -> list[dict[str, Any]]:
     """Per case, of this rank: bytes that two steps sent and that the plan says; elements of momentum kept."""
     from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
@@ -164,7 +166,7 @@ def exchange_figures(cases: list[Case]) -> list[dict[str, Any]]:
 
     figures = []
     for case in cases:
-        config = case.config(torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world())
+        config = case.config()
         engine = build(config, VOCAB, start.initialize(case.tensor))
         optimizer: Any = engine.optimizer
         for step in range(2):
@@ -187,7 +189,7 @@ def exchange_figures(cases: list[Case]) -> list[dict[str, Any]]:
     return figures
 
 
-def two_processes(cases: list[Case]) -> dict[str, Any]:
+def two_processes(cases: list[StepCase]) -> dict[str, Any]:
     """All that needs two."""
     result: dict[str, Any] = {f"own loop, TP {tensor}": own_loop(tensor) for tensor in (1, 2)}
     result["figures"] = exchange_figures(cases)
@@ -203,7 +205,9 @@ def automatic_dtypes() -> dict[tuple[int, str], set[torch.dtype | None]]:
 
     found = {}
     for stage, dtype in itertools.product(range(4), ("fp32", "bf16")):
-        engine = build(Case(stage=stage, dtype=dtype, optimizer="muon").config(2), VOCAB, start.initialize(1))
+        engine = build(
+            StepCase(world=2, zero=stage, dtype=dtype, optimizer="muon").config(), VOCAB, start.initialize(1)
+        )
         muon: Any = engine.optimizer.rules["matrix"]
         found[stage, dtype] = {muon.ns_dtype, muon.exchange_dtype}
         engine.deepspeed.destroy()
@@ -219,7 +223,7 @@ def wrong_maps() -> dict[str, str]:
 
     messages = {}
     for stage, dtype in ((1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")):
-        config = Case(stage=stage, dtype=dtype).config(2)
+        config = StepCase(world=2, zero=stage, dtype=dtype).config()
         engine = build(config, VOCAB, start.initialize(1))
         partition = engine.partition
         partition.check()

@@ -1,0 +1,50 @@
+"""The small model of the tests, and samples to train it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamult.models.llama.config import ModelConfig
+
+VOCAB = 200
+"""Not a multiple of 128: the last rows are padding, on the last tensor-parallel rank."""
+
+SMALL = ModelConfig(
+    num_layers=2, hidden_size=96, num_attention_heads=12, num_query_groups=2, ffn_hidden_size=132, seq_length=24
+)
+"""12 heads, 2 groups: tensor parallel 4 cuts through a query group. No size is a power of two."""
+
+
+class Samples:
+    """Sample i: random tokens. Remembers which ones were asked for.
+
+    Args:
+        period: sample i + period is sample i: there is something to learn from few samples. None: all are different.
+        offset: the first sample is that of this number; a second set of samples has another one.
+    """
+
+    def __init__(self, vocab_size: int, seq_length: int, period: int | None = None, offset: int = 0) -> None:
+        self.vocab_size, self.seq_length, self.period, self.offset = vocab_size, seq_length, period, offset
+        self.seen: list[int] = []
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self.seen.append(index)
+        number = self.offset + (index if self.period is None else index % self.period)
+        generator = torch.Generator().manual_seed(number)
+        text = torch.randint(0, self.vocab_size, (self.seq_length + 1,), generator=generator)
+        return {"tokens": text[:-1], "labels": text[1:]}
+
+    def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
+        """Nothing to open."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """None is needed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
+        """None is needed."""
+        return []
