@@ -259,7 +259,9 @@ def _answer(store: Store, claim: Claim, number: int, deadline: float) -> dict[st
             if store.check([MET]):
                 break
             if time.monotonic() > deadline:
-                raise RanksMissingError("rank 0 came, and has not answered since: see its output", rank_0_is_missing=True)
+                raise RanksMissingError(
+                    "rank 0 came, and has not answered since: see its output", rank_0_is_missing=True
+                )
             time.sleep(0.4)  # thousands of ranks ask the same store
         if store.check([answer]):
             told = json.loads(store.get(answer))

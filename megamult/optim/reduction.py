@@ -14,7 +14,7 @@ from megamult.zero.partition import Partition
 def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None:
     """Sum, in place, the gradients that are partial over an axis, in one packed collective per axis.
 
-    A parameter that is replicated along an axis has the same slices on all its processes, so the packed buffers line up.
+    A parameter that is replicated along an axis has the same slices on all processes there, so packed buffers line up.
 
     Args:
         gradients: [length] gradient of each slice of the partition.
