@@ -10,17 +10,23 @@ import gc
 import os
 
 import deepspeed.runtime.engine
+import jsonargparse
 import megatron.core.models.gpt
+import pytest
 import torch._inductor.compile_fx
 import torch.utils.tensorboard
 
-import megamult.checkpoint.resume
-import megamult.train.checkpoints
-import megamult.train.engine
-import megamult.train.loop
+import megamult.distributed.rendezvous
+import megamult.optim.muon.rule
+import megamult.train.deepspeed_engine
+import megamult.train.pretrain
+import megamult.train.run
+from megamult.models.common import draw
 
 SERVER = os.getpid()
 """Process that has imported these modules; in a rank, its parent."""
+
+draw._coefficients()  # takes most of a second, once per process
 
 # What the collector touches after a fork is copied.
 gc.collect()
