@@ -12,10 +12,12 @@ import pytest
 from tests import processes
 from tests.processes import run_distributed
 
+MODULES = {"torch", "deepspeed.runtime.engine", "megatron.core", "megamult.train.deepspeed_engine"}
+
 
 def found() -> dict[str, Any]:
     """What a rank finds at its start, before it imports anything itself."""
-    modules = {"torch", "deepspeed.runtime.engine", "megatron.core", "megamult.train.deepspeed_engine"} & set(sys.modules)
+    modules = MODULES & set(sys.modules)
     from tests import preload
 
     return {
@@ -41,7 +43,7 @@ def test_every_rank_is_a_fresh_fork_of_a_server_that_has_imported_the_libraries(
     ranks = [rank for launch in launches for rank in launch]
     for rank in ranks:
         assert rank["forked"] and rank["threads"] == 1
-        assert rank["modules"] == {"torch", "deepspeed.runtime.engine", "megatron.core", "megamult.train.deepspeed_engine"}
+        assert rank["modules"] == MODULES
     assert len({rank["process"] for rank in ranks}) == 4
     assert [rank["ranks"] for rank in launches[1]] == [["0", "0", "2", "2"], ["1", "1", "2", "2"]]
 

@@ -38,11 +38,13 @@ def test_one_node_may_hold_a_group_and_two_may_not() -> None:
 
 _COME = """
 import json, os, sys, time
-from megamult.distributed import rendezvous
+from megamult.distributed import reception, rendezvous
 what = sys.argv[1]
+if what == "impatient":
+    reception.TELL_SECONDS = rendezvous.TELL_SECONDS = 1.0
 if what == "late":
     time.sleep(3)
-if what == "excuse":
+if what == "mistaken":
     rendezvous.report_mistake("no such file")
     sys.exit()
 try:
@@ -130,32 +132,29 @@ def test_who_does_not_come_is_named_on_every_rank_in_time() -> None:
 
 
 def test_who_is_waited_for_is_said_long_before_the_time_is_up() -> None:
-    port, began = free_port(), time.monotonic()
-    alone = come(0, 2, port, "meet", "100")
-    lost = come(1, 3, free_port(), "meet", "100")
+    alone = come(0, 2, free_port(), "impatient", "100")
+    lost = come(1, 3, free_port(), "impatient", "100")
     try:
         assert alone.stderr is not None and lost.stderr is not None
         assert alone.stderr.readline() == "waiting for rank 1, up to 100 s in all\n"
         assert lost.stderr.readline().startswith("waiting for rank 0 at 127.0.0.1:")
-        assert 15 < time.monotonic() - began < 90
+        assert alone.poll() is None and lost.poll() is None, "they wait on"
     finally:
         alone.kill()
         lost.kill()
 
 
 def test_a_rank_that_finds_nobody_says_so() -> None:
-    began = time.monotonic()
+    # Within the limit here, not in torch's own half hour.
     said = come(1, 2, free_port(), "meet", "2").communicate(timeout=60)[0]
     assert said.startswith("RanksMissingError: rank 1 on ") and "did not reach rank 0 at 127.0.0.1:" in said
-    assert time.monotonic() - began < 50, "not torch's own half hour"
 
 
 def test_what_one_rank_cannot_do_ends_all_of_its_launch_with_its_message(tmp_path: Path) -> None:
-    began = time.monotonic()
-    said, _ = Job(tmp_path, free_port(), 3, {0: meet(60), 1: ["excuse"], 2: meet(60)}).said()
+    # They would wait longer for one another than this test for them.
+    said, _ = Job(tmp_path, free_port(), 3, {0: meet(600), 1: ["mistaken"], 2: meet(600)}).said()
     told = f"ValueError: rank 1 on {environment.host()}: no such file\n"
     assert said == [told, "", told]
-    assert time.monotonic() - began < 60
 
 
 def test_another_configuration_of_the_same_launch_is_the_mistake_of_all_with_every_key(tmp_path: Path) -> None:
@@ -189,7 +188,7 @@ def test_a_stranger_is_refused_by_name_and_the_run_goes_on_with_its_own_rank(tmp
 
 def test_another_configuration_on_a_node_of_its_own_is_refused_at_once_and_named_by_rank_0_in_the_end() -> None:
     """Nothing tells whether a node that was started by hand is this launch's or another's: rank 0 waits for its own."""
-    port, began = free_port(), time.monotonic()
+    port = free_port()
     first, second = come(0, 2, port, *meet(10, lr=1)), come(1, 2, port, *meet(10, lr=2))
     said = second.communicate(timeout=60)[0]
     here = environment.host()
@@ -199,7 +198,6 @@ def test_another_configuration_on_a_node_of_its_own_is_refused_at_once_and_named
     said, errors = first.communicate(timeout=60)
     assert said.startswith("ValueError: rank 1 did not come within 10 s, but rank 1 on ") and differs in said
     assert "refused rank 1 on " in errors
-    assert time.monotonic() - began > 10
 
 
 def test_a_process_of_another_version_is_refused_and_ends_nobody(capsys: pytest.CaptureFixture[str]) -> None:

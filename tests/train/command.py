@@ -65,7 +65,6 @@ class Outcome:
     code: int
     stdout: str
     stderr: str
-    seconds: float
     left: list[str]
     """Command lines of its processes that were still there five seconds after it had ended."""
 
@@ -103,7 +102,6 @@ class Launch:
         environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in (first, REPOSITORY) if path is not None)
         environment.pop("PYTHONWARNINGS", None)  # what a user would see
         command = [str(REPOSITORY / "launch" / "pretrain.py"), *arguments]
-        self._began = time.monotonic()
         self.process: Ranks | subprocess.Popen[str]
         if launcher:
             runner = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(processes)]
@@ -138,12 +136,11 @@ class Launch:
     def wait(self, timeout: float = 180.0) -> Outcome:
         """Until it has ended."""
         stdout, stderr = self.process.communicate(timeout=timeout)
-        seconds = time.monotonic() - self._began
         deadline = time.monotonic() + 5.0
         while (left := self.pids()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert self.process.returncode is not None
-        return Outcome(self.process.returncode, stdout, stderr, seconds, list(left.values()))
+        return Outcome(self.process.returncode, stdout, stderr, list(left.values()))
 
 
 def start(

@@ -309,13 +309,11 @@ def test_the_command_ends_with_code_2_one_line_and_no_process_left(folder: Path,
     processes, further, message = OUTSIDE[name]
     before = snapshot(folder)
     # The last one brings everything that an import or a launcher may add to what is said.
+    # A rank that waited for another one in a collective would take longer than `start` waits.
     outcome = start(late_arguments(folder, further), processes, launcher="launcher" in name)
     assert outcome.code == 2, outcome.text
     assert len(outcome.errors) == 1, outcome.text
     assert re.search(message.replace("FOLDER", re.escape(str(folder))), outcome.errors[0])
     assert "Traceback" not in outcome.text
     assert outcome.left == []
-    # Imports take most of it (about 6 s each for launcher and ranks, more on a busy machine); a rank that waited for
-    # another one in a collective would take minutes.
-    assert outcome.seconds < 90
     assert snapshot(folder) == before
