@@ -42,14 +42,14 @@ VOCAB = 32_768
 
 
 class Memory:
-    """Peak of this process's own memory within :meth:`watched`, over what it was before, in bytes."""
+    """Peak of this process's memory within :meth:`watched`, over what it was before, in bytes."""
 
     def __init__(self) -> None:
         self.extra = 0
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Sample meanwhile."""
+        """Sample the memory while the context is entered."""
         before, done = _anonymous(), threading.Event()
         self.extra = 0
 
@@ -74,21 +74,21 @@ def _anonymous() -> int:
 
 
 def slowest(value: float) -> float:
-    """The largest over all ranks."""
+    """Return the largest of the ranks' numbers."""
     there = torch.tensor(value, dtype=torch.float64, device=device.local_device())
     torch.distributed.all_reduce(there, torch.distributed.ReduceOp.MAX)
     return there.item()
 
 
 def total(value: float) -> float:
-    """The sum over all ranks."""
+    """Return the sum of the ranks' numbers."""
     there = torch.tensor(value, dtype=torch.float64, device=device.local_device())
     torch.distributed.all_reduce(there)
     return there.item()
 
 
 def configuration(arguments: argparse.Namespace) -> Config:
-    """Of the benchmark's model."""
+    """Return the configuration of a run of the benchmark's model."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return Config(
         model=ModelConfig(
@@ -107,7 +107,7 @@ def configuration(arguments: argparse.Namespace) -> Config:
 
 
 def train_step(engine: DeepSpeedEngine) -> float:
-    """Seconds of one."""
+    """Return the seconds that one training step takes."""
     text = torch.randint(0, VOCAB, (1, 65), generator=torch.Generator().manual_seed(0)).to(device.local_device())
     began = time.perf_counter()
     objective, _ = engine.deepspeed(text[:, :-1].contiguous(), text[:, 1:].contiguous())
@@ -119,7 +119,7 @@ def train_step(engine: DeepSpeedEngine) -> float:
 
 
 def saves(engine: DeepSpeedEngine, config: Config, folder: Path, repeats: int) -> dict[str, list[float]]:
-    """Seconds and bytes of every save, one list per figure."""
+    """Save several times; return the seconds and bytes of every save, one list per figure."""
     memory = Memory()
     found: dict[str, list[float]] = {}
 
@@ -147,7 +147,7 @@ def saves(engine: DeepSpeedEngine, config: Config, folder: Path, repeats: int) -
 
 
 def load(engine: DeepSpeedEngine, path: Path) -> dict[str, float]:
-    """Seconds to verify and to read, and memory."""
+    """Load; return the seconds that verification and reading take, and the memory."""
     memory = Memory()
     torch.distributed.barrier()
     with memory.watched():
@@ -213,7 +213,7 @@ def report(
     written: int,
     usual: float,
 ) -> None:
-    """Print it all."""
+    """Print the median and range of every figure."""
     gigabyte = 1e9
     print(
         f"{engine.parameter_count:,} parameters, {torch.distributed.get_world_size()} processes; state "

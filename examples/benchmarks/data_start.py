@@ -32,14 +32,14 @@ _INT32 = 4
 
 
 class Tokenizer:
-    """Stands in for one, as far as a dataset asks; no file is needed."""
+    """What a dataset reads of a tokenizer, without a file."""
 
     vocab_size, eod, sha256, model_path = 128_256, 2, "0" * 64, "none"
     unique_identifiers: ClassVar = {"class": "none"}
 
 
 def make_sparse(prefix: Path, documents: int, tokens: int) -> None:
-    """A corpus of `documents` documents without contents, with a stamp."""
+    """Make a corpus of `documents` documents as sparse files, with a stamp."""
     idx, header = prefix.with_suffix(".idx"), _HEADER.pack(b"MMIDIDX\0\0", 1, _INT32, documents, documents + 1)
     with open(idx, "wb") as stream:
         stream.write(header)
@@ -72,7 +72,7 @@ def make_sparse(prefix: Path, documents: int, tokens: int) -> None:
 
 
 def make_index(path: Path, documents: int) -> None:
-    """An .idx in full, of documents of 1,000 tokens."""
+    """Write an index file of documents of 1,000 tokens each."""
     with open(path, "wb") as stream:
         stream.write(_HEADER.pack(b"MMIDIDX\0\0", 1, _INT32, documents, documents + 1))
         stream.write(np.full(documents, 1000, "<i4").tobytes())
@@ -81,7 +81,7 @@ def make_index(path: Path, documents: int) -> None:
 
 
 def check_everything(path: Path, documents: int) -> None:
-    """How each rank checked an index before there were stamps: all of it at once."""
+    """Check a whole index at once, as each rank did before there were stamps."""
     table = np.memmap(path, np.uint8, "r")
     lengths = np.frombuffer(table, "<i4", documents, _HEADER.size)
     pointers = np.frombuffer(table, "<i8", documents, _HEADER.size + 4 * documents)
@@ -107,7 +107,7 @@ def _measured(work: Callable[..., object], arguments: tuple[Any, ...], answers: 
 
 
 def measure(work: Callable[..., object], *arguments: Any) -> dict[str, float]:
-    """Bytes read, resident memory kept and at the peak, and seconds of `work` in a process of its own."""
+    """Run `work` in a new process; return bytes read, resident memory at its end and at its peak, and seconds."""
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
     process = context.Process(target=_measured, args=(work, arguments, answers))

@@ -41,7 +41,7 @@ COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", 
 
 
 def run_config(arguments: argparse.Namespace, implementation: str, tensor: int = 1, sequence: bool = False) -> Config:
-    """A run of the benchmark's sizes with or without multipliers."""
+    """Return the configuration of a run with the benchmark's sizes, with or without multipliers."""
     return Config(
         model=ModelConfig(
             num_layers=arguments.layers,
@@ -63,13 +63,13 @@ def run_config(arguments: argparse.Namespace, implementation: str, tensor: int =
 
 
 def batch_of(arguments: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random tokens and labels, [batch, seq]."""
+    """Draw random tokens and labels, [batch, seq]."""
     text = torch.randint(0, VOCAB, (arguments.batch, arguments.seq + 1), generator=torch.Generator().manual_seed(0))
     return tuple(part.contiguous().to(device.local_device()) for part in (text[:, :-1], text[:, 1:]))  # type: ignore[return-value]
 
 
 def optimizer_step(engine: DeepSpeedEngine, tokens: torch.Tensor, labels: torch.Tensor, accumulation: int) -> float:
-    """Seconds of one optimizer step with all its micro-batches."""
+    """Take one optimizer step with all its micro-batches; return its seconds."""
     began = time.perf_counter()
     for _ in range(accumulation):
         objective, _ = engine.deepspeed(tokens, labels)
@@ -81,7 +81,7 @@ def optimizer_step(engine: DeepSpeedEngine, tokens: torch.Tensor, labels: torch.
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Print tokens per second of all, their ratios, and the memory that folded multipliers add."""
+    """Print tokens per second of each implementation, their ratios, and the memory that folded multipliers add."""
     mesh = start.initialize(1)
     if torch.distributed.get_world_size() > 1:
         raise SystemExit("speed is measured in one process: start this with python, or count with --collectives")
@@ -132,7 +132,7 @@ def print_memory(folded: DeepSpeedEngine, none: DeepSpeedEngine) -> None:
 
 
 def tensor_bytes(states: Iterable[dict[str, Any]]) -> int:
-    """Of all tensors in an optimizer's states."""
+    """Return the bytes of all tensors in an optimizer's state."""
     held = (value for state in states for value in state.values() if isinstance(value, torch.Tensor))
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
@@ -190,7 +190,7 @@ def count_collectives(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     cuda = device.has_cuda()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024 if cuda else 512, help="model width")

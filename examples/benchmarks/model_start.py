@@ -34,7 +34,7 @@ _STD: dict[Role, float] = dict.fromkeys(
 
 
 def rank_holds(specs: list[ParameterSpec], tensor: int, data: int) -> torch.nn.Module:
-    """The bf16 parameters of the last rank of each axis; with `data` above 1 its partitions at ZeRO 3."""
+    """Return the bf16 parameters of the last rank of each axis; with `data` above 1, its partitions at ZeRO 3."""
     held = torch.nn.Module()
     for i, stated in enumerate(specs):
         rows, cols = stated.local_shape(Grid(tensor=tensor))
@@ -51,7 +51,7 @@ def rank_holds(specs: list[ParameterSpec], tensor: int, data: int) -> torch.nn.M
 
 
 def seconds_to_set(model: Llama, tensor: int, data: int, seed: int | None) -> float:
-    """Seconds of one rank: a block's times the number of blocks, and those of embedding and head."""
+    """Return the seconds in which a rank sets its parameters: one block is timed and counts once for every block."""
     padded, total = padded_vocab_size(VOCAB), 0.0
     for specs, times in (
         (model.specs()[:4], model.layers),
@@ -65,7 +65,7 @@ def seconds_to_set(model: Llama, tensor: int, data: int, seed: int | None) -> fl
 
 
 def elements(model: Llama) -> int:
-    """Elements of the whole model's matrices, embedding and head."""
+    """Return the number of elements of the whole model's matrices, embedding and head."""
     return sum(each.shape[0] * each.shape[1] for each in model.specs()) + 2 * padded_vocab_size(VOCAB) * model.hidden
 
 

@@ -36,7 +36,7 @@ class Llama:
     ffn: int
 
     def specs(self) -> list[ParameterSpec]:
-        """The matrix parameters of all blocks."""
+        """Return the specs of the matrices of all blocks."""
         block = [
             megatron.fused_qkv(self.heads, self.groups, self.hidden // self.heads, self.hidden),
             megatron.single_matrix("attention_out", self.hidden, self.hidden, 1),
@@ -50,7 +50,7 @@ LLAMA = {"8B": Llama(32, 4096, 32, 8, 14336), "70B": Llama(80, 8192, 64, 8, 2867
 
 
 def zero_cuts(specs: Sequence[ParameterSpec], tensor: int, data: int, stage: int) -> list[Cut]:
-    """What ZeRO leaves on each data-parallel rank: a part of one flat buffer (1, 2), or of every parameter (3)."""
+    """Return each data-parallel rank's cut: a part of one flat buffer (ZeRO 1, 2) or of every parameter (ZeRO 3)."""
     sizes = [math.prod(stated.local_shape(Grid(tensor=tensor))) for stated in specs]
     partition_size = -(-sum(sizes) // data)
     cuts, offset = [], 0

@@ -3,7 +3,7 @@
     deepspeed --num_gpus 2 examples/benchmarks/muon_step.py                 # data parallel 2
     deepspeed --num_gpus 2 examples/benchmarks/muon_step.py --tensor 2      # tensor parallel 2
     deepspeed --num_gpus 4 examples/benchmarks/muon_step.py --tensor 2      # both
-    python examples/benchmarks/muon_step.py --newton_schulz                 # orthogonalization alone, one process
+    python examples/benchmarks/muon_step.py --newton_schulz                 # only the orthogonalization, one process
 
 All optimizers step in turn in the same processes, so that they see the same machine; times are medians over the steps
 from the second on, of the slowest rank. A step is all that happens after the backward pass: the reduction of gradients
@@ -48,7 +48,7 @@ SENT = [0.0]  # bytes that this rank sent, counted by the wrappers below
 
 
 def count_collectives() -> None:
-    """Count bytes in torch.distributed's functions. Before anyone binds them."""
+    """Make torch.distributed's functions count bytes. To be called before other modules import them."""
 
     def size(tensor: torch.Tensor) -> int:
         return tensor.numel() * tensor.element_size()
@@ -83,7 +83,7 @@ def _counting(original: Callable[..., Any], rule: Callable[[int, dict[str, Any]]
 
 
 def bf16_is_fast() -> bool:
-    """Whether this device multiplies in bf16 at least as fast as in fp32. CPUs without bf16 instructions do not."""
+    """Return whether this device multiplies in bf16 at least as fast as in fp32: not a CPU without bf16 instructions."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         return True
     seconds = {}
@@ -172,7 +172,7 @@ class Contestant:
         self.engine.allreduce_gradients = self._measured(self.engine.allreduce_gradients)
 
     def _plain(self, config: Any) -> None:
-        """Every data-parallel rank updates everything, after gradients are averaged."""
+        """Set up an optimizer that updates everything on every data-parallel rank, after gradients are averaged."""
         from megamult.distributed.mesh import current_mesh
 
         matrices = [p for p in self.model.parameters() if spec_of(p).kind == "matrix"]
@@ -196,7 +196,7 @@ class Contestant:
         self._backward, self._step = torch.Tensor.backward, step
 
     def _measured(self, function: Callable[[], None]) -> Callable[[], None]:
-        """`function`, its seconds, FLOPs and bytes added to this contestant's."""
+        """Call `function`; add its seconds, FLOPs and bytes to this contestant's."""
 
         def call() -> None:
             torch.distributed.barrier()
@@ -211,7 +211,7 @@ class Contestant:
         return call
 
     def run(self, tokens: torch.Tensor, labels: torch.Tensor, counting: bool = False) -> float:
-        """One training step; returns seconds of the optimizer's part of it on the slowest rank."""
+        """Take one training step; return the seconds of its optimizer step on the slowest rank."""
         self.seconds, self.sent, self.flops, self.counting = 0.0, 0.0, 0, counting
         with torch.compiler.set_stance("force_eager" if counting else "default"):
             objective, _ = self.engine(tokens, labels)
@@ -220,7 +220,7 @@ class Contestant:
         return all_ranks(self.seconds).max().item()
 
     def state_bytes(self) -> int:
-        """Of the optimizer's state on this rank."""
+        """Bytes of the optimizer's state on this rank."""
         tensors = [value for state in self.states for values in state.values() for value in values.values()]
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
@@ -250,7 +250,7 @@ def pass_seconds(arguments: argparse.Namespace) -> float:
 
 
 def run_config(arguments: argparse.Namespace, seq_length: int = 64) -> Any:
-    """A run of the benchmark's sizes, without multipliers."""
+    """Return the configuration of a run with the benchmark's sizes, without multipliers."""
     from megamult.config import Config
     from megamult.distributed.config import ParallelConfig
     from megamult.models.llama.config import ModelConfig
@@ -279,7 +279,7 @@ def run_config(arguments: argparse.Namespace, seq_length: int = 64) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without DeepSpeed's warnings and figures."""
+    """Silence DeepSpeed's warnings and figures."""
     import logging
 
     from deepspeed.utils import logger
@@ -290,7 +290,7 @@ def quiet() -> Iterator[None]:
 
 
 def all_ranks(value: float) -> torch.Tensor:
-    """[ranks], of a number on each."""
+    """Gather a number from every rank, [ranks]."""
     from megamult.distributed import device
 
     mine = torch.tensor([value], dtype=torch.float64, device=device.local_device())
@@ -320,7 +320,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def print_shares(arguments: argparse.Namespace, median: dict[str, float]) -> None:
-    """What the optimizer steps of `median` seconds are of a training step."""
+    """Print which share of a training step the optimizer steps of `median` seconds take."""
     from megamult.distributed.mesh import current_mesh
 
     one = pass_seconds(arguments)
@@ -334,7 +334,7 @@ def print_shares(arguments: argparse.Namespace, median: dict[str, float]) -> Non
 
 
 def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
-    """Print the table of whole optimizer steps; their median seconds."""
+    """Print the table of whole optimizer steps; return their median seconds by name."""
     from megamult.distributed import device
     from megamult.distributed.mesh import current_mesh
 
@@ -433,7 +433,7 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
         share = "" if peak is None else f"{counter.get_total_flops() / mine / peak:.2f}"
         shape = f"{len(batch)} x {rows} x {cols}"
         print(f"{shape:<16}{1e3 * mine:>10.2f}{1e3 * theirs:>10.2f}{theirs / mine:>12.2f}{share:>9}")
-    print("its symmetric products X X^T alone: as chosen on this device, by block rows, whole")
+    print("only its symmetric products X X^T: as chosen on this device, by block rows, whole")
     print(f"{'X':<16}{'ours ms':>10}{'rows ms':>10}{'whole ms':>10}{'rows/ours':>11}{'whole/ours':>11}")
     smalls: Counter[tuple[int, ...]] = Counter()
     for shape, count in shapes.items():
@@ -454,7 +454,7 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
 
 
 def alternating(arguments: argparse.Namespace, runs: dict[str, Callable[[], Any]]) -> list[float]:
-    """Median seconds of each, run in turn."""
+    """Run the functions in turn; return the median seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for step in range(arguments.warmup + arguments.steps):
         for name, run in runs.items():
@@ -468,7 +468,7 @@ def alternating(arguments: argparse.Namespace, runs: dict[str, Callable[[], Any]
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=2048 if cuda else 512, help="model width")

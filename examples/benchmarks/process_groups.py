@@ -27,7 +27,7 @@ from megamult.distributed import open_files, process_groups, start
 
 
 def groups_made(rank: int, size: int, make: Callable[[], object]) -> list[tuple[list[int], bool]]:
-    """(ranks, whether over gloo by request) of each group that `make` calls for."""
+    """Return (ranks, whether gloo is asked for) of each process group that `make` creates."""
     made: list[tuple[list[int], bool]] = []
     new_group = torch.distributed.new_group
 
@@ -43,7 +43,7 @@ def groups_made(rank: int, size: int, make: Callable[[], object]) -> list[tuple[
 
 
 def sockets(rank: int, size: int, made: list[tuple[list[int], bool]], gloo: bool) -> int:
-    """Sockets of gloo's meshes, and to the store and the watchdog, as `distributed.open_files.sockets` counts."""
+    """Count the sockets of gloo's groups, the store and the watchdog, as `distributed.open_files.sockets` does."""
     meshes = sum(len(ranks) - 1 for ranks, by_request in made if rank in ranks and (gloo or by_request))
     default = size - 1 if gloo else 0
     return meshes + default + (2 * (size + 1) if rank == 0 else 2)

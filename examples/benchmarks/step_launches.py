@@ -35,7 +35,7 @@ VOCABULARY = 128256
 
 
 def specs(name: str, tensor: int) -> dict[str, ParameterSpec]:
-    """What one tensor-parallel rank holds of every parameter, as a model of its own."""
+    """Return the specs of the shards of one tensor-parallel rank, each as a whole parameter."""
     model = LLAMA[name]
     hidden, ffn = model.hidden // NARROWER, model.ffn // NARROWER // tensor
     heads, groups = model.heads // tensor, max(1, model.groups // tensor)
@@ -55,7 +55,7 @@ def specs(name: str, tensor: int) -> dict[str, ParameterSpec]:
 
 
 class RankPartition(Partition):
-    """What ZeRO 3 leaves on one data-parallel rank, one buffer for each parameter."""
+    """The slices that ZeRO 3 leaves on one data-parallel rank, one buffer for each parameter."""
 
     sharded = True
 
@@ -72,7 +72,7 @@ class RankPartition(Partition):
                 self._gradients.append(torch.randn(length))
 
     def gradients(self) -> list[Tensor]:
-        """Random ones."""
+        """Return random gradients."""
         return self._gradients
 
 
@@ -90,7 +90,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def one(self, function: Any) -> Any:
-        """The function as one launch, whatever it does."""
+        """Make a function count as one launch, whatever it does."""
 
         def compiled(*args: Any) -> Any:
             self.calls += 1
@@ -103,7 +103,7 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def counting() -> Iterator[Launches]:
-    """Count as on CUDA."""
+    """Count launches as on CUDA, where a fused function is one."""
     launches = Launches()
     fused = {
         "_scale_piece_compiled": launches.one(kernels._scale_piece),

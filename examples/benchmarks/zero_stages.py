@@ -1,15 +1,15 @@
 """Traffic per optimizer step and memory per rank of each ZeRO stage, in bf16 with gradients accumulated in fp32.
 
-    deepspeed --num_gpus 2 examples/benchmarks/zero_stages.py --stage 1     # counted, on a small model and any ranks
+    deepspeed --num_gpus 2 examples/benchmarks/zero_stages.py --stage 1     # counted, on a small model
     python examples/benchmarks/zero_stages.py --arithmetic                  # Llama-3 8B and 70B, by the counted rules
 
-Counted: every collective of torch.distributed that reaches the backend in one step of --accumulation micro-batches, and
-the bytes of all tensors that Python can reach (activations that autograd saves are not among them): kept between steps,
-and at most while gradients are reduced. Per parameter, so that it carries over to other sizes.
+Counted are the collectives that reach the backend in one step of --accumulation micro-batches, and the bytes of all
+tensors that Python can reach: between steps, and at most while gradients are reduced. Activations that autograd saves
+are not among them. All figures are per parameter, so that they carry over to other sizes.
 
-Arithmetic: the time in which a rank only sends, for one step of as many tokens, if a ring moves --link gigabytes per
-second and a GPU computes --flops TFLOP/s. ZeRO 1 reduces after the last backward pass; ZeRO 2 and 3 reduce within every
-one, and what is longer than it is waited for.
+The arithmetic gives the time in which a rank communicates and computes nothing, for one step of as many tokens, if a
+ring moves --link gigabytes per second and a GPU computes --flops TFLOP/s. ZeRO 1 reduces gradients after the last
+backward pass. ZeRO 2 and 3 reduce them during every backward pass; only what takes longer than the pass counts.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def reachable() -> collections.Counter[str]:
-    """Bytes of the storages of all tensors that Python can reach, by dtype."""
+    """Return the bytes of the storages of all tensors that Python can reach, by dtype."""
     storages: dict[int, tuple[str, int]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the search touches deprecated attributes of modules
@@ -97,7 +97,7 @@ def reachable() -> collections.Counter[str]:
 
 @dataclass
 class Counted:
-    """One optimizer step of one stage on this rank; bytes are per parameter."""
+    """Figures of one optimizer step of one stage on this rank, in bytes per parameter."""
 
     calls: dict[str, int]
     whole: dict[str, float]
@@ -109,7 +109,7 @@ class Counted:
 
 
 def count(stage: int, arguments: argparse.Namespace, mesh: Mesh) -> Counted:
-    """Count one optimizer step of a small model: earlier ones make the optimizer's state and ZeRO 3's trace."""
+    """Count one optimizer step of a small model, after some that create the optimizer's state and ZeRO 3's trace."""
     ranks = current_mesh().groups["data"].size()
     config = Config(
         model=ModelConfig(
@@ -165,7 +165,7 @@ def count(stage: int, arguments: argparse.Namespace, mesh: Mesh) -> Counted:
 
 
 def step(engine: DeepSpeedEngine, accumulation: int) -> None:
-    """One optimizer step on random tokens."""
+    """Take one optimizer step on random tokens."""
     text = torch.randint(0, VOCAB, (1, 17), generator=torch.Generator().manual_seed(0)).to(device.local_device())
     for _ in range(accumulation):
         objective, _ = engine.deepspeed(text[:, :-1].contiguous(), text[:, 1:].contiguous())
@@ -174,7 +174,7 @@ def step(engine: DeepSpeedEngine, accumulation: int) -> None:
 
 
 def whole_bytes(stage: int, accumulation: int) -> dict[str, float]:
-    """Bytes per parameter of what one step's collectives work on: fp32 gradients, bf16 parameters."""
+    """Return the bytes per parameter that one step's collectives work on: fp32 gradients and bf16 parameters."""
     if stage == 1:
         return {"allreduce": 4.0, "allgather": 2.0}
     if stage == 2:
@@ -184,7 +184,7 @@ def whole_bytes(stage: int, accumulation: int) -> dict[str, float]:
 
 
 def kept_bytes(stage: int, ranks: int) -> dict[str, float]:
-    """Bytes per parameter that a rank keeps while it accumulates gradients: parameters, gradients, optimizer state."""
+    """Return the bytes per parameter that a rank keeps of each of its parts while it accumulates gradients."""
     return {
         "parameters": 2.0 / (ranks if stage == 3 else 1),
         "gradients": 4.0 / (ranks if stage > 1 else 1),
@@ -211,7 +211,7 @@ def print_counted(arguments: argparse.Namespace) -> None:
 
 
 def waiting(stage: int, parameters: float, accumulation: int, ranks: int, arguments: argparse.Namespace) -> float:
-    """Seconds of one step in which a rank with so many parameters of its own only sends or receives."""
+    """Return the seconds of one step in which a rank with so many parameters only communicates."""
     share = (ranks - 1) / ranks
     seconds = {
         kind: share * _RING[kind] * size * parameters / (arguments.link * 1e9)
@@ -252,7 +252,7 @@ def print_arithmetic(arguments: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--stage", type=int, choices=STAGES, default=2, help="ZeRO stage to count")
     made.add_argument("--hidden", type=int, default=128, help="model width of the counted model")
@@ -270,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Count, or calculate."""
+    """Run the command line: count collectives and bytes, or calculate them for published sizes."""
     arguments = parser().parse_args()
     (print_arithmetic if arguments.arithmetic else print_counted)(arguments)
 

@@ -23,7 +23,7 @@ RUNS = [("layer", 1), ("layer", 3), ("folded", 1), ("folded", 2), ("folded", 3)]
 
 
 def valid_loss(run_dir: Path) -> float | None:
-    """The last one; None: the run is not complete."""
+    """Return the last valid loss of a run; None: the run is not complete."""
     metrics = run_dir / "metrics.jsonl"
     if not (run_dir / "complete").exists():
         return None
@@ -32,7 +32,7 @@ def valid_loss(run_dir: Path) -> float | None:
 
 
 def train(run_dir: Path, implementation: str, zero: int, seed: int, steps: int, further: list[str]) -> float:
-    """Valid loss of one run."""
+    """Train one run; return its valid loss."""
     found = valid_loss(run_dir)
     if found is not None:
         return found
@@ -60,7 +60,7 @@ def train(run_dir: Path, implementation: str, zero: int, seed: int, steps: int, 
 
 
 def main() -> None:
-    """Train what is missing, print the table."""
+    """Train the runs that are missing, and print the table."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--steps", type=int, default=200)
     made.add_argument("--output", type=Path, default=ROOT / "runs" / "folded_bf16")

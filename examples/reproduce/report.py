@@ -22,7 +22,7 @@ PLOT = "curves.png"
 
 
 def run_dir(output: Path, implementation: str, seed: int) -> Path:
-    """Of one run."""
+    """Return the directory of one run."""
     return output / f"{implementation}_seed_{seed}"
 
 
@@ -35,7 +35,7 @@ class Attempt:
 
 
 def attempts(directory: Path) -> list[Attempt]:
-    """Of the run in `directory`, in order; one that was killed together with its parent left no trace."""
+    """List the starts of the run in `directory`, in order, without one that was killed together with its parent."""
     file = directory.with_suffix(".attempts.jsonl")
     if not file.exists():
         return []
@@ -43,13 +43,13 @@ def attempts(directory: Path) -> list[Attempt]:
 
 
 def record_attempt(directory: Path, seconds: float, exit_code: int) -> None:
-    """Remember one."""
+    """Record a start of a run."""
     with directory.with_suffix(".attempts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"seconds": round(seconds, 3), "exit_code": exit_code}) + "\n")
 
 
 def complete(made: Sequence[Attempt]) -> bool:
-    """Whether a run has nothing left to do."""
+    """Return whether a run has nothing left to do."""
     return bool(made) and made[-1].exit_code == 0
 
 
@@ -62,12 +62,12 @@ class Curves:
 
     @property
     def result(self) -> float:
-        """The valid loss after the last step."""
+        """Valid loss after the last step."""
         return self.valid[max(self.valid)]
 
 
 def read_curves(directory: Path) -> Curves:
-    """From metrics.jsonl.
+    """Read the losses of a run from its metrics.jsonl.
 
     Raises:
         ValueError: the last evaluation is not of the last step, or a loss is not a number.
@@ -85,13 +85,13 @@ def read_curves(directory: Path) -> Curves:
 
 
 def spread(values: Iterable[float]) -> float:
-    """Largest minus smallest."""
+    """Return the largest value minus the smallest."""
     values = list(values)
     return max(values) - min(values)
 
 
 def verdict(without: Sequence[float], with_multipliers: Sequence[float]) -> str:
-    """What the valid losses of the same seeds say: a difference of means counts beyond the wider spread of seeds."""
+    """Compare valid losses of the same seeds: a difference of means counts if it exceeds both spreads."""
     gap = statistics.mean(with_multipliers) - statistics.mean(without)
     widest = max(spread(without), spread(with_multipliers))
     lower = sum(a < b for a, b in zip(with_multipliers, without, strict=True))
@@ -110,7 +110,7 @@ def verdict(without: Sequence[float], with_multipliers: Sequence[float]) -> str:
 
 
 def table(results: dict[str, list[float]], seeds: Sequence[int]) -> str:
-    """Final valid losses by implementation and seed, in Markdown."""
+    """Return a Markdown table of the final valid losses by implementation and seed."""
     rows = [
         ["valid loss", *(f"seed {seed}" for seed in seeds), "mean ± standard deviation", "largest - smallest"],
         ["---"] * (len(seeds) + 3),
@@ -125,7 +125,7 @@ def table(results: dict[str, list[float]], seeds: Sequence[int]) -> str:
 
 
 def machine() -> str:
-    """What this runs on."""
+    """Describe this machine."""
     name, memory = platform.machine(), ""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
@@ -142,13 +142,13 @@ def machine() -> str:
 
 
 def versions() -> str:
-    """Of what computes."""
+    """List the versions of Python and of the libraries that compute."""
     found = [f"{name} {metadata.version(name)}" for name in ("megamult", "torch", "deepspeed", "megatron-core")]
     return ", ".join([*found, f"Python {platform.python_version()}"])
 
 
 def plot(curves: dict[str, list[Curves]], file: Path) -> None:
-    """Mean (line) and range (band) over the seeds of valid and training loss."""
+    """Plot valid and training loss: their mean over the seeds as a line, their range as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -175,7 +175,7 @@ def plot(curves: dict[str, list[Curves]], file: Path) -> None:
 
 
 def duration(seconds: float) -> str:
-    """For people."""
+    """Write a number of seconds as people do: 1 h 2 min."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 

@@ -31,10 +31,10 @@ _PATIENCE_SECONDS = 60.0
 
 
 def keys(run_dir: Path, implementation: str, seed: int, steps: int) -> dict[str, str]:
-    """What a run sets besides `examples/configs/quickstart.yaml`.
+    """Return the keys that a run sets besides `examples/configs/quickstart.yaml`.
 
     The schedule is that of the file in proportion: warm-up, plateau, and a decay over the second half. Both
-    implementations get the same, the learning rate included.
+    implementations get the same keys, the learning rate included.
     """
     parts = max(1, steps // 6)
     return {
@@ -53,7 +53,7 @@ def keys(run_dir: Path, implementation: str, seed: int, steps: int) -> dict[str,
 
 
 class Interrupted(Exception):
-    """Somebody asked us to stop."""
+    """A signal asked this program to stop."""
 
 
 class Failed(Exception):
@@ -61,7 +61,7 @@ class Failed(Exception):
 
 
 def started(command: Sequence[str], log: Path) -> int:
-    """Exit code of a command, whose words go to the end of `log`.
+    """Run a command and return its exit code; append what it prints to `log`.
 
     SIGTERM and SIGINT to this process are passed on as SIGTERM, upon which a run saves a checkpoint.
 
@@ -108,11 +108,11 @@ def train(output: Path, command: Callable[[Path, str, int], list[str]], seeds: S
 
     Args:
         output: folder of the runs.
-        command: from run directory, implementation and seed to a command.
-        seeds: of the runs.
+        command: function of run directory, implementation and seed that returns a command.
+        seeds: seeds of the runs.
 
     Raises:
-        Interrupted: start again to go on.
+        Interrupted: a signal came; the same command goes on from there.
         Failed: a run ended with an error.
     """
     planned = [(implementation, seed) for seed in seeds for implementation in report.IMPLEMENTATIONS]
@@ -138,10 +138,10 @@ def train(output: Path, command: Callable[[Path, str, int], list[str]], seeds: S
 
 
 def claim(output: Path, settings: dict[str, object]) -> None:
-    """Write down what the runs in `output` are.
+    """Record the settings of the runs in `output`.
 
     Raises:
-        ValueError: there are others in it.
+        ValueError: runs with other settings are in it.
     """
     file = output / "settings.json"
     if file.exists():
@@ -154,7 +154,7 @@ def claim(output: Path, settings: dict[str, object]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what is missing, write the report."""
+    """Train the runs that are missing, and write the report."""
     made = argparse.ArgumentParser(prog="examples/reproduce/run.sh", description=__doc__.split("\n")[0])
     made.add_argument("--steps", type=int, default=300, help="optimizer steps of each run (300)")
     made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights and data order (1 2 3)")

@@ -77,7 +77,7 @@ class ChunkSavePlanner(DefaultSavePlanner):
             assert isinstance(tensor, TensorStorageMetadata)
             found = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
             if found != math.prod(tensor.size):
-                raise ValueError(f"{name} has {math.prod(tensor.size)} elements, and the ranks' chunks {found}")
+                raise ValueError(f"{name} has {math.prod(tensor.size)} elements, and the ranks' chunks have {found}")
         return plans, metadata
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:

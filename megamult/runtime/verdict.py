@@ -83,7 +83,7 @@ def stands_still(peers: Sequence[Peer], seconds: float, timeout: float) -> tuple
 
 
 def _listed(which: Sequence[str]) -> str:
-    """Join the first eight, and count the others."""
+    """Join the first eight items, and say how many others there are."""
     return ", ".join(which[:8]) + (f" and {len(which) - 8} more" if len(which) > 8 else "")
 
 

@@ -109,7 +109,7 @@ def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCh
 
 
 def _files(resolved: str, tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) -> dict[str, bytes]:
-    """Collect every checkpoint's files beside its tensors; an imported tokenizer's own files stay with its model."""
+    """Return the files that every checkpoint has beside its tensors. An imported tokenizer keeps its own files."""
     if environment.rank() != 0:
         return {}
     files = {"config.yaml": resolved.encode(), "tokenizer.model": Path(tokenizer.model_path).read_bytes()}
