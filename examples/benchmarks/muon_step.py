@@ -83,7 +83,7 @@ def _counting(original: Callable[..., Any], rule: Callable[[int, dict[str, Any]]
 
 
 def bf16_is_fast() -> bool:
-    """Return whether this device multiplies in bf16 at least as fast as in fp32: not a CPU without bf16 instructions."""
+    """Return whether this device multiplies in bf16 at least as fast as in fp32; some CPUs only emulate bf16."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         return True
     seconds = {}
