@@ -18,7 +18,13 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, full_precision, register_multipliers
+from megamult.multipliers.parameters import (
+    GradSync,
+    SumOverTensorParallel,
+    full_precision,
+    multipliers_of,
+    register_multipliers,
+)
 from megamult.multipliers.sharded_state import multiplier_sharded_tensors
 from megamult.parameters import megatron
 from megamult.parameters.axes import Grid
@@ -99,14 +105,15 @@ class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
         if self.tp_group.size() > 1:
             elsewhere = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
             ids = (input_ - self.vocab_start_index).masked_fill(elsewhere, 0)
-        row = None if self.row_multiplier is None else full_precision(self.row_multiplier)
+        multipliers = multipliers_of(self)
+        row = None if multipliers["row"] is None else full_precision(multipliers["row"])
         output = _ScaledLookup.apply(ids, elsewhere, self.weight, row)
         if self.reduce_scatter_embeddings:
             output = output.transpose(0, 1).contiguous()
             output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
         else:
             output = reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
-        after = [full_precision(p) for p in (self.col_multiplier, self.scalar_multiplier) if p is not None]
+        after = [full_precision(p) for p in (multipliers["col"], multipliers["scalar"]) if p is not None]
         if after and self._sum_in_backward:
             after = list(SumOverTensorParallel.apply(self.tp_group, *after))
         dtype = output.dtype

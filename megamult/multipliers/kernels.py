@@ -5,9 +5,10 @@ holds one column vector per logical matrix and m(i) is the matrix that row i bel
 come as :class:`Span`s. On CUDA each function is one compiled kernel (plus one skinny product); on a CPU, where
 compiling would take longer than a test, rows are processed in blocks that stay in the cache.
 
-Both functions serve the weights of layers and, with `piece`, pieces of a partition. A layer's effective weight is a
-tensor of its own, and kernels are compiled for its shape. Pieces are fp32, scaled in place, and of every shape: one
-compiled kernel serves them all, and small ones are not worth its call.
+Both functions serve the weights of layers and, with `piece`, the bands of a partition's slices
+(:mod:`megamult.multipliers.scaling`). The effective weight of a layer is a new tensor, and kernels are compiled for its
+shape. Bands are fp32, are scaled in place and come in every shape: one compiled kernel serves them all, and a small one
+is not worth its call.
 
 Both forms are tested against `megamult.multipliers.reference`.
 """
@@ -38,7 +39,7 @@ def scale(
         rho: [out]; None: ones.
         kappa: [vectors, in]; None: ones.
         spans: which rows each vector scales; they cover all rows, in order.
-        piece: the weight is a piece of a partition: scale it in place, and return it.
+        piece: whether the weight is a band of a slice, to be scaled in place and returned.
     """
     if _compiled(weight, spans, piece):
         if piece:
@@ -143,13 +144,14 @@ that scales it, [rows]."""
 
 
 def _compiled(weight: Tensor, spans: tuple[Span, ...], piece: bool) -> bool:
-    """Return whether one compiled call costs less than a call per span: not for a small piece, such as one row."""
+    """Return whether to call a compiled kernel: on CUDA, except for a small band of one span, such as one row, where
+    two or three plain calls cost less."""
     return weight.is_cuda and (not piece or weight.numel() >= 1 << 16 or len(spans) > 1)
 
 
 def _detached(rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]) -> _Factors:
-    """Return what the kernels of layers take. A compiler would make one kernel for a Parameter and another for the same
-    plain tensor, hence detached."""
+    """Return the factors for the kernels of layers, detached: the compiler would make one kernel for a Parameter and
+    another for the same plain tensor."""
     rho = None if rho is None else rho.detach()
     if kappa is None:
         return rho, None, None
@@ -160,8 +162,8 @@ def _detached(rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...])
 
 
 def _whole(matrix: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]) -> _Factors:
-    """Return what the kernels of pieces take: missing multipliers become ones, so that one kernel serves all
-    placements. Every further kernel counts towards torch's limit of compilations, after which functions run
+    """Return the factors for the kernels of bands, with ones for missing multipliers, so that one kernel serves all
+    placements: every further kernel counts towards torch's limit of compilations, after which functions run
     uncompiled."""
     rows, cols = matrix.shape
     rho = matrix.new_ones(rows) if rho is None else rho

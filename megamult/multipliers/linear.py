@@ -28,9 +28,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megamult.multipliers.layer_scaling import LayerScaling
-from megamult.multipliers.parameters import GradSync, SumOverTensorParallel, full_precision, register_multipliers
+from megamult.multipliers.parameters import (
+    GradSync,
+    SumOverTensorParallel,
+    full_precision,
+    multipliers_of,
+    register_multipliers,
+)
 from megamult.multipliers.sharded_state import multiplier_sharded_tensors
-from megamult.multipliers.specs import LEAVES
 from megamult.multipliers.wrapped import effective_weight
 from megamult.parameters import megatron
 from megamult.parameters.axes import tensor_shard
@@ -70,7 +75,8 @@ class _MultiplierLinear:
             )
 
     def _multipliers(self) -> tuple[Parameter | None, ...]:
-        return tuple(getattr(self, leaf) for leaf in LEAVES.values())
+        module: Any = self
+        return tuple(multipliers_of(module).values())
 
     def _completed(self) -> list[Tensor | None]:
         """Return the row, column and scalar multipliers, in fp32 where fp32 values are kept. If `grad_sync` is

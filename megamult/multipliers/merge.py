@@ -33,6 +33,7 @@ def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             beside = {side: module + dot + other for side, other in LEAVES.items()}
             scales = {side: tensors[key].float() for side, key in beside.items() if key in tensors}
             if scales:
+                # The plain reference: an export runs once, on whole matrices, and its result depends on no kernel.
                 tensor = effective_weight(tensor.float(), **scales).to(tensor.dtype)
             orphans -= set(beside.values())
         merged[name] = tensor

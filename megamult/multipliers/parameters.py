@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from megamult.multipliers import specs
 from megamult.parameters.axes import Grid
 from megamult.parameters.roles import Placement
-from megamult.parameters.spec import ParameterSpec
+from megamult.parameters.spec import ParameterSpec, Side
 from megamult.parameters.stated import set_spec
 
 GradSync = Literal["backward", "step"]
@@ -34,11 +34,13 @@ GradSync = Literal["backward", "step"]
 def register_multipliers(
     module: torch.nn.Module, weight: Parameter, spec: ParameterSpec, placement: Placement, grid: Grid, partial: bool
 ) -> None:
-    """Create `row_multiplier`, `col_multiplier` and `scalar_multiplier` on a module, all ones; None where not selected.
+    """Create the multipliers of a module's weight, all ones; :data:`megamult.multipliers.specs.LEAVES` names them.
+
+    A side on which no part of the weight is scaled gets None in place of a parameter.
 
     Args:
-        module: gets the parameters.
-        weight: gives them dtype and device.
+        module: module that the parameters are registered on.
+        weight: weight whose dtype and device they take.
         spec: the spec of the weight, two-dimensional.
         placement: the sides on which each role is scaled.
         grid: the process grid; each parameter has the local shape of its spec there.
@@ -52,6 +54,11 @@ def register_multipliers(
             parameter = Parameter(ones)
             set_spec(parameter, stated)
         module.register_parameter(leaf, parameter)
+
+
+def multipliers_of(module: torch.nn.Module) -> dict[Side, Parameter | None]:
+    """Return the multipliers that :func:`register_multipliers` created on a module, by side; None where it has none."""
+    return {side: getattr(module, leaf) for side, leaf in specs.LEAVES.items()}
 
 
 FULL_PRECISION = "full_precision_value"

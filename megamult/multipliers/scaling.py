@@ -51,7 +51,7 @@ class Band:
     spans: tuple[Span, ...]
     """Spans of rows, each with the index of the column vector that scales it."""
     counted: bool
-    """Whether this process's copy counts in a sum over processes."""
+    """Whether this process's copy of the rows counts in a sum over processes (`ParameterSpec.row_intervals`)."""
 
     def of(self, values: Tensor) -> Tensor:
         """Return the view [height, width] of this band in `values`, the [length] values of its interval."""
@@ -72,13 +72,17 @@ def bands(found: Iterable[Rectangle], places: Places, one: int, device_type: str
 
 
 def _together(found: Iterable[Rectangle], elements: int) -> Iterator[list[Rectangle]]:
-    """Yield groups of consecutive, equally wide rectangles (or rows of them): at most `elements`, or one row."""
+    """Yield groups of consecutive, equally wide rectangles (or rows of them): at most `elements`, or one row.
+
+    Either all of a group or none of it counts in a sum over processes.
+    """
     together: list[Rectangle] = []
     for r in itertools.chain.from_iterable(_bounded(r, elements) for r in found):
         if together:
             first, last = together[0], together[-1]
-            follows = (r.col, r.width, r.offset) == (last.col, last.width, last.offset + last.numel)
-            if not follows or r.counted != last.counted or r.offset + r.numel - first.offset > elements:
+            alike = (r.col, r.width, r.counted) == (last.col, last.width, last.counted)
+            follows = alike and r.offset == last.offset + last.numel
+            if not follows or r.offset + r.numel - first.offset > elements:
                 yield together
                 together = []
         together.append(r)
@@ -194,7 +198,13 @@ class PackedScaling:
         return Factors(row, scalar, by_band)
 
     def add_cols(self, sums: Tensor, k: int, cols: Tensor) -> None:
-        """Add dL/dkappa [vectors, width] of band k to the sums [entries + 1] of its column multipliers."""
+        """Add dL/dkappa, `cols` [vectors, width] of band k, to the gradients of its column multipliers.
+
+        Args:
+            sums: [entries + 1] gradients, changed in place.
+            k: index of the band.
+            cols: second result of :func:`megamult.multipliers.kernels.scale_backward`.
+        """
         sums.index_add_(0, self.bands[k].col.view(-1), cols.view(-1))
 
     def add_rows(self, sums: Tensor, dots: Sequence[Tensor | None], factors: Factors) -> None:
@@ -202,10 +212,11 @@ class PackedScaling:
 
         Args:
             sums: [entries + 1] gradients, changed in place; the last entry collects rows without multipliers.
-            dots: row sums [height] of each band; None for one whose rows are not scaled.
+            dots: row sums [height] of each band; None for a band that adds nothing: its rows have neither a row
+                multiplier nor a scalar, or it does not count.
             factors: the multipliers with which the row sums were taken.
         """
-        if not dots:
+        if all(dot is None for dot in dots):
             return
         nothing = sums.new_zeros(1)
         pairs = zip(dots, self._heights, strict=True)

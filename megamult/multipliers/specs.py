@@ -10,11 +10,16 @@ from megamult.parameters.shards import Sharding
 from megamult.parameters.spec import ParameterSpec, Part, Segment, Side
 
 LEAVES: dict[Side, str] = {"row": "row_multiplier", "col": "col_multiplier", "scalar": "scalar_multiplier"}
-"""Last part of the name of the multipliers on each side, beside the `weight` that they scale."""
+"""Names of the multipliers on each side, as parameters of the module whose `weight` they scale."""
 
 
 def multiplier(side: Side, weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
-    """Describe the multipliers on one side of the selected parts of a weight; the arguments are those below."""
+    """Describe the multipliers on one side of the selected parts of a weight.
+
+    Args:
+        side: the side that they scale.
+        weight, selected, partial: see :func:`row_multiplier`.
+    """
     make = {"row": row_multiplier, "col": col_multiplier, "scalar": scalar_multiplier}[side]
     return make(weight, selected, partial)
 

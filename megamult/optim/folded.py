@@ -42,7 +42,7 @@ class Vector:
     role: Role
     side: Side
     entries: slice
-    """Where they are in the packed vector, or in one of its shape."""
+    """Range of their entries in the packed vector, and in its gradient and AdamW state."""
 
 
 def covers(spec: ParameterSpec, placement: Placement) -> bool:
@@ -103,9 +103,8 @@ class BoundMultipliers:
             torch.full((v.entries.stop - v.entries.start,), settings.initial(v.role, v.side)) for v in self.vectors
         ]
         self.values = torch.cat(first).to(here, torch.float32)
-        self._sums = self.values.new_zeros(
-            len(self.values) + 1
-        )  # the last entry collects the sums of rows and columns without multiplier
+        # The last entry collects the sums of rows and columns that have no multiplier.
+        self._sums = self.values.new_zeros(len(self.values) + 1)
         self.gradient = self._sums[:-1]
         self._adamw = torch.optim.AdamW(
             [self.values],
@@ -170,17 +169,16 @@ class BoundMultipliers:
             gradients: the gradient of each slice of the partition.
         """
         mesh = self.partition.mesh
-        replica = not self.partition.sharded and mesh.rank_on("data") != 0
         self._sums.zero_()
         factors = self._factors()
         dots: list[Tensor | None] = []
         for i, numbers in self._bands_of.items():
             piece = self.partition.slices[i]
-            counted = bool(self.partition.counted(piece))
+            counted = bool(self.partition.counted(piece))  # of copies along the data axis, only the first counts
             latent = self.latent(piece.tensor, piece.offset, piece.length)
             for k in numbers:
                 band, (rho, kappa) = self._scaling.bands[k], factors.bands[k]
-                counts = counted and band.counted
+                counts = counted and band.counted  # likewise along the axes that shard the model
                 dot, cols = kernels.scale_backward(
                     band.of(gradients[i]),
                     band.of(latent),
@@ -194,8 +192,7 @@ class BoundMultipliers:
                 dots.append(dot)
                 if cols is not None:
                     self._scaling.add_cols(self._sums, k, cols)
-        if not replica:
-            self._scaling.add_rows(self._sums, dots, factors)
+        self._scaling.add_rows(self._sums, dots, factors)
         mesh.sum_over(self.gradient)
 
     @torch.no_grad()

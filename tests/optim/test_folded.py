@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from megamult import TwoPhaseAdamW, param_groups
 from megamult.distributed.mesh import Mesh
+from megamult.multipliers import scaling
 from megamult.multipliers.reference import effective_weight
 from megamult.optim.folded import LATENT, FoldedMultipliers
 from megamult.parameters import megatron
@@ -231,14 +232,18 @@ def test_the_placement_of_the_workers_covers_every_combination_of_sides() -> Non
 
 @dataclass(frozen=True, eq=False)
 class _OneOfTwo(Mesh):
-    """Tensor-parallel rank of two, without the other: sums are this rank's terms."""
+    """One of two tensor-parallel ranks, without the other: a sum has only this rank's terms."""
 
-    def sum_over(self, tensor: torch.Tensor, axis: Axis | None = None) -> torch.Tensor:
+    def sum_over(self, tensor: Tensor, axis: Axis | None = None) -> Tensor:
         return tensor
 
 
-def test_a_block_that_two_ranks_hold_copies_of_counts_once_in_the_multipliers_gradients() -> None:
+@pytest.mark.parametrize("elements", [1 << 20, 10])
+def test_a_block_that_two_ranks_hold_copies_of_counts_once_in_the_multipliers_gradients(
+    elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A projection [x, B] whose B both ranks have, as Mamba-2's with one group: x is cut, B is copied."""
+    monkeypatch.setitem(scaling._ELEMENTS, "cpu", elements)  # 10: bands of two rows
     spec = ParameterSpec(
         (Part("x", "q", (8, 5)), Part("b", "k", (3, 5))),
         (11, 5),
@@ -249,10 +254,10 @@ def test_a_block_that_two_ranks_hold_copies_of_counts_once_in_the_multipliers_gr
     placement = resolve({"q": ["row", "col"], "k": ["row", "col", "scalar"]})
     generator = torch.Generator().manual_seed(2)
     x, b = (torch.randn(2, rows, 5, generator=generator) for rows in (8, 3))  # W and G of each
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, Tensor] = {}
     for rank in range(2):
         weight, gradient = (torch.cat([x[i].chunk(2)[rank], b[i]]) for i in range(2))
-        parameter = torch.nn.Parameter(weight)
+        parameter = Parameter(weight)
         set_spec(parameter, spec)
         parameter.grad = gradient
         mesh = _OneOfTwo(Coordinates(Grid(tensor=2), tensor=rank))

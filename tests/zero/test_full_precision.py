@@ -9,33 +9,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.optim.workers import VOCAB, Case, _step
+from tests.optim.workers import StepCase, _step
 from tests.processes import run_distributed
+from tests.small import VOCAB
 
-CASES = [Case(stage=stage, dtype="bf16") for stage in range(4)]
-CASES += [Case(tensor=2, sequence=True, stage=stage, dtype="bf16") for stage in (1, 3)]
+CASES = [StepCase(world=2, zero=stage, dtype="bf16") for stage in range(4)]
+CASES += [StepCase(world=2, tensor=2, sequence=True, zero=stage, dtype="bf16") for stage in (1, 3)]
 
 
-def run(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
+def run(cases: list[StepCase], folder: Path) -> list[dict[str, Any]]:
     """What went wrong on this rank, as text, by case."""
     from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
 
     outcomes = []
     for case in cases:
-        config = case.config(2)
+        config = case.config()
         engine = build(config, VOCAB, start.initialize(case.tensor))
         outcome = {"at the start": stale(engine)}
         for step in range(2):
             _step(engine, config, step)
         outcome["after two steps"] = stale(engine)
-        if case.stage and case.tensor == 1:
-            engine.deepspeed.save_checkpoint(f"{folder}/{case.stage}")
+        if case.zero and case.tensor == 1:
+            engine.deepspeed.save_checkpoint(f"{folder}/{case.zero}")
             _step(engine, config, 2)
-            engine.deepspeed.load_checkpoint(f"{folder}/{case.stage}")
+            engine.deepspeed.load_checkpoint(f"{folder}/{case.zero}")
             outcome["after DeepSpeed's own load"] = stale(engine)
         outcome["in bf16"] = sum(moved_in_bf16(engine), torch.zeros(2))
-        if case.stage == 1 and case.tensor == 1:
+        if case.zero == 1 and case.tensor == 1:
             outcome["weights"] = wrong_weights(engine.model)
         engine.deepspeed.destroy()
         outcomes.append(outcome)
@@ -77,6 +78,8 @@ def moved_in_bf16(engine: Any) -> list[Tensor]:
 def wrong_weights(model: Any) -> list[str]:
     """Layers that do not scale by their fp32 multipliers and round once."""
     from megamult.multipliers.parameters import full_precision
+    from megamult.parameters.axes import tensor_shard
+    from megamult.parameters.stated import spec_of
 
     found = []
     block = model.decoder.layers[0]
@@ -91,8 +94,8 @@ def wrong_weights(model: Any) -> list[str]:
         effective = layer(torch.eye(cols, dtype=torch.bfloat16)[:, None])[0][:, 0].t()
         row, col = full_precision(layer.row_multiplier), full_precision(layer.col_multiplier).view(-1, cols)
         of_part = torch.empty(rows, dtype=torch.long)
-        for run in layer._plan.spans:
-            of_part[run.start : run.stop] = run.col
+        for run in spec_of(layer.weight).local_segments(tensor_shard(0, 1)):
+            of_part[run.start : run.start + run.length] = run.part
         want = (layer.weight.float() * col[of_part] * row[:, None]).bfloat16()
         if not torch.equal(effective, want):
             found.append(name)
@@ -114,14 +117,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, An
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("when", ["at the start", "after two steps"])
 def test_every_rank_scales_by_the_fp32_masters_of_its_multipliers(
-    outcomes: list[list[dict[str, Any]]], case: Case, when: str
+    outcomes: list[list[dict[str, Any]]], case: StepCase, when: str
 ) -> None:
     assert [rank[CASES.index(case)][when] for rank in outcomes] == [[], []]
 
 
 @pytest.mark.parametrize("case", CASES[1:4], ids=str)
 def test_every_rank_scales_by_the_masters_that_deepspeed_has_loaded(
-    outcomes: list[list[dict[str, Any]]], case: Case
+    outcomes: list[list[dict[str, Any]]], case: StepCase
 ) -> None:
     assert [rank[CASES.index(case)]["after DeepSpeed's own load"] for rank in outcomes] == [[], []]
 
