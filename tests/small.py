@@ -25,10 +25,14 @@ class Samples:
     Args:
         period: sample i + period is sample i: there is something to learn from few samples. None: all are different.
         offset: the first sample is that of this number; a second set of samples has another one.
+        skewed: whether small ids are more frequent: then there is something to learn though all samples differ.
     """
 
-    def __init__(self, vocab_size: int, seq_length: int, period: int | None = None, offset: int = 0) -> None:
+    def __init__(
+        self, vocab_size: int, seq_length: int, period: int | None = None, offset: int = 0, skewed: bool = False
+    ) -> None:
         self.vocab_size, self.seq_length, self.period, self.offset = vocab_size, seq_length, period, offset
+        self.skewed = skewed
         self.seen: list[int] = []
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -36,6 +40,8 @@ class Samples:
         number = self.offset + (index if self.period is None else index % self.period)
         generator = torch.Generator().manual_seed(number)
         text = torch.randint(0, self.vocab_size, (self.seq_length + 1,), generator=generator)
+        if self.skewed:
+            text = text**2 // self.vocab_size
         return {"tokens": text[:-1], "labels": text[1:]}
 
     def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:

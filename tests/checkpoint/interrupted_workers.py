@@ -24,7 +24,7 @@ class Signalling(Samples):
     """Sends this process a signal when the step that begins with sample `at` begins."""
 
     def __init__(self, at: int, number: signal.Signals, vocab_size: int, seq_length: int) -> None:
-        super().__init__(vocab_size, seq_length)
+        super().__init__(vocab_size, seq_length, skewed=True)
         self.at, self.number = at, number
 
     def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:

@@ -66,7 +66,7 @@ def _run(run: Run) -> Trace:
     config.checkpoint = CheckpointConfig(keep=0, asynchronous=run.asynchronous)
     mesh = start.initialize(run.case.tensor)
     engine = build(config, VOCAB, mesh)
-    samples = Samples(VOCAB, config.model.seq_length)
+    samples = Samples(VOCAB, config.model.seq_length, skewed=True)
     trainer = Trainer(config, engine, samples, None, VOCAB)
     trace = Trace()
     if run.warm:

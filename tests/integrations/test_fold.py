@@ -171,7 +171,8 @@ def test_settings_reach_the_optimizer_and_its_multipliers() -> None:
         assert type(rule) is Muon and type(muon.rule_of("norm")) is AdamW and muon.folding is not None
         assert (rule.momentum, muon.clip_grad_norm, muon.clip_multipliers) == (0.8, 0.3, True)
         assert [group["lr"] for group in muon.param_groups] == [2e-3] * 4 and muon.folding.lr == 2e-3
-        assert all(group["betas"] == (0.8, 0.9) for group in muon.param_groups)
+        betas = {group["kind"]: group.get("betas") for group in muon.param_groups}
+        assert betas == dict.fromkeys(("undecayed", "embedding", "head"), (0.8, 0.9)) | {"matrix": None}
         assert (muon.folding.weight_decay, muon.folding.betas, muon.folding.eps) == (0.01, (0.8, 0.9), 1e-8)
         assert {group["kind"]: len(group["params"]) for group in muon.param_groups} == {
             "matrix": 14,
