@@ -185,7 +185,7 @@ def count_collectives(arguments: argparse.Namespace) -> None:
                 label = "all" if name == "layer" else "none"
                 print(f"{'on' if sequence else 'off':<5}{label:<13}{row}{sums[name]:>6}")
         if rank == 0:
-            print(f"added by multipliers, per micro-batch: {sums['layer'] - sums['none']}")
+            print(f"collectives that multipliers add, per micro-batch: {sums['layer'] - sums['none']}")
     start.destroy()
 
 

@@ -366,10 +366,10 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
     if main_rank:
         print(
             f"hidden {arguments.hidden}, ffn {arguments.ffn}, {arguments.layers} layers, {arguments.dtype}, "
-            f"Newton-Schulz: ours {ours.ns_dtype}, peers' standard form {peers_dtype}; ZeRO {arguments.zero_stage}, "
+            f"Newton-Schulz: ours {ours.ns_dtype}, the other optimizers' {peers_dtype}; ZeRO {arguments.zero_stage}, "
             f"data parallel {current_mesh().groups['data'].size()}, tensor parallel {arguments.tensor}, "
             f"{device.local_device().type}, {torch.get_num_threads()} thread(s) per process, "
-            f"medians of {arguments.steps}"
+            f"medians of {arguments.steps} steps"
         )
         print(
             f"{'':<20}{'step ms':>9}{'range':>7}{'ours/it':>9}{'first s':>9}{'GFLOP mean':>12}{'busiest':>9}"
@@ -418,7 +418,8 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
     ours = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.ns_dtype]
     peak = device.peak_flops(ours)
     print(
-        f"Newton-Schulz alone, {here.type}, ours in {arguments.ns_dtype}, torch's in bf16, medians of {arguments.steps}"
+        f"only Newton-Schulz, {here.type}, ours in {arguments.ns_dtype}, torch's in bf16, "
+        f"medians of {arguments.steps} steps"
     )
     print(f"{'shape':<16}{'ours ms':>10}{'torch ms':>10}{'torch/ours':>12}{'of peak':>9}")
     for (rows, cols), count in shapes.items():

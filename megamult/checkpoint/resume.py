@@ -169,12 +169,13 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
 
 
 def _fixed_sections(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of a saved configuration that have settings to keep; a key that its version did not have is the default.
+    """Return the sections of a saved configuration that have settings which a resume must not change.
 
-    Every key of the model must be known, as it may be part of the function. Of other sections nothing else is read.
+    A key that the saving version did not have gets its default. Every saved key of `model` must be known here, as it
+    may change the function that the model computes; of other sections, only the settings that must not change are read.
 
     Raises:
-        KeyError, TypeError: they are not as this version knows them.
+        KeyError, TypeError: a section has not the keys of this version.
     """
     sections: dict[str, Any] = {"model": model_section(configuration)}
     for name, section in SECTIONS.items():

@@ -129,7 +129,7 @@ def open_indexed(prefix: str) -> Any:
 
 @contextlib.contextmanager
 def quiet_megatron() -> Iterator[None]:
-    """Keep Megatron's INFO lines per index and its warnings on missing packages out of a run's output."""
+    """Suppress the INFO lines that Megatron logs for every index file, and its warnings about missing packages."""
     logger = logging.getLogger("megatron.core.datasets")
     level = logger.level
     logger.setLevel(logging.ERROR)

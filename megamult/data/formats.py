@@ -1,7 +1,7 @@
-"""Formats of input files, known by their first bytes: JSON lines, plain text, and what must be converted first.
+"""Formats of input files, recognized by their first bytes: JSON lines, plain text, and formats to convert before use.
 
-The file's name decides only where its content leaves the format open: text in a `.jsonl` file that is not JSON is a
-mistake in that file, and a `.csv` or `.json` file is not taken for plain text.
+A file's name counts only if its content fits several formats: a `.jsonl` file that holds no JSON is a mistake, and a
+`.csv` or `.json` file is not taken for plain text.
 """
 
 from __future__ import annotations

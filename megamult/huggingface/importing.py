@@ -130,7 +130,7 @@ def _configuration(model: ModelConfig, placement: str, dtype: Any) -> dict[str, 
 
 
 def _open(source: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    """Open every tensor of the model's safetensors files, by name; they stay open as long as `stack`."""
+    """Open the model's safetensors files and return every tensor by name; the files stay open until `stack` closes."""
     found: dict[str, _Stored] = {}
     for path in _files(source):
         try:

@@ -122,7 +122,7 @@ def _check_expressible(model: Path, proto: Any) -> None:
     }
     for what, (is_, must) in found.items():
         if is_ != must:
-            raise ValueError(f"the tokenizer {model} has {what} {is_}, where only {must} is converted: {_REMEDY}")
+            raise ValueError(f"the tokenizer {model} has {what} {is_}, but only {must} can be converted: {_REMEDY}")
 
 
 _REMEDY = "put the files of its own Hugging Face tokenizer into a folder hf_tokenizer beside it, and export again"

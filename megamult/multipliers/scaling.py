@@ -54,7 +54,7 @@ class Band:
     """Whether this process's copy of the rows counts in a sum over processes (`ParameterSpec.row_intervals`)."""
 
     def of(self, values: Tensor) -> Tensor:
-        """Return the view [height, width] of this band in `values`, the [length] values of its interval."""
+        """Return this band as a view [height, width] of `values` [length], one for each element of the interval."""
         return values[self.offset : self.offset + self.height * self.width].view(self.height, self.width)
 
 

@@ -205,7 +205,7 @@ class BoundMultipliers:
 
     @contextlib.contextmanager
     def latent_weights(self, tensors: list[Tensor]) -> Iterator[None]:
-        """Make the tensors hold W while the optimizer updates them, and the new W_eff afterwards."""
+        """Make the tensors hold the latent weights W within the context, for an update, and the new W_eff after it."""
         folded = [tensor for tensor in tensors if tensor in self._slices_of]
         effective = [tensor.data for tensor in folded]
         for tensor in folded:
@@ -248,14 +248,14 @@ class BoundMultipliers:
         return {"values": self.values, **self._adamw.state[self.values]}
 
     def load_state_dict(self, state: dict[str, Tensor], optimizer_state: MutableMapping[Tensor, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned in a run of the same model and placement.
+        """Restore what :meth:`state_dict` returned in a run of the same model and placement.
 
         Args:
             state: the result of :meth:`state_dict`.
-            optimizer_state: the optimizer's state, already loaded, with the latent weights.
+            optimizer_state: the optimizer's own state, restored before, which holds the latent weights.
 
         Raises:
-            ValueError: the state has another number of multipliers.
+            ValueError: the state has a different number of multipliers.
         """
         if state["values"].shape != self.values.shape:
             raise ValueError(

@@ -52,10 +52,10 @@ class UpdateRule(ABC):
     defaults: Mapping[str, Any] = {}
 
     def __init_subclass__(cls) -> None:
-        """Check that a rule can be given the states that it names.
+        """Check that the optimizer can keep every state that a rule names.
 
         Raises:
-            TypeError: it keeps state of rows and does not prepare, so that no rank would own the rows.
+            TypeError: a state has one value per row, and the rule's `prepares` is False, so that no rank owns the rows.
         """
         rows = [state.name for state in cls.states if state.per == "row"]
         if rows and not cls.prepares:

@@ -164,9 +164,9 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         driven = self._bound is not None and self._bound is not self._own
         if driven or not all(has_spec(p) for p in parameters):
             raise RuntimeError(
-                "step() without prepare(), on parameters that someone else keeps: under DeepSpeed call "
-                "megamult.zero.attach.attach(engine, optimizer) after deepspeed.initialize; in a loop of your own give "
-                "the optimizer the model's own parameters"
+                "step() without prepare(), on tensors that are not the model's own parameters: under DeepSpeed call "
+                "megamult.attach(engine, optimizer) after deepspeed.initialize; in your own loop, make the optimizer "
+                "from the model's parameters"
             )
         if self._own is None or len(self._own.slices) != len(parameters):
             numbered = {

@@ -297,7 +297,9 @@ def _check_segments(spec: ParameterSpec, what: str) -> None:
     for index, part in enumerate(spec.parts):
         held = sorted((s.part_start, s.length) for s in spec.segments if s.part == index)
         if not held:
-            raise ValueError(f"{what} has no segment of the part {part.name!r}: say which rows hold it, or remove it")
+            raise ValueError(
+                f"{what} has the part {part.name!r} and no segment of it: add the rows that hold it, or remove the part"
+            )
         expected = 0
         for start, length in held:
             if start != expected:

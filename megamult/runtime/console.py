@@ -41,10 +41,10 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_or_nothing() -> Iterator[None]:
-    """Run a program that writes nothing unless it succeeds, and choose its exit code.
+    """Run a program and return its exit code. The program must write nothing unless it succeeds.
 
-    ValueError and OSError are the user's mistake (2). Ctrl-C (130), SIGTERM (143) and the end of the terminal (SIGHUP,
-    129) clean up first.
+    ValueError and OSError count as the user's mistake (2). At Ctrl-C (130), SIGTERM (143) and SIGHUP, the end of the
+    terminal (129), the program cleans up before it exits.
     """
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup sets it to be ignored; keep that

@@ -30,7 +30,7 @@ class Deadlines:
 
     @property
     def answer(self) -> float:
-        """Time within which a live rank sends its stack, and rank 0 its verdict."""
+        """Seconds that a live rank has to send its stack, and rank 0 to send its verdict on the stall."""
         return min(5.0, self.timeout / 6)
 
     @property

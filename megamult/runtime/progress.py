@@ -38,7 +38,7 @@ class Progress:
         """Note that the main thread begins something, which counts as progress.
 
         Args:
-            grace: seconds of the new work that do not count as standing still.
+            grace: seconds of the new work that do not count as time without progress.
         """
         self._place = Place(step, doing, self._place.count + 1)
         self._since = time.monotonic() + grace
@@ -52,12 +52,12 @@ class Progress:
         """The last place noted."""
         return self._place
 
-    def standing(self) -> float:
-        """Return the seconds since the last progress; negative within its grace."""
+    def seconds_stalled(self) -> float:
+        """Return the seconds without progress; negative while the grace that :meth:`at` was given has not passed."""
         return time.monotonic() - self._since
 
     def report(self) -> dict[str, Any]:
         """Return place and Python stack of the main thread, ready for JSON."""
         frame = sys._current_frames().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
-        return {"place": asdict(self._place), "standing": self.standing(), "stack": stack}
+        return {"place": asdict(self._place), "stalled": self.seconds_stalled(), "stack": stack}

@@ -199,15 +199,15 @@ class Watchdog:
             if now - before > 5 * tick + 1.0:  # the whole process was stopped
                 self.progress.forgive(now - before)
             before = now
-            standing = min(self.progress.standing(), now - self._patience_since)
-            if standing > self._deadlines.ask and not asked:
-                send(writer, {"stalled": standing})
-            asked = standing > self._deadlines.ask
+            stalled = min(self.progress.seconds_stalled(), now - self._patience_since)
+            if stalled > self._deadlines.ask and not asked:
+                send(writer, {"stalled": stalled})
+            asked = stalled > self._deadlines.ask
             # Ranks that write to the screen end first and kill rank 0; others only see its connection close.
-            if standing > self._deadlines.alone + (0.0 if self._speaks() else self._deadlines.answer / 2):
+            if stalled > self._deadlines.alone + (0.0 if self._speaks() else self._deadlines.answer / 2):
                 report = self.progress.report()
                 print(f"rank {self._rank} at {self.progress.place}:\n{report['stack']}", end="", file=sys.stderr)
-                self._without_rank_0(f"has not answered, and there was no progress for {standing:.0f} s")
+                self._without_rank_0(f"has not answered, and there was no progress for {stalled:.0f} s")
             if now - beat > _HEARTBEAT_SECONDS:
                 beat = now
                 send(writer, {"at": vars(self.progress.place)})

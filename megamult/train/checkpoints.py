@@ -62,12 +62,13 @@ class RunCheckpoints:
         """Begin to save a checkpoint.
 
         Args:
-            step, samples: optimizer steps and sequences so far.
+            step: number of optimizer steps done.
+            samples: number of sequences trained on.
             data: state of the training data.
-            figures: the latest figures of the run.
+            figures: latest losses and norms, which are stored with it.
 
         Returns:
-            The outcome of an earlier save, or of this one, see :meth:`Saver.save`.
+            The outcome of a save that has ended by now, as :meth:`Saver.save` returns it; None: none has.
         """
         prefix, state = rng.prefix(self._mesh.rank), engine.state()
         chunks = [*state.chunks, *(Chunk.whole(prefix + key, value) for key, value in rng.states().items())]

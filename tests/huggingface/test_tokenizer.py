@@ -138,9 +138,9 @@ def trained(**settings: Any) -> bytes:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "unigram"}, "model_type UNIGRAM, where only BPE"),
-        ({"byte_fallback": False}, "byte_fallback False, where only True"),
-        ({"add_dummy_prefix": True}, "add_dummy_prefix True, where only False"),
+        ({"model_type": "unigram"}, "model_type UNIGRAM, but only BPE"),
+        ({"byte_fallback": False}, "byte_fallback False, but only True"),
+        ({"add_dummy_prefix": True}, "add_dummy_prefix True, but only False"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces True"),
         ({"normalization_rule_name": "nmt_nfkc"}, r"bytes of normalization rules \d+"),
         ({"user_defined_symbols": ["<x>"]}, "unused and user-defined pieces 1"),

@@ -303,7 +303,7 @@ GOOD = ParameterSpec(
             r"holds 3 rows of the part 'b', which has 4",
         ),
         ({"segments": (Segment(0, 0, 0, 4), Segment(4, 0, 0, 4))}, r"row 0 of the part 'a' twice"),
-        ({"segments": (Segment(0, 0, 0, 4),)}, r"no segment of the part 'b': say which rows hold it, or remove it"),
+        ({"segments": (Segment(0, 0, 0, 4),)}, r"has the part 'b' and no segment of it: add the rows"),
         (
             {"segments": (Segment(0, 0, 0, 4), Segment(4, 2, 0, 4))},
             r"a segment of part 2, and 2 parts: give a part's number from 0 to 1",

@@ -43,9 +43,9 @@ def to_hugging_face(
     Args:
         sizes: sizes of the model.
         vocab_size: exact number of tokens, without padding.
-        tied: whether the head is the embedding in the exported tensors.
+        tied: whether the export has one tensor for embedding and head.
         dtype: a key of :data:`megamult.models.common.hugging_face.DTYPES`.
-        token_ids: the tokenizer's `bos_token_id`, `eos_token_id` ...
+        token_ids: ids of the tokenizer's special tokens by key: `bos_token_id`, `eos_token_id` ...
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -128,7 +128,9 @@ def _rotary_base(config: Mapping[str, Any]) -> float:
             raise ValueError(f"{where}, not a mapping: correct it")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise ValueError(f"{where}: positions here are not scaled (rope_type default), so it cannot be imported")
+            raise ValueError(
+                f"{where}: megamult has only unscaled rotary positions (rope_type default), so the model cannot be imported"
+            )
         rest = {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
         if rest.pop("partial_rotary_factor", 1) != 1 or any(value is not None for value in rest.values()):
             raise ValueError(f"{where}: only rope_theta and rope_type default can be expressed here")

@@ -126,7 +126,7 @@ class GPT(GPTModel):
 
 
 class Head(ColumnParallelLinear):
-    """The LM head: no multipliers (the final norm's weights are its column multipliers), padded rows zero."""
+    """The LM head. It has no multipliers, as the final norm's weights scale its columns; padded rows are 0."""
 
     def __init__(self, vocab_size: int, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(

@@ -68,7 +68,7 @@ class Matrices:
         return Exchange(self.plan, self.partition.mesh, slice_of_cut, dtype, device.local_device())
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradient [length] of each slice; it may be written to."""
+        """Return the gradient of each slice, [length of the slice], which the caller may overwrite."""
         gradients = self._pieces.gradients()
         return [gradients[i] for i in self._indices]
 

@@ -125,14 +125,15 @@ class Plan:
     def _travels(
         self, bucket: Sequence[int], elements: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Count the elements of a bucket that leave each rank and that come to it.
+        """Count the elements of a bucket that each rank sends and receives.
 
         Args:
             bucket: indices of its matrices.
             elements: [matrices, ranks] number of elements that each rank holds.
 
         Returns:
-            [ranks] each: elements that a rank holds of others' matrices, and that others hold of its own.
+            Two arrays [ranks]: elements that a rank sends, which are of matrices that others own; and elements that it
+            receives, which others hold of the matrices that it owns.
         """
         index, owners = list(bucket), [self.owners[i] for i in bucket]
         own = elements[index, owners]
