@@ -129,7 +129,7 @@ def _rotary_base(config: Mapping[str, Any]) -> float:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(
-                f"{where}: megamult has only unscaled rotary positions (rope_type default), so the model cannot be imported"
+                f"{where}: megamult has only unscaled rotary positions (rope_type default): import another model"
             )
         rest = {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
         if rest.pop("partial_rotary_factor", 1) != 1 or any(value is not None for value in rest.values()):
