@@ -50,13 +50,14 @@ def scale(
     rho, kappa = _in(dtype, rho), _in(dtype, kappa)
     effective = weight if piece else torch.empty_like(weight)
     for block in _blocks(spans, weight.shape[1]):
-        source, target = weight[block.start : block.stop], effective[block.start : block.stop]
+        source = weight[block.start : block.stop]
+        target = source if piece else effective[block.start : block.stop]
         made = target if dtype == weight.dtype else torch.empty_like(target, dtype=dtype)
         if kappa is not None and block.col is not None:
             source = torch.mul(source, kappa[block.col], out=made)
         if rho is not None:
             source = torch.mul(source, rho[block.start : block.stop, None], out=made)
-        if source.data_ptr() != target.data_ptr():
+        if source is not target:
             target.copy_(source)
     return effective
 
