@@ -110,7 +110,7 @@ def test_files_hold_at_most_what_is_asked_for(tmp_path: Path, matrix: Tensor) ->
 def test_a_tensor_that_is_not_complete_is_not_written(tmp_path: Path, matrix: Tensor, left_out: int) -> None:
     chunks = tiles("model.w", matrix)
     del chunks[left_out]
-    with pytest.raises(ValueError, match=r"model\.w has 35 elements, and the ranks' chunks \d+"):
+    with pytest.raises(ValueError, match=r"model\.w has 35 elements, and the ranks' chunks have \d+"):
         saved.write(tmp_path / "step_1", chunks, INFORMATION, {})
     assert not (tmp_path / "step_1").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +31,11 @@ class Recorded:
         return {"tokens": torch.full((SEQ,), index), "labels": torch.full((SEQ,), -index)}
 
 
-def settle(samples: Recorded) -> list[int]:
-    """What has been read once nothing more is."""
-    before: list[int] = [-1]
-    while before != samples.read:
-        before = list(samples.read)
-        time.sleep(0.1)
-    return before
+def settle(batches: Any, samples: Recorded) -> list[int]:
+    """What has been read, once everything is that was asked for."""
+    while batches._thread is not None and batches._read.qsize() < batches._waiting:
+        time.sleep(0.01)
+    return list(samples.read)
 
 
 def taken(tensor: int) -> tuple[list[list[int]], list[int], set[str]]:
@@ -55,7 +54,7 @@ def taken(tensor: int) -> tuple[list[list[int]], list[int], set[str]]:
         tokens, labels = batches.take()
         assert tokens.shape == labels.shape == (SIZE, SEQ)
         found.append([*tokens[:, 0].tolist(), *labels[:, -1].tolist()])
-    read = settle(samples)
+    read = settle(batches, samples)
     batches.close()
     return found, read, samples.threads
 
@@ -69,14 +68,14 @@ def ahead() -> tuple[list[int], list[int], list[str]]:
     samples = Recorded(bad=5)
     batches = MicroBatches(samples, itertools.count(0, SIZE), SIZE, SEQ, current_mesh())
     batches.allow(100)
-    before = settle(samples)
+    before = settle(batches, samples)
     raised = []
     for _ in range(4):
         try:
             raised.append(str(int(batches.take()[0][0, 0])))
         except ValueError as error:
             raised.append(str(error))
-    after = settle(samples)
+    after = settle(batches, samples)
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "samples"]
     return before, after, raised
