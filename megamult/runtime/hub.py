@@ -60,7 +60,7 @@ class _Connection:
     writer: asyncio.StreamWriter
     heard: float
     left: bool = False
-    standing: float = 0.0
+    stalled: float = 0.0
 
 
 class Hub:
@@ -136,7 +136,7 @@ class Hub:
         elif "status" in message:
             status = message["status"]
             rank.peer.place, rank.peer.stack = Place(**status["place"]), status["stack"]
-            rank.standing = status["standing"]
+            rank.stalled = status["stalled"]
         elif "stalled" in message:
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.ensure_future(self._ask())
@@ -184,12 +184,12 @@ class Hub:
         for rank in self._ranks.values():
             rank.peer.heard = now - rank.heard
         answered = [rank for rank in self._ranks.values() if rank.peer.stack is not None]
-        standing = min((rank.standing for rank in answered), default=self._deadlines.ask)
-        if standing < self._deadlines.ask - self._deadlines.answer:
-            self._all({"patience": max(0.0, standing)})
+        stalled = min((rank.stalled for rank in answered), default=self._deadlines.ask)
+        if stalled < self._deadlines.ask - self._deadlines.answer:
+            self._all({"patience": max(0.0, stalled)})
             return
         peers = [self._ranks[rank].peer for rank in sorted(self._ranks)]
-        line, text = verdict.stands_still(peers, standing, self._deadlines.timeout)
+        line, text = verdict.stands_still(peers, stalled, self._deadlines.timeout)
         print(text, end="", file=sys.stderr)
         silent = [rank for rank in self._ranks.values() if rank.peer.stack is None]
         self._end(line, [rank.peer.rank for rank in silent], [[rank.peer.pid, rank.where] for rank in silent])
