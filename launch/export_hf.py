@@ -1,4 +1,4 @@
-"""Export a checkpoint as a Hugging Face model (LlamaForCausalLM), multipliers merged into the weights."""
+"""Export a checkpoint as a Hugging Face model (LlamaForCausalLM) with the multipliers merged into the weights."""
 
 import argparse
 from pathlib import Path
@@ -28,11 +28,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run the command line; the exit code is 0, or 2 for a user's mistake, or 130 for Ctrl-C."""
+    """Run the command line. The exit code is 0 on success, 2 for a user's mistake and 130 for Ctrl-C."""
     args = _parser().parse_args()
     with whole_or_nothing():
         try:
-            from megamult.huggingface.exporting import export  # heavy: --help and a wrong argument do not wait for it
+            from megamult.huggingface.exporting import export  # slow to import; --help must not wait for it
         except ImportError as error:
             raise ValueError(f"{error.name} is not installed: pip install megamult[export]") from None
         done = export(args.checkpoint, args.output, args.dtype, args.max_shard_size)

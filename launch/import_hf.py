@@ -27,10 +27,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run the command line; the exit code is 0, or 2 for a user's mistake, or 130 for Ctrl-C."""
+    """Run the command line. The exit code is 0 on success, 2 for a user's mistake and 130 for Ctrl-C."""
     args = _parser().parse_args()
     with whole_or_nothing():
-        from megamult.huggingface.importing import import_  # heavy: --help and a wrong argument do not wait for it
+        from megamult.huggingface.importing import import_  # slow to import; --help must not wait for it
 
         done = import_(args.input, args.output, args.placement)
     for note in done.notes:

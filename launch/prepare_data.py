@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run the command line; the exit code is 0, or 2 for a user's mistake, or 130 for Ctrl-C."""
+    """Run the command line. The exit code is 0 on success, 2 for a user's mistake and 130 for Ctrl-C."""
     args = _parser().parse_args()
     with whole_or_nothing():
         try:

@@ -24,7 +24,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: the command line's --help must not wait for DeepSpeed and Megatron.
+    # Import a module on first use, so that the command line's --help does not wait for DeepSpeed and Megatron.
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'megamult' has no attribute {name!r}")

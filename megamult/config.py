@@ -1,6 +1,6 @@
-"""The configuration of a run: the sections of its parts, and the checks that need more than one of them.
+"""Configuration of a run: one section for each part of the program, and the checks that involve several sections.
 
-Sizes are global (never per rank). A key that does not work yet is not here.
+Sizes are global, never per rank. There are no keys for features that do not work yet.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Config:
         """Check the keys whose values depend on the number of processes.
 
         Raises:
-            ValueError: fact, value, remedy.
+            ValueError: a key does not fit the number of processes.
         """
         tensor, train = self.parallel.tensor, self.train
         require(
@@ -95,14 +95,14 @@ class Config:
         )
 
     def accumulation(self, data_parallel: int) -> int:
-        """Micro-batches per optimizer step."""
+        """Return the number of micro-batches per optimizer step on each data-parallel rank."""
         return self.train.global_batch_size // (self.train.micro_batch_size * data_parallel)
 
     def deepspeed_overrides(self) -> dict[str, Any]:
-        """Return the user's part of the DeepSpeed configuration.
+        """Return the DeepSpeed configuration that the user gave, as a mapping or as a file; empty if there is none.
 
         Raises:
-            ValueError: the file is missing or is no JSON object.
+            ValueError: the file is missing, or it does not contain a JSON object.
         """
         if self.deepspeed is None or isinstance(self.deepspeed, dict):
             return self.deepspeed or {}
@@ -117,14 +117,15 @@ class Config:
 
 
 SECTIONS: dict[str, Any] = {name: hint for name, hint in get_type_hints(Config).items() if is_dataclass(hint)}
-"""The class of every section, by name, in order."""
+"""Class of each section by the section's name, in the order of :class:`Config`."""
 
 
 def model_section(configuration: Mapping[str, Any]) -> ModelConfig:
-    """The section `model` of a saved configuration.
+    """Return the section `model` of a saved configuration.
 
     Raises:
-        KeyError, TypeError: it has none, or keys that this version does not know.
-        ValueError: its sizes do not fit together.
+        KeyError: the configuration has no such section.
+        TypeError: the section has keys that this version does not know.
+        ValueError: the sizes in the section do not fit together.
     """
     return ModelConfig(**configuration["model"])

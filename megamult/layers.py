@@ -1,4 +1,4 @@
-"""The public layers: drop-in subclasses of Megatron's with learnable multipliers."""
+"""Public layers: drop-in subclasses of Megatron's layers, with learnable multipliers."""
 
 from megamult.multipliers.embedding import MultiplierVocabParallelEmbedding
 from megamult.multipliers.linear import MultiplierColumnParallelLinear, MultiplierRowParallelLinear

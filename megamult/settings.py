@@ -1,4 +1,4 @@
-"""Settings of a run: which of them a resumed run must keep, all of them as flat keys, how two sets of them differ."""
+"""Settings of a run: marks for those that a resumed run must not change, conversion to flat keys, and comparison."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 Why = Literal["function", "samples"]
-"""Why a resumed run must keep a setting. function: with another value the checkpoint's weights are another function.
-samples: it decides which samples come next, so it is free until the checkpoint's run has trained on some."""
+"""Reason why a resumed run must not change a setting.
+
+function: with another value, the checkpoint's weights would compute another function.
+samples: the setting decides which samples come next. It may change only if no sample was trained on before the
+checkpoint."""
 
 _FIXED = "fixed when a run resumes"
 _Default = TypeVar("_Default")
@@ -24,32 +27,32 @@ class _Fixed:
 
 
 def fixed(default: _Default, why: Why, *, attribute: str | None = None, note: str = "") -> _Default:
-    """A dataclass field whose setting a resumed run must keep.
+    """Return a dataclass field for a setting that a resumed run must not change.
 
     Args:
-        default: of the field.
-        why: the reason.
-        attribute: the attribute of its section that holds what the setting stands for, if that is not the setting
-            itself (null may mean another key's value).
-        note: what the setting decides, where its name does not say so; shown beside it.
+        default: default value of the field.
+        why: reason why the setting must not change.
+        attribute: attribute of the section that holds the resolved value, if that is not the field itself (null in the
+            field may mean another key's value).
+        note: what the setting decides, if its name does not say so; messages show it beside the name.
     """
     return dataclasses.field(default=default, metadata={_FIXED: _Fixed(why, attribute, note)})
 
 
 def fixed_keys(section: type) -> list[str]:
-    """Keys of a section that a resumed run must keep."""
+    """Return the keys of a section that a resumed run must not change."""
     return [field.name for field in dataclasses.fields(section) if _FIXED in field.metadata]
 
 
 def fixed_values(name: str, section: Any, why: Why) -> dict[str, Any]:
-    """What a resumed run must keep of a section, for the reason `why`.
+    """Return the settings of a section that a resumed run must not change for the reason `why`.
 
     Args:
-        name: of the section.
-        section: an instance.
+        name: name of the section.
+        section: instance of the section's class.
 
     Returns:
-        The value of each, resolved, by the name that a message gives it: "train.seed (the data's order)".
+        The resolved value of each setting, by its name in messages, for example "train.seed (the data's order)".
     """
     found = {}
     for field in dataclasses.fields(section):
@@ -62,7 +65,7 @@ def fixed_values(name: str, section: Any, why: Why) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A key whose value differs, with both values; a value is ABSENT if the configuration has no such key."""
+    """Key whose values in two configurations differ. A value is ABSENT if that configuration does not have the key."""
 
     key: str
     mine: Any
@@ -70,12 +73,13 @@ class Difference:
 
 
 ABSENT = object()
-"""The value of a key that a configuration does not have."""
+"""Marker in place of the value of a key that a configuration does not have."""
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten nested mappings to dotted keys: {"optimizer": {"lr": 1}} is {"optimizer.lr": 1}. Values become what JSON
-    makes of them (a tuple is a list). An empty mapping has no leaves."""
+    """Flatten nested mappings to dotted keys: {"optimizer": {"lr": 1}} becomes {"optimizer.lr": 1}.
+
+    Values are converted to JSON and back, so a tuple becomes a list. An empty mapping adds no key."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -86,14 +90,16 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten a run's whole configuration. A `deepspeed` section that is not given counts as empty, and so do the
+    """Flatten the whole configuration of a run.
+
+    A section `deepspeed` that is not given adds no key. Neither do keys of `optimizer` that are None, such as the
     sections of update rules that the optimizer does not use."""
     optimizer = {key: value for key, value in configuration.get("optimizer", {}).items() if value is not None}
     return flat({**configuration, "optimizer": optimizer, "deepspeed": configuration.get("deepspeed") or {}})
 
 
 def differences(mine: Mapping[str, Any], its: Mapping[str, Any]) -> list[Difference]:
-    """List the keys of two flat configurations whose values differ: in the order of `mine`, then of `its`."""
+    """List the keys whose values in two flat configurations differ: first those of `mine`, then those only in `its`."""
     keys = [*mine, *(key for key in its if key not in mine)]
     pairs = [Difference(key, mine.get(key, ABSENT), its.get(key, ABSENT)) for key in keys]
     # In Python True == 1, but they are different settings; 1 and 1.0 are the same setting.
@@ -103,5 +109,5 @@ def differences(mine: Mapping[str, Any], its: Mapping[str, Any]) -> list[Differe
 
 
 def shown(value: Any) -> str:
-    """Return a value in YAML's flow style; "not set" for ABSENT."""
+    """Return a value as text in YAML's flow style, or "not set" for ABSENT."""
     return "not set" if value is ABSENT else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Checks of configuration values: each failure is a ValueError that says fact, value and remedy."""
+"""Checks of configuration values. A failure is a ValueError whose message states the fact, the value and a remedy."""
 
 from __future__ import annotations
 

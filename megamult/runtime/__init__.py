@@ -1,1 +1,1 @@
-"""A running program: its exit codes, logs and signals, and what ends it when a rank fails."""
+"""Support for running programs: exit codes, logs, signals, locks, and a watchdog that ends a run if a rank fails."""

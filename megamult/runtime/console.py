@@ -1,4 +1,4 @@
-"""Output and ends of programs: one line for a user's mistake, exit codes, cleaning up when asked to stop."""
+"""Console output and exit of programs: one-line errors for users' mistakes, exit codes, and clean-up on signals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def say_error(message: str) -> None:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Write [0, 1, 2, 5] as "0-2, 5"."""
+    """Return numbers as text, sorted and with ranges: "0-2, 5" for [0, 1, 2, 5]."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and number == spans[-1][-1] + 1:
@@ -30,7 +30,10 @@ def ranges(numbers: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C end a program with one word from rank 0 and exit code 130, no traceback. Enter it before imports."""
+    """Make Ctrl-C end the program with exit code 130 and one word from rank 0, without a traceback.
+
+    Enter this context before slow imports, so that it covers them too.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -41,13 +44,13 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_or_nothing() -> Iterator[None]:
-    """Run a program and return its exit code. The program must write nothing unless it succeeds.
+    """Run a program that must write nothing unless it succeeds, and exit with the code of its failure if it fails.
 
-    ValueError and OSError count as the user's mistake (2). At Ctrl-C (130), SIGTERM (143) and SIGHUP, the end of the
-    terminal (129), the program cleans up before it exits.
+    ValueError and OSError count as the user's mistake (exit code 2). On Ctrl-C (130), SIGTERM (143) and SIGHUP, which
+    the end of the terminal sends (129), the program cleans up before it exits.
     """
     signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup sets it to be ignored; keep that
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup makes programs ignore it
         signal.signal(signal.SIGHUP, _terminate)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Rank 0's part of the watchdog: receive every rank's reports, and decide which rank died or stands still."""
+"""Rank 0's part of the watchdog: it receives the reports of all ranks, and decides which rank died or is stalled."""
 
 from __future__ import annotations
 
@@ -18,56 +18,62 @@ from megamult.runtime.progress import Place, Progress
 from megamult.runtime.verdict import Peer
 
 CONNECT_SECONDS = 60.0
-"""Time after the rendezvous within which every rank must have connected to rank 0's port."""
+"""Seconds after the rendezvous within which every rank must connect to the watchdog's port on rank 0."""
 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Deadlines in seconds without progress, all within the run's timeout. Stopped ranks of a host on which no other
-    rank runs are left to its launcher."""
+    """Deadlines of the watchdog in seconds without progress, all within the run's timeout.
+
+    A stopped process can only be ended by another rank on its host. If there is none, it is left to the launcher."""
 
     timeout: float
 
     @property
     def answer(self) -> float:
-        """Seconds that a live rank has to send its stack, and rank 0 to send its verdict on the stall."""
+        """Seconds within which a live rank must send its stack when asked, and rank 0 must send its verdict."""
         return min(5.0, self.timeout / 6)
 
     @property
     def ask(self) -> float:
-        """Time after which a rank asks rank 0 whether any rank makes progress."""
+        """Seconds without progress after which a rank asks rank 0 whether any rank makes progress."""
         return self.timeout - 3 * self.answer
 
     @property
     def alone(self) -> float:
-        """Time after which a rank without progress ends by itself. By then rank 0, asked at `ask`, has had time for two
-        answers and has sent none."""
+        """Seconds without progress after which a rank ends without a verdict of rank 0. The rank asked rank 0 at `ask`,
+        and has then waited for twice `answer`."""
         return self.timeout - self.answer
 
 
 _SETTLE_SECONDS = 0.5
-"""Time from the first report of a death to the verdict: ranks that die as a consequence may report earlier."""
+"""Seconds from the first report of a death to the verdict. Ranks that die as a consequence of another rank's death may
+report earlier than that rank."""
 
 LEFT_SECONDS = 10.0
-"""Time after which a rank that left with an error ends the ranks that have not left."""
+"""Seconds that the other ranks have to leave after one rank left with an error. Then those that have not left are
+ended."""
 
 
 @dataclass
 class _Connection:
     peer: Peer
     where: str
-    """Identifier that processes share if they can signal one another."""
+    """Identifier of the rank's machine and process namespace. Processes that share it can signal one another."""
     writer: asyncio.StreamWriter
     heard: float
+    """Value of `time.monotonic()` when the rank's last message came."""
     left: bool = False
+    """Whether the rank has said that it leaves."""
     stalled: float = 0.0
+    """Seconds without progress, from the rank's last status report."""
 
 
 class Hub:
-    """Server of every rank's connection, rank 0's own included.
+    """Server on rank 0, to which every rank connects, rank 0 included.
 
     Args:
-        token: secret that every rank sends first; other connections are closed.
+        token: secret that every rank sends first. A connection that does not send it is closed.
         size: number of ranks.
         deadlines: deadlines for ranks without progress.
         progress: rank 0's own progress.
@@ -127,7 +133,7 @@ class Hub:
             do()
 
         task = asyncio.ensure_future(wait())
-        self._tasks.add(task)  # asyncio itself keeps no reference
+        self._tasks.add(task)  # asyncio itself keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
 
     def _hear(self, rank: _Connection, message: dict[str, Any]) -> None:
@@ -168,12 +174,12 @@ class Hub:
         peers = {number: each.peer for number, each in self._ranks.items()}
         why, guilty = verdict.died(self._lost, self._failed, peers, self._progress.place)
         for number in guilty:
-            if number != 0 and number in self._failed:  # rank 0 prints its own
+            if number != 0 and number in self._failed:  # rank 0's main thread prints its error
                 print(f"{self._ranks[number].peer}:\n{self._failed[number]}", end="", file=sys.stderr)
         self._end(why, guilty, [])
 
     async def _ask(self) -> None:
-        """Ask every rank for its place; end the run if none has made progress for too long."""
+        """Ask every rank for its place and stack, and end the run if no rank has made progress for too long."""
         for rank in self._ranks.values():
             rank.peer.stack = None
         self._all({"report": True})
@@ -195,7 +201,7 @@ class Hub:
         self._end(line, [rank.peer.rank for rank in silent], [[rank.peer.pid, rank.where] for rank in silent])
 
     def _all(self, message: dict[str, Any]) -> None:
-        # Rank 0 comes last: the message may end its process.
+        # Send to rank 0 last, because the message may end its process, which is this one.
         for number in sorted(self._ranks, reverse=True):
             with contextlib.suppress(OSError):
                 send(self._ranks[number].writer, message)
@@ -207,16 +213,16 @@ class Hub:
 
 
 def keep_alive(writer: asyncio.StreamWriter) -> None:
-    """Turn on TCP keep-alive, by which kernels check that hosts are up; it works while a process is stopped or busy."""
+    """Turn on TCP keep-alive: kernels check that the other host is up, even while a process is stopped or busy."""
     connection = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 9)):
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
     connection.setsockopt(
         socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000
-    )  # milliseconds until unacknowledged data fails
+    )  # milliseconds after which unacknowledged data breaks the connection
 
 
 def send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
-    """Send one line of JSON."""
+    """Send a message as one line of JSON."""
     writer.write(json.dumps(message).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Lock of a run directory, which one live run holds, even on file systems whose locks are known on one node only."""
+"""Lock of a run directory, which at most one live run holds. It does not need file locks that all nodes can see."""
 
 from __future__ import annotations
 
@@ -22,35 +22,38 @@ from megamult.runtime.console import say_error
 LOCK = "lock"
 
 PATIENCE_SECONDS = 120.0
-"""Time to wait for an earlier start of the run, which may still be saving, or whose dead node the file server may not
-have noticed yet."""
+"""Seconds to wait for an earlier start of the run. It may still be saving, or its node is dead and the file server has
+not noticed that yet."""
 
 BEAT_SECONDS = 3.0
-"""Seconds between the holder's writes to the lock, which show that it is alive."""
+"""Seconds between the writes to the lock by which its holder shows that it is alive."""
 
 LOOKS = 120
-"""Reads of the lock, LOOK_SECONDS apart, that must all find it unchanged before a holder on another node counts as
-dead. A live holder may be unable to write for as long: shuffling the 2^31 documents that a source may have takes 90 s.
-Reads are counted instead of seconds, because a file server that hangs then delays both sides, and no clocks are
+"""Number of reads of the lock that must all find it unchanged before a holder on another node counts as dead.
+
+A live holder may be unable to write for nearly that long: shuffling the 2^31 documents that a source may have takes
+90 s. Reads are counted instead of seconds, so that a file server that hangs delays both sides and no clocks are
 compared."""
 
 LOOK_SECONDS = 1.0
+"""Seconds between two reads of the lock."""
 
 SETTLE_SECONDS = 1.0
-"""Time after which a run that took over a dead run's lock reads it again. If several runs take it over, the last to
-write has it; and if the holder removed the file after this run had opened it, another file has its name now."""
+"""Seconds after which a run that has taken over a dead run's lock reads it again. If several runs have taken it over,
+the last to write has it. If the holder removed the file after this run had opened it, the name now belongs to another
+file."""
 
 
 class RunLock:
-    """The file `lock` in a run directory, held by rank 0 as long as its process lives, however it ends.
+    """The file `lock` in a run directory, which rank 0 holds until its process ends, in whatever way it ends.
 
-    Two things keep other runs out. The first is flock, which is released the moment the process ends, but which other
-    nodes do not see on some file systems. The second is the record in the file, which names the holder and counts its
-    beats: every node sees it, but only after a while that a dead holder's count stands still. A run that ends in order
-    removes the file.
+    Two things keep other runs out. The first is flock: the kernel releases it the moment the process ends, but on some
+    file systems other nodes do not see it. The second is the record in the file, which names the holder and counts the
+    holder's writes: every node sees it, but needs many reads to conclude from an unchanged count that the holder is
+    dead. A run that leaves this context removes the file.
 
     Args:
-        ending: function that is called before this process ends because another run has the lock.
+        ending: function that is called before this process ends because another run has taken the lock.
     """
 
     def __init__(self, ending: Callable[[], None] = lambda: None) -> None:
@@ -64,17 +67,20 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def acquire(self, run_dir: Path) -> bool:
-        """Take the lock, unless it is held already. If another run has it, wait for a while; return whether one had it.
+        """Take the lock, unless this run holds it already. Wait up to PATIENCE_SECONDS for another live run to end.
+
+        Returns:
+            Whether another live run held the lock at first.
 
         Raises:
-            ValueError: another run still has it.
+            ValueError: another live run still holds the lock.
             OSError: the file cannot be written.
         """
         if self._descriptor is not None:
             return False
         self._path = run_dir / LOCK
         deadline, waited = time.monotonic() + PATIENCE_SECONDS, False
-        before, looks = None, 0  # the last record, and how many reads in a row found the same
+        before, looks = None, 0  # the last text read, and how many later reads in a row found the same
         while True:
             descriptor, made = _open(self._path)
             if descriptor is None:
@@ -125,7 +131,11 @@ class RunLock:
         self._descriptor = None
 
     def _take(self, descriptor: int, settle: bool) -> bool:
-        """Write our own record into the file, and check that no other run has overwritten it."""
+        """Write this run's record into the file, and return whether this run now holds the lock.
+
+        Args:
+            settle: whether to check after SETTLE_SECONDS that no other run has overwritten the record.
+        """
         self._write(descriptor)
         if settle:
             time.sleep(SETTLE_SECONDS)
@@ -151,7 +161,7 @@ class RunLock:
         os.fsync(descriptor)  # other nodes see only what has reached the file server
 
     def _beat(self) -> None:
-        """Write every few seconds that this run is alive; end the process if another run has taken the lock over."""
+        """Write the record every BEAT_SECONDS, and end this process if another run has taken the lock over."""
         warned = False
         while not self._over.wait(BEAT_SECONDS):
             self._beats += 1
@@ -178,7 +188,9 @@ class RunLock:
 
 
 def _open(path: Path) -> tuple[int | None, bool]:
-    """Return (descriptor, whether the file is new); the descriptor is None if the file was removed meanwhile."""
+    """Open or create the file, and return (descriptor, whether the file is new).
+
+    The descriptor is None if another process removed the file in between."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
     except FileExistsError:
@@ -189,10 +201,11 @@ def _open(path: Path) -> tuple[int | None, bool]:
 
 
 def _flock(descriptor: int, insist: bool) -> bool | None:
-    """Lock the file and return whether that worked; None: this file system has no locks.
+    """Lock the file, and return whether that worked, or None if this file system has no locks.
 
     Args:
-        insist: try until it works. For a file that we made: others lock it only for a moment, to look.
+        insist: whether to try until it works. That is for a file that this process has created: other processes lock
+            it only for a moment, to check it.
     """
     while True:
         try:
@@ -207,7 +220,8 @@ def _flock(descriptor: int, insist: bool) -> bool | None:
 
 
 def _read(path: Path) -> str:
-    """Return the lock's text; "" if there is none. A file opened anew shows its state on every file system."""
+    """Return the text of the lock file, or "" if there is no file. Opening it anew shows its present text on every file
+    system."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -223,8 +237,9 @@ def _record(text: str) -> dict[str, Any]:
 
 
 def _is_here(text: str) -> bool:
-    """Tell whether the record's process ran on this node, whose kernel knows its flock. A record of an older version
-    has no machine; then the host's name decides."""
+    """Return whether the record's process ran on this node, whose kernel then knows that process's flock.
+
+    A record of an older version does not have the key `machine`. For such a record the host's name decides."""
     found = _record(text)
     if "machine" in found:
         return bool(found["machine"] == environment.machine())
@@ -232,7 +247,7 @@ def _is_here(text: str) -> bool:
 
 
 def _holder(text: str) -> str:
-    """Name of the process that holds the lock, for a message."""
+    """Return a description for messages of the process that holds the lock."""
     found = _record(text)
     if not found:
         return "an unknown process"

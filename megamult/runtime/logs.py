@@ -1,4 +1,4 @@
-"""Logs of ranks: a file for each, rank 0's output also on the screen; and marks that show which ranks were killed."""
+"""Logs of ranks: one file for each rank, and rank 0's output also on the screen. Marks show which ranks were killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megamult.distributed import environment
 
 
 class _Patient(io.TextIOBase):
-    """File that may be on a full disk: text that cannot be written is lost, and nothing fails because of it."""
+    """Text file whose write errors, such as a full disk, are ignored: the text is lost, and the program goes on."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
@@ -39,7 +39,7 @@ class _Patient(io.TextIOBase):
 
 
 class _Both(io.TextIOBase):
-    """Stream to the screen and to a file; text that redraws a line (a progress bar) goes to the screen only."""
+    """Stream to both the screen and a file. Text that redraws a line (a progress bar) goes to the screen only."""
 
     def __init__(self, screen: IO[str], file: IO[str]) -> None:
         self._screen, self._file = screen, _Patient(file)
@@ -64,11 +64,10 @@ class _Both(io.TextIOBase):
 
 
 class RankLog:
-    """Destination of this process's output and errors while it is entered: the screen, until :meth:`open` names a
-    folder.
+    """Context that directs this process's output and errors. They go to the screen until :meth:`open` is called. Then
+    those of rank 0 go to the screen and to a file, and those of other ranks go to a file only.
 
-    Rank 0's file has what Python prints. The files of other ranks also have what libraries in C print, because their
-    output no longer reaches the screen.
+    Rank 0's file contains what Python prints. The files of other ranks also contain what C libraries print.
     """
 
     def __enter__(self) -> RankLog:
@@ -100,8 +99,8 @@ class RankLog:
     def open(self, folder: Path) -> None:
         """Append all output from now on to `folder`/rank_N.log.
 
-        As long as this process lives there is also `folder`/rank_N.running, which names it. A process that is killed
-        leaves this file behind, so that others can say who was killed.
+        The file `folder`/rank_N.running, the mark, names this process and exists while it lives. A killed process
+        leaves its mark behind, from which the next start of the run can tell who was killed.
 
         Raises:
             OSError: a file cannot be written.
@@ -123,7 +122,10 @@ class RankLog:
         sys.stdout, sys.stderr = _Patient(self._file), _Patient(self._file)
 
     def say(self, line: str, on_screen: bool) -> None:
-        """Write a line to the file, and to the screen if `on_screen` or without a file. Any thread may call it."""
+        """Write a line to the file. Write it to the screen if `on_screen` is true or there is no file.
+
+        Any thread may call this method.
+        """
         with contextlib.suppress(OSError):
             if self._file is not None:
                 os.write(self._file.fileno(), f"{line}\n".encode())
@@ -131,17 +133,18 @@ class RankLog:
                 os.write(self._screen[1] if self._screen else 2, f"{line}\n".encode())
 
     def ended(self) -> None:
-        """Remove the mark: this process is about to end and has said why. May be called from any thread."""
+        """Remove the mark, because this process is about to end and has said why. Any thread may call this method."""
         if self._mark is not None:
             with contextlib.suppress(OSError):
                 self._mark.unlink()
 
 
 _RUNNING = ".running"
+"""Suffix of the marks that :meth:`RankLog.open` writes."""
 
 
 def left_without_a_word(folder: Path) -> list[str]:
-    """Return the names of processes of earlier starts of the run that were killed, by rank, and remove their marks."""
+    """Return the names of killed processes of earlier starts of the run, sorted by rank, and remove their marks."""
     marks = list(folder.glob(f"rank_*{_RUNNING}"))
     names = {}
     for mark in sorted(marks, key=lambda each: (len(each.name), each.name)):

@@ -1,7 +1,7 @@
-"""Hidden folders in which results are written until they are complete, and removal of those that killed processes left.
+"""Hidden folders that hold results until they are complete, and removal of folders that killed processes left behind.
 
 A folder `.NAME.RANDOM.partial` belongs to the process that holds the lock on the file `owner` in it. The kernel
-releases a lock however its process ends, so an unlocked folder of this machine belongs to a dead process.
+releases the lock in whatever way the process ends, so an unlocked folder of this machine belongs to a dead process.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ _OWNER = "owner"
 
 @contextlib.contextmanager
 def partial_folder(final: Path) -> Iterator[Path]:
-    """Make an empty folder beside `final` to write its contents in; remove it at the end with whatever is left in it.
+    """Yield an empty folder beside `final`, in which to write the contents of `final`. At the end, remove the folder
+    with everything that is left in it.
 
-    Folders for the same `final` that dead processes left are removed first, with a line on standard error. A folder
-    stays, with a line that names it, if it belongs to another machine, to this machine before a reboot, or to an
-    unknown process, or if the file system has no locks.
+    Folders for the same `final` that dead processes left are removed first, and a line on standard error says so. A
+    folder is not removed, and a line names it, if it belongs to another machine, to this machine before a reboot, or to
+    an unknown process, or if the file system has no locks.
     """
     _remove_leftovers(final)
     folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
     try:
         with open(folder / _OWNER, "x", encoding="utf-8") as owner:
-            # The lock comes before the text: a file that has text and no lock belongs to a dead process. Another
-            # process that has locked it before us only looks, and releases it at once.
+            # Lock the file before writing its text, so that a file with text and no lock belongs to a dead process. If
+            # another process has locked it first, that process only checks it, and releases it at once.
             while _lock(owner) is False:
                 time.sleep(0.01)
             json.dump({"machine": environment.machine(), "host": environment.host(), "process": os.getpid()}, owner)
@@ -49,7 +50,7 @@ def partial_folder(final: Path) -> Iterator[Path]:
 
 
 def _lock(owner: IO[str]) -> bool | None:
-    """Take the lock, and return whether it was free; None: this file system has no locks."""
+    """Take the lock, and return whether it was free, or None if this file system has no locks."""
     try:
         fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -60,7 +61,7 @@ def _lock(owner: IO[str]) -> bool | None:
 
 
 def is_being_written(final: Path) -> bool:
-    """Tell whether a process of this machine is writing `final` in a partial folder now."""
+    """Return whether a process of this machine is writing `final` in a partial folder now."""
     for folder in _unfinished(final):
         with contextlib.suppress(OSError), open(folder / _OWNER, "r+", encoding="utf-8") as file:
             if _lock(file) is False:
@@ -89,7 +90,8 @@ def _escaped(name: str) -> str:
 
 
 def _dead_owner(folder: Path) -> str | None:
-    """Name the process that a folder belonged to, if it is known to be dead; None: it lives, or that is unknown."""
+    """Return a description of the dead process that a folder belonged to, or None if the process is not known to be
+    dead."""
     doubt = f"{folder} is unfinished, and this process cannot tell whether its writer still runs: remove it if not"
     try:
         with open(folder / _OWNER, "r+", encoding="utf-8") as file:
@@ -99,7 +101,7 @@ def _dead_owner(folder: Path) -> str | None:
             owner = json.loads(file.read())
             machine, host, process = owner["machine"], owner["host"], owner["process"]
     except (OSError, ValueError, KeyError, TypeError):
-        # No record (yet): the folder was made this moment, or by a version that wrote none.
+        # The folder has no record: it was made a moment ago, or by a version that wrote none.
         print(doubt, file=sys.stderr)
         return None
     if free and machine == environment.machine():

@@ -1,4 +1,4 @@
-"""Progress of this process: its place in training, and the stack, for the watchdog."""
+"""Progress of this process, for the watchdog: its place in training, and the stack of its main thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Place:
     step: int
     doing: str
     count: int
-    """Number of places so far: the same for ranks that have got equally far."""
+    """Number of places that the rank has noted so far. Ranks that are equally far have the same number."""
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.doing}"
@@ -27,7 +27,7 @@ START = Place(0, "start-up", 0)
 
 
 class Progress:
-    """Progress that the main thread notes and another thread reads."""
+    """Progress, noted by the main thread and read by another thread."""
 
     def __init__(self) -> None:
         self._main = threading.get_ident()
@@ -35,16 +35,18 @@ class Progress:
         self._since = time.monotonic()
 
     def at(self, step: int, doing: str, grace: float = 0.0) -> None:
-        """Note that the main thread begins something, which counts as progress.
+        """Note that the main thread begins new work, which counts as progress.
 
         Args:
-            grace: seconds of the new work that do not count as time without progress.
+            step: the optimizer step that the work belongs to.
+            doing: description of the work, for messages.
+            grace: seconds from now on that do not count as time without progress.
         """
         self._place = Place(step, doing, self._place.count + 1)
         self._since = time.monotonic() + grace
 
     def forgive(self, seconds: float) -> None:
-        """Discount time in which the whole process was stopped."""
+        """Subtract `seconds`, for which the whole process was stopped, from the time without progress."""
         self._since += seconds
 
     @property
@@ -53,11 +55,11 @@ class Progress:
         return self._place
 
     def seconds_stalled(self) -> float:
-        """Return the seconds without progress; negative while the grace that :meth:`at` was given has not passed."""
+        """Return the seconds without progress. They are negative until the grace given to :meth:`at` has passed."""
         return time.monotonic() - self._since
 
     def report(self) -> dict[str, Any]:
-        """Return place and Python stack of the main thread, ready for JSON."""
+        """Return the main thread's place, its seconds without progress and its Python stack, ready for JSON."""
         frame = sys._current_frames().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         return {"place": asdict(self._place), "stalled": self.seconds_stalled(), "stack": stack}

@@ -1,4 +1,4 @@
-"""Requests to save and stop: signals, the launcher's end, a time limit. All ranks obey at the same step."""
+"""Requests to save and stop a run: signals, the launcher's end, a time limit. All ranks stop after the same step."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from typing import Any
 from megamult.distributed import environment, launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""Signals of schedulers, and Ctrl-C, which reaches ranks from the terminal or their launcher. If ranks received
-different ones, the first in this list is the run's reason to stop."""
+"""Signals that schedulers send, and SIGINT, which ranks get from the terminal (Ctrl-C) or from their launcher. If ranks
+received different signals, the first of these in this list is the run's reason to stop."""
 
 _ABANDONED = 255
-"""Number used like a signal's: a launcher above this rank has ended."""
+"""Number used in place of a signal's number if a launcher above this rank has ended."""
 
 SAME_REQUEST_SECONDS = 5.0
-"""Signals that follow the first one within this time are the same request: a scheduler sends one to every process of a
-job, and launchers pass theirs on."""
+"""Seconds after the first signal within which further signals belong to the same request: a scheduler sends a signal to
+every process of a job, and launchers pass the one that they get on to their ranks."""
 
 
 class StopRequests:
-    """Receiver of requests while it is entered. The first signal is noted, a later one ends the process at once.
+    """Context that receives requests to stop. It only notes the first signal. A signal that comes more than
+    SAME_REQUEST_SECONDS later ends the process at once.
 
-    Signals reach a thread through a pipe that Python's own C handler writes to. A later one therefore ends the process
-    even if the main thread hangs in a collective.
+    A thread reads the signals from a pipe, to which Python's own C handler writes. A later signal therefore ends the
+    process even if the main thread hangs in a collective.
 
     Some launchers end on a signal without passing it on, so the end of a launcher above this rank is a request too.
 
     Args:
-        deadline: value of `time.monotonic()` from which on to stop; None: never.
+        deadline: value of `time.monotonic()` from which on this rank asks to stop, or None for no deadline.
         ending: function that is called before a later signal ends the process.
     """
 
@@ -49,14 +50,14 @@ class StopRequests:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        # If Ctrl-C is ignored, as in a script's background jobs, it stays ignored. A scheduler's signals are always
-        # received: launchers that must survive them are started with them ignored, and their ranks inherit that.
+        # If SIGINT is ignored, as in a script's background jobs, it stays ignored. A scheduler's signals are received
+        # even if they are ignored now: a launcher that must survive them is started that way, and its ranks inherit it.
         ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         heard = [number for number in SIGNALS if number != signal.SIGINT or not ignored]
         self._before = {number: signal.signal(number, lambda *_: None) for number in heard}
         self._launchers: list[int] = []
         for process in launcher.launchers():
-            with contextlib.suppress(OSError, AttributeError):  # ended already; or a Python built on an older system
+            with contextlib.suppress(OSError, AttributeError):  # it has ended, or Python lacks pidfd_open
                 self._launchers.append(os.pidfd_open(process))
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
@@ -66,7 +67,7 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            # The same request may arrive again while the process ends.
+            # After a request, ignore signals: the same request may arrive again while the process ends.
             signal.signal(number, signal.SIG_IGN if self._asked else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)  # ends the thread
@@ -106,10 +107,10 @@ class StopRequests:
                     os._exit(128 + number)
 
     def ballot(self) -> list[float]:
-        """Return this rank's vote on stopping now: for each possible reason 1 if this rank has it, else 0.
+        """Return this rank's votes on stopping now: for each possible reason, 1 if this rank has that reason, else 0.
 
-        The votes are summed over ranks together with the loss, exactly in fp32 up to 2^24 ranks, and :meth:`decided`
-        takes the sums.
+        The votes are summed over ranks together with the loss, in fp32, which is exact for up to 2^24 ranks. The sums
+        are the argument of :meth:`decided`.
         """
         late = self._deadline is not None and time.monotonic() >= self._deadline
         asked = self._asked
@@ -117,10 +118,10 @@ class StopRequests:
 
     @staticmethod
     def decided(votes: Sequence[float]) -> str | None:
-        """Return the reason for all ranks to stop now; None: no rank was asked to.
+        """Return the reason for all ranks to stop now, or None if no rank was asked to stop.
 
         Args:
-            votes: the sum of all ranks' ballots. It is the same on all ranks, and so is the result.
+            votes: sums of all ranks' votes. They are the same on all ranks, and so is the result.
         """
         reasons = ["the launcher has ended", *(number.name for number in SIGNALS), "train.max_minutes"]
         return next((reason for reason, count in zip(reasons, votes, strict=True) if count), None)

@@ -1,4 +1,4 @@
-"""Messages of a watchdog about ranks that died or stand still: pure functions from reports to text."""
+"""Messages of the watchdog about ranks that died or are stalled: pure functions from the ranks' reports to text."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megamult.runtime.progress import START, Place
 
 @dataclass
 class Peer:
-    """State of a rank as the watchdog knows it."""
+    """State of a rank, as far as the watchdog knows it."""
 
     rank: int
     host: str
     pid: int
     place: Place = START
-    """Place in its last report."""
+    """Place in the rank's last report."""
     heard: float = 0.0
-    """Seconds since its last report."""
+    """Seconds since the rank's last message."""
     stack: str | None = None
-    """Stack of its main thread; None: it does not answer."""
+    """Stack of the rank's main thread, or None if the rank does not answer."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} (process {self.pid})"
@@ -30,13 +30,13 @@ class Peer:
 def died(
     lost: Sequence[Peer], failed: Mapping[int, str], peers: Mapping[int, Peer], here: Place
 ) -> tuple[str, list[int]]:
-    """Return one line that says which rank's death ended the run, and the numbers of the ranks that died.
+    """Return one line that says which rank's death ended the run, and the numbers of the ranks at fault.
 
     Args:
-        lost: ranks whose connection closed without a last message, as that of a killed process does, in the order in
-            which they closed. Errors that other ranks report afterwards are only consequences.
-        failed: rank -> traceback, in the order in which they were reported.
-        peers: all ranks.
+        lost: ranks whose connections closed without a last message, as those of killed processes do, in the order of
+            closing. If there are any, errors that other ranks report count as consequences.
+        failed: traceback of each rank that reported an error, by rank, in the order of the reports.
+        peers: all ranks, by number.
         here: rank 0's own place.
     """
     if lost:
@@ -50,7 +50,9 @@ def died(
 
 
 def late(peers: Sequence[Peer]) -> list[Peer]:
-    """List the ranks that the others wait for: those that do not answer; if all do, those that are behind."""
+    """List the ranks that the others wait for: those that do not answer or, if all answer, those that are behind.
+
+    The list is empty if all ranks answer and are equally far."""
     silent = [peer for peer in peers if peer.stack is None]
     if silent:
         return silent
@@ -60,11 +62,12 @@ def late(peers: Sequence[Peer]) -> list[Peer]:
 
 
 def stands_still(peers: Sequence[Peer], seconds: float, timeout: float) -> tuple[str, str]:
-    """Return (one line that names the late ranks, place and stack of each rank with equal ones grouped).
+    """Return (line, text). The line names the late ranks. The text shows the place and the stack of every rank, and
+    groups ranks that have the same.
 
     Args:
-        seconds: time since any rank made progress.
-        timeout: seconds within which such a run is ended.
+        seconds: seconds since any rank last made progress.
+        timeout: seconds within which a run without progress is ended.
     """
     waited_for = late(peers)
     if not waited_for:
@@ -83,7 +86,7 @@ def stands_still(peers: Sequence[Peer], seconds: float, timeout: float) -> tuple
 
 
 def _listed(which: Sequence[str]) -> str:
-    """Join the first eight items, and say how many others there are."""
+    """Join the first eight items, and add how many more there are."""
     return ", ".join(which[:8]) + (f" and {len(which) - 8} more" if len(which) > 8 else "")
 
 

@@ -1,8 +1,8 @@
-"""Watchdog of a run: a rank that dies or stands still ends the run on all ranks, and the message names it.
+"""Watchdog of a run: if a rank dies or is stalled, it ends the run on all ranks, with a message that names that rank.
 
-A thread of every rank keeps one TCP connection to rank 0, apart from the collectives, which may hang. When a process
-dies its connection closes, so rank 0 knows at once, under any launcher and backend. A rank that sees no progress for
-too long tells rank 0, which asks all ranks for their stacks. Otherwise each rank reports its place every ten seconds.
+A thread of every rank keeps one TCP connection to rank 0, independent of the collectives, which may hang. When a
+process dies, its connection closes, so rank 0 knows at once, under any launcher and backend. A rank without progress
+for too long tells rank 0, which then asks all ranks for their stacks. Every rank reports its place every ten seconds.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from megamult.runtime.progress import Progress
 
 _HEARTBEAT_SECONDS = 10.0
 _LEAVE_SECONDS = 5.0
-"""Longest time expected between the first and the last rank's end."""
+"""Longest expected time, in seconds, from the end of the first rank to the end of the last."""
 _LAST_WORD_SECONDS = 3.0
-"""Time that a rank with SIGTERM waits for rank 0's verdict, which takes half a second, before it ends."""
+"""Seconds that a rank waits after SIGTERM for rank 0's verdict, before it ends. The verdict takes half a second."""
 _LINE_BYTES = 1 << 24
 _TRACEBACK_CHARACTERS = 20_000
 
 
 class Watchdog:
-    """Watchdog that is active while it is entered; entering and leaving are collective over all ranks.
+    """Context in which the watchdog is active. Entering and leaving it are collective over all ranks.
 
     Args:
-        meeting: the rendezvous of all ranks; its store tells them where rank 0 listens.
-        timeout_seconds: time within which a run without progress of any rank is ended.
+        meeting: the rendezvous of all ranks, through whose store rank 0 tells the others where it listens.
+        timeout_seconds: seconds within which the run is ended if no rank makes progress.
         log: this rank's log.
     """
 
@@ -83,9 +83,9 @@ class Watchdog:
     ) -> None:
         if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
             self._tell({"bye": int(error is not None)})
-            # All ranks leave together, because a connection that closes looks like a death. A rank that leaves with an
-            # error, while others do not, waits until rank 0 has ended the others. Otherwise the clock still runs, and
-            # ends the process if it hangs here.
+            # All ranks leave together, because a connection that closes looks like a death. If this rank leaves with an
+            # error and others do not, it waits until rank 0 has ended the others. If it leaves without an error and
+            # hangs here, `_clock`, which still runs, ends the process.
             alone = LEFT_SECONDS + 2 * _LEAVE_SECONDS
             self._done.wait(alone if error is not None else self._deadlines.timeout + _LEAVE_SECONDS)
             self._thread.join(_LEAVE_SECONDS if not self._guilty else 0.0)
@@ -94,18 +94,18 @@ class Watchdog:
         text = "".join(traceback.format_exception(kind, error, trace))
         self._tell({"failed": text[-_TRACEBACK_CHARACTERS:], "place": vars(self.progress.place)})
         if self._done.wait(_LEAVE_SECONDS) and self._rank not in self._guilty:
-            # It failed because another rank had failed. The thread says so and ends the process.
+            # This rank failed because another rank had failed. The thread says so and ends the process.
             self._thread.join()
         print(text, end="", file=sys.stderr, flush=True)
         self._log.ended()
         os._exit(1)  # the interpreter's clean-up may wait for ranks that have ended
 
     def _hear_sigterm(self) -> None:
-        """Let the thread receive SIGTERM, so that this rank can say which rank died before it ends.
+        """Let the thread receive SIGTERM, so that this rank can say, before it ends, which rank died.
 
-        Launchers send SIGTERM to all ranks as soon as they see one die. Outside of training, where
-        :class:`megamult.runtime.signals.StopRequests` handles the signal, the thread receives it through a pipe that
-        Python's own C handler writes to, whatever the main thread waits for.
+        Launchers send SIGTERM to all ranks as soon as they see one die. During training,
+        :class:`megamult.runtime.signals.StopRequests` handles the signal. At other times, the thread reads it from a
+        pipe to which Python's own C handler writes, so it does not matter what the main thread waits for.
         """
         self._sigterm_before = signal.getsignal(signal.SIGTERM)
         if self._sigterm_before == signal.SIG_IGN:
@@ -119,7 +119,7 @@ class Watchdog:
     def _restore_signals(self) -> None:
         if self._sigterm_before == signal.SIG_IGN:
             return
-        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # otherwise it has been handled already
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # if it is ignored, StopRequests has handled one
             signal.signal(signal.SIGTERM, self._sigterm_before)
         signal.set_wakeup_fd(self._wakeup_before)
         for end in (self._reader, self._writer):
@@ -128,7 +128,7 @@ class Watchdog:
     def _tell(self, message: dict[str, Any]) -> None:
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, message)
 
-    # All methods below run in the thread.
+    # All methods below run in the watchdog's thread.
 
     def _watch(self) -> None:
         try:
@@ -163,7 +163,7 @@ class Watchdog:
         for task in others:
             task.cancel()
         for task in done:
-            task.result()  # raise here what failed in the task
+            task.result()  # raise the task's exception here
         writer.close()
         if self._listener is not None:
             server.close()
@@ -203,7 +203,7 @@ class Watchdog:
             if stalled > self._deadlines.ask and not asked:
                 send(writer, {"stalled": stalled})
             asked = stalled > self._deadlines.ask
-            # Ranks that write to the screen end first and kill rank 0; others only see its connection close.
+            # Ranks that write to the screen end first and kill rank 0. The others only see rank 0's connection close.
             if stalled > self._deadlines.alone + (0.0 if self._speaks() else self._deadlines.answer / 2):
                 report = self.progress.report()
                 print(f"rank {self._rank} at {self.progress.place}:\n{report['stack']}", end="", file=sys.stderr)
@@ -213,14 +213,14 @@ class Watchdog:
                 send(writer, {"at": vars(self.progress.place)})
 
     def _without_rank_0(self, what: str) -> NoReturn:
-        """End this process without a verdict: rank 0 is the rank that died or stands still."""
+        """End this process without a verdict of rank 0, because rank 0 itself died or is stalled."""
         self._guilty = [0]
         rank_0 = f"rank 0 on {self._host_of_rank_0} (process {self._rank_0[0]})"
         why = f"{rank_0} {what}; this rank was at {self.progress.place}"
         self._end(why, [self._rank_0], self._speaks())  # kill rank 0 too: a stopped process does not end by itself
 
     def _speaks(self) -> bool:
-        """Tell whether this rank writes to the screen when rank 0 cannot: rank 1 and the first rank of each node do."""
+        """Return whether this rank writes to the screen if rank 0 cannot: rank 1 and the first rank of each node do."""
         return self._rank == 1 or environment.local_rank() == 0
 
     def _end(self, why: str, kill: list[list[Any]], on_screen: bool) -> NoReturn:
@@ -238,13 +238,18 @@ class Watchdog:
 
 
 def _address(meeting: Meeting) -> str:
-    """Return the address of rank 0's host: that of the rendezvous, unless torchrun's store may be on another node."""
+    """Return the address of rank 0's host.
+
+    It is the address of the rendezvous, unless torchrun's agent serves that and may be on another node."""
     elsewhere = environment.has_agent_store() and len(set(meeting.machines)) > 1
     return socket.getfqdn() if elsewhere else os.environ["MASTER_ADDR"]
 
 
 def _listen(address: str) -> socket.socket:
-    """Listen at a free port of this host, whose name for all ranks is `address`."""
+    """Return a socket that listens at a free port of this host.
+
+    `address` is the name by which all ranks know this host. If it is a loopback address, the socket listens on loopback
+    only."""
     if address == "localhost" or address.startswith("127."):
         return socket.create_server(("127.0.0.1", 0), backlog=1024)
     if socket.has_dualstack_ipv6():
@@ -253,5 +258,5 @@ def _listen(address: str) -> socket.socket:
 
 
 def _where() -> str:
-    """Return an identifier of this machine and process namespace: processes that share it can signal one another."""
+    """Return an identifier of this machine and process namespace. Processes that share it can signal one another."""
     return f"{environment.machine()} {os.readlink('/proc/self/ns/pid')}"

@@ -1,1 +1,1 @@
-"""Training: the way from a configuration to a trained model (command line, engine, loop)."""
+"""Training, from a configuration to a trained model: command line, engine, loop, run directory."""

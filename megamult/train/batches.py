@@ -1,4 +1,4 @@
-"""Micro-batches for the training loop, which a thread on one rank of each tensor-parallel group reads ahead."""
+"""Micro-batches for the training loop, read ahead by a thread on one rank of each tensor-parallel group."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ from megamult.distributed import device
 from megamult.distributed.mesh import Mesh
 
 MicroBatch = tuple[Tensor, Tensor]
-"""(tokens, labels): ids [micro batch, seq] each, on this process's device."""
+"""(tokens, labels): token ids, each tensor [micro-batch, seq], on this process's device."""
 
 _AHEAD = 4
-"""Number of micro-batches that are read before they are asked for: enough to hide one slow read."""
+"""Number of micro-batches to read ahead: enough to hide one slow read."""
 
 
 class Readable(Protocol):
     """Samples that a thread may read."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return sample `index`: `tokens` and `labels`, [seq] each."""
+        """Return sample `index`: the tensors `tokens` and `labels`, each [seq]."""
 
 
 class Samples(Readable, Protocol):
     """The samples of a run. Sample i depends on i only, not on the sharding (:class:`megamult.data.BlendedDataset`)."""
 
     def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
-        """Make samples [first, last) ready now, and the others before `end` in time. All ranks call it together."""
+        """Make samples [first, last) ready before returning, and begin to prepare those up to `end` in the background.
+
+        Collective over all ranks."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold of the samples."""
+        """Return the state of the samples that a checkpoint must contain."""
 
     def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
-        """Continue a run that saved `state`, with global sample `samples`; return lines that the user should read."""
+        """Continue the run that saved `state`; its next sample is `samples`. Return lines for the user to read."""
 
 
 class MicroBatches:
     """Micro-batches of this data-parallel rank in order, each of consecutive samples.
 
-    Tensor-parallel ranks train on the same tokens: the first of them reads, and sends each micro-batch to the others
-    over their group when it is taken. Every rank calls every method together. Results do not depend on when a read
-    happens: micro-batches are a function of `starts` only.
+    Tensor-parallel ranks train on the same tokens. The first rank of each tensor-parallel group reads them, and sends
+    each micro-batch to the others of the group when it is taken. Every rank calls every method together. The
+    micro-batches depend on `starts` only, and not on when they are read.
 
     Args:
-        samples: the samples that are read.
-        starts: first sample of each micro-batch.
+        samples: the samples to read.
+        starts: index of the first sample of each micro-batch.
         size: number of samples in a micro-batch.
         seq_length: number of tokens in a sample.
-        mesh: the processes.
+        mesh: mesh of the processes.
     """
 
     def __init__(self, samples: Readable, starts: Iterator[int], size: int, seq_length: int, mesh: Mesh) -> None:
@@ -61,7 +63,7 @@ class MicroBatches:
         self._end = 0
         self._mesh = mesh
         self._next: int | None = None  # first start that has not been given to the thread
-        self._waiting = 0  # micro-batches that were given to it and not taken yet
+        self._waiting = 0  # number of micro-batches that were given to the thread and not taken yet
         self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._read: queue.SimpleQueue[Tensor | BaseException] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -70,7 +72,7 @@ class MicroBatches:
             self._thread.start()
 
     def allow(self, end: int) -> None:
-        """Allow samples before `end` to be read from now on; none at or after the earlier `end` has been read."""
+        """Allow samples before `end` to be read. Samples from the previous `end` on have not been read yet."""
         self._end = end
         self._ask()
 
@@ -78,8 +80,8 @@ class MicroBatches:
         """Return the next micro-batch.
 
         Raises:
-            Exception: whatever reading this micro-batch raised, on the rank that reads. Its tensor-parallel peers wait
-                for the tokens until that rank has ended, which ends them too.
+            Exception: the error of reading this micro-batch, on the rank that reads. The other ranks of its
+                tensor-parallel group wait for the tokens until that rank has ended, which ends them too.
         """
         if self._thread is None:
             both = torch.empty(self._shape, dtype=torch.int64, device=device.local_device())
@@ -95,7 +97,7 @@ class MicroBatches:
         return both[0], both[1]
 
     def close(self) -> None:
-        """End the thread after its present read, and drop what was read ahead."""
+        """End the thread after its current read, and discard the micro-batches that were read ahead."""
         if self._thread is not None:
             while not self._asked.empty():
                 self._asked.get()
@@ -123,4 +125,4 @@ class MicroBatches:
 
 
 _CLOSE_SECONDS = 5.0
-"""Seconds that `close` waits for the thread, whose read a file server may never answer."""
+"""Seconds that `close` waits for the thread to end. A file server may never answer the thread's current read."""

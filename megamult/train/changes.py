@@ -1,4 +1,7 @@
-"""Differences between the configurations of a checkpoint and of the run that resumes: they reveal lost overrides."""
+"""Differences between a checkpoint's configuration and that of the run that resumes from it.
+
+They reveal overrides that the user has forgotten to repeat.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from megamult.config import Config
 from megamult.settings import differences, run_settings, shown
 
 _NOT_COMPARED = ("checkpoint.load",)
-"""Keys that are not compared: the checkpoint that the run resumes from is printed already."""
+"""Keys that are not compared: the run prints the checkpoint that it resumes from in any case."""
 
 
 def changes(before: Mapping[str, Any], config: Config) -> str | None:
-    """Return an aligned line, old -> new, for every key that differs; None if none does.
+    """Return a heading and an aligned line, old -> new, for every key whose value differs, or None if no value differs.
 
-    A key that the checkpoint's version did not have counts as having its default value.
+    A key that the checkpoint's configuration does not have counts as having its default value there.
 
     Args:
         before: the configuration in the checkpoint, as nested mappings.

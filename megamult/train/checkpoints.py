@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what goes into one, and when the next is due."""
+"""Checkpoints of a run: what a checkpoint contains, and when the next one is due."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megamult.train.engine import Engine
 
 
 class RunCheckpoints:
-    """Saver of a run's state to `checkpoints/` in its directory. Every rank calls every method together.
+    """Saver of a run's state to `checkpoints/` in the run directory. Every rank calls every method together.
 
     Args:
         run_dir: directory of the run.
         config, vocab_size, mesh: the run's configuration, vocabulary size and processes.
-        tokenizer_sha256: hash of its tokenizer.
-        files: contents of the files beside the tensors (config.yaml, tokenizer.model), by name.
+        tokenizer_sha256: SHA-256 of the run's tokenizer.
+        files: contents of the files that are stored beside the tensors (config.yaml, tokenizer.model), by name.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RunCheckpoints:
         )
 
     def due(self, step: int) -> bool:
-        """Return whether a run saves after this step, if it is not the last."""
+        """Return whether checkpoint.save_every asks for a checkpoint after this step. The last step always has one."""
         every = self._config.checkpoint.save_every
         return every > 0 and step % every == 0
 
@@ -63,12 +63,12 @@ class RunCheckpoints:
 
         Args:
             step: number of optimizer steps done.
-            samples: number of sequences trained on.
+            samples: number of sequences trained on so far.
             data: state of the training data.
-            figures: latest losses and norms, which are stored with it.
+            figures: latest figures of the run, such as losses, which are stored in the checkpoint.
 
         Returns:
-            The outcome of a save that has ended by now, as :meth:`Saver.save` returns it; None: none has.
+            The outcome of a save that has ended by now, or None if none has (see :meth:`Saver.save`).
         """
         prefix, state = rng.prefix(self._mesh.rank), engine.state()
         chunks = [*state.chunks, *(Chunk.whole(prefix + key, value) for key, value in rng.states().items())]
@@ -94,9 +94,9 @@ class RunCheckpoints:
         return self._saver.save(chunks, info, self._files)
 
     def poll(self) -> Outcome | None:
-        """Return the outcome of a save that has ended since the last call; None if there is none."""
+        """Return the outcome of a save that has ended since the last call, or None if none has."""
         return self._saver.poll()
 
     def wait(self, seconds: float | None = None) -> Outcome | None:
-        """Wait for the last save, for at most `seconds`, and return its outcome."""
+        """Wait for the last save, for at most `seconds`, and return its outcome, or None if there is none."""
         return self._saver.wait(seconds)

@@ -1,4 +1,4 @@
-"""The command line of a run: its keys, and the common end of all ranks after a user's mistake."""
+"""Command line of a run: parsing of its keys, and the joint exit of all ranks after a user's mistake."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
     from megamult.distributed.mesh import Mesh
 
 HEAD_START_SECONDS = 2.0
-"""Seconds that other ranks wait before they exit, so that rank 0 prints first: launchers end all once one has."""
+"""Seconds that ranks other than 0 wait before they exit. Rank 0 can thus print its message first: as soon as one rank
+has exited, launchers end the others."""
 
 _Result = TypeVar("_Result")
 
 
 def parser() -> Any:
-    """Make a run's jsonargparse parser: `--config FILE.yaml`, `--section.key value`, `--print_config`, `--help`."""
+    """Return a run's jsonargparse parser: `--config FILE.yaml`, `--section.key value`, `--print_config`, `--help`."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     class Parser(ArgumentParser):
-        """Parser whose dumps leave out the sections of unused rules, so that they can be read again."""
+        """Parser that leaves sections of unused update rules out of its dumps, so that it can parse a dump again."""
 
         def dump(self, cfg: Any, **settings: Any) -> str:
             return super().dump(_used(cfg), **settings)
@@ -63,18 +64,18 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     """Return the validated configuration, and its resolved form as YAML.
 
     Raises:
-        ValueError: a key or a value is not possible.
+        ValueError: a key or a value is not valid.
     """
     from jsonargparse import ArgumentError
 
     arguments = _modern(sys.argv[1:] if arguments is None else arguments)
     made = parser()
     try:
-        # Only the keys that the command line and its files give, without defaults.
+        # Parse only the keys that the command line and its files give, without defaults.
         given = made.parse_args([each for each in arguments if not each.startswith("--print_config")], defaults=False)
         _check_used(given)
         namespace = made.parse_args(arguments)
-        for name in SECTIONS:  # jsonargparse lets `model: 3` pass
+        for name in SECTIONS:  # jsonargparse accepts `model: 3`
             if not hasattr(namespace[name], "keys"):
                 raise ValueError(f"{name} is {namespace[name]!r}: it is a section; give a mapping of its keys")
         sections = made.instantiate(namespace)
@@ -91,7 +92,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
 
 
 def _used(namespace: Any) -> Any:
-    """Copy a namespace without the sections of rules that the optimizer does not use."""
+    """Return a copy of a namespace without the sections of update rules that the optimizer does not use."""
     namespace = namespace.clone()
     namespace.pop("local_rank", None)  # a launcher's argument, not a key of the run
     optimizer = namespace.get("optimizer")
@@ -103,7 +104,11 @@ def _used(namespace: Any) -> Any:
 
 
 def _check_used(given: Any) -> None:
-    """Check that the optimizer uses the rules whose keys were given."""
+    """Check that the optimizer uses every update rule whose keys were given.
+
+    Raises:
+        ValueError: it does not use some of them.
+    """
     optimizer = given.get("optimizer")
     if hasattr(optimizer, "keys"):
         sections = {name: optimizer.get(name) for name in rule_sections()}
@@ -114,9 +119,9 @@ def _check_used(given: Any) -> None:
 
 
 def _modern(arguments: Sequence[str]) -> list[str]:
-    """Translate configurations of earlier versions, such as an old run's config.yaml, to today's keys.
+    """Return the arguments with each configuration file of an earlier version translated to today's keys.
 
-    Rank 0 prints what was translated.
+    Such a file is, for example, the config.yaml of an old run. Rank 0 prints what was translated.
 
     Raises:
         ValueError: the command line itself has an old key.
@@ -134,7 +139,8 @@ def _modern(arguments: Sequence[str]) -> list[str]:
 
 
 def _last_value(arguments: Sequence[str], key: str) -> str | None:
-    """Return the value that counts of a key on the command line; None: it is not there."""
+    """Return the last value of a key on the command line, which is the one that counts, or None if the key is not
+    there."""
     found = None
     for argument, following in itertools.zip_longest(arguments, arguments[1:]):
         if argument == key:
@@ -145,11 +151,11 @@ def _last_value(arguments: Sequence[str], key: str) -> str | None:
 
 
 def _modern_file(path: str, name: str | None) -> str:
-    """Return the path of a configuration; for one of an earlier version, its contents with today's keys instead.
+    """Return `path`, or, if that file is of an earlier version, its contents as YAML with today's keys.
 
     Args:
-        path: path of a YAML file.
-        name: the optimizer that the command line names, for which the file's keys count; None: the file's.
+        path: path of a configuration in YAML.
+        name: optimizer on the command line, which overrides the one in the file; None if the command line has none.
     """
     import yaml
     from jsonargparse import get_loader
@@ -171,7 +177,7 @@ def _modern_file(path: str, name: str | None) -> str:
 
 
 def fail(message: str) -> NoReturn:
-    """Exit because of a mistake that every rank has found; rank 0 prints why, in one line."""
+    """Exit because of a mistake that every rank has found. Rank 0 prints the message in one line."""
     if environment.rank() == 0:
         say_error(message)
     else:
@@ -180,7 +186,7 @@ def fail(message: str) -> NoReturn:
 
 
 def fail_alone(message: str) -> NoReturn:
-    """Exit because of a mistake that other ranks may not have found, before all have met."""
+    """Exit, before the rendezvous, because of a mistake that other ranks may not have found."""
     if environment.rank() != 0:
         from megamult.distributed import rendezvous
 
@@ -189,7 +195,9 @@ def fail_alone(message: str) -> NoReturn:
 
 
 def agreed(mesh: Mesh, check: Callable[[], _Result]) -> _Result:
-    """Return what `check` returns; if it raises ValueError or OSError on any rank, all exit with the first message."""
+    """Call `check` on every rank, and return its result on this rank. Collective over all ranks.
+
+    If `check` raises ValueError or OSError on any rank, all ranks exit with the first message."""
     from megamult.distributed import start
     from megamult.distributed.agreement import on_every_rank
 

@@ -16,32 +16,36 @@ class TrainConfig:
     """Length, batch, precision and outputs of the run."""
 
     steps: int = 100
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     global_batch_size: int = 32
-    """Sequences per optimizer step over all ranks; accumulation follows from it."""
+    """Sequences per optimizer step, over all ranks. The number of micro-batches to accumulate follows from it."""
     micro_batch_size: int = 8
     """Sequences per forward pass of one data-parallel rank."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of parameters and activations; masters and optimizer state are fp32."""
+    """Dtype of parameters and activations. Master weights and optimizer state are fp32."""
     grad_accum_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Dtype of accumulated gradients; auto: fp32. With train.dtype bf16, ZeRO 0 needs bf16 here."""
+    """Dtype of accumulated gradients; auto means fp32. With train.dtype bf16, parallel.zero_stage 0 needs bf16 here."""
     recompute: Literal["none", "full"] = "none"
-    """full: keep only each layer's input and recompute the rest in backward."""
+    """full: store only the input of each layer, and recompute the layer's other activations in backward. none: store
+    all activations."""
     seed: int = fixed(1234, "samples", note="the data's order")
     """Seed of initial weights and data order."""
     run_dir: str | None = None
-    """Directory for everything that the run writes; must not hold another run. null: a new one, runs/ and the time."""
+    """Directory for everything that the run writes. It must not contain another run. null: a new directory in runs/,
+    named by the time."""
     eval_every: int = 0
-    """Steps between evaluations on data.valid; 0: only at the end."""
+    """Steps between evaluations on data.valid; 0: evaluate only at the end."""
     eval_batches: int = 8
     """Global batches per evaluation."""
     log_histograms_every: int = 100
     """Steps between TensorBoard histograms of the multipliers; 0: none."""
     max_bad_steps: int = 20
-    """Bad steps in a row (a gradient or loss that is not finite, or a norm above optimizer.skip_grad_norm) after which
-    the run ends with exit code 65 and names the last checkpoint before them; 0: never."""
+    """Number of bad steps in a row after which the run ends with exit code 65 and names the last checkpoint before
+    them; 0: never. In a bad step, the loss or a gradient is not finite, or the gradient norm is above
+    optimizer.skip_grad_norm."""
     max_minutes: float | None = None
-    """Minutes after which the run saves a checkpoint and ends with exit code 75, to be started again; null: none."""
+    """Minutes after which the run saves a checkpoint and ends with exit code 75. It can then be started again. null: no
+    limit."""
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Opening of a run's tokenizer and data: files are checked once on every node, described to all ranks, then opened."""
+"""Opening of a run's tokenizer and data. One rank of each node checks the files, then all ranks open them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megamult.train.command_line import agreed
 
 
 def vocabulary(config: Config) -> tuple[Tokenizer, int]:
-    """Open the tokenizer; return it and the model's vocabulary size.
+    """Open the tokenizer, and return it and the model's vocabulary size.
 
     Raises:
         ValueError: there is no tokenizer, or it does not fit model.vocab_size.
@@ -37,15 +37,16 @@ def vocabulary(config: Config) -> tuple[Tokenizer, int]:
 def open_datasets(
     config: Config, tokenizer: Tokenizer, run_dir: Path, mesh: Mesh, note: Callable[[int], None] = lambda pieces: None
 ) -> tuple[BlendedDataset, BlendedDataset | None]:
-    """Open the samples of data.train and, if it is set, of data.valid. Collective; a mistake ends all ranks.
+    """Open the samples of data.train and, if it is set, of data.valid. Collective over all ranks; a user's mistake ends
+    them all.
 
     One rank of each node reads headers, sizes, time stamps and samples of the files. Rank 0 sends its findings to all
-    ranks, and each node's rank compares them with its own. With data.validate full, every rank then reads its share of
-    all bytes.
+    ranks, and the reading rank of each node compares them with its own findings. If data.validate is full, every rank
+    then reads its share of all bytes.
 
     Args:
-        mesh: the processes.
-        note: called every few seconds with the number of pieces of files that this rank has checked so far.
+        mesh: mesh of the processes.
+        note: function that is called every few seconds with the number of pieces of files that this rank has checked.
     """
     sources = {key: DataConfig.sources(getattr(config.data, key)) for key in ("train", "valid")}
     prefixes = list(dict.fromkeys(prefix for blend in sources.values() for prefix, _ in blend))
@@ -83,10 +84,14 @@ def open_datasets(
 
 
 def _check_same(mine: Mapping[str, Described] | None, described: Mapping[str, Described]) -> None:
-    """Compare what this node's rank has found with what rank 0 has found.
+    """Check that this node has the same files as rank 0's node.
+
+    Args:
+        mine: findings of this rank, or None if another rank of the node has read the files.
+        described: findings of rank 0.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the findings differ.
     """
     different = [prefix for prefix, found in (mine or {}).items() if found != described[prefix]]
     if different:

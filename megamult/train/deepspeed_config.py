@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run: made from the run's keys, with the user's part checked and merged in."""
+"""DeepSpeed configuration of a run: made from the run's keys, then merged with the DeepSpeed keys of the user."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _BUCKET_ELEMENTS = 50_000_000
 
 
 def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a run over `data_parallel` ranks, with the user's part merged in.
+    """Return the DeepSpeed configuration of a run over `data_parallel` ranks, with the user's DeepSpeed keys merged in.
 
     Raises:
-        ValueError: the user's part has keys that DeepSpeed does not know, that have no effect here, or that contradict
-            one of the run's own keys; the message names all of them.
+        ValueError: some of the user's keys are unknown to DeepSpeed, have no effect here, or contradict the run's own
+            keys. The message names all of them.
     """
     produced, overrides = _produced(config, data_parallel), without_auto(config.deepspeed_overrides())
     problems = [problem for key, value in overrides.items() for problem in _problems(key, value, produced)]
@@ -33,7 +33,8 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
 def _is_bf16_optimizer(config: Config) -> bool:
     """Return whether DeepSpeed wraps the optimizer in its BF16_Optimizer.
 
-    It does so at ZeRO 1 in bf16 with sums in fp32, and none of its keys chooses another class.
+    DeepSpeed does so at ZeRO 1 if the model is bf16 and gradients are accumulated in fp32. None of DeepSpeed's keys
+    chooses another class.
     """
     train = config.train
     return config.parallel.zero_stage == 1 and train.dtype == "bf16" and train.accumulation_dtype == "fp32"
@@ -47,16 +48,17 @@ def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
     if stage:
         zero |= {
             "contiguous_gradients": True,
-            # Overlap waits for the device, even if there is no other rank to reduce with.
+            # Overlap waits for the device even if there is no other rank to reduce with, so turn it off in that case.
             "overlap_comm": device.has_cuda() and data_parallel > 1,
             "reduce_bucket_size": _BUCKET_ELEMENTS,
         }
     if stage in (1, 2):
         zero["allgather_bucket_size"] = _BUCKET_ELEMENTS
-        # Our optimizer computes the norm and skips bad steps: turn DeepSpeed's own norm off where that is possible.
+        # Our optimizer computes the norm and skips bad steps, so DeepSpeed's own norm is not needed. It can be turned
+        # off except in BF16_Optimizer.
         zero["compute_grad_norm"] = _is_bf16_optimizer(config)
         # With reduce_scatter, DeepSpeed divides by the number of ranks in the model's dtype, before it casts to the
-        # dtype that it sends; and it saves no traffic: buckets of several owners are all-reduced either way.
+        # dtype that it sends. It saves no traffic either: a bucket with several owners is all-reduced in any case.
         zero["reduce_scatter"] = not bf16
     return {
         "train_batch_size": train.global_batch_size,
@@ -67,21 +69,23 @@ def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
         "gradient_allreduce_op": "mean",
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
-        # Add each gradient to its fp32 sum as soon as backward has computed it, not when all are there.
+        # Add each gradient to its fp32 sum as soon as backward has computed it, not after the whole backward pass.
         "bf16": {"enabled": bf16} | ({"check_grad_overflow": False, "immediate_grad_update": True} if bf16 else {}),
         "data_types": {"grad_accum_dtype": accumulation},
         # DeepSpeed's default is the model's dtype, which would round sums over ranks to bf16.
         "communication_data_type": accumulation,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
-        # The timer would wait for the device in every micro-batch.
+        # DeepSpeed's throughput timer would wait for the device in every micro-batch.
         "timers": {"throughput": {"enabled": False}},
     }
 
 
 def without_auto(overrides: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Return `overrides` without mappings that are switched off and without "auto" (which means megamult's value), and
-    without mappings that this leaves empty."""
+    """Return `overrides` without the keys that ask for nothing.
+
+    These are keys with the value "auto" (which means megamult's value), refused keys that are switched off, and
+    mappings that are empty without such keys. `path` is the dotted prefix of the keys."""
     kept = {}
     for key, value in overrides.items():
         name = f"{path}{key}"
@@ -110,7 +114,8 @@ def _problems(key: str, value: Any, produced: dict[str, Any]) -> Iterator[str]:
 
 
 def _problem(name: str, value: Any, ours: Any) -> Iterator[str]:
-    """Yield a message for each mistake in one key; `ours` is the value that the run's keys give it."""
+    """Yield a message for each mistake in one key. `ours` is the key's value in the configuration made from the run's
+    keys."""
     section = name.rpartition(".")[0]
     if name not in KEYS:
         if section not in CHECKED_BY_DEEPSPEED:
@@ -144,10 +149,10 @@ _OF_BUCKETS = {"overlap_comm", "reduce_scatter", "reduce_bucket_size", "use_mult
 
 
 def _without_effect(zero: Any, config: Config) -> list[str]:
-    """Return a message for each of the user's keys of `zero_optimization` that seems to have an effect and has none.
+    """Return a message for each of the user's `zero_optimization` keys that has no effect in this run.
 
-    At ZeRO 0 these are all keys, and at ZeRO 1 in bf16 those of buckets. Keys of another stage (stage3_...) are
-    accepted, as one file may serve several stages.
+    At ZeRO 0 these are all keys but `stage`. With DeepSpeed's BF16_Optimizer these are the keys in `_OF_BUCKETS`. Keys
+    of another stage (stage3_...) are accepted, because one file may serve several stages.
     """
     names = zero.keys() - {"stage"} if isinstance(zero, dict) else set()
     where, remedy = "at parallel.zero_stage 0", "raise that"

@@ -37,7 +37,8 @@ from megamult.zero.partition import Partition
 
 @dataclass
 class DeepSpeedEngine:
-    """DeepSpeed as an :class:`megamult.train.engine.Engine`: it reduces gradients, and shards by ZeRO."""
+    """Implementation of :class:`megamult.train.engine.Engine` with DeepSpeed, which reduces gradients and shards by
+    ZeRO."""
 
     deepspeed: Any
     model: torch.nn.Module
@@ -66,12 +67,14 @@ class DeepSpeedEngine:
         return self.optimizer.skipped_steps
 
     def set_lr_factor(self, factor: float) -> None:
-        """Set the learning rates of the next steps to `factor` times their peaks."""
+        """Set every param group's learning rate to `factor` times its peak, from the next step on."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
     def train_batch(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
-        """Take one optimizer step, on as many micro-batches as DeepSpeed was told to accumulate."""
+        """Take one optimizer step, and return the mean cross entropy in nats.
+
+        The number of micro-batches is the one that DeepSpeed was configured to accumulate."""
         loss, count = torch.zeros((), device=device.local_device()), 0
         for tokens, labels in micro_batches:
             objective, entropy = self.deepspeed(tokens, labels)
@@ -83,7 +86,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
-        """Return the mean cross entropy in nats of any number of micro-batches."""
+        """Return the mean cross entropy in nats over any number of micro-batches."""
         self.deepspeed.eval()
         loss, count = torch.zeros((), device=device.local_device()), 0
         for tokens, labels in micro_batches:
@@ -103,7 +106,7 @@ class DeepSpeedEngine:
         return EngineState(chunks, self.optimizer.updates, self.optimizer.skipped_steps)
 
     def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> list[str]:
-        """Restore a checkpoint, see :func:`megamult.checkpoint.resume.restore`."""
+        """Load a checkpoint into model and optimizer (see :func:`megamult.checkpoint.resume.restore`)."""
         return resume.restore(checkpoint, self.partition, self.optimizer, reset_optimizer=reset_optimizer)
 
 
@@ -111,7 +114,7 @@ def check_deepspeed(config: Config, mesh: Mesh) -> None:
     """Check the DeepSpeed configuration, by our rules and by DeepSpeed's own, before anything is built.
 
     Raises:
-        ValueError: the user's part of it is not possible.
+        ValueError: the user's DeepSpeed keys are not valid.
     """
     settings = deepspeed_config(config, mesh.size_of("data"))
     if config.deepspeed:
@@ -146,18 +149,18 @@ def build(
     At ZeRO 3 the model is partitioned while it is constructed, so it may be larger than one device.
 
     Args:
-        mesh: the processes.
-        draw: whether to draw initial weights; False: they are NaN until a checkpoint is loaded.
-        note: called with what is being done, as building a large model takes minutes.
-        optimizer_of: makes the optimizer of a configuration for the parameters of a model on a mesh.
+        mesh: mesh of the processes.
+        draw: whether to draw initial weights. If not, the weights are NaN until a checkpoint is loaded.
+        note: function that is called with a description of each part of the work. Building a large model takes minutes.
+        optimizer_of: function that makes the optimizer from the configuration, the model and the mesh.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     settings = deepspeed_config(config, mesh.size_of("data"))
     context: Any = contextlib.nullcontext()
     if config.parallel.zero_stage == 3:
         context = deepspeed.zero.Init(
-            # Without the group, zero.Init partitions over all ranks and overwrites tensor-parallel shards. It takes
-            # the dtype from the settings; it ignores its argument `dtype` where fp16 is unsupported (CPUs).
+            # Without the group, zero.Init partitions over all ranks and overwrites tensor-parallel shards. The dtype
+            # comes from the settings, because zero.Init ignores its argument `dtype` on devices without fp16 (CPUs).
             data_parallel_group=mesh.groups["data"],
             config_dict_or_path=settings,
             mpu=mesh.mpu,
@@ -168,7 +171,7 @@ def build(
         model.to(device.local_device())
     note("building the optimizer")
     optimizer = optimizer_of(config, model, mesh)
-    # DeepSpeed warns about optimizers that are not its own, and its bf16 wrapper prints memory figures per group.
+    # DeepSpeed warns about optimizers that are not its own, and its BF16_Optimizer prints memory figures per group.
     deepspeed_logger.setLevel(logging.ERROR)
     with optimizer.paused(), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(

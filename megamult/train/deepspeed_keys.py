@@ -1,6 +1,6 @@
 """Table of DeepSpeed's configuration keys: what each of them does in a run, or what to use instead.
 
-``python -m megamult.train.deepspeed_keys`` prints it as Markdown: docs/deepspeed.md.
+``python -m megamult.train.deepspeed_keys`` prints the table as Markdown, which is docs/deepspeed.md.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ class Key:
     """Treatment of one key of the user's DeepSpeed configuration."""
 
     use: Literal["free", "decided", "refused"]
-    """Treatment. free: passed to DeepSpeed. decided: set by megamult's own keys, only the same value is accepted.
-    refused: it has no effect in a run, or a wrong one."""
+    """Treatment. free: the key is passed to DeepSpeed. decided: megamult's own keys set it, and only the same value is
+    accepted. refused: the key is an error, because it would have no effect in a run, or a wrong one."""
     text: str
-    """Explanation. free: what the key does. decided: which key decides it. refused: why, and what to use instead."""
+    """Explanation. free: what the key does. decided: which of megamult's keys sets it. refused: why it is refused, and
+    what to use instead."""
     neutral: Any = None
-    """Value besides null, false and {} that asks for nothing (refused keys)."""
+    """Value of a refused key that asks for nothing, like null, false and {}, and is therefore accepted."""
     switch: str | None = None
-    """Key within a section that switches it on: if it is false, "none" or "auto", the section asks for nothing."""
+    """Key of a section that switches the section on. If it is null, false, "none" or "auto", the section asks for
+    nothing."""
     values: tuple[str, ...] = ()
-    """Values that are accepted, if not all are (free keys)."""
+    """Values that a free key accepts; empty if it accepts all values."""
     keys: tuple[str, ...] = ()
-    """All keys of a section, where DeepSpeed would silently ignore unknown ones."""
+    """All keys of a section in which DeepSpeed would silently ignore unknown keys; empty for other sections."""
     package: str | None = None
     """Package that the section needs when it is enabled; its module has the same name."""
 
     def off(self, value: Any) -> bool:
-        """Return whether `value` asks for nothing."""
+        """Return whether `value` asks for nothing, so that the key may be left out."""
         if self.switch is not None and isinstance(value, dict) and self.switch in value:
             return value[self.switch] in (None, False, "none", "auto")
         return value is None or value is False or value == {} or (self.neutral is not None and value == self.neutral)
@@ -83,7 +85,7 @@ KEYS: dict[str, Key] = {
     "data_types.param_dtype": _refused("train.dtype decides"),
     "data_types.buffer_dtype": _refused("the model's buffers have the dtype that they need"),
     "data_types.keep_in_fp32_modules": _refused("train.dtype decides for the whole model"),
-    # Gradients between ranks.
+    # Communication of gradients between ranks.
     "communication_data_type": _free(
         "dtype in which gradients are summed over data-parallel ranks (default: the dtype in which they are "
         "accumulated, train.grad_accum_dtype). bf16 sends half as much as fp32 and rounds every partial sum to 8 bits; "
@@ -99,7 +101,7 @@ KEYS: dict[str, Key] = {
     ),
     "disable_allgather": _refused("DeepSpeed reads it and does nothing with it"),
     "sparse_gradients": _refused(_REMOVED + "gradients are dense"),
-    # ZeRO. Other keys are passed on, and DeepSpeed refuses unknown ones.
+    # ZeRO. Keys that are not in this table are passed on to DeepSpeed, which refuses unknown ones.
     "zero_optimization.stage": _decided("parallel.zero_stage decides"),
     "zero_optimization.contiguous_gradients": _decided("reduced gradients are copied into one buffer"),
     "zero_optimization.compute_grad_norm": _decided("megamult's optimizer takes the norm"),
@@ -131,7 +133,7 @@ KEYS: dict[str, Key] = {
     "zero_optimization.zero_hpz_partition_size": _refused(_ONE_PARTITION, neutral=1),
     "zero_force_ds_cpu_optimizer": _refused(_OFFLOAD),
     "aio": _refused("it is for offloading to disks. " + _OFFLOAD),
-    # Other kinds of parallelism and of memory saving.
+    # Other parallelism, and other ways to save memory.
     "activation_checkpointing": _refused("it acts on DeepSpeed's own checkpoint function; use train.recompute full"),
     "tensor_parallel": _refused("use parallel.tensor", neutral={"autotp_size": 0}),
     "sequence_parallel_size": _refused("use parallel.sequence with parallel.tensor", neutral=1),
@@ -187,14 +189,16 @@ KEYS: dict[str, Key] = {
     "dump_state": _refused("DeepSpeed's lines below a warning are not shown; config.yaml has every key of the run"),
     "log_level": _refused("DeepSpeed's warnings and errors are shown, and nothing below"),
 }
-"""Treatment of each key, by dotted name. Of `zero_optimization` and `bf16`, only keys that need explanation are here:
-DeepSpeed itself refuses unknown keys in these two, and in every free section without `keys`."""
+"""Treatment of each key, by dotted name. The sections `zero_optimization` and `bf16` are not complete: the table has
+only those of their keys that need an explanation. DeepSpeed itself refuses unknown keys in these two sections, and in
+every free section without `keys`."""
 
 SECTIONS = frozenset(name.partition(".")[0] for name in KEYS if "." in name)
 """Top-level keys whose own keys are in the table."""
 
 CHECKED_BY_DEEPSPEED = frozenset({"zero_optimization", "bf16"})
-"""Sections whose other keys DeepSpeed checks. In `data_types` it ignores unknown ones."""
+"""Sections of the table in which DeepSpeed checks the keys that are not in the table. It does not do so in
+`data_types`, where it ignores unknown keys."""
 
 TOP_LEVEL = SECTIONS | {name for name in KEYS if "." not in name}
 """All top-level keys that DeepSpeed knows."""

@@ -1,4 +1,4 @@
-"""The interface between the training loop and an engine: a model and its optimizer, spread over all ranks."""
+"""Interface between the training loop and an engine, which is a model with its optimizer, spread over all ranks."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class EngineState:
     """State of an engine in a checkpoint."""
 
     chunks: list[Chunk]
-    """This rank's share of weights, multipliers and optimizer state; over all ranks, each element once."""
+    """This rank's share of weights, multipliers and optimizer state. Each element is in exactly one rank's share."""
     updates: int
     """Number of optimizer steps that were applied."""
     skipped_steps: int
 
 
 class Engine(Protocol):
-    """A model and its optimizer, which take steps. Every rank calls every method together, with its own micro-batches.
+    """Model with its optimizer. Every rank calls every method together, with its own micro-batches.
 
-    Micro-batches come as an iterator. An engine takes each only when it is about to compute it, because taking one
-    reads files, and tells the watchdog how far the run is.
+    Micro-batches come as an iterator. An engine takes a micro-batch from it only when it is about to compute on that
+    micro-batch, because taking one reads files and tells the watchdog how far the run is.
     """
 
     @property
@@ -48,20 +48,20 @@ class Engine(Protocol):
 
     @property
     def skipped_steps(self) -> int:
-        """Number of steps so far that changed nothing, because the gradient was not finite or too large."""
+        """Number of steps so far that changed nothing, because the gradient was not finite or was too large."""
 
     def set_lr_factor(self, factor: float) -> None:
-        """Set the learning rates of the next steps to `factor` times their peaks."""
+        """Set all learning rates to `factor` times their peaks, from the next step on."""
 
     def train_batch(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
         """Take one optimizer step on all micro-batches.
 
         Returns:
-            The cross entropy in nats, mean over this data-parallel rank's micro-batches: an fp32 scalar on the device.
+            The mean cross entropy in nats over this data-parallel rank's micro-batches, an fp32 scalar on the device.
         """
 
     def evaluate(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
-        """Compute the cross entropy as :meth:`train_batch` does, and change nothing."""
+        """Return the mean cross entropy as :meth:`train_batch` does, but change neither model nor optimizer."""
 
     def multipliers(self) -> Iterable[Logical]:
         """Yield all multipliers, each complete on global rank 0."""
@@ -74,10 +74,10 @@ class Engine(Protocol):
 
         Args:
             checkpoint: a checkpoint of the same model.
-            reset_optimizer: whether to leave the optimizer's state as it is.
+            reset_optimizer: whether to start with fresh optimizer state instead of the checkpoint's.
 
         Returns:
-            Names of multipliers that the checkpoint does not have: they start at 1, where they change nothing.
+            Names of multipliers that the checkpoint does not have. They start at 1, where they have no effect.
 
         Raises:
             ValueError: a tensor is missing in the checkpoint or has another shape, or a weight is NaN afterwards.

@@ -1,4 +1,4 @@
-"""The training loop: steps on batches, evaluation, figures, checkpoints."""
+"""The training loop: optimizer steps, evaluation, records, checkpoints."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class Trainer:
         self.bad_steps = 0
         """Number of bad steps in a row, up to now."""
         self.votes: list[float] = []
-        """Sums over all ranks of the votes at the end of the last step."""
+        """Sums over all ranks of the votes on stopping, from the end of the last step or evaluation."""
 
     def _batches(self, samples: Samples, first: int) -> MicroBatches:
-        """Make this rank's micro-batches of the global batches from sample `first` on."""
+        """Return this rank's micro-batches of all global batches from sample `first` on."""
         train, (data_rank, data_size) = self.config.train, self._mesh.coordinates.on("data")
         size = train.micro_batch_size
         starts = (
@@ -68,9 +68,10 @@ class Trainer:
         return MicroBatches(samples, starts, size, self.config.model.seq_length, self._mesh)
 
     def _taken(self, batches: MicroBatches, step: int, of: str = "") -> Iterator[MicroBatch]:
-        """Yield the micro-batches of one global batch, each read when it is asked for.
+        """Yield this rank's micro-batches of one global batch, and take each only when it is asked for.
 
-        Report the progress of `step` too: waiting for a micro-batch is work on files, and what follows is not.
+        Note the progress of `step` too, for the watchdog. Waiting for a micro-batch has the grace of work on files, and
+        computing on it has none.
         """
         for micro in range(self._accumulation):
             which = f"micro-batch {micro + 1} of {self._accumulation}{of}"
@@ -83,7 +84,8 @@ class Trainer:
         """Take one optimizer step, and return its record.
 
         Args:
-            ballot: called for this rank's votes when the step is done; `votes` then holds their sums over all ranks.
+            ballot: function that returns this rank's votes on stopping, called when the step is done. `votes` is then
+                their sums over all ranks.
         """
         began = time.perf_counter()
         config, step, first = self.config, self.step_count, self.samples
@@ -119,7 +121,8 @@ class Trainer:
         """Return the mean cross entropy in nats over the first `train.eval_batches` global batches of data.valid.
 
         Args:
-            ballot: called for this rank's votes at the end; their sums replace `votes` of :meth:`train_step`.
+            ballot: function that returns this rank's votes on stopping, called at the end. Their sums over all ranks
+                replace `votes`.
         """
         assert self._valid is not None
         train, step = self.config.train, self.step_count
@@ -140,7 +143,7 @@ class Trainer:
         return mean_loss
 
     def multipliers(self) -> dict[str, Tensor]:
-        """Return all multipliers by "role/side", complete on global rank 0. Collective."""
+        """Return all multipliers by "role/side", complete on global rank 0. Collective over all ranks."""
         return by_role((item.role, item.side or "", item.tensor.cpu()) for item in self.engine.multipliers())
 
     def close(self) -> None:
@@ -153,7 +156,7 @@ class Trainer:
         """Continue after the step at which a checkpoint was saved, with the next sample of every source.
 
         Returns:
-            Lines about the data sources that the user should read.
+            Lines about the data sources for the user to read.
         """
         self.close()
         self.step_count, self.samples, self.figures = info.step, info.samples, dict(info.figures)
@@ -164,15 +167,15 @@ class Trainer:
         """Take all remaining steps, with evaluation, records and checkpoints. Global rank 0 writes the records.
 
         Returns:
-            The reason why the run stopped before its last step; None: it is complete.
+            The reason why the run stopped before its last step, or None if the run is complete.
 
         Raises:
-            CheckpointFailed: the last checkpoint could not be written; on every rank.
-            Diverged: `train.max_bad_steps` in a row were bad; on every rank.
+            CheckpointFailed: the last checkpoint could not be written. Every rank raises this.
+            Diverged: `train.max_bad_steps` steps in a row were bad. Every rank raises this.
         """
         steps, reason, outcome, unsaved = self.config.train.steps, None, None, False
         with contextlib.ExitStack() as stack:
-            # Let a checkpoint that is being written be completed, even if training fails.
+            # Wait for a checkpoint that is being written, so that it is completed even if training fails.
             stack.callback(checkpoints.wait, _LAST_SAVE_SECONDS)
             stack.callback(self.close)
             records = stack.enter_context(
@@ -185,7 +188,7 @@ class Trainer:
                 self._progress.at(self.step_count, "after the records")
                 reason = None if last else stop.decided(self.votes)
                 records.checkpoint(checkpoints.poll())
-                # No checkpoint while steps are bad, as the weights may be bad already.
+                # Save no checkpoint while steps are bad, because the weights may be bad already.
                 unsaved |= checkpoints.due(self.step_count)
                 if last or reason or (unsaved and not self.bad_steps):
                     unsaved = False
@@ -219,7 +222,7 @@ class Trainer:
             raise Diverged(self.step_count, self.bad_steps, record)
 
     def _look(self, records: Records, stop: StopRequests, last: bool) -> None:
-        """Record histograms of the multipliers and evaluate, if either is due after this step."""
+        """Record histograms of the multipliers, and evaluate, each only if it is due after this step."""
         train, step = self.config.train, self.step_count
         every = train.log_histograms_every
         if self.config.multipliers.implementation != "none" and (last or (every and step % every == 0)):
@@ -231,14 +234,15 @@ class Trainer:
             records.evaluation(step, self.figures["valid_loss"])
 
     def _save(self, checkpoints: RunCheckpoints) -> Outcome | None:
-        """Begin to save a checkpoint; return the outcome of an earlier save or of this one, as soon as it is known."""
+        """Begin to save a checkpoint. Return the outcome of a save, this or an earlier one, that has ended by now."""
         self._progress.at(self.step_count, "checkpoint", ON_FILES)
         data, figures = self._train.state_dict(), dict(self.figures)
         return checkpoints.save(self.engine, self.step_count, self.samples, data, figures)
 
 
 _LAST_SAVE_SECONDS = 60.0
-"""Seconds that a failing run waits for a checkpoint that is being written; not longer, as other ranks may be gone."""
+"""Longest time, in seconds, that a failing run waits for a checkpoint that is being written. A longer wait may be in
+vain, because other ranks may be gone."""
 
 
 class Diverged(Exception):
@@ -258,4 +262,4 @@ class CheckpointFailed(Exception):
     def __init__(self, outcome: Outcome, reason: str | None) -> None:
         super().__init__(f"the checkpoint of step {outcome.step} could not be written ({outcome.error})")
         self.reason = reason
-        """Reason why the run had stopped before its last step; None: it was complete."""
+        """Reason why the run had stopped before its last step, or None if it was complete."""

@@ -13,13 +13,13 @@ from megamult.models.architectures import architecture_of
 def build_model(
     config: Config, vocab_size: int, seed: int | None, note: Callable[[str], None] = lambda doing: None
 ) -> torch.nn.Module:
-    """Build this rank's part of a run's model, see :class:`megamult.models.common.architecture.ModelClass`.
+    """Build this rank's part of a run's model (see :class:`megamult.models.common.architecture.ModelClass`).
 
     Args:
         config: configuration of the run.
         vocab_size: exact number of tokens, without padding.
-        seed: seed of the initial weights; None: they are NaN until a checkpoint is loaded.
-        note: called with what is being done, once per parameter.
+        seed: seed of the initial weights. If it is None, the weights are NaN until a checkpoint is loaded.
+        note: function that is called once per parameter, with a description of the work.
     """
     multipliers = config.multipliers
     return architecture_of(config.model).model()(

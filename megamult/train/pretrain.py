@@ -1,4 +1,7 @@
-"""The start of a run: parse, meet, watch. Heavy modules are imported only after the keys have been checked."""
+"""Start of a run: parse the keys, meet the other processes, start the watchdog, train.
+
+Modules that are slow to import are imported only after the keys have been checked.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config, resolved: str) -> None:
-    """Start the run `config` and train; `resolved` is the text for config.yaml.
+    """Start a run with the configuration `config`, and train. `resolved` is the configuration's text for config.yaml.
 
-    Heavy modules are imported only after the keys have been checked and all processes watch one another.
+    Modules that are slow to import are imported only after all processes have met and the watchdog runs.
     """
     meeting = _meet(config)
     from megamult.runtime.lock import RunLock
@@ -66,8 +69,8 @@ def run(config: Config, resolved: str) -> None:
         try:
             mesh = start.initialize(
                 config.parallel.tensor,
-                # The watchdog ends a stuck run first. A group's own timeout is longer by the limit of work on files, as
-                # it would also end ranks that wait for such work.
+                # The watchdog ends a stuck run first. A process group's own timeout would also end ranks that wait for
+                # work on files, so it is longer by the time limit of such work.
                 timeout_minutes=config.parallel.timeout_minutes + ON_FILES / 60,
                 across_nodes=True,  # checked already, in _meet
                 meeting=meeting,
@@ -90,7 +93,7 @@ def run(config: Config, resolved: str) -> None:
 
 
 def _meet(config: Config) -> Meeting:
-    """Meet all other processes, or exit. Little is imported before, so that a host that is down is named soon."""
+    """Meet all other processes, or exit. Few modules are imported before, so that a host that is down is named soon."""
     from megamult.distributed import device, open_files, rendezvous
 
     open_files.raise_limit()

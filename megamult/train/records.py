@@ -1,4 +1,4 @@
-"""Figures of a run on their way to its directory: what is derived from a step's record, and which rank writes."""
+"""Records of a run: global rank 0 completes the figures of each step, and writes them to the run directory."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megamult.train.config import TrainConfig
 
 
 class Records:
-    """Writer of a run's figures on global rank 0; it does nothing on other ranks.
+    """Writer of a run's figures on global rank 0. On other ranks it does nothing.
 
     Args:
         run_dir: directory that the figures are written to.
         train: the run's section `train`.
         flops: floating-point operations per token, forward and backward.
-        mesh: the processes.
-        done: number of steps that were taken before.
-        skipped: number of these that were skipped.
+        mesh: mesh of the processes.
+        done: number of steps that the run has taken before.
+        skipped: number of these steps that were skipped.
     """
 
     def __init__(self, run_dir: Path, train: TrainConfig, flops: float, mesh: Mesh, done: int, skipped: int) -> None:
@@ -61,7 +61,7 @@ class Records:
             self._out.histograms(values, step)
 
     def checkpoint(self, outcome: Outcome | None) -> None:
-        """Record the outcome of a checkpoint; do nothing if it is None (no save has ended)."""
+        """Record the outcome of a checkpoint's save. None means that no save has ended: do nothing."""
         if self._out is None or outcome is None:
             return
         if outcome.error is None:

@@ -1,4 +1,4 @@
-"""A run from its data to its last checkpoint: check, build, resume, train, report. Process groups exist already."""
+"""Training of a run whose process groups exist: check, build, resume, train, report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megamult.train.summary import conclude
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has started: its task, its processes, and what watches over it."""
+    """Run that has started: its configuration, its processes, and the objects that watch over it."""
 
     config: Config
     resolved: str
@@ -54,7 +54,7 @@ def train(run: Run) -> int:
     config, progress = run.config, run.progress
     agreed(run.mesh, lambda: check_deepspeed(config, run.mesh))
     tokenizer, vocab_size = agreed(run.mesh, lambda: corpora.vocabulary(config))
-    # Wait before looking for the newest checkpoint, which an earlier part of the run may be writing.
+    # Wait before looking for the newest checkpoint, because an earlier start of the run may still be writing it.
     progress.at(0, "waiting for the run directory", ON_FILES)
     agreed(run.mesh, lambda: run_dirs.wait_for(run.lock, run.run_dir))
     checkpoint = _find_checkpoint(run, vocab_size, tokenizer)
@@ -95,7 +95,7 @@ def train(run: Run) -> int:
 
 
 def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCheckpoint | None:
-    """Find the checkpoint that the run resumes from; None if it starts anew."""
+    """Return the checkpoint that the run resumes from, or None if the run starts anew."""
     config, load = run.config, run.config.checkpoint.load
     if not load:
         return None
@@ -109,7 +109,10 @@ def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCh
 
 
 def _files(resolved: str, tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) -> dict[str, bytes]:
-    """Return the files that every checkpoint has beside its tensors. An imported tokenizer keeps its own files."""
+    """Return the files that every checkpoint stores beside its tensors: contents by name, on rank 0 only.
+
+    If the run continues a checkpoint with the same tokenizer, the checkpoint's Hugging Face tokenizer files, if it has
+    any, are among them."""
     if environment.rank() != 0:
         return {}
     files = {"config.yaml": resolved.encode(), "tokenizer.model": Path(tokenizer.model_path).read_bytes()}
@@ -131,7 +134,7 @@ def _say_what(run: Run, engine: Engine) -> None:
 
 
 def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
-    """Replace the fresh run's state by a checkpoint's, and print what has changed since the checkpoint."""
+    """Load a checkpoint into the new run, and print how the configuration has changed since the checkpoint."""
     config = run.config
     run.progress.at(0, "reading the checkpoint", ON_FILES)
     new = agreed(
@@ -143,7 +146,7 @@ def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
     fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
     step, samples = trainer.step_count, trainer.samples
     print(f"going on from {checkpoint.path}: step {step}, {samples} sequences{fresh}", flush=True)
-    # The configuration of an imported model is not that of a run: all values but sizes are defaults.
+    # An imported model has no configuration of a run to compare with: all its values but the sizes are defaults.
     changed = changes(checkpoint.info.config, config) if checkpoint.info.data is not None else None
     if changed is not None:
         print(changed, flush=True)
@@ -157,7 +160,7 @@ def _train(run: Run, trainer: Trainer, checkpoints: RunCheckpoints) -> tuple[int
     """Train until the run ends.
 
     Returns:
-        (exit code, reason why the run stopped before its last step, error).
+        (exit code, reason why the run stopped before its last step or None, error message or None).
     """
     try:
         reason = trainer.run(run.run_dir, checkpoints, run.stop)

@@ -1,4 +1,4 @@
-"""The directory of a run: which run it belongs to, and its preparation for training. Rank 0 writes, others read."""
+"""The directory of a run: check that it belongs to this run, and prepare it for training. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megamult.runtime.logs import left_without_a_word
 
 @contextlib.contextmanager
 def chosen(configured: str | None, mesh: Mesh) -> Iterator[Path]:
-    """Yield the run directory that the configuration names, or a new one under runs/, named by rank 0's time.
+    """Yield the run directory that the configuration names, or a new one under runs/, named by the time on rank 0.
 
     A new directory is removed at the end if nothing was written into it. Collective over all ranks.
 
     Raises:
-        ValueError: it cannot be made; on every rank.
+        ValueError: no directory can be made under runs/. Every rank raises this.
     """
     if configured is not None:
         yield Path(configured)
@@ -46,12 +46,12 @@ def chosen(configured: str | None, mesh: Mesh) -> Iterator[Path]:
         yield Path(name)
     finally:
         for path in reversed(made):
-            with contextlib.suppress(OSError):  # not empty: it is used
+            with contextlib.suppress(OSError):  # a directory that is not empty stays
                 path.rmdir()
 
 
 def _new_directory(path: Path) -> list[Path]:
-    """Make a directory that did not exist, with this name or with -2, -3, ... after it.
+    """Make a new directory, named `path` or, if that exists, `path` followed by -2, -3, ...
 
     Returns:
         The directories that were made: the parent, if it did not exist, and the directory.
@@ -67,20 +67,23 @@ def _new_directory(path: Path) -> list[Path]:
 
 
 def own(checkpoint: Path, run_dir: Path) -> Path | None:
-    """Return the checkpoint's own path in `run_dir`, if it is a checkpoint of this run; else None."""
+    """Return the checkpoint's path under `run_dir`, or None if it is not a checkpoint of this run."""
     path = checkpoint.resolve()
     here = path.parent == (run_dir / "checkpoints").resolve() and directory.is_of_step(path)
     return run_dir / "checkpoints" / path.name if here else None
 
 
 def claim(run_dir: Path, resumes: bool) -> None:
-    """Refuse a directory that holds a run which this run does not continue. Only rank 0 looks, as only it writes.
+    """Check that the directory does not contain another run. Only rank 0 checks, as only rank 0 writes.
+
+    Args:
+        resumes: whether this run continues the one in the directory.
 
     Raises:
         ValueError: the directory holds another run's metrics.
     """
     metrics = run_dir / "metrics.jsonl"
-    # An empty file is left by a run that did not reach its first step.
+    # A run that did not reach its first step leaves an empty file.
     if environment.rank() == 0 and not resumes and metrics.exists() and metrics.stat().st_size > 0:
         raise ValueError(
             f"train.run_dir {run_dir} holds another run (metrics.jsonl): go on with it by --checkpoint.load latest, "
@@ -89,7 +92,7 @@ def claim(run_dir: Path, resumes: bool) -> None:
 
 
 def wait_for(lock: RunLock, run_dir: Path) -> None:
-    """Wait until an earlier part of the run, if there is one, has ended. Only rank 0 waits."""
+    """Wait until an earlier start of the run has ended, and take its lock, if there is one. Only rank 0 does so."""
     if environment.rank() == 0 and (run_dir / LOCK).exists():
         lock.acquire(run_dir)
 
@@ -98,11 +101,12 @@ def begin(run_dir: Path, resolved: str, checkpoint: Path | None, step: int, lock
     """Make the run directory, write the configuration, and remove what an interrupted save left, all on rank 0.
 
     Args:
-        resolved: text of the configuration, for config.yaml and for config_step_N.yaml, which later starts from another
-            step do not overwrite.
-        checkpoint: the checkpoint of this run that it continues from; whatever came after it is no longer valid.
+        resolved: text of the configuration, for config.yaml and for config_step_N.yaml. Later starts from another step
+            do not overwrite the second.
+        checkpoint: the checkpoint of this run to continue from, or None. `latest` then names it, and later checkpoints
+            do not count any more.
         step: the step that the run continues from.
-        lock: the lock of the directory, held from now on.
+        lock: the lock of the directory, which is held from now on.
 
     Raises:
         ValueError: the directory cannot be written, or another run has used it meanwhile.
@@ -126,7 +130,7 @@ def begin(run_dir: Path, resolved: str, checkpoint: Path | None, step: int, lock
 
 
 def _tell_who_left(run_dir: Path) -> None:
-    """Print, in one line, the ranks that an earlier part of the run lost without any message from them."""
+    """Print in one line which ranks of earlier starts of the run ended without a message."""
     if left := left_without_a_word(run_dir / "logs"):
         print(
             f"an earlier part of this run, whose metrics.jsonl ends at step {_last_step(run_dir)}, lost without a word "
@@ -137,7 +141,7 @@ def _tell_who_left(run_dir: Path) -> None:
 
 
 def _last_step(run_dir: Path) -> int:
-    """Return the step of the last record in metrics.jsonl; 0 if there is none."""
+    """Return the step of the last record in metrics.jsonl, or 0 if there is none."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _RECORD_BYTES))
@@ -149,11 +153,15 @@ def _last_step(run_dir: Path) -> int:
 
 
 _RECORD_BYTES = 1 << 14
-"""Bytes to read from the end of metrics.jsonl: more than its last records have."""
+"""Number of bytes to read from the end of metrics.jsonl: more than its last records take."""
 
 
 def check_shared(run_dir: Path) -> None:
-    """Check that every rank sees what rank 0 writes into the run directory, as all read the data index there."""
+    """Check that this rank sees what rank 0 has written into the run directory: all ranks read the data index there.
+
+    Raises:
+        ValueError: this rank does not see it.
+    """
     if not (run_dir / "config.yaml").exists():
         raise ValueError(
             f"rank {environment.rank()} does not see {run_dir / 'config.yaml'}, which rank 0 wrote: train.run_dir must "

@@ -11,7 +11,7 @@ from megamult.monitor.statistics import spread_table
 from megamult.train.loop import Trainer
 
 _ENTROPY_TOKENS = 1 << 28
-"""Largest corpus, in tokens, whose unigram entropy is printed: a second or two of counting."""
+"""Largest size, in tokens, of a corpus whose unigram entropy is printed. Counting the tokens takes a second or two."""
 
 
 def conclude(config: Config, vocab_size: int, trainer: Trainer, reason: str | None, run_dir: Path, code: int) -> None:
@@ -20,7 +20,7 @@ def conclude(config: Config, vocab_size: int, trainer: Trainer, reason: str | No
     Args:
         config, vocab_size: the run's configuration and vocabulary size.
         trainer: the trainer after its last step.
-        reason: why the run stopped before its last step; None: it is complete.
+        reason: reason why the run stopped before its last step, or None if the run is complete.
         run_dir: directory of the run.
         code: exit code of the run.
     """
@@ -39,7 +39,8 @@ def conclude(config: Config, vocab_size: int, trainer: Trainer, reason: str | No
 
 
 def _compare_with_unigrams(config: Config, vocab_size: int, valid_loss: float | None) -> None:
-    """Print the last evaluation, and the loss of a model that knows only how often each token occurs."""
+    """Print the last validation loss. If the training data is one corpus that is not too large, print its unigram
+    entropy too: the loss of a model that knows only how often each token occurs."""
     if valid_loss is None:
         return
     print(f"valid loss {valid_loss:.4f} nats per token")

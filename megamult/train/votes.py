@@ -14,9 +14,9 @@ from megamult.distributed.mesh import Mesh
 def mean_and_votes(mesh: Mesh, value: Tensor, votes: Sequence[float] = ()) -> tuple[float, list[float]]:
     """Return an fp32 scalar's mean over data-parallel ranks and the sums of `votes` over all ranks, in one collective.
 
-    Tensor-parallel ranks hold the same value, but each has votes of its own, as a signal may reach only one of them. So
-    all ranks take part. The value counts only from the first of each group; the others add zeros, which change no bit
-    of an fp32 sum.
+    All ranks take part, because a signal may reach only one rank, so that each has different votes. Tensor-parallel
+    ranks hold the same value. Only the first rank of each tensor-parallel group adds its value to the sum. The others
+    add zeros, which change no bit of an fp32 sum.
     """
     packed = device.upload(torch.tensor([0.0, *votes], dtype=torch.float32))
     if mesh.rank_on("tensor") == 0:
