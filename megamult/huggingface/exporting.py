@@ -1,4 +1,7 @@
-"""Export of a checkpoint as a Hugging Face model: multipliers merged, streamed shard by shard, complete or absent."""
+"""Export of a checkpoint as a Hugging Face model, with multipliers merged into the weights.
+
+The export streams one file of weights at a time. The output directory appears only when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -35,28 +38,33 @@ class Exported:
     """Result of an export."""
 
     tensors: int
+    """Number of tensors."""
     parameters: int
+    """Number of elements in these tensors."""
     files: list[str]
+    """Names of the files."""
     dtype: str
+    """Dtype of the weights, a key of :data:`megamult.models.common.hugging_face.DTYPES`."""
     notes: list[str] = field(default_factory=list)
-    """Remarks on what a user might not expect."""
+    """Texts for the user about possibly unexpected properties of the result."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Source of one exported tensor."""
+    """Description of one exported tensor: its name, and the checkpoint's tensors from which it is computed."""
 
     name: str
-    """Hugging Face's name."""
+    """Name in the exported model."""
     weight: Weight
+    """Weight of the checkpoint."""
     multipliers: tuple[str, ...]
     """Logical names of the multipliers to merge into the weight."""
 
     def read(self, saved: SavedCheckpoint, dtype: torch.dtype) -> Tensor:
-        """Read the weight, merge its multipliers in fp32, then cast.
+        """Read the weight, merge the multipliers into it in fp32, and cast the result to `dtype`.
 
         Raises:
-            ValueError: a value overflows in `dtype`.
+            ValueError: a finite value is not finite in `dtype`.
         """
         tensors = {key: saved.read(f"model.{key}").float() for key in (self.weight.logical, *self.multipliers)}
         effective = merge(tensors)[self.weight.logical]
@@ -70,19 +78,20 @@ class _Source:
 
 
 def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: str = "5GB") -> Exported:
-    """Write a directory that `AutoModelForCausalLM` and `AutoTokenizer` load.
+    """Write a directory that `AutoModelForCausalLM` and `AutoTokenizer` of transformers can load.
 
-    Memory: one shard, and three copies of one tensor in fp32 while its multipliers are merged.
+    Memory holds one safetensors file at a time, and three fp32 copies of one tensor while its multipliers are merged.
 
     Args:
-        checkpoint: a checkpoint's directory; all of it is verified first.
-        output: the directory to write; appears when it is complete.
-        dtype: dtype of the weights, a key of :data:`megamult.models.common.hugging_face.DTYPES`; auto: the one that the
-            run computed in.
-        max_shard_size: largest size of a safetensors file, such as "5GB"; a larger tensor gets a file of its own.
+        checkpoint: directory of the checkpoint. All of its files are verified first.
+        output: directory to write. It appears only when it is complete.
+        dtype: dtype of the weights, a key of :data:`megamult.models.common.hugging_face.DTYPES`. "auto" means the dtype
+            in which the run computed.
+        max_shard_size: largest size of a safetensors file, such as "5GB". A larger tensor is the only one in its file.
 
     Raises:
-        ValueError: there is no checkpoint or it is damaged, the output exists already, or an argument is wrong.
+        ValueError: there is no checkpoint, the checkpoint is damaged, the output exists and is not empty, an argument
+            is wrong, or a weight overflows in `dtype`.
     """
     check_output(output)
     if dtype not in ("auto", *DTYPES):
@@ -119,7 +128,7 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
         for name, content in files.items():
             (partial / name).write_bytes(content)
         for name in shards:
-            shutil.copymode(partial / "config.json", partial / name)  # safetensors lets only the owner read its files
+            shutil.copymode(partial / "config.json", partial / name)  # safetensors lets only the owner read a file
         partial.rename(output)
     return Exported(len(sources), parameters, [*shards, *files], dtype, notes)
 
@@ -127,7 +136,13 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
 def _sources(
     saved: SavedCheckpoint, weights: list[Weight], tie_embeddings: bool, placement: Placement
 ) -> Iterator[_Source]:
-    """Yield the tensors in Hugging Face's order, a tied head only if the embedding's multipliers differ from 1."""
+    """Yield the tensors to export, in Hugging Face's order, and check that the checkpoint has exactly these.
+
+    A tied head is a separate tensor in the export only if a multiplier of the embedding is not 1.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor, or has another one or another shape than the configuration asks for.
+    """
     expected: dict[str, tuple[int, ...]] = {}
     parted = None
     for weight in weights:
@@ -154,12 +169,16 @@ def _sources(
 def _write_tensors(
     saved: SavedCheckpoint, sources: list[_Source], dtype: torch.dtype, max_shard_size: str, directory: Path
 ) -> tuple[list[str], int]:
-    """Write safetensors files, and an index if they are several; return their names and the number of parameters."""
+    """Write the safetensors files, and an index if there are several.
+
+    Returns:
+        Names of the files, and the number of parameters in them.
+    """
     by_name = {source.name: source for source in sources}
     sizes = {name: torch.empty(source.weight.shape, dtype=dtype, device="meta") for name, source in by_name.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     total = sum(size.nbytes for size in sizes.values())
-    # disable=None: a bar on a terminal only, so that logs and error messages stay clean.
+    # With disable=None, tqdm draws the bar only on a terminal, so it is not in log files.
     with tqdm(total=total, desc="exporting", unit="B", unit_scale=True, disable=None) as bar:
         for file, names in split.filename_to_tensors.items():
             shard = {}
@@ -177,7 +196,12 @@ def _write_tensors(
 
 
 def _tokenizer(saved: SavedCheckpoint, max_length: int) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:
-    """Return the tokenizer's files, the ids of its special tokens, and notes for the user."""
+    """Return the tokenizer's files by name, the ids of special tokens by key of config.json, and notes for the user.
+
+    Args:
+        saved: the checkpoint.
+        max_length: sequence length of the model.
+    """
     folder, model = saved.path / TOKENIZER_FOLDER, saved.path / "tokenizer.model"
     files: dict[str, bytes] = {}
     ids: dict[str, Any] = hf_tokenizer.special_ids(model) if model.is_file() else {}

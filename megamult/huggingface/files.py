@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TOKENIZER_FOLDER = "hf_tokenizer"
-"""Folder, in an imported checkpoint, of the files of the tokenizer that came with it."""
+"""Folder in an imported checkpoint with the tokenizer's files of the Hugging Face model."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,21 +21,21 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-"""Files that it may hold: those of a Hugging Face directory that do not depend on the weights."""
+"""Names of files that :data:`TOKENIZER_FOLDER` may have. They do not depend on the weights of the model."""
 
 _DEFINING = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt", "added_tokens.json"))
-"""Files of :data:`TOKENIZER_FILES` that decide on the token ids of a text; the first group that is there counts."""
+"""Groups of files that define the token ids of a text. If a model has several groups, only the first of them counts."""
 
 
 def tokenizer_identity(files: Mapping[str, bytes]) -> tuple[str, str] | None:
-    """Return the identity of a tokenizer that is no sentencepiece model.
+    """Return which files define a tokenizer, and a hash of their contents.
 
     Args:
-        files: contents of a Hugging Face directory's files, by name.
+        files: contents of the files in a Hugging Face directory, by name.
 
     Returns:
-        (names of the files that define the tokenizer, SHA-256). For one file it is that file's SHA-256, for several
-        that of a text with a line "name SHA-256" for each. None: there is no tokenizer.
+        (names of the files, SHA-256), or None if there is no tokenizer. If one file defines the tokenizer, the SHA-256
+        is that of its content. If several do, it is that of a text with one line "name SHA-256" for each file.
     """
     for names in _DEFINING:
         found = {name: hashlib.sha256(files[name]).hexdigest() for name in names if name in files}
@@ -47,10 +47,10 @@ def tokenizer_identity(files: Mapping[str, bytes]) -> tuple[str, str] | None:
 
 
 def check_output(output: Path) -> None:
-    """Check that writing the output would replace nothing.
+    """Check that an output directory does not exist or is empty, so that writing to it replaces nothing.
 
     Raises:
-        ValueError: something is there.
+        ValueError: it exists and is not empty, is no directory, or is a symbolic link.
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ValueError(f"{output} exists and is no directory: choose another output")

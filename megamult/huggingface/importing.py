@@ -1,4 +1,7 @@
-"""Import of a Hugging Face model as a checkpoint to continue from: same function, multipliers at 1, streamed."""
+"""Import of a Hugging Face model as a checkpoint from which a run can continue training.
+
+The imported model computes the same function, and all of its multipliers are 1. Weights are streamed.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ PLACEMENTS = ("all", "none", "symmetry_free", "scalar")
 
 _CHUNK_BYTES = 256 << 20
 _FLOATS = ("F32", "BF16", "F16")
-# Old models store this table, which follows from config.json.
+# Tensors whose names end in this are ignored. Old models store this table, but config.json determines it.
 _DERIVED = ".rotary_emb.inv_freq"
 
 
@@ -43,45 +46,51 @@ class Imported:
     """Result of an import."""
 
     parameters: int
+    """Number of parameters, without multipliers."""
     multipliers: int
+    """Number of multipliers."""
     dtype: str
+    """Dtype in which a run will compute, as in `train.dtype`."""
     trainable: bool = True
-    """Whether a run can train from it: false if runs cannot read its tokenizer."""
+    """Whether a run can train from the checkpoint; False if runs cannot read its tokenizer."""
     notes: list[str] = field(default_factory=list)
-    """Remarks on what a user might not expect."""
+    """Texts for the user about possibly unexpected properties of the result."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Tensor of the input."""
+    """Tensor in a safetensors file of the model to import."""
 
     file: Any
+    """Open file."""
     name: str
     shape: tuple[int, ...]
     dtype: str
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Read rows [start, stop) in fp32."""
+        """Return rows [start, stop) in fp32."""
         values: Tensor = self.file.get_slice(self.name)[start:stop]
         return values.float()
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield (start, stop) of consecutive blocks of rows of bounded size."""
+        """Yield (start, stop) of consecutive blocks of rows, each of at most `_CHUNK_BYTES` in fp32 or of one row."""
         step = max(1, _CHUNK_BYTES // (4 * math.prod(self.shape[1:])))
         for start in range(0, self.shape[0], step):
             yield start, min(start + step, self.shape[0])
 
 
 def import_(source: Path, output: Path, placement: str = "all") -> Imported:
-    """Write a checkpoint at step 0 without optimizer state. Memory: one file of the checkpoint.
+    """Write a checkpoint at step 0, without optimizer state. Memory holds one file of the checkpoint at a time.
 
     Args:
-        source: a directory with config.json and safetensors.
-        output: the checkpoint's directory, which appears when it is complete.
-        placement: placement of the multipliers, which are all 1; `none`: a plain model.
+        source: directory of the model, with config.json and safetensors files.
+        output: directory of the checkpoint. It appears only when it is complete.
+        placement: placement of multipliers, one of :data:`PLACEMENTS`. All multipliers are 1. "none" means no
+            multipliers.
 
     Raises:
-        ValueError: the model cannot be expressed here, its files are damaged, or the output exists already.
+        ValueError: our model cannot compute the function, a file is missing or damaged, the output exists and is not
+            empty, or the placement is unknown.
     """
     check_output(output)
     if placement not in PLACEMENTS:
@@ -120,17 +129,21 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
 
 
 def _configuration(model: ModelConfig, placement: str, dtype: Any) -> dict[str, Any]:
-    """Return a run's resolved configuration with this model."""
+    """Return a run's configuration with this model, as plain values; all other keys have their defaults."""
     multipliers = (
         MultipliersConfig(implementation="none") if placement == "none" else MultipliersConfig("layer", placement)
     )
     config = dataclasses.asdict(Config(model=model, multipliers=multipliers, train=TrainConfig(dtype=dtype)))
-    plain: dict[str, Any] = json.loads(json.dumps(config))  # lists for tuples, as in a file
+    plain: dict[str, Any] = json.loads(json.dumps(config))  # turns tuples into lists, as in a file
     return plain
 
 
 def _open(source: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    """Open the model's safetensors files and return every tensor by name; the files stay open until `stack` closes."""
+    """Open the model's safetensors files and return all tensors by name. The files stay open until `stack` closes them.
+
+    Raises:
+        ValueError: a file cannot be read, or two files have a tensor of the same name.
+    """
     found: dict[str, _Stored] = {}
     for path in _files(source):
         try:
@@ -166,10 +179,11 @@ def _files(source: Path) -> list[Path]:
 
 
 def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list[tuple[Weight, _Stored]]:
-    """Pair each logical weight with its tensor, so that every tensor of the input is used.
+    """Return pairs of a weight and its tensor in the model's files. A tied head is checked, and not returned.
 
     Raises:
-        ValueError: a tensor is missing or unknown, or has another shape, or a dtype that is no plain float.
+        ValueError: a tensor is missing or unknown, has another shape than config.json asks for, is not F32, BF16 or
+            F16, or is a tied head that differs from the embedding.
     """
     assert model.vocab_size is not None
     architecture = architecture_of(model)
@@ -202,10 +216,10 @@ def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list
 
 
 def _check_equal(source: Path, head: _Stored, embedding: _Stored) -> None:
-    """Check that the head in a tied model's files equals the embedding.
+    """Check that the head equals the embedding, if the files of a tied model have both.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the head differs from the embedding.
     """
     if any(not torch.equal(head.rows(*block), embedding.rows(*block)) for block in embedding.blocks()):
         raise ValueError(
@@ -215,7 +229,13 @@ def _check_equal(source: Path, head: _Stored, embedding: _Stored) -> None:
 
 
 def _chunks(weight: Weight, found: _Stored, read: Callable[[int], object]) -> Iterator[Chunk]:
-    """Yield a tensor in blocks of rows, each of which is read when it is loaded."""
+    """Yield a tensor as chunks, each of which is a block of rows. A chunk reads its rows only when it is loaded.
+
+    Args:
+        weight: the weight, for its logical name.
+        found: the tensor in the model's files.
+        read: function that is called with the number of bytes, in fp32, of each block that was read.
+    """
     for start, stop in found.blocks():
 
         def load(start: int = start, stop: int = stop) -> Tensor:
@@ -229,13 +249,22 @@ def _chunks(weight: Weight, found: _Stored, read: Callable[[int], object]) -> It
 
 
 def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, str] | None, list[str]]:
-    """Return the tokenizer's files as they are, its identity (file names, SHA-256), and notes for the user."""
+    """Return the tokenizer's files, its identity (file names, SHA-256), and notes for the user.
+
+    Args:
+        source: directory of the model to import.
+        described: content of its config.json.
+
+    Returns:
+        Unchanged contents of the files by their paths in the checkpoint; the identity, or None if there is no
+        tokenizer; and the notes.
+    """
     found = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
     identity = tokenizer_identity(found)
     files = {f"{TOKENIZER_FOLDER}/{name}": content for name, content in found.items()}
     notes = []
     try:
-        # A model with a sentencepiece file was trained with it; its other tokenizer files only repeat it.
+        # If the model has a sentencepiece file, it was trained with this file, and its other tokenizer files repeat it.
         identity = (SENTENCEPIECE, Tokenizer(source / "tokenizer.model").sha256)
         files[SENTENCEPIECE] = found["tokenizer.model"]
     except ValueError:
@@ -249,7 +278,7 @@ def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes
                 f"the tokenizer ({names}) is no sentencepiece model, and training reads no other kind yet: its files "
                 "are kept for export, and training from this checkpoint is refused"
             )
-    # Keep the special tokens that config.json names, because config.json itself is not kept.
+    # Store the ids of special tokens from config.json, because the checkpoint does not store config.json itself.
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in described}
     files.setdefault(f"{TOKENIZER_FOLDER}/generation_config.json", (json.dumps(ids, indent=2) + "\n").encode())
     return files, identity, notes

@@ -62,13 +62,13 @@ _MODEL = {
 
 
 def render(info: CheckpointInfo, exported: Mapping[str, Any], parameters: int, multipliers: bool) -> str:
-    """Return the text of the card.
+    """Return the text of the README.md.
 
     Args:
-        info: of the checkpoint.
-        exported: config.json of the export.
-        parameters: number of parameters in the export.
-        multipliers: whether any were merged.
+        info: information on the checkpoint.
+        exported: content of the exported config.json.
+        parameters: number of parameters in the exported model.
+        multipliers: whether multipliers were merged into the weights.
     """
     config = info.config
     imported = info.step == 0

@@ -1,21 +1,23 @@
-"""Conversion of our sentencepiece model to files for `transformers.AutoTokenizer`, with the same ids on any text.
+"""Conversion of a sentencepiece model to files for `transformers.AutoTokenizer`, with the same ids for every text.
 
-Both libraries run byte-pair merging, so pieces and the order of merges define the result. They differ in four points,
-which are handled here:
+Both sentencepiece and the library `tokenizers`, which transformers uses, merge pairs of pieces (byte-pair encoding).
+The result depends only on the pieces and the order of merges. Four differences are handled here:
 
-* sentencepiece writes a space as U+2581 and would take that character in a text for a space, so
-  :class:`megamult.data.tokenizer.Tokenizer` spells it in bytes. Here the pieces hold real spaces and nothing is
-  normalized: U+2581 is a character that no piece has, and falls back to bytes by itself.
-* sentencepiece ranks merges by the merged piece only, `tokenizers` by the pair. A piece that several pairs can form
-  gets all of these pairs, one after the other. The result is the same: if nothing has merged across the ends of a piece
-  before its turn, its characters have merged in a way that does not depend on the surrounding text, so only one of the
-  pairs ever occurs.
-* Text that looks like a special token ("</s>") is plain text to us. transformers would read it as a special token, so
-  `split_special_tokens` is set.
-* No token is put in front of a text (`add_bos_token` is false), because none was in training.
+* sentencepiece stores a space in a piece as U+2581, and would read this character in a text as a space.
+  :class:`megamult.data.tokenizer.Tokenizer` therefore encodes U+2581 in a text as bytes. The converted pieces contain
+  real spaces, and the converted tokenizer does not normalize text. No converted piece contains U+2581, so `tokenizers`
+  encodes it as bytes too.
+* sentencepiece orders merges by the merged piece, `tokenizers` by the pair. If several pairs form the same piece, all
+  of them are listed one after the other. The ids stay the same: if no merge has crossed the ends of a piece before the
+  piece is formed, the merges inside it do not depend on the surrounding text, so only one of the pairs can occur.
+* Text that looks like a special token, such as "</s>", is plain text in training data. transformers would read it as a
+  special token, so the conversion sets `split_special_tokens`.
+* transformers can put a token before a text. Training data has none there, so the conversion sets `add_bos_token` to
+  false.
 
-One difference is left, for byte tokens that are not UTF-8, which no text has. They decode to U+FFFD: `tokenizers`
-writes it for every byte token of such a sequence, sentencepiece only for the wrong ones.
+One difference remains, for sequences of byte tokens that are not valid UTF-8, which no text gives. Both libraries
+decode them to U+FFFD. `tokenizers` writes it for every byte token of such a sequence, sentencepiece only for the
+invalid ones.
 """
 
 from __future__ import annotations
@@ -42,32 +44,33 @@ _HARD_TEXTS = (
     "<s>a</s> <unk><0x0A><0x",
     "e\u0301 \u4e2d\u6587 \u0645\u0631 \u2028\x00\x7f\ufeff\U0001f468\u200d\U0001f469\U0010ffff",
 )
-"""Texts that show differences between tokenizers first."""
+"""Texts for which tokenizers are most likely to give different ids."""
 
 
 def special_ids(model: Path) -> dict[str, int]:
-    """Return `bos_token_id` and `eos_token_id` of a sentencepiece model, as far as it has them."""
+    """Return those of `bos_token_id` and `eos_token_id` that a sentencepiece model has."""
     processor = sentencepiece.SentencePieceProcessor(model_file=Tokenizer(model).model_path)
     found = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
     return {key: value for key, value in found.items() if value >= 0}
 
 
 def convert(model: Path, max_length: int) -> dict[str, bytes]:
-    """Return `tokenizer.json` and `tokenizer_config.json` for a sentencepiece model, after comparing their ids with
-    its.
+    """Return the contents of `tokenizer.json` and `tokenizer_config.json` for a sentencepiece model.
+
+    The ids of the converted tokenizer are compared with those of the sentencepiece model on many texts.
 
     Args:
-        model: the `.model` file that the run's data was encoded with.
-        max_length: sequence length that the language model was trained at; transformers warns about longer texts.
+        model: the `.model` file with which the run's data was encoded.
+        max_length: sequence length with which the language model was trained. transformers warns about longer texts.
 
     Raises:
-        ValueError: the file is no sentencepiece model, or one whose ids `tokenizers` would not reproduce.
+        ValueError: the file is no sentencepiece model, or `tokenizers` cannot reproduce the ids of this one.
     """
     ours = Tokenizer(model)
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
     _check_expressible(model, proto)
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
-    # Only pieces of text hold spaces; "<unk>" and byte tokens are names.
+    # Only pieces of text can contain spaces; "<unk>" and the names of byte tokens cannot.
     text = {i: p.piece.replace(_SPACE_MARK, " ") for i, p in enumerate(proto.pieces) if p.type == kinds.NORMAL}
     vocabulary = {text.get(i, p.piece): i for i, p in enumerate(proto.pieces)}
     scores = {piece: proto.pieces[i].score for i, piece in text.items()}
@@ -81,7 +84,8 @@ def convert(model: Path, max_length: int) -> dict[str, bytes]:
     _check_same_ids(model, ours, backend, text)
     ids = special_ids(model)
     config: dict[str, Any] = {
-        # Any other class builds its own backend from the vocabulary, with a mark for spaces.
+        # Other classes do not use tokenizer.json as it is: they build a tokenizer from the vocabulary, with U+2581 for
+        # spaces.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{key.removesuffix("_id"): proto.pieces[i].piece for key, i in ids.items()},
         "unk_token": next(piece.piece for piece in proto.pieces if piece.type == kinds.UNKNOWN),
@@ -99,10 +103,10 @@ def convert(model: Path, max_length: int) -> dict[str, bytes]:
 
 
 def _check_expressible(model: Path, proto: Any) -> None:
-    """Check that the conversion can reproduce all features of the model.
+    """Check that a sentencepiece model has only features that the conversion can reproduce.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the model has another feature.
     """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -129,19 +133,27 @@ _REMEDY = "put the files of its own Hugging Face tokenizer into a folder hf_toke
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """List every pair of pieces that forms a piece, best piece first."""
+    """Return all pairs of pieces that form a piece, ordered by the score of that piece, highest first."""
     pairs: list[tuple[str, str]] = []
-    for piece in sorted(scores, key=lambda piece: -scores[piece]):  # stable: pieces of one score stay in order of id
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):  # stable: equal scores stay in the order of ids
         splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         pairs += [(left, right) for left, right in splits if left in scores and right in scores]
     return pairs
 
 
 def _check_same_ids(model: Path, ours: Tokenizer, backend: Any, text: dict[int, str]) -> None:
-    """Check that the converted tokenizer gives our ids for every piece, for pairs of neighbours, and for hard texts.
+    """Check that the converted tokenizer gives the same ids as the sentencepiece model.
+
+    The texts of the check are all pieces, all pairs of pieces with neighbouring ids, and :data:`_HARD_TEXTS`.
+
+    Args:
+        model: file of the sentencepiece model, for the message.
+        ours: the sentencepiece model.
+        backend: the converted tokenizer.
+        text: pieces of text by id, with real spaces.
 
     Raises:
-        ValueError: it gives others.
+        ValueError: the converted tokenizer gives other ids for a text.
     """
     pieces = list(text.values())
     probes = [*_HARD_TEXTS, *pieces, *map("".join, pairwise(pieces))]

@@ -1,1 +1,1 @@
-"""Multipliers for models that other people wrote."""
+"""Multipliers for models that are not built from megamult's modules."""

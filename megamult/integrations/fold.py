@@ -1,4 +1,4 @@
-"""Multipliers for a model that someone else wrote, in three lines of its DeepSpeed script."""
+"""Multipliers for any PyTorch model: :func:`fold` adds them without a change to the model's code."""
 
 from __future__ import annotations
 
@@ -34,44 +34,49 @@ def fold(
     clip_multipliers: bool = False,
     initial: float | Callable[[Role, Side], float] = 1.0,
 ) -> TwoPhaseOptimizer:
-    """Make an optimizer that gives an unmodified model learnable multipliers (arXiv 2601.04890), and trains both.
+    """Return an optimizer that adds learnable multipliers (arXiv 2601.04890) to a model, and trains both.
 
-    The model keeps effective weights W_eff = diag(r) W diag(c) and runs as before; the optimizer keeps W, r and c
-    (:mod:`megamult.optim.folded`). Under DeepSpeed::
+    The code of the model does not change. The model's parameters are effective weights W_eff = s diag(r) W diag(c). The
+    optimizer stores W and the multipliers s, r and c (:mod:`megamult.optim.folded`). Under DeepSpeed::
 
         optimizer = megamult.fold({"name": "muon", "lr": 1e-3}, model, megamult.LLAMA_RULES)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         megamult.attach(engine, optimizer)
 
-    `settings` needs ``"zero_allow_untested_optimizer": true`` and ``"gradient_clipping": 0.0`` (DeepSpeed's default is
-    1.0, and the optimizer clips already, by `clip_grad_norm`). At ZeRO 0 in bf16, call initialize within
-    ``optimizer.paused()``. In a loop without DeepSpeed, average gradients over ranks and call ``optimizer.step()``; if
-    `initial` is not 1, call ``optimizer.begin()`` before the first step.
+    `settings` needs ``"zero_allow_untested_optimizer": true`` and ``"gradient_clipping": 0.0``. DeepSpeed's default for
+    the latter is 1.0, but the optimizer already clips by its own `clip_grad_norm`. At ZeRO 0 in bf16, call
+    ``deepspeed.initialize`` within ``optimizer.paused()``.
 
-    A vector that no rule names (weights of norms, biases) gets the role norm: AdamW without weight decay. A parameter
-    that has a spec already, like those of megamult's own modules, needs no rule.
+    In a loop without DeepSpeed, average gradients over data-parallel ranks and call ``optimizer.step()``. If `initial`
+    is not 1, call ``optimizer.begin()`` before the first forward pass.
+
+    A vector to which no rule applies, such as the weight of a norm or a bias, gets the role `norm`: AdamW updates it
+    without weight decay. A parameter that already has a spec, such as one of megamult's own modules, needs no rule.
 
     Args:
-        optimizer: keys of the section `optimizer` of a run, like ``{"name": "muon", "muon": {"momentum": 0.9}}``, but
-            not those of the schedule. A scheduler of DeepSpeed or torch that scales `lr` of the optimizer's groups
-            schedules the multipliers too.
-        model: the model as built, also under `deepspeed.zero.Init`; for a Megatron model, process groups are set up.
-        rules: mapping from a regular expression, searched in parameters' names, to a role, a spec, or a function from a
-            parameter to its spec. Ready-made: :data:`megamult.LLAMA_RULES`, :func:`megamult.megatron_rules`.
+        optimizer: keys of the section `optimizer` of a run, such as ``{"name": "muon", "muon": {"momentum": 0.9}}``,
+            without the keys of the schedule. A scheduler of DeepSpeed or torch that scales `lr` of the optimizer's
+            groups also scales the learning rate of the multipliers.
+        model: the complete model, which may be built under `deepspeed.zero.Init`. A Megatron model needs Megatron's
+            process groups.
+        rules: mapping from a regular expression to a role, a spec, or a function from a parameter to its spec. It
+            applies to the parameters in whose names the expression is found. :data:`megamult.LLAMA_RULES` and
+            :func:`megamult.megatron_rules` are such mappings.
         placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar.
-        multiplier_lr: peak learning rate of multipliers; None: the optimizer's.
+        multiplier_lr: peak learning rate of multipliers; that of the optimizer if None.
         multiplier_weight_decay: decoupled weight decay of multipliers.
-        clip_multipliers: whether to clip the multipliers' gradient, by its own norm.
-        initial: initial value of all multipliers, or a function of role and side. A value other than 1 rescales the
-            model's present weights.
+        clip_multipliers: whether to clip the multipliers' gradient by its own norm, at the optimizer's threshold.
+        initial: initial value of all multipliers, or a function from (role, side) to it. The model's present weights
+            become W, so an initial value other than 1 rescales the effective weights.
 
     Returns:
-        The optimizer: AdamW, or another rule for the matrices and AdamW for all else. Its `folded` holds the
-        multipliers.
+        The optimizer: AdamW for all parameters, or another rule for matrices and AdamW for the rest. Its attribute
+        `folded` has the multipliers.
 
     Raises:
-        ValueError: a key or value is unknown; a rule finds no parameter; two rules find the same parameter, or none
-            finds a matrix; multipliers would scale a frozen parameter, one tied to another role, or nothing at all.
+        ValueError: a key or value is unknown; a rule finds no parameter; two rules find the same parameter; no rule
+            finds a matrix of the model; a frozen parameter, or one tied to another role, would get multipliers; or no
+            parameter would get any.
     """
     chosen = _optimizer_config(optimizer)
     sides: Any = placement if isinstance(placement, str) else {r: _listed(s) for r, s in placement.items()}
@@ -102,7 +107,11 @@ def _listed(sides: str | Sequence[str]) -> list[str]:
 
 
 def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerConfig:
-    """Return the optimizer's configuration, checked as the command line would check it."""
+    """Return the optimizer's configuration.
+
+    Raises:
+        ValueError: a key or value is wrong for the command line too, or a key of the schedule is set.
+    """
     if isinstance(given, OptimizerConfig):
         chosen = given
     else:
@@ -125,7 +134,11 @@ def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerCo
 
 
 def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
-    """Return the keys and values of a section, checked against the types that its dataclass states."""
+    """Return the keys and values of a section, checked. The value of a field that is a tuple is made a tuple.
+
+    Raises:
+        ValueError: a key is not a field of the dataclass, or a value does not have the field's type.
+    """
     if not isinstance(given, Mapping):
         raise ValueError(f"{section} is {given!r}: it is a section; give a mapping of its keys")
     hints, values = get_type_hints(dataclass), dict(given)
@@ -142,7 +155,13 @@ def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
 
 
 def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placement) -> dict[Parameter, ParameterSpec]:
-    """Return the spec of every trainable parameter: that of a rule, one stated before, or the default of a vector."""
+    """Return the spec of every trainable parameter.
+
+    The spec is from a rule, else the one that the parameter already has, else that of role `norm` for a vector.
+
+    Raises:
+        ValueError: see :func:`fold`.
+    """
     names = _names(model)
     claims = _claims([name for known in names.values() for name in known], rules)
     tp_size = current_mesh().size_of("tensor")
@@ -172,12 +191,12 @@ def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placeme
 
 
 def _names(model: torch.nn.Module) -> dict[Parameter, list[str]]:
-    """Return all names of each parameter: several where modules share it."""
+    """Return all names of each parameter. A parameter that modules share has several."""
     names: dict[Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     for path, module in model.named_modules():
-        # Megatron's head without weight is given the embedding's on each call: no parameter's name shows that.
+        # Megatron's tied head has no weight; each call passes the embedding's to it. named_parameters cannot show this.
         if getattr(module, "share_embeddings_and_output_weights", False):
             shared = module.shared_embedding_or_output_weight()
             head = f"{path}.output_layer.weight" if path else "output_layer.weight"
@@ -187,7 +206,11 @@ def _names(model: torch.nn.Module) -> dict[Parameter, list[str]]:
 
 
 def _claims(names: Sequence[str], rules: Mapping[str, Rule]) -> dict[str, str]:
-    """Return the expression that finds each name, for the names that a rule finds."""
+    """Return {parameter name: expression of the rule that finds the name}. Names that no rule finds are left out.
+
+    Raises:
+        ValueError: a rule is no regular expression or finds no name, or two rules find the same name.
+    """
     claims: dict[str, str] = {}
     for expression in rules:
         try:
@@ -209,7 +232,11 @@ def _claims(names: Sequence[str], rules: Mapping[str, Rule]) -> dict[str, str]:
 
 
 def _state(parameter: Parameter, name: str, rule: Rule, tp_size: int) -> ParameterSpec:
-    """Return the spec that a rule gives to a parameter."""
+    """Return the spec that a rule gives to a parameter.
+
+    Raises:
+        ValueError: the rule has an unknown role, or a matrix's role for a parameter that is no matrix.
+    """
     if isinstance(rule, ParameterSpec):
         return rule
     if not isinstance(rule, str):
@@ -234,7 +261,17 @@ def _unnamed(parameter: Parameter, name: str, tp_size: int) -> ParameterSpec:
 
 
 def _check_tie(known: list[str], stated: dict[str, ParameterSpec], spec: ParameterSpec, placement: Placement) -> None:
-    """Check that a shared parameter with multipliers has one role under all of its names."""
+    """Check that a shared parameter with multipliers has the same role under all of its names.
+
+    Args:
+        known: all names of the parameter.
+        stated: spec from a rule, by name; names that no rule finds are left out.
+        spec: the spec that the parameter will have.
+        placement: placement of multipliers.
+
+    Raises:
+        ValueError: a name has another role, or no rule.
+    """
     roles = {name: _roles(stated[name]) if name in stated else "no rule" for name in known}
     scaled = any(covers(each, placement) for each in (spec, *stated.values()))
     if scaled and len(known) > 1 and ("no rule" in roles.values() or len(set(roles.values())) > 1):

@@ -1,4 +1,4 @@
-"""Rules for Hugging Face's Llama and the models that share its names."""
+"""Rules of :func:`megamult.fold` for Hugging Face's Llama and models with the same parameter names."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ LLAMA_RULES: dict[str, Rule] = {
     r"\bembed_tokens\.weight$": "embedding",
     r"\blm_head\.weight$": "head",
 }
-"""Rules for the parameter names of Hugging Face's LlamaForCausalLM, which many models share (Mistral, Qwen, ...)."""
+"""Rules for the parameter names of Hugging Face's LlamaForCausalLM. Mistral, Qwen and other models have them too."""

@@ -1,4 +1,4 @@
-"""Rules for Megatron-Core's own models."""
+"""Rules of :func:`megamult.fold` for Megatron-Core's own models."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def megatron_rules(config: TransformerConfig, vocab_size: int) -> dict[str, Rule]:
-    """Return rules for an unmodified Megatron-Core GPTModel of the local or the Transformer Engine layer spec.
+    """Return rules for Megatron-Core's GPTModel, with the local or the Transformer Engine layer spec.
 
-    Learned position embeddings are an argument of the model, not of its configuration. If the model has them, add
+    The configuration does not say whether the model has learned position embeddings. If it has, add
     ``{r"position_embeddings\\.weight$": "norm"}``.
 
     Args:
-        config: the model's configuration.
-        vocab_size: exact number of tokens; further rows of embedding and head are padding.
+        config: configuration of the model.
+        vocab_size: exact number of tokens. Further rows of embedding and head are padding.
 
     Raises:
         ValueError: the architecture has matrices that these rules do not know (mixture of experts, latent attention).
@@ -69,6 +69,7 @@ def megatron_rules(config: TransformerConfig, vocab_size: int) -> dict[str, Rule
     if config.add_bias_linear:
         rules[r"\blinear_fc1\.bias$"] = megatron.bias_of(fc1)
     if config.qk_layernorm:
-        # Every rank has the same weights and applies them to its own heads; Megatron does not mark them.
+        # These weights are replicated, and each rank applies them to its own heads, so their gradients are partial.
+        # Megatron does not mark them as such.
         rules[r"\b[qk]_layernorm\.(weight|bias)$"] = lambda parameter: megatron.norm(stored_shape(parameter)[0], True)
     return rules

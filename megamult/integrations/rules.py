@@ -1,7 +1,7 @@
-"""Rules for :func:`megamult.fold`, which say by name what the parameters of other people's models are.
+"""Rules for :func:`megamult.fold`, which give specs to the parameters of a model by their names.
 
-megamult's own modules state the spec of each parameter. In other models only the name tells what a parameter is. A
-*rule* interprets names: it has a regular expression, and the role or the spec of the parameters that this finds.
+In megamult's own modules, each parameter has a spec. In other models, only the name tells what a parameter is. A *rule*
+is a regular expression, together with the role or the spec of the parameters in whose names it is found.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from megamult.parameters.spec import ParameterSpec, Part, Role, Segment
 from megamult.parameters.stated import stored_shape
 
 Rule = Role | ParameterSpec | Callable[[Parameter], ParameterSpec]
-"""Meaning of the parameters that an expression finds: a role, if each is one matrix W[out, in] (the role `norm` fits
-any shape: AdamW without weight decay, no multipliers); or a spec; or a function that makes one."""
+"""Right side of a rule, for the parameters that its expression finds: a role, a spec, or a function from a parameter to
+its spec. A role is possible if each parameter is one matrix W[out, in]. The role `norm` is possible for any shape; such
+a parameter is updated by AdamW without weight decay, and has no multipliers."""
 
 
 def one_tensor(role: Role, parameter: Parameter, tp_size: int) -> ParameterSpec:
     """Return the spec of a parameter that is one logical tensor.
 
-    Megatron's attributes on the parameter say whether and how tensor parallelism shards it.
+    Attributes that Megatron sets on the parameter tell whether and how tensor parallelism shards it.
     """
     shape = list(stored_shape(parameter)) or [1]
     shardings: tuple[Sharding, ...] = ()

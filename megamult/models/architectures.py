@@ -1,4 +1,4 @@
-"""All architectures. A new one is a folder `models/<name>/` and an entry in :data:`ARCHITECTURES`."""
+"""Table of all architectures. A new architecture needs a folder `models/<name>/` and an entry in the table."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ARCHITECTURES: dict[str, Architecture[Any]] = {each.name: each for each in (LLAM
 
 
 def architecture_of(sizes: Any) -> Architecture[Any]:
-    """Return the architecture that `sizes`, the section `model` of a run, belongs to.
+    """Return the architecture whose configuration class is the type of `sizes`, the section `model` of a run.
 
     Raises:
-        TypeError: it is of no architecture in :data:`ARCHITECTURES`.
+        TypeError: no architecture in :data:`ARCHITECTURES` has this class.
     """
     for each in ARCHITECTURES.values():
         if type(sizes) is each.sizes:
@@ -29,10 +29,10 @@ def architecture_of(sizes: Any) -> Architecture[Any]:
 
 
 def architecture_of_hugging_face(config: Mapping[str, Any]) -> Architecture[Any]:
-    """Return the architecture that a config.json names in `model_type`.
+    """Return the architecture that a Hugging Face config.json names in `model_type`.
 
     Raises:
-        ValueError: the `model_type` is not one of :data:`ARCHITECTURES`.
+        ValueError: the `model_type` is not a key of :data:`ARCHITECTURES`.
     """
     found = ARCHITECTURES.get(str(config.get("model_type")))
     if found is None:

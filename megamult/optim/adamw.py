@@ -16,12 +16,13 @@ from megamult.optim.two_phase import TwoPhaseOptimizer
 class AdamW(UpdateRule):
     """AdamW (arXiv 1711.05101), bias-corrected.
 
-    The kernels are torch's fused ones, on CUDA and on the CPU, which count steps per parameter. NVIDIA Apex's
-    FusedAdam counts per group: ZeRO 3 calls `step` once per sub-group and would advance that count several times.
+    It uses torch's fused kernels, on CUDA and on the CPU, which count steps per parameter. NVIDIA Apex's FusedAdam
+    counts steps per param group. ZeRO 3 calls `step` once per sub-group, and would advance that count several times in
+    one optimizer step.
 
     Args:
-        betas: decay rates of first and second moment.
-        eps: number added to the root of the second moment.
+        betas: decay rates of the first and the second moment.
+        eps: number added to the square root of the second moment.
     """
 
     states = (State("exp_avg", "exp_avg"), State("exp_avg_sq", "exp_avg_sq"))
@@ -57,11 +58,11 @@ class AdamW(UpdateRule):
 
 
 class TwoPhaseAdamW(TwoPhaseOptimizer):
-    """AdamW for every parameter, with global clipping that leaves multipliers out.
+    """Optimizer that updates every parameter with AdamW. By default, it does not clip the gradients of multipliers.
 
     Args:
         groups: param groups, made by :func:`megamult.param_groups`.
-        betas, eps: see :class:`AdamW`.
+        betas, eps: arguments of :class:`AdamW`.
         driver: keyword arguments of :class:`megamult.optim.two_phase.TwoPhaseOptimizer`.
 
     Raises:

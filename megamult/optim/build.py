@@ -28,14 +28,15 @@ def make_optimizer(
     initial: Callable[[Role, Side], float] = lambda role, side: 1.0,
     mesh: Mesh | None = None,
 ) -> TwoPhaseOptimizer:
-    """Make the optimizer of all trainable parameters of a model, at the peak learning rate.
+    """Make the optimizer of all trainable parameters of a model; its groups begin at their peak learning rate.
 
     Args:
         model: a model whose trainable parameters all have specs.
-        chosen: the optimizer's name and settings; its schedule is applied by the training loop.
-        multipliers: settings; folded multipliers are made here, others are parameters of the model already.
-        initial: initial value of the folded multipliers of each (role, side).
-        mesh: the mesh of the processes; None: that of the process groups that exist.
+        chosen: the optimizer's name and settings. The training loop applies the schedule, not the optimizer.
+        multipliers: settings of the multipliers. Folded multipliers are made here; multipliers of the layer
+            implementation are already parameters of the model.
+        initial: function from (role, side) to the initial value of the folded multipliers there.
+        mesh: the mesh of the processes. If None, the mesh is made from the process groups that exist.
 
     Raises:
         ValueError: see :func:`megamult.param_groups` and the optimizer's constructor.
@@ -70,7 +71,10 @@ def make_optimizer(
 
 
 def matrix_rules(chosen: OptimizerConfig) -> dict[str, UpdateRule]:
-    """Make the update rules that replace AdamW, by kind of parameter: that of the blocks' matrices, or none."""
+    """Return the update rules that replace AdamW, by kind of parameter.
+
+    The result has a rule for `matrix`, the matrices of the transformer blocks, or is empty if AdamW updates these too.
+    """
     choice = OPTIMIZERS[chosen.name]
     if choice.rule is None:
         return {}

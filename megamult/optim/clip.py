@@ -1,4 +1,4 @@
-"""Gradient norms over a sharded model, in which each element counts once, and the factors that clip by them."""
+"""Norms of the gradient of a sharded model, in which each element counts once, and clip factors from these norms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Norms:
     """L2 norms of the reduced gradient before clipping."""
 
     main: float
-    """Norm over everything but multipliers."""
+    """Norm over all parameters except multipliers."""
     multipliers: float
     """Norm over the multipliers."""
 
@@ -28,13 +28,14 @@ class Norms:
 
 
 class LocalSquares:
-    """Sums of squares of the gradients of a partition; over all processes, each element of the model counts once.
+    """Function that sums the squares of this process's gradients so that a sum over processes counts each element once.
 
-    A call takes a few kernels, however many slices there are, and copies nothing between the CPU and the device.
+    The number of kernels that a call starts does not grow with the number of slices. A call copies nothing between the
+    CPU and the device.
 
     Args:
         partition: the slices that this process holds.
-        device: the device of its slices.
+        device: the device of the slices.
     """
 
     def __init__(self, partition: Partition, device: torch.device) -> None:
@@ -45,7 +46,7 @@ class LocalSquares:
         self._of_multipliers = torch.tensor(of_multipliers, dtype=torch.bool, device=device)
 
     def __call__(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Return this process's sums, [2] in fp64: (all but multipliers, multipliers).
+        """Return this process's sums of squares, [2] in fp64: over all parameters except multipliers, over multipliers.
 
         Args:
             gradients: the gradient of each slice.
@@ -61,7 +62,7 @@ class LocalSquares:
 
 
 def clip_factor(norm: float, threshold: float) -> float:
-    """Return the factor, at most 1, that brings a norm down to `threshold`; always 1 if the threshold is 0."""
+    """Return the factor that brings a norm down to `threshold`; 1 if the norm is below it, or if the threshold is 0."""
     if threshold <= 0:
         return 1.0
     return min(1.0, threshold / (norm + 1e-6))

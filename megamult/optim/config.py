@@ -1,4 +1,4 @@
-"""The section `optimizer` of a run: the keys of every optimizer, and a nested section for those of each update rule."""
+"""The section `optimizer` of a run: keys that all optimizers share, and one nested section for each update rule."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ DType = Literal["auto", "fp32", "bf16"]
 
 @dataclass
 class AdamWConfig:
-    """AdamW, which updates folded multipliers and everything that no other rule updates."""
+    """Settings of AdamW, which updates folded multipliers and all parameters that no other rule updates."""
 
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of first and second moment."""
+    """Decay rates of the first and the second moment."""
     eps: float = 1e-8
-    """Number added to the root of the second moment."""
+    """Number added to the square root of the second moment."""
 
     def __post_init__(self) -> None:
         positive("optimizer.adamw", eps=self.eps)
@@ -30,21 +30,22 @@ class AdamWConfig:
 
 @dataclass
 class OrthogonalizedConfig:
-    """Momentum and Newton-Schulz of the rules that orthogonalize the blocks' matrices."""
+    """Settings that Muon and NorMuon share: momentum and Newton-Schulz."""
 
     momentum: float = 0.95
     """Decay rate of the momentum."""
     nesterov: bool = True
-    """Orthogonalize the gradient one step ahead of the momentum; false: the momentum itself."""
+    """If true, orthogonalize Nesterov's momentum: momentum * M + (1 - momentum) * gradient, where M is the updated
+    momentum. If false, orthogonalize M."""
     ns_steps: int = 5
-    """Newton-Schulz steps."""
+    """Number of Newton-Schulz steps."""
     coefficients: Literal["simple", "quintic", "polar_express", "cans", "aol", "deepseekv4", "cubic5"] = "simple"
-    """Newton-Schulz polynomials, by the names of NVIDIA's Emerging-Optimizers. simple: (3.4445, -4.7750, 2.0315) in
-    every step. cubic5 has exactly 5 steps."""
+    """Newton-Schulz polynomials, by the names that NVIDIA's Emerging-Optimizers gives them. `simple` has the
+    coefficients (3.4445, -4.7750, 2.0315) in every step. `cubic5` needs ns_steps 5."""
     ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Dtype that Newton-Schulz computes in. auto: fp32 if train.dtype is fp32, else bf16."""
+    """Dtype in which Newton-Schulz computes. auto: fp32 if train.dtype is fp32, else bf16."""
     exchange_dtype: DType = "auto"
-    """Dtype in which momentum and updates travel between ranks. auto: fp32 if train.dtype is fp32, else bf16."""
+    """Dtype in which ranks send momentum and updates to each other. auto: fp32 if train.dtype is fp32, else bf16."""
 
     section: ClassVar[str]
 
@@ -60,23 +61,24 @@ class OrthogonalizedConfig:
 
 @dataclass
 class MuonConfig(OrthogonalizedConfig):
-    """Muon, which updates the blocks' matrices."""
+    """Settings of Muon, which updates the matrices of the transformer blocks."""
 
     scale: Literal["match_rms_adamw", "spectral", "unit_rms_norm", "shape_scaling"] = "match_rms_adamw"
-    """Factor of an update. match_rms_adamw: 0.2 sqrt(max(out, in)), at which AdamW's lr and weight_decay carry over;
-    spectral: sqrt(max(out, in)); unit_rms_norm: sqrt(out / in); shape_scaling: sqrt(max(1, out / in))."""
+    """Factor of the orthogonalized update of W[out, in]. match_rms_adamw: 0.2 sqrt(max(out, in)), with which lr and
+    weight_decay can have the same values as for AdamW; spectral: sqrt(max(out, in)); unit_rms_norm: sqrt(out / in);
+    shape_scaling: sqrt(max(1, out / in))."""
 
     section: ClassVar[str] = "muon"
 
 
 @dataclass
 class NorMuonConfig(OrthogonalizedConfig):
-    """NorMuon, which updates the blocks' matrices."""
+    """Settings of NorMuon, which updates the matrices of the transformer blocks."""
 
     beta2: float = 0.95
     """Decay rate of the second moment of each row of an update."""
     eps: float = 1e-8
-    """Number added to the root of the second moment."""
+    """Number added to the square root of the second moment."""
 
     section: ClassVar[str] = "normuon"
 
@@ -88,12 +90,13 @@ class NorMuonConfig(OrthogonalizedConfig):
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimizer that `optimizer.name` may name: only AdamW, or AdamW with another rule for the blocks' matrices."""
+    """One value of `optimizer.name`: AdamW for all parameters, or another rule for matrices and AdamW for the rest."""
 
     sections: tuple[str, ...]
     """Sections whose keys this optimizer uses."""
     rule: str | None = None
-    """`module:class` of the matrices' rule, which takes the keys of all sections but adamw; None: AdamW."""
+    """Update rule of the matrices, as `module:class`. Its arguments are the keys of all `sections` except adamw. None
+    means that AdamW updates the matrices too."""
 
 
 OPTIMIZERS = {
@@ -101,33 +104,35 @@ OPTIMIZERS = {
     "muon": Choice(("adamw", "muon"), "megamult.optim.muon.rule:Muon"),
     "normuon": Choice(("adamw", "normuon"), "megamult.optim.muon.normuon:NorMuon"),
 }
-"""Optimizers by the values of `optimizer.name`. A new optimizer needs an entry here, a section above, and a field and
-a name in OptimizerConfig."""
+"""Optimizers by the value of `optimizer.name`. A new optimizer needs an entry here, a dataclass for its section, and in
+OptimizerConfig a field for the section and a value of `name`."""
 
 
 @dataclass
 class OptimizerConfig:
-    """Optimizer and learning-rate schedule. The section of a rule that the optimizer does not use is None."""
+    """Optimizer and learning-rate schedule. If the optimizer does not use a rule, that rule's section is None."""
 
     name: Literal["adamw", "muon", "normuon"] = "adamw"
-    """The optimizer of the blocks' matrices; everything else is AdamW's."""
+    """Optimizer of the transformer blocks' matrices. AdamW updates all other parameters."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices, embedding and head."""
+    """Decoupled weight decay of the blocks' matrices, the embedding and the head."""
     clip_grad_norm: float = 1.0
-    """Threshold of the global gradient l2 norm over everything but the multipliers; 0: no clipping."""
+    """Largest global L2 norm of the gradient of all parameters except multipliers; above it, the gradient is clipped.
+    0 means no clipping."""
     skip_grad_norm: float = 0.0
-    """A step is skipped where the norm that clip_grad_norm looks at is above this, as it is where a gradient is not
-    finite; 0: never."""
+    """Skip a step if the norm that clip_grad_norm limits is above this value before clipping. 0 means no such limit. A
+    step whose gradient is not finite is skipped in any case."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Number of steps at the beginning of the run in which the learning rate rises linearly from 0."""
     decay_steps: int = 0
-    """Last steps of the run, over which the rate falls to min_lr; constant before."""
+    """Number of steps at the end of the run in which the learning rate falls to min_lr. Between warm-up and this fall
+    the learning rate is lr."""
     decay: Literal["linear", "cosine", "exponential", "inverse_sqrt"] = "linear"
-    """Shape of the fall over decay_steps."""
+    """Curve by which the learning rate falls over decay_steps."""
     min_lr: float = 0.0
-    """Learning rate at the end of the fall (exponential and inverse_sqrt: must be positive)."""
+    """Learning rate at the end of decay_steps. It must be positive if decay is exponential or inverse_sqrt."""
     adamw: AdamWConfig | None = None
     muon: MuonConfig | None = None
     normuon: NorMuonConfig | None = None
@@ -168,13 +173,13 @@ class OptimizerConfig:
         return OptimizerConfig(**{**settings, **sections})
 
     def keys_of(self, section: str) -> dict[str, Any]:
-        """Return the keys and values of a rule's section, one that this optimizer uses."""
+        """Return the keys and values of a rule's section. The optimizer must use this section."""
         return {field.name: getattr(getattr(self, section), field.name) for field in fields(rule_sections()[section])}
 
 
 @cache
 def rule_sections() -> dict[str, type]:
-    """Return the sections of update rules, by name."""
+    """Return the dataclass of each update rule's section, by the section's name."""
     found = {}
     for name, hint in get_type_hints(OptimizerConfig).items():
         inner = get_args(hint)[0] if isinstance(hint, types.UnionType) else None
@@ -184,14 +189,14 @@ def rule_sections() -> dict[str, type]:
 
 
 def check_used(optimizer: str, given: Iterable[str]) -> None:
-    """Check that the optimizer uses every given key of a rule.
+    """Check that an optimizer uses every key that a user gave in the sections of update rules.
 
     Args:
-        optimizer: its name.
-        given: keys such as `muon.momentum`.
+        optimizer: the optimizer's name.
+        given: the keys, such as `muon.momentum`.
 
     Raises:
-        ValueError: some are not used; the message names all of them.
+        ValueError: the optimizer does not use some of the keys; the message names all of these.
     """
     used = OPTIMIZERS[optimizer].sections
     unused = [f"optimizer.{key}" for key in given if key.partition(".")[0] not in used]

@@ -1,11 +1,13 @@
 """Folded multipliers: the model holds effective weights, and the optimizer applies the chain rule to their gradients.
 
-A logical matrix W_eff is s diag(r) W diag(c); let G be dL/dW_eff. The chain rule (equation 4 of arXiv 2601.04890) is
-linear in G, and r, c, s and W do not change between micro-batches. It is therefore applied once per optimizer step, to
-the reduced and accumulated gradient. Forward and backward are those of a model without multipliers.
+The effective weight of a logical matrix is W_eff = s diag(r) W diag(c). W is the latent weight, r and c are the row and
+column multipliers, and s is the scalar. The chain rule (equation 4 of arXiv 2601.04890) is linear in dL/dW_eff, and r,
+c, s and W do not change between micro-batches. The chain rule is therefore applied once per optimizer step, to the
+reduced and accumulated gradient. The forward and backward passes are the same as in a model without multipliers.
 
-W, the latent weight, is kept in fp32 beside the tensor that the optimizer updates, and is sharded like it. All r, c and
-s together are one packed fp32 vector, the same on every rank; its gradient takes one all-reduce per step.
+The optimizer's state holds W in fp32 for each tensor that the optimizer updates, and W is sharded like that tensor.
+The multipliers r, c and s of all matrices are one packed fp32 vector, which is the same on every rank. The gradient of
+this vector takes one all-reduce per step.
 """
 
 from __future__ import annotations
@@ -38,43 +40,43 @@ class Vector:
     """Multipliers of one side of one logical matrix."""
 
     name: str
-    """Name of the logical tensor, the same as in the layer implementation."""
+    """Logical name of these multipliers. The layer implementation gives them the same name."""
     role: Role
     side: Side
     entries: slice
-    """Range of their entries in the packed vector, and in its gradient and AdamW state."""
+    """Positions of these multipliers in the packed vector; the same positions hold their gradient and AdamW state."""
 
 
 def covers(spec: ParameterSpec, placement: Placement) -> bool:
-    """Return whether folded multipliers of this placement scale a parameter."""
+    """Return whether folded multipliers with this placement scale any part of a parameter."""
     return spec.side is None and any(placement.get(part.role) for part in spec.parts)
 
 
 @dataclass(frozen=True)
 class FoldedMultipliers:
-    """Settings of folded multipliers: which ones the matrices of a model have, and how AdamW updates them."""
+    """Settings of folded multipliers: which matrices have them on which sides, and how AdamW updates them."""
 
     placement: Placement
-    """Sides of each role that have multipliers."""
+    """Sides that have multipliers, by role of the matrix."""
     lr: float
-    """Peak learning rate; it follows the schedule of the matrices' groups."""
+    """Peak learning rate of the multipliers. The schedule of the first param group scales it."""
     weight_decay: float = 2e-3
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     initial: Callable[[Role, Side], float] = lambda role, side: 1.0
-    """Initial value of the multipliers of each (role, side)."""
+    """Function from (role, side) to the initial value of the multipliers there."""
 
     def covers(self, spec: ParameterSpec) -> bool:
         """Return whether a parameter has folded multipliers."""
         return covers(spec, self.placement)
 
     def bind(self, partition: Partition, state: MutableMapping[Tensor, Any]) -> BoundMultipliers:
-        """Create the multipliers of a partition whose masters hold W; move W to `state` and put W_eff in its place.
+        """Create the multipliers of a partition. The masters hold W; copy W to `state`, and set the masters to W_eff.
 
         Args:
-            partition: a checked partition, before the first step.
-            state: the optimizer's state.
+            partition: the partition, before the first step and after :meth:`Partition.check`.
+            state: the optimizer's state, by tensor.
 
         Raises:
             ValueError: a master is not in fp32.
@@ -83,14 +85,14 @@ class FoldedMultipliers:
 
 
 class BoundMultipliers:
-    """Multipliers of all matrices of one model, with their gradients and the AdamW that updates them.
+    """Multipliers of all matrices of one model, with their gradients and an AdamW optimizer that updates them.
 
-    :meth:`FoldedMultipliers.bind` makes them.
+    :meth:`FoldedMultipliers.bind` makes this object.
 
     Attributes:
-        vectors: all vectors of multipliers.
-        values: [entries] multipliers in fp32, the same on every rank.
-        gradient: [entries] their gradient at the last step in fp32, summed over ranks, before clipping.
+        vectors: name, role, side and position of each vector of multipliers.
+        values: [entries] all multipliers, packed, in fp32; the same on every rank.
+        gradient: [entries] gradient of `values` at the last step, in fp32, summed over ranks, before clipping.
     """
 
     @torch.no_grad()
@@ -103,7 +105,7 @@ class BoundMultipliers:
             torch.full((v.entries.stop - v.entries.start,), settings.initial(v.role, v.side)) for v in self.vectors
         ]
         self.values = torch.cat(first).to(here, torch.float32)
-        # The last entry collects the sums of rows and columns that have no multiplier.
+        # Rows and columns without a multiplier share the last entry. Its sum is not used.
         self._sums = self.values.new_zeros(len(self.values) + 1)
         self.gradient = self._sums[:-1]
         self._adamw = torch.optim.AdamW(
@@ -118,8 +120,8 @@ class BoundMultipliers:
             "step": torch.zeros((), device=here),
             **{key: torch.zeros_like(self.values) for key in _STATES},
         }
-        self._slices_of: dict[Tensor, list[int]] = {}  # by tensor that holds folded weights: the indices of its slices
-        self._bands_of: dict[int, range] = {}  # by index of each scaled slice: its range of bands
+        self._slices_of: dict[Tensor, list[int]] = {}  # indices of the slices of each folded tensor
+        self._bands_of: dict[int, range] = {}  # range of the bands of each scaled slice, by its index
         found: list[Band] = []
         for i, piece in enumerate(partition.slices):
             if not settings.covers(piece.spec):
@@ -135,7 +137,7 @@ class BoundMultipliers:
             found += bands(held, places[piece.name], len(self.values), here.type)
             self._bands_of[i] = range(before, len(found))
         self._scaling = PackedScaling(found, here)
-        self._present: Factors | None = None  # factors of the present values; None: not computed yet
+        self._present: Factors | None = None  # factors from `values`; None if they must be computed anew
         for tensor in self._slices_of:
             state[tensor][LATENT] = tensor.detach().clone()
         if bool((self.values != 1).any()):
@@ -144,7 +146,7 @@ class BoundMultipliers:
             partition.publish()
 
     def _lay_out(self) -> dict[str, dict[tuple[int, Side], list[Segment]]]:
-        """Fill `vectors`; return the packed entries of each (part, side), by name of the parameter."""
+        """Fill `vectors`, and return the segments of the packed vector, by parameter name, then by (part, side)."""
         position = 0
         places: dict[str, dict[tuple[int, Side], list[Segment]]] = {}
         for cut in self.partition.cuts:
@@ -163,10 +165,12 @@ class BoundMultipliers:
 
     @torch.no_grad()
     def chain_rule(self, gradients: list[Tensor]) -> None:
-        """Turn dL/dW_eff into dL/dW, in place, and sum the multipliers' gradient over all ranks. One collective.
+        """Turn dL/dW_eff into dL/dW in place, and set `gradient`, the multipliers' gradient summed over all ranks.
+
+        All ranks must call this together; it takes one collective.
 
         Args:
-            gradients: the gradient of each slice of the partition.
+            gradients: [length] dL/dW_eff of each slice of the partition; dL/dW afterwards.
         """
         mesh = self.partition.mesh
         self._sums.zero_()
@@ -174,11 +178,11 @@ class BoundMultipliers:
         dots: list[Tensor | None] = []
         for i, numbers in self._bands_of.items():
             piece = self.partition.slices[i]
-            counted = bool(self.partition.counted(piece))  # of copies along the data axis, only the first counts
+            counted = bool(self.partition.counted(piece))  # only the first of the copies along the data axis counts
             latent = self.latent(piece.tensor, piece.offset, piece.length)
             for k in numbers:
                 band, (rho, kappa) = self._scaling.bands[k], factors.bands[k]
-                counts = counted and band.counted  # likewise along the axes that shard the model
+                counts = counted and band.counted  # and only the first along the axes that shard the model
                 dot, cols = kernels.scale_backward(
                     band.of(gradients[i]),
                     band.of(latent),
@@ -197,7 +201,12 @@ class BoundMultipliers:
 
     @torch.no_grad()
     def update(self, factor: float, schedule: float) -> None:
-        """Update the multipliers by AdamW: gradient times `factor`, learning rate `schedule` times its peak."""
+        """Update the multipliers by one AdamW step.
+
+        Args:
+            factor: factor of the gradient, from clipping.
+            schedule: learning rate as a fraction of its peak.
+        """
         self.values.grad = self.gradient * factor
         self._adamw.param_groups[0]["lr"] = self._settings.lr * schedule
         self._adamw.step()
@@ -205,7 +214,11 @@ class BoundMultipliers:
 
     @contextlib.contextmanager
     def latent_weights(self, tensors: list[Tensor]) -> Iterator[None]:
-        """Make the tensors hold the latent weights W within the context, for an update, and the new W_eff after it."""
+        """Make folded tensors hold W inside the context, for an update. At its end, write W_eff of the new W to them.
+
+        Args:
+            tensors: tensors that the optimizer updates. Those that are not folded are ignored.
+        """
         folded = [tensor for tensor in tensors if tensor in self._slices_of]
         effective = [tensor.data for tensor in folded]
         for tensor in folded:
@@ -218,14 +231,14 @@ class BoundMultipliers:
                 self._write(tensor)
 
     def latent(self, tensor: Tensor, offset: int, length: int) -> Tensor:
-        """Return a [length] view of the latent weights at `offset` of a tensor; its own values if it is not folded."""
+        """Return a [length] view that begins at `offset`: of W if the tensor is folded, else of the tensor's values."""
         values = self._state[tensor][LATENT] if tensor in self._slices_of else tensor.detach()
         return values.view(-1)[offset : offset + length]
 
     def views(self) -> Iterator[tuple[str, Vector, Tensor]]:
         """Yield (name, vector, values) of the multipliers (`weight`) and of their `exp_avg` and `exp_avg_sq`.
 
-        Values are whole on every rank, and may be written in place.
+        Each view holds one whole vector, on every rank, and may be written to.
         """
         state = self._adamw.state[self.values]
         for vector in self.vectors:
@@ -233,10 +246,10 @@ class BoundMultipliers:
                 yield name, vector, packed[vector.entries]
 
     def restored(self, updates: int) -> None:
-        """Recompute W_eff, after multipliers, their AdamW state and the latent weights have been loaded.
+        """Recompute W_eff after multipliers, their AdamW state and the latent weights have been loaded.
 
         Args:
-            updates: number of steps that were applied when that state was saved.
+            updates: number of applied steps in the loaded state; AdamW continues to count from it.
         """
         self._adamw.state[self.values]["step"].fill_(updates)
         self._present = None
@@ -244,15 +257,15 @@ class BoundMultipliers:
             self._write(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the packed multipliers and their AdamW state; the latent weights are in the optimizer's own state."""
+        """Return the packed multipliers and their AdamW state. The optimizer's own state has the latent weights."""
         return {"values": self.values, **self._adamw.state[self.values]}
 
     def load_state_dict(self, state: dict[str, Tensor], optimizer_state: MutableMapping[Tensor, Any]) -> None:
-        """Restore what :meth:`state_dict` returned in a run of the same model and placement.
+        """Load a result of :meth:`state_dict`, made with the same model and placement.
 
         Args:
             state: the result of :meth:`state_dict`.
-            optimizer_state: the optimizer's own state, restored before, which holds the latent weights.
+            optimizer_state: the optimizer's state, already loaded, which holds the latent weights.
 
         Raises:
             ValueError: the state has a different number of multipliers.
@@ -269,7 +282,7 @@ class BoundMultipliers:
 
     @torch.no_grad()
     def _write(self, tensor: Tensor) -> None:
-        """Write W_eff of the present multipliers to a tensor."""
+        """Write W_eff to a folded tensor, from its latent weights and the present multipliers."""
         flat, latent = tensor.detach().view(-1), self._state[tensor][LATENT].view(-1)
         flat.copy_(latent)
         factors = self._factors()
@@ -281,7 +294,7 @@ class BoundMultipliers:
                 kernels.scale(rows, rho, kappa, band.spans, piece=True)
 
     def _factors(self) -> Factors:
-        """Return the present multipliers of every band; they are looked up once per update."""
+        """Return the factors of every band from the present multipliers; they are computed once per update."""
         if self._present is None:
             self._present = self._scaling.factors(torch.cat([self.values, self.values.new_ones(1)]))
         return self._present

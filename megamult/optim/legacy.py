@@ -1,8 +1,8 @@
-"""Optimizer configurations of earlier versions, translated to today's keys.
+"""Translation of optimizer configurations of earlier versions to today's keys.
 
-Earlier versions had one flat list of keys for all rules, and two names that other projects give to something else:
-their `quintic` is called `simple` everywhere else, and their `spectral` is called `unit_rms_norm`. Under an old key, an
-old name keeps its old numbers.
+Earlier versions had one flat list of keys for all rules. They also had two names with other meanings than in the field:
+their `quintic` is today's `simple`, and their `spectral` is today's `unit_rms_norm`. A value under an old key is
+translated so that its numbers stay the same.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ MOVED = {
     "exchange_dtype": "muon.exchange_dtype",
     "update_scale": "muon.scale",
 }
-"""Old keys of the section `optimizer`, and the keys that replace them."""
+"""Mapping from each old key of the section `optimizer` to the key that replaces it."""
 
 RENAMED = {"ns_coefficients": {"quintic": "simple"}, "update_scale": {"spectral": "unit_rms_norm"}}
-"""Values of old keys that have another name now."""
+"""Mapping from an old key to those of its values that have a new name: {old name: new name}."""
 
 
 def is_old(optimizer: Mapping[str, Any]) -> bool:
@@ -31,15 +31,15 @@ def is_old(optimizer: Mapping[str, Any]) -> bool:
 
 
 def modern(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's configuration with today's keys and names and the same numbers.
+    """Return an optimizer's configuration with today's keys and names, and with the same numbers.
 
-    Keys that the earlier version ignored are left out: those of Muon where `name` is adamw.
+    If `name` is adamw, Muon's old keys are left out, because the earlier version ignored them.
 
     Args:
         optimizer: the section `optimizer` of any version, as nested mappings.
 
     Raises:
-        ValueError: it has both an old key and the key that replaces it.
+        ValueError: the configuration has both an old key and the key that replaces it.
     """
     found = {key: value for key, value in optimizer.items() if key not in MOVED}
     for old, value in optimizer.items():
@@ -59,7 +59,10 @@ def modern(optimizer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def translations(optimizer: Mapping[str, Any]) -> list[str]:
-    """Describe what :func:`modern` does, one string per key: `optimizer.momentum -> optimizer.muon.momentum`."""
+    """Return one string for each old key, which says what :func:`modern` makes of it.
+
+    An example is `optimizer.momentum -> optimizer.muon.momentum`.
+    """
     said = []
     for old, value in optimizer.items():
         if old not in MOVED:
@@ -74,13 +77,13 @@ def translations(optimizer: Mapping[str, Any]) -> list[str]:
 
 
 def check_modern(keys: Mapping[str, Any]) -> None:
-    """Refuse keys of an earlier version.
+    """Check that no key is one of an earlier version.
 
     Args:
-        keys: keys of the section `optimizer`, with their values if they are known.
+        keys: keys of the section `optimizer`; their values are not read.
 
     Raises:
-        ValueError: there are old keys; the message names each, and the key that replaces it.
+        ValueError: some are old; the message names each old key and the key that replaces it.
     """
     old = [key for key in keys if key in MOVED]
     if old:

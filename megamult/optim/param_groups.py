@@ -1,4 +1,4 @@
-"""Param groups by kind of parameter, as specs state it: every trainable parameter is in exactly one group."""
+"""Param groups, one for each kind of parameter. A parameter's spec states its kind, so each is in exactly one group."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megamult.parameters.axes import Grid
 from megamult.parameters.stated import named_specs, spec_of, stored_shape
 
 _FIRST = ("matrix", "multiplier", "undecayed")
-"""Order of the first groups' kinds; further kinds follow in the model's order. The order decides where ZeRO cuts, and
-so the order of sums."""
+"""Kinds of the first groups, in order. Groups of other kinds follow in the model's order of parameters. The order of
+groups decides where ZeRO cuts its flat buffers, and with it the order in which floating-point sums are taken."""
 
 
 def param_groups(
@@ -23,17 +23,19 @@ def param_groups(
     multiplier_lr: float | None = None,
     multiplier_weight_decay: float = 2e-3,
 ) -> list[dict[str, Any]]:
-    """Make the param groups of our optimizers, one for each kind (:attr:`ParameterSpec.kind`) in the model.
+    """Return the param groups for megamult's optimizers, one for each kind (:attr:`ParameterSpec.kind`) in the model.
 
     Args:
         model: a model whose trainable parameters all have specs.
         lr: peak learning rate.
-        weight_decay: decoupled weight decay of matrices, embedding and head; norms have none.
-        multiplier_lr: peak learning rate of multipliers; None: `lr`.
+        weight_decay: decoupled weight decay of matrices, embedding and head. Parameters of kind `undecayed`, such as
+            weights of norms, have none.
+        multiplier_lr: peak learning rate of multipliers; `lr` if None.
         multiplier_weight_decay: decoupled weight decay of multipliers, 2e-3 in arXiv 2601.04890.
 
     Returns:
-        Groups with `params`, `kind`, `lr`, `peak_lr` (what a schedule scales) and `weight_decay`.
+        Groups with `params`, `kind`, `lr`, `peak_lr` and `weight_decay`. A schedule sets `lr` to a factor times
+        `peak_lr`.
 
     Raises:
         ValueError: a parameter has no spec.
@@ -57,16 +59,18 @@ def param_groups(
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Parameter, str], grid: Grid) -> None:
-    """Check what megamult's optimizers rely on: each group has a kind, which is that of its parameters' specs; each
-    parameter has the shape that its spec gives; each group has one dtype.
+    """Check the properties of param groups that megamult's optimizers rely on.
+
+    Each group has a kind, and the specs of its parameters state the same kind. Each parameter has the shape that its
+    spec gives at this tensor-parallel size. All parameters of a group have the same dtype.
 
     Args:
         groups: param groups as a user gives them, before ZeRO replaces their parameters.
-        names: names of parameters, for messages; a parameter without one is called by its group and index.
+        names: names of parameters, for messages. A parameter that is not here is named by its group and index.
         grid: the grid of the processes.
 
     Raises:
-        ValueError: one of these does not hold.
+        ValueError: a group or a parameter lacks one of these properties.
     """
     for g, group in enumerate(groups):
         kind, parameters = group.get("kind"), group["params"]

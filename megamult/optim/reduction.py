@@ -1,4 +1,4 @@
-"""Sums over ranks that an optimizer step takes before it updates anything: partial gradients, and the norms."""
+"""Sums over ranks that an optimizer step needs before it updates parameters: of partial gradients, and of norms."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from megamult.zero.partition import Partition
 
 
 def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None:
-    """Sum, in place, the gradients that are partial over an axis, in one packed collective per axis.
+    """Sum partial gradients in place over the axis along which they are partial.
 
-    A parameter that is replicated along an axis has the same slices on all processes there, so packed buffers line up.
+    The gradients of one axis are packed into one buffer, which takes one collective. A parameter that is replicated
+    along an axis has the same slices on all processes along it, so the buffers of these processes have the same layout.
 
     Args:
         gradients: [length] gradient of each slice of the partition.
@@ -30,18 +31,18 @@ def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None
 
 
 class GlobalNorms:
-    """Norms of the gradients of a partition over all ranks, in which each element of the model counts once."""
+    """Function that returns the gradient norms of the whole model, in which each element counts once."""
 
     def __init__(self, partition: Partition) -> None:
         here = partition.slices[0].tensor.device if partition.slices else device.local_device()
         self._squares, self._mesh = LocalSquares(partition, here), partition.mesh
 
     def __call__(self, gradients: list[Tensor], folded: Tensor | None) -> Norms:
-        """Return the norms. Collective over all ranks.
+        """Return the norms. All ranks must call this together.
 
         Args:
-            gradients: the gradient of each slice of the partition.
-            folded: [entries] gradient of folded multipliers, the same on every rank; None: there are none.
+            gradients: [length] gradient of each slice of the partition.
+            folded: [entries] gradient of folded multipliers, the same on every rank; None if there are none.
         """
         squares = self._mesh.sum_over(self._squares(gradients).to(device.local_device()))
         if folded is not None:

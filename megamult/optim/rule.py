@@ -1,7 +1,7 @@
 """Update rules: the mathematics of an update, and the names of the state that it needs.
 
-The rest of an optimizer, its driver (:mod:`megamult.optim.two_phase`), owns one rule for each kind of parameter. It
-creates, saves and restores what a rule names in `states`; the rule only computes with it.
+:class:`megamult.optim.two_phase.TwoPhaseOptimizer`, the driver, owns one rule for each kind of parameter. The driver
+creates, saves and restores the state that a rule names in `states`. The rule only reads and changes its values.
 """
 
 from __future__ import annotations
@@ -20,42 +20,43 @@ from megamult.zero.partition import Partition, Slice
 
 @dataclass(frozen=True)
 class State:
-    """A quantity that a rule keeps from step to step, zero at first.
+    """A quantity that an update rule carries from one step to the next, such as momentum. It begins at zero.
 
-    A checkpoint holds it under `optimizer.<name>.<name of the logical tensor>`, in the logical tensor's shape or with
-    one value for each row, so that a run with any other sharding can load it.
+    A checkpoint stores it under `optimizer.<name>.<name of the logical tensor>`, in the shape of the logical tensor or
+    with one value for each row. A run with another sharding can therefore load it.
     """
 
     name: str
     """Name in checkpoints."""
     key: str
-    """Key in torch's `state_dict`."""
+    """Key in the optimizer's `state` and `state_dict`."""
     per: Literal["element", "row"] = "element"
-    """Unit that has one value. element: each element, kept beside the slices of a parameter. row: each row of a logical
-    matrix, kept by the rank that owns the matrix."""
+    """Number of values. element: one value for each element; a rank that holds a slice of a parameter stores them. row:
+    one value for each row of a logical matrix; the rank that owns the matrix stores them."""
 
 
 class UpdateRule(ABC):
-    """Rule by which parameters of one kind are updated. A rule belongs to one optimizer.
+    """Rule that updates the parameters of one kind or several. A rule belongs to one optimizer.
 
     Attributes:
-        states: quantities that the rule keeps from step to step.
-        defaults: settings that the rule reads from param groups, where a user may change them, with default values.
+        states: quantities that the rule carries from one step to the next.
+        defaults: default values of the settings that the rule reads from param groups, in which a user may change them.
     """
 
     states: ClassVar[tuple[State, ...]] = ()
     counts_steps: ClassVar[bool] = False
-    """Whether the state of each tensor also holds the number of its updates, under `step`."""
+    """Whether the state of each tensor also has the number of updates of that tensor, under the key `step`."""
     prepares: ClassVar[bool] = False
-    """Whether :meth:`prepare` clips the gradients and replaces them by updates, before the first :meth:`apply`."""
+    """Whether :meth:`prepare` clips the gradients and replaces them by updates. It runs before :meth:`apply`."""
 
     defaults: Mapping[str, Any] = {}
 
     def __init_subclass__(cls) -> None:
-        """Check that the optimizer can keep every state that a rule names.
+        """Check that a new rule with state of rows has `prepares`.
 
         Raises:
-            TypeError: a state has one value per row, and the rule's `prepares` is False, so that no rank owns the rows.
+            TypeError: a state has one value per row, but `prepares` is False. Such state is stored by the owner of a
+                whole matrix, and only :meth:`prepare` works on whole matrices.
         """
         rows = [state.name for state in cls.states if state.per == "row"]
         if rows and not cls.prepares:
@@ -65,27 +66,27 @@ class UpdateRule(ABC):
             )
 
     def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:  # noqa: B027
-        """Remember the partition that :meth:`prepare` will find gradients in.
+        """Remember the partition whose gradients :meth:`prepare` will read.
 
         Args:
-            partition: partition of all of the model's parameters.
-            selects: tells whether this rule updates a parameter.
+            partition: the partition of all parameters of the model.
+            selects: function from a parameter's spec to whether this rule updates the parameter.
         """
 
     def slices(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> list[Slice]:
-        """Return the slices for whose elements this rank keeps state."""
+        """Return the slices whose state of elements this rank stores."""
         return [piece for piece in partition.slices if selects(piece.spec)]
 
     def rows(self) -> Mapping[str, int]:
-        """Return, by name, how many rows each logical matrix has for whose rows this rank keeps state."""
+        """Return {name: number of rows} of the logical matrices whose state of rows this rank stores."""
         return {}
 
     def prepare(self, clip: float, store: StateStore) -> None:  # noqa: B027
-        """Do the part of a step that needs the gradients of several groups. Collective over all ranks.
+        """Do the part of a step that needs the gradients of all groups. All ranks must call this together.
 
         Args:
-            clip: factor that clips the gradients.
-            store: the state of this rank.
+            clip: factor by which to multiply the gradients.
+            store: the optimizer state that this rank stores.
         """
 
     @abstractmethod
@@ -99,8 +100,8 @@ class UpdateRule(ABC):
         """Update the tensors of one param group in place.
 
         Args:
-            group: param group with `lr`, `weight_decay` and this rule's `defaults`.
-            parameters: the tensors that have gradients now.
-            gradients: the clipped gradient of each; if the rule `prepares`, the update in its place.
-            state: the state of each, by the states' keys; empty if the rule `prepares`.
+            group: the param group, with `lr`, `weight_decay` and the settings in this rule's `defaults`.
+            parameters: those tensors of the group that have a gradient in this call.
+            gradients: the clipped gradient of each tensor; if `prepares` is True, the update from :meth:`prepare`.
+            state: the state of each tensor, by :attr:`State.key`; empty if `prepares` is True.
         """

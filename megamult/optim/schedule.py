@@ -8,10 +8,11 @@ from megamult.optim.config import OptimizerConfig
 
 
 def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of update `step` (from 0) over its peak, in a run of `steps` updates.
+    """Return the learning rate of update `step` (counted from 0) divided by the peak, in a run of `steps` updates.
 
-    It rises linearly over `warmup_steps`, stays constant, and falls over the last `decay_steps` to min_lr / lr at the
-    last update. `exponential`: a constant factor per step; `inverse_sqrt`: 1 / sqrt of a straight line.
+    The ratio rises linearly over `warmup_steps`, stays at 1, and falls over the last `decay_steps`. At the last update
+    it is min_lr / lr. With `exponential`, each step multiplies it by the same factor. With `inverse_sqrt`, it is
+    1 / sqrt(y), and y rises linearly.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

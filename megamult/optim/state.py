@@ -1,4 +1,4 @@
-"""State of update rules: in torch's `state` of an optimizer, and beside it what belongs to rows of logical matrices."""
+"""Storage of the state of update rules: of elements in torch's `Optimizer.state`, of rows in :class:`StateStore`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ if TYPE_CHECKING:
     from megamult.optim.rule import State, UpdateRule
 
 STEP = "step"
-"""Key of the number of updates of a tensor, where a rule counts them; torch knows it by this name."""
+"""Key of the number of updates of a tensor, if its rule counts them. torch gives `step` special treatment on load."""
 
 
 class StateStore:
-    """The optimizer state that one rank keeps. State that was never stored reads as zeros.
+    """The optimizer state that one rank stores. State of an element or row that has none yet is zero.
 
     Args:
-        optimizer: holds the state of elements in its `state`, by tensor. torch replaces that when a state is loaded.
+        optimizer: the optimizer whose `state` holds the state of elements, by tensor. torch assigns a new `state` when
+            it loads one, so this class reads the attribute in each call.
 
     Attributes:
-        rows: state of matrices' rows, [rows] fp32, by the name of the state, then by that of the logical matrix.
+        rows: state of rows, {name of the state: {name of the logical matrix: [rows] in fp32}}.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -32,7 +33,10 @@ class StateStore:
         self.rows: dict[str, dict[str, Tensor]] = {}
 
     def of_tensor(self, rule: UpdateRule, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the state of a tensor that `rule` updates, by key; each has the tensor's shape and dtype."""
+        """Return the state of a tensor that `rule` updates, by key.
+
+        State of elements has the shape and dtype of the tensor; the number of updates is a scalar.
+        """
         kept: dict[str, Tensor] = self._optimizer.state[tensor]
         if rule.counts_steps and STEP not in kept:
             kept[STEP] = torch.zeros((), device=tensor.device)
@@ -42,11 +46,12 @@ class StateStore:
         return kept
 
     def of_slice(self, rule: UpdateRule, state: State, piece: Slice) -> Tensor:
-        """Return a state of a slice that `rule` updates, a [length] view; fp32 and kept only by this rank
-        where the slice is shared.
+        """Return one state of a slice that `rule` updates, as a [length] view.
+
+        If the slice is shared (:attr:`Slice.shared`), the state is in fp32, and only this rank stores it.
 
         Raises:
-            RuntimeError: a state was loaded that another rank had kept of the slice.
+            RuntimeError: the loaded state is of another interval of the parameter, as another rank saved it.
         """
         if not piece.shared:
             whole = self.of_tensor(rule, piece.tensor)[state.key].view(-1)
@@ -66,12 +71,14 @@ class StateStore:
         return kept[state.key]
 
     def claim_rows(self, rules: Sequence[UpdateRule], device: torch.device) -> None:
-        """Keep the state of rows of the logical matrices that the rules have on this rank now, and of no others: zeros
-        of a matrix that is new.
+        """Make `rows` hold the state of exactly the logical matrices for whose rows this rank now stores state.
+
+        State that is already in `rows` does not change. State of a new matrix begins at zero. State of all other
+        matrices is dropped.
 
         Args:
-            rules: all of the optimizer; several may have a state of the same name, each of other matrices.
-            device: to keep it on.
+            rules: all rules of the optimizer. Several rules may use the same name of a state, each for other matrices.
+            device: the device of new state.
         """
         before, self.rows = self.rows, {}
         for rule, state in ((each, state) for each in rules for state in each.states if state.per == "row"):
@@ -82,24 +89,27 @@ class StateStore:
             )
 
     def of_rows(self, state: State, matrices: Sequence[str]) -> Tensor:
-        """Return a copy [matrices, rows] of a state of logical matrices with the same number of rows."""
+        """Return a copy, [matrices, rows], of one state of logical matrices that all have the same number of rows."""
         return torch.stack([self.rows[state.name][name] for name in matrices])
 
     def keep_rows(self, state: State, matrices: Sequence[str], values: Tensor) -> None:
-        """Take over what :meth:`of_rows` gave and was changed."""
+        """Store new values, [matrices, rows], of one state of these logical matrices."""
         torch._foreach_copy_([self.rows[state.name][name] for name in matrices], list(values.unbind()))
 
     def all_rows(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield every (name of the state, name of the logical matrix, [rows]) of this rank, to read and to write."""
+        """Yield (name of the state, name of the logical matrix, its [rows] values); the values may be written to."""
         for state, matrices in self.rows.items():
             for name, values in matrices.items():
                 yield state, name, values
 
     def load_rows(self, loaded: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over the `rows` of another store.
+        """Copy loaded values into `rows`.
+
+        Args:
+            loaded: the `rows` of the store that was saved.
 
         Raises:
-            ValueError: they are of other logical matrices.
+            ValueError: `loaded` has other logical matrices than this store.
         """
         for state, matrices in self.rows.items():
             found = loaded.get(state, {})
@@ -114,13 +124,14 @@ class StateStore:
     def keep_fp32(
         self, rules: Sequence[UpdateRule], state_dict: Mapping[str, Any], parameters: Sequence[Tensor]
     ) -> None:
-        """Take over once more, from a state that torch has just loaded, what belongs to rules that prepare: torch has
-        cast it to the parameters' dtype, and it stays fp32.
+        """Restore the fp32 state of rules whose `prepares` is True, after torch has loaded a state dict.
+
+        torch has cast this state to the dtype of the parameter, so it is copied from the state dict again.
 
         Args:
-            rules: of the optimizer.
-            state_dict: that was loaded.
-            parameters: of all param groups, in their order.
+            rules: all rules of the optimizer.
+            state_dict: the state dict that torch has loaded.
+            parameters: the parameters of all param groups, in order.
         """
         keys = [state.key for rule in rules if rule.prepares for state in rule.states]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -132,7 +143,7 @@ class StateStore:
                     self._optimizer.state[parameter][key] = copy
 
     def kept(self, rules: Sequence[UpdateRule]) -> dict[str, int]:
-        """Bytes of each state that this rank keeps now, by the state's name."""
+        """Return the number of bytes that this rank stores of each state now, by the state's name."""
         found: dict[str, int] = {}
         for rule in rules:
             for state in rule.states:

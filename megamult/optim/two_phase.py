@@ -1,11 +1,11 @@
-"""The driver of an optimizer in two phases, for DeepSpeed: `prepare` sees all reduced gradients once, `step` applies.
+"""An optimizer that works in two phases under DeepSpeed: `prepare` reads all gradients, then `step` applies updates.
 
-DeepSpeed's ZeRO calls a client optimizer's `step` once per param group (ZeRO 1, 2) or sub-group (ZeRO 3), with that
-group's gradient set just before and cleared just after. So whatever needs several groups happens in `prepare`:
-completing gradients over tensor-parallel ranks, the norms, the clip factors, the decision to skip a step, and what the
+DeepSpeed's ZeRO calls a client optimizer's `step` once per param group (ZeRO 1, 2) or sub-group (ZeRO 3). It sets the
+gradient of that group just before the call and clears it just after. All computations that need several groups are
+therefore in `prepare`: sums of partial gradients over ranks, norms, clip factors, the decision to skip a step, and what
 update rules compute on whole matrices.
 
-Outside DeepSpeed the parameters are whole and `step` does both.
+Outside DeepSpeed, `step` calls `prepare` itself.
 """
 
 from __future__ import annotations
@@ -34,44 +34,48 @@ from megamult.zero.whole import WholePartition
 
 @dataclass(frozen=True)
 class _Decision:
-    """What `step` does with the gradients that are there now."""
+    """Decision of `prepare` on what `step` does with the prepared gradients."""
 
     skip: bool
-    """Nothing."""
+    """Whether `step` does nothing."""
     clip: float = 1.0
-    """Factor of all gradients but the multipliers'."""
+    """Factor of the gradients of all parameters except multipliers."""
     clip_multipliers: float = 1.0
+    """Factor of the gradients of multipliers."""
     partition: Partition | None = None
-    """Partition that the gradients belong to."""
+    """Partition that the gradients are from; None if no gradients were prepared."""
 
 
 class TwoPhaseOptimizer(torch.optim.Optimizer):
-    """Owns norms, clipping, skipping, folded multipliers and state; update rules own the mathematics.
+    """Optimizer that does everything except the mathematics of updates, which is in its update rules.
 
-    Outside DeepSpeed gradients must be averaged over data-parallel ranks before `step`, in `.grad` or in `main_grad`,
-    where Megatron's DistributedDataParallel leaves them.
+    It computes norms, clips gradients, skips steps, applies folded multipliers, and creates, saves and restores state.
+    Outside DeepSpeed, gradients must be averaged over data-parallel ranks before `step`. They are read from `.grad`, or
+    from `main_grad`, in which Megatron's DistributedDataParallel leaves them.
 
     Args:
-        groups: from :func:`megamult.param_groups`.
-        rule: of every parameter whose kind is not in `rules`.
-        rules: by kind of parameter, such as `matrix`.
-        clip_grad_norm: threshold of the global norm over everything but the multipliers; 0: none.
-        clip_multipliers: clip the multipliers too, by their own norm at the same threshold.
-        skip_grad_norm: of the norm that `clip_grad_norm` looks at, above which a step is dropped; 0: never.
-        model: whose parameters the groups must hold completely, and whose names messages use; None: not checked.
-        folded: multipliers of a model that holds effective weights; None: the model has its own, or none.
-        mesh: of the processes; None: as Megatron's groups say, or all processes data-parallel.
+        groups: param groups, made by :func:`megamult.param_groups`.
+        rule: the update rule of every parameter whose kind is not in `rules`.
+        rules: update rules by kind of parameter, such as `matrix`.
+        clip_grad_norm: largest global norm of the gradient of all parameters except multipliers; 0: no clipping.
+        clip_multipliers: whether to clip the multipliers' gradient by its own norm, at the same threshold.
+        skip_grad_norm: a step is skipped if the norm that `clip_grad_norm` limits is above this value; 0: no limit.
+        model: the model, for names in messages and for a check that the groups hold all of its trainable parameters.
+            If None, this is not checked.
+        folded: settings of folded multipliers; None if the model has none.
+        mesh: the mesh of the processes. If None, the mesh is made from Megatron's process groups, or has all processes
+            along the data axis if Megatron has none.
 
     Attributes:
-        folding: settings of the folded multipliers; None: there are none.
-        folded: the folded multipliers themselves, once the optimizer is bound to a partition.
-        norms: of the last prepared gradients, before clipping.
-        updates: how many steps were applied: the count that every state of AdamW has.
-        skipped_steps: how many steps were dropped because a gradient was not finite, or above `skip_grad_norm`.
+        folding: settings of the folded multipliers; None if there are none.
+        folded: the folded multipliers; None before the optimizer is bound to a partition, or if there are none.
+        norms: norms of the last prepared gradients, before clipping.
+        updates: number of steps that were applied, which is also AdamW's count for every tensor.
+        skipped_steps: number of steps skipped because a gradient was not finite or the norm was above `skip_grad_norm`.
 
     Raises:
-        ValueError: a group without kind, with parameters of another kind or of several dtypes; a parameter without
-            spec, of another shape than its spec says, or in no group.
+        ValueError: a group has no kind, or parameters of another kind or of several dtypes. A parameter has no spec,
+            has another shape than its spec says, or is in no group.
     """
 
     def __init__(
@@ -94,7 +98,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         held = {parameter for group in groups for parameter in group["params"]}
         check_complete({name for p, name in self._names.items() if p in held}, self._names.values())
         self.rule, self.rules = rule, dict(rules or {})
-        # Not torch's defaults, which all groups share: rules may have settings of one name.
+        # Each group gets its rule's defaults. torch's `defaults` are shared, and rules may have settings of one name.
         groups = [{**self.rule_of(group["kind"]).defaults, **group} for group in groups]
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0})
         self.clip_grad_norm = clip_grad_norm
@@ -106,10 +110,10 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         self.updates = 0
         self.skipped_steps = 0
         self._store = StateStore(self)
-        self._decision: _Decision | None = None  # None: gradients must be prepared before they are applied
+        self._decision: _Decision | None = None  # None if no gradients are prepared
         self._bound: Partition | None = None
-        self._own: WholePartition | None = None  # of a loop without DeepSpeed
-        self._norms: GlobalNorms | None = None  # of the bound partition
+        self._own: WholePartition | None = None  # the partition in a loop without DeepSpeed
+        self._norms: GlobalNorms | None = None  # computes norms of the bound partition
 
     def rule_of(self, kind: str) -> UpdateRule:
         """Return the rule that updates parameters of a kind."""
@@ -119,23 +123,26 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         return [self.rule, *self.rules.values()]
 
     def _selected_by(self, rule: UpdateRule) -> Callable[[ParameterSpec], bool]:
-        """Return the predicate of the parameters that `rule` updates."""
+        """Return the function from a parameter's spec to whether `rule` updates the parameter."""
         return lambda spec: self.rule_of(spec.kind) is rule
 
     @property
     def gradient_norm(self) -> float | None:
-        """Over everything but multipliers, of the last prepared gradients before clipping."""
+        """Norm of the last prepared gradients of all parameters except multipliers, before clipping; None at first."""
         return None if self.norms is None else self.norms.main
 
     @property
     def state_bytes(self) -> dict[str, int]:
-        """Bytes that this rank keeps of each state now, by the state's name."""
+        """Number of bytes that this rank stores of each state now, by the state's name."""
         return self._store.kept(self._every_rule())
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Make `step` do nothing: DeepSpeed's constructors call it with zero gradients (ZeRO 0 in bf16), which would
-        count as Adam's first step and apply weight decay."""
+        """Make `step` do nothing inside the context.
+
+        At ZeRO 0 in bf16, DeepSpeed's constructor calls `step` with zero gradients. Without this context, that call
+        would count as Adam's first step and apply weight decay.
+        """
         self._decision = _Decision(skip=True)
         try:
             yield
@@ -143,7 +150,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
             self._decision = None
 
     def bind(self, partition: Partition) -> None:
-        """Take the partition whose gradients `prepare` will be given: plan, and lay out what is kept of it."""
+        """Prepare folded multipliers, norms, rules and state of rows for a partition whose gradients will be read."""
         if self._bound is partition:
             return
         if self.folding is not None:
@@ -155,11 +162,14 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         self._bound = partition
 
     def begin(self) -> None:
-        """Outside DeepSpeed, before the first forward pass; needed if folded multipliers do not start at 1."""
+        """Set the model to W_eff, without DeepSpeed.
+
+        Call this before the first forward pass if a folded multiplier does not start at 1.
+        """
         self.bind(self._own_partition())
 
     def _own_partition(self) -> WholePartition:
-        """Return the partition of a loop without DeepSpeed, where this optimizer holds the model's own parameters."""
+        """Return the partition for a loop without DeepSpeed, in which the param groups hold the model's parameters."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         driven = self._bound is not None and self._bound is not self._own
         if driven or not all(has_spec(p) for p in parameters):
@@ -179,8 +189,10 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def prepare(self, partition: Partition) -> None:
-        """Complete the gradients, take their norms, decide on factors; then let the rules prepare their updates.
-        Collective over all ranks."""
+        """Sum partial gradients, compute norms and clip factors, and decide whether to skip the step.
+
+        Unless the step is skipped, update folded multipliers and let the rules prepare. All ranks call this together.
+        """
         self.bind(partition)
         gradients = partition.gradients()
         sum_partial_gradients(partition, gradients)
@@ -202,19 +214,19 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
             rule.prepare(clip, self._store)
 
     def _schedule(self) -> float:
-        """Return the present fraction of the peak learning rate, read off the first group."""
+        """Return the learning rate as a fraction of its peak, read from the first group."""
         group = self.param_groups[0]
         return group["lr"] / group["peak_lr"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Apply what was prepared to the groups that hold gradients now; outside DeepSpeed prepare it first.
+        """Update the parameters that have gradients. Outside DeepSpeed, this calls :meth:`prepare` first.
 
         Args:
-            closure: as torch's: computes gradients, returns the loss.
+            closure: function that computes gradients and returns the loss, as in torch's optimizers.
 
         Raises:
-            RuntimeError: DeepSpeed calls, and `prepare` was not called for this step.
+            RuntimeError: the optimizer is under DeepSpeed, and :meth:`prepare` was not called for this step.
         """
         loss = None
         if closure is not None:
@@ -226,7 +238,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         assert self._decision is not None
         if not self._decision.skip:
             for group in self.param_groups:
-                # At ZeRO 3 all groups but the current sub-group's are empty.
+                # At ZeRO 3, only the group of the current sub-group has gradients.
                 parameters = [p for p in group["params"] if p.grad is not None]
                 if parameters:
                     with self.folded.latent_weights(parameters) if self.folded else contextlib.nullcontext():
@@ -236,7 +248,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         return loss
 
     def _apply(self, decision: _Decision, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Update these parameters of a group by the rule of its kind."""
+        """Update these parameters of a group with the rule for the group's kind."""
         rule = self.rule_of(group["kind"])
         gradients = [p.grad for p in parameters if p.grad is not None]
         if rule.prepares:
@@ -250,21 +262,21 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         rule.apply(group, parameters, gradients, {key: [each[key] for each in kept] for key in keys})
 
     def finish(self) -> None:
-        """Forget what `prepare` decided: the next step must be prepared again."""
+        """End the step: drop the decision of `prepare`, which must be called again for the next step."""
         if self._decision is not None and self._decision.partition is not None:
             self._decision.partition.release()
         self._decision = None
 
     def weight(self, piece: Slice) -> Tensor:
-        """[length] of the slice's weights without multipliers, in fp32."""
+        """Return a [length] view of a slice's weights without multipliers (W of a folded matrix), in fp32."""
         return piece.master if self.folded is None else self.folded.latent(piece.tensor, piece.offset, piece.length)
 
     def views(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
-        """Views of everything that this rank keeps of its slices, to read and to write in place.
+        """Yield views of the weights and the state of elements of this rank's slices. The views may be written to.
 
         Yields:
-            (name, slice, values): `weight` (without multipliers) or the name of a state of each element, and its
-            [length] view. State is zeros where no step was made.
+            (name, slice, values): `weight` (see :meth:`weight`) or the name of a state, the slice, and a [length] view.
+            State is zero before the first step.
         """
         self.bind(partition)
         for piece in partition.slices:
@@ -276,21 +288,22 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
                         yield state.name, piece, self._store.of_slice(rule, state, piece)
 
     def row_views(self, partition: Partition) -> Iterator[tuple[str, str, Tensor]]:
-        """Views of the state of rows, of the logical matrices that this rank owns: over all ranks each once.
+        """Yield the state of rows of the logical matrices that this rank owns. Each matrix has exactly one owner.
 
         Yields:
-            (name of the state, name of the logical matrix, its [rows] values), to read and to write in place.
+            (name of the state, name of the logical matrix, its [rows] values); the values may be written to.
         """
         self.bind(partition)
         yield from self._store.all_rows()
 
     def restored(self, partition: Partition, updates: int, skipped_steps: int) -> None:
-        """Go on from what was written to the views of :meth:`views`. Collective over all ranks.
+        """Continue from the weights and state that were written to the views. All ranks must call this together.
 
         Args:
-            updates: steps that had been applied to that state. AdamW counts them for all alike: state that is new
-                among older one takes larger first steps where betas are close to 1.
-            skipped_steps: and those that had been dropped.
+            updates: number of steps that were applied before the save. AdamW's count becomes this number for every
+                tensor, also for one whose state was not in the checkpoint and begins at zero. The first steps of such a
+                tensor are larger if betas are close to 1.
+            skipped_steps: number of steps that were skipped before the save.
         """
         self.updates, self.skipped_steps = updates, skipped_steps
         for state in self.state.values():
@@ -301,8 +314,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         partition.publish()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict, and in it the values and state of folded multipliers under `folded`, and state of
-        rows of matrices under `rows`."""
+        """Return torch's state dict, with `folded` (multipliers and their state) and `rows` (state of rows) added."""
         self._begin_if_needed()
         found = super().state_dict()
         if self.folded is not None:
@@ -312,11 +324,11 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned. It has latent weights; the model's own state has the effective ones.
+        """Load a result of :meth:`state_dict`. It has the latent weights W; the model's own state dict has W_eff.
 
         Raises:
-            ValueError: it has folded multipliers and this optimizer none, or the other way round; or it has the state
-                of rows of other matrices than this rank owns.
+            ValueError: only one of the state dict and this optimizer has folded multipliers, or the state dict has the
+                state of rows of other matrices than this rank owns.
         """
         folded = state_dict.get("folded")
         if (folded is None) != (self.folding is None):
@@ -328,10 +340,10 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         self._store.keep_fp32(self._every_rule(), state_dict, parameters)
         self._store.load_rows(state_dict.get("rows", {}))
         if self.folded is not None and folded is not None:
-            self.folded.load_state_dict(folded, self.state)  # torch has put another mapping in its place
+            self.folded.load_state_dict(folded, self.state)  # torch has replaced `self.state`
 
     def _begin_if_needed(self) -> None:
-        """Lay out what is kept beside torch's state, in a loop without DeepSpeed that has not stepped yet."""
+        """Call :meth:`begin` if no partition is bound and there are folded multipliers or a rule has state of rows."""
         rows = any(state.per == "row" for rule in self._every_rule() for state in rule.states)
         if self._bound is None and (self.folding is not None or rows):
             self.begin()

@@ -1,4 +1,4 @@
-"""The contract between an architecture's folder and the rest of the package."""
+"""Interface of an architecture: what a folder `models/<name>/` provides to the rest of the package."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from megamult.models.common.hugging_face import Weight
 
 PlacementSetting = str | Mapping[str, str | Sequence[str]]
-"""A placement of multipliers as a user gives it: a name, or a mapping from role to sides; `{}`: none."""
+"""Placement of multipliers as a user gives it: a name, or a mapping from role to sides. `{}` means no multipliers."""
 
 Sizes = TypeVar("Sizes")
 _Sizes = TypeVar("_Sizes", contravariant=True)
 
 
 class ModelClass(Protocol[_Sizes]):
-    """Function or class that builds this rank's part of a new model, every parameter with its spec."""
+    """Function or class that builds this rank's part of a new model, in which every parameter has a spec."""
 
     def __call__(
         self,
@@ -33,11 +33,11 @@ class ModelClass(Protocol[_Sizes]):
         recompute: bool = False,
         note: Callable[[str], None] = lambda doing: None,
     ) -> torch.nn.Module:
-        """Build the model; the arguments are those of :class:`megamult.models.llama.model.GPT`.
+        """Build the model. :class:`megamult.models.llama.model.GPT` describes the arguments.
 
         Returns:
-            A module that takes tokens and labels, ids [batch, seq], and returns two scalars: the objective to minimize,
-            and the cross entropy in nats per token, without gradient.
+            A module. Its forward takes tokens and labels, both ids [batch, seq], and returns two scalars: the objective
+            to minimize, and the cross entropy in nats per token, which has no gradient.
         """
 
 
@@ -47,30 +47,35 @@ class ToHuggingFace(Protocol[_Sizes]):
     def __call__(
         self, sizes: _Sizes, vocab_size: int, *, tied: bool, dtype: str, token_ids: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return its content; the arguments are those of :func:`megamult.models.llama.hf_config.to_hugging_face`."""
+        """Return the content of config.json.
+
+        :func:`megamult.models.llama.hf_config.to_hugging_face` describes the arguments.
+        """
 
 
 @dataclass(frozen=True)
 class Architecture(Generic[Sizes]):
-    """Everything that code outside `models/<name>/` needs from that architecture.
+    """Everything that code outside `models/<name>/` needs from the architecture in that folder.
 
-    `Sizes` is its configuration, the section `model` of a run. Vocabulary sizes are exact, without padding.
+    `Sizes` is the class of the architecture's configuration, the section `model` of a run. Vocabulary sizes are exact,
+    without padding.
     """
 
     name: str
-    """The `model_type` that Hugging Face's config.json gives it."""
+    """Value of `model_type` in Hugging Face's config.json."""
     hugging_face_class: str
-    """The class of its models in transformers."""
+    """Name of the model's class in transformers."""
     sizes: type[Sizes]
-    """The class of its configuration."""
+    """Class of the architecture's configuration."""
     model: Callable[[], ModelClass[Sizes]]
-    """Function that imports and returns the class of its models. Only this import needs Megatron, so that export to and
-    import from Hugging Face do not."""
+    """Function that imports and returns the model's class. Only this import needs Megatron, so conversion to and from
+    Hugging Face works without Megatron."""
     flops_per_token: Callable[[Sizes, int], float]
-    """Function (sizes, vocabulary size) -> FLOPs of forward and backward per token, without recomputation."""
+    """Function (sizes, vocabulary size) -> FLOPs per token of forward and backward, without those of recomputation."""
     weights: Callable[[Sizes, int], Iterator[Weight]]
-    """Function (sizes, vocabulary size) -> every weight in Hugging Face's order, the head last even if it is tied."""
+    """Function (sizes, vocabulary size) -> all weights in Hugging Face's order; the last is the head, even if tied."""
     to_hugging_face: ToHuggingFace[Sizes]
-    """Function that makes an exported model's config.json."""
+    """Function that makes the config.json of an exported model."""
     from_hugging_face: Callable[[Mapping[str, Any]], Sizes]
-    """Function that reads a config.json; its ValueError names what this architecture's code cannot compute."""
+    """Function from the content of a config.json to sizes. It raises ValueError if this architecture's code cannot
+    compute the function that config.json describes."""

@@ -1,4 +1,4 @@
-"""Core attention on `scaled_dot_product_attention`: flash attention without Transformer Engine, and a CPU path."""
+"""Core attention by torch's `scaled_dot_product_attention`: flash attention without Transformer Engine, or on a CPU."""
 
 from __future__ import annotations
 
@@ -33,11 +33,17 @@ class SdpaAttention(torch.nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """Return [seq, batch, heads/tp * dim] from query: [seq, batch, heads/tp, dim] and key, value: [seq, batch,
-        groups/tp, dim]."""
+        """Return the attention's output, [seq, batch, heads/tp * dim].
+
+        Args:
+            query: [seq, batch, heads/tp, dim] queries.
+            key, value: [seq, batch, groups/tp, dim] keys and values.
+            attention_mask: not read, because the mask is always causal.
+        """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
-            # No fused CUDA kernel takes grouped queries in fp32; the plain one would store every score.
+            # No fused CUDA kernel supports grouped queries in fp32, and the unfused one would store all scores. So
+            # repeat keys and values for each query head.
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         context = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]

@@ -1,14 +1,17 @@
-"""Normal numbers by index: element i of a named tensor has one value, on every rank and in any order of drawing.
+"""Normal random numbers that depend only on the seed, the name of a tensor and the index i of an element.
 
-A number is a function of (seed, name, i) only: SplitMix64's output i for a key of seed and name, put through the
-inverse of the normal distribution. So a rank draws only what it holds, and every sharding and device gives the same
-model, bitwise: the computation uses integers, and fp64 multiplications, additions and subtractions, which IEEE 754
-rounds in one way, each in a tensor operation of its own (a compiler must not fuse them); logarithms, whose last bit
-differs between libraries, occur only in a table that is computed in decimal arithmetic.
+The number is the inverse of the normal distribution function, applied to output i of the generator SplitMix64 with a
+key that is a hash of seed and name. A rank therefore draws only the elements that it holds, in any order, and every
+sharding and device gives the same model, bit by bit.
 
-The inverse is a cubic in each of 64 equal pieces of each octave of the tail's probability, down to 2^-53: absolute
-error below 5e-10, a hundredth of the rounding to fp32 at 1; |z| at most 8.3. Source of the generator: Steele, Lea and
-Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+Equal bits need care. The computation uses integers, and additions, subtractions and multiplications in fp64, for which
+IEEE 754 prescribes the rounding. Each of these is a separate tensor operation, which a compiler must not fuse with
+others. Transcendental functions are not rounded in the same way by all libraries; they occur only in a table whose
+values are computed in decimal arithmetic.
+
+The inverse is approximated by cubic polynomials: one for each of 64 equal pieces of each octave of the probability of
+the tail, down to 2^-53. The absolute error is below 5e-10, a hundredth of the rounding to fp32 at 1; |z| is at most
+8.3. Source of the generator: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from torch import Tensor
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _PIECE_BITS = 6
-"""Number of pieces of an octave, as a power of two."""
+"""Base-2 logarithm of the number of pieces of an octave."""
 _OCTAVES = 53
 _BLOCK = {"cpu": 1 << 15, "cuda": 1 << 22}
-"""Numbers that are drawn at once: few enough on a CPU for its cache, enough on a GPU to start few kernels."""
+"""Largest number of elements that are drawn at once: on a CPU they fit into its cache, on a GPU few kernels start."""
 
 
 def key(seed: int, name: str) -> int:
@@ -38,18 +41,18 @@ def key(seed: int, name: str) -> int:
 
 @torch.no_grad()
 def fill_normal(target: Tensor, std: float, key: int, row: int, col: int, columns: int) -> None:
-    """Set a rectangle of a matrix to its elements of N(0, std^2).
+    """Fill a rectangle of a matrix with the numbers of its elements, which are drawn from N(0, std^2).
 
     Args:
-        target: [height, width], any dtype; values are rounded to fp32, then to that dtype.
+        target: [height, width] rectangle to fill, in any dtype. Numbers are rounded to fp32, then to this dtype.
         std: standard deviation.
         key: key of the matrix (:func:`key`).
-        row, col: position in the matrix at which the rectangle begins.
-        columns: number of columns of the whole matrix: element (r, c) has index r * columns + c.
+        row, col: position of the rectangle's first element in the matrix.
+        columns: number of columns of the whole matrix, in which element (r, c) has index r * columns + c.
     """
     height, width = target.shape
     block = _BLOCK[target.device.type]
-    # Indices of whole rows are consecutive: they are drawn as one long row.
+    # If the rectangle consists of whole rows, its indices are consecutive, and it is drawn as one long row.
     if width == columns and target.is_contiguous():
         target, row, col, height, width = target.view(1, -1), 0, row * columns + col, 1, height * width
         columns = 0
@@ -66,12 +69,12 @@ def fill_normal(target: Tensor, std: float, key: int, row: int, col: int, column
 
 
 def _signed(value: int) -> int:
-    """Return the signed 64-bit integer, as torch computes with, that has the low 64 bits of `value`."""
+    """Return the signed 64-bit integer with the same low 64 bits as `value`; torch's int64 is signed."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """Shift to the right and fill with zeros; torch's own shift repeats the sign."""
+    """Shift to the right and fill with zeros. torch's own shift fills with the sign bit."""
     return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
@@ -83,11 +86,14 @@ def _mixed(state: Tensor) -> Tensor:
 
 
 def _normal(bits: Tensor) -> Tensor:
-    """Return normal fp64 numbers from 64 random bits each: 52 give the tail's probability, the lowest one the sign."""
-    tail = (bits >> 11).bitwise_and_((1 << 53) - 2).bitwise_or_(1)  # odd, in [1, 2^53): 2^54 times the probability
+    """Return normal fp64 numbers, each from 64 random bits.
+
+    The highest 52 bits give the probability of the tail; the lowest bit gives the sign.
+    """
+    tail = (bits >> 11).bitwise_and_((1 << 53) - 2).bitwise_or_(1)  # 2^54 times the probability: odd, in [1, 2^53)
     magnitude = tail.to(torch.float64).view(torch.int64)
     piece = (magnitude >> (52 - _PIECE_BITS)).sub_(1023 << _PIECE_BITS)
-    # The rest of the mantissa, as a number in [-1/2, 1/2) of the piece's width.
+    # t is the position in the piece, from the rest of the mantissa: in [-1/2, 1/2), as a fraction of the piece's width.
     magnitude.bitwise_and_((1 << (52 - _PIECE_BITS)) - 1).bitwise_or_(1023 << 52)
     t = magnitude.view(torch.float64).sub_(1.0 + 2.0 ** -(_PIECE_BITS + 1)).mul_(2.0**_PIECE_BITS)
     constant, linear, square, cube = _table(bits.device)
@@ -101,19 +107,21 @@ def _normal(bits: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _table(device: torch.device) -> tuple[Tensor, ...]:
-    """Return the coefficients on `device`, [pieces] each, beginning with the constant."""
-    # NumPy makes the table: `deepspeed.zero.Init` casts what torch.tensor and similar functions make to the model's
-    # dtype.
+    """Return the polynomials' coefficients on `device`: four tensors [pieces], from the constant to the cubic."""
+    # The table is made by NumPy, because `deepspeed.zero.Init` casts tensors that torch.tensor and similar functions
+    # make to the model's dtype.
     columns = torch.from_numpy(np.array(_coefficients()).T.copy())
     return tuple(column.to(device) for column in columns)
 
 
 @lru_cache(maxsize=1)
 def _coefficients() -> list[tuple[float, ...]]:
-    """Return Taylor's coefficients of the quantile z(p) of the upper tail about the middle of each piece.
+    """Return the coefficients of the cubic polynomial of each piece.
 
-    With phi the density, z' = -1 / phi(z), z'' = z z'^2, z''' = (1 + 2 z^2) z'^3. The values that fp64 gives are
-    corrected in decimal arithmetic, so that the rounded coefficients are the same on every machine.
+    z(p) is the number that a normal random number exceeds with probability p. The coefficients are those of the Taylor
+    series of z about the middle of the piece. With the density phi, z' = -1 / phi(z), z'' = z z'^2 and
+    z''' = (1 + 2 z^2) z'^3. The fp64 value of z is corrected in decimal arithmetic, so that the rounded coefficients
+    are equal on all machines.
     """
     rows: list[tuple[float, ...]] = []
     normal = NormalDist()
@@ -126,10 +134,10 @@ def _coefficients() -> list[tuple[float, ...]]:
                 p = width * (2**_PIECE_BITS + place + Decimal("0.5"))
                 z = Decimal(-normal.inv_cdf(float(p)))
                 density = (-z * z / 2).exp() / root
-                # Newton's step on the tail's probability: its error is the square of fp64's, about 1e-30.
+                # One Newton step on the probability of the tail. It squares the error of fp64, to about 1e-30.
                 step = (_upper_tail(z, density) - p) / density
                 z += step
-                density *= 1 - step * z  # to first order, which leaves 1e-30 too
+                density *= 1 - step * z  # to first order; the error is about 1e-30 too
                 slope = -width / density
                 curvature, third = z * slope * slope / 2, (1 + 2 * z * z) * slope**3 / 6
                 rows.append((float(z), float(slope), float(curvature), float(third)))
@@ -137,7 +145,12 @@ def _coefficients() -> list[tuple[float, ...]]:
 
 
 def _upper_tail(z: Decimal, density: Decimal) -> Decimal:
-    """Return 1/2 - phi(z) (z + z^3/3 + z^5/(3 5) + ...), with an error below 1e-39."""
+    """Return the probability of the upper tail, 1/2 - phi(z) (z + z^3/3 + z^5/(3 5) + ...), with an error below 1e-39.
+
+    Args:
+        z: where the tail begins.
+        density: phi(z).
+    """
     term = total = z
     square, smallest = z * z, Decimal("1e-40") / density
     n = 1
@@ -149,7 +162,7 @@ def _upper_tail(z: Decimal, density: Decimal) -> Decimal:
 
 
 def _pi() -> Decimal:
-    """Return pi by Machin's formula, to the context's precision."""
+    """Return pi to the precision of the decimal context, by Machin's formula."""
 
     def arctan_of_inverse(x: int) -> Decimal:
         power = total = 1 / Decimal(x)

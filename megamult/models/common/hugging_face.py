@@ -1,4 +1,4 @@
-"""Types for the Hugging Face form of an architecture: a weight under both its names, and the names of dtypes."""
+"""Types for conversion to and from Hugging Face: weights with their logical and Hugging Face names, names of dtypes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from megamult.parameters.roles import Placement
 from megamult.parameters.spec import Role, Side
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""dtypes of weights, by their names in config.json."""
+"""Dtypes of weights, by their names in config.json."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One logical tensor W[rows, cols], or a norm's vector."""
+    """One logical tensor: a matrix W[rows, cols], or the vector of a norm."""
 
     logical: str
+    """Name of the logical tensor."""
     hugging_face: str
+    """Name of the tensor in a Hugging Face model."""
     role: Role
     shape: tuple[int, ...]
 
     def multiplier(self, side: Side) -> tuple[str, tuple[int, ...]]:
-        """Return the logical name and shape of its multipliers on one side, whether it has any or not."""
+        """Return the logical name and shape of multipliers on one side of this weight, even if it has none there."""
         length = {"row": self.shape[0], "col": self.shape[-1], "scalar": 1}[side]
         return f"{self.logical.rpartition('.')[0]}.{LEAVES[side]}", (length,)
 
     def multipliers(self, placement: Placement) -> dict[str, tuple[int, ...]]:
-        """Return name and shape of the multipliers that a placement gives it."""
+        """Return {logical name: shape} of the multipliers that a placement gives to this weight."""
         sides = placement.get(self.role, frozenset[Side]())
         return dict(self.multiplier(side) for side in LEAVES if side in sides)

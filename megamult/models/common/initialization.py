@@ -1,7 +1,7 @@
 """Initial weights that do not depend on the sharding: each rank computes the elements that it holds.
 
-An element's value is a function of the seed, the name of its logical tensor and its position there
-(:mod:`megamult.models.common.draw`), so a rank draws nothing that only others hold, and never a whole matrix.
+The value of an element is a function of the seed, the name of the logical tensor and the element's position in it
+(:mod:`megamult.models.common.draw`). A rank therefore never computes whole matrices or elements of other ranks.
 """
 
 from __future__ import annotations
@@ -29,20 +29,19 @@ def initialize(
 ) -> None:
     """Set this rank's part of every trainable parameter, on the parameter's own device.
 
-    Parts whose role has a `std` are drawn from N(0, std^2), in fp32, then cast; their padding is zero. Everything
-    else (norms and multipliers) is 1. Parameters that `deepspeed.zero.Init` has partitioned are set in their
-    partitions; nothing is gathered.
+    Parts whose role is in `std` are drawn from N(0, std^2), rounded to fp32 and then cast to the parameter's dtype.
+    Their padding is zero. All other parameters (norms and multipliers) are set to 1. If `deepspeed.zero.Init` has
+    partitioned a parameter, this rank's partition is set, and nothing is gathered.
 
     Args:
-        model: every trainable parameter has a spec.
+        model: a model whose trainable parameters all have specs.
         std: standard deviations by role of the logical matrix.
-        seed: seed of the weights; None: a checkpoint will be loaded, and until then every element that it must have is
-            NaN.
-        coordinates: coordinates of this process.
-        note: called with a text before each parameter is drawn, as large ones take seconds.
+        seed: seed of the weights. If None, the elements that would be drawn are NaN until a checkpoint is loaded.
+        coordinates: coordinates of this process in the grid.
+        note: function that is called with a text before each parameter is drawn, because large ones take seconds.
 
     Raises:
-        ValueError: a parameter has no spec, or DeepSpeed keeps its partition quantized or twice.
+        ValueError: a parameter has no spec, or DeepSpeed quantizes its partition or stores a secondary one.
     """
     for name, parameter, spec in named_specs(model):
         values, start = _held(parameter, name)
@@ -63,7 +62,7 @@ def initialize(
 
 
 def _held(parameter: Parameter, name: str) -> tuple[Tensor, int]:
-    """Return this rank's flat values of a parameter's tensor-parallel shard, and where in the flat shard they begin."""
+    """Return the part that this rank holds of a parameter's flat tensor-parallel shard, and its offset in the shard."""
     partition = getattr(parameter, "ds_tensor", None)
     if partition is None:
         return parameter.detach().view(-1), 0

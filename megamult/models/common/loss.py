@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary that is sharded over tensor-parallel ranks, with log-sum-exp for z-loss."""
+"""Cross entropy, and log-sum-exp for z-loss, over a vocabulary that is sharded over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -9,25 +9,34 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Logits that are processed in fp32 at a time, in up to two tensors: these fit a CPU's cache, and take at most
-256 MiB of a GPU."""
+"""Number of logits that are processed in fp32 at a time, in up to two tensors. On a CPU these tensors fit into the
+cache; on a GPU they take at most 256 MiB."""
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
-    """Cross entropy and log-sum-exp per token, both [seq, batch], in fp32 and nats.
+    """Cross entropy and log-sum-exp of each token, both [seq, batch], in fp32 and nats.
 
-    Two collectives send one number per token and statistic: the maximum; then the sum of exponentials together with
-    the target's logit. Logits of padding (ids from `vocab_size` on) count as -inf and get no gradient.
+    Forward takes two all-reduces. The first sends one number per token, the maximum of the logits. The second sends two
+    numbers per token, the sum of exponentials and the logit of the label. Logits of padding (ids from `vocab_size` on)
+    count as -inf and get gradient 0.
 
-    All arithmetic is in fp32, on a chunk of tokens at a time: the logits are kept for backward in their own dtype, and
-    the softmax is computed again there, so in bf16 no tensor of the logits' size is held in fp32.
+    All arithmetic is in fp32, on one chunk of tokens at a time. Forward saves the logits for backward in their own
+    dtype, and backward computes the softmax again. If the logits are bf16, no fp32 tensor of their size is ever stored.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, group: torch.distributed.ProcessGroup
     ) -> tuple[Tensor, Tensor]:
-        """Return both. logits: [seq, batch, padded vocabulary/tp]; labels: [seq, batch] global ids."""
+        """Return cross entropy and log-sum-exp, both [seq, batch].
+
+        Args:
+            ctx: torch's context.
+            logits: [seq, batch, padded vocabulary/tp] logits of this rank's part of the vocabulary.
+            labels: [seq, batch] ids in the whole vocabulary.
+            vocab_size: exact number of tokens, without padding.
+            group: the tensor-parallel group.
+        """
         logits = logits.contiguous()
         local = logits.shape[-1]
         start = group.rank() * local
@@ -53,7 +62,10 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_entropy: Tensor, grad_log_sum_exp: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the logits' gradient: d entropy = softmax - onehot; d log-sum-exp = softmax."""
+        """Return the gradient of the logits.
+
+        The derivative of the cross entropy is softmax - onehot(label); that of log-sum-exp is softmax.
+        """
         logits, maximum, sums, target, elsewhere = ctx.saved_tensors
         grad = torch.empty_like(logits)
         rows = grad.view(-1, grad.shape[-1])
@@ -62,21 +74,22 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         target = target.reshape(-1, 1)
         for at in _chunks(logits):
             softmax = _exponentials(logits, at, ctx.real, maximum).div_(sums.view(-1, 1)[at])
-            # The target's 1 is subtracted before rounding: near p = 1, p rounds to 1 and the difference would be lost.
+            # Subtract 1 at the label before rounding to the logits' dtype. If p is near 1, it would round to 1, and the
+            # difference p - 1 would be lost.
             rows[at] = softmax.mul_(of_softmax[at]).scatter_add_(-1, target[at], at_target[at])
             del softmax  # before the next chunk is made
         return grad, None, None, None
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Yield slices of tokens, each with at most CHUNK_ELEMENTS logits or of one token."""
+    """Yield consecutive ranges of tokens. A range has at most CHUNK_ELEMENTS logits, or one token if this has more."""
     tokens, local = logits.shape[:-1].numel(), logits.shape[-1]
     size = max(1, CHUNK_ELEMENTS[logits.device.type] // local)
     return (slice(first, first + size) for first in range(0, tokens, size))
 
 
 def _scores(logits: Tensor, at: slice, real: int) -> Tensor:
-    """Return a chunk's logits in fp32, [tokens, padded vocabulary/tp]; those from `real` on are padding and -inf."""
+    """Return a chunk's logits in fp32, [tokens, padded vocabulary/tp]; -inf in columns of padding, from `real` on."""
     scores = logits.view(-1, logits.shape[-1])[at]
     if real < scores.shape[-1]:
         scores = scores.to(torch.float32, copy=True)
@@ -85,5 +98,5 @@ def _scores(logits: Tensor, at: slice, real: int) -> Tensor:
 
 
 def _exponentials(logits: Tensor, at: slice, real: int, maximum: Tensor) -> Tensor:
-    """Return exp(score - maximum) of a chunk of tokens, [tokens, padded vocabulary/tp], in new memory."""
+    """Return exp(logit - maximum) of a chunk of tokens as a new tensor, [tokens, padded vocabulary/tp]."""
     return (_scores(logits, at, real) - maximum.view(-1, 1)[at]).exp_()

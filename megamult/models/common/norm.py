@@ -1,4 +1,4 @@
-"""RMSNorm that states its spec: its weight is replicated, its gradient partial under sequence parallelism."""
+"""RMSNorm whose weight has a spec: it is replicated, and under sequence parallelism its gradient is partial."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from megamult.parameters.stated import set_spec
 class RMSNorm(torch.nn.Module):
     """RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * w. x, y: [..., hidden]; w: [hidden].
 
-    Under sequence parallelism a rank sees only its part of the tokens, so the weight's gradient is partial:
-    `sequence_parallel` tells this to Megatron's loop, the spec to our optimizer.
+    Under sequence parallelism, a rank computes the norm of only its part of the tokens, so the gradient of the weight
+    is partial. The attribute `sequence_parallel` of the weight tells this to Megatron's training loop, and the spec
+    tells it to megamult's optimizers.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:

@@ -1,13 +1,13 @@
-"""Padding of a vocabulary, the same for every tensor-parallel size, as the model must not depend on that size."""
+"""Padding of a vocabulary. It is the same for every tensor-parallel size, as the model must not depend on this size."""
 
 from __future__ import annotations
 
 import math
 
 VOCABULARY_MULTIPLE = 128
-"""Number that the padded vocabulary is a multiple of; every tensor-parallel size must divide it."""
+"""Number of which every padded vocabulary size is a multiple. The tensor-parallel size must divide this number."""
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Return the smallest multiple of :data:`VOCABULARY_MULTIPLE` that holds `vocab_size`."""
+    """Return the smallest multiple of :data:`VOCABULARY_MULTIPLE` that is at least `vocab_size`."""
     return math.ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -1,4 +1,4 @@
-"""Llama for the rest of the package: its entry in the table of architectures."""
+"""Llama's entry in the table of architectures, by which the rest of the package uses Llama."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of a model, the section `model` of a run."""
+"""Configuration of a Llama model, the section `model` of a run."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from megamult.validation import not_negative, positive, require
 
 @dataclass
 class ModelConfig:
-    """Sizes of the model."""
+    """Sizes and constants of a Llama model."""
 
     num_layers: int = fixed(4, "function")
-    """Transformer layers."""
+    """Number of transformer layers."""
     hidden_size: int = fixed(256, "function")
     """Width of the residual stream."""
     num_attention_heads: int = fixed(8, "function")
-    """Query heads; their size is hidden_size / num_attention_heads."""
+    """Number of query heads. The size of a head is hidden_size / num_attention_heads."""
     num_query_groups: int | None = fixed(None, "function", attribute="query_groups")
-    """Key-value heads (grouped-query attention); null: one for each query head."""
+    """Number of key-value heads (grouped-query attention). null means one for each query head."""
     ffn_hidden_size: int = fixed(704, "function")
     """Width of the gated MLP."""
     seq_length: int = fixed(256, "samples")
-    """Tokens per sequence."""
+    """Number of tokens in a sequence."""
     vocab_size: int | None = None
-    """Exact vocabulary size; null: the tokenizer's. Padded internally to a multiple of 128."""
+    """Exact vocabulary size. null means the tokenizer's. The model pads it to a multiple of 128."""
     rotary_base: float = fixed(10000.0, "function")
     """Base period of the rotary embedding."""
     norm_eps: float = fixed(1e-5, "function")
     """Epsilon of RMSNorm."""
     init_std: float = 0.02
-    """Standard deviation of initial weights; output projections: divided by sqrt(2 * num_layers)."""
+    """Standard deviation of initial weights. For the output projections of attention and MLP it is divided by
+    sqrt(2 * num_layers)."""
     tie_embeddings: bool = fixed(False, "function")
-    """Use the embedding's weight, without its multipliers, as the LM head."""
+    """Whether the LM head uses the weight of the embedding, without the embedding's multipliers."""
     z_loss: float = 1e-4
-    """Coefficient of the squared log-sum-exp of the logits in the objective; 0: none."""
+    """Coefficient of the z-loss, the squared log-sum-exp of the logits, in the objective. 0 means no z-loss."""
 
     @property
     def query_groups(self) -> int:
@@ -77,7 +78,7 @@ class ModelConfig:
             sequence: whether sequence parallelism is on.
 
         Raises:
-            ValueError: it cannot; the message gives fact, value and remedy.
+            ValueError: a size cannot be divided in this way.
         """
         require(
             not sequence or self.seq_length % tensor == 0,

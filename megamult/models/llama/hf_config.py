@@ -1,4 +1,7 @@
-"""Conversion of our model's sizes to Hugging Face's LlamaConfig and back; what our model cannot express is an error."""
+"""Conversion between our ModelConfig and Hugging Face's LlamaConfig.
+
+A LlamaConfig that describes a function which our model cannot compute is an error.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 from megamult.models.llama.config import ModelConfig
 
-# Maps our key to (Hugging Face's field, the value that transformers assumes where the field is absent).
+# Maps a field of ModelConfig to (Hugging Face's field, the value that transformers assumes if that field is absent).
 _SIZES = {
     "num_layers": ("num_hidden_layers", 32),
     "hidden_size": ("hidden_size", 4096),
@@ -20,7 +23,8 @@ _SIZES = {
 _NUMBERS = {"norm_eps": ("rms_norm_eps", 1e-6), "init_std": ("initializer_range", 0.02)}
 _ROTARY_BASE = 10000.0
 
-# Maps a field to its allowed values (None: absent) and the remedy for others.
+# Maps a field of config.json to its allowed values, and to the remedy if it has another. None among the values means
+# that the field may be absent or null.
 _TRAIN_WITHOUT = "if the model computes the same without it, correct config.json; otherwise it cannot be imported"
 _MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_type": (("llama",), "import a model of the Llama architecture"),
@@ -43,9 +47,9 @@ def to_hugging_face(
     Args:
         sizes: sizes of the model.
         vocab_size: exact number of tokens, without padding.
-        tied: whether the export has one tensor for embedding and head.
-        dtype: a key of :data:`megamult.models.common.hugging_face.DTYPES`.
-        token_ids: ids of the tokenizer's special tokens by key: `bos_token_id`, `eos_token_id` ...
+        tied: whether the exported model has one tensor for embedding and head.
+        dtype: dtype of the weights, a key of :data:`megamult.models.common.hugging_face.DTYPES`.
+        token_ids: ids of the tokenizer's special tokens, by their keys in config.json such as `bos_token_id`.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -63,14 +67,14 @@ def to_hugging_face(
         "initializer_range": sizes.init_std,
         "rms_norm_eps": sizes.norm_eps,
         "rope_parameters": {"rope_theta": sizes.rotary_base, "rope_type": "default"},
-        # transformers before version 5 reads only this spelling, and would silently take 10000 without it.
+        # Versions of transformers before 5 read only this field. Without it, they silently use 10000.
         "rope_theta": sizes.rotary_base,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "tie_word_embeddings": tied,
         "use_cache": True,
-        # transformers assumes 1 and 2 where these are absent.
+        # If these fields are absent, transformers assumes 1 and 2.
         "bos_token_id": None,
         "eos_token_id": None,
         **token_ids,
@@ -78,10 +82,15 @@ def to_hugging_face(
 
 
 def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
-    """Return the sizes of the model that config.json describes. Fields that do not change the function are ignored.
+    """Return the sizes of the model that config.json describes.
+
+    Fields that do not change the function which the model computes are ignored.
+
+    Args:
+        config: the content of config.json.
 
     Raises:
-        ValueError: a field asks for something that our model cannot express, or has no sensible value.
+        ValueError: a field asks for a function that our model cannot compute, or has an impossible value.
     """
     for field, (allowed, remedy) in _MUST_BE.items():
         if config.get(field) not in allowed:
@@ -119,7 +128,11 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _rotary_base(config: Mapping[str, Any]) -> float:
-    """Read `rope_theta`: in transformers 5's `rope_parameters`, or beside the older `rope_scaling`; default: 10000."""
+    """Return the base of the rotary embedding, `rope_theta`; 10000 if config.json does not have it.
+
+    transformers 5 writes `rope_theta` into `rope_parameters`. Older versions write it at the top level, beside
+    `rope_scaling`. All places are read, and must agree.
+    """
     bases = {}
     for field in ("rope_parameters", "rope_scaling"):
         rope = config.get(field) or {}

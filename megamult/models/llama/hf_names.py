@@ -1,4 +1,4 @@
-"""Weights of a model: logical name, name in Hugging Face's LlamaForCausalLM, role and shape."""
+"""List of a Llama model's weights: logical name, name in Hugging Face's LlamaForCausalLM, role and shape of each."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megamult.parameters.spec import Role
 
 
 def weights(sizes: ModelConfig, vocab_size: int) -> Iterator[Weight]:
-    """Yield every weight in Hugging Face's order, the head even if it is tied to the embedding.
+    """Yield all weights in Hugging Face's order; the last is the head, even if it is tied to the embedding.
 
-    A matrix W[out, in] is the same here and in Hugging Face: both multiply x W^T, have the heads in order and rotate
-    the halves of a head, so nothing is transposed or permuted.
+    A matrix W[out, in] is the same here and in Hugging Face, without transposition or permutation. Both compute x W^T,
+    have the heads in the same order, and apply the rotary embedding to the two halves of a head.
 
     Args:
         sizes: sizes of the model.

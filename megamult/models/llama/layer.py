@@ -1,4 +1,4 @@
-"""The ModuleSpec of a transformer layer with multipliers, for Megatron-Core's GPTModel."""
+"""Megatron-Core's ModuleSpec for a transformer layer with multipliers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ from megamult.parameters.roles import resolve
 
 
 class RecomputedTransformerLayer(TransformerLayer):
-    """A layer that keeps only its input and runs forward again in backward (no dropout: no random state)."""
+    """Transformer layer that saves only its input for backward, and runs forward again there.
+
+    It does not save the state of random number generators, because the layer has no dropout.
+    """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run Megatron's TransformerLayer; arguments and results are the same."""
         run = super().forward
         if not torch.is_grad_enabled():
             return run(hidden_states, *args, **kwargs)
-        # Reentrant checkpointing runs the first pass without a graph, so the layers' own hooks on saved tensors cannot
-        # keep the activations that recomputation is meant to drop.
+        # Reentrant checkpointing runs the first pass without a graph. Hooks of the layers on saved tensors therefore do
+        # not store activations in it, which recomputation must free.
         output = torch.utils.checkpoint.checkpoint(
             lambda hidden: run(hidden, *args, **kwargs)[0],
             hidden_states,
@@ -47,18 +50,20 @@ def gpt_layer_spec(
     grad_sync: GradSync = "backward",
     recompute: bool = False,
 ) -> ModuleSpec:
-    """Return the ModuleSpec of a pre-norm transformer layer: RMSNorm, grouped-query attention, gated MLP, all matrices
-    with multipliers.
+    """Return the ModuleSpec of a pre-norm transformer layer whose matrices have multipliers.
+
+    The layer consists of RMSNorm, grouped-query attention and a gated MLP.
 
     Args:
-        config: Megatron's configuration; sizes of heads, groups and MLP are read from it.
-        placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar; `{}`: none.
-        grad_sync: where gradients of replicated multipliers are summed over tensor-parallel ranks
-            (:mod:`megamult.multipliers.parameters`); "step" needs an optimizer of this package.
-        recompute: keep only a layer's input and recompute the rest in backward.
+        config: Megatron's configuration, from which sizes of heads, groups and MLP are read.
+        placement: placement of multipliers: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or
+            scalar. `{}` means no multipliers.
+        grad_sync: when the gradients of replicated multipliers are summed over tensor-parallel ranks
+            (:mod:`megamult.multipliers.parameters`). "step" needs an optimizer of this package.
+        recompute: whether a layer saves only its input for backward, and runs forward again there.
 
     Raises:
-        ValueError: an unknown placement, or an MLP that is not gated.
+        ValueError: the placement is unknown, or the configuration's MLP is not gated.
     """
     if not config.gated_linear_unit:
         raise ValueError("gated_linear_unit is False: this layer's MLP is gated (SwiGLU); set it to True")

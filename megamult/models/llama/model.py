@@ -1,4 +1,4 @@
-"""Megatron-Core's GPTModel with our embedding and head: padded vocabulary, z-loss, weights that ignore sharding."""
+"""Llama on Megatron-Core's GPTModel, with padded vocabulary, z-loss, and initial weights independent of sharding."""
 
 from __future__ import annotations
 
@@ -27,23 +27,25 @@ from megamult.parameters.stated import set_spec
 
 
 class GPT(GPTModel):
-    """A decoder-only language model; forward takes tokens and labels and returns losses.
+    """A decoder-only language model. Its forward takes tokens and labels, and returns losses.
 
     Args:
         sizes: sizes of the model.
-        vocab_size: exact number of tokens.
-        seed: seed of the weights; it gives the same model for every sharding. None: weights are NaN until a checkpoint
-            is loaded.
+        vocab_size: exact number of tokens, without padding.
+        seed: seed of the weights. The same seed gives the same model for every sharding. If None, weights are NaN until
+            a checkpoint is loaded.
         placement: placement of multipliers in the layers: `all`, `symmetry_free`, `scalar`, or a mapping from role to
-            row, col or scalar; `{}`: none.
+            row, col or scalar. `{}` means no multipliers.
         dtype: dtype of parameters and activations.
         tensor_parallel: size of the tensor-parallel groups that :func:`megamult.distributed.start.initialize` made.
-        sequence_parallel: shard norms and residuals over the tensor-parallel ranks, by position in the sequence.
-        recompute: keep only each layer's input, and run it forward again in backward.
-        note: called with a text before each parameter is drawn.
+        sequence_parallel: whether activations of norms and residuals are sharded over the tensor-parallel ranks, by
+            position in the sequence.
+        recompute: whether each layer saves only its input for backward, and runs forward again there.
+        note: function that is called with a text before each parameter is drawn.
 
     Raises:
-        ValueError: `sizes` cannot be sharded like this, or the tensor-parallel group has another size.
+        ValueError: `sizes` cannot be sharded in this way, or the tensor-parallel group has another size than
+            `tensor_parallel`.
     """
 
     def __init__(
@@ -78,8 +80,8 @@ class GPT(GPTModel):
                 f"tensor_parallel is {tensor_parallel} and the tensor-parallel group has {group.size()} ranks: give "
                 "the model the size that start.initialize was given"
             )
-        # GPTModel fixes the classes of embedding and head, so they are replaced after it has built them; it has not
-        # written to their memory, so they cost almost nothing.
+        # GPTModel fixes the classes of embedding and head, so they are replaced after GPTModel has built them. Their
+        # memory was allocated but not written to, so this costs almost nothing.
         self.embedding.word_embeddings = MultiplierVocabParallelEmbedding(
             padded,
             sizes.hidden_size,
@@ -94,7 +96,8 @@ class GPT(GPTModel):
         if not sizes.tie_embeddings:
             self.output_layer = Head(vocab_size, transformer, group)
         self.setup_embeddings_and_output_layer()
-        # zero.Init casts tensors that are made under it to the parameters' dtype; rotary angles need fp32.
+        # `deepspeed.zero.Init` casts tensors that are made under it to the parameters' dtype. Rotary angles need fp32,
+        # so they are computed again.
         dim = transformer.kv_channels
         exponents = torch.arange(0, dim, 2, device=device.local_device()).to(torch.float64) / dim
         self.rotary_pos_emb.inv_freq = (1.0 / sizes.rotary_base**exponents).to(torch.float32)
@@ -109,13 +112,18 @@ class GPT(GPTModel):
             tokens, labels: [batch, seq] ids.
 
         Returns:
-            The objective (with z-loss) and the cross entropy (without, no gradient): scalars, means over the
-            micro-batch's tokens, nats.
+            Two scalars, both means over the tokens of the micro-batch, in nats: the objective, which includes z-loss,
+            and the cross entropy, which does not and has no gradient.
         """
         return super().forward(tokens, None, None, labels=labels)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `forward` returns. labels: [batch, seq]; logits: [seq, batch, padded vocabulary/tp]."""
+        """Return the two losses that :meth:`forward` returns.
+
+        Args:
+            labels: [batch, seq] ids.
+            logits: [seq, batch, padded vocabulary/tp] logits.
+        """
         entropy, log_sum_exp = VocabParallelCrossEntropy.apply(
             logits, labels.transpose(0, 1), self.exact_vocab_size, self.pg_collection.tp
         )
@@ -126,7 +134,7 @@ class GPT(GPTModel):
 
 
 class Head(ColumnParallelLinear):
-    """The LM head. It has no multipliers, as the final norm's weights scale its columns; padded rows are 0."""
+    """The LM head. It has no multipliers, because the final norm's weights scale its columns. Rows of padding are 0."""
 
     def __init__(self, vocab_size: int, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(
@@ -142,16 +150,18 @@ class Head(ColumnParallelLinear):
 
 
 def _nothing(weight: Tensor) -> Tensor:
-    """Leave a weight as it is: the init method of layers whose weights are set once the model is complete."""
+    """Return a weight unchanged. Layers get this as init method, because their weights are set after construction."""
     return weight
 
 
 def transformer_config(
     sizes: ModelConfig, dtype: torch.dtype, tensor_parallel: int, sequence_parallel: bool
 ) -> TransformerConfig:
-    """Return Megatron's configuration of the transformer. Its layers allocate weights on the device that uses them, and
-    do not initialize them."""
-    fused = device.has_cuda()  # Megatron's fusions compile, which on a CPU takes longer than it saves
+    """Return Megatron's configuration of the transformer.
+
+    With it, layers allocate weights on the device that will use them, and do not initialize them.
+    """
+    fused = device.has_cuda()  # Megatron compiles fused operations; on a CPU this takes longer than it saves
     return TransformerConfig(
         num_layers=sizes.num_layers,
         hidden_size=sizes.hidden_size,

@@ -1,4 +1,4 @@
-"""Parameters of Llama: specs of the fused ones and of the head, and standard deviations of initial weights."""
+"""Specs of Llama's fused parameters and of its head, and standard deviations of initial weights."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from megamult.parameters.spec import ParameterSpec, Role
 
 
 def qkv(config: TransformerConfig) -> ParameterSpec:
-    """Describe Q, K and V in one parameter, [q ... q k v] for each query group."""
+    """Return the spec of the parameter that stores Q, K and V. Its rows are [q ... q k v] for each query group."""
     return megatron.fused_qkv(
         config.num_attention_heads, config.num_query_groups, config.kv_channels, config.hidden_size
     )
 
 
 def gate_up(config: TransformerConfig) -> ParameterSpec:
-    """Describe the gate and the up projection in one parameter, [gate; up] on each tensor-parallel rank."""
+    """Return the spec of the parameter that stores gate and up. Each tensor-parallel rank has the rows [gate; up]."""
     return megatron.fused_gate_up(config.ffn_hidden_size, config.hidden_size)
 
 
 def head(config: TransformerConfig, vocab_size: int) -> ParameterSpec:
-    """Describe the LM head of `vocab_size` tokens, with the padded vocabulary's rows."""
+    """Return the spec of the LM head. The parameter has the rows of `vocab_size` tokens, and rows of padding."""
     return megatron.vocabulary("head", vocab_size, padded_vocab_size(vocab_size), config.hidden_size)
 
 
 def standard_deviations(sizes: ModelConfig) -> dict[Role, float]:
-    """Return standard deviations of initial weights by role; those of projections into the residual stream shrink with
-    depth."""
+    """Return the standard deviation of initial weights for each role.
+
+    Projections into the residual stream have a smaller one, which decreases with the number of layers.
+    """
     std = sizes.init_std
     into_stream = std / math.sqrt(2 * sizes.num_layers)
     roles: tuple[Role, ...] = ("q", "k", "v", "gate", "up", "embedding", "head")

@@ -1,1 +1,1 @@
-"""Muon on logical matrices: mathematics, plan and exchange between ranks."""
+"""Muon on logical matrices: the mathematics, the plan of owners, and the exchange between ranks."""

@@ -1,7 +1,8 @@
-"""Bring flat pieces of logical matrices to their owners, let the owners compute, and bring the results back.
+"""Exchange of pieces of logical matrices: ranks send them to the owners, which compute and send the results back.
 
-The pure plan says what travels where; this file packs, sends and unpacks. Each bucket takes two all-to-alls over all
-ranks; while bucket k is computed, bucket k + 1 arrives and the results of bucket k - 1 return.
+The plan (:mod:`megamult.optim.muon.plan`) says which pieces each rank sends to which owner. This file packs, sends and
+unpacks them. Each bucket takes two all-to-alls over all ranks. While the owners compute bucket k, the pieces of bucket
+k + 1 and the results of bucket k - 1 are on their way.
 """
 
 from __future__ import annotations
@@ -22,39 +23,41 @@ from megamult.parameters.rectangles import Rectangle
 
 @dataclass
 class _Direction:
-    """Pieces that this rank moves from holders to owners or back, in the order of the buffers."""
+    """Pieces that this rank exchanges in one direction, to owners or back to holders, in the order of the buffers."""
 
     held: list[tuple[int, int, int]] = field(default_factory=list)
-    """(slice, offset in it, elements) of each piece that this rank holds of a matrix that another rank owns."""
+    """Pieces that this rank holds of other owners' matrices: (index of the slice, offset in the slice, elements)."""
     held_sizes: list[int] = field(default_factory=list)
-    """Elements of `held`, by the rank that owns the matrix."""
+    """Number of elements of `held` for each rank that owns matrices."""
     owned: list[tuple[int, int, Rectangle]] = field(default_factory=list)
-    """(batch, index in it, rectangle) of each piece that another rank holds of a matrix that this rank owns."""
+    """Pieces that other ranks hold of this rank's matrices: (index of the batch, index in the batch, rectangle)."""
     owned_sizes: list[int] = field(default_factory=list)
-    """Elements of `owned`, by the rank that holds the piece."""
+    """Number of elements of `owned` for each rank that holds pieces."""
     local: list[tuple[int, int, int, Rectangle]] = field(default_factory=list)
-    """(slice, batch, index in it, rectangle) of each piece that this rank holds of a matrix that it owns."""
+    """Pieces that this rank holds of its own matrices: (index of the slice, index of the batch, index in the batch,
+    rectangle)."""
 
 
 @dataclass
 class _Bucket:
-    """Pieces and matrices that this rank sends, receives and computes in one bucket."""
+    """This rank's work for one bucket: matrices that it owns, in batches of one shape, and pieces that it exchanges."""
 
     shapes: list[tuple[int, int, int]]
-    """(matrices, rows, cols) of each batch that this rank owns."""
+    """Shape (matrices, rows, cols) of each batch of matrices that this rank owns."""
     members: list[list[int]]
-    """Numbers, in the plan, of the matrices in each batch."""
+    """Indices, in `Plan.matrices`, of the matrices in each batch."""
     to_owners: _Direction
     to_holders: _Direction
 
 
 class Exchange:
-    """One rank's side of the exchange.
+    """One rank's part in the exchange.
 
     Args:
         plan: the plan, the same on every rank.
-        mesh: the processes, with the plan's grid.
-        slice_of_cut: index of this rank's slice of each of the plan's cuts; no key for a cut that it has no slice of.
+        mesh: the mesh of the processes, with the same grid as the plan.
+        slice_of_cut: index of this rank's slice of each parameter, by the parameter's index in `Plan.cuts`. A parameter
+            of which this rank has no slice has no key.
         dtype: dtype in which pieces travel, both ways.
         device: the device of the slices.
     """
@@ -64,7 +67,7 @@ class Exchange:
     ) -> None:
         self.plan, self.dtype, self.device = plan, dtype, device
         self.bytes_sent = 0
-        """Bytes that this rank has sent to others since construction."""
+        """Number of bytes that this rank has sent to others since construction."""
         self._ranks, self._world = plan.ranks, mesh.world
         self._buckets = [self._bucket(bucket, mesh.rank, slice_of_cut) for bucket in plan.buckets]
 
@@ -79,10 +82,11 @@ class Exchange:
         place = {i: (b, k) for b, members in enumerate(by_shape.values()) for k, i in enumerate(members)}
 
         def direction(elements: NDArray[np.int64], counted: bool) -> _Direction:
-            """Return this rank's moves.
+            """Return this rank's pieces for one of the two all-to-alls.
 
-            `elements`, [matrices, ranks], is 0 where a rank's pieces of a matrix do not travel; with `counted`, only
-            the copies that count do.
+            Args:
+                elements: [matrices, ranks] number of elements that are sent between each rank and the matrix's owner.
+                counted: whether only the copies that count are sent, not all copies.
             """
             found = _Direction()
             for other in range(self._ranks):
@@ -116,12 +120,15 @@ class Exchange:
         return _Bucket(shapes, list(by_shape.values()), to_owners, to_holders)
 
     def run(self, values: Sequence[Tensor], compute: Callable[[Tensor, Sequence[int]], Tensor]) -> None:
-        """Replace `values`, pieces of logical matrices, by the same pieces of what `compute` returns. Collective.
+        """Replace each value by the element at the same place in the result for its whole matrix.
+
+        All ranks must call this together.
 
         Args:
-            values: [length] values of each of this rank's slices, in any floating dtype; written to.
-            compute: function of a batch of whole matrices, [batch, rows, cols] in the exchange's dtype, and of their
-                numbers in the plan; returns results of the same shape.
+            values: [length] values of each of this rank's slices, in any floating dtype; overwritten.
+            compute: function (matrices, indices) -> results. `matrices` is a batch of whole matrices, [batch, rows,
+                cols] in the exchange's dtype; `indices` are their indices in `Plan.matrices`. The results have the same
+                shape.
         """
         arriving = self._gather(0, values) if self._buckets else None
         returning: tuple[int, Tensor, Work | None, Tensor] | None = None
@@ -131,11 +138,11 @@ class Exchange:
             arriving = self._gather(k + 1, values) if k + 1 < len(self._buckets) else None
             if work is not None:
                 work.wait()
-            del sent  # not before: the collective was reading it
+            del sent  # only now, because the collective reads it until it is done
             batches = self._assemble(bucket, received, values)
             del received
             results = []
-            for members in bucket.members:  # pop: each batch is freed as soon as its result is there
+            for members in bucket.members:  # pop, so that a batch is freed once it is computed
                 results.append(compute(batches.pop(0), members).to(self.dtype))
             following = self._scatter(k, results, values)
             if returning is not None:

@@ -1,7 +1,8 @@
-"""Update rules that need whole logical matrices: each matrix travels to one owner among all ranks, its update back.
+"""Base class of update rules that need whole logical matrices.
 
-A rule says what it does to slices first, and to whole matrices on their owner then. This file holds what all such rules
-share: which rank keeps which state, which rank owns which matrix, and the exchange.
+The pieces of each matrix travel to one rank, the matrix's owner, and the pieces of its update travel back. A rule
+defines what happens to slices before the exchange, and to whole matrices on their owners. This file has what all such
+rules share: which rank stores which state, which rank owns which matrix, and the exchange.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from megamult.zero.virtual import kept_once
 
 
 class Matrices:
-    """Logical matrices of one partition, as one rank sees them.
+    """Logical matrices that one rule updates, with their owners and this rank's slices of them.
 
     Args:
-        partition: what the rank holds.
-        select: which parameters hold the matrices.
-        steps: number of Newton-Schulz steps; owners are chosen so that their FLOPs are balanced.
-        bucket_elements: as :class:`MatrixRule`'s.
+        partition: the partition of all parameters of the model.
+        select: function from a parameter's spec to whether the rule updates the parameter.
+        steps: number of Newton-Schulz steps. Owners are chosen so that the FLOPs of these steps are balanced.
+        bucket_elements: see :class:`MatrixRule`.
 
     Attributes:
-        slices: slices whose state this rank keeps; exactly one data-parallel rank keeps each element's.
-        plan: the owner of each matrix.
-        dtype: fp32 if the model's matrices are, else bf16.
+        slices: slices whose state this rank stores. Exactly one data-parallel rank stores the state of each element.
+        plan: owners and buckets of the matrices.
+        dtype: fp32 if all of these parameters are fp32 in the model, else bf16.
     """
 
     def __init__(
@@ -53,54 +54,65 @@ class Matrices:
             for matrix in self.plan.matrices
             for cut in (self._cuts[matrix.cut],)
         ]
-        """Logical name of each matrix in the plan."""
+        """Logical name of each matrix, in the order of `plan.matrices`."""
 
     def owned(self) -> dict[str, int]:
-        """Return, by name, how many rows each matrix has that this rank owns."""
+        """Return {name: number of rows} of the matrices that this rank owns."""
         owned = zip(self.names, self.plan.matrices, self.plan.owners, strict=True)
         return {name: matrix.rows for name, matrix, owner in owned if owner == self.partition.mesh.rank}
 
     def exchange(self, dtype: torch.dtype) -> Exchange:
-        """Return a new exchange, which carries this rank's slices to the owners of matrices, and updates back, in
-        `dtype`."""
+        """Return a new exchange that sends slices to the owners of matrices, and updates back, in `dtype`."""
         index_of = {piece.name: k for k, piece in enumerate(self.slices)}
         slice_of_cut = {c: index_of[cut.name] for c, cut in enumerate(self._cuts) if cut.name in index_of}
         return Exchange(self.plan, self.partition.mesh, slice_of_cut, dtype, device.local_device())
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradient of each slice, [length of the slice], which the caller may overwrite."""
+        """Return the gradient of each slice as a view, [length] each. The caller writes the updates to these views."""
         gradients = self._pieces.gradients()
         return [gradients[i] for i in self._indices]
 
     def complete(self, dtype: torch.dtype) -> int:
-        """Send what was written to gradients to all ranks that hold them; return the bytes that this rank sent."""
+        """Send values that were written to gradients to all ranks that hold these gradients.
+
+        Args:
+            dtype: dtype in which they are sent.
+
+        Returns:
+            Number of bytes that this rank sent.
+        """
         return self._pieces.complete(dtype, self._bucket_elements)
 
 
 class MatrixRule(UpdateRule):
-    """A rule that needs whole logical matrices (Q, K, V, gate and up each by itself), whatever the sharding.
+    """Update rule that needs whole logical matrices, under any sharding.
 
-    `prepare` does, for all groups at once, everything but the last line of an update, and leaves the update in the
-    gradient's place and dtype. Slices of what is orthogonalized travel to the owners, and slices of the updates travel
-    back, with one all-to-all each. Owners are spread over the data-parallel x tensor-parallel grid by Newton-Schulz
-    FLOPs (:mod:`megamult.optim.muon.plan`).
+    Q, K, V, gate and up are separate matrices, also if one parameter stores several of them.
+
+    :meth:`prepare` computes the updates of all groups and writes them over the gradients, in the gradients' dtype;
+    :meth:`apply` only applies learning rate and weight decay. For each bucket, one all-to-all brings slices of the
+    values of :meth:`accumulate` to the owners, and another brings slices of the updates back. Owners are chosen among
+    all ranks so that Newton-Schulz FLOPs are balanced (:mod:`megamult.optim.muon.plan`).
 
     State of elements is fp32 and sharded like the ZeRO partition. At ZeRO 0 and outside DeepSpeed, the data-parallel
-    ranks divide it evenly and all-gather the updates; each rank's `state_dict` then holds its own share, and loads only
-    on that rank. If tensor parallelism replicates a matrix, every rank keeps state of its own, and the update comes
-    from the state of the first. State of rows is fp32 and kept by the matrix's owner.
+    ranks divide this state evenly and all-gather the updates. The `state_dict` of a rank then has only that rank's
+    share, and can be loaded only on that rank. If tensor parallelism replicates a matrix, every tensor-parallel rank
+    stores this state, but the update is computed from the state of the first. State of rows is fp32, and the owner of
+    the matrix stores it.
 
     Args:
         ns_steps: number of Newton-Schulz steps.
-        exchange_dtype: dtype in which pieces travel, fp32 or bf16; None: fp32 if the model's matrices are, else bf16.
-        bucket_elements: elements of the matrices that one owner takes from one exchange; bounds temporary memory.
+        exchange_dtype: dtype in which pieces are sent: fp32 or bf16. If None, fp32 if the model's matrices are fp32,
+            else bf16.
+        bucket_elements: most elements that one rank receives or sends in one exchange, unless one matrix is larger. It
+            bounds temporary memory.
 
     Attributes:
-        matrices: the matrices of the bound partition; None until what each rank holds is known, at the first step or
-            DeepSpeed's attach.
+        matrices: the matrices of the bound partition. It is None before :meth:`bind`, which runs at the first step or
+            in :func:`megamult.attach`.
 
     Raises:
-        ValueError: `exchange_dtype` is none of these.
+        ValueError: `exchange_dtype` is another dtype.
     """
 
     prepares = True
@@ -116,12 +128,12 @@ class MatrixRule(UpdateRule):
 
     @property
     def plan(self) -> Plan | None:
-        """Owners and buckets of the matrices; None: not known yet."""
+        """Owners and buckets of the matrices; None before :meth:`bind`."""
         return None if self.matrices is None else self.matrices.plan
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank has sent to others in all exchanges since the partition was bound."""
+        """Number of bytes that this rank has sent to others since the partition was bound."""
         return self._bytes_gathered + (self._exchange.bytes_sent if self._exchange else 0)
 
     def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:
@@ -131,12 +143,12 @@ class MatrixRule(UpdateRule):
         self._exchange = self.matrices.exchange(self.exchange_dtype)
 
     def slices(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> list[Slice]:
-        """Return the slices whose state this rank keeps; exactly one data-parallel rank keeps each element's."""
+        """Return the slices whose state this rank stores; each element's state is on exactly one data-parallel rank."""
         assert self.matrices is not None and self.matrices.partition is partition
         return self.matrices.slices
 
     def rows(self) -> Mapping[str, int]:
-        """Return, by name, how many rows each logical matrix has that this rank owns."""
+        """Return {name: number of rows} of the logical matrices that this rank owns."""
         return {} if self.matrices is None else self.matrices.owned()
 
     def prepare(self, clip: float, store: StateStore) -> None:
@@ -145,7 +157,7 @@ class MatrixRule(UpdateRule):
         slices, names = self.matrices.slices, self.matrices.names
         gradients = self.matrices.gradients()
         for part in buckets([piece.length for piece in slices], self.bucket_elements):
-            values = [gradient.float() for gradient in gradients[part]]  # no copies of fp32 gradients
+            values = [gradient.float() for gradient in gradients[part]]  # does not copy fp32 gradients
             if clip != 1.0:
                 torch._foreach_mul_(values, clip)
             kept = {
@@ -171,27 +183,27 @@ class MatrixRule(UpdateRule):
 
     @abstractmethod
     def accumulate(self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]) -> list[Tensor]:
-        """Accumulate gradients in the state of elements, on the ranks that keep it.
+        """Accumulate gradients of slices in the state of elements, on the ranks that store this state.
 
         Args:
-            gradients: [length] clipped gradients of some slices, in fp32; may be written to.
-            state: state of each of these slices, by the states' names; written to.
+            gradients: [length] clipped gradients of some slices, in fp32; may be overwritten.
+            state: [length] state of each of these slices, by :attr:`State.name`; updated in place.
 
         Returns:
-            [length] values of each slice, from which the whole matrices of :meth:`update` are assembled: the tensors of
-            `gradients` or of `state`, not copies.
+            [length] values of each slice, which are sent to the owners: the whole matrices that :meth:`update` gets
+            consist of them. They must be the tensors of `gradients` or of `state`, not copies.
         """
 
     @abstractmethod
     def update(self, matrices: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Compute, on the matrices' owner, the amount to subtract from the weights at learning rate 1.
+        """Compute the updates of matrices on their owner. At learning rate 1, a weight decreases by its update.
 
         Args:
             matrices: [batch, rows, cols] whole logical matrices of one shape, in `exchange_dtype`.
-            state: [batch, rows] state of rows in fp32, by the states' names; written to.
+            state: [batch, rows] state of rows in fp32, by :attr:`State.name`; updated in place.
 
         Returns:
-            [batch, rows, cols] updates.
+            [batch, rows, cols] updates, without weight decay.
         """
 
 
@@ -200,9 +212,11 @@ def check_dtype(key: str, dtype: torch.dtype | None, known: tuple[torch.dtype, .
 
     Args:
         key: name of the setting, for the message.
+        dtype: the dtype to check.
+        known: the dtypes that the setting may have.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the dtype is not None and not in `known`.
     """
     if dtype is not None and dtype not in known:
         raise ValueError(f"{key} is {dtype}: use one of None, {', '.join(map(str, known))}")

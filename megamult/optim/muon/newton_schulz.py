@@ -1,17 +1,17 @@
-"""Newton-Schulz: an odd polynomial of a matrix that drives its singular values towards 1. Pure.
+"""Newton-Schulz: an odd polynomial of a matrix that drives its singular values towards 1. Pure functions.
 
-One step maps X to aX + b(XX^T)X + c(XX^T)^2 X: the singular vectors stay, and each singular value s becomes
-a s + b s^3 + c s^5. Two forms compute the same:
+One step maps X to aX + b(XX^T)X + c(XX^T)^2 X. It does not change the singular vectors of X, and maps each singular
+value s to a s + b s^3 + c s^5. Two forms compute the same result:
 
-- *standard* works on X itself;
-- *gram* works on R = XX^T and on the polynomial Q in R that X will be multiplied by, both square matrices of X's
-  smaller dimension (J. Zhang, N. Amsel, B. Chen, T. Dao, "Gram Newton-Schulz", blog post, 2026,
-  https://tridao.me/blog/2026/gram-newton-schulz/). Rounding makes the smallest eigenvalues of R negative, and each step
-  multiplies those by up to a^2 (11.9 for `simple`). In every dtype, Q is therefore applied to X after :data:`RESTART`
-  steps, and R is computed anew.
+- The *standard* form computes X in each step.
+- The *gram* form computes R = XX^T and Q in each step. Q is the polynomial in R for which QX is the result of the
+  steps. Both are square matrices with the size of X's smaller dimension (J. Zhang, N. Amsel, B. Chen, T. Dao, "Gram
+  Newton-Schulz", blog post, 2026, https://tridao.me/blog/2026/gram-newton-schulz/). Rounding makes the smallest
+  eigenvalues of R negative, and each step multiplies negative eigenvalues by up to a^2 (11.9 for `simple`). After
+  :data:`RESTART` steps, the gram form therefore multiplies X by Q and computes R anew, in every dtype.
 
-Of every product with a symmetric result (XX^T, and products of polynomials in R) about half is computed
-(:mod:`megamult.optim.muon.symmetric`). Leading dimensions of `[..., rows, cols]` are a batch.
+If the result of a product is symmetric (XX^T, and products of polynomials in R), only about half of the product is
+computed (:mod:`megamult.optim.muon.symmetric`). Leading dimensions of `[..., rows, cols]` are a batch.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ _POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-"""Best quintic for each step in turn, for singular values that begin in [1e-3, 1]: N. Amsel, D. Persson, C. Musco,
-R. Gower, "The Polar Express", arXiv 2505.16932, algorithm 1."""
+"""Optimal quintic polynomial for each step, if the singular values before the first step are in [1e-3, 1]. Source:
+N. Amsel, D. Persson, C. Musco, R. Gower, "The Polar Express", arXiv 2505.16932, algorithm 1."""
 
 _SAFETY = 1.01
-"""Factor by which arXiv 2505.16932 shrinks the singular values that enter a step, lest rounding leave some above 1."""
+"""Number by which arXiv 2505.16932 divides the singular values before a step, as rounding can leave some above 1."""
 
 
 @dataclass(frozen=True)
 class CoefficientSet:
-    """Coefficients (a, b, c) of the first steps, and what follows them."""
+    """Coefficients (a, b, c) of the first steps, and the rule for the steps after them."""
 
     steps: tuple[tuple[float, float, float], ...]
     after: Literal["again", "last", "nothing"] = "again"
-    """Continuation. again: begin again with the first step. last: repeat the last step, which keeps values near 1.
-    nothing: no further step is possible."""
+    """Rule for the steps after `steps`. again: continue with the first step. last: repeat the last step, which leaves
+    singular values near 1. nothing: the number of steps must be len(steps)."""
 
 
 SIMPLE = (3.4445, -4.7750, 2.0315)
-"""Quintic that is steep at 0, and takes singular values not to 1 but into the range of about 0.7 to 1.2. Source:
+"""Quintic polynomial that is steep at 0. It brings singular values to between about 0.7 and 1.2, not to 1. Source:
 K. Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon/; used in arXiv 2502.16982."""
 
 COEFFICIENTS: dict[str, CoefficientSet] = {
     "simple": CoefficientSet((SIMPLE,)),
-    # F. L. Cesista et al., https://leloykun.github.io/ponder/muon-opt-coeffs/: five steps tuned together.
+    # Five steps that were tuned together: F. L. Cesista et al., https://leloykun.github.io/ponder/muon-opt-coeffs/.
     "quintic": CoefficientSet(
         (
             (4.0848, -6.8946, 2.9270),
@@ -76,7 +76,7 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
         (*((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1]), _POLAR_EXPRESS[-1]),
         "last",
     ),
-    # E. Grishina, M. Smirnov, M. Rakhuba, arXiv 2506.10935 (Remez, adaptive intervals).
+    # Computed by the Remez algorithm on adaptive intervals: E. Grishina, M. Smirnov, M. Rakhuba, arXiv 2506.10935.
     "cans": CoefficientSet(
         (
             (8.4703, -25.1081, 18.6293),
@@ -87,9 +87,9 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
         ),
         "last",
     ),
-    # T. Boissin, https://github.com/thib-s/flash-newton-schulz: made for preconditioned input (AOL). We do not
-    # precondition, and neither does Emerging-Optimizers. Singular values above 0.88 change sign, so this set does not
-    # suit matrices near rank 1.
+    # Made for preconditioned input (AOL): T. Boissin, https://github.com/thib-s/flash-newton-schulz. Neither this file
+    # nor Emerging-Optimizers preconditions. Singular values above 0.88 change sign, so this set is not suitable for
+    # matrices near rank 1.
     "aol": CoefficientSet(
         (
             (4.0098, -7.0585, 2.4635),
@@ -98,9 +98,9 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
             (2.7215, -3.0494, 1.3169),
         )
     ),
-    # DeepSeek-V4's set: ten steps, of which the last two converge to 1.
+    # Ten steps of DeepSeek-V4. The last two make singular values converge to 1.
     "deepseekv4": CoefficientSet((SIMPLE,) * 8 + ((2.0, -1.5, 0.5),) * 2, "last"),
-    # H. Huang, arXiv 2606.00371: cubic polynomials that lead to a band around 1.
+    # Cubic polynomials that bring singular values into an interval around 1: H. Huang, arXiv 2606.00371.
     "cubic5": CoefficientSet(
         (
             (3.3656576, -3.3420992, 0.0),
@@ -115,7 +115,7 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
 """Polynomials by the names that NVIDIA's Emerging-Optimizers (muon_utils.py, 0.4.0) and Megatron-LM give them."""
 
 RESTART = 2
-"""Number of steps after which the gram form applies Q to X and begins anew."""
+"""Number of steps after which the gram form multiplies X by Q and computes R anew."""
 
 
 def coefficients(name: str, steps: int) -> Coefficients:
@@ -126,7 +126,7 @@ def coefficients(name: str, steps: int) -> Coefficients:
         steps: number of steps.
 
     Raises:
-        ValueError: the name is unknown, or there are fewer than one step or more than the set has.
+        ValueError: the name is unknown, `steps` is less than 1, or the set is for another number of steps.
     """
     if steps < 1:
         raise ValueError(f"Newton-Schulz with {steps} steps does nothing: use at least 1 (5 is usual)")
@@ -142,13 +142,15 @@ def coefficients(name: str, steps: int) -> Coefficients:
 
 
 def orthogonalize(matrices: Tensor, steps: Coefficients, dtype: torch.dtype, form: Form | None = None) -> Tensor:
-    """Return U p(S) V^T for each matrix U S V^T divided by its Frobenius norm; p is the composition of all steps.
+    """Return U p(S) V^T for each matrix, where U S V^T is the matrix divided by its Frobenius norm.
+
+    p is the composition of the polynomials of all steps.
 
     Args:
         matrices: [..., rows, cols] matrices in any floating dtype; not changed.
         steps: coefficients, from :func:`coefficients`.
         dtype: dtype in which products are computed: fp32, bf16 or fp16.
-        form: standard or gram; None: the one that takes fewer FLOPs at this shape.
+        form: standard or gram; if None, the form that takes fewer FLOPs for this shape.
 
     Returns:
         [..., rows, cols] results in `dtype`. A zero matrix gives zeros.
@@ -157,8 +159,8 @@ def orthogonalize(matrices: Tensor, steps: Coefficients, dtype: torch.dtype, for
     given = matrices.reshape(-1, rows, cols)
     wide = torch.float64 if given.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(given, dim=(-2, -1), keepdim=True, dtype=wide)
-    # Divide in fp32, before the cast, as the values of large and of small matrices are out of fp16's range. The clamp,
-    # the same as torch.optim.Muon's, keeps a zero matrix zero.
+    # Divide in fp32 before the cast, because elements of the undivided matrix can be out of fp16's range. The clamp is
+    # the same as in torch.optim.Muon; with it, a zero matrix gives zeros and not NaN.
     x = torch.empty(given.shape, dtype=dtype, device=given.device)
     torch.div(given, norm.clamp(min=1e-7), out=x)
     tall = rows > cols
@@ -184,13 +186,17 @@ def _gram(x: Tensor, steps: Coefficients) -> Tensor:
 
 
 def _polynomial(r: Tensor, steps: Coefficients) -> Tensor:
-    """Return the Q for which Q X is what the steps make of X, given R = XX^T.
+    """Return the matrix Q for which QX is the result of the steps on X.
 
     With Z = aI + bR + cR^2, one step is Q <- ZQ and R <- ZRZ.
+
+    Args:
+        r: [batch, n, n] matrices R = XX^T.
+        steps: coefficients of the steps.
     """
     q = None
     for i, (a, b, c) in enumerate(steps):
-        z = symmetric_product(r, r, add=(b, r), alpha=c)  # without aI, which is added where Z is used
+        z = symmetric_product(r, r, add=(b, r), alpha=c)  # Z without aI, which is added in each use of Z
         if q is None:
             q = z.clone()
             q.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -204,30 +210,33 @@ def _polynomial(r: Tensor, steps: Coefficients) -> Tensor:
 
 
 def flops(rows: int, cols: int, steps: int, form: Form | None = None) -> int:
-    """Return the floating-point operations (a multiply-add counts as 2) of :func:`orthogonalize` for one matrix, with
-    symmetric products by block rows."""
+    """Return the number of floating-point operations of :func:`orthogonalize` for one matrix.
+
+    A multiply-add counts as 2. Symmetric products count as if computed by
+    :func:`megamult.optim.muon.symmetric.block_rows`.
+    """
     if form is None:
         return min(flops(rows, cols, steps, "standard"), flops(rows, cols, steps, "gram"))
     small, large = sorted((rows, cols))
-    symmetric = 2 * computed(small)  # one symmetric product, per unit of the inner dimension
+    symmetric = 2 * computed(small)  # FLOPs of a symmetric product, per element of the inner dimension
     dense = 2 * small * small * large
     if form == "standard":
         return steps * (symmetric * large + symmetric * small + dense)
     runs = [run for run in (min(steps, RESTART), steps - RESTART) if run > 0]
-    # In a run of steps: XX^T and QX; R^2 per step; ZQ in all but the first; two products for R in all but the last.
+    # Products in a run: XX^T and QX; R^2 in each step; ZQ in each step after the first; Z R Z in each before the last.
     return sum(symmetric * large + dense + symmetric * small * (run + (run - 1) + 2 * (run - 1)) for run in runs)
 
 
 def workspace(rows: int, cols: int) -> int:
-    """Return an upper bound of the elements that :func:`orthogonalize` needs beside its input for one matrix.
+    """Return an upper bound on the elements that :func:`orthogonalize` holds at once for one matrix, beside its input.
 
-    These are X before and after a step, and R, Z, Q and one product, which are square in the smaller dimension.
+    These are X before and after a step, and four square matrices of the smaller dimension: R, Z, Q and one product.
     """
     return 2 * rows * cols + 4 * min(rows, cols) ** 2
 
 
 def cheaper_form(rows: int, cols: int, steps: int) -> Form:
-    """Return the form that takes fewer FLOPs."""
+    """Return the form that takes fewer FLOPs for one matrix of this shape."""
     standard, gram = (flops(rows, cols, steps, form) for form in ("standard", "gram"))
     return "gram" if gram < standard else "standard"
 
@@ -238,19 +247,21 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "unit_rms_norm": lambda rows, cols: math.sqrt(rows / cols),
     "shape_scaling": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
 }
-"""Factors of an orthogonalized update [rows, cols], by the names that Emerging-Optimizers (muon.py) and Megatron-LM
-give them, and torch.optim.Muon the first.
+"""Functions from the shape (rows, cols) of an orthogonalized update to its factor, by name.
 
-match_rms_adamw: AdamW's learning rate and weight decay carry over (arXiv 2502.16982). spectral: the same without 0.2,
-which is the `extra_scale_factor` there. unit_rms_norm: arXiv 2502.07529,
-https://jeremybernste.in/writing/deriving-muon. shape_scaling: https://kellerjordan.github.io/posts/muon/."""
+The names are those of Emerging-Optimizers (muon.py) and Megatron-LM; torch.optim.Muon has `match_rms_adamw` too.
+
+- match_rms_adamw: learning rate and weight decay can be the same as for AdamW (arXiv 2502.16982).
+- spectral: the same factor without 0.2, which Emerging-Optimizers has as `extra_scale_factor`.
+- unit_rms_norm: arXiv 2502.07529, https://jeremybernste.in/writing/deriving-muon.
+- shape_scaling: https://kellerjordan.github.io/posts/muon/."""
 
 
 def scale(rows: int, cols: int, rule: str) -> float:
     """Return the factor of the orthogonalized update of a logical matrix [rows, cols].
 
     Args:
-        rows, cols: out and in of the full logical matrix, never of a shard.
+        rows, cols: output and input dimension of the whole logical matrix, not of a shard.
         rule: a key of :data:`SCALES`.
 
     Raises:

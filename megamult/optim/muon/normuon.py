@@ -1,4 +1,4 @@
-"""NorMuon as an update rule: Muon's update, with each row normalized by its own second moment."""
+"""NorMuon as an update rule: Muon's update, in which each row is divided by the root of the row's second moment."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from megamult.optim.rule import State
 
 
 class NorMuon(Muon):
-    """NorMuon (arXiv 2510.05491, algorithm 1): all rows (output neurons) of an update have the same size over time.
+    """NorMuon (arXiv 2510.05491, algorithm 1): over many steps, all rows (output neurons) get updates of the same size.
 
-    With O the orthogonalized momentum of a logical matrix W[out, in], which Muon computes, one step is::
+    Let O be the orthogonalized momentum of a logical matrix W[out, in], computed as in Muon. One step is::
 
-        v <- beta2 v + (1 - beta2) mean over columns of O * O       [out], kept by the matrix's owner
+        v <- beta2 v + (1 - beta2) mean over columns of O * O       [out], stored by the matrix's owner
         U <- O / (sqrt(v) + eps), row by row
         U <- 0.2 sqrt(out in) U / ||U||                             root mean square 0.2, like AdamW's updates
         W <- W - lr (weight_decay W + U)
 
-    v begins at 0 and, as in the paper, has no bias correction: its bias is the same factor in all rows, which the last
-    scaling removes.
+    v begins at 0 and has no bias correction, as in the paper. The bias of v is the same factor in all rows, and the
+    division by ||U|| removes it.
 
     Args:
         beta2: decay rate of v.
-        eps: number added to the root of v.
-        muon: keyword arguments of :class:`Muon` but `scale`, as NorMuon fixes the size of its update.
+        eps: number added to the square root of v.
+        muon: keyword arguments of :class:`Muon`, except `scale`: the size of NorMuon's update is fixed.
 
     Raises:
-        ValueError: an unknown setting.
+        ValueError: `scale` is given, `beta2` is not in [0, 1), or :class:`Muon` raises it.
     """
 
     states = (*Muon.states, State("second_moment", "second_moment", per="row"))
@@ -46,10 +46,10 @@ class NorMuon(Muon):
         self.beta2, self.eps = beta2, eps
 
     def update(self, matrices: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Orthogonalize [batch, rows, cols], and normalize every row, then every matrix."""
+        """Orthogonalize the momentum, [batch, rows, cols]; then normalize each row, and then each matrix."""
         update = self.orthogonalized(matrices).float()
         moment = state["second_moment"].lerp_(update.square().mean(-1), 1 - self.beta2)
         update /= (moment.sqrt() + self.eps).unsqueeze(-1)
         norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
-        # The clamp keeps a zero matrix zero.
+        # With the clamp, a zero matrix gives zeros and not NaN.
         return update.mul_(0.2 * math.sqrt(update[0].numel()) / norm.clamp(min=1e-30))

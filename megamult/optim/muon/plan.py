@@ -1,11 +1,11 @@
-"""Assignment of logical matrices to the ranks that orthogonalize them, and the order in which they travel.
+"""Plan of Muon's exchange: the owner of each logical matrix, and the buckets in which matrices are exchanged.
 
-The plan is pure, and the same on every rank.
+Pure functions compute the plan, so it is the same on every rank. Each logical matrix has one owner, the process of the
+grid (:class:`megamult.parameters.axes.Grid`) that orthogonalizes it.
 
-Each logical matrix has one owner among the processes of the grid (:class:`megamult.parameters.axes.Grid`).
-
-Where several processes hold copies, only the copy that counts in sums (:attr:`Rectangle.counted`) travels to the owner,
-and all of them receive the result: copies stay equal, even if their gradients differ.
+If several processes hold copies of a piece, only the copy that counts in sums (:attr:`Rectangle.counted`) is sent to
+the owner. All processes that hold a copy receive the result. The copies therefore stay equal, even if their gradients
+differ.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from megamult.parameters.rectangles import Rectangle, rectangles
 from megamult.zero.partition import Cut
 
 BUCKET_ELEMENTS = 2**25
-"""Most elements that one rank receives as an owner, or sends to owners, in one exchange (64 MiB in bf16)."""
+"""Most elements that one rank receives as an owner, or sends to owners, in one bucket (64 MiB in bf16)."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A logical matrix W[rows, cols]: a part of the parameter `cuts[cut]`."""
+    """A logical matrix W[rows, cols]: one part of one parameter."""
 
     cut: int
+    """Index of the parameter in `Plan.cuts`."""
     part: int
+    """Index of the part in the parameter's spec."""
     rows: int
     cols: int
 
@@ -54,11 +56,11 @@ class Plan:
     owners: tuple[int, ...]
     """Rank that owns each matrix."""
     buckets: tuple[tuple[int, ...], ...]
-    """Indices of the matrices in each exchange, which bounds what any rank receives as an owner and sends to owners."""
+    """Indices of the matrices in each bucket. Matrices of one bucket are exchanged together."""
     held: NDArray[np.int64] = field(compare=False)
-    """[matrices, ranks] number of elements of each matrix that each rank holds, and receives from the owner."""
+    """[matrices, ranks] number of elements of each matrix that each rank holds. The owner sends results for them."""
     given: NDArray[np.int64] = field(compare=False)
-    """[matrices, ranks] number of these elements that the rank sends to the owner."""
+    """[matrices, ranks] number of elements of each matrix that each rank sends to the owner: those that count."""
 
     @property
     def ranks(self) -> int:
@@ -66,15 +68,15 @@ class Plan:
         return self.grid.size
 
     def fragments(self, matrix: int, rank: int, counted: bool = False) -> Iterator[tuple[int, Rectangle]]:
-        """Yield (index of the cut, rectangle) of each piece that `rank` holds of a matrix, in the order of travel.
+        """Yield (index in `cuts`, rectangle) of each piece of a matrix that `rank` holds, in the order of the buffers.
 
-        A rectangle's offset counts from the beginning of the rank's interval of the parameter.
+        The offset of a rectangle counts from the beginning of the rank's interval of the parameter.
 
         Args:
             matrix: index of the matrix.
-            rank: the holder.
-            counted: whether to yield only the copies that count, which travel to the owner; False: all copies, which
-                receive results from the owner.
+            rank: the rank that holds the pieces.
+            counted: if True, yield only the copies that count, which are sent to the owner. If False, yield all copies,
+                which receive results from the owner.
         """
         where, coordinates = self.matrices[matrix], self.grid.coordinates(rank)
         cut = self.cuts[where.cut]
@@ -85,14 +87,14 @@ class Plan:
 
     @cached_property
     def loads(self) -> NDArray[np.int64]:
-        """Return [ranks]: Newton-Schulz FLOPs of each rank per optimizer step."""
+        """Newton-Schulz FLOPs of each rank in one optimizer step: [ranks]."""
         loads = np.zeros(self.ranks, dtype=np.int64)
         np.add.at(loads, list(self.owners), [flops(m.rows, m.cols, self.steps) for m in self.matrices])
         return loads
 
     @cached_property
     def sent(self) -> NDArray[np.int64]:
-        """Return [ranks]: elements that each rank sends to others in an optimizer step, in both directions."""
+        """Number of elements that each rank sends to others in one optimizer step, to owners and back: [ranks]."""
         sent = np.zeros(self.ranks, dtype=np.int64)
         for bucket in self.buckets:
             sent += self._travels(bucket, self.given)[0] + self._travels(bucket, self.held)[1]
@@ -100,11 +102,12 @@ class Plan:
 
     @cached_property
     def temporary(self) -> NDArray[np.int64]:
-        """Return [ranks]: the most elements that each rank holds at once beside momentum and gradients.
+        """Largest number of temporary elements that each rank holds at once: [ranks].
 
-        While bucket k is computed, memory holds its matrices or their results, what Newton-Schulz needs for the largest
-        batch, and the buffers in which the bucket arrived or returns; those of k + 1 (arriving) and k - 1 (returning)
-        come on top.
+        While a rank computes bucket k, it holds the matrices of this bucket or their results, the workspace of
+        Newton-Schulz for the largest batch, and the buffers in which the bucket has arrived or will return. It also
+        holds the buffers of bucket k + 1, which arrives, and of bucket k - 1, which returns. Momentum and gradients are
+        not counted.
         """
         count = len(self.buckets)
         if not count:
@@ -125,15 +128,15 @@ class Plan:
     def _travels(
         self, bucket: Sequence[int], elements: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Count the elements of a bucket that each rank sends and receives.
+        """Count the elements of a bucket that travel from each rank as a holder, and to each rank as an owner.
 
         Args:
-            bucket: indices of its matrices.
-            elements: [matrices, ranks] number of elements that each rank holds.
+            bucket: indices of the matrices in the bucket.
+            elements: [matrices, ranks] number of elements that travel between each rank and the matrix's owner.
 
         Returns:
-            Two arrays [ranks]: elements that a rank sends, which are of matrices that others own; and elements that it
-            receives, which others hold of the matrices that it owns.
+            Two arrays [ranks]. The first counts elements that the rank holds of matrices that other ranks own. The
+            second counts elements that other ranks hold of matrices that the rank owns.
         """
         index, owners = list(bucket), [self.owners[i] for i in bucket]
         own = elements[index, owners]
@@ -145,12 +148,12 @@ class Plan:
 
 
 def make_plan(cuts: Sequence[Cut], grid: Grid, steps: int, bucket_elements: int = BUCKET_ELEMENTS) -> Plan:
-    """Choose owners and buckets of all logical matrices of the parameters `cuts`.
+    """Choose owners and buckets of all logical matrices in the given parameters.
 
     Args:
-        cuts: the matrix parameters, with what every data-parallel rank holds of them.
-        grid: the grid of the processes that hold them.
-        steps: number of Newton-Schulz steps, for its FLOPs.
+        cuts: the parameters, with the interval of each that every data-parallel rank holds.
+        grid: the grid of the processes.
+        steps: number of Newton-Schulz steps, from which FLOPs are computed.
         bucket_elements: see :data:`BUCKET_ELEMENTS`.
     """
     matrices = tuple(Matrix(i, p, *part.shape) for i, cut in enumerate(cuts) for p, part in enumerate(cut.spec.parts))
@@ -164,16 +167,17 @@ def make_plan(cuts: Sequence[Cut], grid: Grid, steps: int, bucket_elements: int 
 
 
 def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
-    """Choose an owner for each matrix: costliest first, each to the rank with the least work so far.
+    """Choose the owner of each matrix so that the total costs of the ranks are nearly equal.
 
-    Among several such ranks, the one that holds most of the matrix becomes its owner.
+    Matrices are assigned from the most to the least costly. The owner is the rank with the least total cost so far; if
+    several ranks have the least, it is the one of them that holds most elements of the matrix.
 
-    This order exceeds the best possible makespan by at most a third (R. L. Graham, "Bounds on multiprocessing timing
-    anomalies", SIAM J. Appl. Math. 17, 1969).
+    The largest total cost is at most 4/3 of that of an optimal assignment (R. L. Graham, "Bounds on multiprocessing
+    timing anomalies", SIAM J. Appl. Math. 17, 1969).
 
     Args:
         costs: cost of each matrix.
-        held: [matrices, ranks] number of elements that each rank holds.
+        held: [matrices, ranks] number of elements of each matrix that each rank holds.
 
     Returns:
         The rank that owns each matrix.
@@ -190,13 +194,13 @@ def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
 def held_elements(
     cuts: Sequence[Cut], matrices: Sequence[Matrix], grid: Grid
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the elements of each matrix that each rank holds, and how many count: [matrices, ranks] each."""
+    """Return how many elements of each matrix each rank holds, and how many of these count: [matrices, ranks] each."""
     first: dict[int, int] = {}
     for i, matrix in enumerate(matrices):
         first.setdefault(matrix.cut, i)
     held, given = np.zeros((2, len(matrices), grid.size), dtype=np.int64)
     for shard in grid.shards():
-        # Ranks of all processes with this shard of the model, by data-parallel rank.
+        # Ranks of the processes that have this shard of the model, in the order of data-parallel ranks.
         ranks = np.array([replace(shard, data=data).rank for data in range(grid.data)])
         for index, cut in enumerate(cuts):
             starts = np.array([start for start, _ in cut.intervals])
@@ -212,10 +216,10 @@ def held_elements(
 
 
 def lower_bound(costs: Sequence[int], ranks: int) -> int:
-    """Return a lower bound of the busiest rank's cost in any assignment of whole matrices."""
+    """Return a lower bound on the largest total cost of a rank, over all assignments of whole matrices to ranks."""
     ordered = sorted(costs, reverse=True)
     best = max(-(-sum(ordered) // ranks), ordered[0])
-    # Among the k * ranks + 1 largest costs, some rank has k + 1, each of them at least as large as the smallest.
+    # Some rank has k + 1 of the k * ranks + 1 largest costs, and each of these is at least `ordered[k * ranks]`.
     for k in range(1, (len(ordered) - 1) // ranks + 1):
         best = max(best, (k + 1) * ordered[k * ranks])
     return best
@@ -224,10 +228,11 @@ def lower_bound(costs: Sequence[int], ranks: int) -> int:
 def _buckets(
     matrices: Sequence[Matrix], owners: Sequence[int], held: NDArray[np.int64], bucket_elements: int
 ) -> list[tuple[int, ...]]:
-    """Divide the matrices into exchanges.
+    """Divide the matrices into buckets, and return the indices of the matrices in each.
 
-    In one exchange, no rank owns more than `bucket_elements`, and none holds more than that of others' matrices, unless
-    a single matrix is larger. What a rank owns counts once for each replica, as all of them receive its results.
+    In one bucket, no rank owns more than `bucket_elements` elements, and no rank holds more than `bucket_elements`
+    elements of matrices that other ranks own, unless a single matrix has more. Elements that a rank owns count once for
+    each replica, because each replica receives the results.
     """
     queues: dict[int, list[int]] = {}
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].rows, i)):

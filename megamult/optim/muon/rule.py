@@ -1,4 +1,4 @@
-"""Muon as an update rule, and the optimizer that updates matrices with it and everything else with AdamW."""
+"""Muon as an update rule, and an optimizer that updates matrices with Muon and all other parameters with AdamW."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ from megamult.zero.partition import Partition
 
 
 class Muon(MatrixRule):
-    """Muon (arXiv 2502.16982): momentum, orthogonalized by Newton-Schulz.
+    """Muon (arXiv 2502.16982), which orthogonalizes momentum by Newton-Schulz.
 
-    One step, on the reduced and accumulated gradient G of each logical matrix W[out, in] (Q, K, V, gate and up each by
-    itself)::
+    G is the reduced and accumulated gradient of one logical matrix W[out, in]. Q, K, V, gate and up are separate
+    matrices. One step is::
 
-        G <- G min(1, clip / ||all gradients but multipliers'||)
+        G <- G min(1, clip / ||all gradients except multipliers'||)
         M <- momentum M + (1 - momentum) G                          elementwise, on this rank's slices
         U <- Newton-Schulz(momentum M + (1 - momentum) G) * scale   whole, on the matrix's owner
         W <- W - lr (weight_decay W + U)                            elementwise, on this rank's slices
 
     Args:
         momentum: decay rate of M.
-        nesterov: orthogonalize momentum M + (1 - momentum) G; False: M.
-        ns_steps: Newton-Schulz steps.
-        coefficients: name of the Newton-Schulz polynomials, as :func:`megamult.optim.muon.newton_schulz.coefficients`.
-        ns_dtype: dtype that Newton-Schulz computes in: fp32, bf16 or fp16; None: fp32 if the model's matrices are, else
-            bf16.
-        exchange_dtype: dtype that pieces travel in: fp32 or bf16; None: fp32 if the model's matrices are, else bf16.
-        scale: name of the factor, as :func:`megamult.optim.muon.newton_schulz.scale`.
-        bucket_elements: most elements that one rank receives or sends in one exchange, unless one matrix is larger;
+        nesterov: if True, orthogonalize momentum M + (1 - momentum) G, as above; if False, orthogonalize M.
+        ns_steps: number of Newton-Schulz steps.
+        coefficients: name of the polynomials, a key of :data:`megamult.optim.muon.newton_schulz.COEFFICIENTS`.
+        ns_dtype: dtype in which Newton-Schulz computes: fp32, bf16 or fp16. If None, fp32 if the model's matrices are
+            fp32, else bf16.
+        exchange_dtype: dtype in which pieces are sent: fp32 or bf16. If None, fp32 if the model's matrices are fp32,
+            else bf16.
+        scale: name of the factor of an update, a key of :data:`megamult.optim.muon.newton_schulz.SCALES`.
+        bucket_elements: most elements that one rank receives or sends in one exchange, unless one matrix is larger. It
             bounds temporary memory.
 
     Raises:
-        ValueError: an unknown name, or a value that is not possible.
+        ValueError: a name is unknown, or a value is out of its range.
     """
 
     states: ClassVar[tuple[State, ...]] = (State("momentum", "momentum_buffer"),)
@@ -77,7 +78,7 @@ class Muon(MatrixRule):
         self.ns_dtype = self.ns_dtype or self.matrices.dtype
 
     def accumulate(self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]) -> list[Tensor]:
-        """Update the momentum; return it, or with `nesterov` the gradients one step ahead of it."""
+        """Update the momentum M in place; return M, or with `nesterov` momentum M + (1 - momentum) G."""
         torch._foreach_lerp_(state["momentum"], gradients, 1 - self.momentum)
         if not self.nesterov:
             return state["momentum"]
@@ -85,12 +86,12 @@ class Muon(MatrixRule):
         return gradients
 
     def update(self, matrices: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Orthogonalize [batch, rows, cols] momentum, and scale it."""
+        """Return the momentum, [batch, rows, cols], orthogonalized and scaled."""
         rows, cols = matrices.shape[1:]
         return self.orthogonalized(matrices).mul_(scale_factor(rows, cols, self.scale))
 
     def orthogonalized(self, matrices: Tensor) -> Tensor:
-        """Return the matrices, [batch, rows, cols], in `ns_dtype` and with singular values near 1."""
+        """Return the matrices, [batch, rows, cols], orthogonalized by Newton-Schulz in `ns_dtype`."""
         assert self.ns_dtype is not None
         return orthogonalize(matrices, self._steps, self.ns_dtype)
 
@@ -101,24 +102,24 @@ class Muon(MatrixRule):
         gradients: list[Tensor],
         state: Mapping[str, list[Tensor]],
     ) -> None:
-        """Decay the tensors of one param group, and subtract their updates, which are in the gradients' place."""
+        """Decay the tensors of one param group, and subtract the updates, which are in `gradients`."""
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, gradients, alpha=-group["lr"])
 
 
 class DistributedMuon(TwoPhaseOptimizer):
-    """:class:`Muon` for groups of kind `matrix`, AdamW for all others.
+    """Optimizer that uses :class:`Muon` for groups of kind `matrix`, and AdamW for all others.
 
     Args:
         groups: param groups, made by :func:`megamult.param_groups`.
-        betas, eps: see :class:`megamult.optim.adamw.AdamW`.
+        betas, eps: arguments of :class:`megamult.optim.adamw.AdamW`.
         settings: keyword arguments of :class:`Muon` and of :class:`megamult.optim.two_phase.TwoPhaseOptimizer`.
 
     Attributes:
-        muon: the rule of the matrices.
+        muon: the update rule of the matrices.
 
     Raises:
-        ValueError: see both of them.
+        ValueError: :class:`Muon` or :class:`megamult.optim.two_phase.TwoPhaseOptimizer` raises it.
     """
 
     def __init__(
@@ -135,10 +136,10 @@ class DistributedMuon(TwoPhaseOptimizer):
 
     @property
     def plan(self) -> Plan | None:
-        """Owners and buckets of the matrices; None until what ranks hold is known: first step or DeepSpeed's attach."""
+        """Owners and buckets of the matrices; None before the first step or :func:`megamult.attach`."""
         return self.muon.plan
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank has sent to others in all exchanges since the partition was bound."""
+        """Number of bytes that this rank has sent to others since the partition was bound."""
         return self.muon.bytes_sent

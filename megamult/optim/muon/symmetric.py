@@ -1,8 +1,9 @@
-"""Matrix products whose result is known to be symmetric, such as XX^T; only about half is computed. No gradients. Pure.
+"""Matrix products whose result is symmetric, such as XX^T: only a part is computed, and the rest is its mirror image.
 
-On CUDA in half precision a Triton kernel computes the tiles on and below the diagonal
-(:mod:`megamult.optim.muon.symmetric_triton`): little more than half of a large product. Elsewhere torch computes block
-rows up to the diagonal: five eighths. MEGAMULT_TRITON=0 in the environment selects torch on CUDA too.
+On CUDA, in bf16 and fp16, a Triton kernel computes the tiles on and below the diagonal
+(:mod:`megamult.optim.muon.symmetric_triton`). This is little more than half of a large product. In all other cases,
+torch computes block rows up to the diagonal, which is five eighths of the product. MEGAMULT_TRITON=0 in the environment
+selects torch on CUDA too. The functions are pure and have no gradients.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ if torch.version.cuda is not None and importlib.util.find_spec("triton") is not 
     from megamult.optim.muon.symmetric_triton import lower_tiles
 
 _BLOCKS = 4
-"""Number of block rows of a product: 5/8 of the multiplications. More blocks save little more, and are slower."""
+"""Number of block rows of a product. With 4, torch computes 5/8 of it. More would save little, and be slower."""
 _SMALLEST_BLOCK = 64
 
 _FEWEST_ROWS = 512
-"""Smallest size at which the kernel computes no more elements than block rows do."""
+"""Smallest n for which the kernel computes no more elements of an [n, n] product than :func:`block_rows`."""
 _MULTIPLE = 16
-"""Number that divides the sizes: with others the kernel would load single elements."""
+"""Number that n and depth must be multiples of, because the kernel would otherwise load single elements."""
 
 
 def symmetric_product(
     left: Tensor, right: Tensor, *, add: tuple[float, Tensor] | None = None, alpha: float = 1.0
 ) -> Tensor:
-    """Return alpha left @ right (+ beta C if `add` is (beta, C)), a matrix that is known to be symmetric.
+    """Return alpha left @ right, plus beta C if `add` is (beta, C). The caller guarantees that the result is symmetric.
 
     Args:
         left: [batch, n, depth] operand.
         right: [batch, depth, n] operand of the same dtype.
-        add: (beta, C) with a symmetric C[batch, n, n]; None: nothing is added.
+        add: (beta, C) with a symmetric C[batch, n, n]; None to add nothing.
         alpha: factor of the product.
 
     Returns:
@@ -50,7 +51,7 @@ def symmetric_product(
 
 
 def block_rows(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
-    """Compute :func:`symmetric_product` by torch's own products: block rows up to the diagonal, then mirrored."""
+    """Compute :func:`symmetric_product` with torch: block rows up to the diagonal, which are then mirrored."""
     batch, n = left.shape[:2]
     out = torch.empty(batch, n, n, dtype=left.dtype, device=left.device)
     for lo, hi in _bounds(n):
@@ -68,7 +69,8 @@ def block_rows(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alp
 def computed(n: int) -> int:
     """Return how many elements of an [n, n] product :func:`block_rows` computes.
 
-    Costs are weighed by this number on every device: the kernel computes fewer, which changes all costs nearly alike.
+    Costs on every device are computed from this number. The Triton kernel computes fewer elements, but this lowers all
+    costs by nearly the same factor.
     """
     return sum((hi - lo) * hi for lo, hi in _bounds(n))
 
@@ -80,7 +82,7 @@ def _bounds(n: int) -> list[tuple[int, int]]:
 
 
 def _has_kernel(device: torch.device) -> bool:
-    """Return whether the Triton kernel runs on this device: it is for NVIDIA's GPUs since Ampere."""
+    """Return whether to use the Triton kernel on this device. It needs an NVIDIA GPU of Ampere or later."""
     return (
         device.type == "cuda"
         and "lower_tiles" in globals()

@@ -1,7 +1,8 @@
-"""Matrix products with a symmetric result on CUDA: tiles on and below the diagonal are computed, and then mirrored.
+"""Triton kernel for matrix products with a symmetric result: it computes tiles on and below the diagonal, and mirrors.
 
-One kernel with one tile size serves all shapes: nothing is chosen by timing, so equal operands give equal bits in every
-run. The module is imported where torch is built for CUDA, which brings Triton, and by tests.
+One kernel with one tile size is used for all shapes. No setting is chosen by timing, so equal operands give equal bits
+in every run. :mod:`megamult.optim.muon.symmetric` imports this module only if torch is built for CUDA and Triton is
+installed.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 TILE = 128
-"""Rows and columns that one program computes: two warp groups of Hopper, 64 rows each."""
+"""Number of rows, and of columns, that one program computes: 64 rows for each of two warp groups on Hopper."""
 CONSTANTS = {
     "TILE": TILE,
-    "DEPTH": 64,  # elements of the inner dimension per step: 128 bytes, the width of swizzled shared memory
-    "GROUP": 8,  # tile rows that are processed together, so that their operands stay in the L2 cache
+    "DEPTH": 64,  # elements of the inner dimension per step; 128 bytes, the width of swizzled shared memory
+    "GROUP": 8,  # rows of tiles that are processed together, so that their operands stay in the L2 cache
 }
 OPTIONS = {
     "num_warps": 8,
-    "num_stages": 3,  # stages of two operands' tiles: 96 KiB of shared memory, which every GPU since Ampere has
-    "enable_fp_fusion": True,  # stated, as Triton's default changes
+    "num_stages": 3,  # each holds a tile of both operands; 96 KiB of shared memory, which every GPU since Ampere has
+    "enable_fp_fusion": True,  # set here, because Triton's default changes between versions
 }
 
 
 @triton.jit
-def _lower_tiles(  # type: ignore[no-untyped-def]  # pointers and integers to Triton, which types them itself
+def _lower_tiles(  # type: ignore[no-untyped-def]  # Triton infers the types
     left,
     right,
     add,
@@ -55,7 +56,7 @@ def _lower_tiles(  # type: ignore[no-untyped-def]  # pointers and integers to Tr
     j = program % (GROUP * tiles) // height
     if j > i:
         return
-    # Rows and columns past the end wrap around: they read existing elements, and their results are not written.
+    # Indices past the end wrap around, so that loads stay inside the operands. Results for them are not stored.
     rows = ((i * TILE + tl.arange(0, TILE)) % n).to(tl.int64)
     cols = ((j * TILE + tl.arange(0, TILE)) % n).to(tl.int64)
     inner = tl.arange(0, DEPTH)
@@ -85,9 +86,10 @@ def _lower_tiles(  # type: ignore[no-untyped-def]  # pointers and integers to Tr
 
 @torch.library.custom_op("megamult::lower_tiles", mutates_args=())
 def lower_tiles(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
-    """Return :func:`megamult.optim.muon.symmetric.symmetric_product`, alpha left @ right (+ beta add), summed in fp32.
+    """Compute :func:`megamult.optim.muon.symmetric.symmetric_product` with the Triton kernel, accumulating in fp32.
 
-    It is registered as an operator so that torch's FLOP counter sees it. It has no gradient.
+    The result is alpha left @ right, plus beta add if `add` is given. The function is registered as an operator so that
+    torch's FLOP counter counts it. It has no gradient.
     """
     batch, n, depth = left.shape
     if right.shape != (batch, depth, n) or (add is not None and add.shape != (batch, n, n)):
@@ -121,7 +123,7 @@ def _fake(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: f
 
 @register_flop_formula(torch.ops.megamult.lower_tiles)
 def _flops(left: tuple[int, ...], *_: object, **__: object) -> int:
-    """Count the floating-point operations of a call; partly filled tiles count as whole ones."""
+    """Return the floating-point operations of a call. A partly filled tile counts as a whole one."""
     batch, n, depth = left
     tiles = triton.cdiv(n, TILE)
     return batch * tiles * (tiles + 1) * TILE * TILE * depth
