@@ -30,13 +30,14 @@ def is_old(optimizer: Mapping[str, Any]) -> bool:
     return any(key in optimizer for key in MOVED)
 
 
-def modern(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+def modern(optimizer: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
     """Return an optimizer's configuration with today's keys and names and the same numbers.
 
-    Keys that the earlier version ignored are left out: those of Muon where `name` is adamw.
+    Keys that the earlier version ignored are left out: those of Muon where the optimizer is adamw.
 
     Args:
         optimizer: the section `optimizer` of any version, as nested mappings.
+        name: the optimizer of the run, which may be chosen elsewhere; None: the section's own `name`.
 
     Raises:
         ValueError: it has both an old key and the key that replaces it.
@@ -45,9 +46,9 @@ def modern(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     for old, value in optimizer.items():
         if old not in MOVED:
             continue
-        section, _, key = MOVED[old].partition(".")
-        if section == "muon" and optimizer.get("name") == "adamw":
+        if _ignored(old, optimizer, name):
             continue
+        section, _, key = MOVED[old].partition(".")
         keys = dict(found.get(section) or {})
         if key in keys:
             raise ValueError(
@@ -58,14 +59,14 @@ def modern(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def translations(optimizer: Mapping[str, Any]) -> list[str]:
+def translations(optimizer: Mapping[str, Any], name: str | None = None) -> list[str]:
     """Describe what :func:`modern` does, one string per key: `optimizer.momentum -> optimizer.muon.momentum`."""
     said = []
     for old, value in optimizer.items():
         if old not in MOVED:
             continue
         now = _named(old, value)
-        if MOVED[old].startswith("muon.") and optimizer.get("name") == "adamw":
+        if _ignored(old, optimizer, name):
             said.append(f"optimizer.{old} left out (adamw does not use it)")
         else:
             renamed = f" ({value} is called {now} now)" if now != value else ""
@@ -86,6 +87,10 @@ def check_modern(keys: Mapping[str, Any]) -> None:
     if old:
         said = ", ".join(f"optimizer.{key} is optimizer.{MOVED[key]} now{_hint(key)}" for key in old)
         raise ValueError(f"{said}: use the new key{'s' if len(old) > 1 else ''}")
+
+
+def _ignored(old: str, optimizer: Mapping[str, Any], name: str | None) -> bool:
+    return MOVED[old].startswith("muon.") and (name or optimizer.get("name")) == "adamw"
 
 
 def _named(old: str, value: Any) -> Any:
