@@ -30,13 +30,14 @@ def is_old(optimizer: Mapping[str, Any]) -> bool:
     return any(key in optimizer for key in MOVED)
 
 
-def modern(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+def modern(optimizer: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
     """Return an optimizer's configuration with today's keys and names, and with the same numbers.
 
-    If `name` is adamw, Muon's old keys are left out, because the earlier version ignored them.
+    If the optimizer is adamw, Muon's old keys are left out, because the earlier version ignored them.
 
     Args:
         optimizer: the section `optimizer` of any version, as nested mappings.
+        name: the optimizer of the run, if another part of its configuration names it; if None, the section's `name`.
 
     Raises:
         ValueError: the configuration has both an old key and the key that replaces it.
@@ -45,9 +46,9 @@ def modern(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     for old, value in optimizer.items():
         if old not in MOVED:
             continue
-        section, _, key = MOVED[old].partition(".")
-        if section == "muon" and optimizer.get("name") == "adamw":
+        if _ignored(old, optimizer, name):
             continue
+        section, _, key = MOVED[old].partition(".")
         keys = dict(found.get(section) or {})
         if key in keys:
             raise ValueError(
@@ -58,7 +59,7 @@ def modern(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def translations(optimizer: Mapping[str, Any]) -> list[str]:
+def translations(optimizer: Mapping[str, Any], name: str | None = None) -> list[str]:
     """Return one string for each old key, which says what :func:`modern` makes of it.
 
     An example is `optimizer.momentum -> optimizer.muon.momentum`.
@@ -68,7 +69,7 @@ def translations(optimizer: Mapping[str, Any]) -> list[str]:
         if old not in MOVED:
             continue
         now = _named(old, value)
-        if MOVED[old].startswith("muon.") and optimizer.get("name") == "adamw":
+        if _ignored(old, optimizer, name):
             said.append(f"optimizer.{old} left out (adamw does not use it)")
         else:
             renamed = f" ({value} is called {now} now)" if now != value else ""
@@ -89,6 +90,10 @@ def check_modern(keys: Mapping[str, Any]) -> None:
     if old:
         said = ", ".join(f"optimizer.{key} is optimizer.{MOVED[key]} now{_hint(key)}" for key in old)
         raise ValueError(f"{said}: use the new key{'s' if len(old) > 1 else ''}")
+
+
+def _ignored(old: str, optimizer: Mapping[str, Any], name: str | None) -> bool:
+    return MOVED[old].startswith("muon.") and (name or optimizer.get("name")) == "adamw"
 
 
 def _named(old: str, value: Any) -> Any:

@@ -17,8 +17,7 @@ class Block:
     pieces: int | None = None
     """Largest number of pieces that the block can be cut into; None: n. Where n is larger, n / pieces neighbours hold
     copies of one piece, as with Megatron's query groups and Mamba's groups where the tensor-parallel size exceeds their
-    number; 1: replicated. The layer must give all copies the same gradient, summed in its backward pass: `reduce_over`
-    is for parameters that are replicated whole."""
+    number; 1: replicated. All copies must have the same gradient when backward ends: see `reduce_over` of a spec."""
 
     def cuts(self, processes: int) -> int:
         """Return the number of different pieces that this many processes hold."""
@@ -112,6 +111,14 @@ def check_shardings(
     if len(set(axes)) != len(axes) or len(set(dims)) != len(dims):
         raise ValueError(f"{what} is sharded over {axes} along {dims}: name each axis once, and each dimension once")
     if both := sorted(set(axes) & set(reduce_over)):
+        blocks = next(each.blocks for each in shardings if each.axis == both[0])
+        if copied := next((block for block in blocks if block.pieces is not None), None):
+            raise ValueError(
+                f"{what} is sharded over {both[0]} with copies of a block of {copied.size}, and its gradient is to be "
+                "summed over it: the step sums only parameters that are replicated whole; sum the copies' gradients in "
+                f"the layer's backward pass and leave {both[0]} out of reduce_over, or store the block as a parameter "
+                "of its own"
+            )
         raise ValueError(
             f"{what} is sharded over {both[0]}, and its gradient is to be summed over it: shards differ; name the axis "
             "in one of shardings and reduce_over"

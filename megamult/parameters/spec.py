@@ -78,7 +78,9 @@ class ParameterSpec:
     fp32: bool = False
     """Whether forward passes of a narrower model read its fp32 value (:mod:`megamult.zero.full_precision`)."""
     reduce_over: tuple[Axis, ...] = ()
-    """Axes over which the gradient that backward leaves must still be summed, once per optimizer step."""
+    """Axes over which the gradient that backward leaves must still be summed, once per optimizer step. Along them the
+    parameter is replicated whole. Copies of a block of a sharded parameter (`Block.pieces`) are not summed in the step:
+    the layer's backward pass must give all of them the same, complete gradient."""
     side: Side | None = None
     """Side of its matrices that a multiplier scales; None: the parameter is no multiplier."""
     compact: bool = False

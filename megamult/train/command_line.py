@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -128,52 +127,67 @@ def _modern(arguments: Sequence[str]) -> list[str]:
     """
     dotted = [each.partition("=")[0].removeprefix("--optimizer.") for each in arguments if each.startswith("--optim")]
     legacy.check_modern(dict.fromkeys(dotted))
-    name = _last_value(arguments, "--optimizer.name")
+    given = list(_given(arguments))
+    # Each is read once: it may be a pipe.
+    loaded = {i: _loaded(value) for key, i, value in given if key in ("--config", "--optimizer")}
+    sections = {i: loaded[i].get("optimizer") if key == "--config" else loaded[i] for key, i, _ in given if i in loaded}
+    name: str = OptimizerConfig.name
+    for key, i, value in given:  # the last that names the optimizer wins, as in the parser
+        section = {"name": value} if key == "--optimizer.name" else sections.get(i)
+        name = section.get("name", name) if isinstance(section, dict) else name
     found = list(arguments)
-    for i, argument in enumerate(found):
-        if argument == "--config" and i + 1 < len(found):
-            found[i + 1] = _modern_file(found[i + 1], name)
-        elif argument.startswith("--config="):
-            found[i] = f"--config={_modern_file(argument.removeprefix('--config='), name)}"
+    for key, i, value in given:
+        if key == "--config" and isinstance(sections[i], dict) and legacy.is_old(sections[i]):
+            found[i] = found[i].removesuffix(value) + _modern_file(value, loaded[i], name)
     return found
 
 
-def _last_value(arguments: Sequence[str], key: str) -> str | None:
-    """Return the last value of a key on the command line, which is the one that counts, or None if the key is not
-    there."""
-    found = None
-    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
-        if argument == key:
-            found = following
-        elif argument.startswith(f"{key}="):
-            found = argument.removeprefix(f"{key}=")
-    return found
+def _given(arguments: Sequence[str]) -> Iterator[tuple[str, int, str]]:
+    """Yield (key, i, value) of each `--key value` and `--key=value`; arguments[i] is the one that ends in the value."""
+    for i, argument in enumerate(arguments):
+        key, equals, value = argument.partition("=")
+        if not key.startswith("--"):
+            continue
+        if equals:
+            yield key, i, value
+        elif i + 1 < len(arguments):
+            yield key, i + 1, arguments[i + 1]
 
 
-def _modern_file(path: str, name: str | None) -> str:
-    """Return `path`, or, if that file is of an earlier version, its contents as YAML with today's keys.
-
-    Args:
-        path: path of a configuration in YAML.
-        name: optimizer on the command line, which overrides the one in the file; None if the command line has none.
-    """
+def _loaded(value: str) -> dict[str, Any]:
+    """Return the mapping that a YAML file, or else the value itself, holds; if neither does, an empty one, and the
+    parser says what is wrong."""
     import yaml
     from jsonargparse import get_loader
 
     try:
-        loaded = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return path  # the parser reports what is wrong with it
-    optimizer = loaded.get("optimizer") if isinstance(loaded, dict) else None
-    if not isinstance(optimizer, dict) or not legacy.is_old(optimizer):
-        return path
-    if name is not None:
-        optimizer = loaded["optimizer"] = {**optimizer, "name": name}
-    loaded["optimizer"] = legacy.modern(optimizer)
+        text = Path(value).read_text(encoding="utf-8")
+    except OSError:
+        text = value
+    except UnicodeDecodeError:
+        return {}
+    try:
+        loaded = get_loader("yaml")(text)
+    except yaml.YAMLError:
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _modern_file(path: str, loaded: dict[str, Any], name: str) -> str:
+    """Return the contents of a configuration of an earlier version, with today's keys instead.
+
+    Args:
+        path: path of a YAML file, for the note of what was translated.
+        loaded: its contents.
+        name: the optimizer of the run, which another file or the command line may have chosen.
+    """
+    import yaml
+
+    modern = {**loaded, "optimizer": legacy.modern(loaded["optimizer"], name)}
     if environment.rank() == 0:
-        said = "; ".join(legacy.translations(optimizer))
+        said = "; ".join(legacy.translations(loaded["optimizer"], name))
         print(f"note: {path} is of an earlier version, read as: {said}", file=sys.stderr, flush=True)
-    return yaml.safe_dump(loaded, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(modern, sort_keys=False, allow_unicode=True)
 
 
 def fail(message: str) -> NoReturn:

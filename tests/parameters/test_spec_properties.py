@@ -328,6 +328,14 @@ GOOD = ParameterSpec(
         ),
         ({"reduce_over": ("tensor",)}, r"sharded over tensor, and its gradient is to be summed over it"),
         (
+            {"shardings": (Sharding("tensor", 0, (Block(4), Block(4, 1))),), "reduce_over": ("tensor",)},
+            r"copies of a block of 4, .*: .*; sum the copies' .* backward pass and leave tensor out of reduce_over, or",
+        ),
+        (
+            {"shardings": (Sharding("tensor", 0, (Block(8, 2),)),), "reduce_over": ("tensor",)},
+            r"copies of a block of 8, .* or store the block as a parameter of its own",
+        ),
+        (
             {"shape": (9, 6), "shardings": ()},
             r"hold only 8 of its 9 rows: padding cannot be orthogonalized; add a part",
         ),
