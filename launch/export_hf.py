@@ -12,10 +12,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Needs `pip install megamult[export]`. Memory: one shard. On an error it writes nothing.",
     )
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="DIR", help="a checkpoint, as RUN/checkpoints/step_1000"
+        "--checkpoint", required=True, type=Path, metavar="DIR", help="a checkpoint, such as RUN/checkpoints/step_1000"
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="the directory to write; must not exist, or be empty"
+        "--output", required=True, type=Path, metavar="DIR", help="directory to write, which must be empty or not exist"
     )
     parser.add_argument(
         "--dtype",
@@ -23,7 +23,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="dtype of the weights (default auto: float32 for an fp32 run, bfloat16 for a bf16 run)",
     )
-    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest file (default 5GB)")
+    parser.add_argument(
+        "--max_shard_size", default="5GB", metavar="SIZE", help="largest size of one file (default 5GB)"
+    )
     return parser
 
 

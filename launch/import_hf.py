@@ -12,10 +12,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog="What the model cannot express is an error that names the field. On an error it writes nothing.",
     )
     parser.add_argument(
-        "--input", required=True, type=Path, metavar="DIR", help="config.json, safetensors, and tokenizer files if any"
+        "--input",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="directory with config.json, safetensors files and, if any, tokenizer files",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="the checkpoint to write; must not exist, or be empty"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="checkpoint directory to write, which must be empty or not exist",
     )
     parser.add_argument(
         "--placement",

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         metavar="N",
-        help="processes that encode; they do not change the result (default: the usable cores)",
+        help="number of encoding processes; it does not change the result (default: number of usable cores)",
     )
     return parser
 

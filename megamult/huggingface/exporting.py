@@ -97,7 +97,7 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype is {dtype!r}: use auto, {', '.join(DTYPES)}")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
-        raise ValueError(f"max_shard_size is {max_shard_size!r}: give a number with KB, MB, GB or TB, as 5GB")
+        raise ValueError(f"max_shard_size is {max_shard_size!r}: give a number and KB, MB, GB or TB, such as 5GB")
     saved = SavedCheckpoint(checkpoint)
     saved.verify()
     config = saved.info.config
@@ -213,7 +213,13 @@ def _tokenizer(saved: SavedCheckpoint, max_length: int) -> tuple[dict[str, bytes
         files = {**hf_tokenizer.convert(model, max_length), "tokenizer.model": model.read_bytes()}
     if any(name.startswith("tokenizer") for name in files):
         return files, ids, []
-    return files, ids, ["the checkpoint has no tokenizer, so the export has none: put its files there"]
+    return (
+        files,
+        ids,
+        [
+            "the checkpoint has no tokenizer, so the export has none: put the tokenizer's files into the output directory"
+        ],
+    )
 
 
 def _json(content: Any) -> bytes:

@@ -109,7 +109,7 @@ class RunLock:
                 waited = True
                 print(f"waiting until an earlier run leaves {run_dir} ({_holder(text)})", flush=True)
             elif before is None and not alive:
-                print(f"{self._path} names {_holder(text)}: checking for {LOOKS} s whether that is alive", flush=True)
+                print(f"{self._path} names {_holder(text)}: checking for {LOOKS} s if it is alive", flush=True)
             before = text
             time.sleep(LOOK_SECONDS)
 

@@ -74,7 +74,7 @@ class Watchdog:
         if not self._connected.wait(CONNECT_SECONDS / 2) or self._problem is not None:
             raise ConnectionError(
                 f"rank {self._rank} on {environment.host()} met rank 0 at port {os.environ['MASTER_PORT']}, but "
-                f"cannot reach {self._address}:{self._port} ({self._problem}): let ranks connect at any port"
+                f"cannot reach {self._address}:{self._port} ({self._problem}): allow connections on all ports"
             )
         return self
 

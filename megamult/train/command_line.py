@@ -53,9 +53,9 @@ def parser() -> Any:
         type=dict[str, Any] | str | None,
         default=None,
         help="DeepSpeed configuration (a mapping or a JSON file) merged into the one that the keys produce; "
-        'docs/deepspeed.md lists its keys, and "auto" is megamult\'s value',
+        'docs/deepspeed.md lists its keys, the value "auto" stands for megamult\'s own',
     )
-    made.add_argument("--local_rank", type=int, default=None, help="set by the launcher; LOCAL_RANK is what counts")
+    made.add_argument("--local_rank", type=int, default=None, help="set by the launcher and ignored: LOCAL_RANK counts")
     return made
 
 
@@ -137,7 +137,8 @@ def _modern(arguments: Sequence[str]) -> list[str]:
         name = section.get("name", name) if isinstance(section, dict) else name
     found = list(arguments)
     for key, i, value in given:
-        if key == "--config" and isinstance(sections[i], dict) and legacy.is_old(sections[i]):
+        section = sections.get(i)
+        if key == "--config" and isinstance(section, dict) and legacy.is_old(section):
             found[i] = found[i].removesuffix(value) + _modern_file(value, loaded[i], name)
     return found
 

@@ -167,7 +167,7 @@ def _without_effect(zero: Any, config: Config) -> list[str]:
 
 def _unknown(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"deepspeed.{name} is no key of DeepSpeed's: " + (f"did you mean {near[0]}" if near else "remove it")
+    return f"deepspeed.{name} is not a DeepSpeed key: " + (f"did you mean {near[0]}" if near else "remove it")
 
 
 def _overlaid(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def claim(run_dir: Path, resumes: bool) -> None:
     # A run that did not reach its first step leaves an empty file.
     if environment.rank() == 0 and not resumes and metrics.exists() and metrics.stat().st_size > 0:
         raise ValueError(
-            f"train.run_dir {run_dir} holds another run (metrics.jsonl): go on with it by --checkpoint.load latest, "
+            f"train.run_dir {run_dir} holds another run (metrics.jsonl): continue it with --checkpoint.load latest, "
             "choose another with --train.run_dir, or remove it"
         )
 
@@ -174,5 +174,7 @@ def after_divergence(run_dir: Path, last_good_step: int) -> str:
     parent = run_dir / "checkpoints"
     saved = [directory.of_step(parent, step) for step in directory.steps(parent) if step <= last_good_step][-1:]
     if not saved:
-        return "there is no checkpoint from before them; lower optimizer.lr, or lengthen optimizer.warmup_steps"
-    return f"the last checkpoint from before them is {saved[0]}; go on from it with a lower optimizer.lr or other data"
+        return "there is no checkpoint from before these steps; lower optimizer.lr, or lengthen optimizer.warmup_steps"
+    return (
+        f"the last checkpoint before these steps is {saved[0]}; go on from it with a lower optimizer.lr or other data"
+    )

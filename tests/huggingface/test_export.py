@@ -204,7 +204,7 @@ MISTAKES = [
     ({"model.x.bias": torch.ones(3)}, {}, r"holds model\.x\.bias, which its configuration does not have"),
     ({NORM: torch.full((96,), 7e4)}, {"dtype": "float16"}, r"model\.norm\.weight holds 70000, and torch\.float16 ends"),
     ({}, {"dtype": "int8"}, r"dtype is 'int8': use auto, float32, bfloat16, float16"),
-    ({}, {"max_shard_size": "5"}, r"max_shard_size is '5': give a number with KB, MB"),
+    ({}, {"max_shard_size": "5"}, r"max_shard_size is '5': give a number and KB, MB"),
 ]
 
 

@@ -104,7 +104,7 @@ EARLY: list[tuple[list[str], str]] = [
     (
         ["--deepspeed", "FOLDER/conflict.json"],
         r"deepspeed\.train_batch_size is 7, and here it is 32: train\.global_batch_size decides; remove it; "
-        r"deepspeed\.wall_clok_breakdown is no key of DeepSpeed's: did you mean wall_clock_breakdown",
+        r"deepspeed\.wall_clok_breakdown is not a DeepSpeed key: did you mean wall_clock_breakdown",
     ),
     (
         ["--deepspeed", "{gradient_clipping: 1.0}"],

@@ -36,12 +36,12 @@ def refusals(overrides: dict[str, Any], **more: Any) -> list[str]:
 
 # Each is a configuration that did nothing, something else, or crashed; and what must be said of it.
 ALONE: list[tuple[dict[str, Any], str]] = [
-    ({"gradient_acumulation_steps": 4}, r"no key of DeepSpeed's: did you mean gradient_accumulation_steps$"),
-    ({"zero_optimizaton": {"stage": 1}}, r"no key of DeepSpeed's: did you mean zero_optimization$"),
-    ({"superoffload": True}, r"superoffload is no key of DeepSpeed's: remove it$"),
-    ({"data_types": {"grad_acum_dtype": "fp32"}}, r"no key of DeepSpeed's: did you mean data_types\.grad_accum_dtype$"),
+    ({"gradient_acumulation_steps": 4}, r"not a DeepSpeed key: did you mean gradient_accumulation_steps$"),
+    ({"zero_optimizaton": {"stage": 1}}, r"not a DeepSpeed key: did you mean zero_optimization$"),
+    ({"superoffload": True}, r"superoffload is not a DeepSpeed key: remove it$"),
+    ({"data_types": {"grad_acum_dtype": "fp32"}}, r"not a DeepSpeed key: did you mean data_types\.grad_accum_dtype$"),
     ({"flops_profiler": {"enabled": True, "profile_setp": 2}}, r"did you mean flops_profiler\.profile_step$"),
-    ({"timers": {"thruput": {}}}, r"timers\.thruput is no key"),
+    ({"timers": {"thruput": {}}}, r"timers\.thruput is not a DeepSpeed key"),
     ({"communication_data_type": "fp16"}, r"is 'fp16': .*65,504; use fp32 or bf16, or remove it$"),
     (
         {"activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": True}},

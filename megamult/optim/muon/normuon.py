@@ -39,7 +39,7 @@ class NorMuon(Muon):
 
     def __init__(self, *, beta2: float = 0.95, eps: float = 1e-8, **muon: Any) -> None:
         if "scale" in muon:
-            raise ValueError(f"scale is {muon['scale']!r}: NorMuon's update has a size of its own; remove it")
+            raise ValueError(f"scale is {muon['scale']!r}: NorMuon fixes the size of its update: remove scale")
         if not 0 <= beta2 < 1:
             raise ValueError(f"beta2 is {beta2}: it must be in [0, 1)")
         super().__init__(**muon)

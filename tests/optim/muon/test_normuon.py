@@ -116,7 +116,7 @@ def test_a_state_dict_brings_the_second_moment_back() -> None:
     ("settings", "said"),
     [
         ({"beta2": 1.0}, r"beta2 is 1.0: it must be in \[0, 1\)"),
-        ({"scale": "spectral"}, "scale is 'spectral': NorMuon's update has a size of its own; remove it"),
+        ({"scale": "spectral"}, "scale is 'spectral': NorMuon fixes the size of its update: remove scale"),
     ],
 )
 def test_a_setting_that_is_not_possible_is_refused(settings: dict[str, object], said: str) -> None:
