@@ -216,9 +216,7 @@ def _tokenizer(saved: SavedCheckpoint, max_length: int) -> tuple[dict[str, bytes
     return (
         files,
         ids,
-        [
-            "the checkpoint has no tokenizer, so the export has none: put the tokenizer's files into the output directory"
-        ],
+        ["the checkpoint has no tokenizer, so the export has none: put its files into the output directory"],
     )
 
 
