@@ -1,7 +1,7 @@
 """What multipliers cost, in the layers or folded: tokens per second over none, memory and collectives that they add.
 
     python examples/benchmarks/layer_overhead.py                                     # speed and memory, one process
-    python examples/benchmarks/layer_overhead.py --implementations folded            # of one implementation alone
+    python examples/benchmarks/layer_overhead.py --implementations folded            # of one implementation
     deepspeed --num_gpus 2 examples/benchmarks/layer_overhead.py --collectives       # collectives at TP 2
 
 Speed: one engine without multipliers and one for each implementation, in one process, take whole optimizer steps in

@@ -14,8 +14,8 @@ sent are what a ring sends: (n - 1) / n of the buffer for a gather or scatter, t
 What a step costs of a training step of half a million tokens is computed, from the steps' medians and a measured
 forward and backward pass of one sequence (--seq); each data-parallel rank has its part of the tokens.
 
-With --tensor 2 the peers orthogonalize each tensor-parallel shard by itself: their time is then that of another update,
-which depends on the layout. DeepSpeed's and torch's take Q, K, V as one matrix, and gate, up; ours takes them apart.
+With --tensor 2 the other optimizers orthogonalize each tensor-parallel shard by itself: their time is then that of
+another update, which depends on the sharding. They take Q, K, V as one matrix, and gate, up; ours takes them apart.
 """
 
 from __future__ import annotations
@@ -493,7 +493,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=9, help="measured steps of each")
     parser.add_argument("--warmup", type=int, default=1, help="steps of each before measuring, after the first")
-    parser.add_argument("--newton_schulz", action="store_true", help="orthogonalization and its products alone")
+    parser.add_argument("--newton_schulz", action="store_true", help="only orthogonalization and its products")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     (newton_schulz_alone if arguments.newton_schulz else compare)(arguments)

@@ -122,10 +122,10 @@ def meet(seconds: float, configuration: Mapping[str, Any] | None = None) -> Meet
 def report_mistake(problem: str) -> None:
     """Report to rank 0, if it can be reached, that this rank cannot take part and why."""
     with contextlib.suppress(RanksMissingError, RuntimeError):
-        _submit(_store(_EXCUSE_SECONDS), _claim({}, problem), {})
+        _submit(_store(_REPORT_SECONDS), _claim({}, problem), {})
 
 
-_EXCUSE_SECONDS = 15.0
+_REPORT_SECONDS = 15.0
 """Time to wait for rank 0, which may still be importing libraries when this rank has already failed."""
 
 

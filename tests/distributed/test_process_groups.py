@@ -94,6 +94,21 @@ def test_megatron_answers_as_with_groups_of_its_own(size: int, tensor: int) -> N
         assert len(ours[0]) > 40, "the getters were not found"
 
 
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"expert_model_parallel_size": 2}, r"expert-parallel size is 2: megamult knows .*; leave it at 1"),
+        ({"context_parallel_size": 2}, r"in Megatron's order; leave pipeline, context and expert parallelism at 1"),
+        ({"pipeline_model_parallel_size": 2}, r"leave pipeline, context and expert parallelism at 1"),
+    ],
+)
+def test_groups_of_axes_that_no_mesh_here_has_are_refused(sizes: dict[str, int], said: str) -> None:
+    with rank_of(5, 8):
+        parallel_state.initialize_model_parallel(2, **sizes)
+        with pytest.raises(ValueError, match=said):
+            current_mesh()
+
+
 @pytest.mark.parametrize(("tensor", "calls"), [(1, 2), (8, 4)])
 def test_a_rank_makes_as_many_groups_at_1024_ranks_as_at_16(tmp_path: Path, tensor: int, calls: int) -> None:
     for size in (16, 64, 1024):

@@ -453,3 +453,10 @@ def test_mistakes_with_megatron_models_are_errors_that_name_them() -> None:
     assert "output_layer.weight (no rule)" in said["tied, no rules"]
     assert said["vocabulary"].startswith("vocab_size is 257, and the embedding of the model has 256 rows")
     assert said["experts"].startswith("num_moe_experts is 2")
+
+
+def test_the_bias_of_a_row_parallel_layer_is_replicated_and_partial_under_sequence_parallelism() -> None:
+    weight = megatron.single_matrix("down", 6, 8, 1)
+    assert megatron.bias_of(weight).reduce_over == ()
+    bias = megatron.bias_of(weight, partial=True)
+    assert (bias.shape, bias.shardings, bias.reduce_over) == ((6,), (), ("tensor",))

@@ -140,7 +140,7 @@ class MatrixRule(UpdateRule):
         """Choose the owners of the matrices, and plan the exchange."""
         self.matrices = Matrices(partition, selects, self.ns_steps, self.bucket_elements)
         self.exchange_dtype = self.exchange_dtype or self.matrices.dtype
-        self._exchange = self.matrices.exchange(self.exchange_dtype)
+        self._exchange, self._bytes_gathered = self.matrices.exchange(self.exchange_dtype), 0
 
     def slices(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> list[Slice]:
         """Return the slices whose state this rank stores; each element's state is on exactly one data-parallel rank."""
