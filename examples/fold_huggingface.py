@@ -1,11 +1,12 @@
-"""Learnable multipliers for a Hugging Face model: three lines of a DeepSpeed script, none in the model.
+"""Learnable multipliers for a Hugging Face model: three lines in a DeepSpeed script, no change to the model.
 
     deepspeed --num_gpus 2 examples/fold_huggingface.py
     deepspeed --num_gpus 2 examples/fold_huggingface.py --stage 3
     python examples/fold_huggingface.py                      # one process
 
-A small LlamaForCausalLM with random weights learns one random batch. At ZeRO 3 it is built under `deepspeed.zero.Init`,
-so no process ever holds all of it. The example needs `transformers`: pip install megamult[export].
+A small LlamaForCausalLM with random weights learns one random batch. With --stage 3 the model is built under
+`deepspeed.zero.Init`, so no process ever holds the whole model. The example needs `transformers`: pip install
+megamult[export].
 """
 
 import argparse
@@ -23,14 +24,14 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--stage", type=int, default=1, help="of ZeRO")
 parser.add_argument("--local_rank", help="DeepSpeed's launcher adds it")
 arguments = parser.parse_args()
-environment.set_defaults()  # a process without a launcher is a world of one
+environment.set_defaults()  # a process without a launcher is the only rank
 deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
 settings = {
     "train_micro_batch_size_per_gpu": SEQUENCES // ranks,
     "zero_optimization": {"stage": arguments.stage},
     "zero_allow_untested_optimizer": True,
-    "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, and the optimizer clips
+    "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, but here the optimizer clips
 }
 torch.manual_seed(1)
 with deepspeed.zero.Init(config_dict_or_path=settings, enabled=arguments.stage == 3):
@@ -45,8 +46,8 @@ with deepspeed.zero.Init(config_dict_or_path=settings, enabled=arguments.stage =
         )
     )
     if arguments.stage == 3:
-        # transformers initializes weights when ZeRO has already partitioned them and left empty tensors. Do it again:
-        # DeepSpeed's `apply` gathers the weights of each module first.
+        # transformers initialized the weights after ZeRO had partitioned them, so it got empty tensors. Initialize them
+        # again: DeepSpeed's `apply` gathers the weights of each module first.
         model.apply(model._init_weights)
 
 optimizer = megamult.fold({"name": "muon", "lr": 5e-3, "clip_grad_norm": 1.0}, model, megamult.LLAMA_RULES)
@@ -65,6 +66,6 @@ for step in range(10):
         print(f"step {step}: loss {mean / ranks:.4f}, multipliers {values.min():.4f} to {values.max():.4f}")
 for vector in optimizer.folded.vectors:
     multipliers = optimizer.folded.values[vector.entries]
-    if rank == 0 and "layers." not in vector.name.replace("layers.0.", ""):  # the first layer's and the embedding's
+    if rank == 0 and "layers." not in vector.name.replace("layers.0.", ""):  # all but those of later layers
         print(f"{vector.name:48} [{len(multipliers):4}]  mean {multipliers.mean():.4f}, spread {multipliers.std():.4f}")
 start.destroy()

@@ -1,10 +1,10 @@
-"""Learnable multipliers for Megatron-Core's own GPTModel: three lines of a DeepSpeed script, none in the model.
+"""Learnable multipliers for Megatron-Core's own GPTModel: three lines in a DeepSpeed script, no change to the model.
 
     deepspeed --num_gpus 2 examples/fold_megatron.py --tensor 2
     python examples/fold_megatron.py                         # one process
 
-A small GPTModel of Megatron's local layer spec learns one random batch. Embedding and head are padded to 1,024 tokens.
-`start.initialize` sets up Megatron's process groups and, if there is no GPU, lets its modules run on a CPU.
+A small GPTModel with Megatron's local layer spec learns one random batch. Embedding and head are padded to 1,024
+tokens. `start.initialize` sets up Megatron's process groups and, if there is no GPU, lets its modules run on a CPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size"
 parser.add_argument("--local_rank", help="DeepSpeed's launcher adds it")
 arguments = parser.parse_args()
 mesh = start.initialize(tensor=arguments.tensor)
-torch.manual_seed(1)  # use_cpu_initialization draws weights whole, then cuts them: the same for any --tensor
+torch.manual_seed(1)  # use_cpu_initialization draws whole weights and slices them: they are the same for any --tensor
 config = TransformerConfig(
     num_layers=2,
     hidden_size=64,
@@ -56,7 +56,7 @@ settings = {
     "train_micro_batch_size_per_gpu": SEQUENCES // ranks,
     "zero_optimization": {"stage": 1},
     "zero_allow_untested_optimizer": True,
-    "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, and the optimizer clips
+    "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, but here the optimizer clips
 }
 
 rules = megamult.megatron_rules(config, VOCAB)
@@ -68,7 +68,7 @@ here = device.local_device()
 torch.manual_seed(2)
 text = torch.randint(0, VOCAB, (SEQUENCES, TOKENS + 1))[rank::ranks].to(here)
 positions = torch.arange(TOKENS, device=here).expand(len(text), -1)
-# Causal mask; True marks positions that must not be seen. Megatron would make it itself, but on a GPU.
+# Causal mask: True marks positions that must not be seen. Megatron can make the mask itself, but only on a GPU.
 future = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=here).triu(1)
 for step in range(10):
     loss = engine(text[:, :-1], positions, future, labels=text[:, 1:].contiguous()).mean()

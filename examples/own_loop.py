@@ -1,9 +1,9 @@
-"""The model and the optimizer in a DeepSpeed loop of your own.
+"""megamult's model and optimizer in your own DeepSpeed training loop.
 
     deepspeed --num_gpus 2 examples/own_loop.py
 
-Every parameter must have a spec. The modules of megamult.layers and megamult.models state theirs; for a module of your
-own, state them with `megamult.parameters.stated.set_spec`.
+Every parameter must have a spec. The modules of megamult.layers and megamult.models state the specs of their
+parameters. For your own module, state the specs with `megamult.parameters.stated.set_spec`.
 """
 
 import deepspeed
@@ -27,11 +27,11 @@ settings = {
     "train_micro_batch_size_per_gpu": 4,
     "zero_optimization": {"stage": 1},
     "zero_allow_untested_optimizer": True,
-    "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, and the optimizer clips
+    "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0, but here the optimizer clips
 }
-with optimizer.paused():  # DeepSpeed may call step() while it is constructed
+with optimizer.paused():  # DeepSpeed may call step() while the engine is constructed
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mesh.mpu)
-attach(engine, optimizer)  # now engine.step() first clips, over all groups but multipliers
+attach(engine, optimizer)  # now engine.step() first clips gradients, by one norm over all groups but multipliers
 
 text = torch.randint(0, VOCAB, (4, 65), device=device.local_device())
 for step in range(10):

@@ -1,13 +1,14 @@
-"""What a checkpoint costs: for how long training stands still, bytes, memory, and the time to load it again.
+"""Costs of a checkpoint: the time for which training stops, bytes, memory, and the time to load it again.
 
     deepspeed --num_gpus 2 examples/benchmarks/checkpoint.py
 
 One engine (200 million parameters, ZeRO 2, AdamW: three fp32 tensors per parameter) trains one step, so that there is
-state, and then saves in turn synchronously and asynchronously; a training step runs while an asynchronous save is
-written. Figures are medians over the repetitions, the slowest rank's.
+optimizer state. Then it saves synchronously and asynchronously in turn. A training step runs while an asynchronous save
+is written. Figures are those of the slowest rank, as medians over the repetitions.
 
-Memory is what the process has for itself (RssAnon) at its peak during a save or load, less what it had before, sampled
-every 5 ms; it is set beside this rank's share of the state. Bytes written are those of the directory's files.
+Memory is the growth of the process's private memory (RssAnon), sampled every 5 ms: its peak during a save or load,
+minus its value before. It is compared with the largest share of the state that a rank has. Bytes written are the sizes
+of the files in the checkpoint directory.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ VOCAB = 32_768
 
 
 class Memory:
-    """Peak of this process's memory within :meth:`watched`, over what it was before, in bytes."""
+    """Growth of this process's memory within :meth:`watched`, from its value before to its peak, in bytes."""
 
     def __init__(self) -> None:
         self.extra = 0
@@ -107,7 +108,7 @@ def configuration(arguments: argparse.Namespace) -> Config:
 
 
 def train_step(engine: DeepSpeedEngine) -> float:
-    """Return the seconds that one training step takes."""
+    """Take one training step; return its seconds."""
     text = torch.randint(0, VOCAB, (1, 65), generator=torch.Generator().manual_seed(0)).to(device.local_device())
     began = time.perf_counter()
     objective, _ = engine.deepspeed(text[:, :-1].contiguous(), text[:, 1:].contiguous())
@@ -119,7 +120,7 @@ def train_step(engine: DeepSpeedEngine) -> float:
 
 
 def saves(engine: DeepSpeedEngine, config: Config, folder: Path, repeats: int) -> dict[str, list[float]]:
-    """Save several times; return the seconds and bytes of every save, one list per figure."""
+    """Save several times in both ways; return the seconds and bytes of every save, as one list per figure."""
     memory = Memory()
     found: dict[str, list[float]] = {}
 
@@ -130,7 +131,7 @@ def saves(engine: DeepSpeedEngine, config: Config, folder: Path, repeats: int) -
     for asynchronous in (False, True):
         config.checkpoint = CheckpointConfig(keep=1, asynchronous=asynchronous)
         savers[asynchronous] = RunCheckpoints(folder / str(asynchronous), config, VOCAB, engine.mesh)
-    for repeat in range(repeats + 1):  # the first of each is the warm-up: memory to stage in is allocated there
+    for repeat in range(repeats + 1):  # the first save of each is a warm-up: it allocates the memory for copies
         for asynchronous, saver in savers.items():
             torch.distributed.barrier()
             kind = ("asynchronous" if asynchronous else "synchronous") + (", the first" if repeat == 0 else "")
@@ -147,7 +148,7 @@ def saves(engine: DeepSpeedEngine, config: Config, folder: Path, repeats: int) -
 
 
 def load(engine: DeepSpeedEngine, path: Path) -> dict[str, float]:
-    """Load; return the seconds that verification and reading take, and the memory."""
+    """Load a checkpoint; return the seconds that verification and reading take, and the extra memory in bytes."""
     memory = Memory()
     torch.distributed.barrier()
     with memory.watched():

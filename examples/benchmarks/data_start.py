@@ -1,11 +1,12 @@
-"""Bytes that a run reads of its corpora at its start, and memory that this takes: by stamps, and reading everything.
+"""Bytes of its corpora that a run reads at its start, and the memory for it: by stamps, and by reading everything.
 
     python examples/benchmarks/data_start.py
 
-The corpora are sparse files with true sizes, headers and stamps and without contents, which a start by stamps does not
-look for: its figures are measured, on all of them. To read everything cannot be measured so: an index of
-`--sample_documents` documents is written in full, what the check of it takes per document is measured, and the rest is
-arithmetic. Bytes read are the kernel's count for a process (rchar), memory is its resident set.
+The corpora are sparse files with true sizes, headers and stamps, but without contents. A start by stamps needs no
+contents, so its figures are measured on all files. Reading everything cannot be measured in this way. For this, an
+index of `--sample_documents` documents is written in full, the cost per document of its check is measured, and the
+other figures are calculated. Bytes read are the kernel's count for a process (rchar), and memory is the process's
+resident set.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ _INT32 = 4
 
 
 class Tokenizer:
-    """What a dataset reads of a tokenizer, without a file."""
+    """Stand-in for a tokenizer: the attributes that a dataset reads, without a file."""
 
     vocab_size, eod, sha256, model_path = 128_256, 2, "0" * 64, "none"
     unique_identifiers: ClassVar = {"class": "none"}
 
 
 def make_sparse(prefix: Path, documents: int, tokens: int) -> None:
-    """Make a corpus of `documents` documents as sparse files, with a stamp."""
+    """Make a corpus with these numbers of documents and tokens as sparse files, with a stamp."""
     idx, header = prefix.with_suffix(".idx"), _HEADER.pack(b"MMIDIDX\0\0", 1, _INT32, documents, documents + 1)
     with open(idx, "wb") as stream:
         stream.write(header)
@@ -72,7 +73,7 @@ def make_sparse(prefix: Path, documents: int, tokens: int) -> None:
 
 
 def make_index(path: Path, documents: int) -> None:
-    """Write an index file of documents of 1,000 tokens each."""
+    """Write the index file of documents that have 1,000 tokens each."""
     with open(path, "wb") as stream:
         stream.write(_HEADER.pack(b"MMIDIDX\0\0", 1, _INT32, documents, documents + 1))
         stream.write(np.full(documents, 1000, "<i4").tobytes())
@@ -81,7 +82,7 @@ def make_index(path: Path, documents: int) -> None:
 
 
 def check_everything(path: Path, documents: int) -> None:
-    """Check a whole index at once, as each rank did before there were stamps."""
+    """Check a whole index at once, as each rank would have to do without stamps."""
     table = np.memmap(path, np.uint8, "r")
     lengths = np.frombuffer(table, "<i4", documents, _HEADER.size)
     pointers = np.frombuffer(table, "<i8", documents, _HEADER.size + 4 * documents)
@@ -96,7 +97,7 @@ def _status(key: str) -> int:
 
 
 def _measured(work: Callable[..., object], arguments: tuple[Any, ...], answers: Any) -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
     read = int(Path("/proc/self/io").read_text().split()[1])
     memory, began = _status("VmRSS"), time.perf_counter()
     kept = work(*arguments)

@@ -1,16 +1,17 @@
-"""What multipliers cost, in the layers or folded: tokens per second over none, memory and collectives that they add.
+"""Costs of multipliers, in the layers or folded: the relative speed of training, added memory and collectives.
 
     python examples/benchmarks/layer_overhead.py                                     # speed and memory, one process
-    python examples/benchmarks/layer_overhead.py --implementations folded            # of one implementation
+    python examples/benchmarks/layer_overhead.py --implementations folded            # only this one and none
     deepspeed --num_gpus 2 examples/benchmarks/layer_overhead.py --collectives       # collectives at TP 2
 
-Speed: one engine without multipliers and one for each implementation, in one process, take whole optimizer steps in
-turn, so that all see the same machine; who goes first rotates. A step is --accumulation micro-batches of --batch
-sequences, and tokens per second count all of them; a ratio is that of the medians. Sizes default to those of the
-project's target for this device.
+Speed: one process has an engine without multipliers and one for each implementation. The engines take whole optimizer
+steps in turn, so that they run under the same conditions, and the engine that goes first rotates. A step is
+--accumulation micro-batches of --batch sequences, and tokens per second count all of them. A ratio is the ratio of the
+medians. Default sizes are those of the project's target for this device.
 
-Memory that folded multipliers add: bytes of the optimizer's state after the last step, less those without multipliers,
-per element of this rank's matrices that carry multipliers; apart from it the multipliers with gradients and moments.
+Memory that folded multipliers add: bytes of the optimizer's state after the last step, minus those without multipliers,
+per element of this rank's matrices that have multipliers. The multipliers with their gradients and moments are reported
+separately.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def print_memory(folded: DeepSpeedEngine, none: DeepSpeedEngine) -> None:
-    """Print what folded multipliers add to this rank's optimizer, after a step."""
+    """Print the bytes that folded multipliers add to this rank's optimizer. Both engines must have taken a step."""
     settings, multipliers = folded.optimizer.folding, folded.optimizer.folded
     assert settings is not None and multipliers is not None
     added = tensor_bytes(folded.optimizer.state.values()) - tensor_bytes(none.optimizer.state.values())
@@ -139,7 +140,7 @@ def tensor_bytes(states: Iterable[dict[str, Any]]) -> int:
 
 @contextmanager
 def counted() -> Iterator[collections.Counter[str]]:
-    """Count calls of torch.distributed's collectives, under every name that Megatron bound them to."""
+    """Count calls of torch.distributed's collectives, also under the names to which Megatron has bound them."""
     from megatron.core.tensor_parallel import layers, mappings
 
     counts: collections.Counter[str] = collections.Counter()
@@ -166,7 +167,7 @@ def counted() -> Iterator[collections.Counter[str]]:
 
 
 def count_collectives(arguments: argparse.Namespace) -> None:
-    """Print the collectives of one micro-batch's forward and backward at TP 2."""
+    """Print the number of collectives in one micro-batch's forward and backward pass at TP 2."""
     start.initialize(2)
     tokens, labels = batch_of(arguments)
     rank = torch.distributed.get_rank()

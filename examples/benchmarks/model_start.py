@@ -1,11 +1,12 @@
-"""Seconds to give Llama-3's weights their first values on one rank's CPU: by index, and drawn whole then sliced.
+"""Seconds in which one rank's CPU gives Llama-3's weights their first values: by index, or drawn whole and sliced.
 
     python examples/benchmarks/model_start.py
 
-CPU seconds of one core. `whole` is the measured rate of Megatron's `use_cpu_initialization` with `torch.normal`, times
-all elements of the model: every rank draws each matrix whole and keeps a slice. `by index` is measured on one block and
-on the embedding of one rank's shard, through `megamult.models.common.initialization.initialize`, and multiplied by the
-number of blocks; `resume` likewise, where a checkpoint will be loaded.
+All times are CPU seconds of one core. `whole` is the measured time per element of Megatron's `use_cpu_initialization`
+with `torch.normal`, multiplied by the number of elements of the model, because every rank draws each matrix whole and
+keeps a slice. `by index` is measured on one block and on the embedding of one rank's shard, through
+`megamult.models.common.initialization.initialize`, and multiplied by the numbers of blocks and vocabulary matrices.
+`resume` is measured in the same way, for a run that will load a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ _STD: dict[Role, float] = dict.fromkeys(
 
 
 def rank_holds(specs: list[ParameterSpec], tensor: int, data: int) -> torch.nn.Module:
-    """Return the bf16 parameters of the last rank of each axis; with `data` above 1, its partitions at ZeRO 3."""
+    """Return a module with the bf16 parameters of the last rank of each axis.
+
+    If `data` is above 1, the parameters are partitioned as at ZeRO 3.
+    """
     held = torch.nn.Module()
     for i, stated in enumerate(specs):
         rows, cols = stated.local_shape(Grid(tensor=tensor))
@@ -51,7 +55,7 @@ def rank_holds(specs: list[ParameterSpec], tensor: int, data: int) -> torch.nn.M
 
 
 def seconds_to_set(model: Llama, tensor: int, data: int, seed: int | None) -> float:
-    """Return the seconds in which a rank sets its parameters: one block is timed and counts once for every block."""
+    """Return the seconds in which a rank sets its parameters. One block is timed, and counts once for every block."""
     padded, total = padded_vocab_size(VOCAB), 0.0
     for specs, times in (
         (model.specs()[:4], model.layers),
@@ -70,7 +74,10 @@ def elements(model: Llama) -> int:
 
 
 def seconds_per_element_of_a_whole_draw(tensor: int) -> float:
-    """Megatron's `use_cpu_initialization`: `torch.normal` in fp32, a copy into the whole matrix, a cast, a slice."""
+    """Return the seconds per element of Megatron's `use_cpu_initialization`.
+
+    It calls `torch.normal` in fp32, copies into the whole matrix, casts and slices.
+    """
     generator, best = torch.Generator().manual_seed(1), float("inf")
     rows, cols = 8192, 8192
     weight = torch.nn.Parameter(torch.zeros(rows // tensor, cols, dtype=torch.bfloat16))
@@ -97,7 +104,7 @@ def seconds_per_element_of_a_whole_draw(tensor: int) -> float:
 
 
 def processor() -> str:
-    """The name of this machine's processor."""
+    """Return the name of this machine's processor."""
     lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
@@ -109,7 +116,7 @@ def main() -> None:
     parser.add_argument("--data", type=int, default=8, help="data-parallel size at ZeRO 3")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    # The table of the normal distribution, once per process.
+    # Time the first call, which makes the table of the normal distribution: once per process.
     began = time.process_time()
     initialize(rank_holds([megatron.single_matrix("down", 8, 8, None)], 1, 1), _STD, 1, tensor_shard(0, 1))
     table = time.process_time() - began

@@ -1,10 +1,10 @@
-"""How DistributedMuon would spread Llama-3's matrices over up to 1,024 ranks: no process group, one core.
+"""How DistributedMuon would spread Llama-3's matrices over up to 1,024 ranks, planned by one process on one core.
 
     python examples/benchmarks/muon_plan.py
 
-Load is Newton-Schulz FLOPs per optimizer step. Where the busiest rank is far above the mean, the column `bound` says
-whether whole matrices could do better at all: no assignment of whole matrices has a busiest rank below it. If `bound`
-itself is far above 1, splitting one matrix over several ranks would pay.
+The load of a rank is its number of Newton-Schulz FLOPs per optimizer step. `bound` is a lower bound of the busiest
+rank's load in any assignment of whole matrices. If `busiest/mean` is far above `bound/mean`, another assignment might
+do better. If `bound/mean` itself is far above 1, splitting one matrix over several ranks would pay.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megamult.zero.partition import Cut, even_intervals, flat_intervals
 
 @dataclass(frozen=True)
 class Llama:
-    """Sizes of a model (A. Grattafiori et al., "The Llama 3 Herd of Models", arXiv 2407.21783, table 3)."""
+    """Sizes of a Llama 3 model (A. Grattafiori et al., "The Llama 3 Herd of Models", arXiv 2407.21783, table 3)."""
 
     layers: int
     hidden: int
@@ -50,7 +50,10 @@ LLAMA = {"8B": Llama(32, 4096, 32, 8, 14336), "70B": Llama(80, 8192, 64, 8, 2867
 
 
 def zero_cuts(specs: Sequence[ParameterSpec], tensor: int, data: int, stage: int) -> list[Cut]:
-    """Return each data-parallel rank's cut: a part of one flat buffer (ZeRO 1, 2) or of every parameter (ZeRO 3)."""
+    """Return how each parameter is divided over data-parallel ranks.
+
+    A rank holds a part of one flat buffer of all parameters (ZeRO 1, 2) or a part of every parameter (ZeRO 3).
+    """
     sizes = [math.prod(stated.local_shape(Grid(tensor=tensor))) for stated in specs]
     partition_size = -(-sum(sizes) // data)
     cuts, offset = [], 0

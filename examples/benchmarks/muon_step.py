@@ -1,21 +1,23 @@
-"""The optimizer step of DistributedMuon, DeepSpeed's Muon and a replicated torch.optim.Muon on the same model.
+"""Optimizer steps of DistributedMuon, DeepSpeed's Muon and a replicated torch.optim.Muon on the same model.
 
     deepspeed --num_gpus 2 examples/benchmarks/muon_step.py                 # data parallel 2
     deepspeed --num_gpus 2 examples/benchmarks/muon_step.py --tensor 2      # tensor parallel 2
     deepspeed --num_gpus 4 examples/benchmarks/muon_step.py --tensor 2      # both
     python examples/benchmarks/muon_step.py --newton_schulz                 # only the orthogonalization, one process
 
-All optimizers step in turn in the same processes, so that they see the same machine; times are medians over the steps
-from the second on, of the slowest rank. A step is all that happens after the backward pass: the reduction of gradients
-(DeepSpeed's Muon orthogonalizes within it) and the update. The first is reported apart, with empty compile caches.
-FLOPs and bytes are counted in one more step (compiled functions run uncompiled there), not computed. A rank's bytes
-sent are what a ring sends: (n - 1) / n of the buffer for a gather or scatter, twice that for an all-reduce.
+All optimizers step in turn in the same processes, so that they run under the same conditions. A step is all that
+happens after the backward pass: the reduction of gradients (DeepSpeed's Muon orthogonalizes within it) and the update.
+Times are those of the slowest rank, as medians over the steps after the first step and the warm-up. The first step,
+which has empty compile caches, is reported separately. FLOPs and bytes are counted in one more step, in which compiled
+functions run uncompiled. A rank's bytes sent are those of a ring: (n - 1) / n of the buffer for a gather or scatter,
+and twice as many for an all-reduce.
 
-What a step costs of a training step of half a million tokens is computed, from the steps' medians and a measured
-forward and backward pass of one sequence (--seq); each data-parallel rank has its part of the tokens.
+The share of an optimizer step in a training step of half a million tokens is calculated from the median and a measured
+forward and backward pass of one sequence (--seq). Each data-parallel rank has its part of the tokens.
 
-With --tensor 2 the other optimizers orthogonalize each tensor-parallel shard by itself: their time is then that of
-another update, which depends on the sharding. They take Q, K, V as one matrix, and gate, up; ours takes them apart.
+With --tensor 2 the other optimizers orthogonalize each tensor-parallel shard by itself. Their times are then those of
+another update, which depends on the sharding. DeepSpeed's and torch's Muon take Q, K and V as one matrix, and gate and
+up as one. Ours takes each by itself.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="muon_step_")  # an empty compile cache, for all
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="muon_step_")  # an empty compile cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,12 +45,12 @@ from tqdm import tqdm
 from megamult.parameters.stated import spec_of
 
 VOCAB = 4096
-TOKENS = 1 << 19  # of the training step that an optimizer step is compared with
+TOKENS = 1 << 19  # tokens of the training step with which an optimizer step is compared
 SENT = [0.0]  # bytes that this rank sent, counted by the wrappers below
 
 
 def count_collectives() -> None:
-    """Make torch.distributed's functions count bytes. To be called before other modules import them."""
+    """Make torch.distributed's functions count the bytes that they send. Call this before other modules import them."""
 
     def size(tensor: torch.Tensor) -> int:
         return tensor.numel() * tensor.element_size()
@@ -94,7 +96,7 @@ def bf16_is_fast() -> bool:
 
 
 def peers_in_fp32() -> None:
-    """Let the peers compute Newton-Schulz in fp32 where they insist on bf16, which some CPUs emulate."""
+    """Make the other optimizers compute Newton-Schulz in fp32 instead of bf16, which some CPUs only emulate."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_bf16_supported = lambda: False  # DeepSpeed then falls back to fp32 by itself
@@ -147,7 +149,7 @@ class Contestant:
         else:
             for parameter in self.model.parameters():
                 parameter.use_muon = spec_of(parameter).kind == "matrix"  # type: ignore[attr-defined]
-            # Its Muon refuses to run at ZeRO 3 otherwise.
+            # With reduce_scatter, DeepSpeed's Muon refuses to run at ZeRO 3.
             settings["zero_optimization"]["reduce_scatter"] = arguments.zero_stage != 3
             settings["optimizer"] = {
                 "type": "muon",
@@ -163,16 +165,16 @@ class Contestant:
                     model=self.model,
                     model_parameters=[p for p in self.model.parameters() if p.requires_grad],
                     config=settings,
-                    mpu=mesh.mpu if arguments.tensor > 1 else None,  # given one, its Muon refuses bf16 at ZeRO 1
+                    mpu=mesh.mpu if arguments.tensor > 1 else None,  # with mpu, DeepSpeed's Muon refuses bf16 at ZeRO 1
                     dist_init_required=False,
                 )
             self.states = [self.engine.optimizer.optimizer.state]
         self._backward, self._step = self.engine.backward, self.engine.step
-        # DeepSpeed reduces gradients at the end of its backward.
+        # DeepSpeed reduces gradients at the end of its function `backward`.
         self.engine.allreduce_gradients = self._measured(self.engine.allreduce_gradients)
 
     def _plain(self, config: Any) -> None:
-        """Set up an optimizer that updates everything on every data-parallel rank, after gradients are averaged."""
+        """Set up optimizers that update everything on every data-parallel rank after gradients are averaged."""
         from megamult.distributed.mesh import current_mesh
 
         matrices = [p for p in self.model.parameters() if spec_of(p).kind == "matrix"]
@@ -196,7 +198,7 @@ class Contestant:
         self._backward, self._step = torch.Tensor.backward, step
 
     def _measured(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Call `function`; add its seconds, FLOPs and bytes to this contestant's."""
+        """Return a function that calls `function`, and adds its seconds, FLOPs and bytes sent to this contestant's."""
 
         def call() -> None:
             torch.distributed.barrier()
@@ -220,14 +222,16 @@ class Contestant:
         return all_ranks(self.seconds).max().item()
 
     def state_bytes(self) -> int:
-        """Bytes of the optimizer's state on this rank."""
+        """Return the bytes of the optimizer's state on this rank."""
         tensors = [value for state in self.states for values in state.values() for value in values.values()]
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
 def pass_seconds(arguments: argparse.Namespace) -> float:
-    """A forward and backward pass over one sequence, of the slowest rank; the fastest of a few: it is what an optimizer
-    step is held against."""
+    """Return the seconds of a forward and backward pass over one sequence on the slowest rank.
+
+    The fastest of a few passes counts, because optimizer steps are compared with it.
+    """
     from megamult.distributed import device
     from megamult.train.model import build_model
 
@@ -279,7 +283,7 @@ def run_config(arguments: argparse.Namespace, seq_length: int = 64) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence DeepSpeed's warnings and figures."""
+    """Suppress DeepSpeed's warnings and what it prints."""
     import logging
 
     from deepspeed.utils import logger
@@ -306,13 +310,13 @@ def synchronize() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print the table of whole optimizer steps, and what they cost of a training step."""
+    """Print the table of whole optimizer steps, and their shares of a training step."""
     count_collectives()
     from megamult.distributed import start
 
     start.initialize(arguments.tensor)
     median = measure_steps(arguments)
-    gc.collect()  # the contestants: the pass that follows needs their memory
+    gc.collect()  # frees the contestants, whose memory the next passes need
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     print_shares(arguments, median)
@@ -320,7 +324,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def print_shares(arguments: argparse.Namespace, median: dict[str, float]) -> None:
-    """Print which share of a training step the optimizer steps of `median` seconds take."""
+    """Print the share of a training step that each optimizer step takes. `median` has its seconds by optimizer."""
     from megamult.distributed.mesh import current_mesh
 
     one = pass_seconds(arguments)
@@ -334,7 +338,7 @@ def print_shares(arguments: argparse.Namespace, median: dict[str, float]) -> Non
 
 
 def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
-    """Print the table of whole optimizer steps; return their median seconds by name."""
+    """Print the table of whole optimizer steps; return their median seconds by optimizer."""
     from megamult.distributed import device
     from megamult.distributed.mesh import current_mesh
 
@@ -350,7 +354,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
     first = {contestant.name: contestant.run(tokens, labels) for contestant in contestants}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for step in tqdm(range(arguments.warmup + arguments.steps), disable=not main_rank, unit="round"):
-        for contestant in contestants[:: 1 if step % 2 else -1]:  # nobody always goes first
+        for contestant in contestants[:: 1 if step % 2 else -1]:  # no optimizer always goes first
             taken = contestant.run(tokens, labels)
             if step >= arguments.warmup:
                 seconds[contestant.name].append(taken)
@@ -397,8 +401,10 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def newton_schulz_alone(arguments: argparse.Namespace) -> None:
-    """Print seconds of orthogonalizing all layers' matrices, ours and torch.optim.Muon's, and the share of the peak;
-    then those of the symmetric products in it."""
+    """Print the times of orthogonalizing all layers' matrices, for our Newton-Schulz and torch.optim.Muon's.
+
+    Print also the share of the device's peak FLOP/s that ours reaches, and the times of the symmetric products in it.
+    """
     from torch.optim._muon import _zeropower_via_newtonschulz as torchs
 
     from megamult.distributed import device
@@ -414,7 +420,7 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
         (arguments.ffn, arguments.hidden): 2,
         (arguments.hidden, arguments.ffn): 1,
     }
-    # torch.optim.Muon computes in bf16, whatever it is given.
+    # torch.optim.Muon computes in bf16, whatever the dtype of its input.
     ours = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.ns_dtype]
     peak = device.peak_flops(ours)
     print(

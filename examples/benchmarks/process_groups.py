@@ -1,14 +1,14 @@
-"""How many process groups a rank makes and how many sockets it holds, at sizes that nobody starts for a table.
+"""How many process groups a rank makes and how many sockets it holds, at up to 1,024 ranks.
 
     python examples/benchmarks/process_groups.py
 
-One process stands in for the last rank, and for rank 0, of a launch: torch's fake backend answers for the others.
-`Megatron` is `parallel_state.initialize_model_parallel` and one gloo group each for the vote, saves and a load;
-`megamult` is what `megamult.distributed.start.initialize` and a run make. A call takes part in making one group. With
-NCCL bound to its GPUs each call of Megatron's is a split of the communicator of all ranks, whether this rank is in the
-group or not; megamult splits it once per axis. Sockets are those of gloo, which connects every two ranks of a group,
-and of the store and the watchdog; `tests/distributed/test_process_groups.py` compares megamult's with those of real
-processes.
+One process plays the last rank of a launch and then rank 0. torch's fake backend answers for the other ranks.
+`Megatron` makes the groups of `parallel_state.initialize_model_parallel`, and one gloo group each for the vote, for
+saves and for a load. `megamult` makes the groups of `megamult.distributed.start.initialize` and of a run. In each of
+the `calls`, the rank takes part in making one group. If NCCL is bound to its GPUs, each call of Megatron splits the
+communicator of all ranks, whether this rank is in the group or not; megamult splits it once per axis. Sockets are those
+of gloo, which connects every two ranks of a group, and those of the store and the watchdog.
+`tests/distributed/test_process_groups.py` compares megamult's number of sockets with that of real processes.
 """
 
 from __future__ import annotations

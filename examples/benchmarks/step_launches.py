@@ -1,11 +1,11 @@
-"""How many kernels a rank of Llama-3 8B and 70B starts in an optimizer step, beside the optimizer's own updates.
+"""How many kernels a rank of Llama-3 8B and 70B starts in an optimizer step, besides those of the optimizer's updates.
 
     python examples/benchmarks/step_launches.py
 
-Counts operations, without a GPU: what torch compiles for CUDA counts as one, views as none, and torch's `foreach`
-functions by tensor as well as by call (on CUDA a call is one kernel for some 100 tensors). The model has all layers,
-each 32 times narrower, with the slices that ZeRO 3 leaves on one of `--data` data-parallel ranks, and bands of rows as
-the whole model's.
+The program counts operations, without a GPU. A function that torch compiles for CUDA counts as one, and a view as none.
+A `foreach` function of torch counts as one in the column `calls`, and once per tensor in the column `tensors` (on CUDA
+a call is one kernel for some 100 tensors). The model has all layers, each 32 times narrower, and the slices that ZeRO 3
+leaves on one of `--data` data-parallel ranks. The slices are cut into as many bands of rows as at full width.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VOCABULARY = 128256
 
 
 def specs(name: str, tensor: int) -> dict[str, ParameterSpec]:
-    """Return the specs of the shards of one tensor-parallel rank, each as a whole parameter."""
+    """Return the specs of one tensor-parallel rank's shards. Each shard is stated as a whole parameter."""
     model = LLAMA[name]
     hidden, ffn = model.hidden // NARROWER, model.ffn // NARROWER // tensor
     heads, groups = model.heads // tensor, max(1, model.groups // tensor)
@@ -55,12 +55,12 @@ def specs(name: str, tensor: int) -> dict[str, ParameterSpec]:
 
 
 class RankPartition(Partition):
-    """The slices that ZeRO 3 leaves on one data-parallel rank, one buffer for each parameter."""
+    """Partition of the slices that ZeRO 3 leaves on one data-parallel rank, with one buffer for each parameter."""
 
     sharded = True
 
     def __init__(self, stated: dict[str, ParameterSpec], data: int) -> None:
-        self.mesh, self.group = ALONE, None  # the other ranks' collectives are not what is counted
+        self.mesh, self.group = ALONE, None  # collectives with other ranks are not counted
         self.slices, self.cuts, self._gradients = [], [], []
         for name, each in stated.items():
             intervals = even_intervals(torch.Size(each.shape).numel(), data)
@@ -77,11 +77,11 @@ class RankPartition(Partition):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that are not views while it is entered."""
+    """Mode that counts operations other than views while it is entered."""
 
     calls = 0
     tensors = 0
-    """The same, with every tensor of a `foreach` function counted."""
+    """Count like `calls`, except that every tensor of a `foreach` function counts."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.is_view:
@@ -90,7 +90,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def one(self, function: Any) -> Any:
-        """Make a function count as one launch, whatever it does."""
+        """Return a function that calls `function` and counts as one launch, whatever `function` does."""
 
         def compiled(*args: Any) -> Any:
             self.calls += 1
@@ -103,7 +103,7 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def counting() -> Iterator[Launches]:
-    """Count launches as on CUDA, where a fused function is one."""
+    """Count launches as on CUDA, where a fused function is one launch."""
     launches = Launches()
     fused = {
         "_scale_piece_compiled": launches.one(kernels._scale_piece),
@@ -116,7 +116,7 @@ def counting() -> Iterator[Launches]:
 
 @torch.no_grad()
 def report(name: str, tensor: int, data: int) -> None:
-    """Print the rows of one model."""
+    """Print the rows of the table for one model."""
     partition = RankPartition(specs(name, tensor), data)
     with patch.dict(scaling._ELEMENTS, cpu=scaling._ELEMENTS["cuda"] // NARROWER**2):
         folded = FoldedMultipliers(resolve("all"), lr=1e-3).bind(
@@ -126,7 +126,7 @@ def report(name: str, tensor: int, data: int) -> None:
     count = len(folded._scaling.bands)
 
     def write() -> None:
-        folded._present = None  # as after an update
+        folded._present = None  # as after an update of the multipliers
         with folded.latent_weights([each.tensor for each in partition.slices]):
             pass
 
@@ -135,7 +135,7 @@ def report(name: str, tensor: int, data: int) -> None:
         ("chain rule, folded", lambda: folded.chain_rule(partition.gradients())),
         ("effective weights, folded", write),
     ):
-        for _ in range(2):  # indices are made in the first step
+        for _ in range(2):  # the first pass also makes indices; the second is printed
             with counting() as launches:
                 do()
         print(

@@ -1,15 +1,17 @@
-"""Traffic per optimizer step and memory per rank of each ZeRO stage, in bf16 with gradients accumulated in fp32.
+"""Traffic per optimizer step and memory per rank at each ZeRO stage, in bf16 with gradients accumulated in fp32.
 
     deepspeed --num_gpus 2 examples/benchmarks/zero_stages.py --stage 1     # counted, on a small model
     python examples/benchmarks/zero_stages.py --arithmetic                  # Llama-3 8B and 70B, by the counted rules
 
-Counted are the collectives that reach the backend in one step of --accumulation micro-batches, and the bytes of all
-tensors that Python can reach: between steps, and at most while gradients are reduced. Activations that autograd saves
-are not among them. All figures are per parameter, so that they carry over to other sizes.
+The first command counts the collectives that reach the backend in one step of --accumulation micro-batches. It also
+counts the bytes of all tensors that Python can reach: between steps, and at their peak while gradients are reduced.
+Activations that autograd saves are not among these tensors. All figures are per parameter, so that they apply to other
+sizes.
 
-The arithmetic gives the time in which a rank communicates and computes nothing, for one step of as many tokens, if a
-ring moves --link gigabytes per second and a GPU computes --flops TFLOP/s. ZeRO 1 reduces gradients after the last
-backward pass. ZeRO 2 and 3 reduce them during every backward pass; only what takes longer than the pass counts.
+The second command calculates the seconds in which a rank communicates and computes nothing. It assumes one step of
+--tokens tokens per rank, a ring that moves --link gigabytes per second through a rank, and --flops TFLOP/s of a rank.
+ZeRO 1 reduces gradients after the last backward pass. ZeRO 2 and 3 reduce them during every backward pass, and only the
+time by which the communication takes longer than the pass counts.
 """
 
 from __future__ import annotations
@@ -37,19 +39,19 @@ from megamult.train.deepspeed_engine import DeepSpeedEngine, build
 VOCAB = 512
 STAGES = (1, 2, 3)
 PARAMETERS = {"8B": 8.03e9, "70B": 70.55e9}
-"""Sizes of Llama 3 (arXiv 2407.21783)."""
+"""Numbers of parameters of Llama 3 (arXiv 2407.21783), by the model's name."""
 BUCKET = 50_000_000
-"""Elements that ZeRO reduces together, unless the user says otherwise."""
+"""Number of elements that ZeRO reduces together by default."""
 
 _WARMUP = 3
-"""Optimizer steps before the one that is counted."""
+"""Number of optimizer steps before the one that is counted."""
 
 _RING = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1}
-"""Passes in which a ring of D ranks moves (D - 1) / D of the whole tensor through each rank."""
+"""Number of ring passes of a collective. In a pass, D ranks move (D - 1) / D of the whole tensor through each rank."""
 
 
 class Wire(TorchDispatchMode):
-    """Counts collectives and their bytes by kind, and calls `sample` at each."""
+    """Mode that counts collectives and their bytes by kind, and calls `sample` at each collective."""
 
     def __init__(self, sample: Callable[[], None]) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class Wire(TorchDispatchMode):
             if kind is None:
                 raise RuntimeError(f"c10d.{name}: a collective that this benchmark does not know")
             tensors = [each for each in _flat(args) if isinstance(each, torch.Tensor)]
-            # Of what is scattered or gathered, the whole is the larger of input and output.
+            # If a tensor is scattered or gathered, the larger of input and output is the whole tensor.
             whole = sum(map(_bytes, tensors)) if kind == "allreduce" else max(map(_bytes, tensors))
             self.calls[kind] += 1
             self.bytes[kind] += whole
@@ -97,11 +99,11 @@ def reachable() -> collections.Counter[str]:
 
 @dataclass
 class Counted:
-    """Figures of one optimizer step of one stage on this rank, in bytes per parameter."""
+    """Figures of one optimizer step at one stage on this rank. All except `calls` are in bytes per parameter."""
 
     calls: dict[str, int]
     whole: dict[str, float]
-    """Bytes of the tensors that collectives worked on, by kind."""
+    """Bytes of the whole tensors that collectives worked on, by kind."""
     sent: float
     """Bytes that a ring moves through this rank."""
     kept: dict[str, float]
@@ -109,7 +111,7 @@ class Counted:
 
 
 def count(stage: int, arguments: argparse.Namespace, mesh: Mesh) -> Counted:
-    """Count one optimizer step of a small model, after some that create the optimizer's state and ZeRO 3's trace."""
+    """Count one optimizer step of a small model. Earlier steps create the optimizer's state and ZeRO 3's trace."""
     ranks = current_mesh().groups["data"].size()
     config = Config(
         model=ModelConfig(
@@ -131,7 +133,7 @@ def count(stage: int, arguments: argparse.Namespace, mesh: Mesh) -> Counted:
             "zero_optimization": {
                 **({} if stage == 1 else {"reduce_bucket_size": arguments.bucket}),
                 "allgather_bucket_size": arguments.bucket,
-                # As in a large model, no parameter is small enough to stay whole, and few fit at once.
+                # As in a large model, no parameter is small enough to stay whole, and few whole ones fit at once.
                 "stage3_param_persistence_threshold": 0,
                 "stage3_prefetch_bucket_size": arguments.bucket,
                 "stage3_max_live_parameters": arguments.bucket,
@@ -174,17 +176,20 @@ def step(engine: DeepSpeedEngine, accumulation: int) -> None:
 
 
 def whole_bytes(stage: int, accumulation: int) -> dict[str, float]:
-    """Return the bytes per parameter that one step's collectives work on: fp32 gradients and bf16 parameters."""
+    """Return the bytes per parameter that one step's collectives work on, by kind.
+
+    Gradients are in fp32 and parameters in bf16.
+    """
     if stage == 1:
         return {"allreduce": 4.0, "allgather": 2.0}
     if stage == 2:
         return {"allreduce": 4.0 * accumulation, "allgather": 2.0}
-    # Parameters are gathered for forward and again for backward.
+    # Parameters are gathered for the forward pass and again for the backward pass.
     return {"reduce_scatter": 4.0 * accumulation, "allgather": 2 * 2.0 * accumulation}
 
 
 def kept_bytes(stage: int, ranks: int) -> dict[str, float]:
-    """Return the bytes per parameter that a rank keeps of each of its parts while it accumulates gradients."""
+    """Return the bytes per parameter that a rank keeps while it accumulates gradients, by kind of state."""
     return {
         "parameters": 2.0 / (ranks if stage == 3 else 1),
         "gradients": 4.0 / (ranks if stage > 1 else 1),
@@ -211,7 +216,7 @@ def print_counted(arguments: argparse.Namespace) -> None:
 
 
 def waiting(stage: int, parameters: float, accumulation: int, ranks: int, arguments: argparse.Namespace) -> float:
-    """Return the seconds of one step in which a rank with so many parameters only communicates."""
+    """Return the seconds of one step in which a rank with `parameters` parameters only communicates."""
     share = (ranks - 1) / ranks
     seconds = {
         kind: share * _RING[kind] * size * parameters / (arguments.link * 1e9)
@@ -228,7 +233,7 @@ def waiting(stage: int, parameters: float, accumulation: int, ranks: int, argume
 
 
 def print_arithmetic(arguments: argparse.Namespace) -> None:
-    """Print what a rank keeps and waits for, for published sizes."""
+    """Print the gigabytes that a rank keeps and the seconds that it waits, for published sizes."""
     ranks = arguments.data_parallel
     print(
         f"data parallel {ranks}, {arguments.tokens:,} tokens per rank and step, {arguments.link:.0f} GB/s, "

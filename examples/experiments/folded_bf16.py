@@ -1,10 +1,10 @@
-"""Does folding lose anything in bf16? Runs of `folded` at ZeRO 1, 2 and 3 beside runs of `layer`, three seeds each.
+"""Does folding lose accuracy in bf16? Runs of `folded` at ZeRO 1, 2 and 3, and runs of `layer`, with three seeds.
 
     python examples/experiments/folded_bf16.py [--steps 200] [-- further keys of launch/pretrain.py]
 
-Every run is `examples/configs/tiny.yaml` in bf16 on two data-parallel processes. Prints a table of valid losses and,
-for each stage, by how much the means differ beside the spread of `layer` over the seeds. Runs that are complete in
---output are not repeated.
+Every run is `examples/configs/tiny.yaml` in bf16 on two data-parallel processes. The program prints a table of valid
+losses. For each stage it prints the difference of the means, and the spread of `layer` over the seeds. Runs that are
+complete in --output are not repeated.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SEEDS = (1, 2, 3)
 RUNS = [("layer", 1), ("layer", 3), ("folded", 1), ("folded", 2), ("folded", 3)]
-"""ZeRO 2 sums as ZeRO 1 does; ZeRO 3 has another order of sums, so it has a `layer` of its own."""
+"""(implementation, ZeRO stage) of each set of runs. ZeRO 2 sums in the same order as ZeRO 1, but ZeRO 3 sums in another
+order, so `folded` at ZeRO 3 is compared with `layer` at ZeRO 3."""
 
 
 def valid_loss(run_dir: Path) -> float | None:
-    """Return the last valid loss of a run; None: the run is not complete."""
+    """Return the last valid loss of a run, or None if the run is not complete."""
     metrics = run_dir / "metrics.jsonl"
     if not (run_dir / "complete").exists():
         return None
@@ -32,7 +33,7 @@ def valid_loss(run_dir: Path) -> float | None:
 
 
 def train(run_dir: Path, implementation: str, zero: int, seed: int, steps: int, further: list[str]) -> float:
-    """Train one run; return its valid loss."""
+    """Train one run unless it is complete; return its valid loss."""
     found = valid_loss(run_dir)
     if found is not None:
         return found
@@ -60,7 +61,7 @@ def train(run_dir: Path, implementation: str, zero: int, seed: int, steps: int, 
 
 
 def main() -> None:
-    """Train the runs that are missing, and print the table."""
+    """Train the runs that are not complete, and print the table."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--steps", type=int, default=200)
     made.add_argument("--output", type=Path, default=ROOT / "runs" / "folded_bf16")

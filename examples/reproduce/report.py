@@ -1,6 +1,6 @@
-"""The report of `examples/reproduce/run.sh`: its runs' valid losses, whether seeds drown the difference, the curves.
+"""The report of `examples/reproduce/run.sh`: valid losses, a comparison with the spread over seeds, and curves.
 
-Reads metrics.jsonl of every run; writes report.md and curves.png beside them.
+The program reads metrics.jsonl of every run, and writes report.md and curves.png beside the runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Attempt:
 
 
 def attempts(directory: Path) -> list[Attempt]:
-    """List the starts of the run in `directory`, in order, without one that was killed together with its parent."""
+    """List the starts of the run in `directory`, in order. A start that was killed with its parent is not recorded."""
     file = directory.with_suffix(".attempts.jsonl")
     if not file.exists():
         return []
@@ -49,7 +49,7 @@ def record_attempt(directory: Path, seconds: float, exit_code: int) -> None:
 
 
 def complete(made: Sequence[Attempt]) -> bool:
-    """Return whether a run has nothing left to do."""
+    """Return whether a run is complete: its last start has ended without an error."""
     return bool(made) and made[-1].exit_code == 0
 
 
@@ -70,7 +70,7 @@ def read_curves(directory: Path) -> Curves:
     """Read the losses of a run from its metrics.jsonl.
 
     Raises:
-        ValueError: the last evaluation is not of the last step, or a loss is not a number.
+        ValueError: there is no evaluation after the last step, or a loss is not finite.
     """
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curves = Curves(
@@ -91,7 +91,7 @@ def spread(values: Iterable[float]) -> float:
 
 
 def verdict(without: Sequence[float], with_multipliers: Sequence[float]) -> str:
-    """Compare valid losses of the same seeds: a difference of means counts if it exceeds both spreads."""
+    """Describe how valid losses of the same seeds compare. A difference of means counts if it exceeds both spreads."""
     gap = statistics.mean(with_multipliers) - statistics.mean(without)
     widest = max(spread(without), spread(with_multipliers))
     lower = sum(a < b for a, b in zip(with_multipliers, without, strict=True))
@@ -142,13 +142,13 @@ def machine() -> str:
 
 
 def versions() -> str:
-    """List the versions of Python and of the libraries that compute."""
+    """List the versions of Python and of the libraries that the results depend on."""
     found = [f"{name} {metadata.version(name)}" for name in ("megamult", "torch", "deepspeed", "megatron-core")]
     return ", ".join([*found, f"Python {platform.python_version()}"])
 
 
 def plot(curves: dict[str, list[Curves]], file: Path) -> None:
-    """Plot valid and training loss: their mean over the seeds as a line, their range as a band."""
+    """Plot valid and training losses: the mean over the seeds as a line, and the range over the seeds as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -175,13 +175,13 @@ def plot(curves: dict[str, list[Curves]], file: Path) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Write a number of seconds as people do: 1 h 2 min."""
+    """Format a number of seconds, for example as 2 min 5 s."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def write(output: Path, seeds: Sequence[int], command: str) -> str:
-    """Write report.md and the plot into `output`; returns the report's text.
+    """Write report.md and the plot into `output`; return the text of the report.
 
     Raises:
         ValueError: a run is not complete, or diverged.

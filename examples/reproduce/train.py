@@ -1,7 +1,8 @@
-"""The runs of `examples/reproduce/run.sh`: the quickstart's model with and without multipliers, by seeds.
+"""The runs of `examples/reproduce/run.sh`: the quickstart's model with and without multipliers, for several seeds.
 
-Every run is a call of `launch/quickstart.sh` in a folder of its own, resumed from its newest checkpoint if there is
-one. At the end `report.py` writes the report. Exit code 75: interrupted, start the same command again.
+Every run is a call of `launch/quickstart.sh` with its own run directory. It resumes from its newest checkpoint if there
+is one. At the end `report.py` writes the report. Exit code 75 means that this program was interrupted, and that the
+same command will continue.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "launch" / "quickstart.sh"
 
 _PATIENCE_SECONDS = 60.0
-"""For the rest of an interrupted run to end: ranks have 30 s to write their checkpoint."""
+"""Seconds to wait for all processes of an interrupted run to end. Ranks have 30 s to write their checkpoint."""
 
 
 def keys(run_dir: Path, implementation: str, seed: int, steps: int) -> dict[str, str]:
-    """Return the keys that a run sets besides `examples/configs/quickstart.yaml`.
+    """Return the configuration keys that a run sets in addition to `examples/configs/quickstart.yaml`.
 
-    The schedule is that of the file in proportion: warm-up, plateau, and a decay over the second half. Both
-    implementations get the same keys, the learning rate included.
+    The schedule has the proportions of that file: a warm-up, a plateau, and a decay over the second half. Both
+    implementations get the same keys and the same learning rate.
     """
     parts = max(1, steps // 6)
     return {
@@ -61,12 +62,12 @@ class Failed(Exception):
 
 
 def started(command: Sequence[str], log: Path) -> int:
-    """Run a command and return its exit code; append what it prints to `log`.
+    """Run a command, append its output to `log`, and return its exit code.
 
-    SIGTERM and SIGINT to this process are passed on as SIGTERM, upon which a run saves a checkpoint.
+    SIGTERM and SIGINT to this process are passed on as SIGTERM, which makes a run save a checkpoint.
 
     Raises:
-        Interrupted: one of them came. The command has ended.
+        Interrupted: this process got one of these signals. The command has ended.
     """
     asked = False
     with log.open("ab") as said:
@@ -80,10 +81,10 @@ def started(command: Sequence[str], log: Path) -> int:
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         code = child.wait()
-        if asked:  # the script may end before its ranks have
+        if asked:  # the script may end before its ranks do
             end = time.monotonic() + _PATIENCE_SECONDS
             while time.monotonic() < end and _signal_group(child.pid, 0):
-                # As a container's first process we inherit what the script leaves behind: it is ours to bury.
+                # If this is a container's first process, it becomes the parent of leftover ranks and must reap them.
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(-child.pid, os.WNOHANG)
                 time.sleep(0.2)
@@ -95,7 +96,7 @@ def started(command: Sequence[str], log: Path) -> int:
 
 
 def _signal_group(leader: int, number: int) -> bool:
-    """Send a signal to a process group; False: nobody is left in it."""
+    """Send a signal to a process group. Return False if the group has no process left."""
     try:
         os.killpg(leader, number)
     except ProcessLookupError:
@@ -104,15 +105,15 @@ def _signal_group(leader: int, number: int) -> bool:
 
 
 def train(output: Path, command: Callable[[Path, str, int], list[str]], seeds: Sequence[int]) -> None:
-    """Bring every run to its end.
+    """Train every run until it is complete.
 
     Args:
         output: folder of the runs.
-        command: function of run directory, implementation and seed that returns a command.
+        command: function that returns the command of a run, given run directory, implementation and seed.
         seeds: seeds of the runs.
 
     Raises:
-        Interrupted: a signal came; the same command goes on from there.
+        Interrupted: this process got a signal. The same command will continue.
         Failed: a run ended with an error.
     """
     planned = [(implementation, seed) for seed in seeds for implementation in report.IMPLEMENTATIONS]
@@ -138,10 +139,10 @@ def train(output: Path, command: Callable[[Path, str, int], list[str]], seeds: S
 
 
 def claim(output: Path, settings: dict[str, object]) -> None:
-    """Record the settings of the runs in `output`.
+    """Record the settings of the runs in `output`, or check them if they are recorded.
 
     Raises:
-        ValueError: runs with other settings are in it.
+        ValueError: `output` has runs with other settings.
     """
     file = output / "settings.json"
     if file.exists():
@@ -154,7 +155,7 @@ def claim(output: Path, settings: dict[str, object]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train the runs that are missing, and write the report."""
+    """Train the runs that are not complete, and write the report."""
     made = argparse.ArgumentParser(prog="examples/reproduce/run.sh", description=__doc__.split("\n")[0])
     made.add_argument("--steps", type=int, default=300, help="optimizer steps of each run (300)")
     made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights and data order (1 2 3)")

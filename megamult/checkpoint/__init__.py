@@ -1,1 +1,1 @@
-"""Checkpoints that any layout reads: every state by name and global shape; export and import."""
+"""Checkpoints that a run in any sharding can read: every state is stored by name, with its global shape."""

@@ -1,4 +1,4 @@
-"""The section `checkpoint` of a run."""
+"""The section `checkpoint` of a run's configuration."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ class CheckpointConfig:
     """Checkpoints, in the run directory's `checkpoints/step_N/`. A run in any sharding can resume from them."""
 
     save_every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
+    """Number of steps between checkpoints; 0: save only at the end."""
     keep: int = 2
-    """Number of newest checkpoints to keep; 0: all."""
+    """Number of newest checkpoints to keep; 0: keep all."""
     keep_every: int = 0
-    """Also keep the checkpoints of steps that are multiples of this; 0: none."""
+    """Also keep the checkpoints of steps that are multiples of this number; 0: keep no others."""
     asynchronous: bool = True
-    """true: copy the state and write it while training continues; false: write it at once, which takes less memory."""
+    """true: copy the state, and write the copy while training continues. false: training waits until the state is
+    written, which takes less memory."""
     load: str | None = None
-    """Checkpoint to resume from: its directory, or latest: the newest one of train.run_dir, if there is one (if it is
-    damaged, the run says so and takes the one before it). null: start anew."""
+    """Checkpoint to resume from, as its directory. latest: the newest checkpoint of train.run_dir, or a new start if
+    there is none; if the newest is damaged, the run says so and takes the one before it. null: a new start."""
     reset_optimizer: bool = False
-    """Load weights, multipliers and position from the checkpoint, and start with fresh optimizer state."""
+    """Load weights, multipliers, step and position in the data, but start with fresh optimizer state."""
 
     def __post_init__(self) -> None:
         not_negative("checkpoint", save_every=self.save_every, keep=self.keep, keep_every=self.keep_every)

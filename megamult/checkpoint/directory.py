@@ -1,4 +1,4 @@
-"""Names in a run's `checkpoints/` directory: step_N, `latest`, temporary ones; and removal of old checkpoints."""
+"""Names in a run's `checkpoints/` directory (step_N, `latest`, temporary names), and removal of old checkpoints."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def is_of_step(path: Path) -> bool:
 
 
 def temporary(path: Path) -> Path:
-    """Return the name of a checkpoint until it is complete, and while it is being removed."""
+    """Return the name that a checkpoint has before it is complete, and while it is being removed."""
     return path.with_name(path.name + _TEMPORARY)
 
 
 def replace(made: Path, path: Path) -> None:
-    """Rename the complete directory `made` to `path`, and remove a checkpoint that had this name."""
+    """Rename the complete directory `made` to `path`. Remove the checkpoint that had this name before, if any."""
     old = path.with_name(path.name + _OLD)
     if path.exists():
         _remove(old)
@@ -50,7 +50,7 @@ def replace(made: Path, path: Path) -> None:
 
 
 def undo_interrupted_replacements(parent: Path) -> None:
-    """Undo interrupted replacements: give complete checkpoints that were about to be replaced their names back."""
+    """Undo interrupted replacements: give a checkpoint its name back if the new one has not got it."""
     for old in parent.glob(f"*{_OLD}"):
         path = old.with_name(old.name.removesuffix(_OLD))
         if not path.exists():
@@ -58,7 +58,7 @@ def undo_interrupted_replacements(parent: Path) -> None:
 
 
 def clean(parent: Path) -> list[str]:
-    """Remove what interrupted saves and removals have left, and return the names."""
+    """Remove what interrupted saves and removals have left, and return the names of what was removed."""
     undo_interrupted_replacements(parent)
     found = sorted(entry.name for entry in parent.glob(f"*{_TEMPORARY}")) if parent.is_dir() else []
     for name in found:
@@ -67,7 +67,7 @@ def clean(parent: Path) -> list[str]:
 
 
 def point(parent: Path, path: Path) -> None:
-    """Write the name of a checkpoint of `parent` into `latest`."""
+    """Write the name of the checkpoint `path`, which is in `parent`, into the file `latest`."""
     assert _STEP.fullmatch(path.name), path
     written = parent / (LATEST + _TEMPORARY)
     written.write_text(path.name + "\n", encoding="utf-8")
@@ -77,10 +77,10 @@ def point(parent: Path, path: Path) -> None:
 
 
 def candidates(parent: Path) -> list[Path]:
-    """List the checkpoints to resume from, best first: the one that `latest` names and those before it.
+    """List the checkpoints to resume from, best first: the one that `latest` names, then those before it.
 
-    Checkpoints newer than the one in `latest` are left out: either the save did not finish, or someone moved `latest`
-    back. Without `latest` all count.
+    Checkpoints newer than the one that `latest` names are left out: either their save did not finish, or a user has set
+    `latest` back. If there is no `latest`, all checkpoints are listed.
     """
     known = steps(parent)
     try:
@@ -96,9 +96,11 @@ def retain(parent: Path, newest: int, keep: int, keep_every: int) -> None:
     """Remove old checkpoints.
 
     Args:
-        newest: step of the one just written. Later ones, of a run that was taken back to an earlier step, stay.
-        keep: number to keep, that one included; 0: all.
-        keep_every: steps that are multiples of this also stay; 0: none. Step 0 stays: an imported model.
+        newest: step of the checkpoint that was just written. Checkpoints of later steps are kept: a run that has gone
+            back to an earlier step has them.
+        keep: number of checkpoints to keep, including the one just written; 0: keep all.
+        keep_every: checkpoints of steps that are multiples of this number are also kept; 0: none. The checkpoint of
+            step 0, which is an imported model, is always kept.
     """
     if keep == 0:
         return

@@ -1,4 +1,4 @@
-"""The file index.json of a checkpoint: its tensors, their chunks, and the file of each chunk."""
+"""The file index.json of a checkpoint. It lists the tensors, their chunks, and the file of each chunk."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ INDEX = "index.json"
 
 
 def key_of(index: MetadataIndex) -> str:
-    """Return the name of a chunk in its file: `model.x.weight@128,0`."""
+    """Return the name of a chunk in its file, such as `model.x.weight@128,0`."""
     assert index.offset is not None
     return f"{index.fqn}@{','.join(map(str, index.offset))}"
 
 
 def to_json(metadata: Metadata, stored: Mapping[MetadataIndex, tuple[str, str]]) -> bytes:
-    """Return the content of the file.
+    """Return the content of index.json.
 
     Args:
-        metadata: torch's metadata of all ranks' chunks.
-        stored: for each chunk (name of its file, anything).
+        metadata: torch's metadata of the chunks of all ranks.
+        stored: for each chunk, (name of its file, a value that is not used).
     """
     tensors = {}
     for name, tensor in sorted(metadata.state_dict_metadata.items()):
@@ -50,11 +50,11 @@ def to_json(metadata: Metadata, stored: Mapping[MetadataIndex, tuple[str, str]])
 
 
 def read(path: Path) -> Metadata:
-    """Read it as torch's metadata, with (file, sizes) of each chunk as its storage data.
+    """Read index.json as torch's metadata. The storage data is (file, sizes) of each chunk.
 
     Raises:
-        ValueError: the file is missing or damaged, names files outside of the directory, or has chunks that do not tile
-            their tensor.
+        ValueError: the file is missing or damaged, names files outside of the directory, or lists chunks that do not
+            tile their tensor.
     """
     try:
         tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
@@ -78,7 +78,11 @@ def read(path: Path) -> Metadata:
 
 
 def _check_tiled(name: str, tensor: TensorStorageMetadata) -> None:
-    """Check that the chunks lie in the tensor, do not overlap and leave nothing out."""
+    """Check that the chunks of a tensor lie inside it, do not overlap and leave nothing out.
+
+    Raises:
+        ValueError: they do not.
+    """
     active: list[ChunkStorageMetadata] = []
     for chunk in sorted(tensor.chunks, key=lambda chunk: tuple(chunk.offsets)):
         what = f"{name} {tuple(tensor.size)} has a chunk {tuple(chunk.sizes)} at {tuple(chunk.offsets)}"

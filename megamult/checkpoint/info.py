@@ -1,4 +1,4 @@
-"""The file checkpoint.json: what a checkpoint holds beside its tensors about the run that wrote it."""
+"""The file checkpoint.json of a checkpoint: what it stores, apart from tensors, about the run that wrote it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from megamult.optim.legacy import modern
 
 FORMAT = 1
-"""Number that increases when older versions could not read the files any more."""
+"""Number of the format of a checkpoint. It increases when older versions of megamult can no longer read the files."""
 
 INFO = "checkpoint.json"
 
 SENTENCEPIECE = "tokenizer.model"
-"""Name, in a checkpoint's directory, of the sentencepiece model that the run's data was encoded with."""
+"""Name of the file in a checkpoint that is the sentencepiece model with which the run's data was encoded."""
 
 _PACKAGES = ("megamult", "torch", "deepspeed", "megatron-core", "numpy", "safetensors", "sentencepiece")
 
@@ -35,32 +35,32 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class CheckpointInfo:
-    """State of a run beside its tensors, and facts for whoever reads the checkpoint."""
+    """State of a run apart from its tensors, and facts for readers of the checkpoint."""
 
     step: int
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     samples: int
-    """Sequences trained on so far, which is the number of the next one."""
+    """Number of sequences trained on so far. The next sequence of the run has this number."""
     config: dict[str, Any]
-    """The run's resolved configuration; one of an earlier version is read with today's keys of the optimizer."""
+    """The run's resolved configuration. `from_json` replaces optimizer keys of earlier versions by the present ones."""
     vocab_size: int
     """Exact vocabulary size, without padding."""
     tokenizer_sha256: str | None = None
-    """SHA-256 of the files that define the tokenizer; None: unknown."""
+    """SHA-256 of the files that define the tokenizer, or None if it is unknown."""
     tokenizer_files: str = SENTENCEPIECE
-    """Names of those files in the checkpoint; training reads sentencepiece models only."""
+    """Names of the tokenizer's files in the checkpoint. Training can only read a sentencepiece model."""
     optimizer: dict[str, Any] | None = None
-    """`name`, `updates` (steps applied) and `skipped_steps`; None: there is no optimizer state."""
+    """`name`, `updates` (steps applied) and `skipped_steps`, or None if there is no optimizer state."""
     data: dict[str, Any] | None = None
     """State of the training data (:meth:`megamult.data.dataset.BlendedDataset.state_dict`)."""
     layout: dict[str, int] = field(default_factory=dict)
-    """Sharding of the run when it saved: processes, tensor, zero_stage."""
+    """Sharding of the run at the time of the save: `processes`, `tensor` and `zero_stage`."""
     figures: dict[str, float] = field(default_factory=dict)
-    """Last measured figures: tokens, loss, valid_loss."""
+    """Last measured figures: `tokens`, `loss` and `valid_loss`."""
     versions: dict[str, str] = field(default_factory=versions)
-    """Versions of the software that wrote it."""
+    """Versions of the software that wrote the checkpoint."""
     format: int = FORMAT
-    """Format of the directory."""
+    """Format of the checkpoint, see `FORMAT`."""
 
     def to_json(self) -> bytes:
         """Return the content of checkpoint.json."""
@@ -68,10 +68,10 @@ class CheckpointInfo:
 
     @staticmethod
     def from_json(content: bytes | str) -> CheckpointInfo:
-        """Read checkpoint.json.
+        """Read the content of checkpoint.json.
 
         Raises:
-            ValueError: the file is damaged, or was written by a newer version.
+            ValueError: the content is damaged, or a newer version of megamult wrote it.
         """
         loaded = json.loads(content)
         if not isinstance(loaded, dict):

@@ -32,7 +32,7 @@ from megamult.checkpoint.chunks import Chunk
 
 
 class ChunkSavePlanner(DefaultSavePlanner):
-    """Planner that writes this rank's chunks. torch's own planner checks that all ranks' chunks tile each tensor."""
+    """Planner that writes this rank's chunks. The base class checks that the chunks of all ranks tile each tensor."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -41,11 +41,11 @@ class ChunkSavePlanner(DefaultSavePlanner):
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        """Keep the arguments; the chunks are the state."""
+        """Store whether this rank coordinates. The chunks are the state, and `state_dict` is not used."""
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
-        """One item for each chunk."""
+        """Plan to write one item for each chunk."""
         self.plan = SavePlan(
             [
                 WriteItem(
@@ -61,11 +61,13 @@ class ChunkSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Plan as torch does, and also check that nothing is written twice and that a single process is complete.
+        """Plan as torch does, with two more checks: no chunk is written twice, and the chunks cover each tensor.
+
+        torch's own check does not find missing chunks if there is a single process.
 
         Raises:
-            ValueError: chunks overlap, lie outside of their tensor, leave a part of it out, or are planned twice (which
-                torch would silently correct).
+            ValueError: chunks overlap, lie outside of their tensor, leave a part of it out, or are planned twice (torch
+                would silently drop one of the two).
         """
         seen: set[MetadataIndex] = set()
         for index in (item.index for plan in all_plans for item in plan.items):
@@ -86,10 +88,12 @@ class ChunkSavePlanner(DefaultSavePlanner):
 
 
 class ChunkLoadPlanner(DefaultLoadPlanner):
-    """Planner that reads into chunks, in place, whatever the chunks were in which the tensors were written.
+    """Planner that reads tensors into chunks, in place.
+
+    The tensors may have been written in other chunks.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor, or has it in another shape.
+        ValueError: the checkpoint lacks a tensor, or has it with another shape.
     """
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
@@ -97,11 +101,11 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         self._chunks = {_index(chunk): chunk for chunk in chunks}
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        """Keep the arguments; the chunks are the state."""
+        """Store the other arguments. The chunks are the state, and `state_dict` is not used."""
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """Plan to read, for each chunk, the parts of stored chunks that it overlaps."""
+        """Plan to read, for each chunk, the parts of stored chunks that overlap it."""
         assert self.metadata is not None
         by_name: dict[str, list[Chunk]] = defaultdict(list)
         for chunk in self._chunks.values():
@@ -116,7 +120,7 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Return the part of a chunk that an item fills."""
+        """Return the part of a chunk that `read_item` fills."""
         values = self._chunks[read_item.dest_index].load()
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             values = values.narrow(dim, start, length)

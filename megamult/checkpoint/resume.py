@@ -1,7 +1,7 @@
-"""Resume from a checkpoint: find it, check that it fits the run, load its state into model and optimizer.
+"""Resume from a checkpoint: find it, check that it fits the run, and load its state into model and optimizer.
 
-It may have been written in any sharding. Only the model's sizes, its vocabulary, the order of the data and the
-optimizer must be the same.
+The run that wrote the checkpoint may have had any sharding. Only the sizes and the vocabulary of the model, the order
+of the data and the optimizer must be the same in the run that resumes.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from megamult.zero.partition import Partition
 
 
 def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> SavedCheckpoint | None:
-    """Find and verify the checkpoint that `checkpoint.load` asks for. Collective: every rank verifies a part of its
-    files.
+    """Find and verify the checkpoint that `checkpoint.load` asks for. Collective: each rank verifies some of the files.
 
     Args:
         mesh: mesh of the processes.
-        load: a checkpoint's directory; a directory of checkpoints or of a run, for its newest one; or `latest`, for the
-            newest one of `run_dir`.
-        run_dir: this run's directory.
-        fits: function that raises ValueError if the run cannot resume from it; called before much is read.
+        load: the directory of a checkpoint; the directory of a run or of several checkpoints, which means the newest of
+            them; or `latest`, which means the newest checkpoint of `run_dir`.
+        run_dir: directory of this run.
+        fits: function that raises ValueError if the run cannot resume from a checkpoint with this info. It is called
+            before the large files are read.
 
     Returns:
-        The checkpoint; None: `load` is `latest`, and `run_dir` has no checkpoint yet.
+        The checkpoint, or None if `load` is `latest` and `run_dir` has no checkpoint yet.
 
     Raises:
-        ValueError: there is no checkpoint, it does not fit, or it and all before it are damaged.
+        ValueError: there is no checkpoint, the checkpoint does not fit the run, or all checkpoints are damaged.
     """
     first = mesh.rank == 0
     candidates = _listed(mesh, load, run_dir)
@@ -79,7 +79,10 @@ def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], 
 
 
 def _opened(path: Path) -> SavedCheckpoint:
-    """Open a checkpoint. Imports by older versions hold no digest of their tokenizer: it is computed from the files."""
+    """Open a checkpoint. Compute the digest of its tokenizer from the files if the checkpoint does not have it.
+
+    Imports by older versions of megamult do not have the digest.
+    """
     checkpoint = SavedCheckpoint(path)
     if checkpoint.info.tokenizer_sha256 is None:
         files = checkpoint.files(TOKENIZER_FOLDER)
@@ -90,7 +93,7 @@ def _opened(path: Path) -> SavedCheckpoint:
 
 
 def _listed(mesh: Mesh, load: str, run_dir: Path) -> list[Path]:
-    """List the candidates as rank 0 sees them, after it has repaired renames that a crash interrupted. Collective."""
+    """List the candidates that rank 0 sees, after it has undone renames that a crash interrupted. Collective."""
     found: list[Any] = [[], None]
     if mesh.rank == 0:
         try:
@@ -122,7 +125,7 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
     """Check that a run with this configuration can resume from the checkpoint.
 
     Raises:
-        ValueError: it cannot; the message lists every difference.
+        ValueError: the run cannot. The message lists every difference.
     """
     try:
         sections, multipliers = _fixed_sections(info.config), MultipliersConfig(**info.config["multipliers"])
@@ -169,13 +172,14 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
 
 
 def _fixed_sections(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sections of a saved configuration that have settings which a resume must not change.
+    """Return the sections of a saved configuration that have settings which a run that resumes must keep.
 
-    A key that the saving version did not have gets its default. Every saved key of `model` must be known here, as it
-    may change the function that the model computes; of other sections, only the settings that must not change are read.
+    A key that the saving version did not have gets its default. This version must know every saved key of `model`,
+    because the key may change the function that the model computes. Of other sections only the settings that a run must
+    keep are read.
 
     Raises:
-        KeyError, TypeError: a section has not the keys of this version.
+        KeyError, TypeError: this version does not know the keys of a section, or a section is missing.
     """
     sections: dict[str, Any] = {"model": model_section(configuration)}
     for name, section in SECTIONS.items():
@@ -195,15 +199,15 @@ def restore(
     """Load a checkpoint's state into a fresh run. Collective over all ranks.
 
     Args:
-        checkpoint: a checkpoint that fits.
-        partition, optimizer: those of the run, before its first step.
-        reset_optimizer: do not load the optimizer's state.
+        checkpoint: a checkpoint that fits the run, see :func:`check_fits`.
+        partition, optimizer: partition and optimizer of the run, before its first step.
+        reset_optimizer: whether to leave out the saved state of the optimizer.
 
     Returns:
-        Names of multipliers that the checkpoint does not have. They start at 1, where they change nothing.
+        Names of multipliers that the checkpoint does not have. They start at 1, so they change nothing at first.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor or has it in another shape, or a weight is NaN afterwards.
+        ValueError: the checkpoint lacks a tensor or has it with another shape, or a weight is NaN after loading.
     """
     info = checkpoint.info
     fresh = reset_optimizer or info.optimizer is None
@@ -225,14 +229,14 @@ def restore(
 
 
 def _check_defined(partition: Partition) -> None:
-    """Check that no weight is NaN: a model that waits for a checkpoint starts as NaN.
+    """Check that no weight is NaN. A model that is built to load a checkpoint has NaN weights until then.
 
     Raises:
-        ValueError: some weights are NaN.
+        ValueError: a weight is NaN.
     """
     if not partition.slices:
         return
-    # One tensor for all, so that the host waits for the device only once.
+    # All results are in one tensor, so that the host waits for the device only once.
     undefined = torch.stack([piece.source.isnan().any() for piece in partition.slices]).tolist()
     names = [piece.name for piece, found in zip(partition.slices, undefined, strict=True) if found]
     if names:

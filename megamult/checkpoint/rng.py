@@ -1,7 +1,7 @@
-"""Random-number states of a rank as tensors, which a checkpoint holds for every rank.
+"""Random-number states of a rank as tensors. A checkpoint stores those of every rank.
 
-megamult itself draws no numbers while it trains (no dropout, and the order of the data is a function of the seed), but
-other people's models or hooks may.
+megamult itself draws no random numbers during training: there is no dropout, and the order of the data is a function of
+the seed. A user's model or hook may draw some.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _TRACKED = "megatron."
 
 
 def prefix(rank: int) -> str:
-    """Return the prefix of the names of a rank's states in a checkpoint."""
+    """Return the prefix that the names of a rank's states have in a checkpoint."""
     return f"rng.rank_{rank:05d}."
 
 
 def states() -> dict[str, Tensor]:
-    """Return the states of torch (CPU and this rank's CUDA device), Megatron's tracker, numpy and Python."""
+    """Return the random-number states of torch (CPU and this rank's GPU), Megatron's tracker, numpy and Python."""
     _, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     found = {
@@ -43,7 +43,7 @@ def states() -> dict[str, Tensor]:
 
 
 def restore(found: Mapping[str, Tensor]) -> None:
-    """Restore what :func:`states` returned."""
+    """Set the random-number states to those that :func:`states` returned."""
     torch.set_rng_state(found["torch"])
     position, has_gauss, cached = found["numpy.rest"].tolist()
     keys = found["numpy.keys"].numpy().astype(np.uint32)

@@ -1,4 +1,4 @@
-"""A checkpoint directory as a whole: verify it, read it into chunks or tensor by tensor, write one."""
+"""A whole checkpoint directory: verify it, read it into chunks or tensor by tensor, and write a new one."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class SavedCheckpoint:
         path: the directory that holds checkpoint.json.
 
     Attributes:
-        info: facts about the run that wrote it.
+        info: facts about the run that wrote the checkpoint.
         shapes: global shape of every tensor, by name.
 
     Raises:
-        ValueError: the directory is no checkpoint, or its description is damaged.
+        ValueError: the directory is no checkpoint, or its checkpoint.json or index.json is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class SavedCheckpoint:
             self.shapes[name], self._dtypes[name] = tuple(stored.size), stored.properties.dtype
 
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:
-        """Read every file and compare its checksum.
+        """Check that the files have the checksums with which they were written.
 
         Args:
             share: (k, n) to check only every n-th file from the k-th on, so that n processes share the work.
@@ -80,14 +80,14 @@ class SavedCheckpoint:
             )
 
     def files(self, folder: str) -> dict[str, bytes]:
-        """Return the contents of the files in a folder of the checkpoint, by `folder/name`; there may be none."""
+        """Return the contents of the files in a folder of the checkpoint, by `folder/name`. There may be no files."""
         return {name: (self.path / name).read_bytes() for name in self._sums if Path(name).parts[0] == folder}
 
     def load(self, chunks: Sequence[Chunk], group: ProcessGroup | None = None) -> None:
-        """Read into the chunks, in place. Collective over `group` if it is given.
+        """Read the values of the chunks, in place. Collective over `group` if it is given.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor, or has it in another shape.
+            ValueError: the checkpoint lacks a tensor, or has it with another shape.
         """
         with _plainly(group):
             load(
@@ -115,18 +115,20 @@ def write(
     complete: Callable[[], None] = lambda: None,
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Write a checkpoint, under a temporary name until it is complete. Collective over `group` if it is given.
+    """Write a checkpoint. It has a temporary name until it is complete. Collective over `group` if it is given.
 
     Args:
-        path: final path of the checkpoint. An existing one is replaced.
-        chunks: this process's chunks; all processes together have each element once. Values are loaded file by file.
-        info, files: what goes beside the tensors; those of the group's first rank count.
-        group: a group that communicates between CPUs; None: only this process writes.
-        complete: function that is called on the first rank once the directory has its final name.
-        file_bytes: largest size of the tensors in one file.
+        path: final path of the checkpoint. An existing checkpoint is replaced.
+        chunks: chunks of this process. All processes together must have each element once. Values are loaded file by
+            file.
+        info, files: content of checkpoint.json, and of further files by name. Only those of the group's first rank are
+            written.
+        group: a group that communicates between CPUs, or None if only this process writes.
+        complete: function that the first rank calls once the directory has its final name.
+        file_bytes: largest size of the tensors in one file, in bytes. A larger chunk has its own file.
 
     Raises:
-        ValueError, OSError, RuntimeError: a rank failed. Raised on every rank of the group.
+        ValueError, OSError, RuntimeError: writing failed on a rank. Every rank of the group raises the error.
     """
     temporary = directory.temporary(path)
 
@@ -147,9 +149,9 @@ def write(
 
 @contextlib.contextmanager
 def _plainly(group: ProcessGroup | None) -> Iterator[None]:
-    """Raise the first rank's error instead of torch's collection, and suppress its warning about a single process."""
+    """Raise the first rank's error instead of torch's collection of errors. Suppress torch's single-process warning."""
     with contextlib.ExitStack() as stack:
-        if group is None:  # filters belong to the whole process, so a background thread must not change them
+        if group is None:  # filters are the whole process's: a background thread must not change them
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
         try:

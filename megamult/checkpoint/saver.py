@@ -1,7 +1,7 @@
-"""Saving while training continues: each rank copies its state, and a thread writes the copy.
+"""Saving of checkpoints while training continues: each rank copies its state, and a thread writes the copy.
 
-A save is collective: every rank calls it at the same step. Ranks communicate over CPUs, in the group for work on files,
-so that these collectives never mix with those of training.
+A save is collective: every rank calls it at the same step. Ranks communicate between CPUs in the group for work on
+files, so that these collectives never mix with those of training.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megamult.distributed.mesh import Mesh
 
 _ALIGNMENT = 64
 _BLOCK_BYTES = 1 << 29
-"""Size of the blocks that copies are made in. torch rounds pinned memory up to a power of two, which may double one
-large buffer."""
+"""Maximum bytes of a block of memory for copies. The copies are not in one large buffer, because torch rounds pinned
+memory up to a power of two, which may double the buffer."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Outcome:
     step: int
     path: Path
     stall_seconds: float
-    """Time for which training stopped."""
+    """Seconds for which training stopped."""
     seconds: float
-    """Time from the call to the moment when `latest` named it."""
+    """Seconds from the call of `save` until `latest` named the new checkpoint."""
     error: str | None
-    """Message of the error; None: the save is complete."""
+    """Message of the error, or None if the save is complete."""
 
 
 class Saver:
@@ -49,10 +49,10 @@ class Saver:
 
     Args:
         parent: the run's `checkpoints` directory, on a file system that all ranks see.
-        mesh: of the processes.
+        mesh: mesh of the processes.
         keep, keep_every: see :func:`megamult.checkpoint.directory.retain`.
-        asynchronous: copy the state (into as much CPU memory as this rank's share of it) and write it while training
-            continues; False: write it in `save`.
+        asynchronous: whether to copy the state, and write the copy while training continues. The copy takes as much CPU
+            memory as this rank's share of the state. If False, `save` returns after the state is written.
     """
 
     def __init__(
@@ -66,14 +66,16 @@ class Saver:
         self._outcome: Outcome | None = None
 
     def save(self, chunks: Sequence[Chunk], info: CheckpointInfo, files: Mapping[str, bytes]) -> Outcome | None:
-        """Begin a save, after finishing one that is still being written.
+        """Begin a save. If the previous one is still being written, wait for its end first.
 
         Args:
             chunks: this rank's share of the state (:func:`megamult.checkpoint.state.owned`).
-            info, files: what goes beside the state; those of the first rank count.
+            info, files: content of checkpoint.json, and of further files by name. Only those of the first rank are
+                written.
 
         Returns:
-            The outcome of the previous save, unless it has been returned before. If not asynchronous, that of this one.
+            The outcome of the previous save, or None if there is none or an earlier call has returned it. If the saver
+            is not asynchronous, the outcome of this save.
         """
         began = time.perf_counter()
         before = self.wait()
@@ -83,7 +85,7 @@ class Saver:
             except (
                 RuntimeError,
                 MemoryError,
-            ) as error:  # loading the chunks then fails, and all hear of it
+            ) as error:  # loading the chunks then fails, which every rank reports
                 chunks = [_failing(chunk, error) for chunk in chunks]
             stall = time.perf_counter() - began
             self._thread = threading.Thread(
@@ -95,20 +97,20 @@ class Saver:
         return self.poll()
 
     def poll(self) -> Outcome | None:
-        """Return the outcome of a save that has ended since the last call; None: there is none."""
+        """Return the outcome of a save that has ended since the last call, or None if none has."""
         if self._thread is not None and self._thread.is_alive():
             return None
         self._thread, outcome, self._outcome = None, self._outcome, None
         return outcome
 
     def wait(self, seconds: float | None = None) -> Outcome | None:
-        """Wait for a save that is being written, for at most `seconds`, and return its outcome."""
+        """Wait at most `seconds` for a save that is being written. Return its outcome, or None if none has ended."""
         if self._thread is not None:
             self._thread.join(seconds)
         return self.poll()
 
     def _stage(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Copy values into memory that the next save uses again."""
+        """Copy the values of the chunks into memory that the next save uses again."""
         places, sizes = _places([chunk.nbytes for chunk in chunks])
         if [block.numel() for block in self._blocks] != sizes:
             self._blocks = []  # free the old ones first
@@ -137,12 +139,12 @@ class Saver:
             directory.point(self.parent, path)
             try:
                 directory.retain(self.parent, info.step, self.keep, self.keep_every)
-            except OSError as failed:  # the new one is complete nevertheless
+            except OSError as failed:  # the new checkpoint is complete nevertheless
                 print(f"warning: an old checkpoint could not be removed ({failed})", file=sys.stderr, flush=True)
 
         try:
             saved.write(path, chunks, info, files, group=self.group, complete=complete)
-        except Exception as cause:  # training must not end because of any error here
+        except Exception as cause:  # no error here may end training
             error = str(cause) or type(cause).__name__
         if error is not None and self._first:
             with contextlib.suppress(OSError):
@@ -152,7 +154,7 @@ class Saver:
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
-    """Place items of these sizes in blocks of up to _BLOCK_BYTES; a larger item has a block of its own.
+    """Place items of these sizes, in bytes, in blocks of up to _BLOCK_BYTES. A larger item gets a block for itself.
 
     Returns:
         (block, offset) of each item, and the size of each block.
@@ -169,7 +171,7 @@ def _places(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _failing(chunk: Chunk, error: Exception) -> Chunk:
-    """Return the chunk so that loading it raises the error."""
+    """Return a copy of the chunk whose `load` raises the error."""
 
     def load() -> Tensor:
         raise error

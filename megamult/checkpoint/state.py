@@ -1,8 +1,8 @@
-"""State of a rank as chunks: the rectangles of logical tensors that a checkpoint writes, and reads into.
+"""State of a rank as chunks: rectangles of logical tensors, which a save writes and a load fills.
 
-A name is a prefix and a logical name. The prefix is `model.` for weights (without multipliers) and multipliers, and
-`optimizer.` with the state's name (`exp_avg`, `exp_avg_sq`, `momentum` ...) for optimizer state. Names, global shapes
-and the meaning of every element are the same in any sharding.
+The name of a tensor is a prefix and a logical name. The prefix of weights (without multipliers) and of multipliers is
+`model.`. The prefix of optimizer state is `optimizer.` and the state's name (`exp_avg`, `exp_avg_sq`, `momentum` ...).
+Names, global shapes and the meaning of every element are the same in any sharding.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from megamult.zero.partition import Partition, Slice, even_intervals
 
 
 def full_name(what: str, logical_name: str) -> str:
-    """Return the name in a checkpoint: `weight` of a logical tensor belongs to the model, the rest to the optimizer."""
+    """Return the name in a checkpoint. `weight` belongs to the model, and any other state to the optimizer."""
     return f"model.{logical_name}" if what == "weight" else f"optimizer.{what}.{logical_name}"
 
 
 def held(partition: Partition, optimizer: TwoPhaseOptimizer) -> list[Chunk]:
-    """Return everything that this rank holds, replicas included: what it must read when it resumes.
+    """Return chunks of all state that this rank holds, including replicas. A rank that resumes must read all of it.
 
-    Writing to the chunks' values writes to masters and state; :meth:`TwoPhaseOptimizer.restored` then updates the
-    model.
+    Writing to the values of these chunks writes to masters and optimizer state. Afterwards
+    :meth:`TwoPhaseOptimizer.restored` must update the model.
     """
     return list(_chunks(partition, optimizer, once=False))
 
 
 def owned(partition: Partition, optimizer: TwoPhaseOptimizer) -> list[Chunk]:
-    """Return this rank's share of the state: all ranks together have each element once; replicas are divided evenly."""
+    """Return chunks of this rank's share of the state.
+
+    All ranks together have each element once: replicas are divided evenly.
+    """
     return list(_chunks(partition, optimizer, once=True))
 
 
@@ -56,7 +59,7 @@ def _chunks(partition: Partition, optimizer: TwoPhaseOptimizer, once: bool) -> I
 def _of_interval(
     what: str, piece: Slice, coordinates: Coordinates, start: int, values: Tensor, once: bool
 ) -> Iterator[Chunk]:
-    """Yield the logical content of elements [start, start + len(values)) of a process's shard of a parameter."""
+    """Yield chunks of the elements [start, start + len(values)) of a process's shard of a parameter."""
     spec, name = piece.spec, piece.name
     for r in rectangles(spec, coordinates, start, values.numel()):
         if once and not r.counted:

@@ -1,11 +1,11 @@
-"""A checkpoint directory's files, for torch.distributed.checkpoint: safetensors and JSON, checksummed, synced, atomic.
+"""Files of a checkpoint directory, for torch.distributed.checkpoint: safetensors and JSON, checksummed and synced.
 
     index.json                  every tensor's dtype, global shape and chunks, and the file of each chunk
     shard_RANK_N.safetensors    chunks, under the keys NAME@OFFSETS
     checkpoint.json ...         files that the caller adds
     SHA256SUMS                  checksums of all of these, which sha256sum can check
 
-Nothing in it is a pickle. A directory is written under a temporary name and renamed once it is complete.
+No file contains a pickle. A directory is written under a temporary name, and renamed once it is complete.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from megamult.checkpoint.index import read as read_index
 
 SUMS = "SHA256SUMS"
 FILE_BYTES = 1 << 30
-"""Largest size of a file, unless a single chunk is larger. It bounds the memory for copies of tensors on a GPU."""
+"""Maximum bytes of a file, unless a single chunk is larger. They limit the CPU memory for copies of GPU tensors."""
 
 
 class ShardWriter(StorageWriter):
-    """Storage writer: every rank writes its chunks, and the first rank completes the directory.
+    """Storage writer with which every rank writes its chunks, and the first rank completes the directory.
 
     Args:
-        directory: directory to write to, under a temporary name; `complete` renames it.
-        files: other files of the directory, by name.
-        complete: function that is called on the first rank when everything is written and synced.
-        file_bytes: largest size of a file.
+        directory: directory to write to. It has a temporary name, which `complete` changes.
+        files: contents of other files of the directory, by name.
+        complete: function that the first rank calls when everything is written and synced.
+        file_bytes: maximum bytes of a file, unless a single chunk is larger.
     """
 
     def __init__(
@@ -57,17 +57,17 @@ class ShardWriter(StorageWriter):
         """Do nothing: no state is kept between saves."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Make the directory, after removing one that an interrupted save has left."""
+        """Make the directory on the first rank. If an interrupted save has left one, remove it before."""
         if is_coordinator:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory.mkdir(parents=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return the plan as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Tell each rank its number."""
+        """Put the number of each rank into its plan."""
         return [SavePlan(plan.items, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -93,7 +93,7 @@ class ShardWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write index, checksums and other files on the first rank, and complete the directory."""
+        """Write the index, the other files and the checksums on the first rank, then complete the directory."""
         stored = {result.index: result.storage_data for rank in results for result in rank}
         sums = dict(stored.values())
         for name, content in {**self._files, INDEX: to_json(metadata, stored)}.items():
@@ -115,7 +115,7 @@ class ShardWriter(StorageWriter):
 
 
 class ShardReader(StorageReader):
-    """Storage reader for what :class:`ShardWriter` wrote.
+    """Storage reader of a directory that :class:`ShardWriter` wrote.
 
     Args:
         directory: a complete checkpoint directory.
@@ -139,11 +139,11 @@ class ShardReader(StorageReader):
         """Do nothing: the reader is ready."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return the plan as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return the plans as they are."""
+        """Return the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -226,7 +226,7 @@ def _bytes(item: WriteItem) -> int:
 
 
 def _batches(items: Sequence[WriteItem], limit: int) -> Iterator[list[WriteItem]]:
-    """Group consecutive items into batches of at most `limit` bytes, or of one item that is larger."""
+    """Group consecutive items into batches of at most `limit` bytes. A larger item is a batch by itself."""
     batch: list[WriteItem] = []
     filled = 0
     for item in items:

@@ -1,4 +1,4 @@
-"""Index files built before a run needs them, by a background process of global rank 0: no rank waits for them."""
+"""Building of index files before a run needs them, by a background process of global rank 0, so that no rank waits."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from megamult.runtime.partial import is_being_written
 
 
 class BuildsAhead:
-    """Builder of epochs' index files, in the order in which they are given, in one background process at a time.
+    """Builder of the index files of epochs, in the order in which they are given, in one background process at a time.
 
-    A process, not a thread: Megatron's builder holds the interpreter's lock, and training would stand still. The
-    background process ends when this one does, however this one ends.
+    It uses a process because Megatron's builder holds the interpreter's lock: a thread would make training stop. The
+    background process ends when this process ends, in whatever way.
     """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (as long as this object)
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (open as long as this object)
         self._given: set[Path] = set()
 
     @property
     def busy(self) -> bool:
-        """Tell whether a process is still at work."""
+        """Whether the background process is still running."""
         return self._process is not None and self._process.poll() is None
 
     def start(self, epochs: Sequence[tuple[EpochFiles, int]]) -> None:
-        """Start building the epochs that do not exist yet and were not given before; no build may be under way."""
+        """Start to build the epochs that no earlier call was given and that do not exist yet. `busy` must be False."""
         assert not self.busy
         self._end()
         new = [(files, n) for files, n in epochs if files.path(n) not in self._given and not files.path(n).exists()]
         self._given |= {files.path(n) for files, n in new}
         if not new:
             return
-        # The running program may be a user's script that found the package by a path of its own.
+        # The program may be a user's script that has changed sys.path: the new process must find the package too.
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         with tempfile.TemporaryFile("w+", encoding="utf-8") as work:
@@ -48,7 +48,7 @@ class BuildsAhead:
             work.seek(0)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megamult.data.epochs", str(work.fileno())],
-                stdin=subprocess.PIPE,  # never written to; it closes when this process ends, and the child sees it
+                stdin=subprocess.PIPE,  # never written to; it closes when this process ends, and the child then ends
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 pass_fds=(work.fileno(),),
@@ -56,8 +56,10 @@ class BuildsAhead:
             )
 
     def wait_for(self, files: EpochFiles, epoch: int) -> None:
-        """Wait for an epoch that is being built now; return at once for one that is still queued (building it here is
-        faster)."""
+        """Wait until an epoch that is being built now is complete.
+
+        If it is still queued, return at once, because building it in this process is faster.
+        """
         path = files.path(epoch)
         while path in self._given and self.busy and not path.exists() and is_being_written(path):
             time.sleep(0.05)
@@ -65,7 +67,7 @@ class BuildsAhead:
             self._end()
 
     def close(self) -> None:
-        """End the background process, if there is one; what it has not built stays unbuilt."""
+        """End the background process, if there is one. Epochs that it has not built stay unbuilt."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -74,7 +76,7 @@ class BuildsAhead:
             self._process = None
 
     def _end(self) -> None:
-        """Reap the process and warn if it failed: its epochs are then built when they are needed."""
+        """Wait for the process to end, and warn if it failed. Its epochs are then built when they are needed."""
         if self._process is None:
             return
         code = self._process.wait()

@@ -1,9 +1,9 @@
-"""A weighted blend of sources: which sample of which source each of its samples is, by exact, stateless arithmetic.
+"""Weighted blend of sources: exact, stateless arithmetic maps each sample of the blend to a sample of a source.
 
-The weights are halved again and again, as in a binary tree over the sources. At a node whose left part has the share p,
-ceil(i p) of the first i samples go left and the others right. So any i is found in O(log sources) steps without what
-came before, the answer never depends on how many samples a run asks for, and after every i each source has had its
-share of i to within 1 + log2(sources) samples.
+The sources are the leaves of a binary tree, in which each node halves its list of sources. At a node whose left half
+has the share p of the node's weight, ceil(i p) of the first i samples go to the left half and the others to the right.
+So sample i is found in O(log sources) steps without the samples before it. The result never depends on how many samples
+a run asks for. Among the first i samples each source has its share of i to within 1 + log2(sources) samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Blend:
     """The blend of sources with positive `weights`, which need not sum to 1.
 
     Raises:
-        ValueError: there is no weight, or one is not a positive finite number.
+        ValueError: `weights` is empty, or a weight is not a positive finite number.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -39,7 +39,7 @@ class Blend:
         return len(self._bounds) - 1
 
     def _left(self, first: int, last: int, i: int) -> int:
-        """Count the samples, of the first `i` of the sources [first, last), that go to the left half of them."""
+        """Return how many of the first `i` samples of the sources [first, last) go to the left half of the sources."""
         middle = (first + last) // 2
         left, both = self._bounds[middle] - self._bounds[first], self._bounds[last] - self._bounds[first]
         return -(-i * left // both)
@@ -56,7 +56,7 @@ class Blend:
         return first, i
 
     def counts(self, i: int) -> list[int]:
-        """Samples of each source among the first `i` of the blend."""
+        """Return the number of samples of each source among the first `i` samples of the blend."""
 
         def divide(first: int, last: int, n: int) -> list[int]:
             if last - first == 1:

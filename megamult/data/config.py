@@ -1,4 +1,4 @@
-"""The section `data` of a run."""
+"""The section `data` of a run's configuration."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ class DataConfig:
     """Corpora made by launch/prepare_data.py, and their tokenizer."""
 
     train: str | dict[str, float] | list[str] | None = None
-    """Prefix of .bin and .idx, a list of prefixes (equal weights), or a mapping from prefix to weight."""
+    """Corpora to train on: the prefix of a .bin and an .idx, a list of prefixes (which get equal weights), or a mapping
+    from prefix to weight."""
     valid: str | dict[str, float] | list[str] | None = None
-    """The same for evaluation; null: no evaluation."""
+    """Corpora to evaluate on, given as in data.train; null: no evaluation."""
     tokenizer: str | None = None
     """The sentencepiece model that the corpora were encoded with."""
     validate: Literal["stamp", "full"] = "stamp"
-    """Check of the corpora at start-up. stamp: compare sizes, headers and samples with the stamp that
-    launch/prepare_data.py wrote; full: also read every byte, shared among all processes."""
+    """Check of the corpora at start-up. stamp: compare sizes, headers and samples of the files with the stamp that
+    launch/prepare_data.py wrote. full: also read every byte; all processes share the work."""
 
     @staticmethod
     def sources(value: str | dict[str, float] | list[str] | None) -> list[tuple[str, float]]:
-        """(prefix, weight) of each source."""
+        """Return (prefix, weight) of each source."""
         if value is None:
             return []
         if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""A corpus made ready for training: documents encoded by several processes into indexed train and valid sets.
+"""Preparation of a corpus for training: several processes encode documents into indexed train and valid sets.
 
-The output bytes depend only on the input, the tokenizer and the split, never on the number of processes. Everything is
-written in a hidden directory next to the output and renamed once all of it is complete and checked.
+The output bytes depend only on the input, the tokenizer and the split, never on the number of processes. All files are
+written into a hidden directory next to the output, and are renamed once all of them are complete and checked.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from megamult.data.stamp import SUFFIX, Stamp
 from megamult.data.tokenizer import Tokenizer, train_tokenizer
 from megamult.runtime.partial import partial_folder
 
-# sentencepiece holds its training text in memory, and more than this hardly changes the merges.
+# sentencepiece holds its training text in memory, and more text hardly changes the merges.
 _TOKENIZER_BYTES = 200_000_000
 _SAMPLE_SEED = 1
 
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """Summary of a corpus: counts per set, UTF-8 bytes of text, entropy of the training tokens (nats/token)."""
+    """Summary of a corpus: counts per set, UTF-8 bytes of text, entropy of the training tokens in nats per token."""
 
     train_documents: int
     valid_documents: int
@@ -46,7 +46,7 @@ class CorpusSummary:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token, end-of-document tokens included."""
+        """UTF-8 bytes of text per token. End-of-document tokens count as tokens."""
         return self.text_bytes / (self.train_tokens + self.valid_tokens)
 
 
@@ -59,16 +59,16 @@ def prepare_corpus(
     json_key: str = "text",
     workers: int = 1,
 ) -> CorpusSummary:
-    """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and OUTPUT.model, replacing earlier ones at the very end.
+    """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and OUTPUT.model. Earlier files are replaced at the very end.
 
-    Either a tokenizer of `vocab_size` is trained on the training documents (a sample of them beyond 200 MB), or the
-    given model file is used. Each document must decode to itself and is followed by the end-of-document token. With
-    `valid_fraction` 0 there is no valid set, and an earlier one under the same name is removed. Unfinished files that a
-    killed call left under the same name are removed first.
+    If `vocab_size` is given, a tokenizer of this size is trained on the training documents (on a sample of them if the
+    text exceeds 200 MB). If `tokenizer` is given, this model file is used. Each document must decode to itself, and is
+    followed by the end-of-document token. If `valid_fraction` is 0, there is no valid set, and an earlier valid set
+    under the same name is removed. Unfinished files that a killed call left under the same name are removed first.
 
     Raises:
-        ValueError: bad inputs (the first mistake of each file, by its line), options that do not fit, or text the
-            tokenizer cannot keep.
+        ValueError: inputs are bad (the message names the first mistake of each file, with its line), options do not
+            fit, or the tokenizer cannot keep the text.
     """
     if (vocab_size is None) == (tokenizer is None):
         raise ValueError(f"vocab_size is {vocab_size} and tokenizer is {tokenizer}: give exactly one of them")
@@ -84,7 +84,7 @@ def prepare_corpus(
         model = partial / "model"
         if given is not None:
             shutil.copyfile(given.model_path, model)
-            encoder = Path(given.model_path)  # so that a message names the user's file
+            encoder = Path(given.model_path)  # error messages then name the user's file
         else:
             encoder = model
             assert vocab_size is not None
@@ -119,7 +119,10 @@ def prepare_corpus(
 
 
 def _outputs(prefix: Path) -> dict[str, Path]:
-    """Every file that may be written, by its name in the partial folder; stamps last, as they vouch for the others."""
+    """Return the path of every file that may be written, by the file's name in the partial folder.
+
+    Stamps come last, because they vouch for the other files.
+    """
     names = [f"{part}{kind}" for kind in (".bin", ".idx", SUFFIX) for part in ("train", "valid")]
     return {"model": prefix.with_name(f"{prefix.name}.model")} | {
         name: prefix.with_name(f"{prefix.name}_{name}") for name in names
@@ -143,7 +146,7 @@ def _checked_prefix(output: str | Path, inputs: Sequence[str | Path]) -> Path:
 
 
 def _survey(inputs: Sequence[str | Path], json_key: str) -> tuple[int, int]:
-    """Count documents and UTF-8 bytes of all inputs. Each is read to its end: all bad ones are named together."""
+    """Count the documents and UTF-8 bytes of all inputs. All inputs are read, so that one error names all bad ones."""
     count = size = 0
     mistakes: list[str] = []
     for path in inputs:
@@ -168,7 +171,7 @@ def _tokenizer_texts(documents: Iterable[Document], split: ValidSplit, text_byte
 
 
 def _with_progress(documents: Iterable[Document], text_bytes: int) -> Iterator[Document]:
-    # disable=None: a bar on a terminal only, so that logs and error messages stay clean.
+    # disable=None shows the bar only on a terminal, so that logs and error messages stay clean.
     with tqdm(total=text_bytes, desc="encoding", unit="B", unit_scale=True, disable=None) as bar:
         for document in documents:
             yield document
@@ -176,7 +179,7 @@ def _with_progress(documents: Iterable[Document], text_bytes: int) -> Iterator[D
 
 
 def _write_sets(encoded: Iterable[np.ndarray], partial: Path, split: ValidSplit, vocab_size: int) -> dict[str, int]:
-    """Write each document's ids to its set; return the number of documents per set."""
+    """Write the ids of each document to the train or the valid set; return the number of documents per set."""
     with warnings.catch_warnings():
         # Megatron announces on import that Transformer Engine and Apex are missing.
         warnings.simplefilter("ignore")

@@ -1,9 +1,9 @@
-"""The samples that training reads: weighted sources, each a Megatron `GPTDataset` per epoch.
+"""The samples that training reads. They come from weighted sources, and each epoch of a source is a `GPTDataset`.
 
-A GPTDataset orders its documents by how many epochs it is asked for, so one that covers a whole run changes when the
-run gets longer. Here each (source, epoch) is a dataset of exactly one epoch with a seed of its own. Sample k of a
-source is then a function of (seed, source, k) only, wherever the source stands in a blend, and a run resumes at any
-sample without a state. A source is known by its contents.
+The order of documents in Megatron's GPTDataset depends on the number of epochs that it covers. If one covered a whole
+run, its order would change when the run gets longer. Here each (source, epoch) is a GPTDataset of exactly one epoch,
+with its own seed. Sample k of a source is then a function of (seed, source, k) only. It does not depend on the source's
+position in a blend, and a run can resume at any sample without the samples before it. Contents identify a source.
 """
 
 from __future__ import annotations
@@ -29,24 +29,27 @@ _SHARED_FILES_SECONDS = 60
 
 
 class BlendedDataset:
-    """Global sample i -> {"tokens": i64[seq], "labels": i64[seq]}, labels[t] being the token after tokens[t].
+    """Dataset that maps global sample i to {"tokens": i64[seq], "labels": i64[seq]}.
 
-    `sources` are (prefix of .bin/.idx, positive weight); weights are relative. Sample i is sample k of the source that
-    `Blend.locate` names, found in epoch k // samples_per_epoch at place k % samples_per_epoch. Each epoch shuffles the
-    documents, cuts them into samples of seq_length tokens (one more is read for the last label) and shuffles those. The
-    last, incomplete sample of an epoch is left out; no sample is padded, none is masked.
+    labels[t] is the token after tokens[t].
 
-    In a distributed run call `prepare` on all ranks before reading; a single process may skip it. A thread may read
-    prepared samples while another one prepares.
+    `Blend.locate` maps sample i to sample k of a source, which is sample k % samples_per_epoch of the source's epoch
+    k // samples_per_epoch. Each epoch shuffles the documents, cuts them into samples of seq_length tokens (one more
+    token is read for the last label) and shuffles the samples. The last, incomplete sample of an epoch is left out. No
+    sample is padded or masked.
+
+    In a distributed run, call `prepare` on all ranks before reading. A single process may skip it. A thread may read
+    prepared samples while another thread prepares others.
 
     Args:
-        cache_dir: where GPTDataset keeps its index files, on a file system that all ranks see. Files are keyed by
-            source contents, seed, seq_length and tokenizer, so a directory may be used again and by several runs.
+        sources: (prefix of .bin and .idx, positive weight) of each source. Weights are relative.
+        cache_dir: directory for the index files of GPTDataset, on a file system that all ranks see. Files are keyed by
+            source contents, seed, seq_length and tokenizer, so several runs may use the same directory.
         described: the result of `describe` for each prefix, if it is known already.
 
     Raises:
-        ValueError: bad weights, damaged files or another tokenizer's (see `describe`), a source shorter than one
-            sample, or one with more documents than Megatron's index holds.
+        ValueError: weights are bad, files are damaged or do not fit the tokenizer (see `describe`), or a source is
+            shorter than one sample or has more documents than Megatron's index can number.
     """
 
     def __init__(
@@ -62,9 +65,9 @@ class BlendedDataset:
             raise ValueError(f"seq_length is {seq_length}: give at least 1 token")
         self._weights = [float(weight) for _, weight in sources]
         self.blend = Blend(self._weights)
-        self._origin = 0  # global sample with which the present blend began,
-        self._first = [0] * len(sources)  # and each source's sample there
-        self._left: dict[str, int] = {}  # next samples of sources that an earlier blend had
+        self._origin = 0  # global sample with which the present blend began
+        self._first = [0] * len(sources)  # sample of each source with which the present blend began
+        self._left: dict[str, int] = {}  # next sample of each source that only earlier blends had
         found = described or {prefix: describe(prefix, tokenizer) for prefix, _ in sources}
         each = [found[prefix] for prefix, _ in sources]
         self._names = Names.fresh([one.identity for one in each])
@@ -79,18 +82,18 @@ class BlendedDataset:
 
     @property
     def samples_per_epoch(self) -> list[int]:
-        """Samples in one epoch of each source."""
+        """Number of samples in one epoch of each source."""
         return [source.samples_per_epoch for source in self._sources]
 
     def prepare(self, first: int, last: int, barrier: Callable[[], None] | None = None, end: int | None = None) -> None:
-        """Open every (source, epoch) that the samples [first, last) touch and close all others.
+        """Open every (source, epoch) that has some of the samples [first, last), and close all others.
 
-        Global rank 0 builds the index files that do not exist yet, then `barrier` is called, then the other ranks load
-        them. All ranks must make the same calls; where nothing new is touched there is neither work nor a barrier.
+        Global rank 0 builds the index files that do not exist yet. Then `barrier` is called, and then the other ranks
+        load the files. All ranks must make the same calls. If no new epoch is needed, there is no work and no barrier.
 
         Args:
-            end: sample before which the run will end. Index files of each source's next epoch are then built in the
-                background; None: each is built when it is needed.
+            end: sample before which the run will end. If given, the index files of each source's next epoch are built
+                in the background; otherwise each is built when it is needed.
 
         Raises:
             RuntimeError: rank 0's index files do not appear on this rank (cache_dir is not shared).
@@ -98,7 +101,7 @@ class BlendedDataset:
         needed = self._touched(first, last)
         new = sorted(needed - self._prepared)
         if new:
-            # The barrier is reached even if building fails: rank 0's error is then the one that is seen.
+            # The barrier is called even if building fails, so that rank 0's error is the one that the user sees.
             try:
                 if environment.rank() == 0:
                     for position, epoch in new:
@@ -118,7 +121,7 @@ class BlendedDataset:
             self._ahead.start(self._next_epochs(last, end))
 
     def _touched(self, first: int, last: int) -> set[tuple[int, int]]:
-        """Return (position of the source, epoch) of every epoch that the samples [first, last) belong to."""
+        """Return (position of the source, epoch) of every epoch that has some of the samples [first, last)."""
         touched: set[tuple[int, int]] = set()
         counts = zip(self._positions(first), self._positions(last), self._sources, strict=True)
         for position, (start, stop, source) in enumerate(counts):
@@ -128,8 +131,10 @@ class BlendedDataset:
         return touched
 
     def _next_epochs(self, last: int, end: int) -> list[tuple[EpochFiles, int]]:
-        """Return, for each source, the first epoch that is not prepared, if samples [last, end) need it; the one
-        that is needed soonest comes first."""
+        """Return the first epoch of each source that is not prepared, if samples [last, end) need it.
+
+        The epoch that is needed soonest comes first.
+        """
         found = []
         for position, (reached, stop, share) in enumerate(
             zip(self._positions(last), self._positions(end), self._weights, strict=True)
@@ -148,7 +153,7 @@ class BlendedDataset:
         self._ahead.close()
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        """Global sample `i` >= 0.
+        """Return global sample `i` >= 0.
 
         Raises:
             ValueError: the sample holds a token id outside the tokenizer's vocabulary.
@@ -159,11 +164,14 @@ class BlendedDataset:
         return self._sources[position].sample(self._first[position] + k)
 
     def _positions(self, i: int) -> list[int]:
-        """Each source's next sample, before global sample `i`."""
+        """Return, for each source, its next sample at the time when global sample `i` is read."""
         return [first + count for first, count in zip(self._first, self.blend.counts(i - self._origin), strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """State that a checkpoint holds, beside the number of samples, to continue with every source's next sample."""
+        """Return the state with which a run continues with every source's next sample.
+
+        A checkpoint stores this state and the number of samples.
+        """
         sources = zip(self._names.names, self._weights, self._first, strict=True)
         return {
             "origin": self._origin,
@@ -173,14 +181,14 @@ class BlendedDataset:
         }
 
     def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
-        """Continue a run that left `state`, from global sample `samples` on. Call it before preparing or reading.
+        """Continue the run that saved `state`, from global sample `samples` on. Call this before preparing or reading.
 
-        With the same sources and weights the same blend continues. Otherwise a new blend begins here, in which each
-        source that the run had continues with its next sample, and new ones begin with their first.
+        If the sources and weights are the same, the blend continues. Otherwise a new blend begins at this sample. In
+        it, each source that the run had continues with its next sample, and each new source begins with its first one.
 
         Returns:
-            Lines for the user: sources that are new to the run, sources that are left out from here on, and what an
-            older checkpoint does not hold.
+            Lines for the user: which sources are new to the run, how many are left out from here on, and whether the
+            checkpoint lacks digests, as older ones do.
         """
         saved = state["sources"]
         known = [*(each["source"] for each in saved), *state["left"]]
@@ -222,7 +230,7 @@ class _Source:
     def __init__(
         self, described: Described, twin: int, tokenizer: Tokenizer, seq_length: int, seed: int, cache_dir: Path
     ) -> None:
-        """Open nothing yet; `twin` is that of `draw_as`."""
+        """Check the sizes, without opening a file. `twin` is passed to `draw_as`."""
         files = described.files
         prefix = files.prefix
         if files.tokens < seq_length + 1:
@@ -250,7 +258,7 @@ class _Source:
         self.draw_as(twin)
 
     def draw_as(self, twin: int) -> None:
-        """Shuffle as the `twin`-th of the sources that share an `Identity.order`: each shuffles in its own way."""
+        """Shuffle as source number `twin` of those that share an `Identity.order`. All of them shuffle differently."""
         order, contents = self.identity.order, self.identity.contents
         key = repr((order, contents, self._tokenizer.sha256, self._seq_length, self._seed, twin))
         self.epochs = EpochFiles(
@@ -266,16 +274,16 @@ class _Source:
         self._epochs = {}
 
     def keep(self, epochs: set[int]) -> None:
-        """Close all other epochs."""
-        # A new mapping: a thread may be reading from the old one.
+        """Close all epochs that are not in `epochs`."""
+        # The old dict is not changed, because a thread may be reading from it.
         self._epochs = {epoch: dataset for epoch, dataset in self._epochs.items() if epoch in epochs}
 
     def sample(self, k: int) -> dict[str, torch.Tensor]:
-        """The source's sample `k`, its token ids checked."""
+        """Return the source's sample `k`, after a check of its token ids."""
         epoch, place = divmod(k, self.samples_per_epoch)
         item = self.open(epoch)[place]
         tokens, labels = item["tokens"], item["labels"]
-        # Vocabulary-parallel embeddings mask the ids they look up: a wrong one would be zeros, not an error.
+        # A vocabulary-parallel embedding masks ids that it does not have: a wrong id would give zeros, not an error.
         for wrong in (int(torch.min(tokens[0], labels.min())), int(torch.max(tokens[0], labels.max()))):
             if 0 <= wrong < self._tokenizer.vocab_size:
                 continue
@@ -286,7 +294,10 @@ class _Source:
         return {"tokens": tokens, "labels": labels}
 
     def open(self, epoch: int) -> Any:
-        """The GPTDataset of one epoch, loaded from complete index files; global rank 0 builds them first."""
+        """Return the GPTDataset of one epoch, loaded from complete index files.
+
+        Global rank 0 builds the files that do not exist. Other ranks wait for them.
+        """
         if epoch in self._epochs:
             return self._epochs[epoch]
         if environment.rank() == 0:

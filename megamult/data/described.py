@@ -1,4 +1,4 @@
-"""Descriptions of a run's sources: what every rank must know of them, read by one rank of each node."""
+"""Descriptions of a run's sources, which every rank needs and one rank of each node reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megamult.data.indexed import IndexedFiles, read_index, validate_indexed, va
 from megamult.data.stamp import Stamp
 from megamult.data.tokenizer import Tokenizer
 
-# Every source takes some 40 small reads, which wait for a file server rather than for a processor.
+# Number of threads. Each source takes some 40 small reads, which wait for a file server rather than for a processor.
 _THREADS = 16
 _TELL_SECONDS = 5.0
 """Seconds between the progress reports of a long check."""
@@ -30,7 +30,9 @@ class Described:
 
 
 def describe(prefix: str, tokenizer: Tokenizer) -> Described:
-    """Read headers, sizes, the stamp and samples of both files; without a stamp also the pointers in the .idx.
+    """Describe a source by the headers, sizes and samples of both files, and by the stamp.
+
+    If there is no stamp, pointers in the .idx are also read.
 
     Raises:
         ValueError: a file is missing or damaged, does not fit its stamp, or was encoded with another tokenizer.
@@ -44,10 +46,10 @@ def describe(prefix: str, tokenizer: Tokenizer) -> Described:
 
 
 def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Described]:
-    """Describe each source, and check samples of the token ids of those that have no stamp.
+    """Describe each source. For sources without a stamp, also check samples of both files (see `validate_sample`).
 
     Raises:
-        ValueError: the errors of `describe`, or a token id outside the vocabulary; all mistakes in one message.
+        ValueError: `describe` or `validate_sample` failed. One message lists the mistakes of all sources.
     """
 
     def check(prefix: str) -> Described:
@@ -62,16 +64,17 @@ def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Des
 def validate_all(
     prefixes: Sequence[str], tokenizer: Tokenizer, share: tuple[int, int], note: Callable[[int], None] = lambda n: None
 ) -> None:
-    """Read every byte of each source, rank k of n its share (k, n), and compare checksums where there is a stamp.
+    """Read every byte of each source, and compare checksums if the source has a stamp.
 
     Args:
-        note: called with the number of pieces checked so far, every few seconds in which it has grown.
+        share: (k, n) for the share of rank k of n in this work.
+        note: function that is called every few seconds with the number of pieces checked so far, if it has grown.
 
     Raises:
-        ValueError: the errors of `validate_indexed`; all mistakes in one message.
+        ValueError: `validate_indexed` failed. One message lists the mistakes of all sources.
     """
 
-    checked: list[str] = []  # one entry per piece, its source; several threads append
+    checked: list[str] = []  # the source of each piece that is checked; several threads append
 
     def check(prefix: str) -> None:
         stamp = Stamp.read(prefix)
@@ -92,7 +95,7 @@ def validate_all(
 def _each(
     check: Callable[[str], _Result], prefixes: Sequence[str], waiting: Callable[[], None] = lambda: None
 ) -> dict[str, _Result]:
-    """Run `check` on each source in several threads, calling `waiting` every few seconds meanwhile."""
+    """Run `check` on each source in several threads, and call `waiting` every few seconds until all have ended."""
     found: dict[str, _Result] = {}
     mistakes: list[str] = []
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -110,10 +113,10 @@ def _each(
 
 
 def unchecked(described: Sequence[Described], full: bool) -> str | None:
-    """Say in one line what could not be checked because stamps are missing; None: everything was checked.
+    """Return a line that says what could not be checked because stamps are missing, or None if none is missing.
 
     Args:
-        full: whether `validate_all` has been asked for.
+        full: whether `validate_all` checks every token id.
     """
     bare = [each for each in described if not each.stamped]
     if not bare:

@@ -23,16 +23,16 @@ class Document:
 def read_documents(paths: Iterable[str | Path], json_key: str = "text") -> Iterator[Document]:
     """Yield the documents of all files in order.
 
-    JSON lines, whatever the file's name, hold one object each, its text under `json_key`. Any other text is plain: a
-    document is a block of non-blank lines, without the line ending of its last line. Everything else is kept as it
-    stands, except a byte-order mark at the start of a file.
+    In a file of JSON lines, whatever its name, each line is an object that has the text under `json_key`. Any other
+    file is plain text. There a document is a block of non-blank lines, without the line ending of its last line. A
+    byte-order mark at the start of a file is removed. Otherwise the text is not changed.
 
     Raises:
-        ValueError: a file is missing, empty, not UTF-8 or of a format that is not read (see `recognize`); a JSON line
-            is blank, invalid, lacks the field, or its field is not a string or holds no text.
+        ValueError: a file is missing, empty, not UTF-8 or in a format that is not supported (see `recognize`); a JSON
+            line is blank or invalid; or its field `json_key` is missing, is not a string or has no text.
     """
     for path in map(str, paths):
-        # Every file is read twice (checked before anything is written, then encoded), which a pipe cannot give.
+        # Every file is read twice: checked before anything is written, then encoded. A pipe can be read only once.
         if not Path(path).is_file():
             fact = "is not a regular file" if Path(path).exists() else "does not exist"
             raise ValueError(f"input {path} {fact}: give the path of a file of text or JSON lines")
@@ -50,7 +50,10 @@ def read_documents(paths: Iterable[str | Path], json_key: str = "text") -> Itera
 
 
 def _decoded_lines(path: str) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line with its ending). Lines are split as bytes, so that a decoding error has its line."""
+    """Yield (line number, line with its ending).
+
+    Lines are split before they are decoded, so that a decoding error can name its line.
+    """
     number = 0
     try:
         with open(path, "rb") as stream:

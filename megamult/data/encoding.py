@@ -1,6 +1,6 @@
-"""Encoding of documents to token ids, in several processes and in order, with a bounded number in memory.
+"""Encoding of documents to token ids by several processes, in order, with a bounded number of documents in memory.
 
-Worker processes import this file: it must stay free of torch and Megatron, which take seconds to load.
+Worker processes import this file. So it must not import torch or Megatron, which take seconds to load.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ _worker_tokenizer: Tokenizer | None = None
 
 
 def encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of a document and the end-of-document token, int32[tokens + 1].
+    """Return the ids of a document, followed by the end-of-document token, int32[tokens + 1].
 
     Raises:
-        ValueError: decoding the ids does not return the same text, so training would lose part of it.
+        ValueError: the text cannot be encoded, or its ids decode to another text, so that training would lose part of
+            it.
     """
     where = f"{document.path}, line {document.line}"
     try:
@@ -49,7 +50,7 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
 def encode_in_order(
     documents: Iterable[Document], model_path: str | Path, workers: int
 ) -> Generator[np.ndarray, None, None]:
-    """Yield the ids of each document, in the order of `documents`, whatever the number of processes.
+    """Yield the ids of each document, in the order of `documents` for any number of processes.
 
     Raises:
         ValueError: the tokenizer does not keep a document (see `encode_document`).
@@ -89,7 +90,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _start_worker(model_path: str) -> None:
     global _worker_tokenizer
-    # Ctrl-C and the terminal's end reach the whole process group; only the parent decides and cleans up.
+    # Ctrl-C and a hang-up of the terminal reach the whole process group. Only the parent acts on them and cleans up.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -97,7 +98,7 @@ def _start_worker(model_path: str) -> None:
 
 
 def _die_with_parent() -> None:
-    # A killed parent cannot shut its pool down; its workers would wait for work for ever.
+    # A killed parent cannot shut its pool down, and without this its workers would wait for work forever.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,7 +1,8 @@
-"""One epoch of one source: Megatron's `GPTDataset` over it, and the index files that fix the order in which it is read.
+"""Epochs of a source: Megatron's `GPTDataset` of each epoch, and the index files that fix the order of its samples.
 
-As a program (`python -m megamult.data.epochs DESCRIPTOR`) it reads descriptions of epochs from an open file, one JSON
-object per line, and builds their index files; it ends when its standard input closes. `megamult.data.ahead` starts it.
+As a program (`python -m megamult.data.epochs DESCRIPTOR`), this module reads descriptions of epochs from the open file
+DESCRIPTOR, one JSON object per line, and builds the index files of these epochs. The program ends when its standard
+input closes. `megamult.data.ahead` starts it.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from megamult.data.splitmix import splitmix
 from megamult.runtime.partial import partial_folder
 
 MOST_DOCUMENTS = 2**31 - 1
-"""Megatron's builder of sample indices takes document numbers as 32-bit integers."""
+"""Maximum number of documents of a source: Megatron's builder of sample indices numbers them by 32-bit integers."""
 
-# Megatron zeroes and masks tokens equal to its padding id, by default -1, which a damaged corpus may hold and which
-# would then pass unseen. No token type holds this one.
+# Megatron zeroes and masks tokens that equal its padding id, which is -1 by default. A damaged corpus may contain -1,
+# and the damage would then stay unseen. The types in which launch/prepare_data.py writes tokens cannot hold this value.
 _NO_PADDING = -(1 << 40)
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Properties of a tokenizer that a GPTDataset asks for. There is no `pad`: Megatron zeroes tokens equal to it."""
+    """Attributes of a tokenizer that a GPTDataset reads. There is no `pad`: Megatron would zero tokens equal to it."""
 
     vocab_size: int
     eod: int
@@ -45,13 +46,13 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class EpochFiles:
-    """Epochs of one source: where their index files are, and everything that the contents depend on.
+    """Epochs of one source: where their index files are, and everything on which the contents of these files depend.
 
     Attributes:
         prefix: prefix of the source's .bin and .idx.
         name: digest of the source, which Megatron uses in the names of the index files.
-        seed: integers that are hashed together with the epoch's number.
-        directory: folder that holds one folder per epoch.
+        seed: integers that are hashed, together with an epoch's number, to the seed of the epoch.
+        directory: folder that has one folder per epoch.
     """
 
     prefix: str
@@ -62,29 +63,29 @@ class EpochFiles:
     directory: str
 
     def path(self, epoch: int) -> Path:
-        """Folder of an epoch's index files; it exists once they are complete."""
+        """Return the folder of an epoch's index files. It exists once they are complete."""
         return Path(self.directory) / f"epoch_{epoch}"
 
     def build(self, epoch: int) -> None:
         """Write an epoch's index files, unless they exist.
 
-        In a distributed run only global rank 0 can do it: Megatron writes nothing on other ranks.
+        In a distributed run only global rank 0 can do this, because Megatron writes no index files on other ranks.
         """
         final = self.path(epoch)
         if final.exists():
             return
         final.parent.mkdir(parents=True, exist_ok=True)
-        # Built aside and renamed: a process that is killed meanwhile leaves no half-written index behind.
+        # The index is built in another folder and renamed, so that a killed process leaves no half-written index here.
         with partial_folder(final) as partial:
             self._dataset(epoch, partial, None)
             try:
                 os.rename(partial, final)
             except OSError:
-                if not final.exists():  # otherwise another process was faster, with the same files
+                if not final.exists():  # if it exists, another process has written the same files
                     raise
 
     def load(self, epoch: int, indexed: Any) -> Any:
-        """Return the GPTDataset of an epoch whose index files exist, over an open `IndexedDataset`."""
+        """Return the GPTDataset of an epoch whose index files exist. `indexed` is an open `IndexedDataset`."""
         return self._dataset(epoch, self.path(epoch), indexed)
 
     def _dataset(self, epoch: int, directory: Path, indexed: Any) -> Any:
@@ -100,7 +101,7 @@ class EpochFiles:
             config = GPTDatasetConfig(
                 random_seed=splitmix(*self.seed, epoch) >> 32,  # numpy's RandomState takes 32 bits
                 sequence_length=self.seq_length,
-                # Not None, or the config switches to mock data; the dataset below is given its files.
+                # With None the config would switch to mock data. The dataset below gets its data from `indexed`.
                 blend=([self.prefix], None),
                 split="1,0,0",
                 path_to_cache=str(directory),
@@ -110,7 +111,7 @@ class EpochFiles:
                 eod_mask_loss=False,
                 create_attention_mask=False,
             )
-            # The name enters the cache key: contents, not a path that may move or be spelled in two ways.
+            # The name enters the cache key. It is a digest, because a path may move or be spelled in two ways.
             dataset = GPTDataset(indexed, self.name, documents, None, Split.train, config)
         assert dataset._pad_token_id < 0, dataset._pad_token_id
         dataset._pad_token_id = _NO_PADDING
@@ -118,7 +119,7 @@ class EpochFiles:
 
 
 def open_indexed(prefix: str) -> Any:
-    """Megatron's `IndexedDataset`: its .idx memory-mapped, its .bin read by position."""
+    """Return Megatron's `IndexedDataset` of a source, with its .idx memory-mapped and its .bin read by position."""
     with quiet_megatron():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -142,7 +143,7 @@ def quiet_megatron() -> Iterator[None]:
 
 
 def to_json(files: EpochFiles, epoch: int) -> str:
-    """Describe an epoch in one line, for the program."""
+    """Return the line that describes an epoch to this module as a program."""
     return json.dumps({"files": dataclasses.asdict(files), "epoch": epoch})
 
 
@@ -155,7 +156,7 @@ def _from_json(line: str) -> tuple[EpochFiles, int]:
 
 
 def _main() -> None:
-    # Signals to stop reach every process of a job. The run that started this one handles them.
+    # Signals that stop a job reach all its processes. The run that started this process handles them.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)
@@ -166,7 +167,7 @@ def _main() -> None:
         for files, epoch in work:
             files.build(epoch)
     except Exception as error:
-        # The run shows the last line in its warning.
+        # The run that started this process shows the last line of its standard error in a warning.
         print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -1,6 +1,6 @@
 """Formats of input files, recognized by their first bytes: JSON lines, plain text, and formats to convert before use.
 
-A file's name counts only if its content fits several formats: a `.jsonl` file that holds no JSON is a mistake, and a
+A file's name counts only if its content fits several formats. Then a `.jsonl` file without JSON is an error, and a
 `.csv` or `.json` file is not taken for plain text.
 """
 
@@ -47,10 +47,10 @@ _TABLE_HEADER = re.compile(r'"?\w+"?(?:([,\t;])"?\w+"?)(?:\1"?\w+"?)*$')
 
 
 def recognize(path: str, json_key: str) -> Format:
-    """Return the format of `path`, which is not empty.
+    """Return the format of the file `path`, which must not be empty.
 
     Raises:
-        ValueError: the format is not read here; the message names it and says how to convert it.
+        ValueError: the format is not supported. The message names it and says how to convert the file.
         OSError: the file cannot be read.
     """
     with open(path, "rb") as stream:
@@ -66,7 +66,7 @@ def recognize(path: str, json_key: str) -> Format:
     if _is_object(line) or (longer_than_head and re.match(r'\{\s*"', line)):
         return "json lines"
     if suffix in _LINES_SUFFIXES:
-        return "json lines"  # the reader names its first mistake by line
+        return "json lines"  # the reader then names the line of the first mistake
     if _JSON_DOCUMENT.match(text if line in ("[", "{", "[{") else line):
         kind = "one JSON array" if text.startswith("[") else "a JSON object over several lines, or damaged JSON"
         raise ValueError(
@@ -99,5 +99,5 @@ def _is_object(line: str) -> bool:
 
 
 def _is_table(line: str, json_key: str) -> bool:
-    """Tell whether a line reads as the header of a table with a column of texts."""
+    """Tell whether a line looks like the header of a table that has a column `json_key`."""
     return _TABLE_HEADER.match(line) is not None and json_key in re.split(r"[\W]+", line)

@@ -1,4 +1,4 @@
-"""Digests that identify a corpus, wherever it lies and whatever it is called."""
+"""Digests that identify a corpus independently of the path of its files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _BLOCK_BYTES = 4096
 
 @dataclass(frozen=True)
 class Identity:
-    """Digests that tell a corpus from others.
+    """Digests that distinguish a corpus from others.
 
     Attributes:
-        order: digest of the sizes and of where up to 65,536 evenly spaced documents start. The order of a run's samples
-            is drawn from it, and does not depend on the text: corpora whose documents have the same lengths share it.
-        contents: digest of the sizes and of 16 evenly spaced blocks of 4 KiB of each file, token ids among them. A run
+        order: digest of the sizes and of the starts of up to 65,536 evenly spaced documents. It seeds the order of a
+            run's samples. It does not depend on the text: corpora whose documents have the same lengths share it.
+        contents: digest of the sizes and of 16 evenly spaced blocks of 4 KiB of each file, so also of token ids. A run
             that resumes recognizes its sources by it.
     """
 
@@ -27,14 +27,14 @@ class Identity:
 
 
 def order_digest(files: IndexedFiles) -> str:
-    """Compute `Identity.order` of an indexed dataset; reads some or all pointers of the .idx."""
+    """Compute `Identity.order` of an indexed dataset. This reads some or all pointers of the .idx."""
     digest = hashlib.sha256(f"{files.dtype.__name__} {files.tokens} {files.sequences}".encode())
     digest.update(files.pointers()[:: 1 + files.sequences // _STARTS].tobytes())
     return digest.hexdigest()
 
 
 def contents_digest(files: IndexedFiles) -> str:
-    """Compute `Identity.contents` of an indexed dataset; reads at most 128 KiB."""
+    """Compute `Identity.contents` of an indexed dataset. This reads at most 128 KiB."""
     digest = hashlib.sha256(f"{files.dtype.__name__} {files.tokens} {files.sequences}".encode())
     for file in (files.bin, files.idx):
         with open(file, "rb", buffering=0) as stream:

@@ -1,8 +1,8 @@
-"""Checks and statistics of Megatron's indexed datasets: token ids in a `.bin`, where they are in an `.idx`.
+"""Checks and statistics of Megatron's indexed datasets. Token ids are in a `.bin`, and their positions in an `.idx`.
 
-The layout of an `.idx`, little endian: magic (9 bytes), version (u64), token type (u8), number of sequences S (u64),
+An `.idx` contains, in little endian: magic (9 bytes), version (u64), token type (u8), number of sequences S (u64),
 number of document bounds D (u64), lengths (i32[S], tokens), pointers (i64[S], bytes into the .bin), bounds (i64[D],
-sequences). Read here without Megatron, whose own reader answers damage with assertions or numpy errors.
+sequences). This module reads it without Megatron, whose reader answers damage with assertions or numpy errors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TOKEN_TYPES: dict[int, type[np.integer]] = {
     8: np.uint16,
 }
 PIECE_BYTES = 1 << 28
-"""Size of the pieces that have a checksum each, so that several processes can check one file at the same time."""
+"""Bytes of a piece of a file. Each piece has its own checksum, so that several processes can check one file."""
 
 _CHUNK_TOKENS = 1 << 22
 _CHUNK_SEQUENCES = 1 << 20
@@ -36,7 +36,7 @@ _REMEDY = "copy the pair again or rerun launch/prepare_data.py"
 
 @dataclass(frozen=True)
 class IndexedFiles:
-    """A .bin and .idx that fit each other. Nothing of them stays in memory: each method reads what it returns."""
+    """A .bin and an .idx that fit each other. Their contents are not kept in memory: methods read what they return."""
 
     prefix: str
     dtype: type[np.integer]
@@ -46,45 +46,47 @@ class IndexedFiles:
 
     @property
     def bin(self) -> Path:
-        """The file of the token ids."""
+        """Path of the file with the token ids."""
         return Path(f"{self.prefix}.bin")
 
     @property
     def idx(self) -> Path:
-        """The file that says where each sequence is."""
+        """Path of the file that says where each sequence is."""
         return Path(f"{self.prefix}.idx")
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each sequence, i32[sequences], memory-mapped."""
+        """Return the number of tokens of each sequence, i32[sequences], memory-mapped."""
         return self._table("<i4", self.sequences, 0)
 
     def pointers(self) -> np.ndarray:
-        """Bytes of the .bin before each sequence, i64[sequences], memory-mapped."""
+        """Return the number of bytes of the .bin before each sequence, i64[sequences], memory-mapped."""
         return self._table("<i8", self.sequences, 4 * self.sequences)
 
     def bounds(self) -> np.ndarray:
-        """Sequences before each document, and in all, i64[documents + 1], memory-mapped."""
+        """Return the number of sequences before each document, then of all, i64[documents + 1], memory-mapped."""
         return self._table("<i8", self.documents + 1, 12 * self.sequences)
 
     def _table(self, dtype: str, count: int, at: int) -> np.ndarray:
         return np.memmap(self.idx, dtype, "r", offset=_HEADER.size + at, shape=(count,))
 
     def chunks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (position of the first token, token ids) over the tokens [first, last) of the .bin."""
+        """Yield the tokens [first, last) of the .bin in chunks (position of the first token, token ids)."""
         last = self.tokens if last is None else min(last, self.tokens)
         itemsize = np.dtype(self.dtype).itemsize
-        # Read, not mapped: the pages of a mapped file would count as this process's memory.
+        # The file is read, not mapped: the pages of a mapped file would count as this process's memory.
         for start in range(first, last, _CHUNK_TOKENS):
             count = min(_CHUNK_TOKENS, last - start)
             yield start, np.fromfile(self.bin, self.dtype, count, offset=start * itemsize)
 
 
 def read_index(prefix: str | Path) -> IndexedFiles:
-    """Open PREFIX.idx and check that it fits PREFIX.bin, in a few small reads whatever their size: magic, token type,
-    both files' lengths, and where the last sequence ends.
+    """Open PREFIX.idx and check that it fits PREFIX.bin.
+
+    The check covers the magic, the token type, the lengths of both files, and the end of the last sequence. It takes a
+    few small reads, whatever the size of the files.
 
     Raises:
-        ValueError: one of the files is missing, damaged, or they do not belong together.
+        ValueError: a file is missing or damaged, or the files do not belong together.
     """
     prefix = str(prefix)
     idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
@@ -137,13 +139,16 @@ def read_index(prefix: str | Path) -> IndexedFiles:
 
 
 def _number(idx: Path, dtype: str, at: int) -> int:
-    """Read one number, `at` bytes behind the header. Not memory-mapped: a page fault would read more."""
+    """Read one number, `at` bytes after the header. Mapping the file would read more, by a page fault."""
     return int(np.fromfile(idx, dtype, 1, offset=_HEADER.size + at)[0])
 
 
 def blocks(size: int, block: int) -> list[tuple[int, int]]:
-    """Return (start, stop) of 16 evenly spaced blocks of `size` items, with the first and the last items among them; a
-    single block if 16 would hold everything."""
+    """Return (start, stop) of 16 evenly spaced blocks of `block` items each, out of `size` items.
+
+    The first block begins with the first item, and the last block ends with the last item. If 16 blocks would cover all
+    items, return a single block of all of them, or none if `size` is 0.
+    """
     if size <= _BLOCKS * block:
         return [(0, size)] if size else []
     starts = [i * (size - block) // (_BLOCKS - 1) for i in range(_BLOCKS)]
@@ -154,7 +159,7 @@ def check_sequences(files: IndexedFiles, first: int, last: int) -> None:
     """Check that each of the sequences [first, last) begins where the one before it ends.
 
     Raises:
-        ValueError: a sequence begins elsewhere.
+        ValueError: a sequence begins elsewhere, or its length is negative.
     """
     itemsize = np.dtype(files.dtype).itemsize
     all_lengths, all_pointers = files.lengths(), files.pointers()
@@ -175,16 +180,16 @@ def check_sequences(files: IndexedFiles, first: int, last: int) -> None:
 
 
 def check_ids(files: IndexedFiles, vocab_size: int, start: int, ids: np.ndarray) -> None:
-    """Check token ids against the vocabulary; the first of them is token number `start` of the corpus.
+    """Check that token ids are in the vocabulary. The first of `ids` is token number `start` of the corpus.
 
     Raises:
-        ValueError: one lies outside [0, vocab_size).
+        ValueError: a token id lies outside [0, vocab_size).
     """
     if not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
         return
     position = start + int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
     byte = position * np.dtype(files.dtype).itemsize
-    # The last sequence that starts at or before this token: an empty one shares its successor's pointer.
+    # The token is in the last sequence that starts at or before it. An empty sequence has its successor's pointer.
     sequence = int(np.searchsorted(files.pointers(), byte, side="right")) - 1
     raise ValueError(
         f"{files.bin}: token id {int(ids[position - start])} at token {position} (document {sequence}) "
@@ -195,10 +200,11 @@ def check_ids(files: IndexedFiles, vocab_size: int, start: int, ids: np.ndarray)
 
 def validate_sample(files: IndexedFiles, vocab_size: int) -> int:
     """Check where sequences begin, and that token ids are in the vocabulary, in 16 evenly spaced blocks of each file.
-    :func:`validate_indexed` checks all of them.
+
+    :func:`validate_indexed` checks the whole files.
 
     Returns:
-        The number of tokens that were read.
+        The number of tokens that were checked.
 
     Raises:
         ValueError: a sequence does not follow the one before it, or a token id lies outside the vocabulary.
@@ -220,15 +226,15 @@ def validate_indexed(
     checksums: tuple[Sequence[str], Sequence[str]] | None = None,
     checked: Callable[[], None] = lambda: None,
 ) -> IndexedFiles:
-    """Check an indexed dataset whole: what `read_index` checks, where each sequence begins, each token id against the
-    vocabulary, and both files' checksums if they are known.
+    """Check a whole indexed dataset: what `read_index` checks, where each sequence begins, each token id against the
+    vocabulary, and the checksums of both files if they are known.
 
-    It reads both files once, in chunks: memory does not grow with them. In a distributed run rank k of n checks the
-    share (k, n).
+    The files are read in chunks, so that memory does not grow with their size.
 
     Args:
-        checksums: `piece_checksums` of the .bin and of the .idx.
-        checked: called after each piece of the files.
+        share: (k, n) to check only the k-th of n shares, as rank k of n does in a distributed run.
+        checksums: results of `piece_checksums` for the .bin and for the .idx.
+        checked: function that is called after each piece of the files.
 
     Raises:
         ValueError: the files do not fit each other, a token id lies outside [0, vocab_size), or a file has changed
@@ -256,7 +262,7 @@ def validate_indexed(
 
 
 def piece_checksums(file: Path) -> list[str]:
-    """SHA-256 of each `PIECE_BYTES` bytes of a file."""
+    """Return the SHA-256 of each piece of `PIECE_BYTES` bytes of a file. The last piece may be shorter."""
     return [_piece_checksum(file, number) for number in range(-(-file.stat().st_size // PIECE_BYTES))]
 
 
@@ -280,9 +286,10 @@ def _check_piece(file: Path, number: int, found: str, checksums: Sequence[str]) 
 
 
 def unigram_entropy(prefix: str | Path, vocab_size: int) -> float:
-    """Entropy of the empirical token distribution, -sum_t p_t ln p_t with p_t = count_t / tokens, in nats per token.
+    """Return the entropy of the token distribution, -sum_t p_t ln p_t with p_t = count_t / tokens, in nats per token.
 
-    It is the loss of the best model that ignores context: what a language model must beat. `vocab_size` bounds the ids.
+    It is the loss of the best model that ignores context. A language model must reach a lower loss. All token ids must
+    be below `vocab_size`.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     for _, ids in read_index(prefix).chunks():

@@ -1,9 +1,9 @@
-"""Names of data sources in a run's checkpoints, and how a run that resumes finds its sources again.
+"""Names of data sources in a run's checkpoints, by which a run that resumes recognizes its sources.
 
-A name is the source's `Identity.order` and a number, its twin. Several sources can share an `Identity.order` (the same
-corpus given twice, or corpora whose documents have the same lengths), and the twin makes each of them shuffle in its
-own way. Twins are numbered by position in the blend when the sources are first used; from then on the number belongs to
-the source's contents.
+A name is the source's `Identity.order` and its twin number. Several sources can share an `Identity.order` (the same
+corpus given twice, or corpora whose documents have the same lengths). Their twin numbers differ, so that each of them
+shuffles differently. When sources are first used, their twin numbers follow their positions in the blend. From then on
+a twin number belongs to the contents of its source.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megamult.data.identity import Identity
 
 @dataclass(frozen=True)
 class Names:
-    """Names of the sources of a blend, in its order.
+    """Names of the sources of a blend, in the order of the blend.
 
     Attributes:
-        twins: each source's number among the sources with the same `Identity.order`.
-        names: each source's name.
-        contents: name -> `Identity.contents`, of these sources and of all that the run had before.
+        twins: twin number of each source, its number among the sources with the same `Identity.order`.
+        names: name of each source.
+        contents: mapping from name to `Identity.contents`, for these sources and all that the run had before.
     """
 
     twins: list[int]
@@ -39,12 +39,13 @@ class Names:
         """Name the sources of a run that resumes.
 
         Args:
-            known: names of all sources that the run has had.
-            contents: name -> `Identity.contents`, as far as the checkpoint holds them; older ones do not.
+            known: names of all sources that the run has had so far.
+            contents: mapping from name to `Identity.contents`. A name is missing if an older version of megamult wrote
+                the checkpoint.
 
         Returns:
-            Names that give each source the name that the run had for its contents. Where the contents are unknown, the
-            `Identity.order` decides; a new source takes a number that no other has had.
+            Names in which each source has the name that the run has used for the source's contents. If the contents of
+            a known name are unknown, `Identity.order` decides. A new source gets a number that no other source has had.
         """
         taken: dict[int, str] = {}
         for sure in (True, False):

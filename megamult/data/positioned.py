@@ -1,7 +1,8 @@
-"""Reading token ids from a `.bin` by position: other threads run meanwhile, and a failed read is an error.
+"""Reading of token ids from a `.bin` by position: other threads run during a read, and a failed read raises an error.
 
-Megatron maps the file instead: a thread that touches a page outside memory stops the whole interpreter until the page
-is read, and a page that cannot be read (a file that was cut off, a server that is gone) kills the process by SIGBUS.
+Megatron maps the file into memory instead. There, a thread that touches a page that is not in memory stops the whole
+interpreter until the page is read. If the page cannot be read (the file was cut off, or its server is gone), SIGBUS
+kills the process.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ import numpy as np
 
 
 class PositionedReader:
-    """Replacement for the `bin_reader` of an `IndexedDataset` that several threads may use.
+    """Replacement for the `bin_reader` of an `IndexedDataset`. Several threads may use it at the same time.
 
     Args:
-        path: the .bin, which stays open as long as this object exists.
+        path: path of the .bin, which stays open as long as this object exists.
     """
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (see above)
 
     def read(self, dtype: type[np.number[Any]], count: int, offset: int) -> np.ndarray:
-        """Read `count` items from byte `offset` on.
+        """Read `count` items, of which the first begins at byte `offset`.
 
         Raises:
-            ValueError: the file ends before them.
+            ValueError: the file ends before the last of them.
             OSError: the file cannot be read.
         """
         found = np.empty(count, dtype)

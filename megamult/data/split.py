@@ -11,10 +11,10 @@ _SEED = 20240229
 
 @dataclass(frozen=True)
 class ValidSplit:
-    """Choice of validation documents: one of each of `valid` equal ranges of the `documents`, drawn by hash.
+    """Choice of validation documents: `documents` is cut into `valid` equal ranges, and a hash picks one of each.
 
-    Stratified, so that the valid set covers the corpus evenly; drawn, so that no period of the corpus is aliased; and a
-    function of the counts only, so that every process agrees.
+    Because of the ranges, the valid set covers the corpus evenly. Because of the hash, a period in the corpus does not
+    bias the choice. The choice depends only on the two counts, so all processes make the same one.
     """
 
     documents: int
@@ -22,10 +22,12 @@ class ValidSplit:
 
     @classmethod
     def of(cls, documents: int, fraction: float) -> ValidSplit:
-        """Round `fraction` of `documents`, leaving at least one document in each set unless it is 0.
+        """Return a split with about `fraction` of `documents` in the valid set, and at least one document in each set.
+
+        If `fraction` is 0, the valid set is empty.
 
         Raises:
-            ValueError: the fraction is outside [0, 1), or there are too few documents to split.
+            ValueError: `fraction` is outside [0, 1), or there are too few documents to split.
         """
         if not 0 <= fraction < 1:
             raise ValueError(f"valid_fraction is {fraction}: give a number from 0 (no valid set) to below 1")

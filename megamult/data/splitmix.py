@@ -1,4 +1,4 @@
-"""A 64-bit hash of integers that is the same in every process, on every machine and in every Python."""
+"""A 64-bit hash of integers that is the same in every process, on every machine and in every version of Python."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ _MASK = (1 << 64) - 1
 
 
 def splitmix(*values: int) -> int:
-    """Hash integers, in order, to [0, 2^64).
+    """Hash a sequence of integers to [0, 2^64).
 
-    Each value is folded into the state and mixed by the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast
-    splittable pseudorandom number generators", OOPSLA 2014). Python's own `hash` is not used: it leaves small integers
-    as they are, so neighbouring seeds would give neighbouring streams.
+    Each value is added to the state, and the finalizer of SplitMix64 mixes the state (Steele, Lea and Flood, "Fast
+    splittable pseudorandom number generators", OOPSLA 2014). Python's own `hash` is not used, because it returns small
+    integers unchanged: neighbouring seeds would give neighbouring streams.
     """
     state = 0
     for value in values:

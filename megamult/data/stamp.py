@@ -1,7 +1,7 @@
-"""The stamp that launch/prepare_data.py leaves beside a corpus, PREFIX.stamp.json: its tokenizer, sizes and digests.
+"""The stamp that launch/prepare_data.py writes beside a corpus, PREFIX.stamp.json: tokenizer, sizes and digests.
 
-It lets a run check at start-up, without reading the corpus, that the files are whole and were encoded with its
-tokenizer.
+With it a run can check at start-up, without reading the whole corpus, that the files are complete and were encoded with
+the run's tokenizer.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Stamp:
-    """Facts about a corpus from the time when it was written.
+    """Facts about a corpus at the time when it was written.
 
     Attributes:
-        tokenizer_sha256, vocab_size: of the tokenizer that encoded it.
-        dtype, tokens, documents, bin_bytes, idx_bytes: what the two files hold, and their sizes.
-        order, contents: the `Identity` of the files.
-        piece_bytes, bin_sha256, idx_sha256: checksums of consecutive pieces of each file.
-        format: number that changes when older versions could not read the file any more.
+        tokenizer_sha256, vocab_size: SHA-256 and vocabulary size of the tokenizer that encoded the corpus.
+        dtype, tokens, documents, bin_bytes, idx_bytes: token type, numbers of tokens and documents, and file sizes.
+        order, contents: the digests of the corpus's `Identity`.
+        piece_bytes, bin_sha256, idx_sha256: size of a piece, and checksums of the consecutive pieces of each file.
+        format: number of the stamp's format. It changes when older versions of megamult can no longer read the stamp.
     """
 
     tokenizer_sha256: str
@@ -47,7 +47,7 @@ class Stamp:
 
     @staticmethod
     def of(files: IndexedFiles, tokenizer: Tokenizer) -> Stamp:
-        """Make the stamp of two files that `tokenizer` encoded; reads both files once."""
+        """Make the stamp of two files that were encoded with `tokenizer`. This reads both files whole."""
         return Stamp(
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
@@ -65,10 +65,10 @@ class Stamp:
 
     @staticmethod
     def read(prefix: str) -> Stamp | None:
-        """Read the stamp beside PREFIX.bin; None: there is none.
+        """Read the stamp beside PREFIX.bin, or return None if there is none.
 
         Raises:
-            ValueError: the stamp is damaged, or of a newer version.
+            ValueError: the stamp is damaged, or a newer version of megamult wrote it.
         """
         path = Path(prefix + SUFFIX)
         remedy = "rerun launch/prepare_data.py, or remove this file (the corpus is then checked in samples only)"
@@ -90,11 +90,11 @@ class Stamp:
         return stamp
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, one key per line."""
+        """Write the stamp as JSON, one key per line."""
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def check_files(self, files: IndexedFiles) -> Identity:
-        """Compare two files with this stamp, by sizes and in samples.
+        """Check that sizes and samples of two files agree with this stamp; return the identity of the corpus.
 
         Raises:
             ValueError: the stamp was written for other files.
@@ -120,10 +120,10 @@ class Stamp:
         return Identity(self.order, self.contents)
 
     def check_tokenizer(self, prefix: str, tokenizer: Tokenizer) -> None:
-        """Compare the tokenizer of a run with the corpus's.
+        """Check that `tokenizer` is the one with which the corpus was encoded.
 
         Raises:
-            ValueError: the corpus was encoded with another one.
+            ValueError: the corpus was encoded with another tokenizer.
         """
         if tokenizer.sha256 != self.tokenizer_sha256:
             raise ValueError(

@@ -1,11 +1,11 @@
-"""Training and use of a sentencepiece BPE tokenizer whose decode(encode(text)) is the text.
+"""Training and use of a sentencepiece BPE tokenizer that keeps every text: decode(encode(text)) is the text.
 
 Identity normalization, byte fallback, no dummy prefix and no whitespace removal make sentencepiece keep every
-character, newlines and tabs among them. Two characters are special inside the library and are handled here:
+character, including newlines and tabs. Two characters have a special meaning in the library and are handled here:
 
-* U+2581, its own mark for a space, would come back as a space: `Tokenizer.encode` writes it as its bytes.
-* A training sentence with U+2585 (its mark for an unknown character) is dropped without a word, so the
-  training text is cut there; encoding it is no problem.
+* U+2581 is the library's mark for a space, and would be decoded as a space. `Tokenizer.encode` encodes it by its bytes.
+* U+2585 is the library's mark for an unknown character. The library silently drops a training sentence that contains
+  it, so the training text is cut there. Encoding this character needs no special care.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ def train_tokenizer(
     model_path: str | Path,
     character_coverage: float = 0.9995,
 ) -> None:
-    """Train a BPE model on `texts` and write it to `model_path`; the same texts give the same bytes.
+    """Train a BPE model on `texts` and write it to `model_path`. The same texts give the same file.
 
-    The ids of unk, bos and eos are 0, 1 and 2, then come the 256 bytes. Characters outside `character_coverage` (a
-    fraction of all characters) are spelled in bytes. The file appears under its name only when it is complete.
+    The ids of unk, bos and eos are 0, 1 and 2. The 256 bytes have the next ids. Characters outside
+    `character_coverage` (a fraction of all characters) are encoded by their bytes. The file gets its name only when it
+    is complete.
 
     Raises:
-        ValueError: `vocab_size` is not one that this text can yield.
+        ValueError: the texts cannot yield a vocabulary of `vocab_size` tokens.
     """
     if vocab_size <= _FIXED_PIECES:
         raise ValueError(
@@ -108,9 +109,10 @@ class Tokenizer:
     Attributes:
         vocab_size: number of tokens; every id lies in [0, vocab_size).
         eod: id of the end-of-document token (sentencepiece's eos).
-        sha256: digest of the file, which is the tokenizer's identity wherever the file lies.
-        unique_identifiers: what Megatron's dataset configuration hashes to name its caches. There is deliberately no
-            `pad` attribute: GPTDataset would zero every token equal to it.
+        sha256: SHA-256 of the file. It identifies the tokenizer wherever the file is.
+        unique_identifiers: values that Megatron's dataset configuration hashes to name its caches.
+
+    There is deliberately no attribute `pad`: GPTDataset would zero every token equal to it.
 
     Raises:
         ValueError: the file is missing, is not a sentencepiece model, or has no end-of-document token.
@@ -146,7 +148,7 @@ class Tokenizer:
         self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without bos or eos.
+        """Return the token ids of `text`, without bos and eos.
 
         Raises:
             ValueError: `text` holds a lone surrogate, which is not a Unicode character.
@@ -162,6 +164,6 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; special tokens give nothing, an incomplete UTF-8 sequence gives U+FFFD."""
+        """Return the text of token ids. Special tokens give no text, and an incomplete UTF-8 sequence gives U+FFFD."""
         text: str = self._processor.decode([int(i) for i in ids])
         return text

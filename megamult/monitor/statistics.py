@@ -1,4 +1,4 @@
-"""Pure statistics: the spread of multipliers by role."""
+"""Statistics of multipliers: their spread by role and side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class Spread:
 
 
 def spread(values: Tensor) -> Spread:
-    """Summarize multipliers [n] by their magnitudes: flipping signs in a pair of multipliers changes nothing."""
+    """Return the spread of the absolute values of multipliers [n].
+
+    Signs are ignored, because flipping them in a pair of multipliers changes nothing.
+    """
     magnitudes = values.detach().double().abs().flatten()
     return Spread(
         magnitudes.min().item(),
@@ -34,7 +37,7 @@ def spread(values: Tensor) -> Spread:
 
 
 def by_role(multipliers: Iterable[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
-    """Join (role, side, values) into one vector per "role/side"."""
+    """Join the values of all (role, side, values) into one vector for each "role/side"."""
     collected: dict[str, list[Tensor]] = defaultdict(list)
     for role, side, values in multipliers:
         collected[f"{role}/{side}"].append(values.flatten())

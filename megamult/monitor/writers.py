@@ -1,4 +1,4 @@
-"""Outputs of a run's figures on rank 0: metrics.jsonl, TensorBoard, a progress bar."""
+"""Output of a run's figures on rank 0: metrics.jsonl, TensorBoard and a progress bar."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 _FLUSH_SECONDS = 10
-"""Seconds between flushes of TensorBoard's figures: a crash can lose as much, and a viewer sees them as late."""
+"""Seconds between flushes of TensorBoard's figures. A crash can lose the figures of this time, and a viewer sees
+figures with this delay."""
 
 
 class Writers:
-    """Writer of one object per step to `metrics.jsonl`, of the same to `tensorboard/`, and of a bar on standard error.
+    """Writer of one record per step to `metrics.jsonl` and `tensorboard/`, and of a progress bar to standard error.
 
     Args:
         run_dir: run directory, which may hold earlier figures of the same run.
-        steps: steps of the whole run.
-        done: steps that are done. Records of later steps, written before a crash, are dropped.
-        skipped: number of skipped steps among them.
+        steps: number of steps of the whole run.
+        done: number of steps that are done. Records of later steps, written before a crash, are dropped.
+        skipped: number of skipped steps among those that are done.
     """
 
     def __init__(self, run_dir: Path, steps: int, done: int = 0, skipped: int = 0) -> None:
@@ -52,7 +53,10 @@ class Writers:
                 close()
 
     def step(self, record: dict[str, float], extra: dict[str, float]) -> None:
-        """Record a training step: `record` goes to both, `extra` (memory, utilization) only to TensorBoard."""
+        """Record a training step.
+
+        `record` goes to metrics.jsonl and TensorBoard, `extra` (memory, utilization) only to TensorBoard.
+        """
         self._line(record)
         step = int(record["step"])
         if record["skipped_steps"] > self._skipped:
@@ -88,7 +92,7 @@ class Writers:
 
     def say(self, text: str) -> None:
         """Print a line of text without breaking the bar."""
-        with contextlib.suppress(OSError):  # a log on a full disk, or a closed pipe
+        with contextlib.suppress(OSError):  # standard output is a file on a full disk, or a closed pipe
             self._bar.write(text, file=sys.stdout) if self._interactive else print(text, flush=True)
 
     def _scalars(self, section: str, values: dict[str, float], step: int) -> None:
@@ -104,7 +108,7 @@ class Writers:
 
     @contextlib.contextmanager
     def _going_on(self, name: str) -> Iterator[None]:
-        """Let the run continue if the disk is full, and say once that figures are lost."""
+        """Let the run continue if `name` cannot be written, and say once that figures may be lost."""
         try:
             yield
         except OSError as error:
@@ -114,7 +118,7 @@ class Writers:
 
 
 def _drop_after(metrics: Path, step: int) -> None:
-    """Keep only the lines of steps up to `step`; also drop a line that a crash cut off."""
+    """Remove the lines of steps after `step`, and a line that a crash cut off."""
     if not metrics.exists():
         return
     kept = []
