@@ -21,7 +21,7 @@ from megamult.distributed import environment, start
 SEQUENCES, TOKENS, VOCAB = 8, 32, 1000
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--stage", type=int, default=1, help="of ZeRO")
+parser.add_argument("--stage", type=int, default=1, help="ZeRO stage")
 parser.add_argument("--local_rank", help="DeepSpeed's launcher adds it")
 arguments = parser.parse_args()
 environment.set_defaults()  # a process without a launcher is the only rank

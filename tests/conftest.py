@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread per process, no GPU unless a test asks for it, and how two workers share them."""
+"""Settings of all tests: one thread per process, no GPU unless a test asks for it, and how workers share them."""
 
 import os
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,7 @@ LONG = (
     "tests/checkpoint/test_interrupted.py",
     "tests/runtime/test_killed_rank.py",
 )
-"""Files that two workers begin with, so that they end at about the same time: half a minute and more each."""
+"""Files that workers begin with, so that they end at about the same time: half a minute and more each."""
 
 
 @pytest.fixture(scope="session")

@@ -121,11 +121,18 @@ def measure(work: Callable[..., object], *arguments: Any) -> dict[str, float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=float, default=1e13, help="of all files (int32 ids)")
-    parser.add_argument("--files", type=int, default=2000, help="pairs of .bin and .idx")
+    parser.add_argument("--tokens", type=float, default=1e13, help="number of tokens of all files (int32 ids)")
+    parser.add_argument("--files", type=int, default=2000, help="number of pairs of .bin and .idx")
     parser.add_argument("--document", type=int, default=1000, help="tokens of a document, on average")
-    parser.add_argument("--sample_documents", type=int, default=5_000_000, help="of the index written in full")
-    parser.add_argument("--directory", type=Path, default=None, help="on a file system that has sparse files")
+    parser.add_argument(
+        "--sample_documents",
+        type=int,
+        default=5_000_000,
+        help="number of documents of the index that is written in full",
+    )
+    parser.add_argument(
+        "--directory", type=Path, default=None, help="directory to write to, on a file system with sparse files"
+    )
     arguments = parser.parse_args()
     tokens = int(arguments.tokens) // arguments.files
     documents = tokens // arguments.document

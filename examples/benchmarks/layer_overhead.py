@@ -207,7 +207,7 @@ def main() -> None:
         default=["none", "layer", "folded"],
         help="of multipliers, to measure; none is the base, and always runs",
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="of parameters and activations")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="dtype of parameters and activations")
     parser.add_argument("--steps", type=int, default=30 if cuda else 7, help="measured optimizer steps of each")
     parser.add_argument("--warmup", type=int, default=5 if cuda else 1, help="optimizer steps of each before measuring")
     parser.add_argument("--collectives", action="store_true", help="count collectives at TP 2 instead")

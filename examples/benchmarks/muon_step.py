@@ -484,21 +484,28 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8 if cuda else None, help="query groups; default: one per head")
     parser.add_argument("--seq", type=int, default=2048 if cuda else 512, help="tokens of the sequence that is timed")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
-    parser.add_argument("--zero_stage", type=int, default=1, choices=(1, 2, 3), help="of DeepSpeed")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if cuda else "fp32", help="of the model")
+    parser.add_argument("--zero_stage", type=int, default=1, choices=(1, 2, 3), help="ZeRO stage")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="bf16" if cuda else "fp32", help="dtype of the model"
+    )
     parser.add_argument(
         "--ns_dtype",
         choices=("fp32", "bf16", "fp16"),
         default="bf16" if cuda else "fp32",
-        help="of our Newton-Schulz",
+        help="dtype of DistributedMuon's Newton-Schulz",
     )
     parser.add_argument(
         "--peers_dtype",
         choices=("fp32", "bf16"),
         help="of Newton-Schulz's standard form in the peers; default: their bf16 unless the device is slower in it",
     )
-    parser.add_argument("--steps", type=int, default=9, help="measured steps of each")
-    parser.add_argument("--warmup", type=int, default=1, help="steps of each before measuring, after the first")
+    parser.add_argument("--steps", type=int, default=9, help="measured steps of each optimizer")
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=1,
+        help="warm-up steps of each optimizer between its first step and the measured ones",
+    )
     parser.add_argument("--newton_schulz", action="store_true", help="only orthogonalization and its products")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -125,7 +125,7 @@ def train(output: Path, command: Callable[[Path, str, int], list[str]], seeds: S
             print(f"{name}: complete", flush=True)
             continue
         log = run_dir.with_suffix(".log")
-        print(f"{name}: {'going on' if attempts else 'training'}; its words are in {log}", flush=True)
+        print(f"{name}: {'going on' if attempts else 'training'}; its output is in {log}", flush=True)
         began, code = time.time(), exit_codes.RESUME
         try:
             code = started(command(run_dir, implementation, seed), log)
@@ -135,7 +135,9 @@ def train(output: Path, command: Callable[[Path, str, int], list[str]], seeds: S
             raise Interrupted
         if code:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-            raise Failed(f"{name} ended with exit code {code}; start again to go on with it. {log} ends:\n{tail}")
+            raise Failed(
+                f"{name} ended with exit code {code}; run the same command again to resume it. {log} ends:\n{tail}"
+            )
 
 
 def claim(output: Path, settings: dict[str, object]) -> None:
@@ -158,8 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train the runs that are not complete, and write the report."""
     made = argparse.ArgumentParser(prog="examples/reproduce/run.sh", description=__doc__.split("\n")[0])
     made.add_argument("--steps", type=int, default=300, help="optimizer steps of each run (300)")
-    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights and data order (1 2 3)")
-    made.add_argument("--output", type=Path, help="where everything goes (runs/reproduce_N, N steps)")
+    made.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of weights and data order (default: 1 2 3)"
+    )
+    made.add_argument("--output", type=Path, help="directory for all results (default: runs/reproduce_N for N steps)")
     made.add_argument("further", nargs="*", help="keys of launch/pretrain.py for every run, after --")
     chosen = made.parse_args(arguments)
     if chosen.steps < 1 or len(set(chosen.seeds)) != len(chosen.seeds):
@@ -184,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted:
-        print("interrupted: the same command goes on where this one was", file=sys.stderr)
+        print("interrupted: run the same command again to resume", file=sys.stderr)
         return exit_codes.RESUME
     print(f"\n{text}\nwritten: {output / 'report.md'}, {output / report.PLOT}")
     return 0

@@ -93,7 +93,7 @@ def _check_tiled(name: str, tensor: TensorStorageMetadata) -> None:
             raise ValueError(f"{what}, outside of it")
         active = [other for other in active if other.offsets[0] + other.sizes[0] > chunk.offsets[0]]
         if any(_overlap(chunk, other) for other in active):
-            raise ValueError(f"{what}, on top of another one")
+            raise ValueError(f"{what}, that overlaps another one")
         active.append(chunk)
     elements = sum(chunk.sizes.numel() for chunk in tensor.chunks)
     if elements != tensor.size.numel():
