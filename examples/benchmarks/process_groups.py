@@ -3,11 +3,11 @@
     python examples/benchmarks/process_groups.py
 
 One process plays the last rank of a launch and then rank 0. torch's fake backend answers for the other ranks.
-`Megatron` makes the groups of `parallel_state.initialize_model_parallel`, and one gloo group each for the vote, for
-saves and for a load. `megamult` makes the groups of `megamult.distributed.start.initialize` and of a run. In each of
-the `calls`, the rank takes part in making one group. If NCCL is bound to its GPUs, each call of Megatron splits the
-communicator of all ranks, whether this rank is in the group or not; megamult splits it once per axis. Sockets are those
-of gloo, which connects every two ranks of a group, and those of the store and the watchdog.
+`Megatron` makes the groups of `parallel_state.initialize_model_parallel`, and three gloo groups more: for the vote, for
+saves and for a load. `megamult` makes the groups of `megamult.distributed.start.initialize` and of a run. The column
+`calls` counts the calls in which the rank makes a group. If each process's NCCL communicator is bound to its GPU, every
+call of Megatron splits the communicator of all ranks, even on ranks outside the group; megamult splits it once per
+axis. Sockets are those of gloo, which connects every two ranks of a group, and those of the store and the watchdog.
 `tests/distributed/test_process_groups.py` compares megamult's number of sockets with that of real processes.
 """
 

@@ -177,7 +177,7 @@ def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placeme
             continue
         if spec.side is not None:
             raise ValueError(
-                f"{known[0]} is a multiplier: the model has some; build it without them, or train it without fold"
+                f"{known[0]} is a multiplier: fold needs a model without; build it so, or train it without fold"
             )
         if covers(spec, placement) and not parameter.requires_grad:
             raise ValueError(

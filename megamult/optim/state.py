@@ -33,9 +33,9 @@ class StateStore:
         self.rows: dict[str, dict[str, Tensor]] = {}
 
     def of_tensor(self, rule: UpdateRule, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the state of a tensor that `rule` updates, by key.
+        """Return, by key, what is kept of one tensor that `rule` updates.
 
-        State of elements has the shape and dtype of the tensor; the number of updates is a scalar.
+        A state with one value per element has the tensor's shape and dtype. The number of updates is a scalar.
         """
         kept: dict[str, Tensor] = self._optimizer.state[tensor]
         if rule.counts_steps and STEP not in kept:

@@ -250,7 +250,7 @@ def _check(spec: ParameterSpec) -> None:
     """Raise a ValueError for a spec that contradicts itself."""
     what = f"the spec of a parameter {spec.shape}"
     if not spec.shape or min(spec.shape) < 1:
-        raise ValueError(f"{what} has no size: every dimension must be at least 1, and there must be one")
+        raise ValueError(f"{what} has no size: it needs at least one dimension, and every dimension must be at least 1")
     if not spec.parts:
         raise ValueError(f"{what} has no part: name the logical tensors that it holds")
     names = [part.name for part in spec.parts]
