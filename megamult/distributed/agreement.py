@@ -1,4 +1,4 @@
-"""Work that every rank does, and whose failure on one rank all get to know."""
+"""Work that every rank does. If it fails on one rank, all ranks are told."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ Result = TypeVar("Result")
 
 
 def on_every_rank(mesh: Mesh, do: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """Run `do` on every rank, and let all know where it fails. Collective over all ranks.
+    """Run `do` on every rank, and tell all ranks if it failed on one of them. Collective over all ranks.
 
     Returns:
-        (its result, None) if no rank raises ValueError or OSError, else (None, the first such rank's message).
+        (result of `do` on this rank, None) if `do` raised no ValueError or OSError on any rank, else (None, message of
+        the error on the first rank that raised one).
     """
     result, message = None, None
     try:

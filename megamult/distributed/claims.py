@@ -1,4 +1,4 @@
-"""Claims of processes to be ranks of a launch, and the rules that decide which belong together; pure functions."""
+"""Claims of processes to be ranks of a launch, and the rules that decide which claims belong together. Pure."""
 
 from __future__ import annotations
 
@@ -18,55 +18,59 @@ class Claim:
 
     rank: int
     size: int
-    """Number of processes of its launch (WORLD_SIZE)."""
+    """Number of processes of the process's launch (WORLD_SIZE)."""
     host: str
     pid: int
     machine: str
     """Node that the process runs on (:func:`megamult.distributed.environment.machine`)."""
     launch: str
-    """Unique name that a scheduler gave to the launch, the same on all its ranks; "" if there is none."""
+    """Unique name that a scheduler or user gave to the launch, the same on all its ranks; "" if there is none."""
     launcher: str
-    """Launcher's process that started this one, by machine and start time; "" if no known launcher did."""
+    """Unique name of the launcher's process that started this process; "" if no known launcher started it."""
     siblings: tuple[int, int]
-    """(first rank, number of ranks) that this launcher starts on its node."""
+    """(first rank, number of ranks) of the ranks that this launcher starts on its node."""
     command: str
     configuration: str
-    """Digest of the resolved configuration."""
+    """Digest of the process's resolved configuration."""
     problem: str | None = None
-    """Reason why this process cannot take part, if it comes only to report that."""
+    """Reason why this process cannot take part, or None. A process with a problem claims its rank only to report it."""
 
     def __str__(self) -> str:
         short = self.command[:_COMMAND_CHARACTERS] + ("..." if len(self.command) > _COMMAND_CHARACTERS else "")
         return f"rank {self.rank} on {self.host} (process {self.pid}: {short})"
 
     def starts(self, rank: int) -> bool:
-        """Tell whether the launcher of this process starts that rank."""
+        """Return whether the launcher of this process starts the rank with this number."""
         first, count = self.siblings
         return first <= rank < first + count
 
 
 def same_launch(one: Claim, other: Claim) -> bool | None:
-    """Tell whether two processes belong to one launch; None: their claims do not tell."""
+    """Return whether two processes belong to one launch, or None if their claims do not show it."""
     if one.launcher and one.launcher == other.launcher:
         return True
     if one.launch or other.launch:
         return one.launch == other.launch
-    # A launcher starts every rank of its node itself, so a process that it did not start is none of them.
+    # A launcher starts every rank of its node itself. A process that claims one of these ranks and was not started by
+    # this launcher is therefore of another launch.
     if (one.launcher and one.starts(other.rank)) or (other.launcher and other.starts(one.rank)):
         return False
     return None
 
 
 def judge(claim: Claim, rank_0: Claim, taken: Mapping[int, Claim], configuration: str | None) -> str | None:
-    """Return why a process is refused; None: it becomes the rank, even if another process of its launch was it before.
+    """Return why a process is refused, or None if it is accepted as the rank that it claims.
 
-    A process that provably belongs to rank 0's launch is never refused: if its configuration differs or it reports a
-    problem, that is a mistake of the whole launch (:func:`mistake`).
+    A process that provably belongs to rank 0's launch is never refused, even if another process was accepted as its
+    rank before. If its configuration differs or it reports a problem, this is a mistake of the whole launch
+    (:func:`mistake`).
 
     Args:
-        rank_0: the claim of the rank that judges.
-        taken: rank -> accepted claim, rank 0's own included.
-        configuration: differences between its configuration and rank 0's, as text; None: there are none.
+        claim: claim of the process.
+        rank_0: claim of rank 0, which judges.
+        taken: accepted claims by rank, including rank 0's own.
+        configuration: text about the differences between the process's configuration and rank 0's, or None if there
+            are none.
     """
     related = same_launch(rank_0, claim)
     if related:
@@ -85,11 +89,12 @@ def judge(claim: Claim, rank_0: Claim, taken: Mapping[int, Claim], configuration
 
 
 def unlike(claims: Sequence[Claim], configurations: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Name every key whose value is not the same on all these processes, with the values and ranks; None: all agree.
+    """Return a text that names every key whose value differs between processes, with the values and the ranks, or None
+    if no value differs.
 
     Args:
-        claims: of the processes, rank 0's first.
-        configurations: digest -> flat configuration.
+        claims: claims of the processes; the first is rank 0's.
+        configurations: flat configurations by digest.
     """
     groups: dict[tuple[int, str], list[Claim]] = {}
     for claim in claims:
@@ -107,7 +112,8 @@ def unlike(claims: Sequence[Claim], configurations: Mapping[str, Mapping[str, An
 
 
 def mistake(claims: Sequence[Claim], configurations: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Return the mistake of a launch whose ranks have come; None: there is none. Arguments: those of :func:`unlike`."""
+    """Return the mistake that ends a launch, or None if there is none. It is a problem that a rank reported, or
+    different configurations. The arguments are those of :func:`unlike`."""
     for claim in claims:
         if claim.problem is not None:
             return f"rank {claim.rank} on {claim.host}: {claim.problem}"
@@ -121,7 +127,7 @@ REMEDY = (
 )
 
 _SIZE = "the number of processes"
-"""Compared like a key of the configuration."""
+"""Key under which the number of processes is compared, like a key of the configuration."""
 
 
 def _listed(claims: Sequence[Claim]) -> str:

@@ -1,4 +1,4 @@
-"""The section `parallel` of a run."""
+"""The section `parallel` of a run's configuration."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from megamult.validation import positive, require
 
 @dataclass
 class ParallelConfig:
-    """Sharding of the run. Data-parallel size = processes / tensor."""
+    """Sharding of the run. The data-parallel size is the number of processes divided by `tensor`."""
 
     tensor: int = 1
     """Tensor-parallel size."""
     sequence: bool = False
-    """Sequence parallelism: norms and residuals sharded over the tensor-parallel ranks."""
+    """Use sequence parallelism: the activations of norms and residuals are sharded over the tensor-parallel ranks."""
     zero_stage: int = 2
     """DeepSpeed ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the parameters. Stage
     1 keeps whole gradients and reduces them once per step, after the last backward pass. Stage 2 reduces them in every
-    micro-batch while backward runs: the same traffic with one micro-batch per step, more with several. If memory allows
-    1 and the micro-batches are too short to hide the traffic of 2, 1 is faster (examples/benchmarks/zero_stages.py)."""
+    micro-batch while backward runs. Its traffic is the same with one micro-batch per step, and more with several. Stage
+    1 is faster if its memory suffices and micro-batches are too short to hide the traffic of stage 2
+    (examples/benchmarks/zero_stages.py)."""
     tensor_across_nodes: bool = False
-    """Allow tensor-parallel groups that span nodes: every layer's collectives then cross the network."""
+    """Allow tensor-parallel groups to span nodes. The collectives of every layer then cross the network."""
     rendezvous_seconds: float = 45.0
-    """Seconds within which all processes must come together; otherwise the run ends and names the missing ones."""
+    """Seconds to wait at the start until all processes are there. If some are missing then, the run ends with a message
+    that names them."""
     timeout_minutes: float = 10.0
-    """Minutes without progress after which the run is ended, with each rank's last step and stack. Each micro-batch,
-    evaluation and part of start-up is progress. The last 15 seconds of this time (half of it, if it is below 30
-    seconds) are for collecting the stacks, so no part of the run may take longer than the rest."""
+    """Minutes without progress after which the run ends with a report of each rank's last step and stack. Every
+    micro-batch, evaluation and part of start-up is progress. The last 15 seconds of this time, or its second half if it
+    is below 30 seconds, are for collecting the stacks, so every such piece of work must end before them."""
 
     def __post_init__(self) -> None:
         positive(

@@ -1,8 +1,10 @@
-"""The one place that knows whether there is CUDA: device, backend, peak rate, and the CPU shim for Megatron-Core.
+"""Device of this process, its backend and its peak rate, and a CPU shim for Megatron-Core.
+
+All other modules ask this one whether there is CUDA.
 
 Megatron-Core allocates with ``torch.cuda.current_device()`` in its rotary embedding, mappings and layers, and forks the
-CUDA random state around dropout. Where there is no CUDA, :func:`install_cpu_shim` makes the first answer
-``torch.device("cpu")`` and the second a no-op, which is all that its models need to run on a CPU.
+CUDA random state around dropout. Without CUDA, :func:`install_cpu_shim` makes ``torch.cuda.current_device()`` return
+``torch.device("cpu")``, and makes the forks do nothing. The models of Megatron-Core need nothing else to run on a CPU.
 """
 
 from __future__ import annotations
@@ -17,19 +19,21 @@ from megamult.distributed import environment
 
 
 def has_cuda() -> bool:
-    """Tell whether this process computes on a CUDA GPU: there is one, and DS_ACCELERATOR does not say otherwise."""
+    """Return whether this process computes on a CUDA GPU: there is one, and DS_ACCELERATOR selects nothing else."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def local_device() -> torch.device:
-    """Return the device of this process: the GPU numbered LOCAL_RANK, the only GPU that it sees, or the CPU."""
+    """Return the device of this process: the only GPU that it sees, or the GPU with number LOCAL_RANK if it sees
+    several, or the CPU."""
     if not has_cuda():
         return torch.device("cpu")
     return torch.device("cuda", environment.local_rank() if torch.cuda.device_count() > 1 else 0)
 
 
 def upload(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a CPU tensor to the device of this process without waiting; return it as it is if that is the CPU."""
+    """Copy a CPU tensor to the device of this process without waiting. If that device is the CPU, return the tensor
+    itself."""
     return tensor.pin_memory().to(local_device(), non_blocking=True) if has_cuda() else tensor
 
 
@@ -49,17 +53,17 @@ class _NoRandomState:
         yield
 
     def add(self, name: str, seed: int) -> None:
-        """Nothing to track."""
+        """Do nothing, as there is no state to track."""
 
     def get_states(self) -> dict[str, torch.Tensor]:
         return {}
 
     def set_states(self, states: dict[str, torch.Tensor]) -> None:
-        """Nothing to restore."""
+        """Do nothing, as there is no state to restore."""
 
 
 def install_cpu_shim() -> None:
-    """Let Megatron-Core build and run models where there is no CUDA. Does nothing where there is."""
+    """Let Megatron-Core build and run models without CUDA. Do nothing if there is CUDA."""
     if has_cuda():
         return
     from megatron.core.tensor_parallel import random as megatron_random
@@ -70,16 +74,16 @@ def install_cpu_shim() -> None:
 
 
 def prepare(tensor: int = 1) -> torch.device:
-    """Select this process's device, install the shim where it is needed, and return the device.
+    """Select this process's device, install the CPU shim if it is needed, and return the device.
 
     Args:
         tensor: tensor-parallel size.
     """
     device = local_device()
     if has_cuda():
-        # Set before CUDA starts. Megatron overlaps tensor-parallel collectives with products by the order in which
-        # kernels are queued, which needs a single queue. Without tensor parallelism a single queue only delays ZeRO's
-        # collectives.
+        # The variable must be set before CUDA starts. Megatron overlaps tensor-parallel collectives with matrix
+        # products by the order in which kernels are queued, which needs a single queue. Without tensor parallelism a
+        # single queue only delays ZeRO's collectives.
         if tensor > 1:
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
@@ -90,7 +94,7 @@ def prepare(tensor: int = 1) -> torch.device:
 
 
 def memory_bytes() -> int:
-    """Return the peak bytes in use by this process: allocated on the GPU, or resident on the CPU."""
+    """Return the largest number of bytes that this process has used: allocated on the GPU, or resident on the CPU."""
     if has_cuda():
         return torch.cuda.max_memory_allocated()
     import resource
@@ -99,7 +103,7 @@ def memory_bytes() -> int:
 
 
 _PEAK_BF16_FLOPS = {
-    # Dense bf16 tensor-core peaks of NVIDIA's data sheets, FLOP/s. The first key found in the device's name counts.
+    # Dense bf16 tensor-core peaks of NVIDIA's data sheets, FLOP/s. The first key found in the device's name is used.
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,

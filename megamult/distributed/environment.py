@@ -1,4 +1,7 @@
-"""Facts that the launcher states about this process, known before any process group exists. Imports nothing heavy."""
+"""Facts about this process that are known before any process group exists, mostly from the launcher's environment.
+
+The module imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,42 @@ import socket
 
 
 def rank() -> int:
-    """Global rank."""
+    """Return the global rank of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """Rank on this node."""
+    """Return the rank of this process on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of processes of this launch."""
+    """Return the number of processes of this launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def has_agent_store() -> bool:
-    """Tell whether torchrun's agent, instead of rank 0, serves the store of the rendezvous."""
+    """Return whether torchrun's agent serves the store of the rendezvous, instead of rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def host() -> str:
-    """The name of this node."""
+    """Return the name of this node."""
     return socket.gethostname()
 
 
 def machine() -> str:
-    """Return an identifier of this node that no other node shares, whatever the nodes are called."""
+    """Return an identifier of this node that no other node has, even if another node has the same name."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
         return f"{host()} {boot.read().strip()}"
 
 
 def set_defaults() -> None:
-    """Complete the environment that torch.distributed reads: a task of `srun` takes its rank from SLURM_*, a process
-    without a launcher is a world of one. Variables that a launcher has set stay."""
+    """Set the missing environment variables that torch.distributed reads.
+
+    A task of `srun` gets them from SLURM_*, and a process without a launcher becomes the only rank. Variables that a
+    launcher has set are not changed.
+    """
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         for key, value in _from_slurm().items():
             os.environ.setdefault(key, value)
@@ -48,18 +54,21 @@ def set_defaults() -> None:
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
-        with socket.socket() as listener:  # any free port, so that two such runs on one machine stay apart
+        with socket.socket() as listener:  # any free port, so that two such runs on one machine do not share it
             listener.bind((os.environ["MASTER_ADDR"], 0))
             os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
 
 
 _SLURM_PORTS = (20000, 10000)
-"""(first, number) of ports, below those that Linux assigns by itself (32768 and up)."""
+"""(first port, number of ports) to choose from, all below the ports that Linux assigns by itself (32768 and up)."""
 
 
 def _from_slurm() -> dict[str, str]:
-    """Return the variables of this task of a job step. Only `srun` sets SLURM_STEP_NUM_TASKS above 1; the process of a
-    batch script is no task, whatever the job asked for."""
+    """Return the variables for this process, which is a task of a Slurm job step.
+
+    Only `srun` sets SLURM_STEP_NUM_TASKS above 1. The process of a batch script is not such a task, for any number of
+    tasks that the job asked for.
+    """
     first, count = _SLURM_PORTS
     # Steps of one job that run at the same time get different ports.
     port = first + (int(os.environ["SLURM_JOB_ID"]) * 16 + int(os.environ["SLURM_STEP_ID"])) % count

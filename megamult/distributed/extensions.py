@@ -1,10 +1,11 @@
-"""Locks in torch's cache of compiled extensions: wait for those that are held, remove those whose process has ended.
+"""Locks in torch's cache of compiled extensions: wait for locks that are held, remove locks whose process has ended.
 
-While torch compiles an extension, a file ``lock`` lies in its folder, and every other process waits until the file is
-removed: for ever, if the process that made it was killed. A run loads DeepSpeed's shared-memory collectives from there.
+While torch compiles an extension, the extension's folder holds a file ``lock``, and every other process waits until the
+file is removed. If the process that made the file was killed, the others wait for ever. A run loads DeepSpeed's
+shared-memory collectives from this cache.
 
-Imports only the standard library and nothing of the package, so that launch/setup_env.sh can run it before anything is
-installed: ``python megamult/distributed/extensions.py FOLDER``.
+The module imports only the standard library and nothing of the package, so that launch/setup_env.sh can run it before
+anything is installed: ``python megamult/distributed/extensions.py FOLDER``.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PATIENCE = 120.0
-"""Seconds without a change in a locked folder after which its lock is stale, if no process of this machine holds it.
+"""Seconds without a change in a locked folder after which its lock is removed, if no process of this machine holds it.
 Another machine or container may be compiling there, but a compiler writes files more often than that."""
 
 LIMIT = 300.0
-"""Seconds to wait for a lock that a process of this machine holds. Compiling takes half a minute."""
+"""Seconds to wait for a lock that a process of this machine holds. Compiling an extension takes half a minute."""
 
 
 def build_root() -> Path:
@@ -45,10 +46,10 @@ def release(
     """Wait until no extension below `root` is locked, and remove the locks of processes that have ended.
 
     Args:
-        root: the cache, which holds a folder per extension, one or two levels down.
+        root: folder of the cache, which holds a folder for each extension, one or two levels down.
         say: function that shows one line to the user.
-        name: pattern of the extensions' names.
-        waits_aloud: whether to say what it waits for; false if another rank of the node says it.
+        name: pattern of the names of the extensions.
+        waits_aloud: whether to say which lock is waited for; false if another rank of the node says it.
         patience: seconds; see `PATIENCE`.
         limit: seconds; see `LIMIT`.
 
@@ -95,18 +96,19 @@ def _guarded(folder: Path) -> Iterator[None]:
 
 
 def _holders(lock: Path) -> list[int]:
-    """List the processes of this machine that compile there: one has the lock open, and ninja works in the folder."""
+    """Return the ids of the processes of this machine that compile in a lock's folder: the process that has the lock
+    open, and ninja, whose working directory is the folder."""
     found = []
     for pattern, target in (("[0-9]*/fd/*", lock), ("[0-9]*/cwd", lock.parent)):
         for link in Path("/proc").glob(pattern):
-            with contextlib.suppress(OSError):  # ended, or not readable
+            with contextlib.suppress(OSError):  # the process has ended, or may not be read
                 if os.path.samefile(link, target):
                     found.append(int(link.parts[2]))
     return [process for process in found if process != os.getpid()]
 
 
 def _last_change(lock: Path) -> float:
-    """Return when a file in the locked folder was last written, in seconds since the epoch.
+    """Return the time at which a file in the locked folder was last written, in seconds since the epoch.
 
     Raises:
         FileNotFoundError: the lock has been removed.

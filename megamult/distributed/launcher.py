@@ -1,4 +1,4 @@
-"""Parent processes of this one: which launcher started it, on which hosts, and what distinguishes its launch."""
+"""Launcher of this process: which parent processes it is, on which hosts it starts ranks, and what names its launch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from megamult.distributed import environment
 
 
 def _command(process: int) -> list[str]:
-    """Return the command line of a process; empty if it has ended or may not be read."""
+    """Return the command line of a process, or an empty list if the process has ended or may not be read."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
     return []
 
 
 def _parent(process: int) -> int:
-    """Return the parent of a process; 0 if it cannot be found out."""
+    """Return the id of a process's parent, or 0 if it cannot be read."""
     with contextlib.suppress(OSError):
-        # The second field is the program's name in parentheses, which may hold anything.
+        # The second field is the program's name in parentheses. The name may contain any character, so the fields are
+        # counted from the last parenthesis on.
         return int(Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
     return 0
 
 
 def hosts_of_ranks() -> dict[int, str]:
-    """Return rank -> host under DeepSpeed's launcher; empty under others, which name the hosts themselves."""
+    """Return the host of each rank under DeepSpeed's launcher. Under other launchers return an empty dictionary: they
+    name the hosts themselves."""
     for argument in _command(os.getppid()):
         name, _, value = argument.partition("=")
         if name == "--world_info":
@@ -38,8 +40,12 @@ def hosts_of_ranks() -> dict[int, str]:
 
 
 def launchers() -> list[int]:
-    """Process ids of the launchers whose end must end the run: the one that started this rank and, if that is
-    DeepSpeed's launcher of this node, the `deepspeed` command above it, which passes no signal on."""
+    """Return the ids of the launchers' processes whose end must end the run.
+
+    The first is the process that started this rank. If that is DeepSpeed's launcher for one node, the second is its
+    parent, the `deepspeed` command, which passes no signals on. The list is empty if no known launcher started this
+    rank.
+    """
     parent = os.getppid()
     command = _command(parent)
     if "deepspeed.launcher.launch" in command:
@@ -50,7 +56,7 @@ def launchers() -> list[int]:
 
 
 def process() -> str:
-    """Return a unique name of the launcher's process that started this rank; "" if no known launcher did."""
+    """Return a unique name of the launcher's process that started this rank; "" if no known launcher started it."""
     above = launchers()
     if not above:
         return ""
@@ -62,19 +68,19 @@ def process() -> str:
 
 def launch() -> str:
     """Return the unique name of this launch: MEGAMULT_LAUNCH, torchrun's --rdzv-id, or the Slurm job step whose tasks
-    are the ranks; "" if there is none of them."""
+    are the ranks. Return "" if there is none of these."""
     if name := os.environ.get("MEGAMULT_LAUNCH"):
         return f"MEGAMULT_LAUNCH {name}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         name = os.environ["TORCHELASTIC_RUN_ID"]
-        return "" if name == "none" else f"torchrun {name}"  # its default, which all jobs share
+        return "" if name == "none" else f"torchrun {name}"  # "none" is torchrun's default, for all jobs
     if not launchers() and os.environ.get("SLURM_STEP_NUM_TASKS") == str(environment.world_size()):
         return f"Slurm {os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     return ""
 
 
 def siblings() -> tuple[int, int]:
-    """Return (first rank, number of ranks) that this rank's launcher starts on its node."""
+    """Return (first rank, number of ranks) of the ranks that this rank's launcher starts on its node."""
     rank, hosts = environment.rank(), hosts_of_ranks()
     if rank in hosts:
         here = [each for each, host in hosts.items() if host == hosts[rank]]

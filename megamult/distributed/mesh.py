@@ -1,7 +1,7 @@
-"""The process grid with named axes: where this process stands on each, and the group to talk to along it.
+"""The process grid with named axes: this process's coordinate on each axis, and its process group along the axis.
 
-A :class:`Mesh` is made once, when the groups are (:func:`megamult.distributed.start.initialize`), and handed to whoever
-needs it. A loop that someone else wrote has groups already: :func:`current_mesh` describes those.
+A :class:`Mesh` is made once, together with the groups (:func:`megamult.distributed.start.initialize`), and passed to
+the code that needs it. A user's own training loop may have made groups already: :func:`current_mesh` describes those.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from megamult.parameters.axes import Axis, Coordinates, Grid
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """Coordinates of this process, and its groups."""
+    """Coordinates of this process, and its process groups."""
 
     coordinates: Coordinates
     groups: Mapping[Axis, ProcessGroup] = field(default_factory=dict)
-    """This process's group along each axis that has several processes, or for which one was made."""
+    """This process's group along each axis that has several processes or for which a group was made."""
     world: ProcessGroup | None = None
-    """All processes; None: this is the only one, without torch.distributed."""
+    """Group of all processes, or None if there is only this process and no torch.distributed."""
 
     @property
     def grid(self) -> Grid:
@@ -52,14 +52,16 @@ class Mesh:
 
     @property
     def mpu(self) -> ModelParallelUnit:
-        """What `deepspeed.initialize` takes as `mpu`."""
+        """Object to pass to `deepspeed.initialize` as `mpu`."""
         return ModelParallelUnit()
 
     def sum_over(self, tensor: torch.Tensor, axis: Axis | None = None) -> torch.Tensor:
-        """Sum a tensor in place over the processes along an axis, or over all. Collective among them.
+        """Sum a tensor in place over the processes along an axis, or over all processes if `axis` is None.
+
+        Collective over the processes of the sum.
 
         Returns:
-            The tensor.
+            The same tensor.
         """
         size = self.size if axis is None else self.size_of(axis)
         if size > 1:
@@ -67,18 +69,19 @@ class Mesh:
         return tensor
 
     def sum_on_first(self, tensor: torch.Tensor) -> None:
-        """Sum a tensor over all processes, in place on rank 0; elsewhere it is undefined afterwards. Collective."""
+        """Sum a tensor over all processes, in place on rank 0. On other ranks the tensor is undefined afterwards.
+        Collective over all processes."""
         if self.world is not None:
             torch.distributed.reduce(tensor, dst=0, group=self.world)
 
     def send_from_first(self, tensor: torch.Tensor, axis: Axis) -> None:
-        """Replace a tensor by that of the first process along an axis. Collective among them."""
+        """Replace a tensor by the tensor of the first process along an axis. Collective over the processes along it."""
         if self.size_of(axis) > 1:
             group = self.groups[axis]
             torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, 0), group=group)
 
     def barrier(self) -> None:
-        """Wait for all processes. Collective."""
+        """Wait for all processes. Collective over all processes."""
         if self.world is not None:
             torch.distributed.barrier(group=self.world)
 
@@ -97,14 +100,17 @@ class Mesh:
 
 
 ALONE = Mesh(Coordinates(Grid()))
-"""One process without torch.distributed."""
+"""Mesh of one process without torch.distributed."""
 
 
 def current_mesh() -> Mesh:
-    """Describe the groups that there are: Megatron's, or all processes as data-parallel ranks, or one process.
+    """Return the mesh that describes the existing groups.
+
+    These are Megatron's groups if there are any, else all processes as data-parallel ranks. Without torch.distributed
+    the mesh has one process.
 
     Raises:
-        ValueError: Megatron's groups are not tensor and data parallelism in its order.
+        ValueError: Megatron's groups have other axes than tensor and data, or are not in Megatron's order.
     """
     world = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     if world is None:

@@ -6,7 +6,7 @@ from megatron.core import parallel_state
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of `mpu`: Megatron's groups, with "model parallel" meaning tensor parallel."""
+    """Object from which DeepSpeed gets Megatron's groups. "Model parallel" in a method's name means tensor parallel."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("get_model_parallel_"):

@@ -1,4 +1,4 @@
-"""Sockets that a rank of a run holds open, and the check that the limit of open files allows them."""
+"""Number of sockets that a rank of a run holds open, and a check that the limit of open files allows that many."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ import contextlib
 import resource
 
 _SPARE = 256
-"""Open files beside the sockets to other ranks: libraries, data, checkpoints, logs, DeepSpeed's extensions."""
+"""Number of open files that are not sockets to other ranks: libraries, data, checkpoints, logs, DeepSpeed's
+extensions."""
 
 
 def raise_limit() -> None:
-    """Raise this process's soft limit of open files to the hard one; an ordinary user may do that."""
+    """Raise this process's soft limit of open files to the hard limit, which any user may do."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    # Some containers inherit a hard limit above the kernel's own: it cannot be set, and the soft limit stays.
+    # Some containers inherit a hard limit above the kernel's own. It cannot be set, so the soft limit does not change.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def sockets(rank: int, processes: int, tensor: int, gloo: bool) -> int:
-    """Count the sockets from one rank to others: gloo connects every two ranks of a group.
+    """Return the number of sockets from one rank to others. gloo connects every two ranks of a group.
 
     Args:
-        rank: number of the rank; rank 0 serves the store and the watchdog, and every rank has a connection to each.
+        rank: number of the rank. Rank 0 serves the store and the watchdog, and every rank has a connection to each.
         processes: number of processes of the run.
         tensor: tensor-parallel size.
         gloo: whether training itself communicates over gloo, as on CPUs. Connections of NCCL are not counted.
     """
     meshes = [processes]  # the group for work on files
     if gloo:
-        # All ranks, and this rank's tensor- and data-parallel groups where those are neither all ranks nor one.
+        # The group of all ranks, and this rank's tensor- and data-parallel groups. A tensor- or data-parallel group of
+        # all ranks is the group of all ranks, and is not counted again.
         meshes += [processes, *(size for size in (tensor, processes // tensor) if size < processes)]
     served = 2 * (processes + 1) if rank == 0 else 2  # rank 0 has both ends of its own connections
     return sum(size - 1 for size in meshes) + served

@@ -1,9 +1,9 @@
-"""Process groups of a grid of data-parallel x tensor-parallel ranks, as few as there can be.
+"""Process groups of a grid of data-parallel x tensor-parallel ranks, as few as possible.
 
 Megatron's `initialize_model_parallel` makes a group for every combination of its axes, and every rank takes part in
-making all ranks' groups: thousands at 1,024 ranks. A grid of two axes needs this rank's tensor-parallel group, its
-data-parallel group, and a group of this rank by itself for the axes that have one rank (pipeline, context, expert):
-three calls per rank at any size. A group that holds all ranks is the default group.
+making the groups of all ranks: thousands at 1,024 ranks. With two axes, a rank needs its tensor-parallel group, its
+data-parallel group, and a group of this rank only, which serves the axes of size 1 (pipeline, context, expert). These
+take three calls per rank at any number of ranks. If a group would hold all ranks, the default group is used.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _FILES_TIMEOUT = datetime.timedelta(seconds=ON_FILES)
 """Time that the fastest rank may wait for the slowest rank's file system."""
 
 _made: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...] | str, ProcessGroup]] = WeakKeyDictionary()
-"""Groups made beside each default group, by their ranks; each is made once and kept. torch names a group after its
-ranks and the number of this process's groups, so a group that is made again after others were destroyed could find the
-addresses of the first one."""
+"""Groups that were made in addition to each default group, by their ranks (or by "files"). Each group is made once and
+then reused. torch names a group after its ranks and the number of this process's groups. A group that is made again
+after others were destroyed could therefore find the addresses of the first one."""
 
 
 def create(tensor: int, timeout: datetime.timedelta) -> None:
-    """Make the groups of a grid in which tensor-parallel ranks are consecutive, and let Megatron know them.
+    """Make the groups of a grid in which tensor-parallel ranks are consecutive, and register them with Megatron.
 
-    Collective over all ranks. Without a device bound to the default group, a group's members make it among themselves;
-    for that, all of them must be in equally many groups already.
+    Collective over all ranks. If the default group is not bound to a device, the members of a new group make it without
+    the other ranks. All members must then already be in the same number of groups.
 
     Args:
-        tensor: tensor-parallel size; divides the number of ranks.
+        tensor: tensor-parallel size; must divide the number of ranks.
         timeout: time after which a collective of these groups fails.
     """
     size = torch.distributed.get_world_size()
@@ -47,9 +47,9 @@ def create(tensor: int, timeout: datetime.timedelta) -> None:
 
 
 def files() -> ProcessGroup:
-    """Return the gloo group of all ranks for work on files: loads, saves. Collective over all ranks on the first call.
+    """Return the gloo group of all ranks for loading and saving files. Collective over all ranks on the first call.
 
-    It is separate, so that the collectives of a thread that saves never mix with those of training.
+    The group is used for nothing else, so that the collectives of a thread that saves never mix with those of training.
     """
     made = _made.setdefault(_default(), {})
     if "files" not in made:
@@ -64,7 +64,8 @@ def _default() -> ProcessGroup:
 
 
 def _member(partition: Sequence[range], description: str, timeout: datetime.timedelta) -> ProcessGroup:
-    """Return this rank's group of a partition of all ranks into groups."""
+    """Return this rank's group, and make it if necessary. `partition` has the ranks of each group; together they are
+    all ranks."""
     default, rank = _default(), torch.distributed.get_rank()
     mine = next(tuple(ranks) for ranks in partition if rank in ranks)
     if len(mine) == default.size():
@@ -86,7 +87,8 @@ def _member(partition: Sequence[range], description: str, timeout: datetime.time
 
 
 def _is_bound(default: ProcessGroup) -> bool:
-    """Tell whether the default group is bound to a device: NCCL then connected all ranks when it was made."""
+    """Return whether the default group is bound to a device. If it is, NCCL connected all ranks when the group was
+    made."""
     return default.bound_device_id is not None
 
 
@@ -94,8 +96,8 @@ def _register(tensor: ProcessGroup, data: ProcessGroup, solo: ProcessGroup) -> N
     """Set the variables of `megatron.core.parallel_state` that its `initialize_model_parallel` sets.
 
     Megatron's layers and DeepSpeed (`mpu`) call its getters, and Megatron has no public way to set what they return.
-    Each variable gets the group with the ranks that Megatron's own group would have. Getters of gloo groups are the
-    exception: only Megatron's own optimizer and checkpoints use them.
+    Each variable gets the group with the ranks that Megatron's own group would have. Variables of gloo groups are not
+    set, because only Megatron's own optimizer and checkpoints use them.
     """
     everyone = _default()
     for group, names in (

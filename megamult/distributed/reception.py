@@ -1,4 +1,5 @@
-"""Rank 0's part of the rendezvous: read the processes' claims, refuse strangers, announce who takes part."""
+"""Rank 0's part of the rendezvous: read the claims of processes, refuse processes of other launches, announce who takes
+part."""
 
 from __future__ import annotations
 
@@ -24,13 +25,13 @@ MET = "met"
 """Key of rank 0's result, written once its wait is over."""
 
 RANK_0 = "rank 0"
-"""Key of the name of the process that serves this store, for runs that find the port in use."""
+"""Key of the text that describes rank 0, which serves this store. Runs that find the port in use read it."""
 
 HEAR = datetime.timedelta(seconds=10)
-"""Time that rank 0 waits until all ranks have read its result."""
+"""Longest time that rank 0 waits for all ranks to read its result."""
 
 TELL_SECONDS = 15.0
-"""Time after which a rank that still waits says which ranks it waits for."""
+"""Seconds after which a rank that is still waiting says what it waits for."""
 
 _PORT = "Give this run another port (the launcher's --master_port, or MASTER_PORT)"
 
@@ -48,12 +49,12 @@ def answer_key(number: int) -> str:
 
 
 def heard_key(number: int) -> str:
-    """Return the store's key by which a process that takes part confirms that it has read MET."""
+    """Return the store's key that a process which takes part sets when it has read MET."""
     return f"heard/{number}"
 
 
 def configuration_key(digest: str) -> str:
-    """Return the store's key of a flat configuration, which all ranks of a launch share."""
+    """Return the store's key of the flat configuration with this digest."""
     return f"configuration/{digest}"
 
 
@@ -61,19 +62,21 @@ def refusal(claim: str, by: str, why: str, configuration: bool = False) -> str:
     """Return the message for a process that may not take part.
 
     Args:
-        claim, by: the process and rank 0, as text.
-        configuration: whether its configuration is the reason.
+        claim: text that describes the process.
+        by: text that describes rank 0.
+        why: reason for the refusal.
+        configuration: whether the process's configuration is the reason.
     """
     return f"{claim} came to the port of {by}, which refuses it: {why}. {REMEDY if configuration else _PORT}"
 
 
 class Reception:
-    """Reception of the processes of rank 0's launch.
+    """Reception of the processes of a launch by its rank 0.
 
     Args:
-        store: the store to which they submit their claims.
-        claim: rank 0's own.
-        configuration: rank 0's, flat.
+        store: store to which the processes submit their claims.
+        claim: rank 0's own claim.
+        configuration: rank 0's flat configuration.
     """
 
     def __init__(self, store: Store, claim: Claim, configuration: Mapping[str, Any]) -> None:
@@ -81,21 +84,26 @@ class Reception:
         self._configurations: dict[str, Mapping[str, Any]] = {claim.configuration: configuration}
         self._taken: dict[int, Claim] = {0: claim}
         self._numbers: dict[int, int] = {}  # rank -> number of the accepted claim
-        self._refused: list[tuple[Claim, str]] = []  # because of their configuration or their own problem
+        self._refused: list[tuple[Claim, str]] = []  # only those at fault: their configuration or problem
         self._unread: set[int] = set()
         self._read = 0
         store.set(RANK_0, str(claim))
 
     def receive(self, seconds: float, deadline: float) -> dict[str, Any]:
-        """Wait for all ranks until the deadline (of time.monotonic()), and announce who came.
+        """Wait for all ranks until the deadline, and announce which processes take part.
 
         Args:
-            seconds: the whole wait; only for messages.
+            seconds: length of the whole wait, for messages.
+            deadline: time at which the wait ends, as a value of time.monotonic().
 
         Returns:
-            name: a unique token of this run; numbers: the accepted claims; machines: one per rank, or None if a rank is
-            missing; problem: the mistake that ends the launch, or None; missing: the ranks that did not come, as text,
-            or None; by: rank 0, as text.
+            Dictionary with these keys:
+            name: unique token of this run.
+            numbers: numbers of the accepted claims.
+            machines: node of each rank, or None if a rank is missing.
+            problem: mistake that ends the launch, or None.
+            missing: text that names the ranks that did not come, or None.
+            by: text that describes rank 0.
         """
         tell = min(deadline, time.monotonic() + TELL_SECONDS)
         while missing := self._missing():
@@ -109,11 +117,11 @@ class Reception:
         return self._conclude(missing, seconds)
 
     def _missing(self) -> list[int]:
-        """Judge all new claims, then return the ranks that have no process yet."""
+        """Judge all new claims, then return the ranks for which no process has been accepted."""
         count = int(self._store.add(CLAIMS, 0))
         self._unread |= set(range(self._read + 1, count + 1))
         self._read = count
-        # A process increments the count before it writes its claim.
+        # A process increments the count before it writes its claim, so a claim may not be there yet.
         for number in sorted(self._unread):
             if self._store.check([claim_key(number)]):
                 self._unread.discard(number)
@@ -171,13 +179,13 @@ class Reception:
             "by": str(self._claim),
         }
         self._store.set(MET, json.dumps(met))
-        # The store ends with this process, so it must stay until all others have read the result.
+        # The store ends with this process, so this process must stay until all others have read the result.
         takes_part = [heard_key(number) for rank, number in self._numbers.items() if self._taken[rank].problem is None]
         with contextlib.suppress(RuntimeError):
             self._store.wait(takes_part, HEAR)
         if environment.has_agent_store():
-            # torchrun's store may serve restarted ranks without counting the restart. Our own store keeps the keys, so
-            # that a stranger who comes later is told why it is refused.
+            # torchrun's store may serve restarted ranks without counting the restart, so the keys must go. A store that
+            # rank 0 serves keeps them: a process of another launch that comes later is told why it is refused.
             for number in range(1, self._read + 1):
                 for key in (claim_key(number), answer_key(number), heard_key(number)):
                     self._store.delete_key(key)
@@ -187,7 +195,7 @@ class Reception:
 
 
 def _who(ranks: Sequence[int]) -> str:
-    """Name ranks, with their hosts where those are known."""
+    """Return a text that names ranks, and their hosts if these are known."""
     hosts = launcher.hosts_of_ranks()
     named = sorted({hosts[rank] for rank in ranks if rank in hosts})
     return f"rank {ranges(ranks)}{' on ' + ', '.join(named) if named else ''}"

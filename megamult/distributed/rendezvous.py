@@ -37,7 +37,8 @@ from megamult.distributed.reception import (
 )
 
 SECONDS = 45.0
-"""Default time to wait. With the launcher's own start, a host that is down is named within a minute."""
+"""Default number of seconds to wait for all processes. Including the start of the launcher itself, a host that is down
+is then named within a minute."""
 
 
 class RefusedError(Exception):
@@ -46,7 +47,7 @@ class RefusedError(Exception):
     def __init__(self, message: str, configuration: bool) -> None:
         super().__init__(message)
         self.configuration = configuration
-        """Whether the configuration is the reason; then the same command would be refused again."""
+        """Whether the configuration is the reason. If it is, the same command would be refused again."""
 
 
 class RanksMissingError(Exception):
@@ -62,15 +63,15 @@ class Meeting:
     """Result of a rendezvous: all processes of the launch are here."""
 
     store: Store
-    """Store that they share, under a prefix that processes of other launches do not know."""
+    """Store that the processes share. Its keys have a prefix that processes of other launches do not know."""
     machines: list[str]
-    """The node of each rank (:func:`megamult.distributed.environment.machine`)."""
+    """Node of each rank (:func:`megamult.distributed.environment.machine`)."""
 
     def check_nodes(self, tensor: int) -> None:
-        """Refuse tensor-parallel groups of `tensor` consecutive ranks that span nodes.
+        """Check that no tensor-parallel group, which is `tensor` consecutive ranks, spans nodes.
 
         Raises:
-            ValueError: a group spans nodes. Raised on every rank.
+            ValueError: a group spans nodes. Every rank raises it.
         """
         for first in range(0, len(self.machines), tensor):
             group = self.machines[first : first + tensor]
@@ -87,18 +88,20 @@ class Meeting:
 def meet(seconds: float, configuration: Mapping[str, Any] | None = None) -> Meeting:
     """Wait until every process of this launch has reached rank 0's store. Collective over all ranks.
 
-    A process of another launch is refused and told which run refuses it; this launch keeps waiting for its own.
+    A process of another launch is refused and told which run refuses it. This launch goes on waiting for its own
+    processes.
 
     Args:
         seconds: time to wait.
-        configuration: the run's, flat (:func:`megamult.settings.flat`); must be the same on all ranks.
+        configuration: flat configuration of the run (:func:`megamult.settings.flat`), which must be the same on all
+            ranks.
 
     Raises:
-        RanksMissingError: processes are missing; the message names them and their hosts, on every rank that came. A
-            rank that cannot reach rank 0 says so.
+        RanksMissingError: processes are missing. Every rank that reached rank 0 raises it, with a message that names
+            the missing ranks and their hosts. On a rank that cannot reach rank 0, the message says that.
         RefusedError: rank 0 decided that this process is not part of its launch.
-        ValueError: a rank reported a mistake (:func:`report_mistake`), or the configurations differ; the message has
-            every key that does. Raised on every rank.
+        ValueError: a rank reported a mistake (:func:`report_mistake`), or the configurations differ. The message names
+            every key that differs. Every rank raises it.
     """
     deadline = time.monotonic() + seconds
     configuration = dict(configuration or {})
@@ -108,7 +111,7 @@ def meet(seconds: float, configuration: Mapping[str, Any] | None = None) -> Meet
         met = Reception(store, claim, configuration).receive(seconds, deadline)
     else:
         number = _submit(store, claim, configuration)
-        # Rank 0 may have started later, and waits as long as this rank did.
+        # Rank 0 may have started up to `seconds` after this rank, and then also waits for `seconds`.
         met = _answer(store, claim, number, time.monotonic() + 2 * seconds + HEAR.total_seconds())
     if met["problem"] is not None:
         raise ValueError(met["problem"])
@@ -126,15 +129,16 @@ def report_mistake(problem: str) -> None:
 
 
 _REPORT_SECONDS = 15.0
-"""Time to wait for rank 0, which may still be importing libraries when this rank has already failed."""
+"""Seconds to wait for rank 0, which may still be importing libraries when this rank has already failed."""
 
 
 _PATIENCE = datetime.timedelta(minutes=30)
-"""Time that ranks wait for one another's keys in the store after the rendezvous; some take longer to import."""
+"""Time that a rank waits for keys of other ranks in the store after the rendezvous. Some ranks take longer to import
+libraries."""
 
 
 def _claim(configuration: Mapping[str, Any], problem: str | None = None) -> Claim:
-    """Describe this process to rank 0."""
+    """Return the claim that describes this process to rank 0."""
     text = json.dumps(configuration, sort_keys=True)
     return Claim(
         rank=environment.rank(),
@@ -152,7 +156,7 @@ def _claim(configuration: Mapping[str, Any], problem: str | None = None) -> Clai
 
 
 def _submit(store: Store, claim: Claim, configuration: Mapping[str, Any]) -> int:
-    """Submit a claim to rank 0 and return its number."""
+    """Submit a claim to rank 0, and return the number of the claim."""
     store.set(configuration_key(claim.configuration), json.dumps(configuration))
     number = int(store.add(CLAIMS, 1))
     store.set(claim_key(number), json.dumps(dataclasses.asdict(claim)))
@@ -186,12 +190,13 @@ def _store(seconds: float) -> Store:
 
 
 def _of_this_start(store: Store) -> Store:
-    """Prefix the keys by the number of restarts: torchrun's store outlives the processes that it restarts."""
+    """Return the store with keys that are prefixed by the number of restarts, because torchrun's store outlives the
+    processes that torchrun restarts."""
     return PrefixStore(f"megamult/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _connect(address: str, port: int, seconds: float, serves: bool) -> Store:
-    """Connect to the store at an address, or serve it there.
+    """Serve the store at an address if `serves` is true, else connect to it.
 
     Raises:
         OSError, RuntimeError: the store cannot be reached or served, or another program listens there.
@@ -206,7 +211,7 @@ def _connect(address: str, port: int, seconds: float, serves: bool) -> Store:
         except RuntimeError as error:
             found.append(error)
 
-    # torch would wait for ever for the greeting of a server that is not its store.
+    # torch would wait for ever for the greeting of a server that is not its store, so it connects in a thread.
     thread = threading.Thread(target=connect, name="store", daemon=True)
     thread.start()
     thread.join(seconds + 1.0)
@@ -218,7 +223,8 @@ def _connect(address: str, port: int, seconds: float, serves: bool) -> Store:
 
 
 def _by_whom(address: str, port: int) -> str:
-    """Name the megamult run that listens there, for a message; "" if another program does."""
+    """Return a text for a message that names the megamult run which listens at an address; "" if another program
+    listens there."""
     with contextlib.suppress(OSError, RuntimeError):
         store = _of_this_start(_connect(address, port, _ASK_SECONDS, serves=False))
         if store.check([RANK_0]):
@@ -227,11 +233,13 @@ def _by_whom(address: str, port: int) -> str:
 
 
 _ASK_SECONDS = 3.0
-"""Time to wait for the greeting of the program that listens at a port in use."""
+"""Seconds to wait for the greeting of the program that listens at a port in use."""
 
 
 def _reach(address: str, port: int, deadline: float) -> None:
-    """Wait until a server listens there. torch's own retries wait ever longer, up to twice the given time.
+    """Wait until a server listens at an address.
+
+    torch's own retries are not used: their pauses grow, so that they can take up to twice the given time.
 
     Raises:
         OSError: no server listens there at the deadline.
@@ -252,7 +260,12 @@ def _reach(address: str, port: int, deadline: float) -> None:
 
 
 def _answer(store: Store, claim: Claim, number: int, deadline: float) -> dict[str, Any]:
-    """Wait for rank 0's result and return it, if this process takes part."""
+    """Wait for rank 0's result and return it.
+
+    Raises:
+        RanksMissingError: rank 0 does not answer until the deadline, or has left.
+        RefusedError: this process does not take part.
+    """
     answer = answer_key(number)
     try:
         while not store.check([answer]):

@@ -21,21 +21,21 @@ def initialize(
     across_nodes: bool = False,
     meeting: rendezvous.Meeting | None = None,
 ) -> Mesh:
-    """Create torch.distributed (if it is not there yet) and the tensor- and data-parallel groups (unless they are).
+    """Initialize torch.distributed and create the tensor- and data-parallel groups, unless this has been done already.
 
     Args:
         tensor: tensor-parallel size; must divide the number of processes. Ranks of one tensor-parallel group are
-            consecutive, so they share a node wherever a node's processes are a multiple of it.
-        timeout_minutes: after which a collective that a peer never joins ends the process.
-        across_nodes: let a tensor-parallel group span nodes.
-        meeting: of all processes; None: they meet now.
+            consecutive, so they share a node if the number of processes of each node is a multiple of `tensor`.
+        timeout_minutes: minutes after which a collective that another rank never joins ends the process.
+        across_nodes: whether a tensor-parallel group may span nodes.
+        meeting: result of the rendezvous of all processes. If it is None, they meet now.
 
     Raises:
         ValueError: the sizes do not fit, a tensor-parallel group would span nodes, or the limit of open files is too
             low for the connections between ranks.
-        megamult.distributed.rendezvous.RanksMissingError: not all processes came.
-        megamult.distributed.rendezvous.RefusedError: this process came to another launch's port.
-        TimeoutError: DeepSpeed's operator is being compiled by another process, which does not end.
+        megamult.distributed.rendezvous.RanksMissingError: processes are missing.
+        megamult.distributed.rendezvous.RefusedError: this process has connected to the port of another launch.
+        TimeoutError: another process has been compiling DeepSpeed's operator for too long.
     """
     environment.set_defaults()
     open_files.raise_limit()
@@ -60,10 +60,10 @@ def initialize(
             rank=environment.rank(),
             world_size=processes,
             timeout=timeout,
-            # NCCL then connects at once, and splits later groups off.
+            # If a device is given, NCCL connects at once, and later groups are split off.
             device_id=here if here.type == "cuda" and processes > 1 else None,
         )
-        if here.type == "cpu":  # where DeepSpeed loads an operator, and would wait for a leftover lock for ever
+        if here.type == "cpu":  # DeepSpeed loads an operator, and would wait for ever for the lock of a killed process
             first_here = environment.local_rank() == 0
             extensions.release(extensions.build_root(), _say, name="deepspeed_shm_comm*", waits_aloud=first_here)
         deepspeed.init_distributed(dist_backend=device.backend(), timeout=timeout, verbose=False)
@@ -75,8 +75,8 @@ def initialize(
         parallel_state.destroy_model_parallel()
     process_groups.create(tensor, timeout)
     if here.type == "cuda":
-        # Megatron forks its CUDA random state around dropout under sequence parallelism, and wants one to fork. We
-        # have no dropout, so the seed changes nothing.
+        # Megatron forks its CUDA random state around dropout under sequence parallelism, so there must be one. The
+        # models have no dropout, so the seed changes nothing.
         model_parallel_cuda_manual_seed(1)
     return current_mesh()
 
@@ -86,8 +86,11 @@ def _say(line: str) -> None:
 
 
 def _forget_shared_memory() -> None:
-    """DeepSpeed's operator for CPUs leaves a buffer of 64 MB per rank in /dev/shm for ever. Once all ranks have mapped
-    them their names can go: the memory then goes with the processes."""
+    """Remove the names of the buffers that DeepSpeed's operator for CPUs has made in /dev/shm.
+
+    The operator never removes its buffer of 64 MB per rank. Once all ranks have mapped the buffers, the names can be
+    removed: the memory is then freed when the processes end.
+    """
     torch.distributed.barrier()
     names = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ.get('MASTER_PORT', '')}_*"
     for path in Path("/dev/shm").glob(names):
@@ -95,7 +98,7 @@ def _forget_shared_memory() -> None:
 
 
 def destroy() -> None:
-    """Take the groups down; ranks that leave without it may abort at exit."""
+    """Destroy the groups. Ranks that end without this call may abort at exit."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():

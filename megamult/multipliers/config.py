@@ -1,4 +1,4 @@
-"""The section `multipliers` of a run."""
+"""The section `multipliers` of a run's configuration."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ class MultipliersConfig:
     """Learnable multipliers (arXiv 2601.04890)."""
 
     implementation: Literal["none", "layer", "folded"] = "layer"
-    """layer: parameters of the layers; folded: kept by the optimizer, while the model holds effective weights and pays
-    nothing per micro-batch; none: a plain model."""
+    """layer: the multipliers are parameters of the layers. folded: the optimizer holds the multipliers and the model
+    holds effective weights, so that micro-batches cost nothing extra. none: there are no multipliers."""
     placement: str | dict[str, str | list[str]] = "all"
-    """all, symmetry_free, scalar (one per logical matrix), or a mapping from role to row, col, scalar or a list."""
+    """Sides that have multipliers: all, symmetry_free, scalar (one multiplier per logical matrix), or a mapping from
+    role to row, col, scalar or a list of these."""
     lr: float | None = None
-    """Peak learning rate of the multipliers, with the same schedule as optimizer.lr; null: optimizer.lr."""
+    """Peak learning rate of the multipliers, or null to use optimizer.lr. The schedule is that of optimizer.lr."""
     weight_decay: float = 2e-3
     """Decoupled weight decay of the multipliers."""
     clip: bool = False
-    """true: clip the multipliers' gradients by a norm of their own, at optimizer.clip_grad_norm; false: do not clip
-    them. They never count in the norm of the other gradients."""
+    """true: clip the gradients of all multipliers together to the norm optimizer.clip_grad_norm. false: do not clip
+    them. In both cases, the norm that clips all other gradients does not include them."""
 
     def __post_init__(self) -> None:
         resolve(self.placement)

@@ -1,7 +1,7 @@
-"""Megatron's vocab-parallel embedding with learnable multipliers: it scales the rows that it looked up.
+"""Megatron's vocab-parallel embedding with learnable multipliers.
 
-It scales activations and not the table, because the table is larger than what a micro-batch looks up.
-Source: arXiv 2601.04890.
+The layer scales the rows that it has looked up and not the whole table, because a micro-batch looks up fewer elements
+than the table has. Source: arXiv 2601.04890.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from megamult.parameters.stated import set_spec
 
 
 class _ScaledLookup(torch.autograd.Function):
-    """Lookup and scaling: x[t] = r[id_t] W[id_t], zero where the id is not on this rank. It saves no activation."""
+    """Lookup and scaling: x[t] = r[id_t] W[id_t], or zero if this rank does not hold row id_t. No activation is saved
+    for backward."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, elsewhere: Tensor | None, weight: Tensor, row: Tensor | None) -> Tensor:
@@ -61,11 +62,14 @@ class _ScaledLookup(torch.autograd.Function):
 
 
 class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
-    """Embedding E_eff = s diag(r) E diag(c), vocabulary rows sharded over tensor-parallel ranks.
+    """Embedding E_eff = s diag(r) E diag(c), whose rows are sharded over tensor-parallel ranks.
 
-    Arguments are those of Megatron's `VocabParallelEmbedding`, and `vocab_size` (rows from it on are padding and carry
-    no multipliers; default: no padding), `placement` and `grad_sync`. c and s are applied after the reduction, where
-    their gradient is complete without sequence parallelism and partial with it.
+    Arguments are those of Megatron's `VocabParallelEmbedding`, `placement` and `grad_sync` as for
+    :class:`megamult.multipliers.linear.MultiplierColumnParallelLinear`, and `vocab_size`: rows from `vocab_size` on are
+    padding and carry no multipliers (default: no padding).
+
+    c and s are applied after the reduction over tensor-parallel ranks. Their gradients are complete there without
+    sequence parallelism, and partial with it.
 
     Shapes: ids: [batch, seq]; output: [batch, seq, hidden], or [seq/tp, batch, hidden] with
     `reduce_scatter_embeddings`; `row_multiplier`: [vocabulary/tp]; `col_multiplier`: [hidden].
@@ -99,7 +103,7 @@ class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
         self._sum_in_backward = scattered and grad_sync == "backward"
 
     def forward(self, input_: Tensor) -> Tensor:
-        """Look up, scale rows, reduce over TP, scale columns. Shapes are those of the class."""
+        """Look up rows, scale them, reduce over tensor-parallel ranks, and scale columns. For shapes see the class."""
         elsewhere = None
         ids = input_
         if self.tp_group.size() > 1:
@@ -124,8 +128,8 @@ class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> Mapping[str, Any]:
-        """Return Megatron's sharded state dict and the multipliers: each logical vector with its own key and global
-        shape.
+        """Return Megatron's sharded state dict with the multipliers added. Each logical vector of multipliers has its
+        own key and global shape.
 
         `metadata` must hold `dp_cp_group`, which Megatron's own layers need too.
         """

@@ -1,16 +1,17 @@
-"""Scaling rows of a weight by their multipliers, forward and backward, in as few passes as the device allows.
+"""Scaling of a weight by its multipliers, forward and backward, in as few passes as the device allows.
 
-W_eff[i, j] = rho[i] kappa[m(i), j] W[i, j], where rho[out] joins row multipliers and scalars, kappa[vectors, in]
-holds one column vector per logical matrix and m(i) is the matrix that row i belongs to. The rows of one matrix
-come as :class:`Span`s. On CUDA each function is one compiled kernel (plus one skinny product); on a CPU, where
-compiling would take longer than a test, rows are processed in blocks that stay in the cache.
+W_eff[i, j] = rho[i] kappa[m(i), j] W[i, j]. rho[out] is the product of row multiplier and scalar of each row,
+kappa[vectors, in] holds one vector of column multipliers per logical matrix, and m(i) is the matrix that row i belongs
+to. :class:`Span` says which rows belong to one matrix. On CUDA each function is one compiled kernel; the backward
+function also multiplies by one narrow matrix. On a CPU compiling would take longer than a test, so rows are processed
+in blocks that stay in the cache.
 
 Both functions serve the weights of layers and, with `piece`, the bands of a partition's slices
-(:mod:`megamult.multipliers.scaling`). The effective weight of a layer is a new tensor, and kernels are compiled for its
-shape. Bands are fp32, are scaled in place and come in every shape: one compiled kernel serves them all, and a small one
-is not worth its call.
+(:mod:`megamult.multipliers.scaling`). For a layer, the effective weight is a new tensor and kernels are compiled for
+its shape. Bands are fp32, are scaled in place and have any shape, so one compiled kernel serves all of them. For a
+small band a few plain calls are faster than the kernel.
 
-Both forms are tested against `megamult.multipliers.reference`.
+The compiled and the plain form are tested against `megamult.multipliers.reference`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """Rows [start, stop) of the weight, scaled by row `col` of kappa (None: no column multipliers)."""
+    """Rows [start, stop) of the weight, and the row `col` of kappa that scales them; None if no column multipliers
+    do."""
 
     start: int
     stop: int
@@ -36,10 +38,10 @@ def scale(
 
     Args:
         weight: W[out, in].
-        rho: [out]; None: ones.
-        kappa: [vectors, in]; None: ones.
-        spans: which rows each vector scales; they cover all rows, in order.
-        piece: whether the weight is a band of a slice, to be scaled in place and returned.
+        rho: [out], or None if all are 1.
+        kappa: [vectors, in], or None if all are 1.
+        spans: rows that each vector scales; together the spans cover all rows, in order.
+        piece: whether the weight is a band of a slice, which is scaled in place and returned.
     """
     if _compiled(weight, spans, piece):
         if piece:
@@ -73,17 +75,18 @@ def scale_backward(
     col: bool,
     piece: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Turn grad [out, in], dL/dW_eff, into dL/dW in place, and return the multipliers' gradients in fp32.
+    """Turn `grad` from dL/dW_eff into dL/dW in place, and return the gradients of rho and kappa in fp32.
 
     Args:
-        grad: overwritten.
+        grad: G = dL/dW_eff, [out, in]; overwritten.
         weight: W[out, in] before :func:`scale`, not changed.
         rho, kappa, spans, piece: the same as for :func:`scale`.
-        row, col: whether to compute the first and the second result.
+        row, col: whether to compute dL/drho and dL/dkappa.
 
     Returns:
-        sum_j W kappa G [out] if `row`, else None; and if `col`, for each row of kappa, sum_i rho W G [vectors, in],
-        else None (on CUDA a matrix product, as precise as the weight's dtype, in TF32 where torch is told to allow it).
+        (dL/drho, dL/dkappa). dL/drho is sum_j W kappa G, [out], or None if not `row`. dL/dkappa is sum_i rho W G over
+        the rows i that each row of kappa scales, [vectors, in], or None if not `col` or if there is no kappa. On CUDA
+        dL/dkappa is a matrix product in the weight's dtype, and uses TF32 if torch is told to allow it.
     """
     if _compiled(weight, spans, piece):
         back = _backward_piece_compiled if piece else _backward_compiled
@@ -102,7 +105,7 @@ def scale_backward(
         here = slice(block.start, block.stop)
         r = None if rho is None else rho[here]
         c = None if kappa is None or block.col is None else kappa[block.col]
-        g = grad[here].to(dtype)  # a view, unless the gradient is narrower
+        g = grad[here].to(dtype)  # a view of grad, unless the dtype of grad is narrower
         if row_sum is not None or col_sum is not None:
             h = g * weight[here]
             if row_sum is not None:
@@ -118,7 +121,7 @@ def scale_backward(
     return row_sum, col_sum
 
 
-_BLOCK_ELEMENTS = 1 << 20  # elements of a CPU block: they fit the last-level cache and outweigh the cost of a call
+_BLOCK_ELEMENTS = 1 << 20  # elements of a block on a CPU: it fits the last-level cache and outweighs the cost of a call
 
 
 def _blocks(spans: tuple[Span, ...], columns: int) -> list[Span]:
@@ -131,7 +134,7 @@ def _blocks(spans: tuple[Span, ...], columns: int) -> list[Span]:
 
 
 def _computed_in(weight: Tensor) -> torch.dtype:
-    """Return the dtype to scale a weight in: its own, or fp32 where that is narrower, with one rounding at the end."""
+    """Return the dtype in which a weight is scaled: its own dtype, or fp32 if its own is narrower."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
@@ -140,19 +143,19 @@ def _in(dtype: torch.dtype, factors: Tensor | None) -> Tensor | None:
 
 
 _Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""rho [rows]; kappa, with a row of ones at its end if any row needs it; and for each row the index of the row of kappa
-that scales it, [rows]."""
+"""(rho, kappa, index). rho is [rows]. kappa is [vectors, cols], and ends with a row of ones if some row of the weight
+has no column multipliers. index [rows] says which row of kappa scales each row of the weight."""
 
 
 def _compiled(weight: Tensor, spans: tuple[Span, ...], piece: bool) -> bool:
-    """Return whether to call a compiled kernel: on CUDA, except for a small band of one span, such as one row, where
-    two or three plain calls cost less."""
+    """Return whether to call a compiled kernel. The answer is yes on CUDA, except for a small band of one span, such as
+    a single row, for which two or three plain calls cost less."""
     return weight.is_cuda and (not piece or weight.numel() >= 1 << 16 or len(spans) > 1)
 
 
 def _detached(rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]) -> _Factors:
-    """Return the factors for the kernels of layers, detached: the compiler would make one kernel for a Parameter and
-    another for the same plain tensor."""
+    """Return the factors for the kernels of layers. They are detached, because the compiler would make one kernel for a
+    Parameter and another for a plain tensor of the same shape."""
     rho = None if rho is None else rho.detach()
     if kappa is None:
         return rho, None, None
@@ -163,9 +166,11 @@ def _detached(rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...])
 
 
 def _whole(matrix: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tuple[Span, ...]) -> _Factors:
-    """Return the factors for the kernels of bands, with ones for missing multipliers, so that one kernel serves all
-    placements: every further kernel counts towards torch's limit of compilations, after which functions run
-    uncompiled."""
+    """Return the factors for the kernels of bands, with ones for missing multipliers.
+
+    With ones, one kernel serves all placements. Every further kernel would count towards torch's limit of compilations,
+    beyond which functions run uncompiled.
+    """
     rows, cols = matrix.shape
     rho = matrix.new_ones(rows) if rho is None else rho
     if kappa is None:
@@ -174,7 +179,8 @@ def _whole(matrix: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tupl
 
 
 def _rows_to_cols(spans: tuple[Span, ...], rows: int, device: torch.device) -> Tensor:
-    """Return for each row the index of the row of kappa that scales it, [rows]; -1: the row of ones after the last."""
+    """Return, for each row of the weight, the index of the row of kappa that scales it, [rows]. Index -1 is the row of
+    ones at the end of kappa."""
     key = (spans, rows, device)
     if key not in _INDICES:
         index = torch.empty(rows, dtype=torch.long)
@@ -185,7 +191,8 @@ def _rows_to_cols(spans: tuple[Span, ...], rows: int, device: torch.device) -> T
 
 
 def _members(spans: tuple[Span, ...], rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return [cols, rows]: 1 where a row of kappa scales a row of the weight, else 0; kappa has `cols` rows."""
+    """Return a matrix [cols, rows], where `cols` is the number of rows of kappa. An element is 1 if the row of kappa
+    scales the row of the weight, else 0."""
     key = (spans, rows, cols, device, dtype)
     if key not in _MEMBERS:
         index = _rows_to_cols(spans, rows, device)
@@ -209,7 +216,8 @@ def _scaled(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, index: Ten
 def _backward(
     grad: Tensor, weight: Tensor, rho: Tensor | None, kappa: Tensor | None, index: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Turn grad into dL/dW; return sum_j W kappa G, and rho W G, which the caller sums over rows (None: no kappa)."""
+    """Turn `grad` into dL/dW in place, and return (sum_j W kappa G, rho W G). The caller sums the second over rows; it
+    is None if there is no kappa."""
     g = grad.float()
     h = g * weight.float()
     products = None
@@ -227,15 +235,15 @@ def _backward(
 
 
 def _scale_piece(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, index: Tensor | None) -> None:
-    # One tensor, changed in place: given two views of one buffer, a compiled function keeps using the offset that it
-    # saw in its first call.
+    # The function takes one tensor and changes it in place. If it took two views of one buffer, the compiled function
+    # would keep using the offset that it saw in its first call.
     weight.copy_(_scaled(weight, rho, kappa, index))
 
 
 def _backward_piece(
     grad: Tensor, weight: Tensor, rho: Tensor | None, kappa: Tensor | None, index: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    # A function of its own: torch counts compilations by function, and those of layers are many.
+    # This is a separate function, because torch limits the compilations of each function, and layers need many.
     return _backward(grad, weight, rho, kappa, index)
 
 

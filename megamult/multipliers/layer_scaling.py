@@ -1,4 +1,7 @@
-"""Scaling of one layer's local weight by the layer's own multipliers, and the chain rule through it. Pure."""
+"""Scaling of a layer's local weight by the layer's multipliers, and the gradients through this scaling.
+
+Pure: no torch.distributed.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from megamult.parameters.spec import ParameterSpec, Segment, Side
 
 
 class LayerScaling:
-    """The whole shard of a layer's weight as one band, scaled by the layer's row, column and scalar multipliers.
+    """Scaling of the whole shard of a layer's weight, as one band, by the layer's row, column and scalar multipliers.
 
     Args:
-        weight: spec of the weight, of two dimensions.
+        weight: spec of the weight, which must have two dimensions.
         placement: the sides on which each role is scaled.
         coordinates: coordinates of the process.
     """
@@ -34,26 +37,28 @@ class LayerScaling:
         height, self._width = weight.local_shape(coordinates.grid)
         held = rectangles(weight, coordinates, 0, height * self._width)
         band = band_of(list(_with_padding(held, height, self._width)), places, one=-1)
-        # The column multipliers need no index: as they stand, they are kappa of all the vectors that the layer has.
+        # The column multipliers need no index: viewed as [vectors, in] they are kappa. The spans count the vectors
+        # of the band, and must refer to the rows of this kappa instead.
         vectors = [int(entries[0]) // self._width for entries in band.col]
         self._spans = tuple(s if s.col is None else s._replace(col=vectors[s.col]) for s in band.spans)
         rows = torch.arange(height)
         self._rows_are_whole = bool((band.row == rows).all())
         self._index = {
-            "row": band.row,  # the row multiplier of each row; -1: none
-            "scaled": rows[band.row >= 0],  # the row of each row multiplier
-            "scalar": band.scalar,  # the scalar of each row; -1: none
+            "row": band.row,  # index of the row multiplier of each row; -1 if it has none
+            "scaled": rows[band.row >= 0],  # index of the row that each row multiplier scales
+            "scalar": band.scalar,  # index of the scalar of each row; -1 if it has none
         }
         self._rows_of_scalar = [rows[band.scalar == i] for i in range(len(weight.parts_with(placement, "scalar")))]
 
     def _at(self, key: str, device: torch.device) -> Tensor:
-        """Return an index on the device where it is used; it is copied there once."""
+        """Return the index `key` on `device`. Later calls return the same copy."""
         if self._index[key].device != device:
             self._index[key] = self._index[key].to(device)
         return self._index[key]
 
     def _rho(self, row: Tensor | None, scalar: Tensor | None) -> Tensor | None:
-        """Return rho[out]: row multipliers times scalars, 1 for rows that have neither; None: no row has any."""
+        """Return rho [out], the product of row multiplier and scalar of each row. A missing factor counts as 1. Return
+        None if no row has either."""
         rho = row if row is None or self._rows_are_whole else _with_one(row)[self._at("row", row.device)]
         if scalar is None:
             return rho
@@ -68,9 +73,9 @@ class LayerScaling:
 
         Args:
             weight: the local weight, [out, in].
-            row: the layer's `row_multiplier`, [row multipliers]; a padded one may have unused entries at its end.
-            col: its `col_multiplier`, one vector after the other, [matrices * in].
-            scalar: its `scalar_multiplier`, [matrices].
+            row: the layer's `row_multiplier`, [row multipliers]; entries at its end may be unused.
+            col: the layer's `col_multiplier`, one vector after the other, [matrices * in].
+            scalar: the layer's `scalar_multiplier`, [matrices].
         """
         return kernels.scale(weight, self._rho(row, scalar), self._kappa(col), self._spans)
 
@@ -81,7 +86,7 @@ class LayerScaling:
 
         Args:
             grad: G = dL/dW_eff, [out, in]; overwritten, and returned as dL/dW.
-            weight, row, col, scalar: the same as for :meth:`scale`; the gradient of one that is None is None.
+            weight, row, col, scalar: the same as for :meth:`scale`. If a multiplier is None, so is its gradient.
         """
         dot, cols = kernels.scale_backward(
             grad,
@@ -111,12 +116,13 @@ class LayerScaling:
 
 
 def _with_one(values: Tensor) -> Tensor:
-    """Return values[n] followed by a 1, which the entry -1 selects."""
+    """Return the values [n] followed by a 1, which index -1 selects."""
     return torch.cat([values, values.new_ones(1)])
 
 
 def _with_padding(held: Iterable[Rectangle], height: int, width: int) -> Iterator[Rectangle]:
-    """Yield whole rows of a shard, and between and after them the rows that are padding, as rectangles of no part."""
+    """Yield rectangles that cover all rows of a shard: the rectangles `held`, which are whole rows, and the padding
+    before, between and after them. The `part` of padding is -1."""
     position, col = 0, 0
     for r in held:
         if position < r.offset // width:

@@ -1,8 +1,8 @@
 """Megatron's column-parallel and row-parallel layers with learnable multipliers.
 
-Drop-in subclasses: with no multipliers selected they compute what Megatron's layers compute, and so does a fresh layer
-(multipliers at 1). A linear layer scales its *local weight*, W_eff = s diag(r) W diag(c), and hands it to
-Megatron's own forward pass, so its overlap of communication and computation stays as it is::
+The classes can replace Megatron's. Without multipliers they compute what Megatron's layers compute, and so does a new
+layer, whose multipliers are 1. A layer scales its *local weight*, W_eff = s diag(r) W diag(c), and passes W_eff to
+Megatron's own forward pass, which overlaps communication and computation in the same way as without multipliers::
 
                  column-parallel, rank p                row-parallel, rank p
           c (replicated, one per matrix)                  c_p (sharded)
@@ -11,9 +11,9 @@ Megatron's own forward pass, so its overlap of communication and computation sta
   (sharded) |  [out/tp, in]    |            (replicated)   | columns|  [out, in/tp]
             '------------------'                           '--------'
 
-Scaling the weight is cheaper than scaling the activations whenever a rank's micro-batch has more than
-in * out / (in + out) tokens, and it lets every matrix of a fused projection have column multipliers of its own. W_eff
-is not saved for backward: it is computed again from the weight.
+Scaling the weight is cheaper than scaling the activations if a rank's micro-batch has more than in * out / (in + out)
+tokens. It also lets every matrix of a fused projection have its own column multipliers. W_eff is not saved for
+backward, but computed again from the weight.
 
 Source: arXiv 2601.04890.
 """
@@ -45,7 +45,8 @@ from megamult.parameters.stated import set_spec, spec_of
 
 
 class _MultiplierLinear:
-    """Code that the column- and the row-parallel layer share, mixed in before Megatron's class."""
+    """Code that the column- and the row-parallel layer share. Each inherits from this class first, then from Megatron's
+    layer."""
 
     weight: Parameter
     tp_group: torch.distributed.ProcessGroup
@@ -79,8 +80,12 @@ class _MultiplierLinear:
         return tuple(multipliers_of(module).values())
 
     def _completed(self) -> list[Tensor | None]:
-        """Return the row, column and scalar multipliers, in fp32 where fp32 values are kept. If `grad_sync` is
-        "backward", the gradients of replicated ones are summed over TP in backward."""
+        """Return the row, column and scalar multipliers, each as its fp32 value if it has one, or None if the layer has
+        none of its kind.
+
+        If `grad_sync` is "backward", the backward pass sums the gradients of replicated multipliers over
+        tensor-parallel ranks.
+        """
         tensors: list[Tensor | None] = [None if p is None else full_precision(p) for p in self._multipliers()]
         if self._sum_in_backward:
             replicated = [
@@ -93,7 +98,7 @@ class _MultiplierLinear:
         return tensors
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Compute what Megatron's layer computes, with the effective weight in the weight's place."""
+        """Compute what Megatron's layer computes, with the effective weight in place of the weight."""
         parent: Any = super()
         if not self._has_multipliers:
             return parent.forward(input_, *args, **kwargs)
@@ -109,8 +114,8 @@ class _MultiplierLinear:
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return Megatron's sharded state dict and the multipliers: each logical vector with its own key and global
-        shape.
+        """Return Megatron's sharded state dict with the multipliers added. Each logical vector of multipliers has its
+        own key and global shape.
 
         `metadata` must hold `dp_cp_group`, which Megatron's own layers need too.
         """
@@ -122,14 +127,17 @@ class _MultiplierLinear:
 
 
 class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
-    """Y = X W_eff^T with W_eff = s diag(r) W diag(c), rows sharded over tensor-parallel ranks.
+    """Y = X W_eff^T with W_eff = s diag(r) W diag(c), whose rows are sharded over tensor-parallel ranks.
 
     Args:
-        input_size, output_size: global sizes; all other arguments are those of Megatron's `ColumnParallelLinear`.
-        spec: the logical matrices in the fused rows (:func:`megamult.parameters.megatron.fused_qkv`,
-            :func:`~megamult.parameters.megatron.fused_gate_up`); default: one matrix of role `role`.
-        placement: multipliers by role; default: row and column on every matrix.
-        grad_sync: where the column multipliers' gradients are summed over TP (:mod:`megamult.multipliers.parameters`).
+        input_size, output_size: global sizes. Arguments that are not listed are those of Megatron's
+            `ColumnParallelLinear`.
+        spec: spec of the weight, which names the logical matrices of fused rows
+            (:func:`megamult.parameters.megatron.fused_qkv`, :func:`~megamult.parameters.megatron.fused_gate_up`);
+            default: one matrix of role `role`.
+        placement: sides that have multipliers, by role; default: row and column multipliers on every matrix.
+        grad_sync: when the gradients of replicated multipliers are summed over tensor-parallel ranks
+            (:mod:`megamult.multipliers.parameters`).
 
     Shapes: x: [seq, batch, in]; y: [seq, batch, out/tp]; `row_multiplier`: [out/tp]; `col_multiplier`:
     [matrices * in]; `scalar_multiplier`: [matrices].
@@ -153,10 +161,10 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
 
 
 class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
-    """Y = X W_eff^T with W_eff = s diag(r) W diag(c), columns sharded over tensor-parallel ranks.
+    """Y = X W_eff^T with W_eff = s diag(r) W diag(c), whose columns are sharded over tensor-parallel ranks.
 
-    Arguments are those of Megatron's `RowParallelLinear` and of :class:`MultiplierColumnParallelLinear`. A bias is
-    added after scaling and is not scaled.
+    Arguments are those of Megatron's `RowParallelLinear`, and `spec`, `role`, `placement` and `grad_sync` as for
+    :class:`MultiplierColumnParallelLinear`. A bias is added to Y and is not scaled.
 
     Shapes: x: [seq, batch, in/tp]; y: [seq, batch, out]; `row_multiplier`: [out]; `col_multiplier`: [in/tp].
     """

@@ -1,4 +1,4 @@
-"""Merge multipliers into their weights: inference then uses W_eff = s diag(r) W diag(c) as the weight, at no cost."""
+"""Merge multipliers into their weights. Inference then uses W_eff = s diag(r) W diag(c) as the weight, at no cost."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megamult.multipliers.specs import LEAVES
 
 
 def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return logical tensors without multipliers: each `X.weight` is scaled by the `X.*_multiplier` beside it.
+    """Scale each `X.weight` by the multipliers `X.*_multiplier`, and return the tensors without the multipliers.
 
     Args:
         tensors: logical tensors by name, as :func:`megamult.zero.gather.gather` yields them: weights [out, in],
             `row_multiplier` [out], `col_multiplier` [in], `scalar_multiplier` [1].
 
     Returns:
-        The tensors that are no multipliers, under their names; scaled ones, computed in fp32, in their own dtype.
+        Tensors by name, without multipliers. A scaled weight is computed in fp32 and has the dtype of the given weight.
 
     Raises:
         ValueError: the weight that a multiplier scales is missing.
@@ -33,7 +33,8 @@ def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             beside = {side: module + dot + other for side, other in LEAVES.items()}
             scales = {side: tensors[key].float() for side, key in beside.items() if key in tensors}
             if scales:
-                # The plain reference: an export runs once, on whole matrices, and its result depends on no kernel.
+                # An export runs once, on whole matrices, so the plain reference is fast enough. Its result depends on
+                # no kernel.
                 tensor = effective_weight(tensor.float(), **scales).to(tensor.dtype)
             orphans -= set(beside.values())
         merged[name] = tensor

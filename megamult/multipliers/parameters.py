@@ -1,17 +1,17 @@
-"""Create a layer's multipliers with their specs, and complete the gradients of replicated ones.
+"""Create a layer's multipliers with their specs, and complete the gradients of replicated multipliers.
 
-From its part of a weight a rank gets only a part of the gradient of a replicated multiplier. :data:`GradSync` says
-where the parts are summed over tensor-parallel ranks:
+A rank computes with a part of a weight, and gets only a part of the gradient of a replicated multiplier.
+:data:`GradSync` says when these parts are summed over tensor-parallel ranks:
 
-- ``"backward"`` (default of the layers, for any training loop): backward all-reduces the multipliers of a layer
-  together, one small collective per layer and micro-batch.
-- ``"step"`` (our optimizer): the parameter's spec names the axis in `reduce_over`, and the optimizer sums all of them
-  in one packed collective per *optimizer step*: nothing is added to a micro-batch, with sequence parallelism or
-  without.
+- ``"backward"`` (default of the layers, for any training loop): backward all-reduces the gradients of a layer's
+  multipliers together, in one small collective per layer and micro-batch.
+- ``"step"`` (for megamult's optimizers): the spec of the multiplier names the axis in `reduce_over`, and the optimizer
+  sums the gradients of all multipliers in one packed collective per *optimizer step*. Micro-batches have no collective
+  for multipliers, with or without sequence parallelism.
 
-In bf16 a multiplier near 1 could only move in steps of 0.4 to 0.8 %. Where an optimizer keeps fp32 masters,
-:mod:`megamult.zero.full_precision` brings the multipliers' masters to every rank after each step, and forward passes
-scale by them; the bf16 parameter carries the gradient.
+A bf16 multiplier near 1 could only change in steps of 0.4 to 0.8 %. If an optimizer has fp32 masters,
+:mod:`megamult.zero.full_precision` brings the masters of the multipliers to every rank after each step. Forward passes
+scale by these fp32 values, and backward leaves the gradient on the bf16 parameter.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ GradSync = Literal["backward", "step"]
 def register_multipliers(
     module: torch.nn.Module, weight: Parameter, spec: ParameterSpec, placement: Placement, grid: Grid, partial: bool
 ) -> None:
-    """Create the multipliers of a module's weight, all ones; :data:`megamult.multipliers.specs.LEAVES` names them.
+    """Create the multipliers of a module's weight, with the value 1.
 
-    A side on which no part of the weight is scaled gets None in place of a parameter.
+    Their names are in :data:`megamult.multipliers.specs.LEAVES`. If no part of the weight is scaled on a side, None is
+    registered under the name of that side.
 
     Args:
-        module: module that the parameters are registered on.
-        weight: weight whose dtype and device they take.
-        spec: the spec of the weight, two-dimensional.
+        module: module on which the multipliers are registered.
+        weight: the module's weight; the multipliers get its dtype and device.
+        spec: spec of the weight, which must have two dimensions.
         placement: the sides on which each role is scaled.
-        grid: the process grid; each parameter has the local shape of its spec there.
-        partial: gradients of replicated multipliers must still be summed over tensor-parallel ranks in the step.
+        grid: the process grid; it decides the local shapes of the multipliers.
+        partial: whether the optimizer step must still sum the gradients of replicated multipliers over tensor-parallel
+            ranks.
     """
     for side, leaf in specs.LEAVES.items():
         parameter = None
@@ -57,22 +59,24 @@ def register_multipliers(
 
 
 def multipliers_of(module: torch.nn.Module) -> dict[Side, Parameter | None]:
-    """Return the multipliers that :func:`register_multipliers` created on a module, by side; None where it has none."""
+    """Return the multipliers that :func:`register_multipliers` created on a module, by side. The value is None for a
+    side that has none."""
     return {side: getattr(module, leaf) for side, leaf in specs.LEAVES.items()}
 
 
 FULL_PRECISION = "full_precision_value"
-"""Name of a parameter's attribute: its fp32 value, in the shape of the local parameter."""
+"""Name of the attribute that holds a parameter's fp32 value, in the local shape of the parameter."""
 
 
 def full_precision(parameter: Parameter) -> Tensor:
-    """Return what a forward pass uses: the parameter's fp32 value where there is one, else the parameter itself."""
+    """Return the tensor for forward passes: the parameter's fp32 value if there is one, else the parameter itself."""
     value = getattr(parameter, FULL_PRECISION, None)
     return parameter if value is None else _FullPrecision.apply(parameter, value)
 
 
 class _FullPrecision(torch.autograd.Function):
-    """The fp32 value of a parameter; its gradient goes to the parameter, in the parameter's dtype."""
+    """Replacement of a parameter by its fp32 value. Backward passes the gradient on to the parameter, in the
+    parameter's dtype."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, value: Tensor) -> Tensor:
@@ -85,7 +89,7 @@ class _FullPrecision(torch.autograd.Function):
 
 
 class SumOverTensorParallel(torch.autograd.Function):
-    """Identity forward; backward sums the gradients over the group, all tensors in one collective."""
+    """Identity in forward. Backward sums the gradients over the group, in one collective for all tensors."""
 
     @staticmethod
     def forward(ctx: Any, group: torch.distributed.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """The mathematics of multipliers in plain form, for any dtype: the reference that tests compare with.
 
-Notation of arXiv 2601.04890, equation 4: W[out, in] is the weight, G = dL/dW_eff[out, in] the gradient of the
-effective weight, r[out], c[in] and s[] the row, column and scalar multipliers.
+Notation of arXiv 2601.04890, equation 4: W[out, in] is the weight, G = dL/dW_eff[out, in] is the gradient of the
+effective weight, and r[out], c[in] and s[] are the row, column and scalar multipliers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Gradients(NamedTuple):
 def effective_weight(
     weight: Tensor, row: Tensor | None = None, col: Tensor | None = None, scalar: Tensor | None = None
 ) -> Tensor:
-    """Return W_eff = s diag(r) W diag(c), [out, in]. Absent multipliers count as 1."""
+    """Return W_eff = s diag(r) W diag(c), [out, in]. A multiplier that is None counts as 1."""
     effective = weight
     if row is not None:
         effective = effective * row[:, None]
@@ -42,7 +42,7 @@ def gradients(
     col: Tensor | None = None,
     scalar: Tensor | None = None,
 ) -> Gradients:
-    """Return the four gradients by the chain rule, equation 4: all are linear in G, here `grad`."""
+    """Return the four gradients by the chain rule (equation 4). `grad` is G, and all four are linear in it."""
     r = torch.ones(weight.shape[0], dtype=weight.dtype) if row is None else row
     c = torch.ones(weight.shape[1], dtype=weight.dtype) if col is None else col
     s = torch.ones((), dtype=weight.dtype) if scalar is None else scalar.reshape(())

@@ -1,9 +1,11 @@
-"""Index of the multipliers that scale each row and column of a weight, for layers and folded multipliers. Pure.
+"""Indices of the multipliers that scale each row and column of a weight, for layers and folded multipliers.
 
-The index is built from the rectangles of an interval of a weight: a layer has the interval of its whole shard, the
-optimizer has the slices that ZeRO leaves on a rank, cut anywhere. A fused parameter interleaves its logical matrices,
-so a slice can consist of many rectangles. Consecutive rectangles of equal width become one :class:`Band`, so that it
-has few.
+The indices are made from the rectangles of an interval of a weight. For a layer the interval is its whole shard. For
+the optimizer it is a slice that ZeRO gives to a rank, which may begin and end anywhere. A fused parameter interleaves
+its logical matrices, so a slice can consist of many rectangles. Consecutive rectangles of equal width become one
+:class:`Band`, so that a slice has few bands.
+
+Pure: no torch.distributed.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ from megamult.parameters.rectangles import Rectangle
 from megamult.parameters.spec import Segment, Side
 
 Places = Mapping[tuple[int, Side], Sequence[Segment]]
-"""Segments of a vector of multipliers that hold those of each (part, side); a part without multipliers has none."""
+"""Mapping from (part, side) to the segments of a vector of multipliers that hold the multipliers of that part on that
+side. A part without multipliers on a side is absent."""
 
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Largest number of elements in a band: bounds temporary memory (256 MiB on a GPU), and fits into a CPU's cache."""
+"""Largest number of elements in a band, by type of device. It bounds temporary memory (256 MiB on a GPU), and lets a
+band fit into the cache of a CPU."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """Rows of an interval, and the indices of their multipliers in the vectors that hold them.
+    """Rows of an interval, and the indices of their multipliers in the vectors of multipliers.
 
-    An *entry* is such an index. Where a row has no multiplier, its entry is `one`, an argument of :func:`band_of`.
+    Such an index is called an *entry*. If a row has no multiplier, its entry is the argument `one` of :func:`band_of`.
     """
 
     offset: int
@@ -39,42 +43,46 @@ class Band:
     height: int
     width: int
     row: Tensor
-    """[height] entries of the row multipliers."""
+    """Entries of the row multipliers, [height]."""
     scalar: Tensor
-    """[height] entries of the scalars."""
+    """Entries of the scalars, [height]."""
     has_rho: bool
     """Whether any row has a row multiplier or a scalar."""
     scalars: tuple[Tensor, Tensor] | None
-    """[count] distinct entries of scalars, and a mask [count, height]: 1 where that scalar scales the row, else 0."""
+    """Distinct entries of scalars, [count], and a mask [count, height]: an element is 1 if the scalar scales the row,
+    else 0. None if no row has a scalar."""
     col: Tensor
-    """[vectors, width] entries of the column multipliers."""
+    """Entries of the column multipliers, [vectors, width]."""
     spans: tuple[Span, ...]
-    """Spans of rows, each with the index of the column vector that scales it."""
+    """Spans of rows. `Span.col` is the row of `col` with the column multipliers of the span."""
     counted: bool
-    """Whether this process's copy of the rows counts in a sum over processes (`ParameterSpec.row_intervals`)."""
+    """Whether a sum over processes includes this process's copy of the rows (`ParameterSpec.row_intervals`)."""
 
     def of(self, values: Tensor) -> Tensor:
-        """Return this band as a view [height, width] of `values` [length], one for each element of the interval."""
+        """Return the values of this band as a view [height, width]. `values` [length] has one value for each element of
+        the interval."""
         return values[self.offset : self.offset + self.height * self.width].view(self.height, self.width)
 
 
 def bands(found: Iterable[Rectangle], places: Places, one: int, device_type: str) -> list[Band]:
-    """Make as few bands of a slice as widths and the bound on temporary memory allow; skip rows that nothing scales.
+    """Return the bands of a slice, as few as widths and the bound on temporary memory allow. Bands that no multiplier
+    scales are left out.
 
     Args:
         found: the rectangles of one slice, in the order of their offsets.
         places: segments of the multipliers of each (part, side).
         one: the entry that stands for "no multiplier".
-        device_type: cpu or cuda: the device of the slice.
+        device_type: type of the slice's device, cpu or cuda.
     """
     made = (band_of(together, places, one) for together in _together(found, _ELEMENTS[device_type]))
     return [band for band in made if band.has_rho or len(band.col)]
 
 
 def _together(found: Iterable[Rectangle], elements: int) -> Iterator[list[Rectangle]]:
-    """Yield groups of consecutive, equally wide rectangles (or rows of them): at most `elements`, or one row.
+    """Yield groups of consecutive rectangles of equal width.
 
-    Either all of a group or none of it counts in a sum over processes.
+    A group has at most `elements` elements; larger rectangles are split by rows, and a longer row is a group by itself.
+    A sum over processes includes either a whole group or none of it.
     """
     together: list[Rectangle] = []
     for r in itertools.chain.from_iterable(_bounded(r, elements) for r in found):
@@ -91,7 +99,7 @@ def _together(found: Iterable[Rectangle], elements: int) -> Iterator[list[Rectan
 
 
 def _bounded(r: Rectangle, elements: int) -> Iterator[Rectangle]:
-    """Split a rectangle by rows into rectangles of at most `elements` elements, or of one row."""
+    """Split a rectangle by rows into rectangles of at most `elements` elements, or of one row if a row has more."""
     step = max(1, elements // r.width)
     for row in range(0, r.height, step):
         height = min(step, r.height - row)
@@ -99,7 +107,7 @@ def _bounded(r: Rectangle, elements: int) -> Iterator[Rectangle]:
 
 
 def band_of(together: Sequence[Rectangle], places: Places, one: int) -> Band:
-    """Return the band of consecutive rectangles of equal width.
+    """Return the band that consists of consecutive rectangles of equal width.
 
     Args:
         together: the rectangles, at least one, in the order of their offsets.
@@ -134,7 +142,8 @@ def band_of(together: Sequence[Rectangle], places: Places, one: int) -> Band:
 
 
 def _entry(places: Places, part: int, side: Side, position: int) -> int | None:
-    """Return the entry of the multiplier of row or column `position` of a part; None: it has none on this side."""
+    """Return the entry of the multiplier of row or column `position` of a part, or None if the part has no multipliers
+    on this side."""
     for segment in places.get((part, side), ()):
         if segment.part_start <= position < segment.part_start + segment.length:
             return segment.start + position - segment.part_start
@@ -142,23 +151,28 @@ def _entry(places: Places, part: int, side: Side, position: int) -> int | None:
 
 
 class Factors(NamedTuple):
-    """Values of the multipliers of many bands: those of all rows, one band after the other, and band by band."""
+    """Values of the multipliers of many bands.
+
+    In `row` and `scalar` the rows of all bands follow one another; [rows] is their total number.
+    """
 
     row: Tensor
-    """[rows] row multipliers; 1 where a row has none, here and below."""
+    """Row multipliers, [rows]; 1 for a row that has none."""
     scalar: Tensor
-    """[rows] scalars."""
+    """Scalars, [rows]; 1 for a row that has none."""
     bands: list[tuple[Tensor | None, Tensor | None]]
-    """(rho [height], kappa [vectors, width]) of each band: rho is row multiplier times scalar, kappa the column
-    multipliers; None where all are 1."""
+    """(rho [height], kappa [vectors, width]) of each band. rho is the product of row multiplier and scalar of each row,
+    or None if the band has neither. kappa is the column multipliers, or None if the band has none."""
 
 
 class PackedScaling:
-    """Bands whose multipliers are one packed vector, concatenated so that few kernels look up all of them.
+    """Bands whose multipliers are in one packed vector. The entries of all bands are concatenated, so that few kernels
+    look up all multipliers.
 
     Args:
-        bands: bands in the order in which they are processed; their `one` is the number of multipliers.
-        here: device that the entries are needed on.
+        bands: bands in the order in which they are processed. They must have been made with the number of multipliers
+            as `one`.
+        here: device on which the entries are needed.
     """
 
     def __init__(self, bands: Sequence[Band], here: torch.device) -> None:
@@ -180,13 +194,13 @@ class PackedScaling:
             )
             for band, row, scalar, col in zip(bands, rows, scalars, cols, strict=True)
         ]
-        """Bands whose entries are views of the concatenated ones."""
+        """The given bands, with entries that are views of the concatenated entries."""
 
     def factors(self, packed: Tensor) -> Factors:
-        """Look up the multipliers of all bands, with four kernels.
+        """Return the multipliers of all bands, looked up with four kernels.
 
         Args:
-            packed: [entries + 1] multipliers, then 1.
+            packed: all multipliers followed by a 1, [multipliers + 1].
         """
         row, scalar = packed[self._rows], packed[self._scalars]
         rhos = (row * scalar).split(self._heights)
@@ -198,12 +212,13 @@ class PackedScaling:
         return Factors(row, scalar, by_band)
 
     def add_cols(self, sums: Tensor, k: int, cols: Tensor) -> None:
-        """Add dL/dkappa, `cols` [vectors, width] of band k, to the gradients of its column multipliers.
+        """Add dL/dkappa of band k to the gradients of the band's column multipliers.
 
         Args:
-            sums: [entries + 1] gradients, changed in place.
+            sums: gradients of all multipliers, [multipliers + 1], changed in place.
             k: index of the band.
-            cols: second result of :func:`megamult.multipliers.kernels.scale_backward`.
+            cols: dL/dkappa, [vectors, width], the second result of
+                :func:`megamult.multipliers.kernels.scale_backward`.
         """
         sums.index_add_(0, self.bands[k].col.view(-1), cols.view(-1))
 
@@ -211,9 +226,10 @@ class PackedScaling:
         """Add the row sums sum_j W kappa G of each band to the gradients of its row multipliers and scalars.
 
         Args:
-            sums: [entries + 1] gradients, changed in place; the last entry collects rows without multipliers.
-            dots: row sums [height] of each band; None for a band that adds nothing: its rows have neither a row
-                multiplier nor a scalar, or it does not count.
+            sums: gradients of all multipliers, [multipliers + 1], changed in place. The last element collects the sums
+                of rows without multipliers.
+            dots: row sums [height] of each band, or None for a band that adds nothing, because its rows have neither a
+                row multiplier nor a scalar, or because a sum over processes does not include it.
             factors: the multipliers with which the row sums were taken.
         """
         if all(dot is None for dot in dots):
@@ -221,7 +237,8 @@ class PackedScaling:
         nothing = sums.new_zeros(1)
         pairs = zip(dots, self._heights, strict=True)
         rows = torch.cat([nothing.expand(height) if dot is None else dot for dot, height in pairs])
-        # No entry but the last occurs twice in one index_add_, so the order of additions is fixed on a GPU too.
+        # Only the last entry can occur twice in one index_add_. The order of additions to all others is fixed, even on
+        # a GPU.
         sums.index_add_(0, self._rows, rows * factors.scalar)
         if any(band.scalars is not None for band in self.bands):
             for band, dot in zip(self.bands, (rows * factors.row).split(self._heights), strict=True):

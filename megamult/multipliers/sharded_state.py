@@ -1,4 +1,4 @@
-"""Multipliers in Megatron-Core's distributed checkpoints: each logical vector under its own name and global shape."""
+"""Multipliers in Megatron-Core's distributed checkpoints. Each logical vector has its own name and global shape."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def multiplier_sharded_tensors(
 ) -> None:
     """Put factories for the multipliers of `module` into Megatron's `sharded` state dict, in place.
 
-    A factory cuts the local vector into the segments of its logical vectors when saving and joins them when loading,
-    so a checkpoint does not depend on the tensor-parallel size, even where a shard cuts through fused rows.
+    A factory cuts the local vector into the segments of its logical vectors for a save, and joins them in a load. A
+    checkpoint therefore does not depend on the tensor-parallel size, even if a shard cuts through fused rows.
     """
     dp_rank = get_pg_rank(metadata["dp_cp_group"])
     for leaf in LEAVES.values():

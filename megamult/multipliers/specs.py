@@ -1,4 +1,4 @@
-"""Names and specs of the multipliers of a matrix parameter, from the spec of its weight."""
+"""Names of multipliers, and their specs, which follow from the spec of the weight that they scale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def multiplier(side: Side, weight: ParameterSpec, selected: Sequence[int], parti
     """Describe the multipliers on one side of the selected parts of a weight.
 
     Args:
-        side: the side that they scale.
+        side: side of the weight that the multipliers scale.
         weight, selected, partial: see :func:`row_multiplier`.
     """
     make = {"row": row_multiplier, "col": col_multiplier, "scalar": scalar_multiplier}[side]
@@ -25,12 +25,14 @@ def multiplier(side: Side, weight: ParameterSpec, selected: Sequence[int], parti
 
 
 def row_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
-    """Describe r[rows] of the selected parts of a weight [rows, cols]: sharded where the rows are, in the same order.
+    """Describe the row multipliers r[rows] of the selected parts of a weight [rows, cols]. They are sharded like the
+    rows of the weight, and are in the same order.
 
     Args:
-        weight: the spec of a weight of two dimensions.
-        selected: indices of its parts.
-        partial: gradients of multipliers that tensor parallelism replicates must still be summed over its ranks.
+        weight: spec of the weight, which must have two dimensions.
+        selected: indices of the parts of the weight that are scaled.
+        partial: whether the optimizer step must still sum the gradients of replicated multipliers over tensor-parallel
+            ranks.
     """
     index = {part: i for i, part in enumerate(selected)}
     shardings = tuple(each for each in weight.shardings if each.dim == 0)
@@ -47,7 +49,8 @@ def row_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool
 
 
 def col_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
-    """Describe c[cols] of each selected part of a weight, one after the other: sharded where the columns are."""
+    """Describe the column multipliers c[cols] of each selected part of a weight, one vector after the other. They are
+    sharded like the columns of the weight."""
     cols, count = weight.shape[1], len(selected)
     shardings = tuple(replace(each, dim=0, blocks=each.blocks * count) for each in weight.shardings if each.dim == 1)
     return ParameterSpec(
@@ -62,7 +65,7 @@ def col_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool
 
 
 def scalar_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
-    """Describe s: one replicated scalar for each selected part of a weight."""
+    """Describe the scalars s of a weight: one replicated scalar for each selected part."""
     return ParameterSpec(
         tuple(Part(weight.parts[i].name, weight.parts[i].role, (1,)) for i in selected),
         (len(selected),),
@@ -74,7 +77,7 @@ def scalar_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: b
 
 
 def _reduce_over(shardings: Sequence[Sharding], partial: bool) -> tuple[Axis, ...]:
-    """Return the axes to sum a gradient over: none where the multiplier is sharded, as each shard then has its whole
-    gradient."""
+    """Return the axes over which the optimizer step sums a multiplier's gradient. There is none if the multiplier is
+    sharded, because each rank then computes the whole gradient of its shard."""
     sharded = any(each.axis == "tensor" for each in shardings)
     return ("tensor",) if partial and not sharded else ()

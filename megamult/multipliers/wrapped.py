@@ -1,8 +1,10 @@
-"""Effective weights in the place of weights: a layer computes with W_eff and knows nothing of multipliers.
+"""Replacement of a layer's weight by the effective weight in its forward pass.
 
-It serves every layer that reads its parameter `weight` when it is called, and of that saves only the weight itself for
-backward: Megatron's linear layers, `torch.nn.Linear`, Transformer Engine's without FP8. The layer's own computation and
-communication stay as they are.
+The layer computes with W_eff and knows nothing of multipliers. Its own computation and communication do not change.
+
+The layer must read its parameter `weight` when it is called. For backward it may save the weight itself, but nothing
+else that is made from the weight. This holds for Megatron's linear layers, `torch.nn.Linear`, and the linear layers of
+Transformer Engine without FP8.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from megamult.multipliers.layer_scaling import LayerScaling
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """W_eff from W and its multipliers. Saves the four parameters, nothing of its own."""
+    """Computation of W_eff from W and its multipliers. It saves only these four tensors for backward."""
 
     @staticmethod
     def forward(
@@ -31,7 +33,7 @@ class _EffectiveWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, row, col, scalar = ctx.saved_tensors
-        # The gradient of W_eff was made by the product for this node only, so it may be overwritten.
+        # The layer's matrix product made the gradient of W_eff for this function only, so it may be overwritten.
         return (*ctx.scaling.gradients(grad.contiguous(), weight, row, col, scalar), None)
 
 
@@ -39,15 +41,16 @@ class _EffectiveWeight(torch.autograd.Function):
 def effective_weight(
     module: torch.nn.Module, weight: Tensor, multipliers: Sequence[Tensor | None], scaling: LayerScaling
 ) -> Iterator[Tensor]:
-    """Let `module.weight` be W_eff = s diag(r) W diag(c) within the context, as for one forward pass.
+    """Let `module.weight` be W_eff = s diag(r) W diag(c) within the context, for one forward pass.
 
-    W_eff is not kept for backward, but made again from W: where the layer saves it, nothing is saved.
+    If the layer saves W_eff for backward, only its shape and strides are stored, and backward computes W_eff again from
+    W.
 
     Args:
-        module: the layer; its parameter `weight` stays registered as it is.
-        weight: W, [out, in] of this rank's shard: the module's own, or one that the caller gave.
-        multipliers: row, column and scalar multipliers; None: there are none of a kind.
-        scaling: which of them scales which row and column.
+        module: the layer; its parameter `weight` stays registered.
+        weight: W[out, in] of this rank's shard: the module's own weight, or a weight that the layer's caller passed.
+        multipliers: row, column and scalar multipliers; each is None if the layer has none of its kind.
+        scaling: scaling by these multipliers.
 
     Yields:
         W_eff, in the weight's dtype.
@@ -56,7 +59,7 @@ def effective_weight(
     start, numel = effective.data_ptr(), effective.numel()
 
     def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
-        # A layer may save its weight transposed: then that view of it is made again.
+        # A layer may save a transposed view of its weight. The strides say which view backward must make again.
         whole = saved.data_ptr() == start and saved.numel() == numel
         return (saved.shape, saved.stride()) if whole else saved
 
@@ -67,8 +70,8 @@ def effective_weight(
             again = scaling.scale(weight.detach(), *(None if each is None else each.detach() for each in multipliers))
         return again.as_strided(*saved)
 
-    # A module finds its parameters only after its own attributes: this one hides the parameter from the layer, and
-    # leaves it in place for everyone who asks for parameters.
+    # Python finds an entry of `__dict__` before the module looks among its parameters. This entry therefore hides the
+    # parameter from the layer's code, while `module.parameters()` still yields the parameter.
     module.__dict__["weight"] = effective
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

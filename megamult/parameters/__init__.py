@@ -1,1 +1,1 @@
-"""Descriptions of parameters: what each one is, and which part of it an interval of a shard holds."""
+"""Descriptions of parameters: what each parameter is, and which of its elements an interval of its shard holds."""

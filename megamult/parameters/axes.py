@@ -1,8 +1,8 @@
-"""Axes of the process grid by name, and the coordinates of a process on them. Pure.
+"""Named axes of the process grid, and the coordinates of a process on them. Pure: no torch.distributed.
 
-The axes are those of Megatron-Core, in its order: ranks that differ only in their tensor-parallel coordinate are
-consecutive, those of one pipeline stage lie furthest apart. Context, expert and pipeline parallelism have their names
-and their place here; a grid of this version has size 1 on them.
+The axes and their order are those of Megatron-Core. Ranks that differ only in their tensor-parallel coordinate are
+consecutive; ranks that differ only in their pipeline coordinate lie furthest apart. The context, expert and pipeline
+axes are named here, but this version trains only with size 1 along them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Literal, get_args
 Axis = Literal["tensor", "context", "expert", "data", "pipeline"]
 
 AXES: tuple[Axis, ...] = get_args(Axis)
-"""All axes, from the one whose neighbours have consecutive ranks to the one whose neighbours lie furthest apart."""
+"""All axes. Neighbours along the first axis have consecutive ranks; neighbours along the last lie furthest apart."""
 
 MODEL_AXES: tuple[Axis, ...] = ("tensor", "context", "expert")
-"""Axes along which a parameter is either sharded or replicated. ZeRO cuts it over `data`, and a process of another
-pipeline stage has other parameters."""
+"""Axes along which a spec says whether a parameter is sharded or replicated. The data axis is not one of them, because
+ZeRO cuts parameters over it; nor is the pipeline axis, because each pipeline stage has other parameters."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Grid:
         return Coordinates(self, **found)
 
     def shards(self) -> Iterator[Coordinates]:
-        """Yield the coordinates of every process whose coordinates on the data and pipeline axes are 0: one for each
-        shard of the model, in the order of their ranks."""
+        """Yield the coordinates of the processes whose data and pipeline coordinates are 0, in the order of their
+        ranks. There is one such process for each shard of the model."""
         for rank in range(self.size):
             found = self.coordinates(rank)
             if found.data == found.pipeline == 0:
@@ -79,12 +79,12 @@ class Coordinates:
     pipeline: int = 0
 
     def on(self, axis: Axis) -> tuple[int, int]:
-        """Return (rank, size) along an axis."""
+        """Return (rank of this process along an axis, number of processes along that axis)."""
         return getattr(self, axis), self.grid.size_of(axis)
 
     @property
     def rank(self) -> int:
-        """Global rank."""
+        """Global rank of the process."""
         rank = 0
         for axis in reversed(AXES):
             own, size = self.on(axis)

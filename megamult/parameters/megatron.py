@@ -1,6 +1,6 @@
-"""Specs of parameters as Megatron-Core's layers store and shard them.
+"""Specs of the parameters of Megatron-Core's layers.
 
-Sizes are global. The shard that a rank holds by these specs is the one of Megatron's layer, element for element.
+Sizes are global. The shard that a spec gives a rank equals the shard of Megatron's layer, element for element.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from megamult.parameters.spec import ParameterSpec, Part, Role, Segment
 
 
 def tensor_parallel(dim: int, *sizes: int) -> tuple[Sharding, ...]:
-    """Return a sharding over the tensor axis along `dim`; blocks of these sizes fill that dimension."""
+    """Return the sharding of dimension `dim` over the tensor axis. Blocks of the sizes `sizes` fill the dimension."""
     return (Sharding("tensor", dim, tuple(Block(size) for size in sizes)),)
 
 
@@ -19,11 +19,11 @@ def single_matrix(role: Role, rows: int, cols: int, dim: int | None, partial: bo
     """Describe a parameter that is one logical matrix W[rows, cols].
 
     Args:
-        role: decides whether it is orthogonalized and decayed.
-        rows, cols: out and in.
-        dim: the dimension that tensor parallelism shards; None: replicated.
-        partial: the gradient of a replicated matrix must still be summed over tensor-parallel ranks, for example
-            because sequence parallelism gives each of them only a part of the tokens.
+        role: role of the matrix; it decides whether the matrix is orthogonalized and decayed.
+        rows, cols: output size and input size.
+        dim: dimension that tensor parallelism shards, or None if the matrix is replicated.
+        partial: whether the gradient of a replicated matrix must still be summed over tensor-parallel ranks, for
+            example because sequence parallelism gives each of these ranks only a part of the tokens.
     """
     known = role_named(role)
     return ParameterSpec(
@@ -38,7 +38,8 @@ def single_matrix(role: Role, rows: int, cols: int, dim: int | None, partial: bo
 
 
 def fused_qkv(num_heads: int, num_groups: int, head_dim: int, cols: int) -> ParameterSpec:
-    """Describe `linear_qkv`: per query group `[q ... q k v]`, heads of `head_dim` rows each."""
+    """Describe the weight of `linear_qkv`. Each query group stores `[q ... q k v]`: its query heads, one key head and
+    one value head, of `head_dim` rows each."""
     q_rows = num_heads // num_groups * head_dim
     segments: list[Segment] = []
     for group in range(num_groups):
@@ -59,7 +60,7 @@ def fused_qkv(num_heads: int, num_groups: int, head_dim: int, cols: int) -> Para
 
 
 def fused_gate_up(ffn_hidden_size: int, cols: int) -> ParameterSpec:
-    """Describe the gated `linear_fc1`: `[gate; up]`; tensor-parallel rank p holds `[gate_p; up_p]`."""
+    """Describe the weight of a gated `linear_fc1`, `[gate; up]`. Tensor-parallel rank p holds `[gate_p; up_p]`."""
     f = ffn_hidden_size
     parts = (Part("gate", "gate", (f, cols)), Part("up", "up", (f, cols)))
     segments = (Segment(0, 0, 0, f), Segment(f, 1, 0, f))
@@ -67,7 +68,7 @@ def fused_gate_up(ffn_hidden_size: int, cols: int) -> ParameterSpec:
 
 
 def vocabulary(role: Role, vocab_size: int, padded_vocab_size: int, cols: int) -> ParameterSpec:
-    """Describe an embedding or a head: rows from `vocab_size` on are padding, part of no logical tensor."""
+    """Describe an embedding or a head. Rows from `vocab_size` on are padding and belong to no logical tensor."""
     return ParameterSpec(
         (Part("", role, (vocab_size, cols)),),
         (padded_vocab_size, cols),
@@ -77,15 +78,15 @@ def vocabulary(role: Role, vocab_size: int, padded_vocab_size: int, cols: int) -
 
 
 def norm(size: int, partial: bool) -> ParameterSpec:
-    """Describe a norm's weight [size], replicated; `partial` is the same as for :func:`single_matrix`."""
+    """Describe a norm's weight [size], which is replicated. `partial` is the same as for :func:`single_matrix`."""
     return vector("norm", size, None, partial)
 
 
 def vector(role: Role, size: int, dim: int | None, partial: bool = False, fp32: bool = False) -> ParameterSpec:
     """Describe a vector [size] that is one logical tensor.
 
-    `role`, `dim` (0 or None) and `partial` are the same as for :func:`single_matrix`; `fp32`: forward passes of a
-    narrower model read its fp32 value.
+    `role`, `dim` (0 or None) and `partial` are the same as for :func:`single_matrix`. `fp32` says whether forward
+    passes read the fp32 value of the vector if the model's dtype is narrower.
     """
     return ParameterSpec(
         (Part("", role, (size,)),),
@@ -99,12 +100,13 @@ def vector(role: Role, size: int, dim: int | None, partial: bool = False, fp32: 
 
 
 def bias_of(weight: ParameterSpec, partial: bool = False) -> ParameterSpec:
-    """Describe the bias of a matrix: fused and sharded like the matrix's rows, without decay or multipliers.
+    """Describe the bias of a matrix. It is fused and sharded like the rows of the matrix, and has neither weight decay
+    nor multipliers.
 
     Args:
         weight: spec of the matrix.
-        partial: its gradient must still be summed over tensor-parallel ranks in the step: that of a row-parallel layer
-            under sequence parallelism.
+        partial: whether the optimizer step must still sum the bias's gradient over tensor-parallel ranks, as for a
+            row-parallel layer under sequence parallelism.
     """
     return ParameterSpec(
         tuple(Part(part.name, "bias", part.shape[:1]) for part in weight.parts),

@@ -1,9 +1,9 @@
 """A flat interval of a shard, seen as rectangles of the logical tensors that it holds.
 
-ZeRO cuts parameters into flat intervals; Muon and everything else that works on logical tensors (Q, K, V, gate, up ...)
+ZeRO cuts parameters into flat intervals. Muon and all other code that works on logical tensors (Q, K, V, gate, up ...)
 needs to know which elements of which tensor an interval holds.
 
-Pure: no torch.distributed, testable for any number of ranks in one process.
+Pure: no torch.distributed, so one process can test any number of ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from megamult.parameters.spec import ParameterSpec
 class Rectangle:
     """Elements [row, row + height) x [col, col + width) of a logical tensor, read as rows and columns.
 
-    They lie in a flat interval of a shard: contiguous, row by row, from `offset` elements after its start.
+    The elements are contiguous in a flat interval of a shard, row by row. The first one is `offset` elements after the
+    start of the interval.
     """
 
     part: int
@@ -31,7 +32,7 @@ class Rectangle:
     width: int
     offset: int
     counted: bool = True
-    """Whether this process's copy counts in a sum over processes."""
+    """Whether a sum over processes includes this process's copy of the elements."""
 
     @property
     def numel(self) -> int:
@@ -40,7 +41,7 @@ class Rectangle:
 
 
 def rectangles(spec: ParameterSpec, coordinates: Coordinates, start: int, length: int) -> list[Rectangle]:
-    """Return the logical content of elements [start, start + length) of the flattened shard of one process.
+    """Return the rectangles that make up elements [start, start + length) of one process's flattened shard.
 
     Args:
         spec: spec of the parameter.
@@ -48,8 +49,8 @@ def rectangles(spec: ParameterSpec, coordinates: Coordinates, start: int, length
         start, length: the interval, in elements of the flattened shard.
 
     Returns:
-        Rectangles in the order of their offsets; at most three per segment (the rest of a row, whole rows, the
-        beginning of a row). Padding is in none of them.
+        Rectangles in the order of their offsets, at most three per segment (the rest of a row, whole rows, the
+        beginning of a row). No rectangle contains padding.
     """
     first, cols = spec.local_cols(coordinates)
     segments, counted = spec.local_segments(coordinates), spec.counted_segments(coordinates)
@@ -74,14 +75,19 @@ def rectangles(spec: ParameterSpec, coordinates: Coordinates, start: int, length
 
 
 def counted_intervals(spec: ParameterSpec, coordinates: Coordinates, start: int, length: int) -> list[tuple[int, int]]:
-    """Return those of elements [start, start + length) of a process's flattened shard whose copies here count in a sum
-    over processes, as (start, length) from the beginning of the interval. Padding counts where its rows do."""
+    """Return the parts of an interval of a process's flattened shard that a sum over processes includes.
+
+    The interval is elements [start, start + length) of the shard. Each part is (start, length), counted from the
+    beginning of the interval. The unused end of a compact parameter is included if all its rows are; other padding is
+    treated like any row.
+    """
     cols = spec.local_cols(coordinates)[1]
-    if spec.compact:  # only rows of segments are stored
+    if spec.compact:  # a compact parameter stores only the rows of its segments
         pairs = zip(spec.local_segments(coordinates), spec.counted_segments(coordinates), strict=True)
         rows = [(segment.start, segment.length, counts) for segment, counts in pairs]
         if all(counts for _, _, counts in rows):
-            return [(0, length)]  # padding is zero, and with it the sum has the same order as for other specs
+            # Unused rows are zero. Including them keeps the order of additions the same as for other specs.
+            return [(0, length)]
     else:
         rows = [(each.local, each.length, each.counted) for each in spec.row_intervals(coordinates)]
     found: list[tuple[int, int]] = []
@@ -102,11 +108,12 @@ class Box:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     start: int
-    """First of its elements in the rectangle, where they lie contiguously."""
+    """Position of the box's first element in the rectangle, in which the box's elements are contiguous."""
 
 
 def boxes(shape: Sequence[int], rectangle: Rectangle) -> Iterator[Box]:
-    """Yield the boxes that make up a rectangle of a logical tensor of this shape: one box up to two dimensions."""
+    """Yield the boxes that make up a rectangle of a logical tensor of shape `shape`. If the tensor has one or two
+    dimensions, there is one box."""
     if len(shape) == 1:
         yield Box((rectangle.row,), (rectangle.height,), 0)
         return
@@ -117,7 +124,7 @@ def boxes(shape: Sequence[int], rectangle: Rectangle) -> Iterator[Box]:
 
 
 def _leading(dims: tuple[int, ...], start: int, length: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield (offsets, sizes) of the boxes that hold flat indices [start, start + length) of dimensions `dims`."""
+    """Yield (offsets, sizes) of the boxes that hold flat indices [start, start + length) of a tensor of shape dims."""
     if len(dims) == 1:
         yield (start,), (length,)
         return

@@ -1,6 +1,6 @@
 """Roles of logical tensors, and the multipliers that each role gets (arXiv 2601.04890, sections on placement).
 
-The table is open: an architecture registers the roles of its own layers in its own folder.
+The table can be extended: an architecture registers the roles of its own layers in its own folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megamult.parameters import spec
 from megamult.parameters.spec import Side
 
 Placement = dict[spec.Role, frozenset[Side]]
-"""Sides on which each role's matrices are scaled; a role that is absent has no multipliers."""
+"""Sides on which the matrices of each role are scaled. A role that is absent has no multipliers."""
 
 ROW_COL: frozenset[Side] = frozenset({"row", "col"})
 NONE: frozenset[Side] = frozenset()
@@ -25,13 +25,13 @@ class Role:
 
     name: str
     sides: frozenset[Side] = NONE
-    """Sides of its multipliers in the placement `all`; empty: it can carry none."""
+    """Sides that have multipliers in the placement `all`; empty if tensors of this role can have none."""
     symmetry_free: frozenset[Side] = NONE
-    """Sides of its multipliers in the placement `symmetry_free`."""
+    """Sides that have multipliers in the placement `symmetry_free`."""
     orthogonalized: bool = True
-    """Whether Muon and similar optimizers train it where it is a matrix."""
+    """Whether Muon and similar optimizers train the matrices of this role."""
     decay: bool = True
-    """Whether weight decay applies to it."""
+    """Whether weight decay applies to tensors of this role."""
 
 
 ROLES: dict[str, Role] = {}
@@ -56,10 +56,10 @@ def register(*roles: Role) -> None:
 
 
 def role(name: str) -> Role:
-    """Return the role of this name.
+    """Return the role with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no role has this name.
     """
     if name not in ROLES:
         raise ValueError(
@@ -80,8 +80,8 @@ register(
     Role("up", ROW_COL),
     Role("down", ROW_COL, symmetry_free=ROW_COL),
     Role("embedding", ROW_COL, symmetry_free=ROW_COL, orthogonalized=False),
-    # The head carries no multipliers: its column multipliers are the final norm's weights, and row multipliers there
-    # made results worse (arXiv 2601.04890).
+    # The head carries no multipliers. The weights of the final norm already act as its column multipliers, and row
+    # multipliers of the head made results worse (arXiv 2601.04890).
     Role("head", orthogonalized=False),
     Role("norm", orthogonalized=False, decay=False),
     Role("bias", orthogonalized=False, decay=False),
@@ -92,7 +92,7 @@ def placements() -> tuple[str, ...]:
     """Return the names of placements.
 
     `all`: row and column multipliers on every matrix of every block and on the embedding (the paper's choice).
-    `symmetry_free`: the same without multipliers that another one makes redundant because only their product matters.
+    `symmetry_free`: as `all`, without the multipliers that another one makes redundant, as only their product matters.
     `scalar`: one scalar for each matrix of `all`.
     """
     return ("all", "symmetry_free", "scalar")
@@ -102,10 +102,11 @@ def resolve(placement: str | Mapping[str, str | Sequence[str]]) -> Placement:
     """Return the placement that a name or a mapping from role to sides describes.
 
     Args:
-        placement: one of :func:`placements`, or for example ``{"q": "row", "down": ["row", "col"]}``.
+        placement: a name that :func:`placements` returns, or a mapping such as
+            ``{"q": "row", "down": ["row", "col"]}``.
 
     Raises:
-        ValueError: an unknown name, role or side.
+        ValueError: the name, a role or a side is unknown.
     """
     scalable = [each for each in ROLES.values() if each.sides]
     names = ", ".join(each.name for each in scalable)

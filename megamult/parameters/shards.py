@@ -1,4 +1,7 @@
-"""Sharding of one dimension of a stored tensor over an axis of the process grid: blocks, pieces, copies. Pure."""
+"""Sharding of one dimension of a stored tensor over one axis of the process grid. Pure: no torch.distributed.
+
+A dimension consists of blocks, each block is cut into pieces, and several processes may hold copies of one piece.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +14,34 @@ from megamult.parameters.axes import AXES, MODEL_AXES, Axis
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive indices of a dimension, which an axis of n processes cuts independently of other blocks."""
+    """Consecutive indices of a dimension. An axis of n processes cuts each block independently of other blocks."""
 
     size: int
     pieces: int | None = None
-    """Largest number of pieces that the block can be cut into; None: n. Where n is larger, n / pieces neighbours hold
-    copies of one piece, as with Megatron's query groups and Mamba's groups where the tensor-parallel size exceeds their
-    number; 1: replicated. All copies must have the same gradient when backward ends: see `reduce_over` of a spec."""
+    """Largest number of pieces that the block can be cut into, or None if n processes always cut it into n pieces. If n
+    is larger than `pieces`, each n / pieces neighbours hold copies of one piece; a block of one piece is replicated.
+    Examples are Megatron's query groups and Mamba's groups, if the tensor-parallel size exceeds their number. All
+    copies must have the same gradient when backward ends (`ParameterSpec.reduce_over`)."""
 
     def cuts(self, processes: int) -> int:
-        """Return the number of different pieces that this many processes hold."""
+        """Return the number of different pieces into which this many processes cut the block."""
         return processes if self.pieces is None else min(processes, self.pieces)
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """Sharding of one dimension over one axis: each block is cut into equal pieces, and the process at rank p of the
-    axis holds the p-th piece of every block, one after the other."""
+    """Sharding of one dimension over one axis.
+
+    Each block is cut into equal pieces. The process with rank p along the axis holds one piece of every block, in the
+    order of the blocks: piece p, or piece p // copies if that many neighbours hold copies of each piece.
+    """
 
     axis: Axis
     dim: int
     blocks: tuple[Block, ...]
 
     def held(self, rank: int, processes: int) -> list[Interval]:
-        """Return the indices that the process at `rank` of the axis holds, in local order."""
+        """Return the indices that the process with this rank along the axis holds, in local order."""
         found, first = [], 0
         for block in self.blocks:
             cuts = block.cuts(processes)
@@ -47,7 +54,7 @@ class Sharding:
         """Check that this many processes can cut every block.
 
         Raises:
-            ValueError: they cannot; the message names the parameter with `what`.
+            ValueError: they cannot. The message calls the parameter `what`.
         """
         for block in self.blocks:
             cuts = block.cuts(processes)
@@ -61,13 +68,14 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Interval:
-    """Indices [start, start + length) of a global dimension (or global rows), which a process holds from `local` on."""
+    """Indices [start, start + length) of a global dimension, or of the global rows. A process holds them from its local
+    index `local` on."""
 
     start: int
     length: int
     local: int
     counted: bool
-    """Whether this copy counts in a sum over processes; where there are several copies, only the first one counts."""
+    """Whether a sum over processes includes this copy. Of several copies it includes only the first."""
 
 
 def cols_of(shape: Sequence[int]) -> int:
@@ -79,7 +87,10 @@ def rows_of(shape: Sequence[int]) -> int:
 
 
 def joined(found: Iterable[tuple[int, int, bool]]) -> list[Interval]:
-    """Return intervals from (start, length, counted) in local order, with adjacent ones joined."""
+    """Return the intervals that (start, length, counted) in local order describe.
+
+    Neighbours are joined to one interval if they are also adjacent globally and have the same `counted`.
+    """
     joined: list[Interval] = []
     local = 0
     for start, length, counted in found:
@@ -98,7 +109,8 @@ def check_shardings(
     """Check that shardings describe shards of a tensor of this shape.
 
     Raises:
-        ValueError: an axis or a dimension that is unknown or named twice, or blocks that do not tile their dimension.
+        ValueError: an axis or a dimension is unknown or named twice, an axis is in `shardings` and in `reduce_over`,
+            blocks do not tile their dimension or have unequal pieces, or the columns have several blocks.
     """
     for axis in (*(each.axis for each in shardings), *reduce_over):
         if axis not in AXES:

@@ -1,15 +1,15 @@
-"""Spec of a parameter: its logical tensors, how mesh axes shard it, what an optimizer does with it. Stated once.
+"""Spec of a parameter: its logical tensors, how mesh axes shard it, and what an optimizer does with it.
 
 Megatron stores several logical tensors in one parameter (Q, K and V interleaved per query group; gate and up; Mamba-2's
 z, x, B, C and dt; a stack of experts) and shards the stored tensor over mesh axes. The code that creates a parameter
-states its :class:`ParameterSpec` on it; param groups, Muon, clipping, checkpoints, export and monitoring read the spec,
-and guess nothing from names or local shapes.
+states its :class:`ParameterSpec` on it, once. Param groups, Muon, clipping, checkpoints, export and monitoring read the
+spec, and guess nothing from names or local shapes.
 
-A stored tensor of n dimensions is read as rows and columns: its last dimension gives the columns, all others together
-give the rows in row-major order; a vector has one column. The spec maps global rows to logical tensors, so the map also
-holds where a shard cuts through ``[q ... q k v]``.
+A stored tensor of n dimensions is read as rows and columns. Its last dimension gives the columns, and all other
+dimensions together give the rows, in row-major order. A vector has one column. The spec maps global rows to logical
+tensors, so the map also holds if a shard cuts through ``[q ... q k v]``.
 
-Pure: no torch.distributed, testable for any grid in one process.
+Pure: no torch.distributed, so one process can test any grid.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Part:
     """One logical tensor of a parameter: a matrix W[rows, cols], a vector, or a tensor of more dimensions."""
 
     name: str
-    """Name that distinguishes the parts of a fused parameter ("q", "gate", ...); empty where there is one part."""
+    """Name that distinguishes the parts of a fused parameter ("q", "gate", ...); empty if there is only one part."""
     role: Role
     shape: tuple[int, ...]
     """Global shape, without padding."""
 
     @property
     def rows(self) -> int:
-        """Number of rows: the product of all dimensions but the last; a vector's length."""
+        """Number of rows: the product of all dimensions except the last, or the length of a vector."""
         return rows_of(self.shape)
 
 
@@ -68,32 +68,37 @@ class ParameterSpec:
     shape: tuple[int, ...]
     """Global shape of the stored tensor, with padding."""
     segments: tuple[Segment, ...]
-    """Stored rows that hold each part, in ascending order. Rows of no segment are padding."""
+    """Segments of all parts, in ascending order of stored rows. Stored rows that are in no segment are padding."""
     shardings: tuple[Sharding, ...] = ()
-    """Shardings, at most one for each axis and each dimension; along other axes the parameter is replicated."""
+    """Shardings, at most one for each axis and each dimension. Along all other axes the parameter is replicated."""
     orthogonalize: bool = False
-    """Whether its parts are matrices that Muon and similar optimizers orthogonalize; AdamW updates everything else."""
+    """Whether the parts are matrices that Muon and similar optimizers train. AdamW trains all other parameters."""
     decay: bool = True
-    """Whether weight decay applies to it."""
+    """Whether weight decay applies to the parameter."""
     fp32: bool = False
-    """Whether forward passes of a narrower model read its fp32 value (:mod:`megamult.zero.full_precision`)."""
+    """Whether forward passes read the parameter's fp32 value if the model's dtype is narrower
+    (:mod:`megamult.zero.full_precision`)."""
     reduce_over: tuple[Axis, ...] = ()
-    """Axes over which the gradient that backward leaves must still be summed, once per optimizer step. Along them the
-    parameter is replicated whole. Copies of a block of a sharded parameter (`Block.pieces`) are not summed in the step:
-    the layer's backward pass must give all of them the same, complete gradient."""
+    """Axes over which the optimizer step must still sum the gradient that backward leaves. Along these axes the whole
+    parameter is replicated. The step does not sum over copies of a block of a sharded parameter (`Block.pieces`): the
+    layer's backward pass must give all copies the same, complete gradient."""
     side: Side | None = None
-    """Side of its matrices that a multiplier scales; None: the parameter is no multiplier."""
+    """Side of a matrix that the parameter scales, or None if the parameter is no multiplier."""
     compact: bool = False
-    """Whether a process stores only the rows of its segments, without gaps between them. The local length is then the
-    same on every process (the largest that any needs), and rows after a process's last segment are unused."""
+    """Whether a process stores only the rows of its segments, without gaps between them. All processes then have the
+    same local length, the largest that one of them needs. Rows after a process's last segment are unused."""
 
     def __post_init__(self) -> None:
         _check(self)
 
     @property
     def kind(self) -> str:
-        """Name of its param group: "multiplier"; "matrix", which is orthogonalized; "undecayed"; or the roles of its
-        parts, joined by "+", for what AdamW trains with weight decay, such as an embedding."""
+        """Name of the parameter's param group.
+
+        A multiplier is in "multiplier", an orthogonalized parameter in "matrix", and any other parameter without weight
+        decay in "undecayed". For the rest, which AdamW trains with weight decay, the name is the roles of the parts,
+        joined by "+": "embedding", for example.
+        """
         if self.side is not None:
             return "multiplier"
         if self.orthogonalize:
@@ -101,7 +106,7 @@ class ParameterSpec:
         return "+".join(dict.fromkeys(part.role for part in self.parts)) if self.decay else "undecayed"
 
     def parts_with(self, sides: dict[Role, frozenset[Side]], side: Side) -> list[int]:
-        """Return the indices of the parts whose role carries multipliers on `side`."""
+        """Return the indices of the parts whose role has multipliers on `side` in the placement `sides`."""
         return [i for i, part in enumerate(self.parts) if side in sides.get(part.role, frozenset())]
 
     @cached_property
@@ -122,14 +127,14 @@ class ParameterSpec:
         return cols_of(self.shape)
 
     def dim_over(self, axis: Axis) -> int | None:
-        """Return the dimension that an axis shards; None: the parameter is replicated along the axis."""
+        """Return the dimension that an axis shards, or None if the parameter is replicated along the axis."""
         return next((sharding.dim for sharding in self.shardings if sharding.axis == axis), None)
 
     def check(self, grid: Grid) -> None:
         """Check that a grid can shard the parameter.
 
         Raises:
-            ValueError: the size of an axis does not divide a block.
+            ValueError: an axis has a size that cannot cut a block into equal pieces.
         """
         for sharding in self.shardings:
             sharding.check(grid.size_of(sharding.axis), self._named())
@@ -150,16 +155,16 @@ class ParameterSpec:
         return tuple(shape)
 
     def local_rows(self, coordinates: Coordinates) -> int:
-        """Return how many rows of parts a process holds, without padding."""
+        """Return the number of rows that a process holds, without padding."""
         return sum(segment.length for segment in self.local_segments(coordinates))
 
     def local_segments(self, coordinates: Coordinates) -> tuple[Segment, ...]:
-        """Return the segments of a process's shard, with local starts, in local order."""
+        """Return the segments of a process's shard in local order. The `start` of each is a local row."""
         return self._local(coordinates)[0]
 
     def counted_segments(self, coordinates: Coordinates) -> tuple[bool, ...]:
-        """Return, for each of :meth:`local_segments`, whether a sum over processes includes this process's copy. Of
-        several copies it includes one (:meth:`row_intervals`)."""
+        """Return, for each segment of :meth:`local_segments`, whether a sum over processes includes this process's
+        copy of it. Of several copies the sum includes one (:meth:`row_intervals`)."""
         return self._local(coordinates)[1]
 
     def local_cols(self, coordinates: Coordinates) -> tuple[int, int]:
@@ -172,8 +177,8 @@ class ParameterSpec:
     def row_intervals(self, coordinates: Coordinates) -> list[Interval]:
         """Return the global rows that a process holds, including padding, in local order.
 
-        Only this method decides whose copy counts: where several processes hold a piece, the copy of the first process
-        along each axis does.
+        Only this method decides which copy a sum over processes includes. If several processes hold the same rows, it
+        is the copy of the process that comes first along each axis.
 
         Raises:
             ValueError: the grid cannot shard the parameter.
@@ -181,11 +186,11 @@ class ParameterSpec:
         self.check(coordinates.grid)
         counted = all(
             coordinates.on(axis)[0] == 0 for axis in MODEL_AXES if self.dim_over(axis) is None
-        )  # replicas along an axis
+        )  # of the replicas along an axis, the first one counts
         if len(self.shape) > 1:
             (columns,) = self._along(len(self.shape) - 1, coordinates)
             counted = counted and columns.counted
-        found = [(0, 1, counted)]  # in units of all dimensions further inside
+        found = [(0, 1, counted)]  # (start, length, counted), in units of the product of the dimensions still to come
         for dim, size in enumerate(self.shape[:-1] if len(self.shape) > 1 else self.shape):
             along = self._along(dim, coordinates)
             if len(along) == 1 and along[0].length == size:
@@ -213,7 +218,8 @@ class ParameterSpec:
 
     @cached_property
     def _cache(self) -> dict[tuple[tuple[int, int], ...], tuple[tuple[Segment, ...], tuple[bool, ...]]]:
-        """Local segments by (rank, size) on each model axis: plans of large runs ask for the same ones repeatedly."""
+        """Results of :meth:`_make_local` by (rank, size) along each model axis. They are cached, because the planning
+        of a large run asks for the same ones repeatedly."""
         return {}
 
     def _make_local(self, coordinates: Coordinates) -> tuple[tuple[Segment, ...], tuple[bool, ...]]:

@@ -1,4 +1,4 @@
-"""Functions that put a spec on a parameter and read it there."""
+"""Functions that state a spec on a parameter, and functions that read the specs of parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _ATTRIBUTE = "parameter_spec"
 
 
 def set_spec(parameter: Parameter, spec: ParameterSpec) -> None:
-    """State the spec on `parameter`, and set the `tensor_model_parallel` trio for Megatron and DeepSpeed."""
+    """State `spec` on `parameter`. Also set `tensor_model_parallel`, `partition_dim` and `partition_stride`, which
+    Megatron and DeepSpeed read."""
     setattr(parameter, _ATTRIBUTE, spec)
     sharding = next((each for each in spec.shardings if each.axis == "tensor"), None)
     parameter.tensor_model_parallel = sharding is not None  # type: ignore[attr-defined]
@@ -25,7 +26,7 @@ def spec_of(parameter: Parameter, name: str = "a parameter") -> ParameterSpec:
     """Return the spec stated on `parameter`.
 
     Raises:
-        ValueError: the parameter has none.
+        ValueError: no spec was stated on the parameter.
     """
     spec = getattr(parameter, _ATTRIBUTE, None)
     if spec is None:
@@ -42,12 +43,12 @@ def has_spec(tensor: torch.Tensor) -> bool:
 
 
 def stored_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Return the shape of this process's tensor-parallel shard, also where ZeRO 3 has emptied the parameter."""
+    """Return the shape of this process's tensor-parallel shard, even if ZeRO 3 has emptied the parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def named_specs(module: torch.nn.Module) -> Iterable[tuple[str, Parameter, ParameterSpec]]:
-    """Yield (name, parameter, spec) of every trainable parameter, each once, in the module's order.
+    """Yield (name, parameter, spec) of every trainable parameter once, in the module's order.
 
     Raises:
         ValueError: a parameter has no spec.
@@ -63,10 +64,14 @@ def names_of(module: torch.nn.Module) -> dict[Parameter, str]:
 
 
 def check_complete(held: Container[str], names: Iterable[str]) -> None:
-    """Check that each of `names`, those of the trainable parameters, is among the names `held` by param groups.
+    """Check that the param groups hold every trainable parameter.
+
+    Args:
+        held: names of the parameters that the param groups hold.
+        names: names of the trainable parameters.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a trainable parameter is in no param group.
     """
     missing = [name for name in names if name not in held]
     if missing:

@@ -1,4 +1,4 @@
-"""Tie our two-phase optimizer to a DeepSpeed engine: `prepare` before the first of DeepSpeed's per-group steps."""
+"""Attach a two-phase optimizer to a DeepSpeed engine: `prepare` then runs before DeepSpeed's first per-group step."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ _PARTITIONS: dict[str, type] = {
 
 
 class TwoPhase(Protocol):
-    """An optimizer whose `step` only applies what `prepare` decided on all reduced gradients."""
+    """An optimizer whose `prepare` reads all reduced gradients, and whose `step` then only applies updates."""
 
     param_groups: list[dict[str, Any]]
 
     @property
     def gradient_norm(self) -> float | None:
-        """Norm of the last prepared gradients, before clipping."""
+        """Norm of the gradients that the last `prepare` read, before clipping."""
 
     def bind(self, partition: Partition) -> None:
-        """Take the partition that later calls use; called once, after the partition was checked."""
+        """Store the partition for later calls. Called once, after the partition was checked."""
 
     def prepare(self, partition: Partition) -> None:
-        """Decide the update on all reduced gradients; called once per optimizer step, before the first `step`."""
+        """Read all reduced gradients and decide on the update. Called once per optimizer step, before the first
+        `step`."""
 
     def finish(self) -> None:
-        """End the optimizer step; called once per optimizer step, after the last `step`."""
+        """End the optimizer step. Called once per optimizer step, after the last `step`."""
 
 
 def partition_of(engine: Any, optimizer: TwoPhase, mesh: Mesh) -> Partition:
@@ -70,21 +71,21 @@ def _complete(partition: Partition, names: Mapping[Parameter, str]) -> Partition
 def attach(engine: Any, optimizer: TwoPhase, mesh: Mesh | None = None) -> Partition:
     """Make `engine.step()` run `optimizer.prepare` once, before DeepSpeed's first per-group `optimizer.step()`.
 
-    Forward passes in bf16 then use the multipliers' current fp32 masters, which are brought to every rank after each
-    step and after `engine.load_checkpoint`.
+    Forward passes in bf16 then use the current fp32 masters of the multipliers. The masters are brought to every rank
+    after each step and after `engine.load_checkpoint`.
 
     Args:
-        engine: what `deepspeed.initialize(optimizer=optimizer, ...)` returned.
-        optimizer: the one that the engine wraps.
-        mesh: the mesh of the processes; None: the one that Megatron's groups describe, or without them all processes
-            data-parallel.
+        engine: engine that `deepspeed.initialize(optimizer=optimizer, ...)` returned.
+        optimizer: optimizer that the engine wraps.
+        mesh: mesh of the processes. If it is None, Megatron's groups describe the mesh; if there are none, all
+            processes are data-parallel.
 
     Returns:
         The checked partition of this rank.
 
     Raises:
-        ValueError: DeepSpeed chose a class that megamult does not know, the groups lack a parameter of the model, or
-            DeepSpeed would clip.
+        ValueError: DeepSpeed chose an optimizer class that megamult does not know, the param groups lack a trainable
+            parameter of the model, or DeepSpeed would clip gradients.
         RuntimeError: this version of DeepSpeed lays its partitions out in a way that megamult does not know.
     """
     partition = partition_of(engine, optimizer, mesh or current_mesh())
@@ -108,7 +109,7 @@ def attach(engine: Any, optimizer: TwoPhase, mesh: Mesh | None = None) -> Partit
             return result
         finally:
             optimizer.finish()
-            # DeepSpeed took the norm of what `prepare` left in the gradients' place;
+            # DeepSpeed computed the norm of the tensors that `prepare` left in place of the gradients, but
             # engine.get_global_grad_norm() must return the norm of the gradients themselves.
             if hasattr(engine.optimizer, "_global_grad_norm"):
                 engine.optimizer._global_grad_norm = optimizer.gradient_norm

@@ -1,6 +1,7 @@
-"""ZeRO 1 and 2, and the bf16 optimizer with fp32 accumulation: each group is one flat buffer, cut over DP ranks.
+"""Partitions of ZeRO 1 and 2, and of DeepSpeed's bf16 optimizer with fp32 gradient accumulation.
 
-A parameter may straddle two ranks' partitions.
+Each param group is one flat buffer, which is cut over data-parallel ranks. The cut between two ranks may go through a
+parameter.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from megamult.zero.partition import Cut, Partition, Slice, flat_intervals
 
 
 class FlatPartition(Partition):
-    """Groups of parameters at known offsets of flat buffers, of which each data-parallel rank holds an equal part."""
+    """Partition of flat buffers, one per param group. The offset of each parameter in its buffer is known, and each
+    data-parallel rank holds an equal part of every buffer."""
 
     sharded = True
 
@@ -26,7 +28,7 @@ class FlatPartition(Partition):
         self._zero, self.mesh = zero, mesh
         self.group = zero.real_dp_process_group[0]
         self.slices, self.cuts = [], []
-        self._places: list[tuple[int, int]] = []  # (group, position in the partition) of each slice
+        self._places: list[tuple[int, int]] = []  # for each slice: param group, position in this rank's part
         self.parameters = {}
 
     def _add_group(
@@ -57,11 +59,11 @@ class FlatPartition(Partition):
                 self._places.append((group, position))
 
     def spread(self) -> None:
-        """Run DeepSpeed's all-gather from the end of a step."""
+        """Run the all-gather that DeepSpeed runs at the end of a step."""
         self._zero.update_lp_params()
 
     def read_back(self, piece: Slice) -> Tensor | None:
-        """Return the fragment of the flat fp32 partition that DeepSpeed links the parameter to."""
+        """Return the fragment of the flat fp32 partition that DeepSpeed has linked to the parameter."""
         mapping = self.parameters[piece.name]._hp_mapping  # type: ignore[attr-defined]
         address = mapping.lp_fragment_address
         if (address.start, address.numel) != (piece.start, piece.length):
@@ -84,8 +86,8 @@ class Zero12Partition(FlatPartition):
             self._add_group(group, parameters, offsets, zero.real_dp_process_group[group], master, names)
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradient of each slice, as a view into DeepSpeed's `averaged_gradients`: lists of tensors that
-        tile the partition of each group."""
+        """Return the gradient of each slice, as a view into DeepSpeed's `averaged_gradients`. These are lists of
+        tensors, one list per param group, that tile the group's partition."""
         tiles: dict[int, dict[int, Tensor]] = {}
         for group, tensors in self._zero.averaged_gradients.items():
             position, tiles[group] = 0, {}
@@ -120,7 +122,7 @@ class Bf16Partition(FlatPartition):
             self._add_group(group, zero.bf16_groups[group], offsets, zero.real_dp_process_group[group], master, names)
 
     def gradients(self) -> list[Tensor]:
-        """Return views into the flat fp32 gradient of the partition."""
+        """Return the gradient of each slice, as a view into the flat fp32 gradient of the partition."""
         flat = self._zero.fp32_groups_gradient_flat_partition
         return [
             flat[group][position : position + piece.length]

@@ -1,7 +1,7 @@
-"""fp32 values of a bf16 model's multipliers, whole on every data-parallel rank: forward passes scale by them.
+"""fp32 values of a bf16 model's multipliers, complete on every data-parallel rank. Forward passes scale by them.
 
-DeepSpeed gives all parameters of a model one dtype and shards their fp32 masters. A matrix tolerates this, because each
-of its elements is rounded by itself. A multiplier in bf16 moves a whole row at once, in steps of 2^-8 to 2^-7.
+DeepSpeed gives all parameters of a model one dtype and shards their fp32 masters. A matrix tolerates bf16, because each
+of its elements is rounded independently. A bf16 multiplier would change a whole row at once, in steps of 2^-8 to 2^-7.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class FullPrecision:
-    """The multipliers' masters of all ranks in one packed buffer; each parameter has a view of its part.
+    """Packed buffer with the masters of the multipliers of all ranks. Each parameter has a view of its part of it.
 
     Args:
-        partition: holds the masters.
-        narrow: names of the multipliers that are narrower than fp32, the same on every data-parallel rank.
+        partition: partition that holds the masters.
+        narrow: names of the multipliers whose dtype is narrower than fp32; the same on every data-parallel rank.
     """
 
     def __init__(self, partition: Partition, narrow: list[str]) -> None:
@@ -46,17 +46,18 @@ class FullPrecision:
 
     @staticmethod
     def of(partition: Partition) -> FullPrecision | None:
-        """Return the fp32 values of a partition's multipliers; None where the model's own multipliers are fp32."""
+        """Return the fp32 values of a partition's multipliers, or None if the model's own multipliers are fp32."""
         narrow = [c.name for c in partition.cuts if c.spec.fp32 and c.dtype.itemsize < 4]
         return FullPrecision(partition, narrow) if narrow else None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the current masters: one all-reduce over the data-parallel ranks where they are sharded."""
+        """Copy the current masters into the buffer. If ZeRO shards them, this takes one all-reduce over the
+        data-parallel ranks."""
         if self._sharded:
             self._values.zero_()
         if self._held:
             torch._foreach_copy_([value for _, value in self._held], [piece.master for piece, _ in self._held])
         if self._sharded and self._group is not None and self._group.size() > 1:
-            # One rank holds each element and all others add zero: the sum is exact.
+            # One rank holds each element and all others add zero, so the sum is exact.
             torch.distributed.all_reduce(self._values, group=self._group)

@@ -22,16 +22,17 @@ def gather(
     value: Callable[[int], Tensor] | None = None,
     select: Callable[[ParameterSpec], bool] = lambda spec: True,
 ) -> Iterator[tuple[str, ParameterSpec, int, Tensor]]:
-    """Yield full logical tensors, complete on global rank 0. Collective: all ranks take part.
+    """Yield logical tensors that are complete on global rank 0. Collective over all ranks.
 
     Args:
-        model: its parameters carry the specs; their order is the order of the results.
-        partition: what this rank holds.
-        value: returns what to gather for slice i of the partition, [length]; default: its fp32 master.
-        select: returns whether to gather a parameter, given its spec; the same on every rank.
+        model: model whose parameters carry the specs. Results come in the order of its parameters.
+        partition: partition of this rank.
+        value: function that returns the values to gather for slice i of the partition, [length]; default: the fp32
+            master of the slice.
+        select: function that returns whether to gather the parameter with a spec. It must return the same on all ranks.
 
     Yields:
-        (logical name, spec, index of the part, tensor): the tensor is complete on global rank 0 only. Only the tensors
+        (logical name, spec, index of the part, tensor). The tensor is complete on global rank 0 only. Only the tensors
         of one parameter exist at a time.
     """
     pieces: dict[str, list[tuple[Slice, int]]] = defaultdict(list)
@@ -52,7 +53,7 @@ def gather(
                 elements = source[r.offset : r.offset + r.numel].view(r.height, r.width)
                 target[r.row : r.row + r.height, r.col : r.col + r.width] = elements
         for index, part in enumerate(spec.parts):
-            # One rank holds each element and all others add zero: the sum is exact.
+            # One rank holds each element and all others add zero, so the sum is exact.
             mesh.sum_on_first(full[index])
             yield spec.logical_name(name, part), spec, index, full[index]
 
@@ -63,10 +64,10 @@ class Logical:
 
     name: str
     kind: str
-    """Name of its param group."""
+    """Name of the tensor's param group."""
     role: Role
     side: Side | None
-    """Side of the matrix that a multiplier scales; None: a weight."""
+    """Side of a matrix that the tensor scales, or None if the tensor is a weight."""
     tensor: Tensor
     """Value in fp32, complete on global rank 0 only."""
 
@@ -74,13 +75,13 @@ class Logical:
 def trained(
     model: torch.nn.Module, partition: Partition, optimizer: Any, kinds: Container[str] | None = None
 ) -> Iterator[Logical]:
-    """Yield every weight and multiplier, with the same names and values whether multipliers belong to the layers or
-    are folded. Collective.
+    """Yield every weight and multiplier. Names and values are the same for both implementations of multipliers, layer
+    and folded. Collective over all ranks.
 
     Args:
         model, partition: the same as for :func:`gather`.
         optimizer: the optimizer of this package that trains the model.
-        kinds: names of the param groups to yield; None: all.
+        kinds: names of the param groups to yield, or None for all.
     """
     found = gather(
         model,

@@ -1,4 +1,4 @@
-"""Flat intervals of parameters with their masters and reduced gradients: one view of all ZeRO classes."""
+"""Flat intervals of parameters with their masters and reduced gradients, in one form for all ZeRO classes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Cut:
     name: str
     spec: ParameterSpec
     intervals: tuple[tuple[int, int], ...]
-    """Intervals (start, length) in the flattened tensor-parallel shard, by data-parallel rank; length 0: the rank holds
-    nothing."""
+    """Intervals (start, length) of the flattened tensor-parallel shard, one for each data-parallel rank. A length of 0
+    means that the rank holds nothing."""
     dtype: torch.dtype
     """dtype of the model's parameter."""
 
@@ -39,8 +39,8 @@ class Cut:
 def flat_intervals(offset: int, numel: int, partition_size: int, ranks: int) -> tuple[tuple[int, int], ...]:
     """Return each rank's interval (start, length) of a parameter that begins at `offset` in a flat buffer.
 
-    Rank d holds elements [d * partition_size, (d + 1) * partition_size) of the buffer. Starts count from the
-    parameter's first element; the parameter has `numel` elements. Length 0: the rank holds nothing of it.
+    Rank d holds elements [d * partition_size, (d + 1) * partition_size) of the buffer. Starts count from the first
+    element of the parameter, which has `numel` elements. A length of 0 means that the rank holds nothing of it.
     """
     intervals = []
     for rank in range(ranks):
@@ -51,13 +51,14 @@ def flat_intervals(offset: int, numel: int, partition_size: int, ranks: int) -> 
 
 
 def even_intervals(numel: int, ranks: int) -> tuple[tuple[int, int], ...]:
-    """Return each rank's interval (start, length) of a parameter that is cut by itself into pieces of one size; the
-    last ones may be shorter or empty."""
+    """Return each rank's interval (start, length) of a parameter that is cut into pieces of equal size. The last pieces
+    may be shorter or empty."""
     return flat_intervals(0, numel, -(-numel // ranks), ranks)
 
 
 def buckets(sizes: Sequence[int], elements: int) -> list[slice]:
-    """Return slices of consecutive items of these sizes: at most `elements` together in a bucket, or one item."""
+    """Divide items of these sizes into buckets, and return the indices of each bucket's consecutive items as a slice. A
+    bucket has at most `elements` elements, or one item that has more."""
     bounds: list[int] = []
     filled = 0
     for i, size in enumerate(sizes):
@@ -77,50 +78,52 @@ class Slice:
     start: int
     length: int
     tensor: Tensor
-    """fp32 masters of one or many slices: the tensor that the optimizer updates and keys its state by."""
+    """Tensor of fp32 masters that holds this slice and possibly others. The optimizer updates this tensor, and stores
+    its state under it."""
     offset: int
-    """First element of the slice in the flattened `tensor`."""
+    """Position of the slice's first element in the flattened `tensor`."""
     source: Tensor
-    """View of the model's own values of the same elements, in the model's dtype: [length]."""
+    """View of the model's own values of the slice's elements, [length], in the model's dtype."""
     shared: bool = False
-    """Whether all data-parallel ranks hold `tensor` whole, and this slice is only this rank's share of it."""
+    """Whether every data-parallel rank holds the whole `tensor`, and the slice is only the part of it that this rank
+    works on."""
 
     @property
     def master(self) -> Tensor:
-        """View of the fp32 master weights: [length]."""
+        """View of the slice's fp32 masters, [length]."""
         return self.tensor.detach().view(-1)[self.offset : self.offset + self.length]
 
 
 class Partition(ABC):
-    """The part of a model that one rank's optimizer updates, seen the same way for every ZeRO class.
+    """The part of a model that one rank's optimizer updates, with the same interface for every ZeRO class.
 
-    `sharded` says whether data-parallel ranks hold different slices (ZeRO 1 to 3) or each holds everything (ZeRO 0).
+    `sharded` says whether data-parallel ranks hold different slices (ZeRO 1 to 3) or each rank holds all (ZeRO 0).
     """
 
     slices: list[Slice]
     """Slices that this rank holds."""
     cuts: list[Cut]
-    """Cuts of every parameter, in an order that is the same on all ranks: they say what each rank holds."""
+    """Cuts of all parameters, which say what each rank holds. Their order is the same on all ranks."""
     sharded: bool
     mesh: Mesh
     group: ProcessGroup | None
-    """Processes that ZeRO cuts parameters over; None: this process is the only one."""
+    """Group of the processes over which ZeRO cuts parameters, or None if this process is the only one."""
     parameters: dict[str, Parameter]
     """Parameters of the model by name."""
     full_precision: FullPrecision | None = None
-    """fp32 values of the multipliers, kept where the model's own are narrower than their masters; else None."""
+    """fp32 values of the multipliers, or None if the model's own multipliers are fp32."""
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
         """Return the reduced gradient of each slice, [length] each, in the order of `slices`.
 
-        They are valid between the backward pass of the last micro-batch and DeepSpeed's `step`, and they are views:
-        writing to them changes the gradients that the optimizer is given.
+        The gradients are valid between the backward pass of the last micro-batch and DeepSpeed's `step`. They are
+        views, so writing to them changes the gradients that DeepSpeed gives to the optimizer.
         """
 
     def counted(self, piece: Slice) -> list[tuple[int, int]]:
-        """Return the parts of a slice whose copies on this process count in a sum over all processes, as (start,
-        length) from the beginning of the slice. Where several processes hold a copy, only the first one counts."""
+        """Return the parts of a slice that a sum over all processes includes, as (start, length) from the beginning of
+        the slice. If several processes hold copies of a part, the sum includes only the first copy."""
         coordinates = self.mesh.coordinates
         if not (self.sharded or piece.shared) and coordinates.data != 0:
             return []
@@ -128,50 +131,54 @@ class Partition(ABC):
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Give the whole model the values of masters that were written to, as after a step. Collective."""
+        """Copy changed masters into the model and spread them, as DeepSpeed does after a step. Collective over all
+        ranks."""
         for piece in self.slices:
             piece.source.copy_(piece.master)
         self.spread()
         self.stepped()
 
     def stepped(self) -> None:
-        """Bring the multipliers' changed masters to the forward passes of every rank. Collective."""
+        """Make the forward passes of all ranks use the changed masters of the multipliers. Collective over all
+        ranks."""
         if self.full_precision is not None:
             self.full_precision.refresh()
 
     def spread(self) -> None:  # noqa: B027
-        """Bring this rank's slices of the model, which were written to, to all ranks that hold them."""
+        """Send the changed values of this rank's slices of the model to all ranks that need them."""
 
     def complete(self, dtype: torch.dtype, bucket_elements: int) -> int:
-        """Bring gradients that one rank has changed to all ranks that hold them.
+        """Send gradients that only one rank has changed to all ranks that hold copies of them.
 
         Args:
-            dtype: dtype in which they are sent.
-            bucket_elements: most elements that one collective brings, unless one parameter has more.
+            dtype: dtype in which the gradients are sent.
+            bucket_elements: largest number of elements in one collective, unless a single parameter has more.
 
         Returns:
-            Bytes that this rank sent; 0 where nothing has to be sent.
+            Number of bytes that this rank sent; 0 if nothing has to be sent.
         """
         return 0
 
     def release(self) -> None:  # noqa: B027
-        """Undo what `gradients` arranged, once the step is done."""
+        """Undo what `gradients` has changed on the parameters. Called at the end of an optimizer step."""
 
     def read_back(self, piece: Slice) -> Tensor | None:
-        """Return the masters of the slice as DeepSpeed's own accessor finds them; None: it has no accessor here."""
+        """Return the masters of the slice as DeepSpeed's own accessor finds them, or None if this class has no
+        accessor."""
         return None
 
     def check(self) -> None:
-        """Prove the map from slices to masters, for random weights and for multipliers, which all have the same value.
+        """Check that the slices are mapped to the right masters, in two ways.
 
-        The master of a slice must hold the values of the parameter that the slice names; and a pattern that is written
-        to it through our map must be what DeepSpeed's own accessor reads back for that parameter, bit by bit.
+        The master of a slice must hold the values of the parameter that the slice names. A pattern that is written to
+        the master must be what DeepSpeed's own accessor reads back for that parameter, bit by bit. The pattern is
+        needed for multipliers, which all have the same value.
 
         Raises:
-            RuntimeError: one of the two does not hold, for example after a change inside DeepSpeed.
+            RuntimeError: one of the two checks fails, for example after a change inside DeepSpeed.
         """
         for piece in self.slices:
-            # NaN equals NaN here: weights that a checkpoint will bring are NaN until then.
+            # NaN must equal NaN here: weights that a checkpoint will replace are NaN until it is loaded.
             if not torch.allclose(piece.master.to(piece.source.dtype), piece.source, rtol=0, atol=0, equal_nan=True):
                 raise self._mismatch(piece, "hold other values")
             before = piece.master.clone()

@@ -1,4 +1,5 @@
-"""ZeRO 3: every parameter is cut evenly over the data-parallel ranks; sub-groups of cuts are flat buffers."""
+"""Partition of ZeRO 3. Every parameter is cut evenly over the data-parallel ranks. A rank's pieces of the parameters of
+one sub-group form a flat buffer."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class Zero3Partition(Partition):
         self._zero, self.mesh = zero, mesh
         self.group = mesh.groups.get("data")
         self.slices, self.cuts = [], []
-        self._places: list[tuple[int, int]] = []  # (sub-group, index of the parameter in it)
+        self._places: list[tuple[int, int]] = []  # for each slice: sub-group, index of its parameter in it
         self.parameters = {}
         for sub_group, parameters in enumerate(zero.fp16_groups):
             master, position = zero.fp32_partitioned_groups_flat[sub_group], 0
@@ -45,19 +46,20 @@ class Zero3Partition(Partition):
                 position += piece
 
     def spread(self) -> None:
-        """Gather again the small parameters that DeepSpeed keeps gathered between steps. They are released first, as
-        gathering does nothing to a parameter that is already gathered."""
+        """Gather the small parameters again that DeepSpeed keeps gathered between steps. They are released first,
+        because gathering does nothing to a parameter that is already gathered."""
         persistent = self._zero.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
     def read_back(self, piece: Slice) -> Tensor:
-        """Return this rank's part of a parameter's fp32 masters through DeepSpeed's accessor."""
+        """Return this rank's part of a parameter's fp32 masters, read through DeepSpeed's accessor."""
         return self._zero.get_local_fp32_param(self.parameters[piece.name]).view(-1)[: piece.length]
 
     def gradients(self) -> list[Tensor]:
-        """Return views into `averaged_gradients`, which has for each sub-group one tensor per parameter."""
+        """Return the gradient of each slice, as a view into DeepSpeed's `averaged_gradients`. For each sub-group, it
+        has one tensor per parameter."""
         averaged = self._zero.averaged_gradients
         return [
             averaged[sub_group][i].view(-1)[: piece.length]

@@ -1,6 +1,6 @@
-"""A cut over data-parallel ranks at ZeRO 0, where each of them holds everything.
+"""Division of parameters over data-parallel ranks at ZeRO 0, where each rank holds all parameters.
 
-It shares out what only one of them has to compute and keep.
+It divides work and state that only one of these ranks needs to have.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from megamult.zero.partition import Cut, Partition, Slice, buckets, even_interva
 
 
 def kept_once(partition: Partition, select: Callable[[ParameterSpec], bool]) -> Partition:
-    """Return a partition in which only one data-parallel rank holds each element of the selected parameters."""
+    """Return a partition in which exactly one data-parallel rank holds each element of the selected parameters."""
     return partition if partition.sharded else VirtualPartition(partition, select)
 
 
 class VirtualPartition(Partition):
-    """Some parameters of an unsharded partition, cut evenly over the data-parallel ranks."""
+    """Selected parameters of an unsharded partition, cut evenly over the data-parallel ranks."""
 
     sharded = True
 
@@ -44,7 +44,7 @@ class VirtualPartition(Partition):
                 self._indices_here.append(i)
 
     def gradients(self) -> list[Tensor]:
-        """Return this rank's part of the whole gradients."""
+        """Return the gradient of each slice, as a view into the gradients of the unsharded partition."""
         gradients = self._whole.gradients()
         return [
             gradients[i][piece.start : piece.start + piece.length]
@@ -52,14 +52,14 @@ class VirtualPartition(Partition):
         ]
 
     def complete(self, dtype: torch.dtype, bucket_elements: int) -> int:
-        """Bring every rank's part of the gradients to all data-parallel ranks: all-gathers of bounded size.
+        """Send every rank's part of the gradients to all data-parallel ranks, by all-gathers of bounded size.
 
         Args:
-            dtype: dtype in which they are sent.
-            bucket_elements: most elements that one all-gather brings, unless one parameter has more.
+            dtype: dtype in which the gradients are sent.
+            bucket_elements: largest number of elements in one all-gather, unless a single parameter has more.
 
         Returns:
-            Bytes that this rank sent.
+            Number of bytes that this rank sent.
         """
         ranks = self.mesh.size_of("data")
         if ranks == 1:

@@ -1,4 +1,5 @@
-"""ZeRO 0: every data-parallel rank holds and updates whole parameters, in fp32 or as fp32 copies of bf16 ones."""
+"""Partitions of ZeRO 0. Every data-parallel rank holds and updates whole parameters: fp32 parameters themselves, or
+fp32 copies of bf16 parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from megamult.zero.partition import Cut, Partition, Slice
 
 
 class WholePartition(Partition):
-    """Partition of the parameters themselves: DeepSpeed at ZeRO 0 in fp32, and training loops without DeepSpeed."""
+    """Partition whose masters are the parameters themselves, for DeepSpeed at ZeRO 0 in fp32 and for training loops
+    without DeepSpeed."""
 
     sharded = False
 
@@ -26,7 +28,7 @@ class WholePartition(Partition):
     def _build(self, pairs: list[tuple[Parameter, Tensor]], names: Mapping[Parameter, str], mesh: Mesh) -> None:
         self.mesh, self.group = mesh, mesh.groups.get("data")
         self.parameters = {names[parameter]: parameter for parameter, _ in pairs}
-        self._borrowed: list[Parameter] = []  # parameters whose .grad is their main_grad
+        self._borrowed: list[Parameter] = []  # parameters whose .grad is a view of main_grad
         self.slices, self.cuts = [], []
         for parameter, master in pairs:
             name = names[parameter]
@@ -35,7 +37,8 @@ class WholePartition(Partition):
             self.cuts.append(Cut(name, spec, ((0, numel),) * mesh.grid.data, parameter.dtype))
 
     def gradients(self) -> list[Tensor]:
-        """Return the parameters' `.grad`, or Megatron DDP's `main_grad`; zeros where backward left none.
+        """Return the flattened gradient of each parameter: `.grad`, or Megatron DDP's `main_grad`, or zeros if it has
+        neither.
 
         Raises:
             RuntimeError: no parameter has a gradient, or the dtype of a `main_grad` differs from its parameter's.
@@ -62,7 +65,7 @@ class WholePartition(Partition):
         return [parameter.grad.view(-1) for parameter in self.parameters.values() if parameter.grad is not None]
 
     def release(self) -> None:
-        """Clear each `.grad` that is a view of `main_grad`: Megatron's hooks would add it to itself."""
+        """Clear each `.grad` that is a view of `main_grad`, because Megatron's hooks would add it to itself."""
         for parameter in self._borrowed:
             parameter.grad = None
         self._borrowed.clear()
