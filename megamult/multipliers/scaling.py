@@ -5,7 +5,7 @@ the optimizer it is a slice that ZeRO gives to a rank, which may begin and end a
 its logical matrices, so a slice can consist of many rectangles. Consecutive rectangles of equal width become one
 :class:`Band`, so that a slice has few bands.
 
-Pure: no torch.distributed.
+Pure.
 """
 
 from __future__ import annotations
