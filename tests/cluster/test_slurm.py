@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.hosts import Hosts
 from tests.cluster.jobs import losses, newest_checkpoint, records
 from tests.cluster.slurm import Slurm
-from tests.train.command import REPOSITORY, data_arguments, make_corpus, start
+from tests.train.command import REPOSITORY, data_arguments, start
 
 NODES = 3
 """Jobs take two; the third is spare for when one is lost."""
@@ -23,9 +23,9 @@ STEPS = 40
 
 
 @pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus."""
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+def prefix(corpus: Path) -> Path:
+    """The corpus of all tests."""
+    return corpus
 
 
 @pytest.fixture(scope="module")

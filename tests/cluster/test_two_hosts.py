@@ -19,7 +19,7 @@ import pytest
 from tests.cluster.hosts import Hosts
 from tests.cluster.jobs import PORT, Job, Launcher, losses, newest_checkpoint, records
 from tests.cluster.slow_link import SlowLink
-from tests.train.command import REPOSITORY, data_arguments, make_corpus, start
+from tests.train.command import REPOSITORY, data_arguments, start
 
 pytestmark = pytest.mark.skipif(Hosts.available() is not None, reason=str(Hosts.available()))
 
@@ -44,8 +44,9 @@ START = 60.0
 
 
 @pytest.fixture(scope="session")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+def prefix(corpus: Path) -> Path:
+    """The corpus of all tests."""
+    return corpus
 
 
 def arguments(prefix: Path, run_dir: Path, steps: int, *more: str) -> list[str]:
