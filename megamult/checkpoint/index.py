@@ -63,7 +63,7 @@ def read(path: Path) -> Metadata:
         for name, entry in tensors.items():
             dtype = getattr(torch, entry["dtype"])
             if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"{name} has the dtype {entry['dtype']!r}")
+                raise ValueError(f"{name} has the dtype {entry['dtype']!r}, which torch does not have")
             chunks = []
             for chunk in entry["chunks"]:
                 if Path(chunk["file"]).name != chunk["file"]:
@@ -90,14 +90,14 @@ def _check_tiled(name: str, tensor: TensorStorageMetadata) -> None:
             start < 0 or length < 1 or start + length > size
             for start, length, size in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
         ):
-            raise ValueError(f"{what}, outside of it")
+            raise ValueError(f"{what}, which does not lie inside the tensor")
         active = [other for other in active if other.offsets[0] + other.sizes[0] > chunk.offsets[0]]
         if any(_overlap(chunk, other) for other in active):
-            raise ValueError(f"{what}, that overlaps another one")
+            raise ValueError(f"{what}, which overlaps another chunk")
         active.append(chunk)
     elements = sum(chunk.sizes.numel() for chunk in tensor.chunks)
     if elements != tensor.size.numel():
-        raise ValueError(f"{name} has {tensor.size.numel()} elements and its chunks {elements}")
+        raise ValueError(f"{name} has {tensor.size.numel()} elements, and its chunks have {elements} together")
 
 
 def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:

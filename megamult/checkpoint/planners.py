@@ -72,14 +72,16 @@ class ChunkSavePlanner(DefaultSavePlanner):
         seen: set[MetadataIndex] = set()
         for index in (item.index for plan in all_plans for item in plan.items):
             if index in seen:
-                raise ValueError(f"two ranks write the chunk of {index.fqn} at {tuple(index.offset or ())}")
+                raise ValueError(f"two ranks would write the same chunk: {index.fqn} at {tuple(index.offset or ())}")
             seen.add(index)
         plans, metadata = super().create_global_plan(all_plans)
         for name, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata)
             found = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
             if found != math.prod(tensor.size):
-                raise ValueError(f"{name} has {math.prod(tensor.size)} elements, and the ranks' chunks have {found}")
+                raise ValueError(
+                    f"{name} has {math.prod(tensor.size)} elements, and the chunks of all ranks have {found} together"
+                )
         return plans, metadata
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
@@ -114,8 +116,8 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         for name, chunks in by_name.items():
             stored = self.metadata.state_dict_metadata.get(name)
             if not isinstance(stored, TensorStorageMetadata) or tuple(stored.size) != chunks[0].shape:
-                there = f"the shape {tuple(stored.size)}" if isinstance(stored, TensorStorageMetadata) else "none"
-                raise ValueError(f"{name} has the shape {chunks[0].shape} in this run, and in the checkpoint {there}")
+                there = f"has it with {tuple(stored.size)}" if isinstance(stored, TensorStorageMetadata) else "lacks it"
+                raise ValueError(f"this run has {name} with the shape {chunks[0].shape}, and the checkpoint {there}")
             items += create_read_items_for_chunk_list(name, stored, [_extent(chunk) for chunk in chunks])
         return LoadPlan(items)
 

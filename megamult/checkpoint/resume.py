@@ -130,7 +130,9 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
     try:
         sections, multipliers = _fixed_sections(info.config), MultipliersConfig(**info.config["multipliers"])
     except (TypeError, KeyError) as error:
-        raise ValueError(f"the checkpoint's configuration is not one that this version knows ({error!r})") from None
+        raise ValueError(
+            f"the checkpoint's configuration has keys or values that this version does not know ({error!r})"
+        ) from None
 
     def pairs_of(why: Why) -> list[tuple[str, Any, Any]]:
         both = [

@@ -124,6 +124,6 @@ def unchecked(described: Sequence[Described], full: bool) -> str | None:
     names = ", ".join(each.files.prefix for each in bare[:3]) + (", ..." if len(bare) > 3 else "")
     ids = "" if full else "; token ids are checked in samples, and as they are read (data.validate full checks all)"
     return (
-        f"{len(bare)} of {len(described)} data sources have no stamp of launch/prepare_data.py ({names}): that they "
-        f"were encoded with data.tokenizer is taken on trust{ids}"
+        f"{len(bare)} of {len(described)} data sources have no stamp of launch/prepare_data.py ({names}): whether "
+        f"they were encoded with data.tokenizer is not checked{ids}"
     )

@@ -80,7 +80,7 @@ def _release(lock: Path, say: Callable[[str], None], waits_aloud: bool, patience
             )
         if not told:
             by = f"{_name(holders[0])} is" if holders else "another machine may be"
-            say(f"waiting for {lock}: {by} compiling there")
+            say(f"waiting for {lock}: {by} compiling in that folder")
             told = True
         time.sleep(0.5)
 

@@ -144,7 +144,7 @@ def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
     hints, values = get_type_hints(dataclass), dict(given)
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"{section} has the key {key!r}: use {', '.join(hints)}")
+            raise ValueError(f"{section} has no key {key!r}: use one of {', '.join(hints)}")
         if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
             raise ValueError(f"{section}.{key} is {value!r}: use one of {', '.join(get_args(hints[key]))}")
         if hints[key] in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):

@@ -108,13 +108,13 @@ class Writers:
 
     @contextlib.contextmanager
     def _going_on(self, name: str) -> Iterator[None]:
-        """Let the run continue if `name` cannot be written, and say once that figures may be lost."""
+        """Let the run continue if `name` cannot be written, and say once that metrics may be missing."""
         try:
             yield
         except OSError as error:
             if name not in self._failed:
                 self._failed.add(name)
-                self.say(f"warning: {name} cannot be written ({error}); training continues, and figures may be lost")
+                self.say(f"warning: {name} cannot be written ({error}); training continues, and metrics may be missing")
 
 
 def _drop_after(metrics: Path, step: int) -> None:

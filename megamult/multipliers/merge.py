@@ -39,5 +39,7 @@ def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             orphans -= set(beside.values())
         merged[name] = tensor
     if orphans:
-        raise ValueError(f"no weight stands beside the multiplier {min(orphans)}: pass the weights with it")
+        raise ValueError(
+            f"the multiplier {min(orphans)} has no weight in this state_dict: pass the weights with their multipliers"
+        )
     return merged

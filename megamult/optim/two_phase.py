@@ -333,7 +333,10 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         folded = state_dict.get("folded")
         if (folded is None) != (self.folding is None):
             has, lacks = ("the state", "this optimizer") if self.folding is None else ("this optimizer", "the state")
-            raise ValueError(f"{has} has folded multipliers and {lacks} none: load the state of a like optimizer")
+            raise ValueError(
+                f"{has} has folded multipliers, and {lacks} has none: load the state of an optimizer with "
+                "the same placement"
+            )
         self._begin_if_needed()
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]

@@ -267,7 +267,7 @@ def _check(spec: ParameterSpec) -> None:
         if not fits or (len(part.shape) == 1) != (len(spec.shape) == 1):
             raise ValueError(
                 f"{what} has the part {part.name!r} of shape {part.shape}: its last dimension must be the parameter's "
-                "(vectors hold vectors)"
+                "(a vector's parts are vectors)"
             )
     _check_segments(spec, what)
     check_shardings(spec.shape, spec.shardings, spec.reduce_over, what)

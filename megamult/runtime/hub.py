@@ -112,7 +112,7 @@ class Hub:
         try:
             hello = json.loads(await reader.readline())
             if hello["token"] != self._token:
-                raise ValueError("another program's connection")
+                raise ValueError("the connection is not from a rank of this run")
         except (ValueError, KeyError, TypeError, OSError):
             return
         self._absent.discard(hello["rank"])
@@ -160,7 +160,7 @@ class Hub:
     def _left_early(self, peer: Peer) -> None:
         remaining = [number for number, each in self._ranks.items() if not each.left]
         if remaining:
-            self._end(f"{peer} left with an error, and rank {ranges(remaining)} did not", [peer.rank], [])
+            self._end(f"{peer} ended with an error, and rank {ranges(remaining)} did not", [peer.rank], [])
 
     def _absentees(self) -> None:
         if self._absent:

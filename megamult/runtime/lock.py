@@ -107,7 +107,7 @@ class RunLock:
                 )
             if alive and not waited:
                 waited = True
-                print(f"waiting until an earlier run leaves {run_dir} ({_holder(text)})", flush=True)
+                print(f"waiting until an earlier run has left {run_dir} ({_holder(text)})", flush=True)
             elif before is None and not alive:
                 print(f"{self._path} names {_holder(text)}: checking for {LOOKS} s if it is alive", flush=True)
             before = text

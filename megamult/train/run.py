@@ -151,7 +151,9 @@ def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
     if changed is not None:
         print(changed, flush=True)
     if checkpoint.info.tokenizer_sha256 is None:
-        notes.append("the checkpoint does not say which tokenizer is its own: data.tokenizer is taken on trust")
+        notes.append(
+            "the checkpoint does not say which tokenizer is its own: whether data.tokenizer is the same is not checked"
+        )
     for note in notes:
         print(f"note: {note}", flush=True)
 

@@ -180,14 +180,14 @@ class Partition(ABC):
         for piece in self.slices:
             # NaN must equal NaN here: weights that a checkpoint will replace are NaN until it is loaded.
             if not torch.allclose(piece.master.to(piece.source.dtype), piece.source, rtol=0, atol=0, equal_nan=True):
-                raise self._mismatch(piece, "hold other values")
+                raise self._mismatch(piece, "do not hold the values of the parameter")
             before = piece.master.clone()
             count = torch.arange(1, piece.length + 1, dtype=torch.int32, device=before.device)
             piece.master.copy_(count.view(torch.float32))
             try:
                 seen = self.read_back(piece)
                 if seen is not None and not torch.equal(seen.detach().view(-1).view(torch.int32), count):
-                    raise self._mismatch(piece, "are not the ones that DeepSpeed itself takes for them")
+                    raise self._mismatch(piece, "are not those that DeepSpeed itself reads for the parameter")
             finally:
                 piece.master.copy_(before)
 

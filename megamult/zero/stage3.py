@@ -22,8 +22,8 @@ class Zero3Partition(Partition):
     def __init__(self, zero: Any, names: Mapping[Parameter, str], mesh: Mesh) -> None:
         if zero.offload_optimizer or zero.offload_param:
             raise ValueError(
-                "deepspeed.zero_optimization offloads at stage 3: gradients then never meet on the device, where "
-                "megamult clips them; remove offload_optimizer and offload_param"
+                "deepspeed.zero_optimization offloads at stage 3: gradients are then never together on the device, "
+                "where megamult clips them; remove offload_optimizer and offload_param"
             )
         self._zero, self.mesh = zero, mesh
         self.group = mesh.groups.get("data")

@@ -98,9 +98,9 @@ def test_only_keys_of_the_model_must_be_known() -> None:
     found.config["optimizer"]["from_another_version"] = 1
     assert message(found) == ""
     found.config["model"]["from_another_version"] = 1
-    assert "configuration is not one that this version knows" in message(found)
+    assert "configuration has keys or values that this version does not know" in message(found)
     del found.config["train"]
-    assert "configuration is not one that this version knows" in message(found)
+    assert "configuration has keys or values that this version does not know" in message(found)
 
 
 def test_a_key_that_the_checkpoints_version_did_not_have_is_the_default() -> None:

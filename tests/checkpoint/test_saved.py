@@ -126,7 +126,7 @@ def test_a_tensor_of_another_shape_or_none_is_named(whole: Path) -> None:
     checkpoint = SavedCheckpoint(whole)
     with pytest.raises(ValueError, match=r"model\.w has the shape \(7, 5\) in this run, .* the shape \(5, 7\)"):
         checkpoint.load([Chunk.whole("model.w", torch.zeros(7, 5))])
-    with pytest.raises(ValueError, match=r"model\.v has the shape \(2,\) in this run, and in the checkpoint none"):
+    with pytest.raises(ValueError, match=r"this run has model\.v with the shape \(2,\), and the checkpoint lacks it"):
         checkpoint.load([Chunk.whole("model.v", torch.zeros(2))])
 
 

@@ -210,9 +210,9 @@ def test_a_loop_of_ones_own_goes_on_from_its_state_bit_by_bit(name: str) -> None
     assert train(again, other, range(3, 6)) == expected
     assert torch.equal(other.folded.values, optimizer.folded.values)
     plain = TwoPhaseAdamW([{**group, "params": list(group["params"])} for group in other.param_groups])
-    with pytest.raises(ValueError, match="the state has folded multipliers and this optimizer none: load"):
+    with pytest.raises(ValueError, match="the state has folded multipliers, and this optimizer has none: load"):
         plain.load_state_dict(kept[1])
-    with pytest.raises(ValueError, match="this optimizer has folded multipliers and the state none: load"):
+    with pytest.raises(ValueError, match="this optimizer has folded multipliers, and the state has none: load"):
         other.load_state_dict({key: value for key, value in kept[1].items() if key != "folded"})
 
 
@@ -364,11 +364,11 @@ def test_a_mistake_is_an_error_that_names_it(
     ("optimizer", "says"),
     [
         ({"name": "sgd"}, "optimizer.name is 'sgd': use one of adamw, muon"),
-        ({"learning_rate": 1e-3}, "has the key 'learning_rate': use name, lr"),
+        ({"learning_rate": 1e-3}, "has no key 'learning_rate': use one of name, lr"),
         ({"lr": "1e-3"}, "optimizer.lr is '1e-3': give a number"),
         ({"lr": -1.0}, "optimizer.lr is -1.0"),
         ({"name": "muon", "muon": {"ns_dtype": "fp8"}}, "optimizer.muon.ns_dtype is 'fp8'"),
-        ({"name": "muon", "muon": {"ns_dtypes": "fp8"}}, "optimizer.muon has the key 'ns_dtypes': use momentum,"),
+        ({"name": "muon", "muon": {"ns_dtypes": "fp8"}}, "optimizer.muon has no key 'ns_dtypes': use one of momentum,"),
         ({"name": "muon", "muon": 0.9}, "optimizer.muon is 0.9: it is a section; give a mapping"),
         ({"adamw": {"eps": "1"}}, "optimizer.adamw.eps is '1': give a number"),
         (

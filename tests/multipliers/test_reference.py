@@ -69,5 +69,5 @@ def test_each_weight_is_merged_with_the_multipliers_beside_it_alone() -> None:
 
 @pytest.mark.parametrize("name", ["b.row_multiplier", "b.col_multiplier", "b.scalar_multiplier", "row_multiplier"])
 def test_a_multiplier_without_its_weight_cannot_be_merged(name: str) -> None:
-    with pytest.raises(ValueError, match=f"no weight stands beside the multiplier {name}"):
+    with pytest.raises(ValueError, match=f"the multiplier {name} has no weight in this state_dict"):
         merge({"a.weight": torch.ones(2, 2), name: torch.ones(2)})

@@ -135,7 +135,7 @@ def test_an_earlier_run_that_is_about_to_end_is_waited_for(
     with lock.RunLock() as mine:
         assert mine.acquire(tmp_path), "it was waited for"
     timer.join()
-    assert capsys.readouterr().out.count("waiting until an earlier run leaves") == 1
+    assert capsys.readouterr().out.count("waiting until an earlier run has left") == 1
 
 
 def test_a_live_run_on_another_node_that_flock_does_not_show_is_refused_by_name(
@@ -197,7 +197,7 @@ def test_who_takes_a_dead_runs_lock_over_just_before_another_does_has_it_not(
     said = [line.replace(str(tmp_path), "RUN") for line in capsys.readouterr().out.splitlines()]
     assert said[1:] == [
         "process 1 on n2 since then has not written RUN/lock for 30 s: taking it over",
-        "waiting until an earlier run leaves RUN (process 1 on n3 since then)",
+        "waiting until an earlier run has left RUN (process 1 on n3 since then)",
         "process 1 on n3 since then has not written RUN/lock for 30 s: taking it over",
     ]
 

@@ -196,9 +196,9 @@ def test_nobody_is_ended_while_one_rank_still_gets_further(play: Plays) -> None:
 
 def test_a_rank_that_leaves_alone_ends_the_others(play: Plays) -> None:
     ended = play("wait, leave")
-    assert ended.codes == [70, 2] and "left with an error" in ended.screens[0]
+    assert ended.codes == [70, 2] and "ended with an error" in ended.screens[0]
 
 
 def test_rank_0_that_leaves_alone_ends_the_others_and_is_not_called_killed(play: Plays) -> None:
     ended = play("leave, wait")
-    assert ended.codes == [2, 70] and "rank 0 on" in ended.logs[1] and "left with an error" in ended.logs[1]
+    assert ended.codes == [2, 70] and "rank 0 on" in ended.logs[1] and "ended with an error" in ended.logs[1]
