@@ -6,12 +6,14 @@ Worker processes import this file. So it must not import torch or Megatron, whic
 from __future__ import annotations
 
 import collections
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +62,15 @@ def encode_in_order(
         for document in documents:
             yield encode_document(document, tokenizer)
         return
+    resource_tracker.ensure_running()  # its start unblocks signals
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(str(model_path),)
     )
     pending: collections.deque[Future[list[np.ndarray]]] = collections.deque()
     try:
         for batch in _batches(documents):
-            pending.append(pool.submit(_encode_batch, batch))
+            with _signals_held():
+                pending.append(pool.submit(_encode_batch, batch))
             if len(pending) > 4 * workers:
                 yield from pending.popleft().result()
         while pending:
@@ -88,11 +92,29 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
+_ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back signals that end the program until the context is left.
+
+    `submit` may start a worker. If a signal's exception interrupted it before the worker had been sent its arguments,
+    the worker would print a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(model_path: str) -> None:
     global _worker_tokenizer
     # Ctrl-C and a hang-up of the terminal reach the whole process group. Only the parent acts on them and cleans up.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # blocked since `_signals_held`
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker_tokenizer = Tokenizer(model_path)
 
