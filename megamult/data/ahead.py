@@ -32,7 +32,10 @@ class BuildsAhead:
         return self._process is not None and self._process.poll() is None
 
     def start(self, epochs: Sequence[tuple[EpochFiles, int]]) -> None:
-        """Start to build the epochs that no earlier call was given and that do not exist yet. `busy` must be False."""
+        """Start to build the given epochs, except those that an earlier call was given or that exist already.
+
+        `busy` must be False.
+        """
         assert not self.busy
         self._end()
         new = [(files, n) for files, n in epochs if files.path(n) not in self._given and not files.path(n).exists()]

@@ -7,9 +7,10 @@ The result depends only on the pieces and the order of merges. Four differences 
   :class:`megamult.data.tokenizer.Tokenizer` therefore encodes U+2581 in a text as bytes. The converted pieces contain
   real spaces, and the converted tokenizer does not normalize text. No converted piece contains U+2581, so `tokenizers`
   encodes it as bytes too.
-* sentencepiece orders merges by the merged piece, `tokenizers` by the pair. If several pairs form the same piece, all
-  of them are listed one after the other. The ids stay the same: if no merge has crossed the ends of a piece before the
-  piece is formed, the merges inside it do not depend on the surrounding text, so only one of the pairs can occur.
+* sentencepiece orders merges by the merged piece, `tokenizers` by the pair. If several pairs form the same piece, the
+  converted list of merges has all of them, one after the other. The ids stay the same: a piece can form only if no
+  earlier merge has crossed its ends. The merges inside it then do not depend on the surrounding text, so they always
+  end in the same one of the pairs, and the others never occur.
 * Text that looks like a special token, such as "</s>", is plain text in training data. transformers would read it as a
   special token, so the conversion sets `split_special_tokens`.
 * transformers can put a token before a text. Training data has none there, so the conversion sets `add_bos_token` to

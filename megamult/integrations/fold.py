@@ -110,7 +110,7 @@ def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerCo
     """Return the optimizer's configuration.
 
     Raises:
-        ValueError: a key or value is wrong for the command line too, or a key of the schedule is set.
+        ValueError: a key or value is one that the command line refuses too, or a key of the schedule is set.
     """
     if isinstance(given, OptimizerConfig):
         chosen = given
@@ -177,7 +177,8 @@ def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placeme
             continue
         if spec.side is not None:
             raise ValueError(
-                f"{known[0]} is a multiplier: fold needs a model without; build it so, or train it without fold"
+                f"{known[0]} is a multiplier: fold needs a model without multipliers; build one, or train "
+                "this one without fold"
             )
         if covers(spec, placement) and not parameter.requires_grad:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Sums over ranks that an optimizer step needs before it updates parameters: of partial gradients, and of norms."""
+"""Sums over ranks before the update of an optimizer step: sums of partial gradients, and sums of squares for norms."""
 
 from __future__ import annotations
 

@@ -71,13 +71,13 @@ class StateStore:
         return kept[state.key]
 
     def claim_rows(self, rules: Sequence[UpdateRule], device: torch.device) -> None:
-        """Make `rows` hold the state of exactly the logical matrices for whose rows this rank now stores state.
+        """Make `rows` match the logical matrices whose state of rows this rank now has to store.
 
-        State that is already in `rows` does not change. State of a new matrix begins at zero. State of all other
-        matrices is dropped.
+        State that these matrices already have does not change, and state of a new one begins at zero. State of all
+        other matrices is dropped.
 
         Args:
-            rules: all rules of the optimizer. Several rules may use the same name of a state, each for other matrices.
+            rules: all rules of the optimizer. Several rules may use the same name of a state for different matrices.
             device: the device of new state.
         """
         before, self.rows = self.rows, {}

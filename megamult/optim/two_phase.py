@@ -162,7 +162,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         self._bound = partition
 
     def begin(self) -> None:
-        """Set the model to W_eff, without DeepSpeed.
+        """Set the model's weights to the effective weights W_eff, in a loop without DeepSpeed.
 
         Call this before the first forward pass if a folded multiplier does not start at 1.
         """

@@ -156,6 +156,6 @@ def check_shardings(
                 )
         if len(shape) > 1 and each.dim == len(shape) - 1 and len(each.blocks) > 1:
             raise ValueError(
-                f"{what} has {len(each.blocks)} blocks along its columns: they are cut as one block; store what is cut "
-                "by itself as rows, or as a parameter of its own"
+                f"{what} has {len(each.blocks)} blocks along its columns, and columns can be sharded only as one "
+                "block: lay out blocks along the rows, or make each a parameter of its own"
             )

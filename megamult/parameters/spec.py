@@ -284,7 +284,9 @@ def _check(spec: ParameterSpec) -> None:
             "orthogonalize=False"
         )
     if (spec.side is not None or spec.compact) and (len(spec.shape) != 1 or spec.orthogonalize):
-        raise ValueError(f"{what} is a multiplier or compact: it must be a vector, and not orthogonalized")
+        raise ValueError(
+            f"{what} has a side or compact=True: such a parameter must be a vector that is not orthogonalized"
+        )
 
 
 def _check_segments(spec: ParameterSpec, what: str) -> None:

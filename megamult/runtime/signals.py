@@ -28,16 +28,17 @@ every process of a job, and launchers pass the one that they get on to their ran
 
 
 class StopRequests:
-    """Context that receives requests to stop. It only notes the first signal. A signal that comes more than
-    SAME_REQUEST_SECONDS later ends the process at once.
+    """Context that receives requests to stop. The first signal is only recorded. A signal that comes more than
+    SAME_REQUEST_SECONDS after it ends the process at once.
 
     A thread reads the signals from a pipe, to which Python's own C handler writes. A later signal therefore ends the
     process even if the main thread hangs in a collective.
 
-    Some launchers end on a signal without passing it on, so the end of a launcher above this rank is a request too.
+    Some launchers end on a signal without passing it on, so the end of a launcher above this rank counts as a
+    request too.
 
     Args:
-        deadline: value of `time.monotonic()` from which on this rank asks to stop, or None for no deadline.
+        deadline: value of `time.monotonic()` after which this rank asks to stop, or None for no deadline.
         ending: function that is called before a later signal ends the process.
     """
 

@@ -21,7 +21,7 @@ _AHEAD = 4
 
 
 class Readable(Protocol):
-    """Samples that a thread may read."""
+    """Samples that a second thread may read while the main thread trains."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return sample `index`: the tensors `tokens` and `labels`, each [seq]."""

@@ -84,8 +84,9 @@ def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
 def without_auto(overrides: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Return `overrides` without the keys that ask for nothing.
 
-    These are keys with the value "auto" (which means megamult's value), refused keys that are switched off, and
-    mappings that are empty without such keys. `path` is the dotted prefix of the keys."""
+    These are keys with the value "auto" (which means megamult's value), keys that megamult would refuse but that are
+    switched off here, and mappings that become empty when such keys are removed. `path` is the dotted prefix of the
+    keys."""
     kept = {}
     for key, value in overrides.items():
         name = f"{path}{key}"

@@ -84,8 +84,8 @@ class Trainer:
         """Take one optimizer step, and return its record.
 
         Args:
-            ballot: function that returns this rank's votes on stopping, called when the step is done. `votes` is then
-                their sums over all ranks.
+            ballot: function that returns this rank's votes on stopping, called when the step is done. The
+                attribute `votes` then holds their sums over all ranks.
         """
         began = time.perf_counter()
         config, step, first = self.config, self.step_count, self.samples
@@ -121,8 +121,8 @@ class Trainer:
         """Return the mean cross entropy in nats over the first `train.eval_batches` global batches of data.valid.
 
         Args:
-            ballot: function that returns this rank's votes on stopping, called at the end. Their sums over all ranks
-                replace `votes`.
+            ballot: function that returns this rank's votes on stopping, called at the end. The attribute `votes`
+                then holds their sums over all ranks.
         """
         assert self._valid is not None
         train, step = self.config.train, self.step_count

@@ -77,8 +77,8 @@ class Zero12Partition(FlatPartition):
     def __init__(self, zero: Any, names: Mapping[Parameter, str], mesh: Mesh) -> None:
         if zero.cpu_offload:
             raise ValueError(
-                "deepspeed.zero_optimization.offload_optimizer is set: gradients are then never together on the device, "
-                "where megamult clips them; remove it"
+                "deepspeed.zero_optimization.offload_optimizer is set: gradients are then never together on the "
+                "device, where megamult clips them; remove it"
             )
         super().__init__(zero, mesh)
         for group, master in enumerate(zero.single_partition_of_fp32_groups):

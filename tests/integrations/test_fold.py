@@ -341,7 +341,7 @@ def without(key: str) -> dict[str, Any]:
                 r"^model\.norm": specs.row_multiplier(megatron.single_matrix("q", 32, 8, 0), [0], False),
             },
             {},
-            r"model\.norm\.weight is a multiplier: fold needs a model without",
+            r"model\.norm\.weight is a multiplier: fold needs a model without multipliers; build one",
         ),
         (untouched, megamult.LLAMA_RULES, {"placement": "most"}, "placement is 'most'"),
         (untouched, megamult.LLAMA_RULES, {"placement": {}}, "multipliers to no role"),

@@ -339,7 +339,7 @@ GOOD = ParameterSpec(
             {"shape": (9, 6), "shardings": ()},
             r"hold only 8 of its 9 rows: padding cannot be orthogonalized; add a part",
         ),
-        ({"side": "row"}, r"multiplier or compact: it must be a vector"),
+        ({"side": "row"}, r"has a side or compact=True: such a parameter must be a vector"),
         ({"parts": (), "segments": ()}, r"has no part: name the logical tensors"),
     ],
 )

@@ -146,7 +146,9 @@ def _rotary_base(config: Mapping[str, Any]) -> float:
             )
         rest = {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
         if rest.pop("partial_rotary_factor", 1) != 1 or any(value is not None for value in rest.values()):
-            raise ValueError(f"{where}: only rope_theta and rope_type default can be expressed here")
+            raise ValueError(
+                f"{where}: of the rotary embedding's settings only rope_theta and rope_type 'default' can be imported"
+            )
         if rope.get("rope_theta") is not None:
             bases[field] = _number(rope, "rope_theta", None)
     if config.get("rope_theta") is not None:
