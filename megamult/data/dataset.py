@@ -170,7 +170,7 @@ class BlendedDataset:
     def state_dict(self) -> dict[str, Any]:
         """Return the state with which a run continues with every source's next sample.
 
-        A checkpoint stores this state and the number of samples.
+        A checkpoint stores this state and the number of samples that the run has consumed.
         """
         sources = zip(self._names.names, self._weights, self._first, strict=True)
         return {
@@ -258,7 +258,7 @@ class _Source:
         self.draw_as(twin)
 
     def draw_as(self, twin: int) -> None:
-        """Shuffle as source number `twin` of those that share an `Identity.order`. All of them shuffle differently."""
+        """Set this source's number among those that share an `Identity.order`. Each number gives another shuffle."""
         order, contents = self.identity.order, self.identity.contents
         key = repr((order, contents, self._tokenizer.sha256, self._seq_length, self._seed, twin))
         self.epochs = EpochFiles(

@@ -30,7 +30,7 @@ class Described:
 
 
 def describe(prefix: str, tokenizer: Tokenizer) -> Described:
-    """Describe a source by the headers, sizes and samples of both files, and by the stamp.
+    """Describe a source by its stamp, and by the header, the size and a few bytes of each of its two files.
 
     If there is no stamp, pointers in the .idx are also read.
 

@@ -143,7 +143,7 @@ def quiet_megatron() -> Iterator[None]:
 
 
 def to_json(files: EpochFiles, epoch: int) -> str:
-    """Return the line that describes an epoch to this module as a program."""
+    """Return the epoch as one line of JSON, which this module reads when it is run as a program."""
     return json.dumps({"files": dataclasses.asdict(files), "epoch": epoch})
 
 

@@ -89,8 +89,8 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
             multipliers.
 
     Raises:
-        ValueError: our model cannot compute the function, a file is missing or damaged, the output exists and is not
-            empty, or the placement is unknown.
+        ValueError: megamult's model cannot compute what the source computes, a file is missing or damaged, the output
+            exists and is not empty, or the placement is unknown.
     """
     check_output(output)
     if placement not in PLACEMENTS:

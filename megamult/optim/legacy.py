@@ -52,8 +52,8 @@ def modern(optimizer: Mapping[str, Any], name: str | None = None) -> dict[str, A
         keys = dict(found.get(section) or {})
         if key in keys:
             raise ValueError(
-                f"optimizer.{old} is {value!r} and optimizer.{section}.{key} {keys[key]!r}: the second is the first's "
-                f"name now; remove optimizer.{old}"
+                f"optimizer.{old} is {value!r}, and optimizer.{section}.{key} is {keys[key]!r}: these are the old and "
+                f"the present name of one key; remove optimizer.{old}"
             )
         found[section] = {**keys, key: _named(old, value)}
     return found

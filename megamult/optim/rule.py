@@ -82,7 +82,7 @@ class UpdateRule(ABC):
         return {}
 
     def prepare(self, clip: float, store: StateStore) -> None:  # noqa: B027
-        """Do the part of a step that needs the gradients of all groups. All ranks must call this together.
+        """Do the part of a step that needs the gradients of all param groups. All ranks must call this together.
 
         Args:
             clip: factor by which to multiply the gradients.

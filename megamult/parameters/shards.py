@@ -32,8 +32,9 @@ class Block:
 class Sharding:
     """Sharding of one dimension over one axis.
 
-    Each block is cut into equal pieces. The process with rank p along the axis holds one piece of every block, in the
-    order of the blocks: piece p, or piece p // copies if that many neighbours hold copies of each piece.
+    Each block is cut into equal pieces. A process holds one piece of every block, in the order of the blocks. If a
+    block has as many pieces as the axis has processes, rank p holds piece p. If it has fewer, neighbouring ranks hold
+    copies of the same piece.
     """
 
     axis: Axis

@@ -133,7 +133,10 @@ class RankLog:
                 os.write(self._screen[1] if self._screen else 2, f"{line}\n".encode())
 
     def ended(self) -> None:
-        """Remove the mark, because this process is about to end and has said why. Any thread may call this method."""
+        """Remove this process's .running file, because the process is about to end and has said why.
+
+        Any thread may call this method.
+        """
         if self._mark is not None:
             with contextlib.suppress(OSError):
                 self._mark.unlink()

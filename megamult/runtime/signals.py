@@ -28,8 +28,8 @@ every process of a job, and launchers pass the one that they get on to their ran
 
 
 class StopRequests:
-    """Context that receives requests to stop. The first signal is only recorded. A signal that comes more than
-    SAME_REQUEST_SECONDS after it ends the process at once.
+    """Context that receives requests to stop. The first signal is only recorded. Another one ends the process at
+    once, if it comes more than SAME_REQUEST_SECONDS after the first.
 
     A thread reads the signals from a pipe, to which Python's own C handler writes. A later signal therefore ends the
     process even if the main thread hangs in a collective.

@@ -297,7 +297,10 @@ GOOD = ParameterSpec(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"segments": (Segment(0, 0, 0, 4), Segment(3, 1, 0, 4))}, r"rows \[3:7\], after row 4 of 8: .*not overlap"),
+        (
+            {"segments": (Segment(0, 0, 0, 4), Segment(3, 1, 0, 4))},
+            r"rows \[3:7\], but the segments before it end at row 4 of 8 .*not overlap",
+        ),
         (
             {"segments": (Segment(0, 0, 0, 4), Segment(4, 1, 0, 3))},
             r"holds 3 rows of the part 'b', which has 4",

@@ -216,7 +216,7 @@ def held_elements(
 
 
 def lower_bound(costs: Sequence[int], ranks: int) -> int:
-    """Return a lower bound on the largest total cost of a rank, over all assignments of whole matrices to ranks."""
+    """Return a lower bound on the total cost of the costliest rank. It holds for all assignments of whole matrices."""
     ordered = sorted(costs, reverse=True)
     best = max(-(-sum(ordered) // ranks), ordered[0])
     # Some rank has k + 1 of the k * ranks + 1 largest costs, and each of these is at least `ordered[k * ranks]`.
