@@ -16,7 +16,7 @@ _PUBLIC = {
     "megatron_rules": "megamult.integrations.megatron",
     "merge": "megamult.multipliers.merge",
     "param_groups": "megamult.optim.param_groups",
-    "TwoPhaseAdamW": "megamult.optim.adamw",
+    "TwoPhaseAdamW": "megamult.optim.two_phase_adamw",
     "TwoPhaseOptimizer": "megamult.optim.two_phase",
 }
 

@@ -17,7 +17,7 @@ from megamult.distributed.config import ParallelConfig
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
-from megamult.parameters.roles import resolve
+from megamult.parameters.roles import ROLES, resolve
 from megamult.train.config import TrainConfig
 from megamult.validation import require
 
@@ -41,9 +41,9 @@ class Config:
     def __post_init__(self) -> None:
         optimizer, train = self.optimizer, self.train
         require(
-            optimizer.warmup_steps + optimizer.decay_steps <= train.steps,
-            f"optimizer.warmup_steps {optimizer.warmup_steps} + optimizer.decay_steps {optimizer.decay_steps} "
-            f"exceed train.steps {train.steps}: shorten them",
+            optimizer.warmup_steps + optimizer.decay_steps + optimizer.final_steps <= train.steps,
+            f"optimizer.warmup_steps {optimizer.warmup_steps} + optimizer.decay_steps {optimizer.decay_steps} + "
+            f"optimizer.final_steps {optimizer.final_steps} exceed train.steps {train.steps}: shorten them",
         )
         require(
             not (train.dtype == "bf16" and self.parallel.zero_stage == 0 and train.accumulation_dtype == "fp32"),
@@ -54,16 +54,47 @@ class Config:
             self.checkpoint.load != "latest" or train.run_dir is not None,
             "checkpoint.load is latest and train.run_dir is not set: name the run directory that holds the checkpoints",
         )
-        tensor, model = self.parallel.tensor, self.model
+        tensor, model, placement = self.parallel.tensor, self.model, resolve(self.multipliers.placement)
         require(
-            not (
-                self.multipliers.implementation == "folded"
-                and model.tie_embeddings
-                and resolve(self.multipliers.placement).get("embedding")
-            ),
+            not (self.multipliers.implementation == "folded" and model.tie_embeddings and placement.get("embedding")),
             "model.tie_embeddings is true with multipliers.implementation folded and multipliers.placement "
             f"{self.multipliers.placement!r}: the embedding's multipliers would reach the head too; set tie_embeddings "
             "to false, or placement to a mapping without embedding",
+        )
+        of_head = [
+            key
+            for key, given in (
+                ("multipliers.placement", self.multipliers.implementation != "none" and placement.get("head")),
+                ("model.init_std_factors", "head" in model.init_std_factors),
+                ("optimizer.lr_factors", "head" in optimizer.lr_factors),
+                ("optimizer.weight_decay_factors", "head" in optimizer.weight_decay_factors),
+            )
+            if given
+        ]
+        require(
+            not (model.tie_embeddings and of_head),
+            f"model.tie_embeddings is true, so the head has no weight of its own, and {', '.join(of_head)} names the "
+            "head: leave it out there, or set tie_embeddings to false",
+        )
+        of_fixed = [
+            f"optimizer.weight_decay_factors.{role}"
+            for role in optimizer.weight_decay_factors
+            if self.multipliers.norm == "fixed" and ROLES[role].orthogonalized
+        ]
+        require(
+            not of_fixed,
+            f"multipliers.norm is fixed, and then {', '.join(of_fixed)} has no effect, because matrices of fixed norm "
+            "have no weight decay: leave it out",
+        )
+        frozen = {"norm": model.norms, "final_norm": model.final_norm}
+        useless = [
+            f"optimizer.lr_factors.{role}"
+            for role, kind in frozen.items()
+            if kind == "frozen" and role in optimizer.lr_factors
+        ]
+        require(
+            not useless,
+            f"{', '.join(useless)} has no effect, because model.norms or model.final_norm is frozen: leave it out",
         )
         require(
             not (self.parallel.sequence and tensor == 1),

@@ -27,6 +27,36 @@ PLACEMENTS: dict[str, Any] = {
     # Uneven: at TP 4 some ranks hold no row of K or V, others no row of Q.
     "mapping": {"q": "row", "k": ["row", "scalar"], "v": "col", "up": "row", "down": "scalar"},
 }
+_EVERY_ROLE = ("q", "k", "v", "attention_out", "gate", "up", "down", "embedding", "head")
+KNOBS: dict[str, dict[str, dict[str, Any]]] = {
+    "": {},
+    "initial": {"multipliers": {"initial": {"q": {"row": 2.0, "col": 0.5}, "down": {"row": 4.0, "col": 1.0}}}},
+    "fixed": {"multipliers": {"norm": "fixed"}},
+    "hyperball": {"multipliers": {"norm": "fixed", "placement": {}}},
+    # Every key that changes learning rates, decays, initial values, norms or clipping of single roles, at once.
+    "all": {
+        "model": {"norms": "scalar", "final_norm": "frozen", "init_std_factors": {"down": 4.0, "k": 0.5, "head": 2.0}},
+        "multipliers": {
+            "placement": {role: ["row", "col"] for role in _EVERY_ROLE},
+            "lr": 2e-3,
+            "lr_factors": {"q": 0.5, "head": 2.0, "down": {"row": 2.0, "col": 0.0}},
+            "weight_decay": 0.5,
+            "weight_decay_factors": {"k": 4.0, "up": {"col": 0.0}},
+            "schedule": "constant",
+            "clip": "joint",
+            "initial": {
+                "v": {"row": 0.5, "col": 3.0},
+                "down": {"row": 1.0, "col": 0.25},
+                "head": {"row": 1.5, "col": 1.0},
+                "embedding": {"row": 2.0, "col": 0.75},
+            },
+        },
+        "optimizer": {
+            "lr_factors": {"k": 0.25, "up": 2.0, "embedding": 0.5, "norm": 3.0, "head": 0.0, "attention_out": 0.0},
+            "weight_decay_factors": {"q": 0.0, "down": 30.0, "embedding": 5.0},
+        },
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +75,8 @@ class Case:
     dtype: str = "fp32"
     implementation: str = "layer"
     steps: int = 5
+    knobs: str = ""
+    """Further keys of the configuration, one of KNOBS."""
     sub_group_size: int | None = None
     """Elements of a ZeRO 3 sub-group: DeepSpeed steps once for each."""
 
@@ -59,6 +91,7 @@ class Case:
             optimizer=self.optimizer,
             dtype=self.dtype,
             steps=self.steps,
+            knobs=self.knobs,
         )
 
     @property
@@ -76,11 +109,15 @@ class Case:
     def config(self) -> Config:
         """A run of the small model."""
         batch = 16
+        more = {section: KNOBS[self.knobs].get(section, {}) for section in ("model", "multipliers", "optimizer")}
         return Config(
-            model=replace(SMALL, tie_embeddings=self.tied),
+            model=replace(SMALL, tie_embeddings=self.tied, **more["model"]),
             multipliers=MultipliersConfig(
-                implementation=self.implementation,  # type: ignore[arg-type]
-                placement=PLACEMENTS[self.placement],
+                **{
+                    "implementation": self.implementation,
+                    "placement": PLACEMENTS[self.placement],
+                    **more["multipliers"],
+                }
             ),
             # eps: where a gradient vanishes, AdamW divides its rounding by its size. Elements here are of 1e-4 to
             # 1e-2, and sums in another order differ by about 1e-9; eps 1e-4 keeps that below 1e-5 of an update.
@@ -90,6 +127,7 @@ class Case:
                 adamw=AdamWConfig(eps=1e-4),
                 clip_grad_norm=0.5,
                 warmup_steps=2,
+                **more["optimizer"],
             ),
             deepspeed=None
             if self.sub_group_size is None
@@ -172,7 +210,7 @@ def train(cases: Sequence[Case]) -> dict[Case, Outcome]:
 def name_of(case: Case) -> str:
     """For pytest's output."""
     flags = [case.placement, case.implementation]
-    flags += [flag for flag in ("sequence", "tied", "recompute") if getattr(case, flag)]
+    flags += [flag for flag in ("sequence", "tied", "recompute", "knobs") if getattr(case, flag)]
     return f"{case.world}p-tp{case.tensor}-zero{case.zero}-acc{case.accumulation}-{'-'.join(flags)}"
 
 

@@ -79,6 +79,53 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
         r"optimizer\.name is 'adamw', which does not use optimizer\.muon\.momentum, .*remove them, or set .* to muon$",
     ),
     ({"optimizer": {"clip_grad_norm": -1.0}}, r"optimizer\.clip_grad_norm is -1\.0"),
+    (
+        {"optimizer": {"lr_factors": {"heads": 2.0, "q": -1.0}}},
+        r"lr_factors names the role 'heads': use one of q, .*; optimizer\.lr_factors\.q is -1\.0: give a number",
+    ),
+    (
+        {"optimizer": {"weight_decay_factors": {"norm": 2.0}}},
+        r"weight_decay_factors names the role 'norm': these have weight decay: q, .* head$",
+    ),
+    (
+        {"multipliers": {"lr_factors": {"head": 2.0}}},
+        r"lr_factors names the role 'head', which has no multipliers in t",
+    ),
+    (
+        {"multipliers": {"placement": "symmetry_free", "weight_decay_factors": {"q": {"col": 2.0, "row": "x"}}}},
+        r"factors\.q names the side 'col': q has row in .*; multipliers\.weight_decay_factors\.q\.row is 'x': give a",
+    ),
+    (
+        {"multipliers": {"initial": {"down": 2.0}}},
+        r"initial\.down is 2\.0, and down has the sides col, row: give a number",
+    ),
+    ({"multipliers": {"initial": {"down": {"row": 0.0}}}}, r"initial\.down\.row is 0\.0: give a positive number"),
+    (
+        {"multipliers": {"implementation": "none", "initial": {"q": {"row": 1.0}}, "lr_factors": {"q": 1.0}}},
+        r"implementation is none, and then multipliers\.lr_factors, multipliers\.initial has no effect: leave it out",
+    ),
+    (
+        {"multipliers": {"norm": "fixed"}, "optimizer": {"weight_decay_factors": {"q": 2.0, "embedding": 2.0}}},
+        r"norm is fixed, and then optimizer\.weight_decay_factors\.q has no effect, .*: leave it out",
+    ),
+    ({"multipliers": {"clip": "some"}}, r"multipliers\.clip is 'some': use one of out, own, joint"),
+    ({"model": {"norms": "none"}}, r"model\.norms is 'none': use one of vector, scalar, frozen"),
+    (
+        {"model": {"init_std_factors": {"norm": 2.0, "q": 0.0}}},
+        r"role 'norm': these are drawn .*\.q is 0\.0: give a posit",
+    ),
+    (
+        {"model": {"norms": "frozen"}, "optimizer": {"lr_factors": {"norm": 2.0}}},
+        r"optimizer\.lr_factors\.norm has no effect, because model\.norms or model\.final_norm is frozen: leave it out",
+    ),
+    (
+        {
+            "model": {"tie_embeddings": True, "init_std_factors": {"head": 2.0}},
+            "multipliers": {"placement": {"head": "col"}},
+            "optimizer": {"lr_factors": {"head": 2.0}},
+        },
+        r"tie_embeddings is true, .*multipliers\.placement, model\.init_std_factors, optimizer\.lr_factors names",
+    ),
     ({"optimizer": {"lr": 0.1, "min_lr": 0.2}}, r"min_lr is 0\.2, above optimizer\.lr 0\.1: lower it"),
     (
         {"optimizer": {"decay": "exponential", "decay_steps": 5}},
@@ -86,7 +133,15 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ),
     (
         {"optimizer": {"warmup_steps": 8, "decay_steps": 3}, "train": {"steps": 10}},
-        r"warmup_steps 8 \+ optimizer\.decay_steps 3 exceed train\.steps 10: shorten",
+        r"warmup_steps 8 \+ optimizer\.decay_steps 3 \+ optimizer\.final_steps 0 exceed train\.steps 10: shorten",
+    ),
+    (
+        {"optimizer": {"decay_steps": 4, "final_steps": 3, "min_lr": 1e-4}, "train": {"steps": 6}},
+        r"decay_steps 4 \+ optimizer\.final_steps 3 exceed train\.steps 6: shorten",
+    ),
+    (
+        {"optimizer": {"decay_steps": 4, "final_steps": 3}},
+        r"final_steps is 3 with optimizer\.decay_steps 4 and optimizer\.min_lr 0\.0: .*make both positive",
     ),
     ({"parallel": {"tensor": 0}}, r"parallel\.tensor is 0: it must be positive"),
     ({"parallel": {"zero_stage": 4}}, r"parallel\.zero_stage is 4: use 0, 1, 2 or 3"),

@@ -129,3 +129,18 @@ def test_step_launches_counts_few_kernels_for_a_band_and_for_all_norms() -> None
             "effective weights": int(bands) + int(slices),
         }[work] + 12
         assert 0 < int(calls) <= most, (work, calls)
+
+
+def test_muon_and_adam_s_steps_do_not_grow_with_the_width_under_mup() -> None:
+    """Of the activations that the blocks and the head write: without muP, AdamW's steps grow with the width."""
+    for optimizer in ("adamw", "muon"):
+        said = _run(
+            str(EXAMPLES / "experiments" / "coord_check.py"), "--widths", "64", "128", "256", "--optimizer", optimizer
+        )
+        slopes = {(row[:12].strip(), row[12:32].strip()): float(row.split()[-1]) for row in said.splitlines()[1:]}
+        assert len(slopes) == 8
+        for name in ("attention output", "MLP output", "logits"):
+            # Four steps of fp32 on one batch: finite widths leave slopes of about 0.1.
+            assert abs(slopes["muP", name]) < 0.3, (optimizer, slopes)
+        if optimizer == "adamw":
+            assert slopes["standard", "logits"] > 0.6 and slopes["standard", "MLP output"] > 0.6, slopes

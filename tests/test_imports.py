@@ -18,6 +18,7 @@ PACKAGE = REPOSITORY / "megamult"
 DATA_FLOW = [
     ["megamult"],  # imports nothing at import time; its public names are looked up when asked for
     [
+        "megamult.models.common.norm_weight",
         "megamult.models.common.vocabulary",
         "megamult.runtime.exit_codes",
         "megamult.runtime.patience",
@@ -116,6 +117,8 @@ PURE = [
     "megamult.parameters.spec",
     "megamult.parameters.rectangles",
     "megamult.parameters.roles",
+    "megamult.parameters.by_role",
+    "megamult.parameters.initial",
     "megamult.multipliers.reference",
     "megamult.multipliers.merge",
     "megamult.multipliers.kernels",
@@ -123,7 +126,9 @@ PURE = [
     "megamult.multipliers.scaling",
     "megamult.multipliers.specs",
     "megamult.models.common.draw",
+    "megamult.models.common.norm_weight",
     "megamult.models.common.vocabulary",
+    "megamult.models.llama.mup",
     "megamult.optim.clip",
     "megamult.optim.muon.newton_schulz",
     "megamult.optim.param_groups",

@@ -9,6 +9,7 @@ import platform
 from dataclasses import dataclass, field
 from typing import Any
 
+from megamult.multipliers.config import CLIP_OF_BOOL
 from megamult.optim.legacy import modern
 
 FORMAT = 1
@@ -86,6 +87,9 @@ class CheckpointInfo:
             raise ValueError("its configuration is no mapping of sections")
         if "optimizer" in config:
             config["optimizer"] = modern(config["optimizer"])
+        multipliers = config.get("multipliers")
+        if isinstance(multipliers, dict) and isinstance(multipliers.get("clip"), bool):  # the earlier type
+            multipliers["clip"] = CLIP_OF_BOOL[multipliers["clip"]]
         known = {each.name for each in dataclasses.fields(CheckpointInfo)}
         try:
             return CheckpointInfo(**{key: value for key, value in loaded.items() if key in known})

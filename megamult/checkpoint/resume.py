@@ -26,6 +26,7 @@ from megamult.distributed.mesh import Mesh
 from megamult.huggingface.files import TOKENIZER_FOLDER, tokenizer_identity
 from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.specs import LEAVES
+from megamult.optim.fixed_norm import NORM
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.roles import Placement, resolve
 from megamult.settings import Why, fixed_keys, fixed_values
@@ -215,6 +216,12 @@ def restore(
     fresh = reset_optimizer or info.optimizer is None
     chunks = held(partition, optimizer)
     new = {c.name for c in chunks if c.name not in checkpoint.shapes and c.name.rpartition(".")[2] in LEAVES.values()}
+    if optimizer.fixed is not None:
+        optimizer.fixed.norms.fill_(torch.nan)  # those that the checkpoint does not have are measured after loading
+        new |= {c.name for c in chunks if c.name not in checkpoint.shapes and c.name.startswith(f"optimizer.{NORM}.")}
+    for chunk in chunks:
+        if chunk.name in new and chunk.name.startswith("model."):
+            chunk.load().fill_(1.0)  # multipliers.initial is for a run that begins: this one keeps its function
     wanted = [c for c in chunks if c.name not in new and not (fresh and c.name.startswith("optimizer."))]
     checkpoint.load(wanted, process_groups.files())
     counts = {"updates": 0, "skipped_steps": 0} if fresh else info.optimizer

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from megamult.checkpoint.chunks import Chunk
+from megamult.optim.fixed_norm import NORM
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.axes import Coordinates
 from megamult.parameters.rectangles import boxes, rectangles
@@ -51,6 +52,9 @@ def _chunks(partition: Partition, optimizer: TwoPhaseOptimizer, once: bool) -> I
         yield from _of_interval(what, piece, mesh.coordinates, piece.start + start, part, once)
     for what, name, values in optimizer.row_views(partition):
         yield Chunk.whole(full_name(what, name), values)
+    if optimizer.fixed is not None and (mesh.rank == 0 or not once):
+        for name, values in optimizer.fixed.views():
+            yield Chunk.whole(full_name(NORM, name), values)
     if optimizer.folded is not None and (mesh.rank == 0 or not once):
         for what, vector, values in optimizer.folded.views():
             yield Chunk.whole(full_name(what, vector.name), values)

@@ -66,8 +66,11 @@ class _Source:
         Raises:
             ValueError: a finite value is not finite in `dtype`.
         """
-        tensors = {key: saved.read(f"model.{key}").float() for key in (self.weight.logical, *self.multipliers)}
-        effective = merge(tensors)[self.weight.logical]
+        if self.weight.stored_shape is None:
+            effective = torch.ones(self.weight.shape)
+        else:
+            tensors = {key: saved.read(f"model.{key}").float() for key in (self.weight.logical, *self.multipliers)}
+            effective = merge(tensors)[self.weight.logical].expand(self.weight.shape)
         tensor = effective.to(dtype)
         if not tensor.isfinite().all() and effective.isfinite().all():
             raise ValueError(
@@ -151,7 +154,8 @@ def _sources(
                 yield _Source(weight.hugging_face, parted, ())
             continue
         multipliers = weight.multipliers(placement)
-        for name, shape in {weight.logical: weight.shape, **multipliers}.items():
+        stored = {} if weight.stored_shape is None else {weight.logical: weight.stored_shape}
+        for name, shape in {**stored, **multipliers}.items():
             expected[name] = shape
             if saved.shapes.get(f"model.{name}") != shape:
                 raise ValueError(

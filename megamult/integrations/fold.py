@@ -12,12 +12,13 @@ from torch.nn import Parameter
 
 from megamult.distributed.mesh import current_mesh
 from megamult.integrations.rules import Rule, one_tensor
-from megamult.multipliers.config import MultipliersConfig
+from megamult.multipliers.config import MultiplierClip, MultipliersConfig
 from megamult.optim import legacy
 from megamult.optim.build import make_optimizer
 from megamult.optim.config import OptimizerConfig, check_used, rule_sections
 from megamult.optim.folded import covers
 from megamult.optim.two_phase import TwoPhaseOptimizer
+from megamult.parameters.initial import Initial
 from megamult.parameters.roles import ROLES, Placement, resolve
 from megamult.parameters.spec import ParameterSpec, Role, Side
 from megamult.parameters.stated import has_spec, set_spec, spec_of, stored_shape
@@ -31,7 +32,8 @@ def fold(
     placement: str | Mapping[str, str | Sequence[str]] = "all",
     multiplier_lr: float | None = None,
     multiplier_weight_decay: float = 2e-3,
-    clip_multipliers: bool = False,
+    clip_multipliers: MultiplierClip | bool = "out",
+    multipliers: Mapping[str, Any] | None = None,
     initial: float | Callable[[Role, Side], float] = 1.0,
 ) -> TwoPhaseOptimizer:
     """Return an optimizer that adds learnable multipliers (arXiv 2601.04890) to a model, and trains both.
@@ -65,7 +67,9 @@ def fold(
         placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar.
         multiplier_lr: peak learning rate of multipliers; that of the optimizer if None.
         multiplier_weight_decay: decoupled weight decay of multipliers.
-        clip_multipliers: whether to clip the multipliers' gradient by its own norm, at the optimizer's threshold.
+        clip_multipliers: clipping of the multipliers' gradient at the optimizer's threshold: out (not clipped), own (by
+            its own norm) or joint (one norm for all gradients). False means out, and True means own.
+        multipliers: further keys of the section `multipliers` of a run: `lr_factors` and `weight_decay_factors`.
         initial: initial value of all multipliers, or a function from (role, side) to it. The model's present weights
             become W, so an initial value other than 1 rescales the effective weights.
 
@@ -80,7 +84,18 @@ def fold(
     """
     chosen = _optimizer_config(optimizer)
     sides: Any = placement if isinstance(placement, str) else {r: _listed(s) for r, s in placement.items()}
-    multipliers = MultipliersConfig("folded", sides, multiplier_lr, multiplier_weight_decay, clip_multipliers)
+    further = dict(multipliers or {})
+    unknown = [key for key in further if key not in _FURTHER]
+    if unknown:
+        raise ValueError(f"multipliers has the keys {', '.join(unknown)}: use only {', '.join(_FURTHER)}")
+    settings = MultipliersConfig(
+        "folded",
+        sides,
+        multiplier_lr,
+        weight_decay=multiplier_weight_decay,
+        clip=clip_multipliers,
+        **further,
+    )
     start = initial if callable(initial) else lambda role, side: initial
     resolved = resolve(placement)
     for role, chosen_sides in resolved.items():
@@ -99,7 +114,11 @@ def fold(
         raise ValueError(f"placement is {placement!r}: it gives multipliers to no role; name one")
     for parameter, spec in specs.items():
         set_spec(parameter, spec)
-    return make_optimizer(model, chosen, multipliers, start)
+    return make_optimizer(model, chosen, settings, Initial(start))
+
+
+_FURTHER = ("lr_factors", "weight_decay_factors")
+"""Keys of the section `multipliers` that `fold` takes in its argument of this name."""
 
 
 def _listed(sides: str | Sequence[str]) -> list[str]:
@@ -244,7 +263,7 @@ def _state(parameter: Parameter, name: str, rule: Rule, tp_size: int) -> Paramet
         return rule(parameter)
     if rule not in ROLES:
         raise ValueError(f"the rule of {name} gives the role {rule!r}: use one of {', '.join(ROLES)}")
-    if rule != "norm" and len(stored_shape(parameter)) != 2:
+    if ROLES[rule].decay and len(stored_shape(parameter)) != 2:
         raise ValueError(
             f"{name} has the shape {stored_shape(parameter)}, and its rule gives it the role {rule}, of a matrix: "
             "narrow the rule (end it with weight$), or give a spec"

@@ -14,5 +14,6 @@ LLAMA_RULES: dict[str, Rule] = {
     r"\bdown_proj\.weight$": "down",
     r"\bembed_tokens\.weight$": "embedding",
     r"\blm_head\.weight$": "head",
+    r"\bnorm\.weight$": "final_norm",
 }
 """Rules for the parameter names of Hugging Face's LlamaForCausalLM. Mistral, Qwen and other models have them too."""

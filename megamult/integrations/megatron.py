@@ -49,8 +49,8 @@ def megatron_rules(config: TransformerConfig, vocab_size: int) -> dict[str, Rule
             padded = stored_shape(parameter)[0] * tp_size
             if vocab_size > padded:
                 raise ValueError(
-                    f"vocab_size is {vocab_size}, and the {role} of the model has {padded} rows: give the exact number "
-                    "of tokens, without padding"
+                    f"vocab_size is {vocab_size}, but the {role} of the model has only {padded} rows, padding "
+                    "included: give the exact number of tokens, without padding"
                 )
             return megatron.vocabulary(role, vocab_size, padded, hidden)
 
@@ -63,6 +63,7 @@ def megatron_rules(config: TransformerConfig, vocab_size: int) -> dict[str, Rule
         r"\blinear_fc2\.weight$": megatron.single_matrix("down", hidden, ffn, 1),
         r"\bword_embeddings\.weight$": vocabulary("embedding"),
         r"\boutput_layer\.weight$": vocabulary("head"),
+        r"\bfinal_layernorm\.weight$": "final_norm",
     }
     if config.add_bias_linear or config.add_qkv_bias:
         rules[r"\blinear_qkv\.bias$"] = megatron.bias_of(qkv)

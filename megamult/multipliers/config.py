@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
+from megamult.parameters.by_role import BySide, resolve_by_side
+from megamult.parameters.initial import Initial
 from megamult.parameters.roles import resolve
-from megamult.validation import not_negative, positive
+from megamult.validation import not_negative, positive, require
+
+MultiplierClip = Literal["out", "own", "joint"]
+"""Clipping of the multipliers' gradient. out: none. own: by its own norm. joint: one norm and one factor for all
+gradients, multipliers included."""
+CLIP_OF_BOOL: dict[bool, MultiplierClip] = {False: "out", True: "own"}
+"""Values of `clip` by the values that the key had in earlier versions, which are still accepted."""
 
 
 @dataclass
@@ -18,17 +26,56 @@ class MultipliersConfig:
     holds effective weights, so that micro-batches cost nothing extra. none: there are no multipliers."""
     placement: str | dict[str, str | list[str]] = "all"
     """Sides that have multipliers: all, symmetry_free, scalar (one multiplier per logical matrix), or a mapping from
-    role to row, col, scalar or a list of these."""
+    role to row, col, scalar or a list of these. Only a mapping can give multipliers to the role head."""
     lr: float | None = None
-    """Peak learning rate of the multipliers, or null to use optimizer.lr. The schedule is that of optimizer.lr."""
+    """Peak learning rate of the multipliers, or null to use optimizer.lr."""
+    lr_factors: BySide = field(default_factory=dict)
+    """Factors of this learning rate by role, or by role and side, such as {q: 0.5, down: {row: 2.0}}. With the factor 0
+    multipliers stay constant, and their gradients are in no norm."""
+    schedule: Literal["same", "constant"] = "same"
+    """same: the learning rate follows the schedule of optimizer.lr. constant: it always has its peak value."""
     weight_decay: float = 2e-3
     """Decoupled weight decay of the multipliers."""
-    clip: bool = False
-    """true: clip the gradients of all multipliers together to the norm optimizer.clip_grad_norm. false: do not clip
-    them. In both cases, the norm that clips all other gradients does not include them."""
+    weight_decay_factors: BySide = field(default_factory=dict)
+    """Factors of this weight decay by role, or by role and side."""
+    clip: MultiplierClip | bool = "out"
+    """Clipping of the multipliers' gradients at the norm optimizer.clip_grad_norm. out: they are not clipped. own: they
+    are clipped by their own norm, all multipliers together. joint: one norm and one factor for all gradients,
+    multipliers included. false means out, and true means own."""
+    norm: Literal["free", "fixed"] = "free"
+    """free: weight decay and gradients decide the norms of the blocks' matrices. fixed: after every update each of
+    them is scaled back to the Frobenius norm that it began with. It has no weight decay, and its multipliers are its
+    gains (arXiv 2606.25971)."""
+    initial: BySide = field(default_factory=dict)
+    """Initial values by role, or by role and side, such as {head: {col: 0.5}}. The others start at 1."""
+    divide_weights: bool = True
+    """Whether initial weights are divided by the initial values, so that the model begins with the same effective
+    weights as with multipliers of 1. If false, the initial values change the function that the model computes."""
 
     def __post_init__(self) -> None:
-        resolve(self.placement)
+        placement = resolve(self.placement)
         not_negative("multipliers", weight_decay=self.weight_decay)
         if self.lr is not None:
             positive("multipliers", lr=self.lr)
+        if isinstance(self.clip, bool):
+            self.clip = CLIP_OF_BOOL[self.clip]
+        clips = get_args(MultiplierClip)
+        require(self.clip in clips, f"multipliers.clip is {self.clip!r}: use one of {', '.join(clips)}")
+        given = {key: getattr(self, key) for key in ("lr_factors", "weight_decay_factors", "initial")}
+        useless = [f"multipliers.{key}" for key, value in given.items() if value]
+        require(
+            self.implementation != "none" or not useless,
+            f"multipliers.implementation is none, and then {', '.join(useless)} has no effect: leave it out",
+        )
+        for key, value in given.items():
+            initial = key == "initial"
+            resolve_by_side(f"multipliers.{key}", value, placement, positive=initial, apart=initial)
+
+    def by_side(self, key: Literal["lr_factors", "weight_decay_factors", "initial"]) -> dict[tuple[str, str], float]:
+        """Return the numbers under one of these keys, by (role, side)."""
+        return dict(resolve_by_side(f"multipliers.{key}", getattr(self, key), resolve(self.placement)))
+
+    def initial_values(self) -> Initial:
+        """Return the initial values of the multipliers, and what becomes of the weights that they scale."""
+        values = self.by_side("initial")
+        return Initial(lambda role, side: values.get((role, side), 1.0), self.divide_weights)

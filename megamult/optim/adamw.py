@@ -1,8 +1,8 @@
-"""AdamW as an update rule, and the optimizer that updates every parameter with it."""
+"""AdamW as an update rule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch.optim.adamw import adamw
 
 from megamult.optim.rule import State, UpdateRule
 from megamult.optim.state import STEP
-from megamult.optim.two_phase import TwoPhaseOptimizer
 
 
 class AdamW(UpdateRule):
@@ -55,26 +54,3 @@ class AdamW(UpdateRule):
             eps=group["eps"],
             maximize=False,
         )
-
-
-class TwoPhaseAdamW(TwoPhaseOptimizer):
-    """Optimizer that updates every parameter with AdamW. By default, it does not clip the gradients of multipliers.
-
-    Args:
-        groups: param groups, made by :func:`megamult.param_groups`.
-        betas, eps: arguments of :class:`AdamW`.
-        driver: keyword arguments of :class:`megamult.optim.two_phase.TwoPhaseOptimizer`.
-
-    Raises:
-        ValueError: see :class:`megamult.optim.two_phase.TwoPhaseOptimizer`.
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        **driver: Any,
-    ) -> None:
-        super().__init__(groups, AdamW(betas, eps), **driver)

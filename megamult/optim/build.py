@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 
 import torch
 
@@ -13,10 +12,12 @@ from megamult.optim.adamw import AdamW
 from megamult.optim.config import OPTIMIZERS, OptimizerConfig
 from megamult.optim.folded import FoldedMultipliers
 from megamult.optim.param_groups import param_groups
+from megamult.optim.rates import Rate, Rates
 from megamult.optim.rule import UpdateRule
 from megamult.optim.two_phase import TwoPhaseOptimizer
+from megamult.parameters.initial import Initial
 from megamult.parameters.roles import resolve
-from megamult.parameters.spec import Role, Side
+from megamult.parameters.stated import named_specs
 
 _DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,7 +26,7 @@ def make_optimizer(
     model: torch.nn.Module,
     chosen: OptimizerConfig,
     multipliers: MultipliersConfig,
-    initial: Callable[[Role, Side], float] = lambda role, side: 1.0,
+    initial: Initial | None = None,
     mesh: Mesh | None = None,
 ) -> TwoPhaseOptimizer:
     """Make the optimizer of all trainable parameters of a model; its groups begin at their peak learning rate.
@@ -35,7 +36,7 @@ def make_optimizer(
         chosen: the optimizer's name and settings. The training loop applies the schedule, not the optimizer.
         multipliers: settings of the multipliers. Folded multipliers are made here; multipliers of the layer
             implementation are already parameters of the model.
-        initial: function from (role, side) to the initial value of the folded multipliers there.
+        initial: initial values of the folded multipliers; if None, those in `multipliers`.
         mesh: the mesh of the processes. If None, the mesh is made from the process groups that exist.
 
     Raises:
@@ -47,14 +48,22 @@ def make_optimizer(
         weight_decay=chosen.weight_decay,
         multiplier_lr=multipliers.lr,
         multiplier_weight_decay=multipliers.weight_decay,
+        multiplier_schedule=multipliers.schedule,
     )
+    fixed_norm = multipliers.norm == "fixed"
+    for group in groups:
+        if fixed_norm and group["kind"] == "matrix":
+            group["weight_decay"] = 0.0
+    rates = rates_of(model, chosen, multipliers)
     folded = None
     if multipliers.implementation == "folded":
         folded = FoldedMultipliers(
             resolve(multipliers.placement),
             lr=chosen.lr if multipliers.lr is None else multipliers.lr,
             weight_decay=multipliers.weight_decay,
-            initial=initial,
+            initial=initial or multipliers.initial_values(),
+            rates=rates,
+            constant_lr=multipliers.schedule == "constant",
             **chosen.keys_of("adamw"),
         )
     return TwoPhaseOptimizer(
@@ -64,9 +73,45 @@ def make_optimizer(
         clip_grad_norm=chosen.clip_grad_norm,
         clip_multipliers=multipliers.clip,
         skip_grad_norm=chosen.skip_grad_norm,
+        rates=rates,
+        fixed_norm=fixed_norm,
         model=model,
         folded=folded,
         mesh=mesh,
+    )
+
+
+def rates_of(model: torch.nn.Module, chosen: OptimizerConfig, multipliers: MultipliersConfig) -> Rates:
+    """Return the factors of learning rate and weight decay that a configuration gives to single roles.
+
+    Raises:
+        ValueError: the configuration names a role that no trainable parameter of the model has.
+    """
+    present = {part.role for _, _, spec in named_specs(model) if spec.side is None for part in spec.parts}
+    absent = [
+        f"optimizer.{key}.{role}"
+        for key in ("lr_factors", "weight_decay_factors")
+        for role in getattr(chosen, key)
+        if role not in present
+    ]
+    absent += [
+        f"multipliers.{key}.{role}"
+        for key in ("lr_factors", "weight_decay_factors", "initial")
+        for role in getattr(multipliers, key)
+        if role not in present
+    ]
+    if absent:
+        raise ValueError(
+            f"{', '.join(absent)}: no trainable parameter of the model has such a role; leave it out, or use one of "
+            f"{', '.join(sorted(present))}"
+        )
+    lr, decay = multipliers.by_side("lr_factors"), multipliers.by_side("weight_decay_factors")
+    return Rates(
+        {
+            role: Rate(chosen.lr_factors.get(role, 1.0), chosen.weight_decay_factors.get(role, 1.0))
+            for role in {**chosen.lr_factors, **chosen.weight_decay_factors}
+        },
+        {side: Rate(lr.get(side, 1.0), decay.get(side, 1.0)) for side in {**lr, **decay}},
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megamult.zero.partition import Partition
+from megamult.multipliers.config import MultiplierClip
+from megamult.optim.rates import Rates, runs_of_slice
+from megamult.zero.partition import Partition, Slice
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,39 @@ class Norms:
     """Norm over the multipliers."""
 
     @property
+    def joint(self) -> float:
+        """Norm over all parameters."""
+        return math.hypot(self.main, self.multipliers)
+
+    @property
     def finite(self) -> bool:
         """Whether no gradient element is infinite or NaN."""
         return math.isfinite(self.main) and math.isfinite(self.multipliers)
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """Rule by which a step clips gradients and is skipped."""
+
+    threshold: float
+    """Largest norm of the gradient of all parameters except multipliers; with `joint`, of all. 0: no clipping."""
+    multipliers: MultiplierClip = "out"
+    skip_above: float = 0.0
+    """The step is skipped if the norm that `threshold` limits is above this value; 0: no limit."""
+
+    def skips(self, norms: Norms) -> bool:
+        """Return whether a step with these norms is skipped."""
+        return not norms.finite or 0 < self.skip_above < self._limited(norms)
+
+    def factors(self, norms: Norms) -> tuple[float, float]:
+        """Return the factor of all gradients except those of multipliers, and the factor of those."""
+        main = clip_factor(self._limited(norms), self.threshold)
+        if self.multipliers == "own":
+            return main, clip_factor(norms.multipliers, self.threshold)
+        return main, main if self.multipliers == "joint" else 1.0
+
+    def _limited(self, norms: Norms) -> float:
+        return norms.joint if self.multipliers == "joint" else norms.main
 
 
 class LocalSquares:
@@ -36,11 +68,14 @@ class LocalSquares:
     Args:
         partition: the slices that this process holds.
         device: the device of the slices.
+        rates: rates of the model. Elements whose factor of the learning rate is 0 do not count.
     """
 
-    def __init__(self, partition: Partition, device: torch.device) -> None:
+    def __init__(self, partition: Partition, device: torch.device, rates: Rates) -> None:
         self._counted = [
-            (i, start, length) for i, piece in enumerate(partition.slices) for start, length in partition.counted(piece)
+            (i, start, length)
+            for i, piece in enumerate(partition.slices)
+            for start, length in _changing(piece, partition, rates)
         ]
         of_multipliers = [partition.slices[i].spec.side is not None for i, _, _ in self._counted]
         self._of_multipliers = torch.tensor(of_multipliers, dtype=torch.bool, device=device)
@@ -59,6 +94,20 @@ class LocalSquares:
         zero = squares.new_zeros(())
         mask = self._of_multipliers
         return torch.stack([torch.where(mask, zero, squares).sum(), torch.where(mask, squares, zero).sum()])
+
+
+def _changing(piece: Slice, partition: Partition, rates: Rates) -> Iterator[tuple[int, int]]:
+    """Yield the parts (start, length) of a slice that a sum over processes includes and whose learning rate is not
+    0."""
+    runs = runs_of_slice(piece, partition, rates)
+    if all(run.rate.lr != 0 for run in runs):
+        yield from partition.counted(piece)
+        return
+    for first, length in partition.counted(piece):
+        for run in runs:
+            start, stop = max(first, run.start), min(first + length, run.stop)
+            if run.rate.lr != 0 and start < stop:
+                yield start, stop - start
 
 
 def clip_factor(norm: float, threshold: float) -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
+from megamult.parameters.by_role import ByRole, check_by_role
 from megamult.validation import not_negative, positive, require
 
 DType = Literal["auto", "fp32", "bf16"]
@@ -118,6 +119,12 @@ class OptimizerConfig:
     """Peak learning rate."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the blocks' matrices, the embedding and the head."""
+    lr_factors: ByRole = field(default_factory=dict)
+    """Factors of the learning rate by role, such as {head: 0.5, norm: 2.0}. The roles are q, k, v, attention_out, gate,
+    up, down, embedding, head, norm and final_norm. With the factor 0 weights stay constant, and their gradients are in
+    no norm."""
+    weight_decay_factors: ByRole = field(default_factory=dict)
+    """Factors of the weight decay by role. Norms have no weight decay."""
     clip_grad_norm: float = 1.0
     """Largest global L2 norm of the gradient of all parameters except multipliers; above it, the gradient is clipped.
     0 means no clipping."""
@@ -127,12 +134,15 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Number of steps at the beginning of the run in which the learning rate rises linearly from 0."""
     decay_steps: int = 0
-    """Number of steps at the end of the run in which the learning rate falls to min_lr. Between warm-up and this fall
-    the learning rate is lr."""
+    """Number of steps in which the learning rate falls to min_lr. They are the last steps before final_steps. Between
+    warm-up and this fall the learning rate is lr."""
     decay: Literal["linear", "cosine", "exponential", "inverse_sqrt"] = "linear"
     """Curve by which the learning rate falls over decay_steps."""
     min_lr: float = 0.0
     """Learning rate at the end of decay_steps. It must be positive if decay is exponential or inverse_sqrt."""
+    final_steps: int = 0
+    """Number of steps at the end of the run in which the learning rate stays at min_lr. They need decay_steps, and a
+    positive min_lr."""
     adamw: AdamWConfig | None = None
     muon: MuonConfig | None = None
     normuon: NorMuonConfig | None = None
@@ -145,6 +155,13 @@ class OptimizerConfig:
         for name in OPTIMIZERS[self.name].sections:
             if given[name] is None:
                 setattr(self, name, rule_sections()[name]())
+        check_by_role("optimizer.lr_factors", self.lr_factors, lambda role: True, "use one of")
+        check_by_role(
+            "optimizer.weight_decay_factors",
+            self.weight_decay_factors,
+            lambda role: role.decay,
+            "these have weight decay:",
+        )
         positive("optimizer", lr=self.lr)
         not_negative(
             "optimizer",
@@ -154,12 +171,18 @@ class OptimizerConfig:
             warmup_steps=self.warmup_steps,
             decay_steps=self.decay_steps,
             min_lr=self.min_lr,
+            final_steps=self.final_steps,
         )
         require(self.min_lr <= self.lr, f"optimizer.min_lr is {self.min_lr}, above optimizer.lr {self.lr}: lower it")
         require(
             self.min_lr > 0 or self.decay_steps == 0 or self.decay not in ("exponential", "inverse_sqrt"),
             f"optimizer.min_lr is {self.min_lr} with optimizer.decay {self.decay}: it never reaches 0; set a "
             "positive min_lr",
+        )
+        require(
+            self.final_steps == 0 or (self.decay_steps > 0 and self.min_lr > 0),
+            f"optimizer.final_steps is {self.final_steps} with optimizer.decay_steps {self.decay_steps} and "
+            f"optimizer.min_lr {self.min_lr}: its steps are at min_lr, after the fall; make both positive",
         )
 
     @staticmethod

@@ -13,8 +13,8 @@ this vector takes one all-reduce per step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ from megamult.distributed import device
 from megamult.multipliers import kernels
 from megamult.multipliers.scaling import Band, Factors, PackedScaling, bands
 from megamult.multipliers.specs import LEAVES
+from megamult.optim.adamw import AdamW
+from megamult.optim.rates import ONE, Rates, Run, apply_by_rate
+from megamult.optim.state import STEP
+from megamult.parameters.initial import Initial
 from megamult.parameters.rectangles import rectangles
 from megamult.parameters.roles import Placement
 from megamult.parameters.spec import ParameterSpec, Role, Segment, Side
@@ -32,7 +36,7 @@ from megamult.zero.partition import Partition
 LATENT = "latent_weight"
 """Key of the latent weight W in the optimizer's state."""
 
-_STATES = ("exp_avg", "exp_avg_sq")
+_STATES = tuple(state.key for state in AdamW.states)
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,21 @@ class FoldedMultipliers:
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    initial: Callable[[Role, Side], float] = lambda role, side: 1.0
-    """Function from (role, side) to the initial value of the multipliers there."""
+    initial: Initial = field(default_factory=Initial)
+    """Initial values of the multipliers."""
+    rates: Rates = field(default_factory=Rates)
+    """Factors of learning rate and weight decay of the multipliers of single roles and sides."""
+    constant_lr: bool = False
+    """Whether the learning rate stays at its peak in all steps."""
 
     def covers(self, spec: ParameterSpec) -> bool:
         """Return whether a parameter has folded multipliers."""
         return covers(spec, self.placement)
 
     def bind(self, partition: Partition, state: MutableMapping[Tensor, Any]) -> BoundMultipliers:
-        """Create the multipliers of a partition. The masters hold W; copy W to `state`, and set the masters to W_eff.
+        """Create the multipliers of a partition.
+
+        On entry the masters hold the initial weights. Copy W into `state`, then set the masters to W_eff.
 
         Args:
             partition: the partition, before the first step and after :meth:`Partition.check`.
@@ -102,24 +112,19 @@ class BoundMultipliers:
         places = self._lay_out()
         here = device.local_device()
         first = [
-            torch.full((v.entries.stop - v.entries.start,), settings.initial(v.role, v.side)) for v in self.vectors
+            torch.full((v.entries.stop - v.entries.start,), settings.initial.value(v.role, v.side))
+            for v in self.vectors
         ]
         self.values = torch.cat(first).to(here, torch.float32)
         # Rows and columns without a multiplier share the last entry. Its sum is not used.
         self._sums = self.values.new_zeros(len(self.values) + 1)
         self.gradient = self._sums[:-1]
-        self._adamw = torch.optim.AdamW(
-            [self.values],
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
-        self._adamw.state[self.values] = {
-            "step": torch.zeros((), device=here),
-            **{key: torch.zeros_like(self.values) for key in _STATES},
-        }
+        self._rule = AdamW(settings.betas, settings.eps)
+        self._kept = {STEP: torch.zeros((), device=here), **{key: torch.zeros_like(self.values) for key in _STATES}}
+        rates = [settings.rates.multipliers.get((v.role, v.side), ONE) for v in self.vectors]
+        runs = [Run(v.entries.start, v.entries.stop, rate) for v, rate in zip(self.vectors, rates, strict=True)]
+        self._runs = {self.values: runs} if any(rate != ONE for rate in rates) else {}
+        self._constant = [run for run in runs if run.rate.lr == 0]
         self._slices_of: dict[Tensor, list[int]] = {}  # indices of the slices of each folded tensor
         self._bands_of: dict[int, range] = {}  # range of the bands of each scaled slice, by its index
         found: list[Band] = []
@@ -140,6 +145,10 @@ class BoundMultipliers:
         self._present: Factors | None = None  # factors from `values`; None if they must be computed anew
         for tensor in self._slices_of:
             state[tensor][LATENT] = tensor.detach().clone()
+        if settings.initial.divide_weights:
+            inverse = self._scaling.factors(torch.cat([1 / self.values, self.values.new_ones(1)]))
+            for tensor in self._slices_of:
+                self._scale(tensor, state[tensor][LATENT].view(-1), inverse)
         if bool((self.values != 1).any()):
             for tensor in self._slices_of:
                 self._write(tensor)
@@ -198,6 +207,8 @@ class BoundMultipliers:
                     self._scaling.add_cols(self._sums, k, cols)
         self._scaling.add_rows(self._sums, dots, factors)
         mesh.sum_over(self.gradient)
+        for run in self._constant:
+            self.gradient[run.start : run.stop] = 0
 
     @torch.no_grad()
     def update(self, factor: float, schedule: float) -> None:
@@ -205,11 +216,13 @@ class BoundMultipliers:
 
         Args:
             factor: factor of the gradient, from clipping.
-            schedule: learning rate as a fraction of its peak.
+            schedule: learning rate of this step as a fraction of its peak.
         """
-        self.values.grad = self.gradient * factor
-        self._adamw.param_groups[0]["lr"] = self._settings.lr * schedule
-        self._adamw.step()
+        settings = self._settings
+        lr = settings.lr * (1.0 if settings.constant_lr else schedule)
+        group = {**self._rule.defaults, "lr": lr, "weight_decay": settings.weight_decay}
+        kept = {key: [value] for key, value in self._kept.items()}
+        apply_by_rate(self._rule, group, [self.values], [self.gradient * factor], kept, self._runs)
         self._present = None
 
     @contextlib.contextmanager
@@ -240,9 +253,8 @@ class BoundMultipliers:
 
         Each view holds one whole vector, on every rank, and may be written to.
         """
-        state = self._adamw.state[self.values]
         for vector in self.vectors:
-            for name, packed in (("weight", self.values), *((key, state[key]) for key in _STATES)):
+            for name, packed in (("weight", self.values), *((key, self._kept[key]) for key in _STATES)):
                 yield name, vector, packed[vector.entries]
 
     def restored(self, updates: int) -> None:
@@ -251,14 +263,14 @@ class BoundMultipliers:
         Args:
             updates: number of applied steps in the loaded state; AdamW continues to count from it.
         """
-        self._adamw.state[self.values]["step"].fill_(updates)
+        self._kept[STEP].fill_(updates)
         self._present = None
         for tensor in self._slices_of:
             self._write(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the packed multipliers and their AdamW state. The optimizer's own state has the latent weights."""
-        return {"values": self.values, **self._adamw.state[self.values]}
+        return {"values": self.values, **self._kept}
 
     def load_state_dict(self, state: dict[str, Tensor], optimizer_state: MutableMapping[Tensor, Any]) -> None:
         """Load a result of :meth:`state_dict`, made with the same model and placement.
@@ -285,12 +297,21 @@ class BoundMultipliers:
         """Write W_eff to a folded tensor, from its latent weights and the present multipliers."""
         flat, latent = tensor.detach().view(-1), self._state[tensor][LATENT].view(-1)
         flat.copy_(latent)
-        factors = self._factors()
+        self._scale(tensor, flat, self._factors())
+
+    def _scale(self, tensor: Tensor, values: Tensor, factors: Factors) -> None:
+        """Scale the rows and columns of all slices of a folded tensor, in place.
+
+        Args:
+            tensor: the folded tensor.
+            values: [numel] values of the elements of `tensor`.
+            factors: factors of all bands.
+        """
         for i in self._slices_of[tensor]:
             piece = self.partition.slices[i]
             for k in self._bands_of[i]:
                 band, (rho, kappa) = self._scaling.bands[k], factors.bands[k]
-                rows = band.of(flat[piece.offset : piece.offset + piece.length])
+                rows = band.of(values[piece.offset : piece.offset + piece.length])
                 kernels.scale(rows, rho, kappa, band.spans, piece=True)
 
     def _factors(self) -> Factors:

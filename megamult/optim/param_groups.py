@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ def param_groups(
     weight_decay: float,
     multiplier_lr: float | None = None,
     multiplier_weight_decay: float = 2e-3,
+    multiplier_schedule: Literal["same", "constant"] = "same",
 ) -> list[dict[str, Any]]:
     """Return the param groups for megamult's optimizers, one for each kind (:attr:`ParameterSpec.kind`) in the model.
 
@@ -32,10 +33,10 @@ def param_groups(
             weights of norms, have none.
         multiplier_lr: peak learning rate of multipliers; `lr` if None.
         multiplier_weight_decay: decoupled weight decay of multipliers, 2e-3 in arXiv 2601.04890.
+        multiplier_schedule: whether a schedule applies to the learning rate of multipliers too, or it stays constant.
 
     Returns:
-        Groups with `params`, `kind`, `lr`, `peak_lr` and `weight_decay`. A schedule sets `lr` to a factor times
-        `peak_lr`.
+        Groups with `params`, `kind`, `lr`, `peak_lr`, `weight_decay` and `schedule`. :func:`set_lr_factor` sets `lr`.
 
     Raises:
         ValueError: a parameter has no spec.
@@ -52,10 +53,17 @@ def param_groups(
             "lr": rate.get(kind, lr),
             "peak_lr": rate.get(kind, lr),
             "weight_decay": decay.get(kind, weight_decay),
+            "schedule": multiplier_schedule if kind == "multiplier" else "same",
         }
         for kind, parameters in members.items()
         if parameters
     ]
+
+
+def set_lr_factor(groups: Iterable[dict[str, Any]], factor: float) -> None:
+    """Set the learning rate of param groups to `factor` times their peak; that of constant groups stays at its peak."""
+    for group in groups:
+        group["lr"] = group["peak_lr"] * (1.0 if group.get("schedule") == "constant" else factor)
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Parameter, str], grid: Grid) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megamult.distributed import device
 from megamult.optim.clip import LocalSquares, Norms
+from megamult.optim.rates import Rates
 from megamult.parameters.axes import MODEL_AXES
 from megamult.zero.partition import Partition
 
@@ -33,9 +34,9 @@ def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None
 class GlobalNorms:
     """Function that returns the gradient norms of the whole model, in which each element counts once."""
 
-    def __init__(self, partition: Partition) -> None:
+    def __init__(self, partition: Partition, rates: Rates) -> None:
         here = partition.slices[0].tensor.device if partition.slices else device.local_device()
-        self._squares, self._mesh = LocalSquares(partition, here), partition.mesh
+        self._squares, self._mesh = LocalSquares(partition, here, rates), partition.mesh
 
     def __call__(self, gradients: list[Tensor], folded: Tensor | None) -> Norms:
         """Return the norms. All ranks must call this together.

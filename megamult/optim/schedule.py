@@ -10,13 +10,13 @@ from megamult.optim.config import OptimizerConfig
 def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """Return the learning rate of update `step` (counted from 0) divided by the peak, in a run of `steps` updates.
 
-    The ratio rises linearly over `warmup_steps`, stays at 1, and falls over the last `decay_steps`. At the last update
-    it is min_lr / lr. With `exponential`, each step multiplies it by the same factor. With `inverse_sqrt`, it is
-    1 / sqrt(y), and y rises linearly.
+    The ratio rises linearly over `warmup_steps`, stays at 1, falls over `decay_steps` to min_lr / lr, and stays there
+    for `final_steps`, to the end of the run. With `exponential`, each step of the fall multiplies it by the same
+    factor. With `inverse_sqrt`, it is 1 / sqrt(y), and y rises linearly.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    start = steps - config.decay_steps
+    start = steps - config.final_steps - config.decay_steps
     if step < start or config.decay_steps == 0:
         return 1.0
     floor = config.min_lr / config.lr

@@ -20,15 +20,19 @@ from torch import Tensor
 
 from megamult.distributed import device
 from megamult.distributed.mesh import Mesh, current_mesh
-from megamult.optim.clip import Norms, clip_factor
+from megamult.multipliers.config import CLIP_OF_BOOL, MultiplierClip
+from megamult.optim.clip import Clipping, Norms
+from megamult.optim.fixed_norm import FixedNorms
 from megamult.optim.folded import BoundMultipliers, FoldedMultipliers
 from megamult.optim.param_groups import check_groups
+from megamult.optim.rates import Rates, Run, apply_by_rate, runs_of_tensors
 from megamult.optim.reduction import GlobalNorms, sum_partial_gradients
 from megamult.optim.rule import UpdateRule
 from megamult.optim.state import STEP, StateStore
+from megamult.optim.viewed import ViewedOptimizer
 from megamult.parameters.spec import ParameterSpec
 from megamult.parameters.stated import check_complete, has_spec, names_of
-from megamult.zero.partition import Partition, Slice
+from megamult.zero.partition import Partition
 from megamult.zero.whole import WholePartition
 
 
@@ -38,15 +42,13 @@ class _Decision:
 
     skip: bool
     """Whether `step` does nothing."""
-    clip: float = 1.0
-    """Factor of the gradients of all parameters except multipliers."""
-    clip_multipliers: float = 1.0
-    """Factor of the gradients of multipliers."""
+    clip: tuple[float, float] = (1.0, 1.0)
+    """Factors of the gradients of all parameters except multipliers, and of multipliers."""
     partition: Partition | None = None
     """Partition that the gradients are from; None if no gradients were prepared."""
 
 
-class TwoPhaseOptimizer(torch.optim.Optimizer):
+class TwoPhaseOptimizer(ViewedOptimizer):
     """Optimizer that does everything except the mathematics of updates, which is in its update rules.
 
     It computes norms, clips gradients, skips steps, applies folded multipliers, and creates, saves and restores state.
@@ -58,8 +60,10 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         rule: the update rule of every parameter whose kind is not in `rules`.
         rules: update rules by kind of parameter, such as `matrix`.
         clip_grad_norm: largest global norm of the gradient of all parameters except multipliers; 0: no clipping.
-        clip_multipliers: whether to clip the multipliers' gradient by its own norm, at the same threshold.
+        clip_multipliers: clipping of the multipliers' gradient: out, own or joint; False means out, and True means own.
         skip_grad_norm: a step is skipped if the norm that `clip_grad_norm` limits is above this value; 0: no limit.
+        rates: factors of learning rate and weight decay of single roles; None if there are none.
+        fixed_norm: whether each matrix of kind `matrix` keeps the Frobenius norm that it begins with.
         model: the model, for names in messages and for a check that the groups hold all of its trainable parameters.
             If None, this is not checked.
         folded: settings of folded multipliers; None if the model has none.
@@ -85,8 +89,10 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         rules: Mapping[str, UpdateRule] | None = None,
         *,
         clip_grad_norm: float = 1.0,
-        clip_multipliers: bool = False,
+        clip_multipliers: MultiplierClip | bool = "out",
         skip_grad_norm: float = 0.0,
+        rates: Rates | None = None,
+        fixed_norm: bool = False,
         model: torch.nn.Module | None = None,
         folded: FoldedMultipliers | None = None,
         mesh: Mesh | None = None,
@@ -101,9 +107,12 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         # Each group gets its rule's defaults. torch's `defaults` are shared, and rules may have settings of one name.
         groups = [{**self.rule_of(group["kind"]).defaults, **group} for group in groups]
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0})
-        self.clip_grad_norm = clip_grad_norm
-        self.clip_multipliers = clip_multipliers
-        self.skip_grad_norm = skip_grad_norm
+        if isinstance(clip_multipliers, bool):
+            clip_multipliers = CLIP_OF_BOOL[clip_multipliers]
+        self.clipping = Clipping(clip_grad_norm, clip_multipliers, skip_grad_norm)
+        self.rates = rates or Rates()
+        self._fixed_norm = fixed_norm
+        self.fixed: FixedNorms | None = None
         self.folding = folded
         self.folded: BoundMultipliers | None = None
         self.norms: Norms | None = None
@@ -114,6 +123,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         self._bound: Partition | None = None
         self._own: WholePartition | None = None  # the partition in a loop without DeepSpeed
         self._norms: GlobalNorms | None = None  # computes norms of the bound partition
+        self._runs: dict[Tensor, list[Run]] = {}  # runs of the bound partition's tensors with factors
 
     def rule_of(self, kind: str) -> UpdateRule:
         """Return the rule that updates parameters of a kind."""
@@ -130,11 +140,6 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
     def gradient_norm(self) -> float | None:
         """Norm of the last prepared gradients of all parameters except multipliers, before clipping; None at first."""
         return None if self.norms is None else self.norms.main
-
-    @property
-    def state_bytes(self) -> dict[str, int]:
-        """Number of bytes that this rank stores of each state now, by the state's name."""
-        return self._store.kept(self._every_rule())
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -155,10 +160,13 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
             return
         if self.folding is not None:
             self.folded = self.folding.bind(partition, self.state)
-        self._norms = GlobalNorms(partition)
+        self._norms = GlobalNorms(partition, self.rates)
+        self._runs = runs_of_tensors(partition, self.rates)
         for rule in self._every_rule():
             rule.bind(partition, self._selected_by(rule))
         self._store.claim_rows(self._every_rule(), device.local_device())
+        if self._fixed_norm:
+            self.fixed = FixedNorms(partition, lambda spec: spec.kind == "matrix", self.weight)
         self._bound = partition
 
     def begin(self) -> None:
@@ -179,12 +187,7 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
                 "from the model's parameters"
             )
         if self._own is None or len(self._own.slices) != len(parameters):
-            numbered = {
-                p: self._names.get(p, f"param_groups[{g}]['params'][{i}]")
-                for g, group in enumerate(self.param_groups)
-                for i, p in enumerate(group["params"])
-            }
-            self._own = WholePartition(self.param_groups, numbered, self.mesh)
+            self._own = WholePartition(self.param_groups, self._names, self.mesh)
         return self._own
 
     @torch.no_grad()
@@ -200,12 +203,11 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
             self.folded.chain_rule(gradients)
         assert self._norms is not None
         self.norms = self._norms(gradients, None if self.folded is None else self.folded.gradient)
-        skip = not self.norms.finite or 0 < self.skip_grad_norm < self.norms.main
+        skip = self.clipping.skips(self.norms)
         self.skipped_steps += skip
         self.updates += not skip
-        clip = clip_factor(self.norms.main, self.clip_grad_norm)
-        clip_multipliers = clip_factor(self.norms.multipliers, self.clip_grad_norm) if self.clip_multipliers else 1.0
-        self._decision = _Decision(skip, clip, clip_multipliers, partition)
+        clip, clip_multipliers = self.clipping.factors(self.norms)
+        self._decision = _Decision(skip, (clip, clip_multipliers), partition)
         if skip:
             return
         if self.folded is not None:
@@ -243,6 +245,8 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
                 if parameters:
                     with self.folded.latent_weights(parameters) if self.folded else contextlib.nullcontext():
                         self._apply(self._decision, group, parameters)
+                        if self.fixed is not None and group["kind"] == "matrix":
+                            self.fixed.project(parameters)
         if unprepared:
             self.finish()
         return loss
@@ -252,101 +256,18 @@ class TwoPhaseOptimizer(torch.optim.Optimizer):
         rule = self.rule_of(group["kind"])
         gradients = [p.grad for p in parameters if p.grad is not None]
         if rule.prepares:
-            rule.apply(group, parameters, gradients, {})
+            apply_by_rate(rule, group, parameters, gradients, {}, self._runs)
             return
-        clip = decision.clip_multipliers if group["kind"] == "multiplier" else decision.clip
+        clip = decision.clip[group["kind"] == "multiplier"]
         if clip != 1.0:
             torch._foreach_mul_(gradients, clip)
         kept = [self._store.of_tensor(rule, p) for p in parameters]
         keys = [state.key for state in rule.states] + [STEP] * rule.counts_steps
-        rule.apply(group, parameters, gradients, {key: [each[key] for each in kept] for key in keys})
+        states = {key: [each[key] for each in kept] for key in keys}
+        apply_by_rate(rule, group, parameters, gradients, states, self._runs)
 
     def finish(self) -> None:
         """End the step: drop the decision of `prepare`, which must be called again for the next step."""
         if self._decision is not None and self._decision.partition is not None:
             self._decision.partition.release()
         self._decision = None
-
-    def weight(self, piece: Slice) -> Tensor:
-        """Return a [length] view of a slice's weights without multipliers (W of a folded matrix), in fp32."""
-        return piece.master if self.folded is None else self.folded.latent(piece.tensor, piece.offset, piece.length)
-
-    def views(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
-        """Yield views of the weights and the state of elements of this rank's slices. The views may be written to.
-
-        Yields:
-            (name, slice, values): `weight` (see :meth:`weight`) or the name of a state, the slice, and a [length] view.
-            State is zero before the first step.
-        """
-        self.bind(partition)
-        for piece in partition.slices:
-            yield "weight", piece, self.weight(piece)
-        for rule in self._every_rule():
-            for piece in rule.slices(partition, self._selected_by(rule)):
-                for state in rule.states:
-                    if state.per == "element":
-                        yield state.name, piece, self._store.of_slice(rule, state, piece)
-
-    def row_views(self, partition: Partition) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield the state of rows of the logical matrices that this rank owns. Each matrix has exactly one owner.
-
-        Yields:
-            (name of the state, name of the logical matrix, its [rows] values); the values may be written to.
-        """
-        self.bind(partition)
-        yield from self._store.all_rows()
-
-    def restored(self, partition: Partition, updates: int, skipped_steps: int) -> None:
-        """Continue from the weights and state that were written to the views. All ranks must call this together.
-
-        Args:
-            updates: number of steps that were applied before the save. AdamW's count becomes this number for every
-                tensor, also for one whose state was not in the checkpoint and begins at zero. The first steps of such a
-                tensor are larger if betas are close to 1.
-            skipped_steps: number of steps that were skipped before the save.
-        """
-        self.updates, self.skipped_steps = updates, skipped_steps
-        for state in self.state.values():
-            if STEP in state:
-                state[STEP].fill_(updates)
-        if self.folded is not None:
-            self.folded.restored(updates)
-        partition.publish()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict, with `folded` (multipliers and their state) and `rows` (state of rows) added."""
-        self._begin_if_needed()
-        found = super().state_dict()
-        if self.folded is not None:
-            found["folded"] = self.folded.state_dict()
-        if self._store.rows:
-            found["rows"] = self._store.rows
-        return found
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a result of :meth:`state_dict`. It has the latent weights W; the model's own state dict has W_eff.
-
-        Raises:
-            ValueError: only one of the state dict and this optimizer has folded multipliers, or the state dict has the
-                state of rows of other matrices than this rank owns.
-        """
-        folded = state_dict.get("folded")
-        if (folded is None) != (self.folding is None):
-            has, lacks = ("the state", "this optimizer") if self.folding is None else ("this optimizer", "the state")
-            raise ValueError(
-                f"{has} has folded multipliers, and {lacks} has none: load the state of an optimizer with "
-                "the same placement"
-            )
-        self._begin_if_needed()
-        super().load_state_dict(state_dict)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        self._store.keep_fp32(self._every_rule(), state_dict, parameters)
-        self._store.load_rows(state_dict.get("rows", {}))
-        if self.folded is not None and folded is not None:
-            self.folded.load_state_dict(folded, self.state)  # torch has replaced `self.state`
-
-    def _begin_if_needed(self) -> None:
-        """Call :meth:`begin` if no partition is bound and there are folded multipliers or a rule has state of rows."""
-        rows = any(state.per == "row" for rule in self._every_rule() for state in rule.states)
-        if self._bound is None and (self.folding is not None or rows):
-            self.begin()

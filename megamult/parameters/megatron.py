@@ -77,9 +77,9 @@ def vocabulary(role: Role, vocab_size: int, padded_vocab_size: int, cols: int) -
     )
 
 
-def norm(size: int, partial: bool) -> ParameterSpec:
+def norm(size: int, partial: bool, role: Role = "norm") -> ParameterSpec:
     """Describe a norm's weight [size], which is replicated. `partial` is the same as for :func:`single_matrix`."""
-    return vector("norm", size, None, partial)
+    return vector(role, size, None, partial)
 
 
 def vector(role: Role, size: int, dim: int | None, partial: bool = False, fp32: bool = False) -> ParameterSpec:

@@ -28,6 +28,8 @@ class Role:
     """Sides that have multipliers in the placement `all`; empty if tensors of this role can have none."""
     symmetry_free: frozenset[Side] = NONE
     """Sides that have multipliers in the placement `symmetry_free`."""
+    optional: frozenset[Side] = NONE
+    """Sides that only a mapping can give multipliers. No named placement has them."""
     orthogonalized: bool = True
     """Whether Muon and similar optimizers train the matrices of this role."""
     decay: bool = True
@@ -80,10 +82,11 @@ register(
     Role("up", ROW_COL),
     Role("down", ROW_COL, symmetry_free=ROW_COL),
     Role("embedding", ROW_COL, symmetry_free=ROW_COL, orthogonalized=False),
-    # The head carries no multipliers. The weights of the final norm already act as its column multipliers, and row
-    # multipliers of the head made results worse (arXiv 2601.04890).
-    Role("head", orthogonalized=False),
+    # The head has multipliers only if a mapping names it. The weights of the final norm already act as its column
+    # multipliers, and row multipliers of the head made results worse (arXiv 2601.04890).
+    Role("head", optional=ROW_COL, orthogonalized=False),
     Role("norm", orthogonalized=False, decay=False),
+    Role("final_norm", orthogonalized=False, decay=False),
     Role("bias", orthogonalized=False, decay=False),
 )
 
@@ -109,7 +112,8 @@ def resolve(placement: str | Mapping[str, str | Sequence[str]]) -> Placement:
         ValueError: the name, a role or a side is unknown.
     """
     scalable = [each for each in ROLES.values() if each.sides]
-    names = ", ".join(each.name for each in scalable)
+    known = [each.name for each in ROLES.values() if each.sides or each.optional]
+    names = ", ".join(known)
     if isinstance(placement, str):
         if placement not in placements():
             raise ValueError(
@@ -122,11 +126,8 @@ def resolve(placement: str | Mapping[str, str | Sequence[str]]) -> Placement:
         return {name: sides for name, sides in chosen.items() if sides}
     resolved: Placement = {}
     for name, sides in placement.items():
-        if name not in [each.name for each in scalable]:
-            raise ValueError(
-                f"multipliers.placement names the role {name!r}: the roles are {names} (the head carries no "
-                "multipliers)"
-            )
+        if name not in known:
+            raise ValueError(f"multipliers.placement names the role {name!r}: use one of {names}")
         given: list[Any] = [sides] if isinstance(sides, str) else list(sides)
         for side in given:
             if side not in get_args(Side):

@@ -300,8 +300,9 @@ def _check_segments(spec: ParameterSpec, what: str) -> None:
             )
         if segment.length < 1 or segment.start < position or segment.start + segment.length > rows:
             raise ValueError(
-                f"{what} has a segment of rows [{segment.start}:{segment.start + segment.length}], after row "
-                f"{position} of {rows}: segments must be in ascending order, within the rows, and not overlap"
+                f"{what} has a segment of rows [{segment.start}:{segment.start + segment.length}], but the "
+                f"segments before it end at row {position} of {rows} rows in all: segments "
+                "must be in ascending order, within the rows, and not overlap"
             )
         position = segment.start + segment.length
     for index, part in enumerate(spec.parts):

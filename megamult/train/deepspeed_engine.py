@@ -24,6 +24,7 @@ from megamult.distributed import device
 from megamult.distributed.mesh import Mesh
 from megamult.optim.build import make_optimizer
 from megamult.optim.clip import Norms
+from megamult.optim.param_groups import set_lr_factor
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.stated import named_specs
 from megamult.train.batches import MicroBatch
@@ -67,9 +68,8 @@ class DeepSpeedEngine:
         return self.optimizer.skipped_steps
 
     def set_lr_factor(self, factor: float) -> None:
-        """Set every param group's learning rate to `factor` times its peak, from the next step on."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        """Set the learning rates to `factor` times their peaks, from the next step on."""
+        set_lr_factor(self.optimizer.param_groups, factor)
 
     def train_batch(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
         """Take one optimizer step, and return the mean cross entropy in nats.

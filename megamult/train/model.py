@@ -31,5 +31,6 @@ def build_model(
         tensor_parallel=config.parallel.tensor,
         sequence_parallel=config.parallel.sequence,
         recompute=config.train.recompute == "full",
+        initial=multipliers.initial_values(),
         note=note,
     )

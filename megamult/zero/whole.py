@@ -17,13 +17,17 @@ from megamult.zero.partition import Cut, Partition, Slice
 
 class WholePartition(Partition):
     """Partition whose masters are the parameters themselves, for DeepSpeed at ZeRO 0 in fp32 and for training loops
-    without DeepSpeed."""
+    without DeepSpeed. A parameter that is not in `names` is named by its group and index."""
 
     sharded = False
 
     def __init__(self, param_groups: Sequence[Mapping[str, Any]], names: Mapping[Parameter, str], mesh: Mesh) -> None:
-        parameters = [p for group in param_groups for p in group["params"]]
-        self._build([(p, p) for p in parameters], names, mesh)
+        numbered = {
+            p: names.get(p, f"param_groups[{g}]['params'][{i}]")
+            for g, group in enumerate(param_groups)
+            for i, p in enumerate(group["params"])
+        }
+        self._build([(p, p) for p in numbered], numbered, mesh)
 
     def _build(self, pairs: list[tuple[Parameter, Tensor]], names: Mapping[Parameter, str], mesh: Mesh) -> None:
         self.mesh, self.group = mesh, mesh.groups.get("data")

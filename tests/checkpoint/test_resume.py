@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,10 @@ BITWISE = [
     Case(world=2, zero=3, optimizer="adamw", dtype="bf16"),
     Case(world=2, tensor=2, sequence=True, zero=1, optimizer="adamw", placement="scalar", tied=True),
     Case(world=2, zero=2, optimizer="normuon"),
+    Case(world=2, zero=2, optimizer="muon", knobs="all"),
+    Case(world=2, tensor=2, zero=1, optimizer="adamw", implementation="folded", knobs="all"),
+    Case(world=2, zero=1, optimizer="muon", implementation="folded", knobs="fixed"),
+    Case(world=2, tensor=2, zero=3, optimizer="adamw", knobs="fixed"),
 ]
 """All optimizers, both implementations, fp32 and bf16, every ZeRO class."""
 
@@ -98,6 +103,12 @@ def other_runs(folder: Path, step: str) -> dict[tuple[str, str, Case], Run]:
         ("adamw", "plain gets layer", one): Run(one, 1, none, load=folder / "plain" / step),
         ("adamw", "plain gets folded", one): Run(
             variant(one, implementation="folded"), 1, none, load=folder / "plain" / step
+        ),
+        ("adamw", "plain gets layer, initial values given", one): Run(
+            variant(one, knobs="initial"), 1, none, load=folder / "plain" / step
+        ),
+        ("adamw", "plain gets folded, initial values given", one): Run(
+            variant(one, implementation="folded", knobs="initial"), 1, none, load=folder / "plain" / step
         ),
     }
 
@@ -202,7 +213,7 @@ def test_another_dtype_goes_on_to_its_rounding(shardings: dict[tuple[str, str, C
 
 def test_a_plain_model_gets_multipliers_that_start_at_1(shardings: dict[tuple[str, str, Case], Trace]) -> None:
     plain = shardings["adamw", "plain", Case(zero=1, implementation="none")]
-    for which in ("plain gets layer", "plain gets folded"):
-        other = shardings["adamw", which, Case(zero=1)]
+    for which in itertools.product(("plain gets layer", "plain gets folded"), ("", ", initial values given")):
+        other = shardings["adamw", "".join(which), Case(zero=1)]
         assert _losses(other) == pytest.approx(_losses(plain)[SAVED:], rel=RELATIVE), "the same function"
         assert len(other.new) == 2 * (2 * 7 + 1), "two sides of seven matrices in two layers, and of the embedding"

@@ -116,7 +116,9 @@ def test_names_and_shapes_are_those_of_the_training_model(trained: dict[str, dic
         expected = {}
         for weight in weights(case.config.model, VOCAB):
             if not (weight.role == "head" and case.tied):
-                expected |= {weight.logical: weight.shape, **weight.multipliers(placement)}
+                stored = {"vector": weight.shape, "scalar": (1,), "frozen": None}[weight.norm]
+                expected |= {} if stored is None else {weight.logical: stored}
+                expected |= weight.multipliers(placement)
         assert trained[name]["shapes"] == {f"model.{key}": shape for key, shape in expected.items()}
 
 

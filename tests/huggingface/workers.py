@@ -33,11 +33,14 @@ class SavedModel:
     placement: Any
     tied: bool = False
     implementation: str = "layer"
+    norms: str = "vector"
+    final_norm: str = "vector"
 
     @property
     def config(self) -> Config:
         """The small model; no number is a default of transformers', so that a field that is lost shows."""
         model = replace(SMALL, seq_length=TOKENS, rotary_base=500.0, norm_eps=1e-3, tie_embeddings=self.tied)
+        model = replace(model, norms=self.norms, final_norm=self.final_norm)
         multipliers = MultipliersConfig(self.implementation, self.placement)  # type: ignore[arg-type]
         return Config(model=model, multipliers=multipliers, parallel=ParallelConfig(tensor=self.tensor))
 
@@ -53,6 +56,10 @@ CASES = {
         1, {"q": "row", "k": ["row", "scalar"], "v": "col", "up": "row", "down": "scalar"}, tied=True
     ),
     "none": SavedModel(2, "all", implementation="none"),
+    "head, scalar norms": SavedModel(2, {"head": ["row", "col"], "v": "row"}, norms="scalar", final_norm="frozen"),
+    "head, folded, frozen norms": SavedModel(
+        2, {"head": ["row", "col", "scalar"]}, implementation="folded", norms="frozen", final_norm="scalar"
+    ),
 }
 
 

@@ -169,7 +169,7 @@ def test_settings_reach_the_optimizer_and_its_multipliers() -> None:
         muon = megamult.fold(given, llama(), megamult.LLAMA_RULES, multiplier_weight_decay=0.01, clip_multipliers=True)
         rule = muon.rule_of("matrix")
         assert type(rule) is Muon and type(muon.rule_of("norm")) is AdamW and muon.folding is not None
-        assert (rule.momentum, muon.clip_grad_norm, muon.clip_multipliers) == (0.8, 0.3, True)
+        assert (rule.momentum, muon.clipping.threshold, muon.clipping.multipliers) == (0.8, 0.3, "own")
         assert [group["lr"] for group in muon.param_groups] == [2e-3] * 4 and muon.folding.lr == 2e-3
         betas = {group["kind"]: group.get("betas") for group in muon.param_groups}
         assert betas == dict.fromkeys(("undecayed", "embedding", "head"), (0.8, 0.9)) | {"matrix": None}
@@ -451,7 +451,7 @@ def test_mistakes_with_megatron_models_are_errors_that_name_them() -> None:
     assert "embedding.word_embeddings.weight (embedding), output_layer.weight (head)" in said["tied"]
     assert said["tied, embedding left out"] == ""
     assert "output_layer.weight (no rule)" in said["tied, no rules"]
-    assert said["vocabulary"].startswith("vocab_size is 257, and the embedding of the model has 256 rows")
+    assert said["vocabulary"].startswith("vocab_size is 257, but the embedding of the model has only 256 rows")
     assert said["experts"].startswith("num_moe_experts is 2")
 
 

@@ -52,6 +52,13 @@ def test_a_decay_over_the_whole_run_after_warm_up_has_no_constant_part(decay: st
     assert rates[3] == pytest.approx(0.4, rel=EXACT) and rates[4] < 0.4 and rates[-1] == pytest.approx(0.1, rel=EXACT)
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+def test_final_steps_stay_at_min_lr_and_move_the_fall_before_them(decay: str) -> None:
+    falling = schedule(20, warmup_steps=3, decay_steps=7, decay=decay, min_lr=0.05)
+    staying = schedule(24, warmup_steps=3, decay_steps=7, decay=decay, min_lr=0.05, final_steps=4)
+    assert staying == pytest.approx([*falling, *[0.05] * 4], rel=EXACT)
+
+
 def test_linear_decay_loses_the_same_amount_at_each_step() -> None:
     assert schedule(4, decay_steps=4, min_lr=0.2) == pytest.approx([0.35, 0.3, 0.25, 0.2], rel=EXACT)
 

@@ -103,8 +103,8 @@ def test_deepspeeds_phantom_step_at_zero_0_in_bf16_leaves_no_trace(one: dict[str
     assert outcome["counts after one step"] == {1.0}
 
 
-@pytest.mark.parametrize("clip_multipliers", [False, True])
-def test_two_phases_are_torchs_adamw_after_clip_grad_norm(one: dict[str, Any], clip_multipliers: bool) -> None:
+@pytest.mark.parametrize("clip_multipliers", [False, True, "joint"])
+def test_two_phases_are_torchs_adamw_after_clip_grad_norm(one: dict[str, Any], clip_multipliers: Any) -> None:
     differences = one["against torch"][clip_multipliers]
     assert len(differences) == 6
     # Both fp32, torch's fused kernel against its plain one: a few roundings per step, 5 steps.

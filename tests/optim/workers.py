@@ -116,7 +116,7 @@ def one_process(cases: list[StepCase]) -> dict[str, Any]:
     start.initialize(1)
     results["autograd norms"] = autograd_norms()
     results["unfused"] = unfused_start()
-    results["against torch"] = {clip: against_torch(clip) for clip in (False, True)}
+    results["against torch"] = {clip: against_torch(clip) for clip in (False, True, "joint")}
     results["unprepared"] = unprepared()
     return results
 
@@ -177,10 +177,10 @@ class Small(torch.nn.Module):
             self.register_parameter(name, parameter)
 
 
-def against_torch(clip_multipliers: bool) -> dict[str, float]:
+def against_torch(clip_multipliers: Any) -> dict[str, float]:
     """Largest relative difference per parameter from torch's AdamW and clip_grad_norm_ after five steps."""
     from megamult import param_groups
-    from megamult.optim.adamw import TwoPhaseAdamW
+    from megamult.optim.two_phase_adamw import TwoPhaseAdamW
     from megamult.parameters.stated import names_of
     from megamult.zero.whole import WholePartition
 
@@ -211,8 +211,11 @@ def against_torch(clip_multipliers: bool) -> dict[str, float]:
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             p.grad = size * torch.randn(p.shape, generator=generator)
             q.grad = p.grad.clone()
-        torch.nn.utils.clip_grad_norm_(others, 0.5)
-        if clip_multipliers:
+        if clip_multipliers == "joint":
+            torch.nn.utils.clip_grad_norm_(others + multipliers, 0.5)
+        else:
+            torch.nn.utils.clip_grad_norm_(others, 0.5)
+        if clip_multipliers is True:
             torch.nn.utils.clip_grad_norm_(multipliers, 0.5)
         reference.step()
         optimizer.prepare(partition)
@@ -226,7 +229,7 @@ def against_torch(clip_multipliers: bool) -> dict[str, float]:
 def unprepared() -> str:
     """The message of a step that nothing prepared, after one that was."""
     from megamult import param_groups
-    from megamult.optim.adamw import TwoPhaseAdamW
+    from megamult.optim.two_phase_adamw import TwoPhaseAdamW
     from megamult.parameters.stated import names_of
     from megamult.zero.whole import WholePartition
 

@@ -171,7 +171,7 @@ def test_a_placement_maps_roles_to_one_side_or_several_and_drops_empty_ones() ->
     ("placement", "message"),
     [
         ("everything", "placement is 'everything': use one of all, symmetry_free, scalar, or a mapping"),
-        ({"head": "row"}, "names the role 'head': the roles are q, k, .*the head carries no multipliers"),
+        ({"norm": "row"}, "names the role 'norm': use one of q, k, .*head$"),
         ({"q": "rows"}, "gives q the side 'rows': use row, col or scalar"),
         ({"q": ["row", "left"]}, "gives q the side 'left'"),
     ],

@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from megamult.models.common.hugging_face import Weight
+from megamult.parameters.initial import Initial
 
 PlacementSetting = str | Mapping[str, str | Sequence[str]]
 """Placement of multipliers as a user gives it: a name, or a mapping from role to sides. `{}` means no multipliers."""
@@ -31,6 +32,7 @@ class ModelClass(Protocol[_Sizes]):
         tensor_parallel: int = 1,
         sequence_parallel: bool = False,
         recompute: bool = False,
+        initial: Initial | None = None,
         note: Callable[[str], None] = lambda doing: None,
     ) -> torch.nn.Module:
         """Build the model. :class:`megamult.models.llama.model.GPT` describes the arguments.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megamult.models.common.norm_weight import NormWeight
 from megamult.multipliers.specs import LEAVES
 from megamult.parameters.roles import Placement
 from megamult.parameters.spec import Role, Side
@@ -24,6 +25,14 @@ class Weight:
     """Name of the tensor in a Hugging Face model."""
     role: Role
     shape: tuple[int, ...]
+    """Shape in a Hugging Face model."""
+    norm: NormWeight = "vector"
+    """For the weight of a norm, its kind here. Hugging Face has a vector in any case."""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...] | None:
+        """Shape here, or None if the model here has no such weight, and it counts as 1."""
+        return {"vector": self.shape, "scalar": (1,), "frozen": None}[self.norm]
 
     def multiplier(self, side: Side) -> tuple[str, tuple[int, ...]]:
         """Return the logical name and shape of multipliers on one side of this weight, even if it has none there."""

@@ -14,7 +14,9 @@ from torch.nn import Parameter
 
 from megamult.models.common import draw
 from megamult.parameters.axes import Coordinates
+from megamult.parameters.initial import Initial
 from megamult.parameters.rectangles import rectangles
+from megamult.parameters.roles import Placement
 from megamult.parameters.spec import Role
 from megamult.parameters.stated import named_specs
 
@@ -26,12 +28,14 @@ def initialize(
     seed: int | None,
     coordinates: Coordinates,
     note: Callable[[str], None] = lambda doing: None,
+    placement: Placement | None = None,
+    initial: Initial | None = None,
 ) -> None:
     """Set this rank's part of every trainable parameter, on the parameter's own device.
 
     Parts whose role is in `std` are drawn from N(0, std^2), rounded to fp32 and then cast to the parameter's dtype.
-    Their padding is zero. All other parameters (norms and multipliers) are set to 1. If `deepspeed.zero.Init` has
-    partitioned a parameter, this rank's partition is set, and nothing is gathered.
+    Their padding is zero. Multipliers get their initial values, and all other parameters (norms) are set to 1. If
+    `deepspeed.zero.Init` has partitioned a parameter, this rank's partition is set, and nothing is gathered.
 
     Args:
         model: a model whose trainable parameters all have specs.
@@ -39,14 +43,20 @@ def initialize(
         seed: seed of the weights. If None, the elements that would be drawn are NaN until a checkpoint is loaded.
         coordinates: coordinates of this process in the grid.
         note: function that is called with a text before each parameter is drawn, because large ones take seconds.
+        placement: placement of the multipliers in the model; None if it has none.
+        initial: initial values of the multipliers; None means ones.
 
     Raises:
         ValueError: a parameter has no spec, or DeepSpeed quantizes its partition or stores a secondary one.
     """
+    initial = initial or Initial()
     for name, parameter, spec in named_specs(model):
         values, start = _held(parameter, name)
         if spec.side is not None or not any(part.role in std for part in spec.parts):
             values.fill_(1.0)
+            for rectangle in rectangles(spec, coordinates, start, values.numel()) if spec.side is not None else ():
+                value = initial.value(spec.parts[rectangle.part].role, spec.side)
+                values[rectangle.offset : rectangle.offset + rectangle.numel] = value
             continue
         note(f"drawing {name}")
         values.zero_()
@@ -58,7 +68,8 @@ def initialize(
                 continue
             key = draw.key(seed, spec.logical_name(name, part))
             piece = piece.view(rectangle.height, rectangle.width)
-            draw.fill_normal(piece, std[part.role], key, rectangle.row, rectangle.col, part.shape[1])
+            drawn_std = std[part.role] * initial.weight_factor(part.role, placement or {})
+            draw.fill_normal(piece, drawn_std, key, rectangle.row, rectangle.col, part.shape[1])
 
 
 def _held(parameter: Parameter, name: str) -> tuple[Tensor, int]:

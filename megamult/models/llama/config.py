@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import get_args
 
+from megamult.models.common.norm_weight import NormWeight
 from megamult.models.common.vocabulary import VOCABULARY_MULTIPLE
+from megamult.parameters.by_role import ByRole, check_by_role
 from megamult.settings import fixed
 from megamult.validation import not_negative, positive, require
 
@@ -31,9 +34,15 @@ class ModelConfig:
     """Base period of the rotary embedding."""
     norm_eps: float = fixed(1e-5, "function")
     """Epsilon of RMSNorm."""
+    norms: NormWeight = fixed("vector", "function")
+    """Weights of the norms in the layers. vector: one for each feature. scalar: one for all features. frozen: none."""
+    final_norm: NormWeight = fixed("vector", "function")
+    """Weight of the norm before the LM head: vector, scalar or frozen."""
     init_std: float = 0.02
     """Standard deviation of initial weights. For the output projections of attention and MLP it is divided by
     sqrt(2 * num_layers)."""
+    init_std_factors: ByRole = field(default_factory=dict)
+    """Factors of these standard deviations by role, such as {down: 16}."""
     tie_embeddings: bool = fixed(False, "function")
     """Whether the LM head uses the weight of the embedding, without the embedding's multipliers."""
     z_loss: float = 1e-4
@@ -59,6 +68,18 @@ class ModelConfig:
             init_std=self.init_std,
         )
         not_negative("model", z_loss=self.z_loss)
+        for key in ("norms", "final_norm"):
+            require(
+                getattr(self, key) in get_args(NormWeight),
+                f"model.{key} is {getattr(self, key)!r}: use one of {', '.join(get_args(NormWeight))}",
+            )
+        check_by_role(
+            "model.init_std_factors",
+            self.init_std_factors,
+            lambda role: bool(role.sides or role.optional),
+            "these are drawn at random:",
+            positive=True,
+        )
         heads, groups = self.num_attention_heads, self.query_groups
         require(
             self.hidden_size % heads == 0 and self.hidden_size // heads % 2 == 0,

@@ -35,6 +35,7 @@ def weights(sizes: ModelConfig, vocab_size: int) -> Iterator[Weight]:
     )
     for i in range(sizes.num_layers):
         for logical, theirs, role, shape in layer:
-            yield Weight(f"decoder.layers.{i}.{logical}.weight", f"model.layers.{i}.{theirs}.weight", role, shape)
-    yield Weight("decoder.final_layernorm.weight", "model.norm.weight", "norm", (hidden,))
+            name, their_name = f"decoder.layers.{i}.{logical}.weight", f"model.layers.{i}.{theirs}.weight"
+            yield Weight(name, their_name, role, shape, sizes.norms if role == "norm" else "vector")
+    yield Weight("decoder.final_layernorm.weight", "model.norm.weight", "final_norm", (hidden,), sizes.final_norm)
     yield Weight("output_layer.weight", "lm_head.weight", "head", (vocab_size, hidden))

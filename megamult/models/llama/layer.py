@@ -16,6 +16,7 @@ from megamult.layers import MultiplierColumnParallelLinear, MultiplierRowParalle
 from megamult.models.common.architecture import PlacementSetting
 from megamult.models.common.attention import SdpaAttention
 from megamult.models.common.norm import RMSNorm
+from megamult.models.common.norm_weight import NormWeight
 from megamult.models.llama import parameters
 from megamult.multipliers.parameters import GradSync
 from megamult.parameters.roles import resolve
@@ -49,6 +50,7 @@ def gpt_layer_spec(
     *,
     grad_sync: GradSync = "backward",
     recompute: bool = False,
+    norms: NormWeight = "vector",
 ) -> ModuleSpec:
     """Return the ModuleSpec of a pre-norm transformer layer whose matrices have multipliers.
 
@@ -61,6 +63,7 @@ def gpt_layer_spec(
         grad_sync: when the gradients of replicated multipliers are summed over tensor-parallel ranks
             (:mod:`megamult.multipliers.parameters`). "step" needs an optimizer of this package.
         recompute: whether a layer saves only its input for backward, and runs forward again there.
+        norms: kind of the weights of the layer's norms.
 
     Raises:
         ValueError: the placement is unknown, or the configuration's MLP is not gated.
@@ -78,15 +81,16 @@ def gpt_layer_spec(
         linear_fc1=ModuleSpec(MultiplierColumnParallelLinear, params={"spec": parameters.gate_up(config), **common}),
         linear_fc2=ModuleSpec(MultiplierRowParallelLinear, params={"role": "down", **common}),
     )
+    norm = ModuleSpec(RMSNorm, params={"weight": norms})
     return ModuleSpec(
         module=RecomputedTransformerLayer if recompute else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(MLP, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
         ),

@@ -6,13 +6,12 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from megamult.distributed import device
-from megamult.layers import MultiplierVocabParallelEmbedding
+from megamult.layers import MultiplierColumnParallelLinear, MultiplierVocabParallelEmbedding
 from megamult.models.common.architecture import PlacementSetting
 from megamult.models.common.initialization import initialize
 from megamult.models.common.loss import VocabParallelCrossEntropy
@@ -22,8 +21,8 @@ from megamult.models.llama import parameters
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.layer import gpt_layer_spec
 from megamult.parameters.axes import tensor_shard
-from megamult.parameters.roles import resolve
-from megamult.parameters.stated import set_spec
+from megamult.parameters.initial import Initial
+from megamult.parameters.roles import Placement, resolve
 
 
 class GPT(GPTModel):
@@ -41,11 +40,12 @@ class GPT(GPTModel):
         sequence_parallel: whether activations of norms and residuals are sharded over the tensor-parallel ranks, by
             position in the sequence.
         recompute: whether each layer saves only its input for backward, and runs forward again there.
+        initial: initial values of the multipliers in the layers; None means ones.
         note: function that is called with a text before each parameter is drawn.
 
     Raises:
-        ValueError: `sizes` cannot be sharded in this way, or the tensor-parallel group has another size than
-            `tensor_parallel`.
+        ValueError: `sizes` cannot be sharded in this way, the tensor-parallel group has another size than
+            `tensor_parallel`, or a head that is tied to the embedding would get multipliers.
     """
 
     def __init__(
@@ -59,15 +59,23 @@ class GPT(GPTModel):
         tensor_parallel: int = 1,
         sequence_parallel: bool = False,
         recompute: bool = False,
+        initial: Initial | None = None,
         note: Callable[[str], None] = lambda doing: None,
     ) -> None:
         sizes.check_sharding(tensor_parallel, sequence_parallel)
+        resolved = resolve(placement)
+        if sizes.tie_embeddings and resolved.get("head"):
+            raise ValueError(
+                "tie_embeddings is True and the placement gives multipliers to the head, which has no weight of its "
+                "own: leave the head out of the placement, or set tie_embeddings to False"
+            )
         transformer = transformer_config(sizes, dtype, tensor_parallel, sequence_parallel)
-        layer = gpt_layer_spec(transformer, placement, grad_sync="step", recompute=recompute)
+        layer = gpt_layer_spec(transformer, placement, grad_sync="step", recompute=recompute, norms=sizes.norms)
+        final_norm = ModuleSpec(RMSNorm, params={"weight": sizes.final_norm, "role": "final_norm"})
         padded = padded_vocab_size(vocab_size)
         super().__init__(
             transformer,
-            TransformerBlockSubmodules(layer_specs=[layer] * sizes.num_layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=[layer] * sizes.num_layers, layer_norm=final_norm),
             vocab_size=padded,
             max_sequence_length=sizes.seq_length,
             share_embeddings_and_output_weights=sizes.tie_embeddings,
@@ -88,13 +96,13 @@ class GPT(GPTModel):
             init_method=_nothing,
             config=transformer,
             vocab_size=vocab_size,
-            placement=resolve(placement),
+            placement=resolved,
             grad_sync="step",
             reduce_scatter_embeddings=transformer.sequence_parallel,
             tp_group=group,
         )
         if not sizes.tie_embeddings:
-            self.output_layer = Head(vocab_size, transformer, group)
+            self.output_layer = head(vocab_size, transformer, group, resolved)
         self.setup_embeddings_and_output_layer()
         # `deepspeed.zero.Init` casts tensors that are made under it to the parameters' dtype. Rotary angles need fp32,
         # so they are computed again.
@@ -103,7 +111,15 @@ class GPT(GPTModel):
         self.rotary_pos_emb.inv_freq = (1.0 / sizes.rotary_base**exponents).to(torch.float32)
         self.exact_vocab_size = vocab_size
         self.z_loss = sizes.z_loss
-        initialize(self, parameters.standard_deviations(sizes), seed, tensor_shard(group.rank(), group.size()), note)
+        initialize(
+            self,
+            parameters.standard_deviations(sizes),
+            seed,
+            tensor_shard(group.rank(), group.size()),
+            note,
+            resolved,
+            initial,
+        )
 
     def forward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the losses of a micro-batch.
@@ -133,20 +149,22 @@ class GPT(GPTModel):
         return objective, entropy.detach().mean()
 
 
-class Head(ColumnParallelLinear):
-    """The LM head. It has no multipliers, because the final norm's weights scale its columns. Rows of padding are 0."""
-
-    def __init__(self, vocab_size: int, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
-        super().__init__(
-            config.hidden_size,
-            padded_vocab_size(vocab_size),
-            config=config,
-            init_method=_nothing,
-            bias=False,
-            gather_output=False,
-            tp_group=tp_group,
-        )
-        set_spec(self.weight, parameters.head(config, vocab_size))
+def head(
+    vocab_size: int, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup, placement: Placement
+) -> MultiplierColumnParallelLinear:
+    """Return the LM head [padded vocabulary, hidden]. Rows of padding are 0 and have no multipliers."""
+    return MultiplierColumnParallelLinear(
+        config.hidden_size,
+        padded_vocab_size(vocab_size),
+        config=config,
+        init_method=_nothing,
+        bias=False,
+        gather_output=False,
+        tp_group=tp_group,
+        spec=parameters.head(config, vocab_size),
+        placement=placement,
+        grad_sync="step",
+    )
 
 
 def _nothing(weight: Tensor) -> Tensor:

@@ -37,4 +37,5 @@ def standard_deviations(sizes: ModelConfig) -> dict[Role, float]:
     std = sizes.init_std
     into_stream = std / math.sqrt(2 * sizes.num_layers)
     roles: tuple[Role, ...] = ("q", "k", "v", "gate", "up", "embedding", "head")
-    return dict.fromkeys(roles, std) | {"attention_out": into_stream, "down": into_stream}
+    found = dict.fromkeys(roles, std) | {"attention_out": into_stream, "down": into_stream}
+    return {role: value * sizes.init_std_factors.get(role, 1.0) for role, value in found.items()}

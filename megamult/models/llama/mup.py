@@ -1,0 +1,114 @@
+"""Factors by which muP changes a Llama model's configuration with its width, so that one tuning fits all widths.
+
+The settings of the model at the base width are kept. With m, the ratio of a matrix's number of columns to that at the
+base width, the matrices of the blocks get
+
+- initial weights with a standard deviation divided by sqrt(m),
+- with AdamW, a learning rate divided by m and a weight decay multiplied by m, so that their product is kept, as the
+  package `mup` does,
+- with Muon, a learning rate divided by the ratio of the update's scale to sqrt(rows / columns), which is the spectral
+  norm that the spectral condition asks for,
+
+and the head gets a constant factor of 1 / m in the forward pass. The embedding and the norms are kept. Attention logits
+are divided by the size of a head instead of its square root, if that size differs from the one at the base width.
+
+Sources: Yang et al., arXiv 2203.03466, table 8 (Adam); Yang, Simon and Bernstein, arXiv 2310.17813 (spectral
+condition). Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megamult.models.llama.config import ModelConfig
+from megamult.parameters.spec import Role
+
+
+@dataclass(frozen=True)
+class Mup:
+    """Factors by role. A role that is absent has the factor 1."""
+
+    init_std: Mapping[Role, float] = field(default_factory=dict)
+    lr: Mapping[Role, float] = field(default_factory=dict)
+    weight_decay: Mapping[Role, float] = field(default_factory=dict)
+    forward: Mapping[Role, float] = field(default_factory=dict)
+    """Constant factors of the matrices in the forward pass."""
+
+    def overrides(self, learned: bool = False) -> dict[str, dict[str, Any]]:
+        """Return the keys of a run's configuration that have these factors, by section.
+
+        Args:
+            learned: whether the factors of the forward pass are only the initial values of trained multipliers. If not,
+                they are constants.
+        """
+        multipliers: dict[str, Any] = {
+            "implementation": "layer",
+            "placement": dict.fromkeys(self.forward, "scalar"),
+            "initial": dict(self.forward),
+            "divide_weights": False,
+        }
+        if not learned:
+            multipliers["lr_factors"] = dict.fromkeys(self.forward, 0.0)
+        return {
+            "model": {"init_std_factors": dict(self.init_std)},
+            "optimizer": {"lr_factors": dict(self.lr), "weight_decay_factors": dict(self.weight_decay)},
+            "multipliers": multipliers,
+        }
+
+
+def mup(sizes: ModelConfig, base: ModelConfig, update_norm: Callable[[int, int], float] | None = None) -> Mup:
+    """Return muP's factors for a model, relative to a model of the base width.
+
+    Args:
+        sizes: sizes of the model. Its embedding and head are not tied.
+        base: sizes of the model whose settings were tuned.
+        update_norm: function from the shape (rows, columns) of a matrix to the spectral norm of its update at learning
+            rate 1, up to a constant, for an optimizer like Muon whose updates have a known one; None for AdamW.
+
+    Raises:
+        ValueError: the embedding is tied to the head, whose factor would reach the embedding too.
+    """
+    if sizes.tie_embeddings:
+        raise ValueError(
+            "model.tie_embeddings is true: muP gives the head a factor that the embedding must not have; set it to "
+            "false"
+        )
+    now, then = _shapes(sizes), _shapes(base)
+    ratio = {role: now[role][1] / then[role][1] for role in now}
+    if update_norm is None:
+        excess = ratio
+    else:
+        excess = {role: _excess(update_norm, *now[role]) / _excess(update_norm, *then[role]) for role in now}
+    forward: dict[Role, float] = {"head": base.hidden_size / sizes.hidden_size}
+    heads = sizes.hidden_size // sizes.num_attention_heads, base.hidden_size // base.num_attention_heads
+    if heads[0] != heads[1]:
+        forward["q"] = math.sqrt(heads[1] / heads[0])
+    return Mup(
+        init_std={role: 1 / math.sqrt(m) for role, m in ratio.items()},
+        lr={role: 1 / x for role, x in excess.items()},
+        weight_decay=dict(excess),
+        forward=forward,
+    )
+
+
+def _shapes(sizes: ModelConfig) -> dict[Role, tuple[int, int]]:
+    """Return [rows, columns] of the matrices of a block."""
+    hidden, ffn = sizes.hidden_size, sizes.ffn_hidden_size
+    kv = hidden // sizes.num_attention_heads * sizes.query_groups
+    return {
+        "q": (hidden, hidden),
+        "k": (kv, hidden),
+        "v": (kv, hidden),
+        "attention_out": (hidden, hidden),
+        "gate": (ffn, hidden),
+        "up": (ffn, hidden),
+        "down": (hidden, ffn),
+    }
+
+
+def _excess(update_norm: Callable[[int, int], float], rows: int, cols: int) -> float:
+    """Return the spectral norm of an update over the one that the spectral condition asks for, up to a constant."""
+    return update_norm(rows, cols) / math.sqrt(rows / cols)

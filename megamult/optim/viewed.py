@@ -1,0 +1,148 @@
+"""Views of the state that a two-phase optimizer keeps, for checkpoints, and its form as torch's state dict."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamult.optim.fixed_norm import FixedNorms
+from megamult.optim.folded import BoundMultipliers, FoldedMultipliers
+from megamult.optim.rule import UpdateRule
+from megamult.optim.state import STEP, StateStore
+from megamult.parameters.spec import ParameterSpec
+from megamult.zero.partition import Partition, Slice
+
+
+class ViewedOptimizer(torch.optim.Optimizer):
+    """The part of :class:`megamult.optim.two_phase.TwoPhaseOptimizer` that reads and writes weights and state by name.
+
+    Attributes:
+        folding: settings of the folded multipliers; None if there are none.
+        folded: the folded multipliers; None before the optimizer is bound to a partition, or if there are none.
+        fixed: norms of matrices that keep theirs; None before the optimizer is bound to a partition, or if none do.
+        updates: number of steps that were applied.
+        skipped_steps: number of steps that were skipped.
+    """
+
+    folding: FoldedMultipliers | None
+    folded: BoundMultipliers | None
+    fixed: FixedNorms | None
+    updates: int
+    skipped_steps: int
+    _store: StateStore
+    _bound: Partition | None
+
+    @abstractmethod
+    def bind(self, partition: Partition) -> None:
+        """Prepare everything that depends on the partition."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Bind the optimizer to the partition of a loop without DeepSpeed."""
+
+    @abstractmethod
+    def _every_rule(self) -> list[UpdateRule]:
+        """Return all update rules."""
+
+    @abstractmethod
+    def _selected_by(self, rule: UpdateRule) -> Callable[[ParameterSpec], bool]:
+        """Return the function from a parameter's spec to whether `rule` updates the parameter."""
+
+    @property
+    def state_bytes(self) -> dict[str, int]:
+        """Number of bytes that this rank stores of each state now, by the state's name."""
+        return self._store.kept(self._every_rule())
+
+    def weight(self, piece: Slice) -> Tensor:
+        """Return a [length] view of a slice's weights without multipliers (W of a folded matrix), in fp32."""
+        return piece.master if self.folded is None else self.folded.latent(piece.tensor, piece.offset, piece.length)
+
+    def views(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
+        """Yield views of the weights and the state of elements of this rank's slices. The views may be written to.
+
+        Yields:
+            (name, slice, values): `weight` (see :meth:`weight`) or the name of a state, the slice, and a [length] view.
+            State is zero before the first step.
+        """
+        self.bind(partition)
+        for piece in partition.slices:
+            yield "weight", piece, self.weight(piece)
+        for rule in self._every_rule():
+            for piece in rule.slices(partition, self._selected_by(rule)):
+                for state in rule.states:
+                    if state.per == "element":
+                        yield state.name, piece, self._store.of_slice(rule, state, piece)
+
+    def row_views(self, partition: Partition) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield the per-row state of each logical matrix that this rank owns. Each matrix has exactly one owner.
+
+        Yields:
+            (name of the state, name of the logical matrix, its [rows] values); the values may be written to.
+        """
+        self.bind(partition)
+        yield from self._store.all_rows()
+
+    def restored(self, partition: Partition, updates: int, skipped_steps: int) -> None:
+        """Continue from the weights and state that were written to the views. All ranks must call this together.
+
+        Args:
+            updates: number of steps that were applied before the save. AdamW's count becomes this number for every
+                tensor, also for one whose state was not in the checkpoint and begins at zero. The first steps of such a
+                tensor are larger if betas are close to 1.
+            skipped_steps: number of steps that were skipped before the save.
+        """
+        self.updates, self.skipped_steps = updates, skipped_steps
+        for state in self.state.values():
+            if STEP in state:
+                state[STEP].fill_(updates)
+        if self.folded is not None:
+            self.folded.restored(updates)
+        if self.fixed is not None:
+            self.fixed.restored()
+        partition.publish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict, with `folded` (multipliers and their state) and `rows` (state of rows) added."""
+        self._begin_if_needed()
+        found = super().state_dict()
+        if self.folded is not None:
+            found["folded"] = self.folded.state_dict()
+        if self.fixed is not None:
+            found["fixed_norm"] = self.fixed.norms
+        if self._store.rows:
+            found["rows"] = self._store.rows
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a result of :meth:`state_dict`. It has the latent weights W; the model's own state dict has W_eff.
+
+        Raises:
+            ValueError: only one of the state dict and this optimizer has folded multipliers, or the state dict has the
+                state of rows of other matrices than this rank owns.
+        """
+        folded = state_dict.get("folded")
+        if (folded is None) != (self.folding is None):
+            has, lacks = ("the state", "this optimizer") if self.folding is None else ("this optimizer", "the state")
+            raise ValueError(
+                f"{has} has folded multipliers, and {lacks} has none: load the state of an optimizer with "
+                "the same placement"
+            )
+        self._begin_if_needed()
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self._store.keep_fp32(self._every_rule(), state_dict, parameters)
+        self._store.load_rows(state_dict.get("rows", {}))
+        if self.folded is not None and folded is not None:
+            self.folded.load_state_dict(folded, self.state)  # torch has replaced `self.state`
+        if self.fixed is not None and "fixed_norm" in state_dict:
+            self.fixed.norms.copy_(state_dict["fixed_norm"])
+
+    def _begin_if_needed(self) -> None:
+        """Call :meth:`begin` if no partition is bound and there are folded multipliers or a rule has state of rows."""
+        rows = any(state.per == "row" for rule in self._every_rule() for state in rule.states)
+        if self._bound is None and (self.folding is not None or rows):
+            self.begin()

@@ -1,0 +1,94 @@
+"""Settings that a user gives for single roles, or for single sides of roles, as mappings of numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from megamult.parameters.roles import ROLES, Placement, Role
+from megamult.parameters.spec import Side
+
+ByRole = dict[str, float]
+"""Numbers by role, as a user gives them: `{head: 0.5}`."""
+BySide = dict[str, float | dict[str, float]]
+"""Numbers by role, or by role and side, as a user gives them: `{q: 0.5, down: {row: 2.0, col: 1.0}}`."""
+
+
+def check_by_role(
+    key: str, given: ByRole, allowed: Callable[[Role], bool], why: str, *, positive: bool = False
+) -> None:
+    """Check numbers by role.
+
+    Args:
+        key: name of the setting, for messages.
+        given: the numbers.
+        allowed: function from a role to whether a number for it has an effect.
+        why: text that says which roles have an effect, such as "weight decay applies to".
+        positive: whether the numbers must be positive. If not, 0 is allowed too.
+
+    Raises:
+        ValueError: a role is unknown or has no effect, or a number is not finite or has the wrong sign. The message has
+            all mistakes.
+    """
+    mistakes = []
+    for name, value in given.items():
+        if name not in ROLES or not allowed(ROLES[name]):
+            roles = ", ".join(each.name for each in ROLES.values() if allowed(each))
+            mistakes.append(f"{key} names the role {name!r}: {why} {roles}")
+        mistakes += _number(f"{key}.{name}", value, positive)
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+
+
+def resolve_by_side(
+    key: str, given: BySide, placement: Placement, *, positive: bool = False, apart: bool = False
+) -> dict[tuple[str, Side], float]:
+    """Return the number of each (role, side) that a user named.
+
+    Args:
+        key: name of the setting, for messages.
+        given: the numbers. A number for a role holds for all sides on which the placement scales the role.
+        placement: the sides on which each role has multipliers.
+        positive: whether the numbers must be positive. If not, 0 is allowed too.
+        apart: whether a role with several sides needs a number for each side.
+
+    Raises:
+        ValueError: the placement has no multipliers of a role or on a side, or a number is not finite or has the wrong
+            sign. The message has all mistakes.
+    """
+    found: dict[tuple[str, Side], float] = {}
+    mistakes = []
+    for role, value in given.items():
+        sides = sorted(placement.get(role, frozenset()))
+        if not sides:
+            mistakes.append(
+                f"{key} names the role {role!r}, which has no multipliers in this placement: use one of "
+                f"{', '.join(placement)}"
+            )
+            continue
+        if not isinstance(value, Mapping):
+            if apart and len(sides) > 1:
+                mistakes.append(
+                    f"{key}.{role} is {value!r}, and {role} has the sides {', '.join(sides)}: give a number for each "
+                    "side"
+                )
+            mistakes += _number(f"{key}.{role}", value, positive)
+            found.update(((role, side), value) for side in sides)
+            continue
+        for side, number in value.items():
+            if side not in sides:
+                mistakes.append(
+                    f"{key}.{role} names the side {side!r}: {role} has {', '.join(sides)} in this placement"
+                )
+            mistakes += _number(f"{key}.{role}.{side}", number, positive)
+            found[role, side] = number
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+    return found
+
+
+def _number(key: str, value: object, positive: bool) -> list[str]:
+    wanted = "a positive number" if positive else "a number of at least 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return [f"{key} is {value!r}: give {wanted}"]
+    return [f"{key} is {value!r}: give {wanted}"] if value < 0 or (positive and value == 0) else []

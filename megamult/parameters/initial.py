@@ -1,0 +1,34 @@
+"""Initial values of multipliers, by role and side.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megamult.parameters.roles import Placement
+from megamult.parameters.spec import Role, Side
+
+
+def _one(role: Role, side: Side) -> float:
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Initial values of multipliers, and what becomes of the weights that they scale."""
+
+    value: Callable[[Role, Side], float] = _one
+    """Function from (role, side) to the initial value of all multipliers there."""
+    divide_weights: bool = False
+    """Whether initial weights W are divided by the initial multipliers, so that W_eff is the same as with ones. If not,
+    W_eff is the initial weight times the initial multipliers."""
+
+    def weight_factor(self, role: Role, placement: Placement) -> float:
+        """Return the factor of the initial weights of a role: 1, or one over the product of its multipliers."""
+        if not self.divide_weights:
+            return 1.0
+        return 1.0 / math.prod(self.value(role, side) for side in placement.get(role, frozenset[Side]()))
