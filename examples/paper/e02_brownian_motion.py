@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,7 +48,7 @@ WARMUPS = 2
 """Number of warm-ups after which norms are compared."""
 
 
-def _optimizer_config(results: Results, optimizer: str) -> tuple[OptimizerConfig, MultipliersConfig, ModelConfig]:
+def _configuration(results: Results, optimizer: str) -> tuple[OptimizerConfig, MultipliersConfig, ModelConfig]:
     sections = nested(results.setting.configuration({"optimizer.name": optimizer}))
     multipliers = MultipliersConfig(**sections.get("multipliers", {}))
     return OptimizerConfig.of(sections["optimizer"]), multipliers, ModelConfig(**sections["model"])
@@ -59,7 +59,7 @@ def motions(results: Results, optimizer: str, roles: Iterable[str]) -> dict[str,
 
     Muon's take half a minute. They are kept in a file beside the runs.
     """
-    config, multipliers, model = _optimizer_config(results, optimizer)
+    config, multipliers, model = _configuration(results, optimizer)
     steps = results.setting.steps
     rates = learning_rates(config, steps)
     assert config.adamw is not None
@@ -95,20 +95,22 @@ def compared_steps(results: Results) -> list[int]:
     return [step for step in results.checkpoint_steps if step > WARMUPS * results.setting.warmup_steps]
 
 
-def log_ratios(results: Results, optimizer: str, roles: Iterable[str]) -> list[dict[str, list[float]]]:
+def log_ratios(results: Results, optimizer: str, roles: Sequence[str]) -> list[dict[str, list[float]]]:
     """Return ln(RMS of W / ABM) of the roles, seed by seed: {role: values over both arms and all compared steps}."""
-    model = _optimizer_config(results, optimizer)[2]
-    initial, predicted = standard_deviations(model), motions(results, optimizer, roles)
-    found = []
-    for seed in results.seeds:
-        ratios: dict[str, list[float]] = {role: [] for role in roles}
-        for arms in (NONE, ALL):
-            for step in compared_steps(results):
-                norms = _norms(results.checkpoint(arms[optimizer], seed, step).path)
-                for role in roles:
-                    ratios[role].append(math.log(norms[role] / predicted[role].rms(initial[role], step)))
-        found.append(ratios)
-    return found
+    seeds, steps = results.seeds, compared_steps(results)
+    norms = {
+        (seed, arms[optimizer].name, step): _norms(results.checkpoint(arms[optimizer], seed, step).path)
+        for seed in seeds
+        for arms in (NONE, ALL)
+        for step in steps
+    }
+    # Only now: Muon's simulation takes half a minute, and runs may be missing.
+    predicted, initial = motions(results, optimizer, roles), standard_deviations(_configuration(results, optimizer)[2])
+    found: dict[int, dict[str, list[float]]] = {seed: {role: [] for role in roles} for seed in seeds}
+    for (seed, _, step), measured in norms.items():
+        for role in roles:
+            found[seed][role].append(math.log(measured[role] / predicted[role].rms(initial[role], step)))
+    return list(found.values())
 
 
 def matrices_follow(results: Results, optimizer: str, roles: tuple[str, ...]) -> Measurement:
@@ -166,7 +168,7 @@ def plot(results: Results, file: Path) -> None:
     shown, steps = ("q", "attention_out", "gate", "down", "embedding", "head"), results.checkpoint_steps
     with plots.figure(file, 1, len(optimizers) + 1) as panels:
         for optimizer, panel in zip(optimizers, panels, strict=False):
-            initial = standard_deviations(_optimizer_config(results, optimizer)[2])
+            initial = standard_deviations(_configuration(results, optimizer)[2])
             predicted = motions(results, optimizer, shown)
             for number, role in enumerate(shown):
                 norms = [_mean_norm(results, optimizer, role, step) for step in steps]

@@ -159,7 +159,7 @@ class Grid:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for run in runs:
-            self._claim(run)
+            self.claim(run)
         waiting = deque(run for run in runs if self.state(run) != "complete")
         done, began = len(runs) - len(waiting), time.monotonic()
         if done:
@@ -203,7 +203,7 @@ class Grid:
     def _log(self, run: Run) -> Path:
         return self.folder / f"{run.name}.log"
 
-    def _claim(self, run: Run) -> None:
+    def claim(self, run: Run) -> None:
         """Write the configuration that the run reads, or check that it is the one asked for."""
         file = self.folder / f"{run.name}.yaml"
         asked = nested(run.configuration)
