@@ -11,16 +11,7 @@ cpu_processes=1 # without a GPU: ranks, which share the cores; with GPUs: one ra
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source launch/setup_env.sh
 
-prefix=data/sotu
-mkdir -p "${prefix%/*}"
-for file in "$prefix"_{train,valid}.{bin,idx} "$prefix.model"; do
-    if [[ ! -f "$file" ]]; then
-        [[ -f "$prefix.jsonl" ]] || python launch/fetch_corpus.py --output "$prefix.jsonl"
-        python launch/prepare_data.py --input "$prefix.jsonl" --output "$prefix" \
-            --vocab_size 4096 --valid_fraction 0.02 --workers "$(nproc)"
-        break
-    fi
-done
+launch/default_corpus.sh
 
 run_dir="" previous=""
 for argument in "$@"; do

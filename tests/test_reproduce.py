@@ -17,6 +17,9 @@ from types import ModuleType
 
 import pytest
 
+from examples.running.attempts import attempts, record_attempt
+from examples.running.curves import read_curves
+
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "reproduce"
 
 
@@ -55,8 +58,8 @@ def test_the_report_has_the_last_valid_losses_their_means_and_sample_deviations(
         for implementation, last in (("none", none), ("layer", layer)):
             directory = report.run_dir(tmp_path, implementation, seed)
             _write_run(directory, [7.0, last])
-            report.record_attempt(directory, 100.0, 75)
-            report.record_attempt(directory, 50.5, 0)
+            record_attempt(directory, 100.0, 75)
+            record_attempt(directory, 50.5, 0)
     text = report.write(tmp_path, (1, 2, 3), "the command")
     assert _cells(text, "without multipliers") == ["5.4000", "5.6000", "5.8000", "5.6000 ± 0.2000", "0.4000"]
     assert _cells(text, "with multipliers") == ["5.1000", "5.2000", "5.3000", "5.2000 ± 0.1000", "0.2000"]
@@ -97,10 +100,10 @@ def test_a_difference_counts_only_beyond_the_wider_spread_of_the_seeds(
     ],
     ids=["steps after the last evaluation", "no evaluation", "not finite"],
 )
-def test_a_run_without_a_result_has_no_report(report: ModuleType, tmp_path: Path, lines: str, said: str) -> None:
+def test_a_run_without_a_result_has_no_report(tmp_path: Path, lines: str, said: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(lines)
     with pytest.raises(ValueError, match=said):
-        report.read_curves(tmp_path)
+        read_curves(tmp_path)
 
 
 def test_complete_runs_are_not_repeated_and_a_failed_one_is_started_again(
@@ -122,7 +125,7 @@ def test_complete_runs_are_not_repeated_and_a_failed_one_is_started_again(
     assert calls.read_text().split() == ["layer_2", "none_3", "layer_3"]
     train.train(tmp_path, command, (1, 2, 3))
     assert len(calls.read_text().split()) == 3
-    codes = [attempt.exit_code for attempt in report.attempts(report.run_dir(tmp_path, "layer", 2))]
+    codes = [attempt.exit_code for attempt in attempts(report.run_dir(tmp_path, "layer", 2))]
     assert codes == [3, 0]
 
 

@@ -6,15 +6,13 @@ The program reads metrics.jsonl of every run, and writes report.md and curves.pn
 from __future__ import annotations
 
 import datetime
-import json
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
+
+from examples.running.attempts import attempts
+from examples.running.curves import Curves, read_curves
+from examples.running.machine import duration, machine, versions
 
 IMPLEMENTATIONS = ("none", "layer")
 NAMES = {"none": "without multipliers", "layer": "with multipliers"}
@@ -24,64 +22,6 @@ PLOT = "curves.png"
 def run_dir(output: Path, implementation: str, seed: int) -> Path:
     """Return the directory of one run."""
     return output / f"{implementation}_seed_{seed}"
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of a run."""
-
-    seconds: float
-    exit_code: int
-
-
-def attempts(directory: Path) -> list[Attempt]:
-    """List the starts of the run in `directory`, in order. A start that was killed with its parent is not recorded."""
-    file = directory.with_suffix(".attempts.jsonl")
-    if not file.exists():
-        return []
-    return [Attempt(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def record_attempt(directory: Path, seconds: float, exit_code: int) -> None:
-    """Record a start of a run."""
-    with directory.with_suffix(".attempts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"seconds": round(seconds, 3), "exit_code": exit_code}) + "\n")
-
-
-def complete(made: Sequence[Attempt]) -> bool:
-    """Return whether a run is complete: its last start has ended without an error."""
-    return bool(made) and made[-1].exit_code == 0
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Losses of one run by step, in nats per token."""
-
-    train: dict[int, float]
-    valid: dict[int, float]
-
-    @property
-    def result(self) -> float:
-        """Valid loss after the last step."""
-        return self.valid[max(self.valid)]
-
-
-def read_curves(directory: Path) -> Curves:
-    """Read the losses of a run from its metrics.jsonl.
-
-    Raises:
-        ValueError: there is no evaluation after the last step, or a loss is not finite.
-    """
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    curves = Curves(
-        train={record["step"]: record["loss"] for record in records if "loss" in record},
-        valid={record["step"]: record["valid_loss"] for record in records if "valid_loss" in record},
-    )
-    if not curves.train or max(curves.train) != max(curves.valid, default=None):
-        raise ValueError(f"{directory / 'metrics.jsonl'} has no valid loss of its last step: the run is not complete")
-    if None in (*curves.train.values(), *curves.valid.values()):
-        raise ValueError(f"{directory / 'metrics.jsonl'} has a loss that is not finite: the run diverged")
-    return curves
 
 
 def spread(values: Iterable[float]) -> float:
@@ -124,29 +64,6 @@ def table(results: dict[str, list[float]], seeds: Sequence[int]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def machine() -> str:
-    """Describe this machine."""
-    name, memory = platform.machine(), ""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
-            break
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemTotal"):
-            memory = f", {int(line.split()[1]) / 2**20:.0f} GiB"
-    gpus = "no GPU"
-    if os.environ.get("MEGAMULT_GPUS", "0") != "0":
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpus = ", ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
-    return f"{len(os.sched_getaffinity(0))} cores of {name}{memory}; {gpus}"
-
-
-def versions() -> str:
-    """List the versions of Python and of the libraries that the results depend on."""
-    found = [f"{name} {metadata.version(name)}" for name in ("megamult", "torch", "deepspeed", "megatron-core")]
-    return ", ".join([*found, f"Python {platform.python_version()}"])
-
-
 def plot(curves: dict[str, list[Curves]], file: Path) -> None:
     """Plot valid and training losses: the mean over the seeds as a line, and the range over the seeds as a band."""
     import matplotlib
@@ -172,12 +89,6 @@ def plot(curves: dict[str, list[Curves]], file: Path) -> None:
     figure.suptitle(f"mean and range of {seeds} seed{'s' if seeds > 1 else ''}")
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
-
-
-def duration(seconds: float) -> str:
-    """Format a number of seconds, for example as 2 min 5 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def write(output: Path, seeds: Sequence[int], command: str) -> str:

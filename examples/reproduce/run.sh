@@ -11,5 +11,6 @@ export MEGAMULT_EXTRAS=reproduce
 # shellcheck source=launch/setup_env.sh
 source "$root/launch/setup_env.sh"
 
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # for `examples`
 # In this process' place, so that a signal to run.sh reaches it.
 exec python "$root/examples/reproduce/train.py" "$@"

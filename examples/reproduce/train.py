@@ -8,27 +8,21 @@ same command will continue.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
 import report
 
+from examples.running.attempts import attempts, complete, record_attempt
+from examples.running.children import ROOT, Interrupted, last_lines
+from examples.running.children import run as started
 from megamult.runtime import exit_codes
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "launch" / "quickstart.sh"
-
-_PATIENCE_SECONDS = 60.0
-"""Seconds to wait for all processes of an interrupted run to end. Ranks have 30 s to write their checkpoint."""
 
 
 def keys(run_dir: Path, implementation: str, seed: int, steps: int) -> dict[str, str]:
@@ -53,55 +47,8 @@ def keys(run_dir: Path, implementation: str, seed: int, steps: int) -> dict[str,
     }
 
 
-class Interrupted(Exception):
-    """A signal asked this program to stop."""
-
-
 class Failed(Exception):
     """A run ended with an error."""
-
-
-def started(command: Sequence[str], log: Path) -> int:
-    """Run a command, append its output to `log`, and return its exit code.
-
-    SIGTERM and SIGINT to this process are passed on as SIGTERM, which makes a run save a checkpoint.
-
-    Raises:
-        Interrupted: this process got one of these signals. The command has ended.
-    """
-    asked = False
-    with log.open("ab") as said:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        _signal_group(child.pid, signal.SIGTERM)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        code = child.wait()
-        if asked:  # the script may end before its ranks do
-            end = time.monotonic() + _PATIENCE_SECONDS
-            while time.monotonic() < end and _signal_group(child.pid, 0):
-                # If this is a container's first process, it becomes the parent of leftover ranks and must reap them.
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(-child.pid, os.WNOHANG)
-                time.sleep(0.2)
-            raise Interrupted
-        return code
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _signal_group(leader: int, number: int) -> bool:
-    """Send a signal to a process group. Return False if the group has no process left."""
-    try:
-        os.killpg(leader, number)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def train(output: Path, command: Callable[[Path, str, int], list[str]], seeds: Sequence[int]) -> None:
@@ -119,24 +66,24 @@ def train(output: Path, command: Callable[[Path, str, int], list[str]], seeds: S
     planned = [(implementation, seed) for seed in seeds for implementation in report.IMPLEMENTATIONS]
     for number, (implementation, seed) in enumerate(planned, 1):
         run_dir = report.run_dir(output, implementation, seed)
-        attempts = report.attempts(run_dir)
+        made = attempts(run_dir)
         name = f"{number}/{len(planned)} {implementation}, seed {seed}"
-        if report.complete(attempts):
+        if complete(made):
             print(f"{name}: complete", flush=True)
             continue
         log = run_dir.with_suffix(".log")
-        print(f"{name}: {'going on' if attempts else 'training'}; its output is in {log}", flush=True)
+        print(f"{name}: {'going on' if made else 'training'}; its output is in {log}", flush=True)
         began, code = time.time(), exit_codes.RESUME
         try:
             code = started(command(run_dir, implementation, seed), log)
         finally:
-            report.record_attempt(run_dir, time.time() - began, code)
+            record_attempt(run_dir, time.time() - began, code)
         if code == exit_codes.RESUME:
             raise Interrupted
         if code:
-            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             raise Failed(
-                f"{name} ended with exit code {code}; run the same command again to resume it. {log} ends:\n{tail}"
+                f"{name} ended with exit code {code}; run the same command again to resume it. {log} ends:\n"
+                f"{last_lines(log)}"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_a_working_directory_that_cannot_be_written_is_an_error_with_its_remedy(
 def test_two_quickstarts_in_the_same_second_train_in_two_directories(tmp_path: Path) -> None:
     for folder in ("launch", "data", "bin"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "launch" / "quickstart.sh").write_text((REPOSITORY / "launch" / "quickstart.sh").read_text())
+    for name in ("quickstart.sh", "default_corpus.sh"):
+        shutil.copy(REPOSITORY / "launch" / name, tmp_path / "launch" / name)
     (tmp_path / "launch" / "setup_env.sh").write_text("MEGAMULT_GPUS=0\n")
     for name in ("sotu_train.bin", "sotu_train.idx", "sotu_valid.bin", "sotu_valid.idx", "sotu.model"):
         (tmp_path / "data" / name).touch()

@@ -1,0 +1,133 @@
+"""What an experiment is: its claims with thresholds, its arms, and functions that measure the claims and plot.
+
+A new experiment is one module with an :class:`Experiment`, named in `examples/paper/package.py`. Claims and thresholds
+are constants at the top of the module, and are committed before a run is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from examples.paper.grid import Arm, Grid, Run, make_run
+from examples.paper.paired import Estimate, Verdict, mean_of_last
+from examples.paper.setting import Setting
+from examples.running.curves import Curves, read_curves
+from megamult.checkpoint.saved import SavedCheckpoint
+
+
+class NotRun(Exception):
+    """Runs that a claim needs are not complete."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Measured figure of a claim."""
+
+    estimate: Estimate | None
+    """Figure with its standard error; None if there is none."""
+    verdict: Verdict
+    note: str = ""
+    """Further figures, in a few words."""
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Statement of the paper, the threshold at which it counts as reproduced, and how it is measured."""
+
+    text: str
+    threshold: str
+    measure: Callable[[Results], Measurement]
+    """Function that raises NotRun if runs are missing."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Experiment of the paper."""
+
+    name: str
+    """Name that `--only` takes."""
+    title: str
+    claims: Sequence[Claim]
+    arms: Callable[[Setting], Sequence[Arm]]
+    """Function that returns the arms of the package."""
+    plot: Callable[[Results, Path], None]
+    """Function that draws the figure of the report into a file, or raises NotRun."""
+    full_arms: Callable[[Setting], Sequence[Arm]] = lambda setting: ()
+    """Function that returns further arms, which `--full` adds."""
+    package: bool = True
+    """Whether the package trains the arms. If not, only `--full` and `--only` do."""
+
+
+class Results:
+    """The complete runs of a setting, as an experiment reads them.
+
+    Args:
+        setting: the setting.
+        grid: folder with the runs.
+        seeds: seeds that every claim needs.
+    """
+
+    def __init__(self, setting: Setting, grid: Grid, seeds: Sequence[int]) -> None:
+        self.setting, self.grid, self.seeds = setting, grid, tuple(seeds)
+        self._curves: dict[str, Curves] = {}
+
+    def run(self, arm: Arm, seed: int) -> Run:
+        """Return a run.
+
+        Raises:
+            NotRun: it is not complete.
+        """
+        run = make_run(self.setting, arm, seed)
+        state = self.grid.state(run)
+        if state != "complete":
+            raise NotRun(f"{run.label}: {state}")
+        return run
+
+    def curves(self, arm: Arm, seed: int) -> Curves:
+        """Return the losses of a run.
+
+        Raises:
+            NotRun: the run is not complete, or has no result because it diverged.
+        """
+        run = self.run(arm, seed)
+        if run.name not in self._curves:
+            try:
+                self._curves[run.name] = read_curves(self.grid.directory(run))
+            except (OSError, ValueError) as error:
+                raise NotRun(str(error)) from None
+        return self._curves[run.name]
+
+    def all_curves(self, arm: Arm) -> list[Curves]:
+        """Return the losses of an arm's runs, seed by seed."""
+        return [self.curves(arm, seed) for seed in self.seeds]
+
+    def valid(self, arm: Arm) -> list[float]:
+        """Return the valid losses after the last step, seed by seed."""
+        return [curves.result for curves in self.all_curves(arm)]
+
+    def train(self, arm: Arm) -> list[float]:
+        """Return the training losses over the last steps, seed by seed (:func:`mean_of_last`)."""
+        return [mean_of_last(curves.train) for curves in self.all_curves(arm)]
+
+    def checkpoint(self, arm: Arm, seed: int, step: int) -> SavedCheckpoint:
+        """Open the checkpoint of a step.
+
+        Raises:
+            NotRun: the run is not complete, or did not keep this checkpoint.
+        """
+        path = self.grid.directory(self.run(arm, seed)) / "checkpoints" / f"step_{step}"
+        if not path.is_dir():
+            raise NotRun(f"there is no {path}")
+        return SavedCheckpoint(path)
+
+    @cached_property
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the checkpoints that every run keeps."""
+        keys: Mapping[str, Any] = self.setting.keys
+        every = int(keys["checkpoint.keep_every"])
+        return sorted({*range(every, self.setting.steps + 1, every), self.setting.steps})

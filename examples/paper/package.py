@@ -1,0 +1,164 @@
+"""The package of `examples/paper/run.sh`: trains the runs that are not complete, measures the claims, and reports.
+
+Exit codes: 0 if all runs are complete, 1 if a run has failed, 2 for a mistake in the command, 75 if the program was
+interrupted and the same command will continue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.paper import e02_brownian_motion, e05_row_norms, e13_placement, e14_gradient_snr, headline, report
+from examples.paper.experiment import Experiment, Results
+from examples.paper.grid import Grid, Run, plan
+from examples.paper.setting import DEFAULT_CORPUS, Setting, gpu, small
+from examples.running.children import ROOT, Interrupted
+from megamult.runtime import exit_codes
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    headline.EXPERIMENT,
+    e02_brownian_motion.EXPERIMENT,
+    e05_row_norms.EXPERIMENT,
+    e13_placement.EXPERIMENT,
+    e14_gradient_snr.EXPERIMENT,
+)
+"""All experiments, in the order of the report."""
+
+GPU_NEEDS = (
+    "--gpu trains 16M parameters in bf16 on 98M tokens a run. It needs a CUDA GPU that torch sees, and --corpus PREFIX "
+    "of a corpus of 25M tokens or more that launch/prepare_data.py has written (PREFIX_train, PREFIX_valid, "
+    "PREFIX.model)"
+)
+
+
+def chosen_experiments(names: Sequence[str]) -> list[Experiment]:
+    """Return the experiments with these names, or all.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    known = {each.name.lower(): each for each in EXPERIMENTS}
+    unknown = [name for name in names if name.lower() not in known]
+    if unknown:
+        raise ValueError(
+            f"the experiment {unknown[0]!r} is unknown: use {', '.join(each.name for each in EXPERIMENTS)}"
+        )
+    return [each for each in EXPERIMENTS if not names or each.name.lower() in {name.lower() for name in names}]
+
+
+def chosen_runs(
+    setting: Setting, experiments: Sequence[Experiment], seeds: Sequence[int], named: bool, full: bool
+) -> list[Run]:
+    """Return the runs that experiments need, each configuration once.
+
+    Args:
+        setting: sizes and hyperparameters.
+        experiments: the experiments.
+        seeds: seeds of every arm.
+        named: whether the experiments were named, so that those outside the package count too.
+        full: whether to add what is outside the package.
+    """
+    arms = [arm for each in experiments if each.package or named or full for arm in each.arms(setting)]
+    if full:
+        arms += [arm for each in experiments for arm in each.full_arms(setting)]
+    return plan(setting, arms, seeds)
+
+
+def chosen_setting(on_gpu: bool, corpus: str | None) -> Setting:
+    """Return the setting that the command asks for.
+
+    Raises:
+        ValueError: there is no GPU or no corpus for it.
+    """
+    if on_gpu and (corpus is None or os.environ.get("MEGAMULT_GPUS", "0") == "0"):
+        raise ValueError(GPU_NEEDS)
+    if corpus is None:
+        return small()
+    prefix = str(Path(corpus).resolve())
+    missing = [
+        f"{prefix}{end}" for end in ("_train.bin", "_valid.bin", ".model") if not Path(f"{prefix}{end}").exists()
+    ]
+    if missing:
+        raise ValueError(f"{missing[0]} does not exist: give --corpus the prefix that launch/prepare_data.py wrote")
+    return gpu(prefix) if on_gpu else small(prefix)
+
+
+def prepare(setting: Setting) -> None:
+    """Make the default corpus, if the setting reads it.
+
+    Raises:
+        ValueError: it could not be made.
+    """
+    if setting.corpus == DEFAULT_CORPUS and subprocess.run([ROOT / "launch" / "default_corpus.sh"]).returncode:
+        raise ValueError("the default corpus could not be made; the reason is above")
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="examples/paper/run.sh", description=__doc__.split("\n")[0])
+    made.add_argument("--full", action="store_true", help="also the runs that the package of 90 minutes leaves out")
+    made.add_argument("--gpu", action="store_true", help=f"the larger setting. {GPU_NEEDS}")
+    made.add_argument("--only", nargs="+", default=[], metavar="NAME", help="experiments, such as E5 (default: all)")
+    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of every arm (default: 1 2 3)")
+    made.add_argument("--workers", type=int, default=2, help="number of runs side by side, with one thread each (2)")
+    made.add_argument("--output", type=Path, default=ROOT / "runs" / "paper", help="directory of results (runs/paper)")
+    made.add_argument("--corpus", metavar="PREFIX", help="corpus instead of the State of the Union speeches")
+    mode = made.add_mutually_exclusive_group()
+    mode.add_argument("--list", action="store_true", help="print number, name and state of every run, and end")
+    mode.add_argument(
+        "--run", type=int, metavar="N", help="train only run N of --list; SLURM_ARRAY_TASK_ID does the same"
+    )
+    mode.add_argument("--report", action="store_true", help="train nothing, report on what is there")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, and return the exit code."""
+    made = _parser()
+    chosen = made.parse_args(arguments)
+    if chosen.workers < 1 or len(set(chosen.seeds)) != len(chosen.seeds):
+        made.error("--workers must be positive, and --seeds all different")
+    number: int | None = chosen.run
+    if number is None and not (chosen.list or chosen.report) and "SLURM_ARRAY_TASK_ID" in os.environ:
+        number = int(os.environ["SLURM_ARRAY_TASK_ID"])
+    try:
+        setting, experiments = chosen_setting(chosen.gpu, chosen.corpus), chosen_experiments(chosen.only)
+        runs = chosen_runs(setting, experiments, chosen.seeds, bool(chosen.only), chosen.full)
+        grid = Grid(chosen.output.resolve() / setting.name)
+        if chosen.list:
+            for position, run in enumerate(runs, 1):
+                print(f"{position:3d}  {grid.state(run):12s} {run.label}  {run.name}")
+            return 0
+        if number is not None:
+            if not 1 <= number <= len(runs):
+                raise ValueError(f"there is no run {number}: --list shows runs 1 to {len(runs)}")
+            runs = [runs[number - 1]]
+        failures = []
+        if not chosen.report:
+            prepare(setting)
+            failures = grid.train(runs, chosen.workers)
+        if number is None:
+            words = shlex.join([made.prog, *(sys.argv[1:] if arguments is None else arguments)])
+            name = "-".join(["report", *(each.name.lower() for each in experiments if chosen.only)])
+            grid.folder.mkdir(parents=True, exist_ok=True)
+            file = grid.folder / f"{name}.md"
+            text = report.write(Results(setting, grid, chosen.seeds), experiments, words, file)
+            print(f"\n{text}\nwritten: {file}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.USER_ERROR
+    except Interrupted:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return exit_codes.RESUME
+    for failure in failures:
+        print(f"\nerror: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Statistics of the experiments: paired differences, slopes, rank correlation, spread, and the verdict. Pure.
+
+Runs of the same seed have the same initial weights and the same order of the data, so that most of the noise cancels in
+their difference. One seed gives one difference, and the standard error is taken over seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Verdict = Literal["reproduced", "not reproduced", "not resolved", "not run", "reported"]
+"""`reported` is the verdict of a figure for which the paper claims nothing."""
+
+LAST_STEPS = 100
+"""Number of steps at the end of a run over which its training loss is averaged."""
+BLOCK_STEPS = 10
+"""Number of consecutive steps that count as one value when the error is taken over the order of the data."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error."""
+
+    mean: float
+    error: float
+    """Standard error, or NaN if there is only one value."""
+    values: tuple[float, ...]
+    """Values that the mean is over, one for each seed."""
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return mean and standard error, s / sqrt(n) with the sample deviation s, of values of different seeds."""
+    given = np.asarray(values, dtype=np.float64)
+    error = float(given.std(ddof=1)) / math.sqrt(len(given)) if len(given) > 1 else math.nan
+    return Estimate(float(given.mean()), error, tuple(float(value) for value in given))
+
+
+def paired(without: Sequence[float], with_it: Sequence[float]) -> Estimate:
+    """Return the mean difference `with_it` - `without`; values at the same position are of the same seed."""
+    return estimate([b - a for a, b in zip(without, with_it, strict=True)])
+
+
+def mean_of_last(losses: Mapping[int, float], count: int = LAST_STEPS) -> float:
+    """Return the mean training loss over the last `count` steps, or over all steps if there are fewer."""
+    return float(np.mean([losses[step] for step in sorted(losses)[-count:]]))
+
+
+def paired_over_steps(
+    without: Mapping[int, float],
+    with_it: Mapping[int, float],
+    count: int = LAST_STEPS,
+    block: int = BLOCK_STEPS,
+) -> Estimate:
+    """Return the mean difference of the training loss over the last `count` steps of two runs of the same seed.
+
+    The standard error is over the order of the data: from the means of blocks of `block` steps, because differences of
+    neighbouring steps are correlated. It says nothing about other initial weights.
+
+    Raises:
+        ValueError: the two runs have different steps, or fewer than two blocks.
+    """
+    if without.keys() != with_it.keys():
+        raise ValueError("the two runs have different steps: compare runs of the same length")
+    steps = sorted(without)[-count:]
+    blocks = len(steps) // block
+    if blocks < 2:
+        raise ValueError(f"{len(steps)} steps make {blocks} blocks of {block}: an error needs at least 2")
+    gaps = np.asarray([with_it[step] - without[step] for step in steps[-blocks * block :]])
+    of_blocks = estimate(gaps.reshape(blocks, block).mean(axis=1).tolist())
+    return Estimate(of_blocks.mean, of_blocks.error, (of_blocks.mean,))
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Slope of a straight line, with its standard error."""
+
+    value: float
+    error: float
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> Slope:
+    """Fit y = a + b x by least squares, and return b with its standard error for independent residuals of equal spread.
+
+    Raises:
+        ValueError: there are fewer than three points, or all x are equal.
+    """
+    across, up = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(across) < 3 or np.ptp(across) == 0:
+        raise ValueError(f"a slope with an error needs at least 3 points at different x; x is {list(x)}")
+    deviations = across - across.mean()
+    squares = float(deviations @ deviations)
+    b = float(deviations @ up) / squares
+    residuals = up - up.mean() - b * deviations
+    return Slope(b, math.sqrt(float(residuals @ residuals) / (len(across) - 2) / squares))
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return Spearman's rank correlation. Equal values share the mean of their ranks."""
+    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    given = np.asarray(values, dtype=np.float64)
+    _, inverse, counts = np.unique(given, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)  # rank of the last of each group of equal values, counted from 1
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def coefficient_of_variation(values: Sequence[float] | np.ndarray) -> float:
+    """Return the standard deviation divided by the mean."""
+    given = np.asarray(values, dtype=np.float64)
+    return float(given.std() / given.mean())
+
+
+def verdict(holds: bool, effect: Estimate) -> Verdict:
+    """Return the verdict on a claim.
+
+    Args:
+        holds: whether the measured figures meet the claim's threshold.
+        effect: how far the figure is from what it would be without the effect. For a claim that something stays within
+            a bound, it is the distance to the bound.
+
+    Returns:
+        `not resolved` if the standard error is above half of the effect, or unknown. Otherwise `reproduced` or `not
+        reproduced`.
+    """
+    if not effect.error <= abs(effect.mean) / 2:  # NaN is unknown
+        return "not resolved"
+    return "reproduced" if holds else "not reproduced"

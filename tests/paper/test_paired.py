@@ -1,0 +1,101 @@
+"""Statistics of examples/paper against plain references."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+from examples.paper.paired import (
+    Estimate,
+    coefficient_of_variation,
+    estimate,
+    mean_of_last,
+    paired,
+    paired_over_steps,
+    slope,
+    spearman,
+    verdict,
+)
+
+
+def test_a_paired_difference_has_the_mean_and_the_standard_error_of_the_seeds_differences() -> None:
+    without, with_it = [5.0, 5.4, 5.2], [4.9, 5.1, 5.15]
+    found = paired(without, with_it)
+    gaps = [b - a for a, b in zip(without, with_it, strict=True)]
+    assert found.values == pytest.approx(gaps)
+    assert found.mean == pytest.approx(statistics.mean(gaps))
+    assert found.error == pytest.approx(statistics.stdev(gaps) / math.sqrt(3))
+    assert math.isnan(paired([5.0], [4.0]).error)
+
+
+def test_the_mean_loss_is_that_of_the_last_steps_alone() -> None:
+    losses = {step: 100.0 if step <= 100 else float(step % 2) for step in range(1, 201)}
+    assert mean_of_last(losses) == 0.5
+    assert mean_of_last({1: 3.0, 2: 5.0}) == 4.0
+
+
+def test_the_error_over_steps_is_that_of_blocks() -> None:
+    draw = np.random.default_rng(0)
+    # Each value stands for ten steps: the error of single steps would be too small by the root of ten.
+    noise = np.repeat(draw.standard_normal(10), 10)
+    without = dict.fromkeys(range(1, 201), 5.0)
+    with_it = {step: 5.0 + (7.0 if step <= 100 else noise[step - 101]) for step in range(1, 201)}
+    found = paired_over_steps(without, with_it)
+    blocks = noise[::10].tolist()
+    assert found.mean == pytest.approx(statistics.mean(blocks))
+    assert found.error == pytest.approx(statistics.stdev(blocks) / math.sqrt(10))
+    with pytest.raises(ValueError, match="different steps"):
+        paired_over_steps(without, dict.fromkeys(range(1, 200), 5.0))
+    with pytest.raises(ValueError, match="at least 2"):
+        paired_over_steps({1: 1.0}, {1: 2.0})
+
+
+def test_a_slope_and_its_error_are_those_of_polyfit() -> None:
+    draw = np.random.default_rng(1)
+    x = draw.uniform(-1, 3, 12)
+    y = 0.5 - 2.0 * x + 0.3 * draw.standard_normal(12)
+    found = slope(x.tolist(), y.tolist())
+    coefficients, covariance = np.polyfit(x, y, 1, cov=True)
+    assert found.value == pytest.approx(coefficients[0])
+    assert found.error == pytest.approx(math.sqrt(covariance[0, 0]))
+    with pytest.raises(ValueError, match="at least 3 points"):
+        slope([1.0, 2.0], [1.0, 2.0])
+
+
+def test_spearman_is_the_formula_without_ties_and_shares_ranks_with_them() -> None:
+    draw = np.random.default_rng(2)
+    x, y = draw.standard_normal(9), draw.standard_normal(9)
+    squares = sum((np.sum(x < a) - np.sum(y < b)) ** 2 for a, b in zip(x, y, strict=True))
+    assert spearman(x.tolist(), y.tolist()) == pytest.approx(1 - 6 * squares / (9 * 80))
+    # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, squares 4.5 and 5.
+    assert spearman([10.0, 20.0, 20.0, 90.0], [1.0, 2.0, 3.0, 4.0]) == pytest.approx(4.5 / math.sqrt(4.5 * 5.0))
+
+
+def test_the_coefficient_of_variation_is_deviation_over_mean() -> None:
+    values = [2.0, 4.0, 4.0, 6.0]
+    assert coefficient_of_variation(values) == pytest.approx(statistics.pstdev(values) / 4.0)
+
+
+@pytest.mark.parametrize(
+    ("holds", "values", "said"),
+    [
+        (True, (-0.10, -0.11, -0.12), "reproduced"),
+        (False, (0.10, 0.11, 0.12), "not reproduced"),
+        (True, (-0.3, 0.1, -0.1), "not resolved"),
+        (False, (-0.3, 0.1, -0.1), "not resolved"),
+        (True, (-0.1,), "not resolved"),
+    ],
+    ids=["holds", "fails", "noisy and holds", "noisy and fails", "one seed"],
+)
+def test_an_effect_within_two_standard_errors_is_not_resolved(
+    holds: bool, values: tuple[float, ...], said: str
+) -> None:
+    assert verdict(holds, estimate(values)) == said
+
+
+def test_an_effect_of_two_standard_errors_is_resolved() -> None:
+    assert verdict(True, Estimate(-0.2, 0.1, ())) == "reproduced"
+    assert verdict(True, Estimate(-0.2, 0.1001, ())) == "not resolved"

@@ -1,0 +1,35 @@
+"""What one process computes of a run's checkpoint, for comparison with what the run itself has recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from examples.paper.gradient_probe import load
+from megamult.checkpoint.saved import SavedCheckpoint
+from megamult.distributed import start
+from megamult.train import corpora
+from megamult.train.command_line import parse
+from megamult.train.model import build_model
+
+
+@torch.no_grad()
+def valid_loss(checkpoint: Path) -> float:
+    """The cross entropy over the run's valid batches, of a model that :func:`load` has filled."""
+    run_dir = checkpoint.parents[1]
+    config, _ = parse(["--config", str(run_dir / "config.yaml")])
+    mesh = start.initialize(tensor=1)
+    tokenizer, vocab_size = corpora.vocabulary(config)
+    model = build_model(config, vocab_size, seed=None)
+    load(model, SavedCheckpoint(checkpoint))
+    train, valid = corpora.open_datasets(config, tokenizer, run_dir, mesh)
+    assert valid is not None
+    count = config.train.eval_batches * config.train.global_batch_size
+    valid.prepare(0, count, mesh.barrier)
+    items = [valid[index] for index in range(count)]
+    tokens, labels = (torch.stack([item[key] for item in items]) for key in ("tokens", "labels"))
+    _, entropy = model(tokens, labels)
+    for samples in (train, valid):
+        samples.close()
+    return float(entropy)
