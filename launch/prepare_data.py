@@ -35,7 +35,10 @@ def _parser() -> argparse.ArgumentParser:
         help="fraction of documents held out (default 0.01)",
     )
     parser.add_argument(
-        "--json_key", default="text", metavar="KEY", help="field of a JSON line that holds the text (default text)"
+        "--json_key",
+        default="text",
+        metavar="KEY",
+        help='name of the field of a JSON line that holds the text (default: "text")',
     )
     parser.add_argument(
         "--workers",

@@ -21,13 +21,13 @@ import math
 from pathlib import Path
 
 import numpy as np
+
+from examples.paper import plots
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
 from examples.paper.grid import Arm
 from examples.paper.matrices import root_mean_squares
 from examples.paper.paired import Estimate, estimate, paired, slope, verdict
 from examples.paper.setting import Setting
-
-from examples.paper import plots
 
 ENDS = (1 / 8, 1.0, 8.0)
 """Values of S in the package."""
@@ -177,4 +177,5 @@ EXPERIMENT = Experiment(
     lambda setting: [arm(setting, kind, s) for kind in KINDS for s in ENDS],
     plot,
     lambda setting: [arm(setting, kind, s) for kind in KINDS for s in SWEEP],
+    seeds=2,
 )

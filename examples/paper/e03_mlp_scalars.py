@@ -19,13 +19,13 @@ import math
 from pathlib import Path
 
 import numpy as np
+
+from examples.paper import plots
 from examples.paper.arms import NAMES, OPTIMIZERS
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
 from examples.paper.grid import Arm
 from examples.paper.matrices import matrices, root_mean_squares
 from examples.paper.paired import Estimate, estimate, paired, slope, verdict
-
-from examples.paper import plots
 
 ROLES = ("gate", "up", "down")
 ENDS = (1.0, 4.0)
@@ -156,4 +156,5 @@ EXPERIMENT = Experiment(
     lambda setting: _arms(("adamw",), ENDS),
     plot,
     lambda setting: _arms(OPTIMIZERS, SWEEP),
+    seeds=2,
 )

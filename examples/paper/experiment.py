@@ -59,6 +59,8 @@ class Experiment:
     """Function that draws the figure of the report into a file, or raises NotRun."""
     full_arms: Callable[[Setting], Sequence[Arm]] = lambda setting: ()
     """Function that returns further arms, which `--full` adds."""
+    seeds: int | None = None
+    """Number of seeds in the package, the first of those that are given; None means all. `--full` runs all."""
     package: bool = True
     """Whether the package trains the arms. If not, only `--full` and `--only` do."""
 
@@ -75,6 +77,10 @@ class Results:
     def __init__(self, setting: Setting, grid: Grid, seeds: Sequence[int]) -> None:
         self.setting, self.grid, self.seeds = setting, grid, tuple(seeds)
         self._curves: dict[str, Curves] = {}
+
+    def first_seeds(self, count: int) -> Results:
+        """Return the same runs, of which only the first seeds count."""
+        return Results(self.setting, self.grid, self.seeds[:count])
 
     def run(self, arm: Arm, seed: int) -> Run:
         """Return a run.

@@ -14,7 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.paper import e02_brownian_motion, e05_row_norms, e13_placement, e14_gradient_snr, headline, report
+from examples.paper import (
+    e01_projector,
+    e02_brownian_motion,
+    e03_mlp_scalars,
+    e05_row_norms,
+    e13_placement,
+    e14_gradient_snr,
+    headline,
+    report,
+)
 from examples.paper.experiment import Experiment, Results
 from examples.paper.grid import Grid, Run, plan
 from examples.paper.setting import DEFAULT_CORPUS, Setting, gpu, small
@@ -25,8 +34,10 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     headline.EXPERIMENT,
     e02_brownian_motion.EXPERIMENT,
     e05_row_norms.EXPERIMENT,
-    e13_placement.EXPERIMENT,
     e14_gradient_snr.EXPERIMENT,
+    e03_mlp_scalars.EXPERIMENT,
+    e01_projector.EXPERIMENT,
+    e13_placement.EXPERIMENT,
 )
 """All experiments, in the order of the report."""
 
@@ -60,14 +71,17 @@ def chosen_runs(
     Args:
         setting: sizes and hyperparameters.
         experiments: the experiments.
-        seeds: seeds of every arm.
+        seeds: seeds of every arm, unless an experiment has fewer in the package.
         named: whether the experiments were named, so that those outside the package count too.
         full: whether to add what is outside the package.
     """
-    arms = [arm for each in experiments if each.package or named or full for arm in each.arms(setting)]
-    if full:
-        arms += [arm for each in experiments for arm in each.full_arms(setting)]
-    return plan(setting, arms, seeds)
+    found: dict[str, Run] = {}
+    for each in experiments:
+        arms = list(each.arms(setting)) if each.package or named or full else []
+        arms += each.full_arms(setting) if full else []
+        for run in plan(setting, arms, seeds if full else seeds[: each.seeds]):
+            found.setdefault(run.name, run)
+    return list(found.values())
 
 
 def chosen_setting(on_gpu: bool, corpus: str | None) -> Setting:

@@ -22,11 +22,19 @@ run**: runs are missing. **reported**: the paper claims nothing. Figures are mea
 the values of the single seeds."""
 
 
-def measure(claim: Claim, results: Results) -> Measurement:
-    """Return the measurement of a claim; `not run`, with the reason, if runs are missing or cannot be read."""
+def measure(claim: Claim, results: Results, seeds: int | None = None) -> Measurement:
+    """Return the measurement of a claim; `not run`, with the reason, if runs are missing or cannot be read.
+
+    Args:
+        claim: the claim.
+        results: the runs.
+        seeds: number of the first seeds that are enough if the runs of all seeds are not complete.
+    """
     try:
         return claim.measure(results)
     except (NotRun, ValueError, OSError) as error:
+        if seeds is not None and seeds < len(results.seeds):
+            return measure(claim, results.first_seeds(seeds))
         return Measurement(None, "not run", str(error))
 
 
@@ -64,11 +72,12 @@ def write(results: Results, experiments: Sequence[Experiment], command: str, fil
     rows, verdicts, pictures = [], collections.Counter[str](), []
     for experiment in experiments:
         for claim in experiment.claims:
-            measured = measure(claim, results)
+            measured = measure(claim, results, experiment.seeds)
             verdicts[measured.verdict] += 1
             rows.append(row(experiment, claim, measured))
         picture = file.with_name(f"{experiment.name.lower()}.png")
-        if drawn(experiment.plot, results, picture):
+        few = [] if experiment.seeds is None else [results.first_seeds(experiment.seeds)]
+        if any(drawn(experiment.plot, each, picture) for each in (results, *few)):
             pictures.append(f"## {experiment.name}: {experiment.title}\n\n![{experiment.title}]({picture.name})")
     setting = results.setting
     text = f"""# Learnable multipliers (arXiv 2601.04890): claims and verdicts

@@ -23,7 +23,7 @@ class ViewedOptimizer(torch.optim.Optimizer):
     Attributes:
         folding: settings of the folded multipliers; None if there are none.
         folded: the folded multipliers; None before the optimizer is bound to a partition, or if there are none.
-        fixed: norms of matrices that keep theirs; None before the optimizer is bound to a partition, or if none do.
+        fixed: norms of the matrices of fixed norm; None before the optimizer is bound, or if there are none.
         updates: number of steps that were applied.
         skipped_steps: number of steps that were skipped.
     """

@@ -167,12 +167,15 @@ def test_pretrain_knows_every_key_of_every_experiment(tmp_path: Path, setting: o
 def test_the_package_shares_runs_between_experiments() -> None:
     setting, experiments = small(), package.EXPERIMENTS
     runs = package.chosen_runs(setting, experiments, [1, 2, 3], named=False, full=False)
-    # None and all by two optimizers, and three placements beside all.
-    assert len(runs) == (2 * 2 + 3) * 3
+    # None and all by two optimizers, and three placements beside all, with three seeds; three kinds of final norm at
+    # three S and MLPs with and without scalars at two S, with two seeds.
+    assert len(runs) == (2 * 2 + 3) * 3 + (3 * 3 + 2 * 2) * 2
     only = package.chosen_runs(setting, package.chosen_experiments(["e5"]), [1, 2, 3], named=True, full=False)
     assert len(only) == 2 * 3 and {run.name for run in only} < {run.name for run in runs}
     full = package.chosen_runs(setting, experiments, [1, 2, 3], named=False, full=True)
-    assert len(full) == len(runs) + 2 * 3
+    # A faster symmetry_free and a third seed of E1 and E3; two more S of E1; three more S of E3, and all of Muon's.
+    of_e3 = 2 * 5 * 2
+    assert len(full) == (2 * 2 + 3) * 3 + 3 + 3 * 5 * 3 + of_e3 * 3
 
 
 def test_list_numbers_the_runs_and_a_number_out_of_range_is_refused(
