@@ -23,6 +23,7 @@ from examples.paper import (
     e14_gradient_snr,
     headline,
     report,
+    scales,
 )
 from examples.paper.experiment import Experiment, Results
 from examples.paper.grid import Grid, Run, plan
@@ -38,6 +39,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     e03_mlp_scalars.EXPERIMENT,
     e01_projector.EXPERIMENT,
     e13_placement.EXPERIMENT,
+    scales.EXPERIMENT,
 )
 """All experiments, in the order of the report."""
 
