@@ -60,8 +60,8 @@ def main() -> None:
         wrong = [f"{key} {size}" for key, size in widths.items() if size * base % model.hidden_size]
         if base < 1 or wrong:
             raise ValueError(
-                f"base_hidden_size is {base} with model.hidden_size {model.hidden_size}: it must be positive, and such "
-                f"that {', '.join(wrong or widths)} in proportion are whole numbers"
+                f"base_hidden_size is {base} with model.hidden_size {model.hidden_size}: it must be positive, and "
+                f"{', '.join(wrong or widths)}, times base_hidden_size / model.hidden_size, must be whole numbers"
             )
         heads, groups, ffn = (size * base // model.hidden_size for size in widths.values())
         narrow = replace(

@@ -127,8 +127,8 @@ class Stamp:
         """
         if tokenizer.sha256 != self.tokenizer_sha256:
             raise ValueError(
-                f"data source {prefix} was encoded with another tokenizer: its SHA-256 is "
-                f"{self.tokenizer_sha256[:12]}... ({self.vocab_size} tokens; {prefix}{SUFFIX}), and that of "
-                f"{tokenizer.model_path} is {tokenizer.sha256[:12]}... ({tokenizer.vocab_size} tokens): give the "
-                ".model file that the corpus was prepared with, or prepare it again with this one"
+                f"data source {prefix} was encoded with another tokenizer than {tokenizer.model_path}: "
+                f"{prefix}{SUFFIX} records one with the SHA-256 {self.tokenizer_sha256[:12]}... and {self.vocab_size} "
+                f"tokens, and the given file has {tokenizer.sha256[:12]}... and {tokenizer.vocab_size} tokens: give "
+                "the .model file that the corpus was prepared with, or prepare the corpus again with the given one"
             )

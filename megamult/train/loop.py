@@ -70,8 +70,8 @@ class Trainer:
     def _taken(self, batches: MicroBatches, step: int, of: str = "") -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of one global batch, and take each only when it is asked for.
 
-        Note the progress of `step` too, for the watchdog. Waiting for a micro-batch has the grace of work on files, and
-        computing on it has none.
+        Also record the progress of `step`, for the watchdog. While a micro-batch is awaited, the watchdog allows the
+        extra time that work on files has. While one is computed on, it allows none.
         """
         for micro in range(self._accumulation):
             which = f"micro-batch {micro + 1} of {self._accumulation}{of}"

@@ -49,11 +49,11 @@ def test_another_tokenizer_of_the_same_size_is_an_error_that_names_both(
     train_tokenizer([text.upper() for text in documents], tokenizer.vocab_size, tmp_path / "other.model")
     other = Tokenizer(tmp_path / "other.model")
     assert other.vocab_size == tokenizer.vocab_size
-    was = f"its SHA-256 is {tokenizer.sha256[:12]}... (400 tokens;"
-    message = f"data source {prefix} was encoded with another tokenizer: {was}"
+    was = f"{prefix}.stamp.json records one with the SHA-256 {tokenizer.sha256[:12]}... and 400 tokens"
+    message = f"data source {prefix} was encoded with another tokenizer than {tmp_path / 'other.model'}: {was}"
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         describe(prefix, other)
-    assert f"{tmp_path / 'other.model'} is {other.sha256[:12]}..." in str(caught.value)
+    assert f"the given file has {other.sha256[:12]}... and 400 tokens" in str(caught.value)
 
 
 def flip(path: str, at: int) -> None:
