@@ -55,7 +55,7 @@ def encode_in_order(
     """Yield the ids of each document, in the order of `documents` for any number of processes.
 
     Raises:
-        ValueError: the tokenizer does not keep a document (see `encode_document`).
+        ValueError: the ids of a document do not decode to its text (see `encode_document`).
     """
     if workers == 1:
         tokenizer = Tokenizer(model_path)
