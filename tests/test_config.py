@@ -52,7 +52,7 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"model": {"hidden_size": 24}}, r"hidden_size is 24 .*whole even number"),
     ({"model": {"num_query_groups": 3}}, r"num_query_groups is 3: it must divide model\.num_attention_heads \(8\)"),
     ({"multipliers": {"placement": "some"}}, r"placement is 'some': use one of all, symmetry_free, scalar"),
-    ({"multipliers": {"placement": {"head": "row"}}}, r"role 'head': the roles are q, k, v"),
+    ({"multipliers": {"placement": {"norm": "row"}}}, r"role 'norm': use one of q, k, v"),
     ({"multipliers": {"placement": {"q": ["row", "up"]}}}, r"gives q the side 'up': use row, col or scalar"),
     ({"multipliers": {"lr": 0.0}}, r"multipliers\.lr is 0\.0: it must be positive"),
     ({"multipliers": {"weight_decay": -1.0}}, r"multipliers\.weight_decay is -1\.0: it must be 0 or more"),
@@ -85,7 +85,7 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ),
     (
         {"optimizer": {"weight_decay_factors": {"norm": 2.0}}},
-        r"weight_decay_factors names the role 'norm': these have weight decay: q, .* head$",
+        r"weight_decay_factors names the role 'norm': these have weight decay: q, .* head",
     ),
     (
         {"multipliers": {"lr_factors": {"head": 2.0}}},
@@ -415,7 +415,9 @@ def test_an_unknown_optimizer_is_named_with_those_that_there_are() -> None:
 def test_an_old_key_beside_its_new_one_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("optimizer: {name: muon, momentum: 0.8, muon: {momentum: 0.9}}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"optimizer\.momentum is 0\.8 and optimizer\.muon\.momentum 0\.9: .* remove"):
+    with pytest.raises(
+        ValueError, match=r"optimizer\.momentum is 0\.8, and optimizer\.muon\.momentum is 0\.9: .* remove"
+    ):
         parse(["--config", str(file)])
 
 

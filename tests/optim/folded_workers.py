@@ -17,15 +17,16 @@ def _engine(case: StepCase, placement: Any, initial: Any = None) -> tuple[Any, A
     """A fresh engine with folded multipliers, and its configuration."""
     from megamult.distributed import start
     from megamult.optim.build import make_optimizer
+    from megamult.parameters.initial import Initial
     from megamult.train.deepspeed_engine import build
 
     config = case.config()
     config.multipliers = replace(config.multipliers, implementation="folded", placement=placement)
 
     def started(config: Any, model: torch.nn.Module, mesh: Any) -> Any:
-        return make_optimizer(model, config.optimizer, config.multipliers, initial, mesh)
+        return make_optimizer(model, config.optimizer, config.multipliers, Initial(initial), mesh)
 
-    # A run's configuration has no key for the first values.
+    # Values of `multipliers.initial` must be positive; these need not be.
     changes = {} if initial is None else {"optimizer_of": started}
     return build(config, VOCAB, start.initialize(case.tensor), **changes), config
 

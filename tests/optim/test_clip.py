@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megamult.multipliers import specs
 from megamult.optim.clip import LocalSquares, Norms, clip_factor
+from megamult.optim.rates import Rates
 from megamult.parameters import megatron
 from megamult.parameters.axes import tensor_shard
 from megamult.parameters.rectangles import counted_intervals
@@ -34,7 +35,7 @@ def local_squares(slices: list[Slice], gradients: list[Tensor], tp_rank: int) ->
         return counted_intervals(piece.spec, tensor_shard(tp_rank, 2), piece.start, piece.length)
 
     partition: Any = SimpleNamespace(slices=slices, counted=counted)
-    return LocalSquares(partition, torch.device("cpu"))(gradients)
+    return LocalSquares(partition, torch.device("cpu"), Rates())(gradients)
 
 
 def test_squares_of_two_tensor_parallel_ranks_add_up_to_those_of_the_full_gradients() -> None:

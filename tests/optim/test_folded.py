@@ -18,6 +18,7 @@ from megamult.multipliers.reference import effective_weight
 from megamult.optim.folded import LATENT, FoldedMultipliers
 from megamult.parameters import megatron
 from megamult.parameters.axes import Axis, Coordinates, Grid
+from megamult.parameters.initial import Initial
 from megamult.parameters.roles import resolve
 from megamult.parameters.shards import Block, Sharding
 from megamult.parameters.spec import ParameterSpec, Part, Segment
@@ -153,9 +154,8 @@ def explicit(weight: Tensor, initial: float, sides: str, steps: int, lr: float) 
 def folded(weight: Tensor, initial: float, sides: str, steps: int, lr: float) -> Run:
     """The same through the optimizer, fp32."""
     model = Folded(weight)
-    settings = FoldedMultipliers(
-        resolve({"down": sides.split()}), lr=lr, betas=(0.9, 0.95), eps=1e-6, initial=lambda role, side: initial
-    )
+    start = Initial(lambda role, side: initial)
+    settings = FoldedMultipliers(resolve({"down": sides.split()}), lr=lr, betas=(0.9, 0.95), eps=1e-6, initial=start)
     optimizer = TwoPhaseAdamW(
         param_groups(model, lr=lr, weight_decay=0.1),
         betas=(0.9, 0.95),

@@ -98,7 +98,10 @@ EARLY: list[tuple[list[str], str]] = [
     (["--train.global_batch_size", "33"], r"global_batch_size is 33: it must be a multiple of .* = 8 x 1 = 8"),
     # placements
     (["--multipliers.placement", "everywhere"], r"placement is 'everywhere': use one of all, symmetry_free, scalar"),
-    (["--multipliers.placement", "{head: row}"], r"placement names the role 'head': the roles are q, k, v"),
+    (["--multipliers.placement", "{norm: row}"], r"placement names the role 'norm': use one of q, k, v"),
+    (["--optimizer.lr_factors", "{heads: 2}"], r"optimizer\.lr_factors names the role 'heads': use one of q, k, v"),
+    (["--multipliers.initial", "{q: {row: 0}}"], r"multipliers\.initial\.q\.row is 0\.0: give a positive number"),
+    (["--model.norms", "none"], r"'vector', 'scalar', 'frozen'.* Got value: none"),
     (["--multipliers.placement", "{q: diagonal}"], r"placement gives q the side 'diagonal': use row, col or scalar"),
     # DeepSpeed file
     (["--deepspeed", "FOLDER/none.json"], r"deepspeed is '.*none\.json': there is no such file; give a path"),
