@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from megamult.parameters.by_role import BySide, resolve_by_side
 from megamult.parameters.initial import Initial
 from megamult.parameters.roles import resolve
+from megamult.parameters.spec import Role, Side
 from megamult.validation import not_negative, positive, require
 
 MultiplierClip = Literal["out", "own", "joint"]
@@ -71,9 +72,9 @@ class MultipliersConfig:
             initial = key == "initial"
             resolve_by_side(f"multipliers.{key}", value, placement, positive=initial, apart=initial)
 
-    def by_side(self, key: Literal["lr_factors", "weight_decay_factors", "initial"]) -> dict[tuple[str, str], float]:
+    def by_side(self, key: Literal["lr_factors", "weight_decay_factors", "initial"]) -> dict[tuple[Role, Side], float]:
         """Return the numbers under one of these keys, by (role, side)."""
-        return dict(resolve_by_side(f"multipliers.{key}", getattr(self, key), resolve(self.placement)))
+        return resolve_by_side(f"multipliers.{key}", getattr(self, key), resolve(self.placement))
 
     def initial_values(self) -> Initial:
         """Return the initial values of the multipliers, and what becomes of the weights that they scale."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import get_args
 
 from megamult.parameters.roles import ROLES, Placement, Role
 from megamult.parameters.spec import Side
@@ -75,13 +76,15 @@ def resolve_by_side(
             mistakes += _number(f"{key}.{role}", value, positive)
             found.update(((role, side), value) for side in sides)
             continue
+        for side in get_args(Side):
+            if side in value:
+                found[role, side] = value[side]
         for side, number in value.items():
             if side not in sides:
                 mistakes.append(
                     f"{key}.{role} names the side {side!r}: {role} has {', '.join(sides)} in this placement"
                 )
             mistakes += _number(f"{key}.{role}.{side}", number, positive)
-            found[role, side] = number
     if mistakes:
         raise ValueError("; ".join(mistakes))
     return found

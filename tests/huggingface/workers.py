@@ -56,7 +56,7 @@ CASES = {
         1, {"q": "row", "k": ["row", "scalar"], "v": "col", "up": "row", "down": "scalar"}, tied=True
     ),
     "none": SavedModel(2, "all", implementation="none"),
-    "head, scalar norms": SavedModel(2, {"head": ["row", "col"], "v": "row"}, norms="scalar", final_norm="frozen"),
+    "head, scalar norms": SavedModel(2, {"head": "col", "v": "row"}, norms="scalar", final_norm="frozen"),
     "head, folded, frozen norms": SavedModel(
         2, {"head": ["row", "col", "scalar"]}, implementation="folded", norms="frozen", final_norm="scalar"
     ),

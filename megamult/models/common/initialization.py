@@ -54,9 +54,10 @@ def initialize(
         values, start = _held(parameter, name)
         if spec.side is not None or not any(part.role in std for part in spec.parts):
             values.fill_(1.0)
-            for rectangle in rectangles(spec, coordinates, start, values.numel()) if spec.side is not None else ():
-                value = initial.value(spec.parts[rectangle.part].role, spec.side)
-                values[rectangle.offset : rectangle.offset + rectangle.numel] = value
+            if spec.side is not None:
+                for rectangle in rectangles(spec, coordinates, start, values.numel()):
+                    value = initial.value(spec.parts[rectangle.part].role, spec.side)
+                    values[rectangle.offset : rectangle.offset + rectangle.numel] = value
             continue
         note(f"drawing {name}")
         values.zero_()
