@@ -50,11 +50,11 @@ def test_adamws_motion_is_torchs_adamw_on_the_same_noise() -> None:
 
 
 def test_adamws_equilibrium_is_that_of_noise_and_decay() -> None:
-    lr, weight_decay = 4e-3, 8.0
+    lr, weight_decay = 4e-3, 1.0
     steps = round(8 / (2 * lr * weight_decay))  # eight time constants
     noise = adamw_motion([lr] * steps, weight_decay, AdamWConfig()).noise[-1]
-    # 0.965 with betas 0.9 and 0.95, for small lr x weight_decay (0.032 here); 10^4 elements leave 0.7 %.
-    assert noise == pytest.approx(0.965 * math.sqrt(lr / (2 * weight_decay)), rel=0.03)
+    # 0.965 with betas 0.9 and 0.95, for small lr x weight_decay; 10^4 elements leave 0.7 %.
+    assert noise == pytest.approx(0.965 * math.sqrt(lr / (2 * weight_decay)), rel=0.02)
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (12, 32)])
@@ -69,8 +69,8 @@ def test_muons_motion_is_torchs_muon_on_the_same_noise(shape: tuple[int, int]) -
     for step in range(len(rates)):
         weight.grad = torch.randn(shape, generator=generator)
         optimizer.step()
-        # torch's Newton-Schulz computes in bf16, which keeps 8 bits.
-        assert motion.noise[step] == pytest.approx(weight.detach().square().mean().sqrt().item(), rel=0.01)
+        # torch's Newton-Schulz computes in bf16, which keeps 8 bits of each product.
+        assert motion.noise[step] == pytest.approx(weight.detach().square().mean().sqrt().item(), rel=0.02)
 
 
 def test_the_schedule_of_a_motion_is_the_runs() -> None:
