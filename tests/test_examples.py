@@ -82,8 +82,8 @@ def test_layer_overhead_prints_ratios_of_the_medians_and_what_folding_keeps() ->
     assert number["e"] == 4096 * 64 + 4 * 64 * 64 + 3 * 128 * 64
     assert number["a"] == 4 * number["e"] and float(per_element) == 4.0
     assert number["c"] == (4096 + 64) + 4 * (64 + 64) + 3 * (128 + 64)
-    # Values, gradient, clipped gradient, two moments, and AdamW's step counter, all in fp32.
-    assert number["v"] == 4 * (5 * number["c"] + 1)
+    # Values, gradient, two moments, and AdamW's step counter, all in fp32.
+    assert number["v"] == 4 * (4 * number["c"] + 1)
 
 
 def test_muon_plan_prints_a_balanced_plan() -> None:
@@ -137,10 +137,11 @@ def test_muon_and_adam_s_steps_do_not_grow_with_the_width_under_mup() -> None:
         said = _run(
             str(EXAMPLES / "experiments" / "coord_check.py"), "--widths", "64", "128", "256", "--optimizer", optimizer
         )
-        slopes = {(row[:12].strip(), row[12:32].strip()): float(row.split()[-1]) for row in said.splitlines()[1:]}
+        rows = [row for row in said.splitlines() if row.startswith(("standard", "muP"))]
+        slopes = {(row[:12].strip(), row[12:32].strip()): float(row.split()[-1]) for row in rows}
         assert len(slopes) == 8
         for name in ("attention output", "MLP output", "logits"):
-            # Four steps of fp32 on one batch: finite widths leave slopes of about 0.1.
-            assert abs(slopes["muP", name]) < 0.3, (optimizer, slopes)
+            # The part of the change that comes from initial weights falls as width^-0.5, and the rest stays.
+            assert -0.5 < slopes["muP", name] < 0.2, (optimizer, slopes)
         if optimizer == "adamw":
             assert slopes["standard", "logits"] > 0.6 and slopes["standard", "MLP output"] > 0.6, slopes

@@ -122,8 +122,7 @@ def print_memory(folded: DeepSpeedEngine, none: DeepSpeedEngine) -> None:
     settings, multipliers = folded.optimizer.folding, folded.optimizer.folded
     assert settings is not None and multipliers is not None
     added = tensor_bytes(folded.optimizer.state.values()) - tensor_bytes(none.optimizer.state.values())
-    packed = {"values": multipliers.values, "gradient": multipliers.gradient, "clipped": multipliers.values.grad}
-    vectors = tensor_bytes([packed, *multipliers._adamw.state.values()])
+    vectors = tensor_bytes([{**multipliers.state_dict(), "gradient": multipliers.gradient}])
     elements = sum(piece.length for piece in folded.partition.slices if settings.covers(piece.spec))
     print(
         f"memory that folded adds: {added / elements:.4f} bytes per matrix element ({added:,} bytes, {elements:,} "

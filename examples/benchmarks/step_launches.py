@@ -25,6 +25,7 @@ from megamult.distributed.mesh import ALONE
 from megamult.multipliers import kernels, scaling
 from megamult.optim.clip import LocalSquares
 from megamult.optim.folded import FoldedMultipliers
+from megamult.optim.rates import Rates
 from megamult.parameters import megatron
 from megamult.parameters.roles import resolve
 from megamult.parameters.spec import ParameterSpec
@@ -122,7 +123,7 @@ def report(name: str, tensor: int, data: int) -> None:
         folded = FoldedMultipliers(resolve("all"), lr=1e-3).bind(
             partition, {each.tensor: {} for each in partition.slices}
         )
-    squares = LocalSquares(partition, torch.device("cpu"))
+    squares = LocalSquares(partition, torch.device("cpu"), Rates())
     count = len(folded._scaling.bands)
 
     def write() -> None:

@@ -5,8 +5,9 @@
 
 A model of each width takes a few steps on the same random tokens, once with the settings of the base width as they are
 (standard) and once with muP's factors (megamult/models/llama/mup.py). The table has, for each kind of activation, the
-root mean square of its change since the start, and the slope of its logarithm over that of the width. With muP the
-slopes are near 0; without it activations move further the wider the model. Source: Yang et al., arXiv 2203.03466,
+root mean square of its change since the start, and the slope of its logarithm over that of the width. Without muP
+activations move further the wider the model. With muP they do not: slopes are near 0, or between -0.5 and 0 where much
+of a change comes from initial weights. Source: Yang et al., arXiv 2203.03466,
 appendix D.1.
 """
 

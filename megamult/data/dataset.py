@@ -131,7 +131,7 @@ class BlendedDataset:
         return touched
 
     def _next_epochs(self, last: int, end: int) -> list[tuple[EpochFiles, int]]:
-        """Return the first epoch of each source that is not prepared, if samples [last, end) need it.
+        """Return, for each source, its first epoch that is not yet prepared, if samples [last, end) need that epoch.
 
         The epoch that is needed soonest comes first.
         """

@@ -275,7 +275,7 @@ def _unnamed(parameter: Parameter, name: str, tp_size: int) -> ParameterSpec:
     if len(stored_shape(parameter)) > 1:
         raise ValueError(
             f"{name} has the shape {stored_shape(parameter)}, and no rule names it: add a rule with its role or spec "
-            "(norm: AdamW without weight decay and multipliers), or set its requires_grad to False"
+            "(the role norm means AdamW with neither weight decay nor multipliers), or set its requires_grad to False"
         )
     return one_tensor("norm", parameter, tp_size)
 

@@ -80,8 +80,9 @@ class _MultiplierLinear:
         return tuple(multipliers_of(module).values())
 
     def _completed(self) -> list[Tensor | None]:
-        """Return the row, column and scalar multipliers, each as its fp32 value if it has one, or None if the layer has
-        none of its kind.
+        """Return the row, column and scalar multipliers. None stands for a kind that the layer does not have.
+
+        A multiplier that also exists in fp32 (:func:`full_precision`) is returned as that value.
 
         If `grad_sync` is "backward", the backward pass sums the gradients of replicated multipliers over
         tensor-parallel ranks.

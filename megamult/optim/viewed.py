@@ -121,8 +121,8 @@ class ViewedOptimizer(torch.optim.Optimizer):
         """Load a result of :meth:`state_dict`. It has the latent weights W; the model's own state dict has W_eff.
 
         Raises:
-            ValueError: only one of the state dict and this optimizer has folded multipliers, or the state dict has the
-                state of rows of other matrices than this rank owns.
+            ValueError: only one of the state dict and this optimizer has folded multipliers, or the
+                matrices whose per-row state the state dict has are not those that this rank owns.
         """
         folded = state_dict.get("folded")
         if (folded is None) != (self.folding is None):

@@ -148,7 +148,7 @@ class Partition(ABC):
         """Send the changed values of this rank's slices of the model to all ranks that need them."""
 
     def complete(self, dtype: torch.dtype, bucket_elements: int) -> int:
-        """Send each gradient that only one rank has changed from this rank to the ranks that hold copies of it.
+        """Send gradients that only this rank has changed to the ranks that hold copies of them. Collective.
 
         Args:
             dtype: dtype in which the gradients are sent.

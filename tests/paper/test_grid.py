@@ -172,9 +172,10 @@ def test_the_package_shares_runs_between_experiments() -> None:
     only = package.chosen_runs(setting, package.chosen_experiments(["e5"]), [1, 2, 3], named=True, full=False)
     assert len(only) == 2 * 3 and {run.name for run in only} < {run.name for run in runs}
     full = package.chosen_runs(setting, experiments, [1, 2, 3], named=False, full=True)
-    # A faster symmetry_free and a third seed of E1 and E3; two more S of E1; three more S of E3, and all of Muon's.
+    # A faster symmetry_free, and none at another decay (E5); a third seed of E1 and E3; two more S of E1; three more S
+    # of E3, and all of Muon's.
     # And four kinds at three learning rates by two optimizers, of which none and all at the setting's are there.
-    assert len(full) == (2 * 2 + 3) * 3 + 3 + 3 * 5 * 3 + 2 * 5 * 2 * 3 + (4 * 3 - 2) * 2 * 3
+    assert len(full) == (2 * 2 + 3) * 3 + 2 * 3 + 3 * 5 * 3 + 2 * 5 * 2 * 3 + (4 * 3 - 2) * 2 * 3
 
 
 def test_list_numbers_the_runs_and_a_number_out_of_range_is_refused(
