@@ -99,7 +99,7 @@ class Reception:
         Returns:
             Dictionary with these keys:
             name: unique token of this run.
-            numbers: numbers that the processes of this launch have drawn for their claims.
+            numbers: serial numbers of the accepted claims. A claim is the request of a process for its rank.
             machines: node of each rank, or None if a rank is missing.
             problem: mistake that ends the launch, or None.
             missing: text that names the ranks that did not come, or None.
