@@ -17,6 +17,7 @@ VOCAB = 300
 FREE = {
     "vocab_size": "null is the tokenizer's: the sizes that result are compared, as model.vocab_size",
     "init_std": "initial weights are the checkpoint's",
+    "init_std_factors": "of a new model only",
     "z_loss": "part of the objective, not of the model",
 }
 """Keys of the model that a resumed run may change, or that are compared in another way."""
@@ -29,6 +30,8 @@ OTHER: dict[str, Any] = {
     "seq_length": 128,
     "rotary_base": 5e5,
     "norm_eps": 1e-6,
+    "norms": "scalar",
+    "final_norm": "frozen",
     "tie_embeddings": True,
 }
 """Another possible value for each of the rest."""
@@ -72,7 +75,9 @@ def test_another_model_is_refused_with_both_values(key: str) -> None:
     assert f"model.{key} is {mine!r} and the checkpoint's {its!r}" in message(info(**{key: OTHER[key]}))
 
 
-@pytest.mark.parametrize(("key", "value"), [("vocab_size", VOCAB), ("init_std", 0.5), ("z_loss", 0.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("vocab_size", VOCAB), ("init_std", 0.5), ("init_std_factors", {"q": 2.0}), ("z_loss", 0.0)]
+)
 def test_what_is_free_may_change(key: str, value: Any) -> None:
     assert key in FREE
     assert message(info(**{key: value})) == ""
