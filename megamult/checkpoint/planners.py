@@ -116,7 +116,11 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         for name, chunks in by_name.items():
             stored = self.metadata.state_dict_metadata.get(name)
             if not isinstance(stored, TensorStorageMetadata) or tuple(stored.size) != chunks[0].shape:
-                there = f"has it with {tuple(stored.size)}" if isinstance(stored, TensorStorageMetadata) else "lacks it"
+                there = (
+                    f"has it with the shape {tuple(stored.size)}"
+                    if isinstance(stored, TensorStorageMetadata)
+                    else "lacks it"
+                )
                 raise ValueError(f"this run has {name} with the shape {chunks[0].shape}, and the checkpoint {there}")
             items += create_read_items_for_chunk_list(name, stored, [_extent(chunk) for chunk in chunks])
         return LoadPlan(items)
