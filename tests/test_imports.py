@@ -48,6 +48,7 @@ DATA_FLOW = [
     ["megamult.integrations"],
     ["megamult.huggingface.files"],
     ["megamult.checkpoint", "megamult.monitor"],
+    ["megamult.effective"],
     ["megamult.huggingface"],
     ["megamult.runtime"],
     ["megamult.train"],
