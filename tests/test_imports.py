@@ -49,6 +49,7 @@ DATA_FLOW = [
     ["megamult.integrations"],
     ["megamult.huggingface.files"],
     ["megamult.checkpoint", "megamult.monitor"],
+    ["megamult.effective"],
     ["megamult.huggingface"],
     ["megamult.runtime"],
     ["megamult.train"],

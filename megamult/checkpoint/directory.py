@@ -92,6 +92,11 @@ def candidates(parent: Path) -> list[Path]:
     return [of_step(parent, step) for step in reversed(known)]
 
 
+def of_run(path: Path) -> list[Path]:
+    """List the checkpoints of a run directory, or of a directory of checkpoints, as :func:`candidates` does."""
+    return candidates(path / "checkpoints") or candidates(path)
+
+
 def retain(parent: Path, newest: int, keep: int, keep_every: int) -> None:
     """Remove old checkpoints.
 

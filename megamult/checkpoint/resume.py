@@ -119,7 +119,7 @@ def _candidates(load: str, run_dir: Path) -> list[Path]:
     path = Path(load)
     if (path / INFO).exists():
         return [path]
-    return directory.candidates(path / "checkpoints") or directory.candidates(path)
+    return directory.of_run(path)
 
 
 def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_sha256: str | None) -> None:

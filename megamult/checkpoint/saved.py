@@ -98,10 +98,12 @@ class SavedCheckpoint:
                 no_dist=group is None,
             )
 
-    def read(self, name: str) -> Tensor:
-        """Read one whole tensor, on the CPU, in the dtype in which it was saved."""
-        values = torch.empty(self.shapes[name], dtype=self._dtypes[name])
-        self.load([Chunk.whole(name, values)])
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read rows [start, stop) of a tensor, or the whole tensor, on the CPU, in the dtype in which it was saved."""
+        shape = self.shapes[name]
+        length = (shape[0] if stop is None else stop) - start
+        values = torch.empty((length, *shape[1:]), dtype=self._dtypes[name])
+        self.load([Chunk.of(name, shape, (start, *(0 for _ in shape[1:])), values)])
         return values
 
 
@@ -158,6 +160,8 @@ def _plainly(group: ProcessGroup | None) -> Iterator[None]:
             yield
         except CheckpointException as failed:
             rank, (cause, _) = min(failed.failures.items(), key=lambda item: item[0])
+            if group is None and not isinstance(cause, Exception):
+                raise cause from None  # Ctrl-C, or the end that a signal asks for: torch catches these too
             kind = next((kind for kind in (ValueError, OSError) if isinstance(cause, kind)), RuntimeError)
             where = "" if group is None else f"rank {rank}: "
             raise kind(f"{where}{cause or type(cause).__name__}") from cause

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamult.checkpoint.saved import SavedCheckpoint
-from megamult.config import model_section
+from megamult.effective.reading import EffectiveModel, EffectiveWeight
 from megamult.huggingface import model_card as hf_card
 from megamult.huggingface import tokenizer as hf_tokenizer
 from megamult.huggingface.files import TOKENIZER_FILES, TOKENIZER_FOLDER, check_output
 from megamult.models.architectures import architecture_of
-from megamult.models.common.hugging_face import DTYPES, Weight
-from megamult.multipliers.merge import merge
-from megamult.parameters.roles import Placement, resolve
+from megamult.models.common.hugging_face import DTYPES
 from megamult.runtime.partial import partial_folder
 
 _RUN_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -47,37 +44,6 @@ class Exported:
     """Dtype of the weights, a key of :data:`megamult.models.common.hugging_face.DTYPES`."""
     notes: list[str] = field(default_factory=list)
     """Texts for the user about possibly unexpected properties of the result."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Description of one exported tensor: its name, and the checkpoint's tensors from which it is computed."""
-
-    name: str
-    """Name in the exported model."""
-    weight: Weight
-    """Weight of the checkpoint."""
-    multipliers: tuple[str, ...]
-    """Logical names of the multipliers to merge into the weight."""
-
-    def read(self, saved: SavedCheckpoint, dtype: torch.dtype) -> Tensor:
-        """Read the weight, merge the multipliers into it in fp32, and cast the result to `dtype`.
-
-        Raises:
-            ValueError: a finite value is not finite in `dtype`.
-        """
-        if self.weight.stored_shape is None:
-            effective = torch.ones(self.weight.shape)
-        else:
-            tensors = {key: saved.read(f"model.{key}").float() for key in (self.weight.logical, *self.multipliers)}
-            effective = merge(tensors)[self.weight.logical].expand(self.weight.shape)
-        tensor = effective.to(dtype)
-        if not tensor.isfinite().all() and effective.isfinite().all():
-            raise ValueError(
-                f"{self.name} holds {effective.abs().max().item():g}, and {dtype} ends at {torch.finfo(dtype).max:g}: "
-                "export with --dtype bfloat16 or float32"
-            )
-        return tensor.contiguous()
 
 
 def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: str = "5GB") -> Exported:
@@ -103,83 +69,45 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
         raise ValueError(f"max_shard_size is {max_shard_size!r}: give a number and KB, MB, GB or TB, such as 5GB")
     saved = SavedCheckpoint(checkpoint)
     saved.verify()
-    config = saved.info.config
-    model = model_section(config)
+    model = EffectiveModel(saved)
     if dtype == "auto":
-        dtype = _RUN_DTYPES[config["train"]["dtype"]]
-    multipliers = config["multipliers"]
-    placement: Placement = resolve(multipliers["placement"]) if multipliers["implementation"] != "none" else {}
-    weights = list(architecture_of(model).weights(model, saved.info.vocab_size))
-    sources = list(_sources(saved, weights, model.tie_embeddings, placement))
-    tied = model.tie_embeddings and sources[-1].name != "lm_head.weight"
+        dtype = _RUN_DTYPES[saved.info.config["train"]["dtype"]]
+    tied = model.sizes.tie_embeddings and not model.head_differs()
+    weights = model.weights(tied)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with partial_folder(output) as partial:
-        files, token_ids, notes = _tokenizer(saved, model.seq_length)
-        if model.tie_embeddings and not tied:
+        files, token_ids, notes = _tokenizer(saved, model.sizes.seq_length)
+        if model.sizes.tie_embeddings and not tied:
             notes.append(
                 "the embedding is tied to the head and has multipliers, which the head does not: lm_head.weight is "
                 "written separately (tie_word_embeddings false)"
             )
-        shards, parameters = _write_tensors(saved, sources, DTYPES[dtype], max_shard_size, partial)
-        described = architecture_of(model).to_hugging_face(
-            model, saved.info.vocab_size, tied=tied, dtype=dtype, token_ids=token_ids
+        shards, parameters = _write_tensors(weights, DTYPES[dtype], max_shard_size, partial)
+        described = architecture_of(model.sizes).to_hugging_face(
+            model.sizes, saved.info.vocab_size, tied=tied, dtype=dtype, token_ids=token_ids
         )
         files["config.json"] = _json(described)
         files.setdefault("generation_config.json", _json(token_ids))
-        files["README.md"] = hf_card.render(saved.info, described, parameters, bool(placement)).encode()
+        files["README.md"] = hf_card.render(saved.info, described, parameters, bool(model.placement)).encode()
         for name, content in files.items():
             (partial / name).write_bytes(content)
         for name in shards:
             shutil.copymode(partial / "config.json", partial / name)  # safetensors lets only the owner read a file
         partial.rename(output)
-    return Exported(len(sources), parameters, [*shards, *files], dtype, notes)
-
-
-def _sources(
-    saved: SavedCheckpoint, weights: list[Weight], tie_embeddings: bool, placement: Placement
-) -> Iterator[_Source]:
-    """Yield the tensors to export, in Hugging Face's order, and check that the checkpoint has exactly these.
-
-    A tied head is a separate tensor in the export only if a multiplier of the embedding is not 1.
-
-    Raises:
-        ValueError: the checkpoint lacks a tensor, or has another one or another shape than the configuration asks for.
-    """
-    expected: dict[str, tuple[int, ...]] = {}
-    parted = None
-    for weight in weights:
-        if weight.role == "head" and tie_embeddings:
-            if parted is not None:
-                yield _Source(weight.hugging_face, parted, ())
-            continue
-        multipliers = weight.multipliers(placement)
-        stored = {} if weight.stored_shape is None else {weight.logical: weight.stored_shape}
-        for name, shape in {**stored, **multipliers}.items():
-            expected[name] = shape
-            if saved.shapes.get(f"model.{name}") != shape:
-                raise ValueError(
-                    f"{saved.path} has {saved.shapes.get(f'model.{name}', 'no tensor')} under model.{name}, where its "
-                    f"configuration asks for {shape}: it is not a checkpoint of one model"
-                )
-        if weight.role == "embedding" and any((saved.read(f"model.{name}") != 1).any() for name in multipliers):
-            parted = weight
-        yield _Source(weight.hugging_face, weight, tuple(multipliers))
-    for name in saved.shapes:
-        if name.startswith("model.") and name.removeprefix("model.") not in expected:
-            raise ValueError(f"{saved.path} holds {name}, which its configuration does not have: it cannot be exported")
+    return Exported(len(weights), parameters, [*shards, *files], dtype, notes)
 
 
 def _write_tensors(
-    saved: SavedCheckpoint, sources: list[_Source], dtype: torch.dtype, max_shard_size: str, directory: Path
+    weights: list[EffectiveWeight], dtype: torch.dtype, max_shard_size: str, directory: Path
 ) -> tuple[list[str], int]:
     """Write the safetensors files, and an index if there are several.
 
     Returns:
         Names of the files, and the number of parameters in them.
     """
-    by_name = {source.name: source for source in sources}
-    sizes = {name: torch.empty(source.weight.shape, dtype=dtype, device="meta") for name, source in by_name.items()}
+    by_name = {each.weight.hugging_face: each for each in weights}
+    sizes = {name: torch.empty(each.weight.shape, dtype=dtype, device="meta") for name, each in by_name.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     total = sum(size.nbytes for size in sizes.values())
     # With disable=None, tqdm draws the bar only on a terminal, so it is not in log files.
@@ -187,7 +115,7 @@ def _write_tensors(
         for file, names in split.filename_to_tensors.items():
             shard = {}
             for name in names:
-                shard[name] = by_name[name].read(saved, dtype)
+                shard[name] = _read(by_name[name], dtype)
                 bar.update(shard[name].nbytes)
             save_file(shard, directory / file, metadata={"format": "pt"})
             del shard  # before the next one is filled
@@ -197,6 +125,22 @@ def _write_tensors(
         files.append("model.safetensors.index.json")
         (directory / files[-1]).write_bytes(_json(index))
     return files, sum(size.numel() for size in sizes.values())
+
+
+def _read(weight: EffectiveWeight, dtype: torch.dtype) -> Tensor:
+    """Read a weight, merge the multipliers into it in fp32, and cast the result to `dtype`.
+
+    Raises:
+        ValueError: a finite value is not finite in `dtype`.
+    """
+    effective = weight.exported()
+    tensor = effective.to(dtype)
+    if not tensor.isfinite().all() and effective.isfinite().all():
+        raise ValueError(
+            f"{weight.weight.hugging_face} holds {effective.abs().max().item():g}, and {dtype} ends at "
+            f"{torch.finfo(dtype).max:g}: export with --dtype bfloat16 or float32"
+        )
+    return tensor.contiguous()
 
 
 def _tokenizer(saved: SavedCheckpoint, max_length: int) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:

@@ -9,8 +9,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
-from megamult.checkpoint import directory
-from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import SENTENCEPIECE, CheckpointInfo
-from megamult.checkpoint.saved import write
+from megamult.checkpoint.streamed import Streamed, blocks, write_streamed
 from megamult.config import Config, ModelConfig
 from megamult.data.tokenizer import Tokenizer
 from megamult.huggingface.files import TOKENIZER_FILES, TOKENIZER_FOLDER, check_output, tokenizer_identity
@@ -35,7 +30,6 @@ from megamult.train.config import TrainConfig
 
 PLACEMENTS = ("all", "none", "symmetry_free", "scalar")
 
-_CHUNK_BYTES = 256 << 20
 _FLOATS = ("F32", "BF16", "F16")
 # Tensors whose names end in this are ignored. Old models store this table, but config.json determines it.
 _DERIVED = ".rotary_emb.inv_freq"
@@ -71,12 +65,6 @@ class _Stored:
         """Return rows [start, stop) in fp32."""
         values: Tensor = self.file.get_slice(self.name)[start:stop]
         return values.float()
-
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield (start, stop) of consecutive blocks of rows, each of at most `_CHUNK_BYTES` in fp32 or of one row."""
-        step = max(1, _CHUNK_BYTES // (4 * math.prod(self.shape[1:])))
-        for start in range(0, self.shape[0], step):
-            yield start, min(start + step, self.shape[0])
 
 
 def import_(source: Path, output: Path, placement: str = "all") -> Imported:
@@ -117,13 +105,8 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
         )
         if tokenizer is not None:
             info.tokenizer_files, info.tokenizer_sha256 = tokenizer
-        bar = stack.enter_context(tqdm(total=4 * parameters, desc="importing", unit="B", unit_scale=True, disable=None))
-        chunks = [chunk for weight, found in matched for chunk in _chunks(weight, found, bar.update)]
-        chunks += [Chunk.whole(f"model.{name}", torch.ones(shape)) for name, shape in multipliers.items()]
-        try:
-            write(output, chunks, info, files)
-        finally:
-            shutil.rmtree(directory.temporary(output), ignore_errors=True)
+        weights = [Streamed(weight.logical, found.shape, found.rows) for weight, found in matched]
+        write_streamed(output, weights, multipliers, info, files, "importing")
     trainable = tokenizer is None or info.tokenizer_files == SENTENCEPIECE
     return Imported(parameters, sum(math.prod(shape) for shape in multipliers.values()), dtype, trainable, notes)
 
@@ -221,31 +204,11 @@ def _check_equal(source: Path, head: _Stored, embedding: _Stored) -> None:
     Raises:
         ValueError: the head differs from the embedding.
     """
-    if any(not torch.equal(head.rows(*block), embedding.rows(*block)) for block in embedding.blocks()):
+    if any(not torch.equal(head.rows(*block), embedding.rows(*block)) for block in blocks(embedding.shape)):
         raise ValueError(
             f"{source}: tie_word_embeddings is true, and {head.name} differs from {embedding.name}: remove the "
             "head, or set tie_word_embeddings to false in config.json"
         )
-
-
-def _chunks(weight: Weight, found: _Stored, read: Callable[[int], object]) -> Iterator[Chunk]:
-    """Yield a tensor as chunks, each of which is a block of rows. A chunk reads its rows only when it is loaded.
-
-    Args:
-        weight: the weight, for its logical name.
-        found: the tensor in the model's files.
-        read: function that is called with the number of bytes, in fp32, of each block that was read.
-    """
-    for start, stop in found.blocks():
-
-        def load(start: int = start, stop: int = stop) -> Tensor:
-            values = found.rows(start, stop)
-            read(values.nbytes)
-            return values
-
-        rest = found.shape[1:]
-        offsets = (start, *(0 for _ in rest))
-        yield Chunk(f"model.{weight.logical}", found.shape, offsets, (stop - start, *rest), load)
 
 
 def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, str] | None, list[str]]:

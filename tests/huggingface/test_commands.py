@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,8 @@ from safetensors.torch import load_file, save_file
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.hf_config import to_hugging_face
 from megamult.models.llama.hf_names import weights
-from tests import programs
-from tests.train.command import data_arguments, start
+from tests.train.command import data_arguments, run, start
 
-REPOSITORY = Path(__file__).parents[2]
 MODEL = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=12, vocab_size=20)
 
 
@@ -30,12 +26,6 @@ def source(tmp_path: Path) -> Path:
     config = to_hugging_face(MODEL, 20, tied=False, dtype="float32", token_ids={})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONWARNINGS", None)  # what a user would see
-    return programs.run([REPOSITORY / "launch" / script, *map(str, arguments)], environment)
 
 
 def test_import_then_export(source: Path, tmp_path: Path) -> None:

@@ -147,11 +147,11 @@ def test_one_shard_is_in_memory_at_a_time(checkpoint: Path, tmp_path: Path, monk
     alive: list[weakref.ref[torch.Tensor]] = []
     read = SavedCheckpoint.read
 
-    def watched_read(self: SavedCheckpoint, name: str) -> torch.Tensor:
+    def watched_read(self: SavedCheckpoint, *rows: Any) -> torch.Tensor:
         # The tensors of one shard, of which none is larger than the vocabulary's, and those that are being merged.
         held = sum(tensor.nbytes for tensor in (reference() for reference in alive) if tensor is not None)
         assert held <= 200_000
-        tensor = read(self, name)
+        tensor = read(self, *rows)
         alive.append(weakref.ref(tensor))
         return tensor
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megamult.checkpoint import streamed
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import Config
 from megamult.data.tokenizer import Tokenizer
@@ -94,7 +95,7 @@ def test_import_then_export_gives_the_original_back(
 def test_blocks_of_rows_make_the_whole(
     make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_import, "_CHUNK_BYTES", 7 * 48 * 4)  # 7 rows: no matrix is a multiple of it
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 7 * 48 * 4)  # 7 rows: no matrix is a multiple of it
     source = make(torch.bfloat16)
     import_(source, tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "hf")

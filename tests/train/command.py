@@ -50,6 +50,13 @@ def data_arguments(prefix: Path) -> list[str]:
     return [f"--data.train={prefix}_train", f"--data.valid={prefix}_valid", f"--data.tokenizer={prefix}.model"]
 
 
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a program of `launch/` to its end, as a user does."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONWARNINGS", None)  # what a user would see
+    return programs.run([REPOSITORY / "launch" / script, *map(str, arguments)], environment)
+
+
 def snapshot(folder: Path) -> dict[str, str]:
     """Every path below `folder`, with a digest of each file's bytes."""
     return {
