@@ -15,6 +15,7 @@ from megamult.checkpoint.config import CheckpointConfig
 from megamult.data.config import DataConfig
 from megamult.distributed.config import ParallelConfig
 from megamult.models.llama.config import ModelConfig
+from megamult.monitor.config import MonitorConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
 from megamult.parameters.roles import ROLES, resolve
@@ -35,6 +36,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     deepspeed: dict[str, Any] | str | None = None
     """DeepSpeed configuration to merge into the one that the other keys produce; docs/deepspeed.md lists its keys."""
 

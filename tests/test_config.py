@@ -14,6 +14,7 @@ from megamult.config import Config
 from megamult.data.config import DataConfig
 from megamult.distributed.config import ParallelConfig
 from megamult.models.llama.config import ModelConfig
+from megamult.monitor.config import MonitorConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig, rule_sections
 from megamult.optim.legacy import MOVED
@@ -29,6 +30,7 @@ SECTIONS: dict[str, type] = {
     "parallel": ParallelConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "monitor": MonitorConfig,
 }
 
 
@@ -177,6 +179,7 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"train": {"seed": -1}}, r"train\.seed is -1"),
     ({"train": {"seed": 2**63}}, r"train\.seed is 9223372036854775808: it must be less than 2\^63"),
     ({"train": {"run_dir": " "}}, r"train\.run_dir is ' ': name a directory"),
+    ({"monitor": {"every": -1}}, r"monitor\.every is -1: it must be 0 or more"),
     ({"data": {"train": {"a": 1.0, "b": 0.0}}}, r"data\.train gives b the weight 0\.0: it must be positive"),
     ({"data": {"valid": {"a": float("nan")}}}, r"data\.valid gives a the weight nan"),
 ]
@@ -296,6 +299,7 @@ UNUSUAL = [
     "--data.tokenizer=t.model",
     "--train.dtype=bf16",
     "--checkpoint.save_every=10",
+    "--monitor.every=7",
     "--train.run_dir=runs/with space: and # marks",
     "--deepspeed={zero_optimization: {overlap_comm: true}}",
 ]

@@ -16,7 +16,7 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 FOLDERS = "launch|examples|tests|docs|docker|megamult"
-SECTIONS = "model|multipliers|optimizer|parallel|data|train|checkpoint"
+SECTIONS = "model|multipliers|optimizer|parallel|data|train|checkpoint|monitor"
 
 
 def broken_links(page: Path, text: str) -> list[str]:

@@ -68,6 +68,16 @@ class Mesh:
             torch.distributed.all_reduce(tensor, group=self.world if axis is None else self.groups[axis])
         return tensor
 
+    def max_over(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace each element of a tensor by its maximum over all processes. Collective over all processes.
+
+        Returns:
+            The same tensor.
+        """
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=self.world)
+        return tensor
+
     def sum_on_first(self, tensor: torch.Tensor) -> None:
         """Sum a tensor over all processes, in place on rank 0. On other ranks the tensor is undefined afterwards.
         Collective over all processes."""

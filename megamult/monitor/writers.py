@@ -79,6 +79,14 @@ class Writers:
         self._scalars("valid", {"loss": record["valid_loss"]}, int(record["step"]))
         self.say(f"step {record['step']}: valid loss {record['valid_loss']:.4f}")
 
+    def figures(self, step: int, figures: dict[str, float]) -> None:
+        """Record the monitor's figures of a step: one line of metrics.jsonl, and TensorBoard's curves of these
+        names."""
+        self._line({"step": step, **figures})
+        with self._going_on("tensorboard"):
+            for name, value in figures.items():
+                self._tensorboard.add_scalar(name, value, step)
+
     def histograms(self, values: dict[str, Tensor], step: int) -> None:
         """Write histograms of the multipliers of each role and side."""
         with self._going_on("tensorboard"):

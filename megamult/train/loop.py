@@ -23,6 +23,7 @@ from megamult.runtime.signals import StopRequests
 from megamult.train.batches import MicroBatch, MicroBatches, Samples
 from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.engine import Engine
+from megamult.train.monitoring import RunMonitor
 from megamult.train.records import Records
 from megamult.train.votes import mean_and_votes
 
@@ -38,9 +39,11 @@ class Trainer:
         valid: Samples | None,
         vocab_size: int,
         progress: Progress | None = None,
+        monitor: RunMonitor | None = None,
     ) -> None:
         self.config, self.engine = config, engine
         self._progress = progress or Progress()
+        self._monitor = monitor
         self._train, self._valid = train, valid
         self._mesh = engine.mesh
         self._accumulation = config.accumulation(self._mesh.size_of("data"))
@@ -206,18 +209,24 @@ class Trainer:
         return reason
 
     def _recorded_step(self, records: Records, stop: StopRequests) -> None:
-        """Take one optimizer step and record its figures.
+        """Take one optimizer step and record its figures, and those of the monitor if they are due.
 
         Raises:
             Diverged: there are now `train.max_bad_steps` bad steps in a row.
         """
         skipped, limit = self.engine.skipped_steps, self.config.train.max_bad_steps
+        monitor = self._monitor if self._monitor is not None and self._monitor.due(self.step_count + 1) else None
+        if monitor is not None:
+            monitor.begin()
         record = self.train_step(stop.ballot)
         bad = record["skipped_steps"] > skipped or not math.isfinite(record["loss"])
         self.bad_steps = self.bad_steps + 1 if bad else 0
         self.figures |= {key: record[key] for key in ("tokens", "loss")} | {"bad_steps": float(self.bad_steps)}
         self._progress.at(self.step_count, "records", ON_FILES)
         records.step(record)
+        if monitor is not None:
+            self._progress.at(self.step_count, "the monitor's figures", ON_FILES)
+            records.figures(self.step_count, monitor.figures(self.step_count))
         if limit and self.bad_steps >= limit:
             raise Diverged(self.step_count, self.bad_steps, record)
 

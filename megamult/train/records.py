@@ -55,6 +55,11 @@ class Records:
         if self._out is not None:
             self._out.evaluation({"step": step, "valid_loss": valid_loss})
 
+    def figures(self, step: int, figures: dict[str, float]) -> None:
+        """Record the monitor's figures of a step."""
+        if self._out is not None:
+            self._out.figures(step, figures)
+
     def histograms(self, values: dict[str, Tensor], step: int) -> None:
         """Record histograms of the multipliers of each role and side."""
         if self._out is not None:

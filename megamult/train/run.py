@@ -12,6 +12,7 @@ from megamult.data.tokenizer import Tokenizer
 from megamult.distributed import environment
 from megamult.distributed.mesh import Mesh
 from megamult.huggingface.files import TOKENIZER_FOLDER
+from megamult.monitor.decay import decay_warnings
 from megamult.runtime import exit_codes
 from megamult.runtime.console import say_error
 from megamult.runtime.lock import RunLock
@@ -27,6 +28,7 @@ from megamult.train.command_line import agreed
 from megamult.train.deepspeed_engine import build, check_deepspeed
 from megamult.train.engine import Engine
 from megamult.train.loop import CheckpointFailed, Diverged, Trainer
+from megamult.train.monitoring import RunMonitor
 from megamult.train.summary import conclude
 
 
@@ -76,7 +78,9 @@ def train(run: Run) -> int:
     progress.at(0, "building the model")
     engine = build(config, vocab_size, run.mesh, draw=checkpoint is None, note=lambda doing: progress.at(0, doing))
     _say_what(run, engine)
-    trainer = Trainer(config, engine, samples, valid, vocab_size, progress)
+    drawn = checkpoint is None or checkpoint.info.data is not None  # an imported model has no data
+    monitor = RunMonitor(config, engine.model, engine.partition, engine.optimizer, vocab_size, drawn=drawn)
+    trainer = Trainer(config, engine, samples, valid, vocab_size, progress, monitor)
     if checkpoint is not None:
         _resume(run, trainer, checkpoint)
     elif config.checkpoint.load and environment.rank() == 0:
@@ -131,6 +135,8 @@ def _say_what(run: Run, engine: Engine) -> None:
             f"{run.config.train.dtype}; writing {run.run_dir}",
             flush=True,
         )
+        for warning in decay_warnings(run.config.optimizer, run.config.multipliers, run.config.train.steps):
+            print(f"warning: {warning}", flush=True)
 
 
 def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:

@@ -33,6 +33,17 @@ def test_metrics_hold_one_object_per_step_and_one_per_evaluation(tmp_path: Path)
     ]
 
 
+def test_the_monitors_figures_are_a_line_of_their_own_and_curves_of_their_own_names(tmp_path: Path) -> None:
+    figures = {"weight_rms/q": 0.5, "weight_rms/q/layer_00": 0.25, "weight_row_cv/q": float("nan")}
+    with Writers(tmp_path, 1) as writers:
+        writers.step(record(1), {})
+        writers.figures(1, figures)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines == [record(1), {"step": 1, **figures, "weight_row_cv/q": None}]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("weight_rms/q/layer_00")] == [(1, 0.25)]
+
+
 def test_a_line_is_in_the_file_as_soon_as_its_step_is_done(tmp_path: Path) -> None:
     with Writers(tmp_path, 2) as writers:
         writers.step(record(1), {})

@@ -76,6 +76,8 @@ class Architecture(Generic[Sizes]):
     """Function (sizes, vocabulary size) -> FLOPs per token of forward and backward, without those of recomputation."""
     weights: Callable[[Sizes, int], Iterator[Weight]]
     """Function (sizes, vocabulary size) -> all weights in Hugging Face's order; the last is the head, even if tied."""
+    standard_deviations: Callable[[Sizes], Mapping[str, float]]
+    """Function from sizes to the standard deviation of the initial weights of each role."""
     to_hugging_face: ToHuggingFace[Sizes]
     """Function that makes the config.json of an exported model."""
     from_hugging_face: Callable[[Mapping[str, Any]], Sizes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megamult.models.common.architecture import Architecture, ModelClass
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.flops import flops_per_token
@@ -15,6 +17,12 @@ def _model() -> ModelClass[ModelConfig]:
     return GPT
 
 
+def _standard_deviations(sizes: ModelConfig) -> Mapping[str, float]:
+    from megamult.models.llama.parameters import standard_deviations  # needs Megatron
+
+    return standard_deviations(sizes)
+
+
 LLAMA = Architecture(
     name="llama",
     hugging_face_class="LlamaForCausalLM",
@@ -22,6 +30,7 @@ LLAMA = Architecture(
     model=_model,
     flops_per_token=flops_per_token,
     weights=weights,
+    standard_deviations=_standard_deviations,
     to_hugging_face=to_hugging_face,
     from_hugging_face=from_hugging_face,
 )

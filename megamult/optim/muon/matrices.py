@@ -125,6 +125,8 @@ class MatrixRule(UpdateRule):
         self.matrices: Matrices | None = None
         self._exchange: Exchange | None = None
         self._bytes_gathered = 0
+        self.updating: list[str] = []
+        """Logical names of the matrices that :meth:`update` computes now."""
 
     @property
     def plan(self) -> Plan | None:
@@ -171,7 +173,7 @@ class MatrixRule(UpdateRule):
         per_row = [state for state in self.states if state.per == "row"]
 
         def update(matrices: Tensor, numbers: Sequence[int]) -> Tensor:
-            batch = [names[i] for i in numbers]
+            batch = self.updating = [names[i] for i in numbers]
             rows = {state.name: store.of_rows(state, batch) for state in per_row}
             result = self.update(matrices, rows)
             for state in per_row:

@@ -70,6 +70,9 @@ class Muon(MatrixRule):
         super().__init__(ns_steps=ns_steps, exchange_dtype=exchange_dtype, bucket_elements=bucket_elements)
         self.momentum, self.nesterov, self.scale, self.ns_dtype = momentum, nesterov, scale, ns_dtype
         self._steps = coefficient_set(coefficients, ns_steps)
+        self.watch: Callable[[list[str], Tensor], None] | None = None
+        """Function that gets the logical names of the matrices of each batch, and the batch after Newton-Schulz,
+        [batch, rows, cols]; None if nothing watches."""
 
     def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:
         """Plan the exchange, and choose the dtype of Newton-Schulz."""
@@ -93,7 +96,10 @@ class Muon(MatrixRule):
     def orthogonalized(self, matrices: Tensor) -> Tensor:
         """Return the matrices, [batch, rows, cols], orthogonalized by Newton-Schulz in `ns_dtype`."""
         assert self.ns_dtype is not None
-        return orthogonalize(matrices, self._steps, self.ns_dtype)
+        result = orthogonalize(matrices, self._steps, self.ns_dtype)
+        if self.watch is not None:
+            self.watch(self.updating, result)
+        return result
 
     def apply(
         self,

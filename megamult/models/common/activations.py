@@ -1,0 +1,133 @@
+"""Hooks that measure activations in the next forward pass of a model: RMS of block outputs and of logits, and the
+largest attention logit of each layer.
+
+The hooks are on the model only from :meth:`Activations.arm` to the end of the next forward pass. Other forward passes,
+and the ones that recomputation runs in the backward pass, have no hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerLayer
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from megamult.models.common.attention import SdpaAttention
+
+_SCORES = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Largest number of attention logits that are computed at a time, by type of device, unless one query position of all
+heads has more."""
+
+
+class Activations:
+    """Measurements of one forward pass of a model whose layers are Megatron's TransformerLayer.
+
+    Args:
+        model: the model.
+        vocab_size: exact number of tokens; logits from this id on are padding and not counted.
+
+    Attributes:
+        sums: (sum of squares as a float64 scalar, number of elements) of this rank, by (metric, index of the layer).
+        largest: largest attention logit of this rank, an fp32 scalar, by index of the layer.
+        layers: indices of the layers, the same on every rank.
+    """
+
+    metrics = ("attention_output_rms", "mlp_output_rms", "residual_rms")
+    """Metrics of a layer. The first two are what attention and MLP add to the residual stream; the third is the stream
+    after the layer."""
+
+    def __init__(self, model: torch.nn.Module, vocab_size: int) -> None:
+        self._model, self._vocab_size = model, vocab_size
+        self._layers = {
+            module.layer_number - 1: module for module in model.modules() if isinstance(module, TransformerLayer)
+        }
+        self.layers = list(self._layers)
+        self.sums: dict[tuple[str, int | None], tuple[Tensor, int]] = {}
+        self.largest: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def arm(self) -> None:
+        """Measure the next forward pass, and forget the last one."""
+        self.disarm()
+        self.sums, self.largest = {}, {}
+        for index, layer in self._layers.items():
+            modules = (layer.self_attention, layer.mlp, layer)
+            for metric, module in zip(self.metrics, modules, strict=True):
+                self._handles.append(module.register_forward_hook(self._output(metric, index)))
+            core = getattr(layer.self_attention, "core_attention", None)
+            if isinstance(core, SdpaAttention):
+                self._handles.append(core.register_forward_pre_hook(self._scores(index)))
+        head = getattr(self._model, "output_layer", None)
+        if head is not None:
+            self._handles.append(head.register_forward_hook(self._logits))
+        self._handles.append(self._model.register_forward_hook(lambda *_: self.disarm()))
+
+    def disarm(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _output(self, metric: str, index: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self.sums[metric, index] = (sum_of_squares(hidden.detach()), hidden.numel())
+
+        return hook
+
+    def _logits(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        logits = output[0].detach()
+        group: Any = module.tp_group
+        local = logits.shape[-1]
+        real = min(max(self._vocab_size - group.rank() * local, 0), local)
+        kept = logits[..., :real]
+        self.sums["logits_rms", None] = (sum_of_squares(kept), kept.numel())
+
+    def _scores(self, index: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            query, key = args[0].detach(), args[1].detach()
+            self.largest[index] = largest_attention_logit(query, key, module.softmax_scale)  # type: ignore[arg-type]
+
+        return hook
+
+
+@torch.no_grad()
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Return the sum of the squares of values [..., features] as a float64 scalar. No copy of the values is made."""
+    if values.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=values.device)
+    return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32).double().square().sum()
+
+
+@torch.no_grad()
+def largest_attention_logit(query: Tensor, key: Tensor, softmax_scale: float | None = None) -> Tensor:
+    """Return the largest q.k * scale over all heads and all pairs of a position and one that it may attend to.
+
+    Computed for some query positions at a time, in the dtype of the queries.
+
+    Args:
+        query: [seq, batch, heads, dim] queries, after rotary embedding.
+        key: [seq, batch, groups, dim] keys.
+        softmax_scale: factor of the logits; 1 / sqrt(dim) if None.
+
+    Returns:
+        An fp32 scalar.
+    """
+    seq, batch, heads, dim = query.shape
+    groups = key.shape[2]
+    shared = heads // groups
+    keys = key.permute(1, 2, 3, 0).reshape(batch * groups, dim, seq)
+    queries = query.permute(1, 2, 0, 3)
+    step = max(1, _SCORES[query.device.type] // (batch * heads * seq))
+    largest = torch.full((), -torch.inf, device=query.device)
+    for first in range(0, seq, step):
+        last = min(seq, first + step)
+        rows = queries[:, :, first:last].reshape(batch * groups, shared * (last - first), dim)
+        scores = (rows @ keys[:, :, :last]).view(batch * groups, shared, last - first, last)
+        # Query position first + i may attend to positions up to first + i.
+        future = torch.ones(last - first, last, dtype=torch.bool, device=query.device).triu(first + 1)
+        largest = torch.maximum(largest, scores.masked_fill_(future, -torch.inf).amax().float())
+    return largest * (dim**-0.5 if softmax_scale is None else softmax_scale)

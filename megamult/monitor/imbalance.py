@@ -1,0 +1,71 @@
+"""Figures of the symmetries of a model's multipliers: mean and spread of the imbalance, by symmetry and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megamult.monitor.names import by_place, layer_of, mean
+from megamult.monitor.symmetries import imbalances, norm_columns
+from megamult.monitor.weights import Matrix
+
+
+class Imbalance:
+    """Pairs of multipliers of which only the product matters, in a whole model.
+
+    Args:
+        matrices: all logical matrices.
+        head_dim: rows of one attention head.
+        readers: (subject, name of a norm's weight, name of the module that reads the norm's output).
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], head_dim: int, readers: Iterable[tuple[str, str, str]]) -> None:
+        self._head_dim = head_dim
+        # A layer with several matrices of one role, such as experts, has no such pairs.
+        by_role: dict[tuple[int, str], list[Matrix]] = {}
+        for matrix in matrices:
+            if matrix.layer is not None:
+                by_role.setdefault((matrix.layer, matrix.role), []).append(matrix)
+        self._layers: dict[int, dict[str, Matrix]] = {}
+        for (layer, role), members in by_role.items():
+            if len(members) == 1:
+                self._layers.setdefault(layer, {})[role] = members[0]
+        self._norms = [
+            (subject, norm, [matrix for matrix in matrices if matrix.name.startswith(f"{module}.")])
+            for subject, norm, module in readers
+        ]
+
+    def pairs(self, vectors: Mapping[str, Tensor]) -> list[tuple[str, int | None, Tensor]]:
+        """Return (symmetry, layer, imbalance of each pair) of all symmetries that the multipliers leave.
+
+        Args:
+            vectors: values of all vectors of the model by name.
+        """
+        found: list[tuple[str, int | None, Tensor]] = []
+        for layer, held in self._layers.items():
+
+            def logs(role: str, side: str, held: dict[str, Matrix] = held) -> Tensor | None:
+                matrix = held.get(role)
+                return None if matrix is None else matrix.log_factor("row" if side == "row" else "col", vectors)
+
+            found += [(symmetry, layer, values) for symmetry, values in imbalances(logs, self._head_dim).items()]
+        for subject, norm, readers in self._norms:
+            if norm in vectors:
+                values = norm_columns(vectors[norm], [matrix.log_factor("col", vectors) for matrix in readers])
+                if values is not None:
+                    found.append((subject, layer_of(norm), values))
+        return found
+
+    def figures(self, vectors: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return `imbalance_mean` and `imbalance_std` by symmetry and layer."""
+        pairs = self.pairs(vectors)
+        if not pairs:
+            return {}
+        moments = torch.stack([torch.stack([values.mean(), values.std(correction=0)]) for _, _, values in pairs])
+        found: dict[str, float] = {}
+        for metric, column in zip(("imbalance_mean", "imbalance_std"), moments.T.tolist(), strict=True):
+            each = [(symmetry, layer, value) for (symmetry, layer, _), value in zip(pairs, column, strict=True)]
+            found |= by_place(metric, each, mean)
+        return found

@@ -1,0 +1,102 @@
+"""Imbalance of multipliers along the symmetries that only their product fixes (arXiv 2601.04890).
+
+A pair (a, b) of multipliers may become (t a, b / t) without any change of the model's output. The imbalance of a pair
+is ln|a| - ln|b|: 0 for a pair that starts at 1, and moved by drift along the symmetry. A symmetry has many pairs, for
+example one for each row of W_up and column of W_down. Their mean and their standard deviation are recorded.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+Logs = Callable[[str, str], Tensor | None]
+"""Function (role, side) -> ln|multiplier| of each row or column of a layer's matrix, scalar included, or None if there
+are none."""
+
+
+def query_key(query: Tensor, key: Tensor, head_dim: int) -> Tensor:
+    """Return the imbalance of the rows of W_Q against those of W_K, [groups * head_dim / 2].
+
+    Rotary positions turn rows i and i + head_dim / 2 of a head together, and all query heads of a group meet the same
+    key head. One pair of the symmetry is therefore such a pair of rows of a key head, against the same rows of all
+    query heads of its group. The imbalance is the difference of the means of their logarithms.
+
+    Args:
+        query: [heads * head_dim] ln|row multiplier| of W_Q.
+        key: [groups * head_dim] ln|row multiplier| of W_K.
+        head_dim: rows of one head.
+    """
+    half = head_dim // 2
+    groups = len(key) // head_dim
+    of_query = query.reshape(groups, -1, 2, half).mean((1, 2))
+    return (of_query - key.reshape(groups, 2, half).mean(1)).flatten()
+
+
+def value_out(value: Tensor, out: Tensor, head_dim: int) -> Tensor:
+    """Return the imbalance of the rows of W_V against the columns of the output projection, [groups * head_dim].
+
+    Args:
+        value: [groups * head_dim] ln|row multiplier| of W_V.
+        out: [heads * head_dim] ln|column multiplier| of the output projection.
+        head_dim: rows of one head.
+    """
+    groups = len(value) // head_dim
+    return (value.reshape(groups, head_dim) - out.reshape(groups, -1, head_dim).mean(1)).flatten()
+
+
+def imbalances(logs: Logs, head_dim: int) -> dict[str, Tensor]:
+    """Return the imbalance of every pair of a layer, by the name of the symmetry.
+
+    A symmetry is absent if one of its sides has no multipliers.
+
+    Args:
+        logs: logarithms of the layer's multipliers.
+        head_dim: rows of one attention head.
+    """
+    found: dict[str, Tensor] = {}
+    query, key = logs("q", "row"), logs("k", "row")
+    if query is not None and key is not None:
+        found["q_k"] = query_key(query, key, head_dim)
+    value, out = logs("v", "row"), logs("attention_out", "col")
+    if value is not None and out is not None:
+        found["v_out"] = value_out(value, out, head_dim)
+    up, down = logs("up", "row"), logs("down", "col")
+    if up is not None and down is not None:
+        found["up_down"] = up - down
+    return found
+
+
+def norm_columns(norm: Tensor, columns: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the imbalance of a norm's weights against the columns of the matrices that read the norm's output, [in].
+
+    Args:
+        norm: [in] weights of the norm.
+        columns: [in] ln|column multiplier| of each of these matrices, or None for one that has none. The symmetry needs
+            all of them: without the multipliers of one matrix the result is None.
+    """
+    present = [each for each in columns if each is not None]
+    if not columns or len(present) < len(columns):
+        return None
+    return norm.double().abs().log() - sum(present[1:], present[0]) / len(present)
+
+
+def redundant_pairs(sides: Mapping[str, frozenset[str]]) -> list[str]:
+    """Return the symmetries that a placement leaves, in words: both sides of the pair have multipliers.
+
+    Args:
+        sides: sides that have multipliers, by role.
+    """
+    pairs = {
+        "rows of q and k": (("q", "row"), ("k", "row")),
+        "rows of v and columns of attention_out": (("v", "row"), ("attention_out", "col")),
+        "rows of up and columns of down": (("up", "row"), ("down", "col")),
+    }
+    return [
+        words
+        for words, pair in pairs.items()
+        if all(side in sides.get(role, ()) or "scalar" in sides.get(role, ()) for role, side in pair)
+    ]
