@@ -30,13 +30,14 @@ def decay_warnings(optimizer: OptimizerConfig, multipliers: MultipliersConfig, s
     at_peak = sum(lr_factor(step, steps, optimizer) for step in range(steps))  # steps at the peak that do as much
     found = []
     lr, decay = optimizer.lr if multipliers.lr is None else multipliers.lr, multipliers.weight_decay
+    of_multipliers = float(steps) if multipliers.schedule == "constant" else at_peak
     pairs = [] if multipliers.implementation == "none" else redundant_pairs(dict(resolve(multipliers.placement)))
-    if pairs and 0 < lr * decay * at_peak < _INERT:
+    if pairs and 0 < lr * decay * of_multipliers < _INERT:
         found.append(
             f"multipliers.weight_decay {decay:g} does nothing in this run: it moves ln|multiplier| by "
-            f"{100 * lr * decay * at_peak:.2g} % of itself (learning rate {lr:g} x decay, summed over {steps} steps), "
-            f"so it does not hold {', '.join(pairs)}, of which only the product matters; raise it if imbalance_std in "
-            "metrics.jsonl grows, or set multipliers.placement to symmetry_free"
+            f"{100 * lr * decay * of_multipliers:.2g} % of itself (learning rate {lr:g} x decay, summed over {steps} "
+            f"steps), so it does not hold {', '.join(pairs)}, of which only the product matters; raise it if "
+            "imbalance_std in metrics.jsonl grows, or set multipliers.placement to symmetry_free"
         )
     rate = 2 * optimizer.lr * optimizer.weight_decay
     if 0 < rate * at_peak < _SHORT:

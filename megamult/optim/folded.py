@@ -103,6 +103,7 @@ class BoundMultipliers:
         vectors: name, role, side and position of each vector of multipliers.
         values: [entries] all multipliers, packed, in fp32; the same on every rank.
         gradient: [entries] gradient of `values` at the last step, in fp32, summed over ranks, before clipping.
+        last_lr: learning rate of the last update, before the factors of single roles; 0 before the first.
     """
 
     @torch.no_grad()
@@ -119,6 +120,7 @@ class BoundMultipliers:
         # Rows and columns without a multiplier share the last entry. Its sum is not used.
         self._sums = self.values.new_zeros(len(self.values) + 1)
         self.gradient = self._sums[:-1]
+        self.last_lr = 0.0
         self._rule = AdamW(settings.betas, settings.eps)
         self._kept = {STEP: torch.zeros((), device=here), **{key: torch.zeros_like(self.values) for key in _STATES}}
         rates = [settings.rates.multipliers.get((v.role, v.side), ONE) for v in self.vectors]
@@ -219,8 +221,8 @@ class BoundMultipliers:
             schedule: learning rate of this step as a fraction of its peak.
         """
         settings = self._settings
-        lr = settings.lr * (1.0 if settings.constant_lr else schedule)
-        group = {**self._rule.defaults, "lr": lr, "weight_decay": settings.weight_decay}
+        self.last_lr = settings.lr * (1.0 if settings.constant_lr else schedule)
+        group = {**self._rule.defaults, "lr": self.last_lr, "weight_decay": settings.weight_decay}
         kept = {key: [value] for key, value in self._kept.items()}
         apply_by_rate(self._rule, group, [self.values], [self.gradient * factor], kept, self._runs)
         self._present = None

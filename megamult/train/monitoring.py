@@ -21,9 +21,9 @@ from megamult.monitor.orthogonality import Orthogonality
 from megamult.monitor.squares import rms
 from megamult.monitor.vectors import Vectors
 from megamult.monitor.weights import Weights
-from megamult.optim.clip import clip_factor
 from megamult.optim.schedule import lr_factor
 from megamult.optim.two_phase import TwoPhaseOptimizer
+from megamult.parameters.roles import resolve
 from megamult.zero.partition import Partition
 
 
@@ -60,6 +60,13 @@ class RunMonitor:
         self._activations = Activations(model, vocab_size)
         self._copying: RemovableHandle | None = None
         self._equilibria, self._trajectories = self._references(partition, drawn)
+        weights = optimizer.rates.weights
+        self._rates = {
+            (part.role, cut.spec.kind): weights[part.role]
+            for cut in partition.cuts
+            for part in cut.spec.parts
+            if cut.spec.side is None and part.role in weights
+        }
 
     def due(self, step: int) -> bool:
         """Return whether there is a record of a step, counted from 1."""
@@ -96,18 +103,20 @@ class RunMonitor:
         optimizer, norms = self._optimizer, self._optimizer.norms
         found: dict[str, float] = {}
         if norms is not None:
-            limit = optimizer.clip_grad_norm
-            for subject, norm, clipped in (
-                ("main", norms.main, True),
-                ("multipliers", norms.multipliers, optimizer.clip_multipliers),
+            factors = optimizer.clipping.factors(norms)
+            for subject, norm, factor in zip(
+                ("main", "multipliers"), (norms.main, norms.multipliers), factors, strict=True
             ):
                 found[key("grad_norm", subject)] = norm
-                found[key("clip_factor", subject)] = clip_factor(norm, limit) if clipped else 1.0
-        for group in optimizer.param_groups:
-            found[key("lr", group["kind"])] = group["lr"]
-        if optimizer.folding is not None:
-            group = optimizer.param_groups[0]
-            found[key("lr", "multiplier")] = optimizer.folding.lr * group["lr"] / group["peak_lr"]
+                found[key("clip_factor", subject)] = factor
+        lr_of_kind = {group["kind"]: group["lr"] for group in optimizer.param_groups}
+        if optimizer.folded is not None:
+            lr_of_kind["multiplier"] = optimizer.folded.last_lr
+        found |= {key("lr", kind): lr for kind, lr in lr_of_kind.items()}
+        for (role, kind), rate in self._rates.items():
+            found[key("lr", role)] = lr_of_kind[kind] * rate.lr
+        for (role, side), rate in optimizer.rates.multipliers.items():
+            found[key("lr", f"{role}_{side}")] = lr_of_kind["multiplier"] * rate.lr
         return found
 
     def _of_activations(self) -> dict[str, float]:
@@ -141,19 +150,25 @@ class RunMonitor:
         config, steps = self._config.optimizer, self._config.train.steps
         groups = {group["kind"]: group for group in self._optimizer.param_groups}
         initial = architecture_of(self._config.model).standard_deviations(self._config.model) if drawn else {}
+        start, placement = self._config.multipliers.initial_values(), resolve(self._config.multipliers.placement)
+        if self._config.multipliers.implementation == "none":
+            placement = {}
         equilibria: dict[str, float] = {}
         trajectories: dict[str, Trajectory] = {}
         for cut in partition.cuts:
             for part in cut.spec.parts if len(cut.spec.shape) > 1 else ():
                 group = groups.get(cut.spec.kind)
                 size = gain(config, cut.spec.kind, part.rows, cut.spec.cols)
-                if group is None or size is None or part.role in equilibria:
+                rate = self._optimizer.rates.of(cut.spec, part)
+                fixed = self._optimizer.fixed is not None and cut.spec.kind == "matrix"
+                if group is None or size is None or part.role in equilibria or fixed or rate.lr == 0:
                     continue
-                peak, decay = group["peak_lr"], group["weight_decay"]
+                peak, decay = group["peak_lr"] * rate.lr, group["weight_decay"] * rate.weight_decay
                 equilibria[part.role] = equilibrium_rms(peak, decay, size)
                 if part.role in initial:
                     lr_of = functools.partial(_lr, peak, steps, config)
-                    trajectories[part.role] = Trajectory(initial[part.role], lr_of, decay, size)
+                    drawn_rms = initial[part.role] * start.weight_factor(part.role, placement)
+                    trajectories[part.role] = Trajectory(drawn_rms, lr_of, decay, size)
         return equilibria, trajectories
 
 
