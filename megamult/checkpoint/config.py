@@ -21,8 +21,9 @@ class CheckpointConfig:
     """true: copy the state, and write the copy while training continues. false: training waits until the state is
     written, which takes less memory."""
     load: str | None = None
-    """Checkpoint to resume from, as its directory. latest: the newest checkpoint of train.run_dir, or a new start if
-    there is none; if the newest is damaged, the run says so and takes the one before it. null: a new start."""
+    """Directory of the checkpoint to resume from, or latest, or null. latest: the newest checkpoint of train.run_dir,
+    or a new start if there is none; if the newest is damaged, the run says so and takes the one before it. null: a new
+    start."""
     reset_optimizer: bool = False
     """Load weights, multipliers, step and position in the data, but start with fresh optimizer state."""
 

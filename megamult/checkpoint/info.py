@@ -1,4 +1,4 @@
-"""The file checkpoint.json of a checkpoint: what it stores, apart from tensors, about the run that wrote it."""
+"""The file checkpoint.json of a checkpoint: state of the run apart from its tensors, and facts about the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = 1
 INFO = "checkpoint.json"
 
 SENTENCEPIECE = "tokenizer.model"
-"""Name of the file in a checkpoint that is the sentencepiece model with which the run's data was encoded."""
+"""Name that the sentencepiece model with which the run's data was encoded has in a checkpoint."""
 
 _PACKAGES = ("megamult", "torch", "deepspeed", "megatron-core", "numpy", "safetensors", "sentencepiece")
 
@@ -41,7 +41,7 @@ class CheckpointInfo:
     step: int
     """Number of optimizer steps."""
     samples: int
-    """Number of sequences trained on so far. The next sequence of the run has this number."""
+    """Number of sequences trained on so far. Sequences are numbered from 0, so the next one has this number."""
     config: dict[str, Any]
     """The run's resolved configuration. `from_json` replaces optimizer keys of earlier versions by the present ones."""
     vocab_size: int
@@ -49,7 +49,7 @@ class CheckpointInfo:
     tokenizer_sha256: str | None = None
     """SHA-256 of the files that define the tokenizer, or None if it is unknown."""
     tokenizer_files: str = SENTENCEPIECE
-    """Names of the tokenizer's files in the checkpoint. Training can only read a sentencepiece model."""
+    """Names of the tokenizer's files in the checkpoint. Training can read only a sentencepiece model."""
     optimizer: dict[str, Any] | None = None
     """`name`, `updates` (steps applied) and `skipped_steps`, or None if there is no optimizer state."""
     data: dict[str, Any] | None = None

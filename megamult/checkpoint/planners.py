@@ -32,7 +32,7 @@ from megamult.checkpoint.chunks import Chunk
 
 
 class ChunkSavePlanner(DefaultSavePlanner):
-    """Planner that writes this rank's chunks. The base class checks that the chunks of all ranks tile each tensor."""
+    """Planner that writes this rank's chunks, and checks that the chunks of all ranks together tile each tensor."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -103,7 +103,7 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         self._chunks = {_index(chunk): chunk for chunk in chunks}
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        """Store the other arguments. The chunks are the state, and `state_dict` is not used."""
+        """Store `metadata` and `is_coordinator`. The chunks are the state, and `state_dict` is not used."""
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:

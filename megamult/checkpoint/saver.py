@@ -1,7 +1,7 @@
 """Saving of checkpoints while training continues: each rank copies its state, and a thread writes the copy.
 
-A save is collective: every rank calls it at the same step. Ranks communicate between CPUs in the group for work on
-files, so that these collectives never mix with those of training.
+A save is collective: every rank calls it at the same step. Its collectives run between CPUs, in a process group that is
+only for work on files, so that they never mix with the collectives of training.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Saver:
             except (
                 RuntimeError,
                 MemoryError,
-            ) as error:  # loading the chunks then fails, which every rank reports
+            ) as error:  # writing then fails when it loads a chunk, and every rank reports this error
                 chunks = [_failing(chunk, error) for chunk in chunks]
             stall = time.perf_counter() - began
             self._thread = threading.Thread(

@@ -1,7 +1,7 @@
 """State of a rank as chunks: rectangles of logical tensors, which a save writes and a load fills.
 
-The name of a tensor is a prefix and a logical name. The prefix of weights (without multipliers) and of multipliers is
-`model.`. The prefix of optimizer state is `optimizer.` and the state's name (`exp_avg`, `exp_avg_sq`, `momentum` ...).
+The name of a tensor is a prefix and a logical name. Weights W (not W_eff) and multipliers have the prefix `model.`.
+Optimizer state has the prefix `optimizer.STATE.`, where STATE is `exp_avg`, `exp_avg_sq`, `momentum` or another name.
 Names, global shapes and the meaning of every element are the same in any sharding.
 """
 

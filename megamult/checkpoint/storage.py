@@ -31,7 +31,8 @@ from megamult.checkpoint.index import read as read_index
 
 SUMS = "SHA256SUMS"
 FILE_BYTES = 1 << 30
-"""Maximum bytes of a file, unless a single chunk is larger. They limit the CPU memory for copies of GPU tensors."""
+"""Maximum bytes of a file, unless a single chunk is larger. This also limits the CPU memory for copies of GPU
+tensors."""
 
 
 class ShardWriter(StorageWriter):
@@ -147,7 +148,7 @@ class ShardReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy the parts of stored chunks that the plan names to the planner's tensors."""
+        """Fill the planner's tensors with the parts of stored chunks that the plan lists."""
         assert self._metadata.storage_data is not None
         by_file = defaultdict(list)
         for item in plan.items:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TOKENIZER_FOLDER = "hf_tokenizer"
-"""Folder in an imported checkpoint with the tokenizer's files of the Hugging Face model."""
+"""Folder of an imported checkpoint that holds the Hugging Face model's tokenizer files."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -45,8 +45,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 """
 
 _MERGED = """\
-It was trained with learnable row and column multipliers ([arXiv 2601.04890](https://arxiv.org/abs/2601.04890)), \
-placement `{placement}`. They are merged into the weights here: W_eff = s diag(r) W diag(c)."""
+This model was trained with learnable row and column multipliers \
+([arXiv 2601.04890](https://arxiv.org/abs/2601.04890)), placement `{placement}`. \
+They are merged into the weights here: W_eff = s diag(r) W diag(c)."""
 
 _MODEL = {
     "vocab_size": "vocabulary",

@@ -7,18 +7,18 @@ The result depends only on the pieces and the order of merges. Four differences 
   :class:`megamult.data.tokenizer.Tokenizer` therefore encodes U+2581 in a text as bytes. The converted pieces contain
   real spaces, and the converted tokenizer does not normalize text. No converted piece contains U+2581, so `tokenizers`
   encodes it as bytes too.
-* sentencepiece orders merges by the merged piece, `tokenizers` by the pair. If several pairs form the same piece, the
-  converted list of merges has all of them, one after the other. The ids stay the same: a piece can form only if no
-  earlier merge has crossed its ends. The merges inside it then do not depend on the surrounding text, so they always
-  end in the same one of the pairs, and the others never occur.
+* sentencepiece orders merges by the piece that they form, and `tokenizers` orders them by the pair that they join. If
+  several pairs form the same piece, the converted list of merges has all of these pairs, one after the other. The ids
+  stay the same: a piece can form only if no earlier merge has crossed its ends. The merges inside the piece then do not
+  depend on the surrounding text, so the last of them always joins the same pair, and the other pairs never occur.
 * Text that looks like a special token, such as "</s>", is plain text in training data. transformers would read it as a
   special token, so the conversion sets `split_special_tokens`.
 * transformers can put a token before a text. Training data has none there, so the conversion sets `add_bos_token` to
   false.
 
-One difference remains, for sequences of byte tokens that are not valid UTF-8, which no text gives. Both libraries
-decode them to U+FFFD. `tokenizers` writes it for every byte token of such a sequence, sentencepiece only for the
-invalid ones.
+One difference remains. It concerns sequences of byte tokens that are not valid UTF-8, which no text is encoded to. To
+decode them, `tokenizers` writes U+FFFD for every byte token of such a sequence, and sentencepiece writes it only for
+the invalid ones.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def convert(model: Path, max_length: int) -> dict[str, bytes]:
         max_length: sequence length with which the language model was trained. transformers warns about longer texts.
 
     Raises:
-        ValueError: the file is no sentencepiece model, or `tokenizers` cannot reproduce the ids of this one.
+        ValueError: the file is no sentencepiece model, or `tokenizers` cannot reproduce the ids that the model gives.
     """
     ours = Tokenizer(model)
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
@@ -130,7 +130,9 @@ def _check_expressible(model: Path, proto: Any) -> None:
             raise ValueError(f"the tokenizer {model} has {what} {is_}, but only {must} can be converted: {_REMEDY}")
 
 
-_REMEDY = "put the files of its own Hugging Face tokenizer into a folder hf_tokenizer beside it, and export again"
+_REMEDY = (
+    "put the files of this tokenizer in Hugging Face's format into a folder hf_tokenizer beside it, and export again"
+)
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:

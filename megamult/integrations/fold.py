@@ -53,7 +53,8 @@ def fold(
     is not 1, call ``optimizer.begin()`` before the first forward pass.
 
     A vector to which no rule applies, such as the weight of a norm or a bias, gets the role `norm`: AdamW updates it
-    without weight decay. A parameter that already has a spec, such as one of megamult's own modules, needs no rule.
+    without weight decay. A parameter that already has a spec, such as a parameter of megamult's own modules, needs no
+    rule.
 
     Args:
         optimizer: keys of the section `optimizer` of a run, such as ``{"name": "muon", "muon": {"momentum": 0.9}}``,
@@ -61,8 +62,8 @@ def fold(
             groups also scales the learning rate of the multipliers.
         model: the complete model, which may be built under `deepspeed.zero.Init`. A Megatron model needs Megatron's
             process groups.
-        rules: mapping from a regular expression to a role, a spec, or a function from a parameter to its spec. It
-            applies to the parameters in whose names the expression is found. :data:`megamult.LLAMA_RULES` and
+        rules: mapping from a regular expression to a role, a spec, or a function from a parameter to its spec. A
+            rule applies to the parameters in whose names the expression is found. :data:`megamult.LLAMA_RULES` and
             :func:`megamult.megatron_rules` are such mappings.
         placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar.
         multiplier_lr: peak learning rate of multipliers; that of the optimizer if None.
@@ -70,17 +71,17 @@ def fold(
         clip_multipliers: clipping of the multipliers' gradient at the optimizer's threshold: out (not clipped), own (by
             its own norm) or joint (one norm for all gradients). False means out, and True means own.
         multipliers: further keys of the section `multipliers` of a run: `lr_factors` and `weight_decay_factors`.
-        initial: initial value of all multipliers, or a function from (role, side) to it. The model's present weights
-            become W, so an initial value other than 1 rescales the effective weights.
+        initial: initial value of all multipliers, or a function from (role, side) to the initial value. The model's
+            present weights become W, so an initial value other than 1 rescales the effective weights.
 
     Returns:
-        The optimizer: AdamW for all parameters, or another rule for matrices and AdamW for the rest. Its attribute
-        `folded` has the multipliers.
+        The optimizer: AdamW for all parameters, or another update rule for matrices and AdamW for the rest. Its
+        attribute `folded` has the multipliers.
 
     Raises:
-        ValueError: a key or value is unknown; a rule finds no parameter; two rules find the same parameter; no rule
-            finds a matrix of the model; a frozen parameter, or one tied to another role, would get multipliers; or no
-            parameter would get any.
+        ValueError: a key or value is unknown; a rule finds no parameter; two rules find the same parameter; the model
+            has a trainable matrix with neither rule nor spec; a frozen parameter, or a parameter that is shared by
+            several roles, would get multipliers; or no parameter would get multipliers.
     """
     chosen = _optimizer_config(optimizer)
     sides: Any = placement if isinstance(placement, str) else {r: _listed(s) for r, s in placement.items()}
@@ -118,7 +119,7 @@ def fold(
 
 
 _FURTHER = ("lr_factors", "weight_decay_factors")
-"""Keys of the section `multipliers` that `fold` takes in its argument of this name."""
+"""Keys of the section `multipliers` that :func:`fold` accepts in its argument `multipliers`."""
 
 
 def _listed(sides: str | Sequence[str]) -> list[str]:
@@ -153,7 +154,7 @@ def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerCo
 
 
 def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
-    """Return the keys and values of a section, checked. The value of a field that is a tuple is made a tuple.
+    """Return the keys and values of a section, checked. Values of tuple fields are converted to tuples.
 
     Raises:
         ValueError: a key is not a field of the dataclass, or a value does not have the field's type.
@@ -176,7 +177,8 @@ def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
 def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placement) -> dict[Parameter, ParameterSpec]:
     """Return the spec of every trainable parameter.
 
-    The spec is from a rule, else the one that the parameter already has, else that of role `norm` for a vector.
+    A spec comes from the rule that finds the parameter. If no rule does, it is the spec that the parameter already has,
+    or for a vector without one, a spec of the role `norm`.
 
     Raises:
         ValueError: see :func:`fold`.
@@ -265,8 +267,8 @@ def _state(parameter: Parameter, name: str, rule: Rule, tp_size: int) -> Paramet
         raise ValueError(f"the rule of {name} gives the role {rule!r}: use one of {', '.join(ROLES)}")
     if ROLES[rule].decay and len(stored_shape(parameter)) != 2:
         raise ValueError(
-            f"{name} has the shape {stored_shape(parameter)}, and its rule gives it the role {rule}, of a matrix: "
-            "narrow the rule (end it with weight$), or give a spec"
+            f"{name} has the shape {stored_shape(parameter)}, and its rule gives it the role {rule}, which only "
+            "a matrix can have: narrow the rule (end it with weight$), or give a spec"
         )
     return one_tensor(rule, parameter, tp_size)
 
@@ -290,7 +292,7 @@ def _check_tie(known: list[str], stated: dict[str, ParameterSpec], spec: Paramet
         placement: placement of multipliers.
 
     Raises:
-        ValueError: a name has another role, or no rule.
+        ValueError: the parameter has multipliers, and two of its names have different roles, or one has no rule.
     """
     roles = {name: _roles(stated[name]) if name in stated else "no rule" for name in known}
     scaled = any(covers(each, placement) for each in (spec, *stated.values()))

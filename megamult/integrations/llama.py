@@ -16,4 +16,4 @@ LLAMA_RULES: dict[str, Rule] = {
     r"\blm_head\.weight$": "head",
     r"\bnorm\.weight$": "final_norm",
 }
-"""Rules for the parameter names of Hugging Face's LlamaForCausalLM. Mistral, Qwen and other models have them too."""
+"""Rules for the parameter names of Hugging Face's LlamaForCausalLM. Mistral, Qwen and others have these names too."""

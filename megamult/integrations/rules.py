@@ -16,9 +16,9 @@ from megamult.parameters.spec import ParameterSpec, Part, Role, Segment
 from megamult.parameters.stated import stored_shape
 
 Rule = Role | ParameterSpec | Callable[[Parameter], ParameterSpec]
-"""Right side of a rule, for the parameters that its expression finds: a role, a spec, or a function from a parameter to
-its spec. A role is possible if each parameter is one matrix W[out, in]. The role `norm` is possible for any shape; such
-a parameter is updated by AdamW without weight decay, and has no multipliers."""
+"""What a rule gives to the parameters that its expression finds: a role, a spec, or a function from a parameter to its
+spec. A role is possible if each parameter is one matrix W[out, in]. The role `norm` is possible for any shape; such a
+parameter is updated by AdamW without weight decay, and has no multipliers."""
 
 
 def one_tensor(role: Role, parameter: Parameter, tp_size: int) -> ParameterSpec:

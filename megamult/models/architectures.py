@@ -23,8 +23,8 @@ def architecture_of(sizes: Any) -> Architecture[Any]:
             return each
     known = ", ".join(each.sizes.__name__ for each in ARCHITECTURES.values())
     raise TypeError(
-        f"a model's sizes are of the type {type(sizes).__name__}, which no architecture has: use one of {known}, or "
-        "add the architecture to megamult/models/architectures.py"
+        f"a model's sizes are of the type {type(sizes).__name__}, which belongs to no architecture: use one of "
+        f"{known}, or add the architecture to megamult/models/architectures.py"
     )
 
 

@@ -12,10 +12,10 @@ from megamult.parameters.spec import Role, Side
 from megamult.validation import not_negative, positive, require
 
 MultiplierClip = Literal["out", "own", "joint"]
-"""Clipping of the multipliers' gradient. out: none. own: by its own norm. joint: one norm and one factor for all
-gradients, multipliers included."""
+"""Clipping of the multipliers' gradients. out: they are not clipped. own: they are clipped by their own norm, all
+multipliers together. joint: all gradients, those of multipliers included, are clipped by one norm."""
 CLIP_OF_BOOL: dict[bool, MultiplierClip] = {False: "out", True: "own"}
-"""Values of `clip` by the values that the key had in earlier versions, which are still accepted."""
+"""Meaning of false and true as values of `clip`. Earlier versions had these values, and they are still accepted."""
 
 
 @dataclass
@@ -31,27 +31,28 @@ class MultipliersConfig:
     lr: float | None = None
     """Peak learning rate of the multipliers, or null to use optimizer.lr."""
     lr_factors: BySide = field(default_factory=dict)
-    """Factors of this learning rate by role, or by role and side, such as {q: 0.5, down: {row: 2.0}}. With the factor 0
-    multipliers stay constant, and their gradients are in no norm."""
+    """Factors of the multipliers' learning rate by role, or by role and side, such as {q: 0.5, down: {row: 2.0}}.
+    Multipliers with the factor 0 stay constant, and no gradient norm includes their gradients."""
     schedule: Literal["same", "constant"] = "same"
     """same: the learning rate follows the schedule of optimizer.lr. constant: it always has its peak value."""
     weight_decay: float = 2e-3
     """Decoupled weight decay of the multipliers."""
     weight_decay_factors: BySide = field(default_factory=dict)
-    """Factors of this weight decay by role, or by role and side."""
+    """Factors of the multipliers' weight decay by role, or by role and side."""
     clip: MultiplierClip | bool = "out"
     """Clipping of the multipliers' gradients at the norm optimizer.clip_grad_norm. out: they are not clipped. own: they
     are clipped by their own norm, all multipliers together. joint: one norm and one factor for all gradients,
     multipliers included. false means out, and true means own."""
     norm: Literal["free", "fixed"] = "free"
     """free: weight decay and gradients decide the norms of the blocks' matrices. fixed: after every update each of
-    them is scaled back to the Frobenius norm that it began with. It has no weight decay, and its multipliers are its
-    gains (arXiv 2606.25971)."""
+    these matrices is scaled back to its initial Frobenius norm. They have no weight decay, and their multipliers are
+    the gains of arXiv 2606.25971."""
     initial: BySide = field(default_factory=dict)
-    """Initial values by role, or by role and side, such as {head: {col: 0.5}}. The others start at 1."""
+    """Initial values by role, or by role and side, such as {head: {col: 0.5}}. All other multipliers start at 1."""
     divide_weights: bool = True
-    """Whether initial weights are divided by the initial values, so that the model begins with the same effective
-    weights as with multipliers of 1. If false, the initial values change the function that the model computes."""
+    """Whether initial weights are divided by the initial values of their multipliers, so that the model begins with the
+    same effective weights as with multipliers of 1. If false, the initial values change the function that the model
+    computes."""
 
     def __post_init__(self) -> None:
         placement = resolve(self.placement)
@@ -77,6 +78,6 @@ class MultipliersConfig:
         return resolve_by_side(f"multipliers.{key}", getattr(self, key), resolve(self.placement))
 
     def initial_values(self) -> Initial:
-        """Return the initial values of the multipliers, and what becomes of the weights that they scale."""
+        """Return the initial values of the multipliers, and whether initial weights are divided by them."""
         values = self.by_side("initial")
         return Initial(lambda role, side: values.get((role, side), 1.0), self.divide_weights)

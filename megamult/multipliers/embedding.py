@@ -64,12 +64,16 @@ class _ScaledLookup(torch.autograd.Function):
 class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
     """Embedding E_eff = s diag(r) E diag(c), whose rows are sharded over tensor-parallel ranks.
 
-    Arguments are those of Megatron's `VocabParallelEmbedding`, `placement` and `grad_sync` as for
-    :class:`megamult.multipliers.linear.MultiplierColumnParallelLinear`, and `vocab_size`: rows from `vocab_size` on are
-    padding and carry no multipliers (default: no padding).
+    Arguments that are not listed are those of Megatron's `VocabParallelEmbedding`.
 
-    c and s are applied after the reduction over tensor-parallel ranks. Their gradients are complete there without
-    sequence parallelism, and partial with it.
+    c and s are applied after the reduction over tensor-parallel ranks. Without sequence parallelism every rank then has
+    all tokens, and so the complete gradients of c and s. With it a rank has only a part of the tokens, and so only
+    partial gradients.
+
+    Args:
+        vocab_size: exact number of tokens. Rows from `vocab_size` on are padding, which has no multipliers; default: no
+            padding.
+        placement, grad_sync: the same as for :class:`megamult.multipliers.linear.MultiplierColumnParallelLinear`.
 
     Shapes: ids: [batch, seq]; output: [batch, seq, hidden], or [seq/tp, batch, hidden] with
     `reduce_scatter_embeddings`; `row_multiplier`: [vocabulary/tp]; `col_multiplier`: [hidden].

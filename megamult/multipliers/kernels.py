@@ -6,10 +6,10 @@ to. :class:`Span` says which rows belong to one matrix. On CUDA each function is
 function also multiplies by one narrow matrix. On a CPU compiling would take longer than a test, so rows are processed
 in blocks that stay in the cache.
 
-Both functions serve the weights of layers and, with `piece`, the bands of a partition's slices
-(:mod:`megamult.multipliers.scaling`). For a layer, the effective weight is a new tensor and kernels are compiled for
-its shape. Bands are fp32, are scaled in place and have any shape, so one compiled kernel serves all of them. For a
-small band a few plain calls are faster than the kernel.
+Both functions serve the weights of layers and, if `piece` is true, bands: groups of rows of a slice, which folded
+multipliers scale (:class:`megamult.multipliers.scaling.Band`). For a layer, the effective weight is a new tensor and
+kernels are compiled for its shape. Bands are fp32, are scaled in place and have any shape, so one compiled kernel
+serves all of them. For a small band a few plain calls are faster than the kernel.
 
 The compiled and the plain form are tested against `megamult.multipliers.reference`.
 """
@@ -23,8 +23,8 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """Rows [start, stop) of the weight, and the row `col` of kappa that scales them; None if no column multipliers
-    do."""
+    """Rows [start, stop) of the weight. Row number `col` of kappa scales them. If `col` is None, they have no column
+    multipliers."""
 
     start: int
     stop: int
@@ -121,7 +121,8 @@ def scale_backward(
     return row_sum, col_sum
 
 
-_BLOCK_ELEMENTS = 1 << 20  # elements of a block on a CPU: it fits the last-level cache and outweighs the cost of a call
+# Elements of a block on a CPU: few enough for the last-level cache, and enough to outweigh the cost of a call.
+_BLOCK_ELEMENTS = 1 << 20
 
 
 def _blocks(spans: tuple[Span, ...], columns: int) -> list[Span]:
@@ -191,8 +192,8 @@ def _rows_to_cols(spans: tuple[Span, ...], rows: int, device: torch.device) -> T
 
 
 def _members(spans: tuple[Span, ...], rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a matrix [cols, rows], where `cols` is the number of rows of kappa. An element is 1 if the row of kappa
-    scales the row of the weight, else 0."""
+    """Return a matrix [cols, rows], where `cols` is the number of rows of kappa. Element (k, i) is 1 if
+    row k of kappa scales row i of the weight, else 0."""
     key = (spans, rows, cols, device, dtype)
     if key not in _MEMBERS:
         index = _rows_to_cols(spans, rows, device)

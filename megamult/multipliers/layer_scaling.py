@@ -20,7 +20,9 @@ from megamult.parameters.spec import ParameterSpec, Segment, Side
 
 
 class LayerScaling:
-    """Scaling of the whole shard of a layer's weight, as one band, by the layer's row, column and scalar multipliers.
+    """Scaling of a layer's weight by the layer's row, column and scalar multipliers.
+
+    The whole shard of the weight is one :class:`~megamult.multipliers.scaling.Band`.
 
     Args:
         weight: spec of the weight, which must have two dimensions.
@@ -37,8 +39,8 @@ class LayerScaling:
         height, self._width = weight.local_shape(coordinates.grid)
         held = rectangles(weight, coordinates, 0, height * self._width)
         band = band_of(list(_with_padding(held, height, self._width)), places, one=-1)
-        # The column multipliers need no index: viewed as [vectors, in] they are kappa. The spans count the vectors
-        # of the band, and must refer to the rows of this kappa instead.
+        # The column multipliers need no index: viewed as [vectors, in] they are kappa. A band numbers its vectors of
+        # column multipliers in its own order, so each span gets the number of its vector in kappa instead.
         vectors = [int(entries[0]) // self._width for entries in band.col]
         self._spans = tuple(s if s.col is None else s._replace(col=vectors[s.col]) for s in band.spans)
         rows = torch.arange(height)

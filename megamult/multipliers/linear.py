@@ -61,8 +61,9 @@ class _MultiplierLinear:
         actual = tuple(getattr(self.weight, "ds_shape", self.weight.shape))
         if expected != actual:
             raise ValueError(
-                f"the spec of {type(self).__name__} describes a local weight {expected} at tensor parallel "
-                f"{tp_size}, Megatron made {actual}: pass the spec of the global matrix {spec.shape}"
+                f"the spec of {type(self).__name__} describes a local weight {expected} at tensor-parallel "
+                f"size {tp_size}, but Megatron made {actual}: pass a spec of the global weight; this one is for "
+                f"{spec.shape}"
             )
         partial = tp_size > 1 and grad_sync == "step"
         register_multipliers(module, self.weight, spec, chosen, coordinates.grid, partial)
@@ -82,7 +83,7 @@ class _MultiplierLinear:
     def _completed(self) -> list[Tensor | None]:
         """Return the row, column and scalar multipliers. None stands for a kind that the layer does not have.
 
-        A multiplier that also exists in fp32 (:func:`full_precision`) is returned as that value.
+        If a multiplier also has an fp32 value (:func:`full_precision`), this value is returned.
 
         If `grad_sync` is "backward", the backward pass sums the gradients of replicated multipliers over
         tensor-parallel ranks.
@@ -130,12 +131,13 @@ class _MultiplierLinear:
 class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
     """Y = X W_eff^T with W_eff = s diag(r) W diag(c), whose rows are sharded over tensor-parallel ranks.
 
+    Arguments that are not listed are those of Megatron's `ColumnParallelLinear`.
+
     Args:
-        input_size, output_size: global sizes. Arguments that are not listed are those of Megatron's
-            `ColumnParallelLinear`.
-        spec: spec of the weight, which names the logical matrices of fused rows
-            (:func:`megamult.parameters.megatron.fused_qkv`, :func:`~megamult.parameters.megatron.fused_gate_up`);
-            default: one matrix of role `role`.
+        input_size, output_size: global sizes.
+        spec: spec of the weight. If the weight consists of several matrices, the spec names them, such as
+            :func:`megamult.parameters.megatron.fused_qkv` and :func:`~megamult.parameters.megatron.fused_gate_up`.
+            Default: one matrix of role `role`.
         placement: sides that have multipliers, by role; default: row and column multipliers on every matrix.
         grad_sync: when the gradients of replicated multipliers are summed over tensor-parallel ranks
             (:mod:`megamult.multipliers.parameters`).
@@ -164,8 +166,8 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
 class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
     """Y = X W_eff^T with W_eff = s diag(r) W diag(c), whose columns are sharded over tensor-parallel ranks.
 
-    Arguments are those of Megatron's `RowParallelLinear`, and `spec`, `role`, `placement` and `grad_sync` as for
-    :class:`MultiplierColumnParallelLinear`. A bias is added to Y and is not scaled.
+    `spec`, `role`, `placement` and `grad_sync` are the same as for :class:`MultiplierColumnParallelLinear`. All other
+    arguments are those of Megatron's `RowParallelLinear`. A bias is added to Y and is not scaled.
 
     Shapes: x: [seq, batch, in/tp]; y: [seq, batch, out]; `row_multiplier`: [out]; `col_multiplier`: [in/tp].
     """

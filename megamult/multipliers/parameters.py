@@ -1,7 +1,7 @@
 """Create a layer's multipliers with their specs, and complete the gradients of replicated multipliers.
 
-A rank computes with a part of a weight, and gets only a part of the gradient of a replicated multiplier.
-:data:`GradSync` says when these parts are summed over tensor-parallel ranks:
+A rank computes with only its shard of a weight, so it gets only a partial gradient of a replicated multiplier.
+:data:`GradSync` says when the partial gradients are summed over tensor-parallel ranks:
 
 - ``"backward"`` (default of the layers, for any training loop): backward all-reduces the gradients of a layer's
   multipliers together, in one small collective per layer and micro-batch.
@@ -37,7 +37,7 @@ def register_multipliers(
     """Create the multipliers of a module's weight, with the value 1.
 
     Their names are in :data:`megamult.multipliers.specs.LEAVES`. If no part of the weight is scaled on a side, None is
-    registered under the name of that side.
+    registered under the name of the multipliers on that side.
 
     Args:
         module: module on which the multipliers are registered.

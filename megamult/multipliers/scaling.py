@@ -23,8 +23,8 @@ from megamult.parameters.rectangles import Rectangle
 from megamult.parameters.spec import Segment, Side
 
 Places = Mapping[tuple[int, Side], Sequence[Segment]]
-"""Mapping from (part, side) to the segments of a vector of multipliers that hold the multipliers of that part on that
-side. A part without multipliers on a side is absent."""
+"""Mapping from (part, side) to segments of a vector of multipliers: where in the vector the multipliers of this part on
+this side are. If a part has no multipliers on a side, this key is absent."""
 
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Largest number of elements in a band, by type of device. It bounds temporary memory (256 MiB on a GPU), and lets a
@@ -54,7 +54,7 @@ class Band:
     col: Tensor
     """Entries of the column multipliers, [vectors, width]."""
     spans: tuple[Span, ...]
-    """Spans of rows. `Span.col` is the row of `col` with the column multipliers of the span."""
+    """Spans of rows. `Span.col` is the number of the row in the attribute `col` that has the span's entries."""
     counted: bool
     """Whether a sum over processes includes this process's copy of the rows (`ParameterSpec.row_intervals`)."""
 
@@ -171,7 +171,7 @@ class PackedScaling:
 
     Args:
         bands: bands in the order in which they are processed. They must have been made with the number of multipliers
-            as `one`.
+            as `one`: the index of the 1 that follows the multipliers in the packed vector.
         here: device on which the entries are needed.
     """
 
@@ -237,8 +237,8 @@ class PackedScaling:
         nothing = sums.new_zeros(1)
         pairs = zip(dots, self._heights, strict=True)
         rows = torch.cat([nothing.expand(height) if dot is None else dot for dot, height in pairs])
-        # Only the last entry can occur twice in one index_add_. The order of additions to all others is fixed, even on
-        # a GPU.
+        # Within one index_add_, only the last entry can occur more than once. All others get their additions in a fixed
+        # order, even on a GPU.
         sums.index_add_(0, self._rows, rows * factors.scalar)
         if any(band.scalars is not None for band in self.bands):
             for band, dot in zip(self.bands, (rows * factors.row).split(self._heights), strict=True):

@@ -22,9 +22,9 @@ def multiplier_sharded_tensors(
     tp_group: torch.distributed.ProcessGroup,
     metadata: dict[str, Any],
 ) -> None:
-    """Put factories for the multipliers of `module` into Megatron's `sharded` state dict, in place.
+    """Put a ShardedTensorFactory for each multiplier of `module` into Megatron's `sharded` state dict, in place.
 
-    A factory cuts the local vector into the segments of its logical vectors for a save, and joins them in a load. A
+    For a save, a factory cuts the local vector into the segments of its logical vectors. In a load it joins them. A
     checkpoint therefore does not depend on the tensor-parallel size, even if a shard cuts through fused rows.
     """
     dp_rank = get_pg_rank(metadata["dp_cp_group"])

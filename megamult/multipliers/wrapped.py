@@ -20,7 +20,7 @@ from megamult.multipliers.layer_scaling import LayerScaling
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """Computation of W_eff from W and its multipliers. It saves only these four tensors for backward."""
+    """Computation of W_eff from W and its multipliers. Only W and the multipliers are saved for backward."""
 
     @staticmethod
     def forward(
@@ -49,7 +49,7 @@ def effective_weight(
     Args:
         module: the layer; its parameter `weight` stays registered.
         weight: W[out, in] of this rank's shard: the module's own weight, or a weight that the layer's caller passed.
-        multipliers: row, column and scalar multipliers; each is None if the layer has none of its kind.
+        multipliers: row, column and scalar multipliers. None stands for a kind that the layer does not have.
         scaling: scaling by these multipliers.
 
     Yields:

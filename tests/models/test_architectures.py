@@ -22,7 +22,7 @@ def test_the_section_model_of_a_run_is_the_configuration_of_an_architecture() ->
 
 
 def test_sizes_of_no_architecture_are_named_with_those_that_there_are() -> None:
-    with pytest.raises(TypeError, match="of the type dict, which no architecture has: use one of ModelConfig"):
+    with pytest.raises(TypeError, match="of the type dict, which belongs to no architecture: use one of ModelConfig"):
         architecture_of({})
 
 

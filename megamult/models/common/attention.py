@@ -1,4 +1,4 @@
-"""Core attention by torch's `scaled_dot_product_attention`: flash attention without Transformer Engine, or on a CPU."""
+"""Core attention by torch's `scaled_dot_product_attention`, which needs no Transformer Engine and runs on CPUs too."""
 
 from __future__ import annotations
 

@@ -9,9 +9,10 @@ IEEE 754 prescribes the rounding. Each of these is a separate tensor operation, 
 others. Transcendental functions are not rounded in the same way by all libraries; they occur only in a table whose
 values are computed in decimal arithmetic.
 
-The inverse is approximated by cubic polynomials: one for each of 64 equal pieces of each octave of the probability of
-the tail, down to 2^-53. The absolute error is below 5e-10, a hundredth of the rounding to fp32 at 1; |z| is at most
-8.3. Source of the generator: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+The inverse is a function of the probability of the tail, between 2^-54 and 1/2. Each octave of this probability is
+divided into 64 equal pieces, and on each piece a cubic polynomial approximates the inverse. The absolute error is below
+5e-10, a hundredth of the error of rounding to fp32 at 1; |z| is at most 8.3. Source of the generator: Steele, Lea and
+Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _PIECE_BITS = 6
 """Base-2 logarithm of the number of pieces of an octave."""
 _OCTAVES = 53
 _BLOCK = {"cpu": 1 << 15, "cuda": 1 << 22}
-"""Largest number of elements that are drawn at once: on a CPU they fit into its cache, on a GPU few kernels start."""
+"""Largest number of elements that are drawn at once. On a CPU they fit into the cache. On a GPU there are so many that
+few kernels are needed."""
 
 
 def key(seed: int, name: str) -> int:
@@ -41,7 +43,7 @@ def key(seed: int, name: str) -> int:
 
 @torch.no_grad()
 def fill_normal(target: Tensor, std: float, key: int, row: int, col: int, columns: int) -> None:
-    """Fill a rectangle of a matrix with the numbers of its elements, which are drawn from N(0, std^2).
+    """Fill a rectangle of a matrix with the random numbers of its elements, which are drawn from N(0, std^2).
 
     Args:
         target: [height, width] rectangle to fill, in any dtype. Numbers are rounded to fp32, then to this dtype.
@@ -93,7 +95,7 @@ def _normal(bits: Tensor) -> Tensor:
     tail = (bits >> 11).bitwise_and_((1 << 53) - 2).bitwise_or_(1)  # 2^54 times the probability: odd, in [1, 2^53)
     magnitude = tail.to(torch.float64).view(torch.int64)
     piece = (magnitude >> (52 - _PIECE_BITS)).sub_(1023 << _PIECE_BITS)
-    # t is the position in the piece, from the rest of the mantissa: in [-1/2, 1/2), as a fraction of the piece's width.
+    # The rest of the mantissa gives t, the distance from the middle of the piece, in widths of the piece: [-1/2, 1/2).
     magnitude.bitwise_and_((1 << (52 - _PIECE_BITS)) - 1).bitwise_or_(1023 << 52)
     t = magnitude.view(torch.float64).sub_(1.0 + 2.0 ** -(_PIECE_BITS + 1)).mul_(2.0**_PIECE_BITS)
     constant, linear, square, cube = _table(bits.device)
@@ -108,8 +110,8 @@ def _normal(bits: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _table(device: torch.device) -> tuple[Tensor, ...]:
     """Return the polynomials' coefficients on `device`: four tensors [pieces], from the constant to the cubic."""
-    # The table is made by NumPy, because `deepspeed.zero.Init` casts tensors that torch.tensor and similar functions
-    # make to the model's dtype.
+    # NumPy makes the table, because under `deepspeed.zero.Init` the tensors that torch.tensor and similar functions
+    # return have the model's dtype.
     columns = torch.from_numpy(np.array(_coefficients()).T.copy())
     return tuple(column.to(device) for column in columns)
 

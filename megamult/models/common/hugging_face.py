@@ -1,4 +1,4 @@
-"""Types for conversion to and from Hugging Face: weights with their logical and Hugging Face names, names of dtypes."""
+"""Logical names and Hugging Face names of weights, and names of dtypes, for conversion from and to Hugging Face."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Weight:
     shape: tuple[int, ...]
     """Shape in a Hugging Face model."""
     norm: NormWeight = "vector"
-    """For the weight of a norm, its kind here. Hugging Face has a vector in any case."""
+    """Kind of the weight in our model, if it belongs to a norm. In Hugging Face's model it is always a vector."""
 
     @property
     def stored_shape(self) -> tuple[int, ...] | None:
-        """Shape here, or None if the model here has no such weight, and it counts as 1."""
+        """Shape in our model, or None if our model does not have this weight, because it is frozen at 1."""
         return {"vector": self.shape, "scalar": (1,), "frozen": None}[self.norm]
 
     def multiplier(self, side: Side) -> tuple[str, tuple[int, ...]]:
-        """Return the logical name and shape of multipliers on one side of this weight, even if it has none there."""
+        """Return the logical name and shape that multipliers on one side of this weight have, or would have."""
         length = {"row": self.shape[0], "col": self.shape[-1], "scalar": 1}[side]
         return f"{self.logical.rpartition('.')[0]}.{LEAVES[side]}", (length,)
 

@@ -47,7 +47,8 @@ def initialize(
         initial: initial values of the multipliers; None means ones.
 
     Raises:
-        ValueError: a parameter has no spec, or DeepSpeed quantizes its partition or stores a secondary one.
+        ValueError: a parameter has no spec, or DeepSpeed quantizes a parameter's partition or keeps a second partition
+            of the parameter within a node.
     """
     initial = initial or Initial()
     for name, parameter, spec in named_specs(model):
@@ -74,14 +75,16 @@ def initialize(
 
 
 def _held(parameter: Parameter, name: str) -> tuple[Tensor, int]:
-    """Return the part that this rank holds of a parameter's flat tensor-parallel shard, and its offset in the shard."""
+    """Return the part that this rank holds of a parameter's flattened tensor-parallel shard, and the offset of this
+    part in the shard."""
     partition = getattr(parameter, "ds_tensor", None)
     if partition is None:
         return parameter.detach().view(-1), 0
     if parameter.ds_secondary_tensor is not None or not partition.is_floating_point():  # type: ignore[attr-defined]
         raise ValueError(
-            f"DeepSpeed keeps {name} quantized, or a second time within a node: megamult sets weights in their one "
-            "partition; remove zero_quantized_weights and zero_hpz_partition_size from deepspeed.zero_optimization"
+            f"DeepSpeed keeps {name} quantized, or keeps a second partition of it within a node: megamult can set only "
+            "the usual partition; remove zero_quantized_weights and zero_hpz_partition_size from "
+            "deepspeed.zero_optimization"
         )
     size = partition.numel()
     start = size * parameter.ds_process_group.rank()  # type: ignore[attr-defined]

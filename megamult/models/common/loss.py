@@ -82,7 +82,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Yield consecutive ranges of tokens. A range has at most CHUNK_ELEMENTS logits, or one token if this has more."""
+    """Yield consecutive ranges of tokens. A range has at most CHUNK_ELEMENTS logits, or is one token with more."""
     tokens, local = logits.shape[:-1].numel(), logits.shape[-1]
     size = max(1, CHUNK_ELEMENTS[logits.device.type] // local)
     return (slice(first, first + size) for first in range(0, tokens, size))

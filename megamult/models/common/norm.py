@@ -1,4 +1,4 @@
-"""RMSNorm whose weight is a vector, one scalar or absent. It is replicated, and has a spec."""
+"""RMSNorm whose weight is a vector, one scalar or absent. The weight is replicated, and has a spec."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class ModelConfig:
     """Standard deviation of initial weights. For the output projections of attention and MLP it is divided by
     sqrt(2 * num_layers)."""
     init_std_factors: ByRole = field(default_factory=dict)
-    """Factors of these standard deviations by role, such as {down: 16}."""
+    """Factors of the standard deviations of initial weights by role, such as {down: 16}."""
     tie_embeddings: bool = fixed(False, "function")
     """Whether the LM head uses the weight of the embedding, without the embedding's multipliers."""
     z_loss: float = 1e-4
@@ -77,7 +77,7 @@ class ModelConfig:
             "model.init_std_factors",
             self.init_std_factors,
             lambda role: bool(role.sides or role.optional),
-            "these are drawn at random:",
+            "only weights of these roles are drawn at random:",
             positive=True,
         )
         heads, groups = self.num_attention_heads, self.query_groups

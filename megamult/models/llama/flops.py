@@ -8,8 +8,8 @@ from megamult.models.llama.config import ModelConfig
 def flops_per_token(sizes: ModelConfig, vocab_size: int) -> float:
     """Return the FLOPs per token of forward and backward, without those of recomputation.
 
-    These are 6 for each weight in a matrix product, and those of the two products in attention. The latter count over
-    half of the sequence, because attention is causal.
+    These are 6 FLOPs for each weight in a matrix product, and the FLOPs of attention's two products, q k^T and p v. In
+    these products only half of the sequence counts, because attention is causal.
     """
     h, f, layers = sizes.hidden_size, sizes.ffn_hidden_size, sizes.num_layers
     kv = h // sizes.num_attention_heads * sizes.query_groups

@@ -25,17 +25,17 @@ _ROTARY_BASE = 10000.0
 
 # Maps a field of config.json to its allowed values, and to the remedy if it has another. None among the values means
 # that the field may be absent or null.
-_TRAIN_WITHOUT = "if the model computes the same without it, correct config.json; otherwise it cannot be imported"
+_TRAIN_WITHOUT = "if the model computes the same without this field, remove it; otherwise the model cannot be imported"
 _MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_type": (("llama",), "import a model of the Llama architecture"),
     "architectures": ((["LlamaForCausalLM"], None), "import a LlamaForCausalLM"),
-    "hidden_act": (("silu", "swish", None), "the MLP here is SwiGLU, so it cannot be imported"),
-    "attention_bias": ((False, None), "no matrix here has a bias, so it cannot be imported"),
-    "mlp_bias": ((False, None), "no matrix here has a bias, so it cannot be imported"),
-    "attention_dropout": ((0, None), "there is no dropout here; set it to 0.0 to continue without"),
+    "hidden_act": (("silu", "swish", None), "the MLP here is SwiGLU, so this model cannot be imported"),
+    "attention_bias": ((False, None), "no matrix here has a bias, so this model cannot be imported"),
+    "mlp_bias": ((False, None), "no matrix here has a bias, so this model cannot be imported"),
+    "attention_dropout": ((0, None), "there is no dropout here; set it to 0.0 to train without dropout"),
     "sliding_window": ((None,), "attention here sees the whole sequence; " + _TRAIN_WITHOUT),
     "quantization_config": ((None,), "weights here are not quantized; dequantize and save the model first"),
-    "partial_rotary_factor": ((1, None), "all of a head is rotated here, so it cannot be imported"),
+    "partial_rotary_factor": ((1, None), "a head is rotated as a whole here, so this model cannot be imported"),
 }
 
 
@@ -106,7 +106,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
     if head * heads != hidden or head % 2:
         raise ValueError(
             f"config.json: head_dim is {head} with num_attention_heads {heads} and hidden_size {hidden}: here a head's "
-            "size is even and the heads together have the hidden size, so it cannot be imported"
+            "size is even and the heads together have the hidden size, so this model cannot be imported"
         )
     if heads % groups:
         raise ValueError(

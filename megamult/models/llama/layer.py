@@ -23,7 +23,7 @@ from megamult.parameters.roles import resolve
 
 
 class RecomputedTransformerLayer(TransformerLayer):
-    """Transformer layer that saves only its input for backward, and runs forward again there.
+    """Transformer layer that saves only its input. Backward runs the layer's forward pass again.
 
     It does not save the state of random number generators, because the layer has no dropout.
     """
@@ -33,8 +33,8 @@ class RecomputedTransformerLayer(TransformerLayer):
         run = super().forward
         if not torch.is_grad_enabled():
             return run(hidden_states, *args, **kwargs)
-        # Reentrant checkpointing runs the first pass without a graph. Hooks of the layers on saved tensors therefore do
-        # not store activations in it, which recomputation must free.
+        # Reentrant checkpointing runs the first pass without a graph, so that nothing is saved in it. With a graph, the
+        # layers' own hooks on saved tensors would keep the activations that recomputation is meant to save.
         output = torch.utils.checkpoint.checkpoint(
             lambda hidden: run(hidden, *args, **kwargs)[0],
             hidden_states,
@@ -62,7 +62,7 @@ def gpt_layer_spec(
             scalar. `{}` means no multipliers.
         grad_sync: when the gradients of replicated multipliers are summed over tensor-parallel ranks
             (:mod:`megamult.multipliers.parameters`). "step" needs an optimizer of this package.
-        recompute: whether a layer saves only its input for backward, and runs forward again there.
+        recompute: whether a layer saves only its input, and backward runs the layer's forward pass again.
         norms: kind of the weights of the layer's norms.
 
     Raises:

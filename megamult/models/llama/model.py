@@ -39,7 +39,7 @@ class GPT(GPTModel):
         tensor_parallel: size of the tensor-parallel groups that :func:`megamult.distributed.start.initialize` made.
         sequence_parallel: whether activations of norms and residuals are sharded over the tensor-parallel ranks, by
             position in the sequence.
-        recompute: whether each layer saves only its input for backward, and runs forward again there.
+        recompute: whether each layer saves only its input, and backward runs the layer's forward pass again.
         initial: initial values of the multipliers in the layers; None means ones.
         note: function that is called with a text before each parameter is drawn.
 
@@ -129,7 +129,7 @@ class GPT(GPTModel):
 
         Returns:
             Two scalars, both means over the tokens of the micro-batch, in nats: the objective, which includes z-loss,
-            and the cross entropy, which does not and has no gradient.
+            and the cross entropy, which does not include z-loss and has no gradient.
         """
         return super().forward(tokens, None, None, labels=labels)
 

@@ -1,16 +1,18 @@
 """Factors by which muP changes a Llama model's configuration with its width, so that one tuning fits all widths.
 
-The settings of the model at the base width are kept. With m, the ratio of a matrix's number of columns to that at the
-base width, the matrices of the blocks get
+The factors apply to the settings that were tuned at the base width. Let m be a matrix's number of columns, divided by
+its number of columns at the base width. The matrices of the blocks get
 
 - initial weights with a standard deviation divided by sqrt(m),
 - with AdamW, a learning rate divided by m and a weight decay multiplied by m, so that their product is kept, as the
   package `mup` does,
-- with Muon, a learning rate divided by the ratio of the update's scale to sqrt(rows / columns), which is the spectral
-  norm that the spectral condition asks for,
+- with Muon, a learning rate divided by x and a weight decay multiplied by x. Let e be the spectral norm of the update,
+  divided by the norm that the spectral condition asks for, sqrt(rows / columns). Then x is e divided by e at the base
+  width.
 
-and the head gets a constant factor of 1 / m in the forward pass. The embedding and the norms are kept. Attention logits
-are divided by the size of a head instead of its square root, if that size differs from the one at the base width.
+The head gets a constant factor of 1 / m in the forward pass. The settings of the embedding and the norms are kept. If
+the size of a head differs from that at the base width, attention logits are divided by this size instead of its square
+root (up to a constant).
 
 Sources: Yang et al., arXiv 2203.03466, table 8 (Adam); Yang, Simon and Bernstein, arXiv 2310.17813 (spectral
 condition). Pure.
@@ -65,8 +67,8 @@ def mup(sizes: ModelConfig, base: ModelConfig, update_norm: Callable[[int, int],
     Args:
         sizes: sizes of the model. Its embedding and head are not tied.
         base: sizes of the model whose settings were tuned.
-        update_norm: function from the shape (rows, columns) of a matrix to the spectral norm of its update at learning
-            rate 1, up to a constant, for an optimizer like Muon whose updates have a known one; None for AdamW.
+        update_norm: for an optimizer like Muon, whose updates have a known spectral norm: function from the shape
+            (rows, columns) of a matrix to the norm of its update at learning rate 1, up to a constant. None for AdamW.
 
     Raises:
         ValueError: the embedding is tied to the head, whose factor would reach the embedding too.
@@ -110,5 +112,6 @@ def _shapes(sizes: ModelConfig) -> dict[Role, tuple[int, int]]:
 
 
 def _excess(update_norm: Callable[[int, int], float], rows: int, cols: int) -> float:
-    """Return the spectral norm of an update over the one that the spectral condition asks for, up to a constant."""
+    """Return the spectral norm of an update, divided by the norm that the spectral condition asks for, up to a
+    constant."""
     return update_norm(rows, cols) / math.sqrt(rows / cols)
