@@ -228,8 +228,8 @@ class PackedScaling:
         Args:
             sums: gradients of all multipliers, [multipliers + 1], changed in place. The last element collects the sums
                 of rows without multipliers.
-            dots: row sums [height] of each band, or None for a band that adds nothing, because its rows have neither a
-                row multiplier nor a scalar, or because a sum over processes does not include it.
+            dots: row sums [height] of each band, or None for a band that adds nothing: its rows have neither a row
+                multiplier nor a scalar, or a sum over processes does not include this process's copy of them.
             factors: the multipliers with which the row sums were taken.
         """
         if all(dot is None for dot in dots):

@@ -61,8 +61,9 @@ class UpdateRule(ABC):
         rows = [state.name for state in cls.states if state.per == "row"]
         if rows and not cls.prepares:
             raise TypeError(
-                f"{cls.__name__} keeps {', '.join(rows)} of each row and has prepares = False: state of rows belongs "
-                "to the owner of a whole matrix, which only prepare() sees; set prepares, or keep it of each element"
+                f"{cls.__name__} keeps {', '.join(rows)} of each row and has prepares = False: the owner of a matrix "
+                "keeps state of rows, and only prepare() gets whole matrices; set prepares = True, or keep this state "
+                "of each element"
             )
 
     def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:  # noqa: B027

@@ -62,11 +62,12 @@ class ViewedOptimizer(torch.optim.Optimizer):
         return piece.master if self.folded is None else self.folded.latent(piece.tensor, piece.offset, piece.length)
 
     def views(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
-        """Yield views of the weights and the state of elements of this rank's slices. The views may be written to.
+        """Yield, for each of this rank's slices, a view of its weights and a view of each state that has one value per
+        element. The views may be written to.
 
         Yields:
-            (name, slice, values): `weight` (see :meth:`weight`) or the name of a state, the slice, and a [length] view.
-            State is zero before the first step.
+            (name, slice, values): name is `weight` (see :meth:`weight`) or that of a state, and values is a [length]
+            view. State is zero before the first step.
         """
         self.bind(partition)
         for piece in partition.slices:
