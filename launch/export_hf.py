@@ -9,7 +9,8 @@ from megamult.runtime.console import whole_or_nothing
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Needs `pip install megamult[export]`. Memory: one shard. On an error it writes nothing.",
+        epilog="Needs `pip install megamult[export]`, and memory for one shard at a time. On an error it writes "
+        "nothing.",
     )
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="DIR", help="a checkpoint, such as RUN/checkpoints/step_1000"

@@ -9,7 +9,8 @@ from megamult.runtime.console import whole_or_nothing
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="What the model cannot express is an error that names the field. On an error it writes nothing.",
+        epilog="If config.json asks for something that megamult's model does not have, such as biases, an error names "
+        "the field. On an error it writes nothing.",
     )
     parser.add_argument(
         "--input",

@@ -1,4 +1,4 @@
-"""Print the keys with which muP scales a run's settings, tuned at a base width, to the width of the run."""
+"""Print the keys by which muP adapts settings that were tuned at a base width to the width of the run."""
 
 import argparse
 from collections.abc import Callable
@@ -17,7 +17,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="All other arguments are those of launch/pretrain.py: --config FILE.yaml and --section.key value. Give "
-        "the printed keys to it as a second --config. Sources: arXiv 2203.03466 (AdamW) and 2310.17813 (Muon).",
+        "the printed keys to launch/pretrain.py as a second --config. Sources: arXiv 2203.03466 (AdamW) and "
+        "2310.17813 (Muon).",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -41,7 +42,7 @@ def _update_norm(optimizer: OptimizerConfig) -> Callable[[int, int], float] | No
     """Return the function from a matrix's shape to the spectral norm of its update, or None for AdamW."""
     if optimizer.name == "adamw":
         return None
-    # NorMuon's updates have the RMS of Muon's with match_rms_adamw, and singular values that are about equal.
+    # NorMuon's updates have the same RMS as Muon's with the scale match_rms_adamw, and about equal singular values.
     rule = "match_rms_adamw" if optimizer.muon is None else optimizer.muon.scale
     return SCALES[rule]
 

@@ -1,4 +1,7 @@
-"""Claims of processes to be ranks of a launch, and the rules that decide which claims belong together. Pure."""
+"""Claims by which processes ask rank 0 for their ranks in a launch, and the rules by which rank 0 judges them.
+
+The module does not communicate.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ _COMMAND_CHARACTERS = 160
 
 @dataclass(frozen=True)
 class Claim:
-    """A process that wants to be a rank of a launch."""
+    """Request of a process to be a rank of a launch, with what rank 0 must know about the process."""
 
     rank: int
     size: int
-    """Number of processes of the process's launch (WORLD_SIZE)."""
+    """Number of processes that the launch has according to this process (WORLD_SIZE)."""
     host: str
     pid: int
     machine: str
@@ -26,7 +29,7 @@ class Claim:
     launch: str
     """Unique name that a scheduler or user gave to the launch, the same on all its ranks; "" if there is none."""
     launcher: str
-    """Unique name of the launcher's process that started this process; "" if no known launcher started it."""
+    """Unique name of the launcher process that started this process; "" if no known launcher did."""
     siblings: tuple[int, int]
     """(first rank, number of ranks) of the ranks that this launcher starts on its node."""
     command: str
@@ -61,9 +64,9 @@ def same_launch(one: Claim, other: Claim) -> bool | None:
 def judge(claim: Claim, rank_0: Claim, taken: Mapping[int, Claim], configuration: str | None) -> str | None:
     """Return why a process is refused, or None if it is accepted as the rank that it claims.
 
-    A process that provably belongs to rank 0's launch is never refused, even if another process was accepted as its
-    rank before. If its configuration differs or it reports a problem, this is a mistake of the whole launch
-    (:func:`mistake`).
+    A process that provably belongs to rank 0's launch is never refused, even if another process has already been
+    accepted for the same rank. If such a process has another configuration or reports a problem, this is a mistake of
+    the whole launch (:func:`mistake`).
 
     Args:
         claim: claim of the process.

@@ -18,9 +18,9 @@ class ParallelConfig:
     zero_stage: int = 2
     """DeepSpeed ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the parameters. Stage
     1 keeps whole gradients and reduces them once per step, after the last backward pass. Stage 2 reduces them in every
-    micro-batch while backward runs. Its traffic is the same with one micro-batch per step, and more with several. Stage
-    1 is faster if its memory suffices and micro-batches are too short to hide the traffic of stage 2
-    (examples/benchmarks/zero_stages.py)."""
+    micro-batch while backward runs. With one micro-batch per step, stage 2 sends as much as stage 1; with several, it
+    sends more. Stage 1 is faster if there is enough memory for it and micro-batches are too short to hide the traffic
+    of stage 2 (examples/benchmarks/zero_stages.py)."""
     tensor_across_nodes: bool = False
     """Allow tensor-parallel groups to span nodes. The collectives of every layer then cross the network."""
     rendezvous_seconds: float = 45.0
@@ -28,8 +28,9 @@ class ParallelConfig:
     that names them."""
     timeout_minutes: float = 10.0
     """Minutes without progress after which the run ends with a report of each rank's last step and stack. Every
-    micro-batch, evaluation and part of start-up is progress. The last 15 seconds of this time, or its second half if it
-    is below 30 seconds, are for collecting the stacks, so every such piece of work must end before them."""
+    micro-batch, evaluation and part of start-up counts as progress. The ranks' stacks are collected in the last 15
+    seconds of this time (in its second half, if the time is below 30 seconds), so a micro-batch, an evaluation or a
+    part of start-up must take less than the time before that."""
 
     def __post_init__(self) -> None:
         positive(

@@ -26,7 +26,7 @@ def world_size() -> int:
 
 
 def has_agent_store() -> bool:
-    """Return whether torchrun's agent serves the store of the rendezvous, instead of rank 0."""
+    """Return whether torchrun's agent, and not rank 0, serves the store of the rendezvous."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -66,8 +66,8 @@ _SLURM_PORTS = (20000, 10000)
 def _from_slurm() -> dict[str, str]:
     """Return the variables for this process, which is a task of a Slurm job step.
 
-    Only `srun` sets SLURM_STEP_NUM_TASKS above 1. The process of a batch script is not such a task, for any number of
-    tasks that the job asked for.
+    Only `srun` sets SLURM_STEP_NUM_TASKS above 1. A batch script's own process is not such a task, however many tasks
+    the job asked for.
     """
     first, count = _SLURM_PORTS
     # Steps of one job that run at the same time get different ports.

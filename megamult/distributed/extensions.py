@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PATIENCE = 120.0
-"""Seconds without a change in a locked folder after which its lock is removed, if no process of this machine holds it.
-Another machine or container may be compiling there, but a compiler writes files more often than that."""
+"""Seconds that a locked folder must stay unchanged before its lock is removed. A lock that a process of this machine
+holds is never removed. Another machine or container may also be compiling in the folder, but a compiler would write
+files more often."""
 
 LIMIT = 300.0
 """Seconds to wait for a lock that a process of this machine holds. Compiling an extension takes half a minute."""
@@ -46,15 +47,15 @@ def release(
     """Wait until no extension below `root` is locked, and remove the locks of processes that have ended.
 
     Args:
-        root: folder of the cache, which holds a folder for each extension, one or two levels down.
+        root: folder of the cache. Each extension has its own folder, one or two levels below.
         say: function that shows one line to the user.
-        name: pattern of the names of the extensions.
-        waits_aloud: whether to say which lock is waited for; false if another rank of the node says it.
+        name: glob pattern for the names of the extensions whose locks are checked.
+        waits_aloud: whether to say for which lock this process waits; false if another rank of the node says so.
         patience: seconds; see `PATIENCE`.
         limit: seconds; see `LIMIT`.
 
     Raises:
-        TimeoutError: a live process of this machine holds a lock for longer than `limit`.
+        TimeoutError: a live process of this machine has held a lock for longer than `limit`.
     """
     for pattern in (f"{name}/lock", f"*/{name}/lock"):
         for lock in sorted(root.glob(pattern)):
@@ -75,8 +76,8 @@ def _release(lock: Path, say: Callable[[str], None], waits_aloud: bool, patience
             return
         if holders and time.monotonic() - began > limit:
             raise TimeoutError(
-                f"{lock} is held by {_name(holders[0])} for more than {limit:.0f} s: wait until it has compiled, or "
-                "end it, or set TORCH_EXTENSIONS_DIR to another folder"
+                f"{lock} has been held by {_name(holders[0])} for more than {limit:.0f} s: wait until that process "
+                "has compiled, or end it, or set TORCH_EXTENSIONS_DIR to another folder"
             )
         if not told:
             by = f"{_name(holders[0])} is" if holders else "another machine may be"

@@ -1,4 +1,4 @@
-"""Launcher of this process: which parent processes it is, on which hosts it starts ranks, and what names its launch."""
+"""The launcher that started this process: its processes, the hosts of its ranks, and the name of the launch."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _parent(process: int) -> int:
 
 
 def hosts_of_ranks() -> dict[int, str]:
-    """Return the host of each rank under DeepSpeed's launcher. Under other launchers return an empty dictionary: they
-    name the hosts themselves."""
+    """Return the host of each rank under DeepSpeed's launcher. Under other launchers, whose own messages name the
+    hosts, return an empty dictionary."""
     for argument in _command(os.getppid()):
         name, _, value = argument.partition("=")
         if name == "--world_info":
@@ -40,11 +40,11 @@ def hosts_of_ranks() -> dict[int, str]:
 
 
 def launchers() -> list[int]:
-    """Return the ids of the launchers' processes whose end must end the run.
+    """Return the ids of the launcher processes above this rank. If one of them ends, the run must end too.
 
-    The first is the process that started this rank. If that is DeepSpeed's launcher for one node, the second is its
-    parent, the `deepspeed` command, which passes no signals on. The list is empty if no known launcher started this
-    rank.
+    The first is the process that started this rank. If this is DeepSpeed's launcher for one node, and its parent is the
+    `deepspeed` command, which passes no signals on, then the parent is the second. The list is empty if no known
+    launcher started this rank.
     """
     parent = os.getppid()
     command = _command(parent)
@@ -56,7 +56,7 @@ def launchers() -> list[int]:
 
 
 def process() -> str:
-    """Return a unique name of the launcher's process that started this rank; "" if no known launcher started it."""
+    """Return a unique name of the launcher process that started this rank; "" if no known launcher did."""
     above = launchers()
     if not above:
         return ""

@@ -85,7 +85,7 @@ class Mesh:
             torch.distributed.reduce(tensor, dst=0, group=self.world)
 
     def send_from_first(self, tensor: torch.Tensor, axis: Axis) -> None:
-        """Replace a tensor by the tensor of the first process along an axis. Collective over the processes along it."""
+        """Replace a tensor by that of the first process along an axis. Collective over the processes along the axis."""
         if self.size_of(axis) > 1:
             group = self.groups[axis]
             torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, 0), group=group)
@@ -116,8 +116,8 @@ ALONE = Mesh(Coordinates(Grid()))
 def current_mesh() -> Mesh:
     """Return the mesh that describes the existing groups.
 
-    These are Megatron's groups if there are any, else all processes as data-parallel ranks. Without torch.distributed
-    the mesh has one process.
+    If Megatron has groups, the mesh has these groups. If not, all processes are data-parallel ranks. Without
+    torch.distributed the mesh has one process.
 
     Raises:
         ValueError: Megatron's groups have other axes than tensor and data, or are not in Megatron's order.

@@ -1,4 +1,4 @@
-"""DeepSpeed's view of Megatron's process groups (its argument `mpu`)."""
+"""DeepSpeed's view of Megatron's process groups: the argument `mpu` of `deepspeed.initialize`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ extensions."""
 def raise_limit() -> None:
     """Raise this process's soft limit of open files to the hard limit, which any user may do."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    # Some containers inherit a hard limit above the kernel's own. It cannot be set, so the soft limit does not change.
+    # Some containers inherit a hard limit above the kernel's own. The kernel refuses to set such a value, so the soft
+    # limit stays as it is.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -29,8 +30,8 @@ def sockets(rank: int, processes: int, tensor: int, gloo: bool) -> int:
     """
     meshes = [processes]  # the group for work on files
     if gloo:
-        # The group of all ranks, and this rank's tensor- and data-parallel groups. A tensor- or data-parallel group of
-        # all ranks is the group of all ranks, and is not counted again.
+        # The group of all ranks, and this rank's tensor- and data-parallel groups. If one of the latter would hold all
+        # ranks, the group of all ranks is used instead, so there is nothing more to count.
         meshes += [processes, *(size for size in (tensor, processes // tensor) if size < processes)]
     served = 2 * (processes + 1) if rank == 0 else 2  # rank 0 has both ends of its own connections
     return sum(size - 1 for size in meshes) + served

@@ -3,7 +3,8 @@
 Megatron's `initialize_model_parallel` makes a group for every combination of its axes, and every rank takes part in
 making the groups of all ranks: thousands at 1,024 ranks. With two axes, a rank needs its tensor-parallel group, its
 data-parallel group, and a group of this rank only, which serves the axes of size 1 (pipeline, context, expert). These
-take three calls per rank at any number of ranks. If a group would hold all ranks, the default group is used.
+three groups take three calls per rank, however many ranks there are. If a group would hold all ranks, the default group
+is used.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _FILES_TIMEOUT = datetime.timedelta(seconds=ON_FILES)
 
 _made: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...] | str, ProcessGroup]] = WeakKeyDictionary()
 """Groups that were made in addition to each default group, by their ranks (or by "files"). Each group is made once and
-then reused. torch names a group after its ranks and the number of this process's groups. A group that is made again
-after others were destroyed could therefore find the addresses of the first one."""
+then reused. torch names a group after its ranks and the number of groups that this process has. If some groups were
+destroyed, and a group of the same ranks was made again, it could get the name of the earlier one, and read the
+addresses that the earlier one left in the store."""
 
 
 def create(tensor: int, timeout: datetime.timedelta) -> None:
@@ -64,8 +66,8 @@ def _default() -> ProcessGroup:
 
 
 def _member(partition: Sequence[range], description: str, timeout: datetime.timedelta) -> ProcessGroup:
-    """Return this rank's group, and make it if necessary. `partition` has the ranks of each group; together they are
-    all ranks."""
+    """Return this rank's group, and make it if necessary. `partition` lists the ranks of each group;
+    every rank is in exactly one group."""
     default, rank = _default(), torch.distributed.get_rank()
     mine = next(tuple(ranks) for ranks in partition if rank in ranks)
     if len(mine) == default.size():
@@ -95,9 +97,9 @@ def _is_bound(default: ProcessGroup) -> bool:
 def _register(tensor: ProcessGroup, data: ProcessGroup, solo: ProcessGroup) -> None:
     """Set the variables of `megatron.core.parallel_state` that its `initialize_model_parallel` sets.
 
-    Megatron's layers and DeepSpeed (`mpu`) call its getters, and Megatron has no public way to set what they return.
-    Each variable gets the group with the ranks that Megatron's own group would have. Variables of gloo groups are not
-    set, because only Megatron's own optimizer and checkpoints use them.
+    Megatron's layers and DeepSpeed (`mpu`) call the getters of that module, and Megatron has no public way to set what
+    the getters return. Each variable gets the group with the ranks that Megatron's own group would have. Variables of
+    gloo groups are not set, because only Megatron's own optimizer and checkpoints use them.
     """
     everyone = _default()
     for group, names in (

@@ -22,10 +22,10 @@ CLAIMS = "claims"
 """Key of the number of claims submitted so far."""
 
 MET = "met"
-"""Key of rank 0's result, written once its wait is over."""
+"""Key of the result of the rendezvous, which rank 0 writes when it has stopped waiting for processes."""
 
 RANK_0 = "rank 0"
-"""Key of the text that describes rank 0, which serves this store. Runs that find the port in use read it."""
+"""Key of the text that describes rank 0. A run that finds the port in use reads the text, to say which run uses it."""
 
 HEAR = datetime.timedelta(seconds=10)
 """Longest time that rank 0 waits for all ranks to read its result."""
@@ -39,17 +39,17 @@ _ANOTHER_VERSION = "it runs another version of megamult: use the same on all nod
 
 
 def claim_key(number: int) -> str:
-    """Return the store's key of a claim."""
+    """Return the store's key of the claim with this number."""
     return f"claim/{number}"
 
 
 def answer_key(number: int) -> str:
-    """Return the store's key of a refusal."""
+    """Return the store's key of the refusal of the claim with this number."""
     return f"answer/{number}"
 
 
 def heard_key(number: int) -> str:
-    """Return the store's key that a process which takes part sets when it has read MET."""
+    """Return the store's key by which the process of an accepted claim confirms that it has read MET."""
     return f"heard/{number}"
 
 
@@ -65,13 +65,14 @@ def refusal(claim: str, by: str, why: str, configuration: bool = False) -> str:
         claim: text that describes the process.
         by: text that describes rank 0.
         why: reason for the refusal.
-        configuration: whether the process's configuration is the reason.
+        configuration: whether the reason is the process's configuration, its version of megamult or a problem that it
+            reported, and not that it belongs to another launch.
     """
     return f"{claim} came to the port of {by}, which refuses it: {why}. {REMEDY if configuration else _PORT}"
 
 
 class Reception:
-    """Reception of the processes of a launch by its rank 0.
+    """Receiver and judge, on rank 0, of the claims that processes submit.
 
     Args:
         store: store to which the processes submit their claims.
@@ -84,7 +85,7 @@ class Reception:
         self._configurations: dict[str, Mapping[str, Any]] = {claim.configuration: configuration}
         self._taken: dict[int, Claim] = {0: claim}
         self._numbers: dict[int, int] = {}  # rank -> number of the accepted claim
-        self._refused: list[tuple[Claim, str]] = []  # only those at fault: their configuration or problem
+        self._refused: list[tuple[Claim, str]] = []  # only claims refused for their configuration or problem
         self._unread: set[int] = set()
         self._read = 0
         store.set(RANK_0, str(claim))
@@ -98,7 +99,7 @@ class Reception:
 
         Returns:
             Dictionary with these keys:
-            name: unique token of this run.
+            name: unique token, which prefixes the keys of this launch in the store after the rendezvous.
             numbers: serial numbers of the accepted claims. A claim is the request of a process for its rank.
             machines: node of each rank, or None if a rank is missing.
             problem: mistake that ends the launch, or None.
@@ -146,7 +147,12 @@ class Reception:
         if why is None:
             before = self._numbers.get(claim.rank)
             if before is not None and same_launch(self._taken[claim.rank], claim) is not True:
-                self._refuse(before, str(self._taken[claim.rank]), "its place belongs to another launch", False)
+                self._refuse(
+                    before,
+                    str(self._taken[claim.rank]),
+                    "a process of rank 0's own launch has claimed the same rank",
+                    False,
+                )
             self._taken[claim.rank], self._numbers[claim.rank] = claim, number
             return
         own_fault = why in (claim.problem, different)
@@ -165,8 +171,8 @@ class Reception:
         if missing and problem is None:
             absent = (
                 f"{len(missing)} of {self._claim.size} processes did not come within {seconds:.0f} s "
-                f"(parallel.rendezvous_seconds): {_who(missing)}. See whether the host is up, and its own "
-                "output"
+                f"(parallel.rendezvous_seconds): {_who(missing)}. See whether the host is up, and "
+                "read the output of its processes"
             )
             if at_fault := [f"{claim}: {why}" for claim, why in self._refused if claim.rank in missing]:
                 problem = f"{_who(missing)} did not come within {seconds:.0f} s, but {'; '.join(at_fault)}. {REMEDY}"

@@ -37,8 +37,8 @@ from megamult.distributed.reception import (
 )
 
 SECONDS = 45.0
-"""Default number of seconds to wait for all processes. Including the start of the launcher itself, a host that is down
-is then named within a minute."""
+"""Default number of seconds to wait for all processes. It is short enough that a host which is down is named within a
+minute, counted from the start of the launcher."""
 
 
 class RefusedError(Exception):
@@ -47,7 +47,8 @@ class RefusedError(Exception):
     def __init__(self, message: str, configuration: bool) -> None:
         super().__init__(message)
         self.configuration = configuration
-        """Whether the configuration is the reason. If it is, the same command would be refused again."""
+        """Whether the reason is the process's configuration or its version of megamult. If so, the same command would
+        be refused again."""
 
 
 class RanksMissingError(Exception):
@@ -211,7 +212,7 @@ def _connect(address: str, port: int, seconds: float, serves: bool) -> Store:
         except RuntimeError as error:
             found.append(error)
 
-    # torch would wait for ever for the greeting of a server that is not its store, so it connects in a thread.
+    # torch would wait for ever for the greeting of a server that is not its store, so a thread makes the connection.
     thread = threading.Thread(target=connect, name="store", daemon=True)
     thread.start()
     thread.join(seconds + 1.0)
@@ -223,8 +224,8 @@ def _connect(address: str, port: int, seconds: float, serves: bool) -> Store:
 
 
 def _by_whom(address: str, port: int) -> str:
-    """Return a text for a message that names the megamult run which listens at an address; "" if another program
-    listens there."""
+    """Return words that name the megamult run which listens at an address; "" if another program listens there. The
+    words continue "port P is in use"."""
     with contextlib.suppress(OSError, RuntimeError):
         store = _of_this_start(_connect(address, port, _ASK_SECONDS, serves=False))
         if store.check([RANK_0]):
@@ -263,7 +264,7 @@ def _answer(store: Store, claim: Claim, number: int, deadline: float) -> dict[st
     """Wait for rank 0's result and return it.
 
     Raises:
-        RanksMissingError: rank 0 does not answer until the deadline, or has left.
+        RanksMissingError: rank 0 has not answered by the deadline, or has left.
         RefusedError: this process does not take part.
     """
     answer = answer_key(number)

@@ -26,7 +26,7 @@ def initialize(
     Args:
         tensor: tensor-parallel size; must divide the number of processes. Ranks of one tensor-parallel group are
             consecutive, so they share a node if the number of processes of each node is a multiple of `tensor`.
-        timeout_minutes: minutes after which a collective that another rank never joins ends the process.
+        timeout_minutes: minutes after which a collective ends the process, if some rank has not joined it.
         across_nodes: whether a tensor-parallel group may span nodes.
         meeting: result of the rendezvous of all processes. If it is None, they meet now.
 

@@ -39,15 +39,15 @@ class Samples(Readable, Protocol):
         """Return the state of the samples that a checkpoint must contain."""
 
     def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
-        """Continue the run that saved `state`; its next sample is `samples`. Return lines for the user to read."""
+        """Continue the run that saved `state`, with sample `samples` as the next one. Return lines for the user."""
 
 
 class MicroBatches:
     """Micro-batches of this data-parallel rank in order, each of consecutive samples.
 
     Tensor-parallel ranks train on the same tokens. The first rank of each tensor-parallel group reads them, and sends
-    each micro-batch to the others of the group when it is taken. Every rank calls every method together. The
-    micro-batches depend on `starts` only, and not on when they are read.
+    each micro-batch to the others of the group when it is taken. All ranks call each method together. The micro-batches
+    depend on `starts` only, and not on when they are read.
 
     Args:
         samples: the samples to read.
@@ -72,7 +72,7 @@ class MicroBatches:
             self._thread.start()
 
     def allow(self, end: int) -> None:
-        """Allow samples before `end` to be read. Samples from the previous `end` on have not been read yet."""
+        """Allow the thread to read samples before `end`. So far it has read none at or after the previous `end`."""
         self._end = end
         self._ask()
 
@@ -80,8 +80,8 @@ class MicroBatches:
         """Return the next micro-batch.
 
         Raises:
-            Exception: the error of reading this micro-batch, on the rank that reads. The other ranks of its
-                tensor-parallel group wait for the tokens until that rank has ended, which ends them too.
+            Exception: reading this micro-batch failed. Only the rank that reads raises it. The other ranks of the
+                tensor-parallel group wait for the tokens, and end when that rank ends.
         """
         if self._thread is None:
             both = torch.empty(self._shape, dtype=torch.int64, device=device.local_device())

@@ -1,4 +1,4 @@
-"""Differences between a checkpoint's configuration and that of the run that resumes from it.
+"""Differences between the configuration in a checkpoint and that of the run that resumes from the checkpoint.
 
 They reveal overrides that the user has forgotten to repeat.
 """
@@ -17,7 +17,7 @@ _NOT_COMPARED = ("checkpoint.load",)
 
 
 def changes(before: Mapping[str, Any], config: Config) -> str | None:
-    """Return a heading and an aligned line, old -> new, for every key whose value differs, or None if no value differs.
+    """Return a heading, then one line "key  old -> new" for each key whose value differs, or None if no value differs.
 
     A key that the checkpoint's configuration does not have counts as having its default value there.
 

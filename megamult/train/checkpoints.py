@@ -17,7 +17,7 @@ from megamult.train.engine import Engine
 
 
 class RunCheckpoints:
-    """Saver of a run's state to `checkpoints/` in the run directory. Every rank calls every method together.
+    """Saver of a run's state to `checkpoints/` in the run directory. All ranks call each method together.
 
     Args:
         run_dir: directory of the run.
@@ -47,7 +47,8 @@ class RunCheckpoints:
         )
 
     def due(self, step: int) -> bool:
-        """Return whether checkpoint.save_every asks for a checkpoint after this step. The last step always has one."""
+        """Return whether checkpoint.save_every asks for a checkpoint after this step. The last step always has one,
+        whatever this method returns."""
         every = self._config.checkpoint.save_every
         return every > 0 and step % every == 0
 

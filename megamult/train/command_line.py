@@ -52,8 +52,8 @@ def parser() -> Any:
         "--deepspeed",
         type=dict[str, Any] | str | None,
         default=None,
-        help="DeepSpeed configuration (a mapping or a JSON file) merged into the one that the keys produce; "
-        'docs/deepspeed.md lists its keys, the value "auto" stands for megamult\'s own',
+        help="DeepSpeed configuration (a mapping or a JSON file) to merge into the one that the run's own keys "
+        'produce. docs/deepspeed.md lists its keys. The value "auto" stands for megamult\'s own value',
     )
     made.add_argument("--local_rank", type=int, default=None, help="set by the launcher and ignored: LOCAL_RANK counts")
     return made
@@ -106,7 +106,7 @@ def _check_used(given: Any) -> None:
     """Check that the optimizer uses every update rule whose keys were given.
 
     Raises:
-        ValueError: it does not use some of them.
+        ValueError: the optimizer does not use some of these rules.
     """
     optimizer = given.get("optimizer")
     if hasattr(optimizer, "keys"):
@@ -118,7 +118,7 @@ def _check_used(given: Any) -> None:
 
 
 def _modern(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with each configuration file of an earlier version translated to today's keys.
+    """Return the arguments, with each configuration file of an earlier version replaced by its text in today's keys.
 
     Such a file is, for example, the config.yaml of an old run. Rank 0 prints what was translated.
 
@@ -128,11 +128,11 @@ def _modern(arguments: Sequence[str]) -> list[str]:
     dotted = [each.partition("=")[0].removeprefix("--optimizer.") for each in arguments if each.startswith("--optim")]
     legacy.check_modern(dict.fromkeys(dotted))
     given = list(_given(arguments))
-    # Each is read once: it may be a pipe.
+    # Each file is read only once, because it may be a pipe.
     loaded = {i: _loaded(value) for key, i, value in given if key in ("--config", "--optimizer")}
     sections = {i: loaded[i].get("optimizer") if key == "--config" else loaded[i] for key, i, _ in given if i in loaded}
     name: str = OptimizerConfig.name
-    for key, i, value in given:  # the last that names the optimizer wins, as in the parser
+    for key, i, value in given:  # the last argument that names it wins, as in the parser
         section = {"name": value} if key == "--optimizer.name" else sections.get(i)
         name = section.get("name", name) if isinstance(section, dict) else name
     found = list(arguments)
@@ -144,7 +144,7 @@ def _modern(arguments: Sequence[str]) -> list[str]:
 
 
 def _given(arguments: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-    """Yield (key, i, value) of each `--key value` and `--key=value`; arguments[i] is the one that ends in the value."""
+    """Yield (key, i, value) of each `--key value` and `--key=value`; arguments[i] ends in the value."""
     for i, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
         if not key.startswith("--"):
@@ -156,8 +156,9 @@ def _given(arguments: Sequence[str]) -> Iterator[tuple[str, int, str]]:
 
 
 def _loaded(value: str) -> dict[str, Any]:
-    """Return the mapping that a YAML file, or else the value itself, holds; if neither does, an empty one, and the
-    parser says what is wrong."""
+    """Return the mapping in the YAML file that `value` names, or in `value` itself as YAML if there is no such file.
+
+    If there is no mapping, return an empty one: the parser will say what is wrong."""
     import yaml
     from jsonargparse import get_loader
 
@@ -175,11 +176,11 @@ def _loaded(value: str) -> dict[str, Any]:
 
 
 def _modern_file(path: str, loaded: dict[str, Any], name: str) -> str:
-    """Return the contents of a configuration of an earlier version, with today's keys instead.
+    """Return a configuration of an earlier version as YAML text with today's keys.
 
     Args:
-        path: path of a YAML file, for the note of what was translated.
-        loaded: its contents.
+        path: path of the configuration's file, for the note that says what was translated.
+        loaded: contents of the file.
         name: the optimizer of the run, which another file or the command line may have chosen.
     """
     import yaml

@@ -57,8 +57,9 @@ def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
         # Our optimizer computes the norm and skips bad steps, so DeepSpeed's own norm is not needed. It can be turned
         # off except in BF16_Optimizer.
         zero["compute_grad_norm"] = _is_bf16_optimizer(config)
-        # With reduce_scatter, DeepSpeed divides by the number of ranks in the model's dtype, before it casts to the
-        # dtype that it sends. It saves no traffic either: a bucket with several owners is all-reduced in any case.
+        # With reduce_scatter, DeepSpeed divides gradients by the number of ranks before it casts them to the dtype in
+        # which they are sent, so the division is in the model's dtype. Nor does reduce_scatter save traffic: a bucket
+        # whose gradients belong to several ranks is all-reduced in any case.
         zero["reduce_scatter"] = not bf16
     return {
         "train_batch_size": train.global_batch_size,
@@ -84,9 +85,9 @@ def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
 def without_auto(overrides: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Return `overrides` without the keys that ask for nothing.
 
-    These are keys with the value "auto" (which means megamult's value), keys that megamult would refuse but that are
-    switched off here, and mappings that become empty when such keys are removed. `path` is the dotted prefix of the
-    keys."""
+    These are keys with the value "auto" (which means megamult's value), keys that megamult would refuse but whose
+    value switches them off, and mappings that become empty when such keys are removed. `path` is the dotted prefix of
+    the keys."""
     kept = {}
     for key, value in overrides.items():
         name = f"{path}{key}"
@@ -152,8 +153,9 @@ _OF_BUCKETS = {"overlap_comm", "reduce_scatter", "reduce_bucket_size", "use_mult
 def _without_effect(zero: Any, config: Config) -> list[str]:
     """Return a message for each of the user's `zero_optimization` keys that has no effect in this run.
 
-    At ZeRO 0 these are all keys but `stage`. With DeepSpeed's BF16_Optimizer these are the keys in `_OF_BUCKETS`. Keys
-    of another stage (stage3_...) are accepted, because one file may serve several stages.
+    At ZeRO 0 these are all keys but `stage`. With DeepSpeed's BF16_Optimizer these are the keys in `_OF_BUCKETS`. In
+    other runs there are none: keys that belong to another stage (such as stage3_...) are accepted, because one file may
+    serve several stages.
     """
     names = zero.keys() - {"stage"} if isinstance(zero, dict) else set()
     where, remedy = "at parallel.zero_stage 0", "raise that"

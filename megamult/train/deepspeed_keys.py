@@ -20,7 +20,7 @@ class Key:
     """Explanation. free: what the key does. decided: which of megamult's keys sets it. refused: why it is refused, and
     what to use instead."""
     neutral: Any = None
-    """Value of a refused key that asks for nothing, like null, false and {}, and is therefore accepted."""
+    """Value by which a refused key asks for nothing. It is accepted, as null, false and {} are."""
     switch: str | None = None
     """Key of a section that switches the section on. If it is null, false, "none" or "auto", the section asks for
     nothing."""
@@ -55,7 +55,7 @@ _OFFLOAD = (
     "megamult clips gradients on the device that computes them; a higher parallel.zero_stage, a larger parallel.tensor "
     "or train.recompute full save memory"
 )
-_ONE_PARTITION = "megamult sets and reads each parameter in one partition over all data-parallel ranks, as it is"
+_ONE_PARTITION = "megamult needs each parameter unquantized, and in one partition over all data-parallel ranks"
 _OWN_CHECKPOINTS = "megamult writes its own checkpoints, which a run in any sharding can load (checkpoint.*)"
 _OWN_DATA = "megamult reads its own data (data.*, train.seed)"
 
@@ -106,14 +106,14 @@ KEYS: dict[str, Key] = {
     "zero_optimization.contiguous_gradients": _decided("reduced gradients are copied into one buffer"),
     "zero_optimization.compute_grad_norm": _decided("megamult's optimizer takes the norm"),
     "zero_optimization.overlap_comm": _free(
-        "reduce while backward runs (default: with GPUs and several ranks; not at ZeRO 1 in bf16)"
+        "reduce gradients while backward runs (default: true with GPUs and several ranks; no effect at ZeRO 1 in bf16)"
     ),
     "zero_optimization.reduce_scatter": _free(
         "ZeRO 1 and 2: divide by the number of ranks before the sum instead of after it. In bf16 runs the default is "
-        "false: DeepSpeed would divide in bf16, which rounds unless the ranks are a power of two"
+        "false: DeepSpeed would divide in bf16, which rounds unless the number of ranks is a power of two"
     ),
     "zero_optimization.reduce_bucket_size": _free(
-        "elements reduced together (default 50,000,000; ZeRO 2, 3, and 1 in fp32)"
+        "elements reduced together (default 50,000,000; ZeRO 2 and 3, and ZeRO 1 in fp32)"
     ),
     "zero_optimization.allgather_bucket_size": _free("elements gathered together (default 50,000,000; ZeRO 1 and 2)"),
     "zero_optimization.offload_optimizer": _refused(_OFFLOAD, switch="device"),
@@ -186,7 +186,7 @@ KEYS: dict[str, Key] = {
     "wandb": _free("DeepSpeed's few scalars (learning rate)", package="wandb"),
     "comet": _free("DeepSpeed's few scalars (learning rate)", package="comet_ml"),
     "comms_logger": _refused("nothing prints what it collects; use wall_clock_breakdown or a profiler"),
-    "dump_state": _refused("DeepSpeed's lines below a warning are not shown; config.yaml has every key of the run"),
+    "dump_state": _refused("DeepSpeed's log lines below warnings are not shown; config.yaml has every key of the run"),
     "log_level": _refused("DeepSpeed's warnings and errors are shown, and nothing below"),
 }
 """Treatment of each key, by dotted name. The sections `zero_optimization` and `bf16` are not complete: the table has

@@ -110,7 +110,8 @@ def _meet(config: Config) -> Meeting:
     except ValueError as error:
         fail(str(error))
     except rendezvous.RefusedError as error:
-        # The first of a launcher's refused ranks prints the reason for its node.
+        # Of the ranks that one launcher started on this node, the first prints the reason. On rank 0's node that is
+        # rank 1.
         if environment.rank() <= max(1, launcher.siblings()[0]):
             say_error(str(error))
         else:

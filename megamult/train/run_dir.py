@@ -92,7 +92,9 @@ def claim(run_dir: Path, resumes: bool) -> None:
 
 
 def wait_for(lock: RunLock, run_dir: Path) -> None:
-    """Wait until an earlier start of the run has ended, and take its lock, if there is one. Only rank 0 does so."""
+    """If the directory has a lock, wait until the earlier start of the run that holds the lock has ended, and take it.
+
+    Only rank 0 does so."""
     if environment.rank() == 0 and (run_dir / LOCK).exists():
         lock.acquire(run_dir)
 
@@ -101,10 +103,10 @@ def begin(run_dir: Path, resolved: str, checkpoint: Path | None, step: int, lock
     """Make the run directory, write the configuration, and remove what an interrupted save left, all on rank 0.
 
     Args:
-        resolved: text of the configuration, for config.yaml and for config_step_N.yaml. Later starts from another step
-            do not overwrite the second.
-        checkpoint: the checkpoint of this run to continue from, or None. `latest` then names it, and later checkpoints
-            do not count any more.
+        resolved: text of the configuration, for config.yaml and config_step_N.yaml, where N is `step`. A later start
+            from another step overwrites only config.yaml.
+        checkpoint: the checkpoint of this run to continue from, or None. If there is one, `latest` is made to name it,
+            and checkpoints of later steps do not count any more.
         step: the step that the run continues from.
         lock: the lock of the directory, which is held from now on.
 
@@ -133,8 +135,8 @@ def _tell_who_left(run_dir: Path) -> None:
     """Print in one line which ranks of earlier starts of the run ended without a message."""
     if left := left_without_a_word(run_dir / "logs"):
         print(
-            f"an earlier part of this run, whose metrics.jsonl ends at step {_last_step(run_dir)}, lost without a word "
-            f"(killed, or out of memory?): {', '.join(left[:8])}"
+            f"an earlier part of this run, whose metrics.jsonl ends at step {_last_step(run_dir)}, lost these ranks "
+            f"without a word (killed, or out of memory?): {', '.join(left[:8])}"
             + (f" and {len(left) - 8} more" if len(left) > 8 else ""),
             flush=True,
         )

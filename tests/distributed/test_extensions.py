@@ -74,7 +74,7 @@ def test_the_wait_for_a_live_process_has_a_limit_and_names_it(tmp_path: Path) ->
     lock = locked(tmp_path, age=HOUR)
     with (
         holder(lock) as process,
-        pytest.raises(TimeoutError, match=rf"{lock} is held by process {process.pid} .*TORCH_EXTENSIONS_DIR"),
+        pytest.raises(TimeoutError, match=rf"{lock} has been held by process {process.pid} .*TORCH_EXTENSIONS_DIR"),
     ):
         extensions.release(tmp_path, lambda _: None, limit=0.1)
     assert lock.exists()
