@@ -112,7 +112,7 @@ def fold(
             "leave it out of placement"
         )
     if not reached:
-        raise ValueError(f"placement is {placement!r}: it gives multipliers to no role; name one")
+        raise ValueError(f"placement is {placement!r}: it gives multipliers to no role; choose one that does")
     for parameter, spec in specs.items():
         set_spec(parameter, spec)
     return make_optimizer(model, chosen, settings, Initial(start))

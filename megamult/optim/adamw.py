@@ -15,9 +15,9 @@ from megamult.optim.state import STEP
 class AdamW(UpdateRule):
     """AdamW (arXiv 1711.05101), bias-corrected.
 
-    It uses torch's fused kernels, on CUDA and on the CPU, which count steps per parameter. NVIDIA Apex's FusedAdam
-    counts steps per param group. ZeRO 3 calls `step` once per sub-group, and would advance that count several times in
-    one optimizer step.
+    It uses torch's fused kernels on CUDA and on the CPU. These kernels count steps per parameter. NVIDIA Apex's
+    FusedAdam counts steps per param group: ZeRO 3 calls `step` once per sub-group, so Apex's count would advance
+    several times in one optimizer step.
 
     Args:
         betas: decay rates of the first and the second moment.

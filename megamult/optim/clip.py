@@ -1,4 +1,4 @@
-"""Norms of the gradient of a sharded model, in which each element counts once, and clip factors from these norms."""
+"""Gradient norms of a sharded model, with each gradient element counted once, and clip factors from these norms."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ class Norms:
 
 @dataclass(frozen=True)
 class Clipping:
-    """Rule by which a step clips gradients and is skipped."""
+    """Rule that decides how much a step clips gradients, and whether the step is skipped."""
 
     threshold: float
-    """Largest norm of the gradient of all parameters except multipliers; with `joint`, of all. 0: no clipping."""
+    """Largest norm that the gradient keeps; 0: no clipping. The norm is over all parameters if `multipliers` is joint,
+    else over all parameters except multipliers."""
     multipliers: MultiplierClip = "out"
     skip_above: float = 0.0
     """The step is skipped if the norm that `threshold` limits is above this value; 0: no limit."""
@@ -49,7 +50,7 @@ class Clipping:
         return not norms.finite or 0 < self.skip_above < self._limited(norms)
 
     def factors(self, norms: Norms) -> tuple[float, float]:
-        """Return the factor of all gradients except those of multipliers, and the factor of those."""
+        """Return two factors: for the gradients of all parameters except multipliers, and for those of multipliers."""
         main = clip_factor(self._limited(norms), self.threshold)
         if self.multipliers == "own":
             return main, clip_factor(norms.multipliers, self.threshold)
@@ -68,7 +69,7 @@ class LocalSquares:
     Args:
         partition: the slices that this process holds.
         device: the device of the slices.
-        rates: rates of the model. Elements whose factor of the learning rate is 0 do not count.
+        rates: rates of the model. Elements whose learning-rate factor is 0 do not count.
     """
 
     def __init__(self, partition: Partition, device: torch.device, rates: Rates) -> None:
@@ -97,8 +98,8 @@ class LocalSquares:
 
 
 def _changing(piece: Slice, partition: Partition, rates: Rates) -> Iterator[tuple[int, int]]:
-    """Yield the parts (start, length) of a slice that a sum over processes includes and whose learning rate is not
-    0."""
+    """Yield (start, length) of each interval of a slice that remains without two sorts of elements: copies that a sum
+    over processes does not include, and elements whose learning-rate factor is 0."""
     runs = runs_of_slice(piece, partition, rates)
     if all(run.rate.lr != 0 for run in runs):
         yield from partition.counted(piece)

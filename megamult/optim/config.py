@@ -121,8 +121,8 @@ class OptimizerConfig:
     """Decoupled weight decay of the blocks' matrices, the embedding and the head."""
     lr_factors: ByRole = field(default_factory=dict)
     """Factors of the learning rate by role, such as {head: 0.5, norm: 2.0}. The roles are q, k, v, attention_out, gate,
-    up, down, embedding, head, norm and final_norm. With the factor 0 weights stay constant, and their gradients are in
-    no norm."""
+    up, down, embedding, head, norm and final_norm. If a role's factor is 0, its weights stay constant, and their
+    gradients are in no norm."""
     weight_decay_factors: ByRole = field(default_factory=dict)
     """Factors of the weight decay by role. Norms have no weight decay."""
     clip_grad_norm: float = 1.0
@@ -141,8 +141,8 @@ class OptimizerConfig:
     min_lr: float = 0.0
     """Learning rate at the end of decay_steps. It must be positive if decay is exponential or inverse_sqrt."""
     final_steps: int = 0
-    """Number of steps at the end of the run in which the learning rate stays at min_lr. They need decay_steps, and a
-    positive min_lr."""
+    """Number of steps at the end of the run in which the learning rate stays at min_lr. If it is not 0, decay_steps
+    and min_lr must be positive."""
     adamw: AdamWConfig | None = None
     muon: MuonConfig | None = None
     normuon: NorMuonConfig | None = None
@@ -176,13 +176,13 @@ class OptimizerConfig:
         require(self.min_lr <= self.lr, f"optimizer.min_lr is {self.min_lr}, above optimizer.lr {self.lr}: lower it")
         require(
             self.min_lr > 0 or self.decay_steps == 0 or self.decay not in ("exponential", "inverse_sqrt"),
-            f"optimizer.min_lr is {self.min_lr} with optimizer.decay {self.decay}: it never reaches 0; set a "
-            "positive min_lr",
+            f"optimizer.min_lr is {self.min_lr} with optimizer.decay {self.decay}: this curve never reaches 0; "
+            "set a positive min_lr",
         )
         require(
             self.final_steps == 0 or (self.decay_steps > 0 and self.min_lr > 0),
             f"optimizer.final_steps is {self.final_steps} with optimizer.decay_steps {self.decay_steps} and "
-            f"optimizer.min_lr {self.min_lr}: its steps are at min_lr, after the fall; make both positive",
+            f"optimizer.min_lr {self.min_lr}: these steps are at min_lr, after decay_steps; make both positive",
         )
 
     @staticmethod

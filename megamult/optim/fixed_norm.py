@@ -1,7 +1,8 @@
 """Matrices of fixed norm: after every update, each is scaled back to the Frobenius norm that it began with.
 
-Only the direction of such a matrix W is trained. Its scale is fixed, or, where it has multipliers, theirs: with
-W_eff = diag(r) W diag(c) they are the gains of arXiv 2606.25971. Weight decay has no meaning for W.
+Only the direction of such a matrix W is trained. If W has no multipliers, its scale is fixed. If it has multipliers,
+they set the scale: in W_eff = diag(r) W diag(c), r and c are the gains of arXiv 2606.25971. Weight decay has no meaning
+for W.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megamult.parameters.spec import ParameterSpec
 from megamult.zero.partition import Partition, Slice
 
 NORM = "fixed_norm"
-"""Name of the norms in checkpoints: `optimizer.fixed_norm.<name of the logical matrix>`, with one value each."""
+"""Name in checkpoints: `optimizer.fixed_norm.<name of the logical matrix>` holds one value, the norm of the matrix."""
 
 
 class _Piece(NamedTuple):
@@ -42,7 +43,8 @@ class FixedNorms:
 
     Attributes:
         names: names of the logical matrices, in the same order on every rank.
-        norms: [matrices] the norms to keep, in fp32, the same on every rank. A norm is NaN until weights are loaded.
+        norms: [matrices] the norms to keep, in fp32, the same on every rank. If a matrix is NaN because a checkpoint
+            will replace it, its norm is NaN until the checkpoint is loaded.
     """
 
     def __init__(
@@ -77,8 +79,8 @@ class FixedNorms:
         """Scale the matrices in some tensors back to their norms. All ranks must call this together.
 
         Args:
-            tensors: tensors that have been updated and hold W. All ranks give the tensors of the same param group, and
-                these hold whole matrices together.
+            tensors: tensors that have been updated and hold W. All ranks give tensors of the same param group. The
+                tensors of all ranks together hold whole matrices.
         """
         pieces = [(tensor.detach().view(-1)[p.start : p.stop], p) for tensor in tensors for p in self._pieces[tensor]]
         squares = self._squares(pieces)

@@ -128,7 +128,7 @@ class BoundMultipliers:
         self._runs = {self.values: runs} if any(rate != ONE for rate in rates) else {}
         self._constant = [run for run in runs if run.rate.lr == 0]
         self._slices_of: dict[Tensor, list[int]] = {}  # indices of the slices of each folded tensor
-        self._bands_of: dict[int, range] = {}  # range of the bands of each scaled slice, by its index
+        self._bands_of: dict[int, range] = {}  # range of the bands of each folded slice, by the slice's index
         found: list[Band] = []
         for i, piece in enumerate(partition.slices):
             if not settings.covers(piece.spec):
@@ -193,7 +193,7 @@ class BoundMultipliers:
             latent = self.latent(piece.tensor, piece.offset, piece.length)
             for k in numbers:
                 band, (rho, kappa) = self._scaling.bands[k], factors.bands[k]
-                counts = counted and band.counted  # and only the first along the axes that shard the model
+                counts = counted and band.counted  # likewise for copies along the axes that shard the model
                 dot, cols = kernels.scale_backward(
                     band.of(gradients[i]),
                     band.of(latent),
@@ -286,8 +286,8 @@ class BoundMultipliers:
         """
         if state["values"].shape != self.values.shape:
             raise ValueError(
-                f"the state has {state['values'].numel()} folded multipliers and this model {self.values.numel()}: "
-                "load the state of the same model and placement"
+                f"the state has {state['values'].numel()} folded multipliers, and this model has "
+                f"{self.values.numel()}: load the state of the same model and placement"
             )
         self._state = optimizer_state
         for name, tensor in self.state_dict().items():

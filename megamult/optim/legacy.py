@@ -1,8 +1,8 @@
 """Translation of optimizer configurations of earlier versions to today's keys.
 
-Earlier versions had one flat list of keys for all rules. They also had two names with other meanings than in the field:
-their `quintic` is today's `simple`, and their `spectral` is today's `unit_rms_norm`. A value under an old key is
-translated so that its numbers stay the same.
+Earlier versions had one flat list of keys for all rules. They also gave two names another meaning than the field
+does: their `quintic` is today's `simple`, and their `spectral` is today's `unit_rms_norm`. If one of these names is the
+value of an old key, it is replaced by today's name for the same coefficients or factor.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def is_old(optimizer: Mapping[str, Any]) -> bool:
 
 
 def modern(optimizer: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
-    """Return an optimizer's configuration with today's keys and names, and with the same numbers.
+    """Return an optimizer's configuration with today's keys and names, for the same computation.
 
     If the optimizer is adamw, Muon's old keys are left out, because the earlier version ignored them.
 
     Args:
         optimizer: the section `optimizer` of any version, as nested mappings.
-        name: the optimizer of the run, if another part of its configuration names it; if None, the section's `name`.
+        name: name of the run's optimizer, if it is stated outside `optimizer`; if None, `name` in `optimizer` is read.
 
     Raises:
         ValueError: the configuration has both an old key and the key that replaces it.

@@ -1,4 +1,4 @@
-"""Param groups, one for each kind of parameter. A parameter's spec states its kind, so each is in exactly one group."""
+"""Param groups, one for each kind of parameter. Each parameter is in exactly one, as its spec states its kind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def param_groups(
             weights of norms, have none.
         multiplier_lr: peak learning rate of multipliers; `lr` if None.
         multiplier_weight_decay: decoupled weight decay of multipliers, 2e-3 in arXiv 2601.04890.
-        multiplier_schedule: whether a schedule applies to the learning rate of multipliers too, or it stays constant.
+        multiplier_schedule: same: the schedule also scales the learning rate of multipliers. constant: this learning
+            rate stays at its peak.
 
     Returns:
         Groups with `params`, `kind`, `lr`, `peak_lr`, `weight_decay` and `schedule`. :func:`set_lr_factor` sets `lr`.
@@ -61,7 +62,7 @@ def param_groups(
 
 
 def set_lr_factor(groups: Iterable[dict[str, Any]], factor: float) -> None:
-    """Set the learning rate of param groups to `factor` times their peak; that of constant groups stays at its peak."""
+    """Set each group's learning rate to `factor` times its peak, or to its peak if the group's schedule is constant."""
     for group in groups:
         group["lr"] = group["peak_lr"] * (1.0 if group.get("schedule") == "constant" else factor)
 
@@ -74,7 +75,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
 
     Args:
         groups: param groups as a user gives them, before ZeRO replaces their parameters.
-        names: names of parameters, for messages. A parameter that is not here is named by its group and index.
+        names: names of parameters, for messages. A parameter without a name here is named by its group and index.
         grid: the grid of the processes.
 
     Raises:
@@ -92,8 +93,8 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
             spec = spec_of(parameter, name)
             if spec.kind != kind:
                 raise ValueError(
-                    f"{name} is of kind {spec.kind}, and param_groups[{g}] of kind {kind}: move it to a group of "
-                    "its own kind, or correct its spec"
+                    f"{name} is of kind {spec.kind}, and param_groups[{g}] is of kind {kind}: move it to a group "
+                    "of its own kind, or correct its spec"
                 )
             shape = stored_shape(parameter)
             if shape != spec.local_shape(grid):

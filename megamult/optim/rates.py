@@ -1,8 +1,8 @@
 """Factors of learning rate and weight decay for single roles, and their application to slices of parameters.
 
 One parameter can store matrices of several roles, such as Q, K and V, and under ZeRO one tensor of masters can hold
-many parameters. Factors therefore belong to runs of elements, not to param groups. Update rules apply their updates
-elementwise and do not know of runs: they get those of equal factors together, as views.
+many parameters. Factors therefore belong to runs of elements, not to param groups. Update rules work elementwise
+and do not know of runs: a rule is called once for all runs that have the same factors, and gets them as views.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ class Run(NamedTuple):
 
 
 def runs_of_slice(piece: Slice, partition: Partition, rates: Rates) -> list[Run]:
-    """Return the runs of a slice, in elements of the slice. Padding is in no run if there is any rate."""
+    """Return the runs of a slice; positions count from the slice's first element.
+
+    If all rates are :data:`ONE`, the whole slice is one run. If not, padding is in no run.
+    """
     if not rates:
         return [Run(0, piece.length, ONE)]
     runs: list[Run] = []
@@ -100,8 +103,8 @@ def apply_by_rate(
 
     Args:
         rule, group, parameters, gradients, state: see :meth:`megamult.optim.rule.UpdateRule.apply`.
-        runs: runs of the tensors in `parameters` that have any; all others have the rate :data:`ONE`. Elements that are
-            in no run do not change.
+        runs: runs of tensors. A tensor that is not a key has the rate :data:`ONE` in all elements. If a tensor is a
+            key, its elements that are in no run do not change.
     """
     whole = [i for i, parameter in enumerate(parameters) if parameter not in runs]
     if whole:
@@ -125,7 +128,8 @@ def apply_by_rate(
             [parameters[i].detach().view(-1)[at] for i, at in pieces],
             [gradients[i].view(-1)[at] for i, at in pieces],
             {
-                # The number of updates belongs to the tensor. A rule would count it once per run, so each has a copy.
+                # The number of updates belongs to the tensor. A rule would increase it once per run, so each run gets a
+                # copy.
                 key: [values[i].clone() if key == STEP else values[i].view(-1)[at] for i, at in pieces]
                 for key, values in state.items()
             },

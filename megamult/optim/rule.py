@@ -1,7 +1,8 @@
 """Update rules: the mathematics of an update, and the names of the state that it needs.
 
 :class:`megamult.optim.two_phase.TwoPhaseOptimizer`, the driver, owns one rule for each kind of parameter. The driver
-creates, saves and restores the state that a rule names in `states`. The rule only reads and changes its values.
+creates, saves and restores the state that a rule names in `states`. The rule only reads and changes the values of that
+state.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class State:
     key: str
     """Key in the optimizer's `state` and `state_dict`."""
     per: Literal["element", "row"] = "element"
-    """Number of values. element: one value for each element; a rank that holds a slice of a parameter stores them. row:
-    one value for each row of a logical matrix; the rank that owns the matrix stores them."""
+    """Number of values. element: one value for each element, stored by the ranks that hold slices of the parameter.
+    row: one value for each row of a logical matrix, stored by the rank that owns the matrix."""
 
 
 class UpdateRule(ABC):
@@ -47,12 +48,12 @@ class UpdateRule(ABC):
     counts_steps: ClassVar[bool] = False
     """Whether the state of each tensor also has the number of updates of that tensor, under the key `step`."""
     prepares: ClassVar[bool] = False
-    """Whether :meth:`prepare` clips the gradients and replaces them by updates. It runs before :meth:`apply`."""
+    """Whether :meth:`prepare`, which runs before :meth:`apply`, clips the gradients and replaces them by updates."""
 
     defaults: Mapping[str, Any] = {}
 
     def __init_subclass__(cls) -> None:
-        """Check that a new rule with state of rows has `prepares`.
+        """Check that a new rule whose state has one value per row sets `prepares` to True.
 
         Raises:
             TypeError: a state has one value per row, but `prepares` is False. Such state is stored by the owner of a
@@ -61,9 +62,9 @@ class UpdateRule(ABC):
         rows = [state.name for state in cls.states if state.per == "row"]
         if rows and not cls.prepares:
             raise TypeError(
-                f"{cls.__name__} keeps {', '.join(rows)} of each row and has prepares = False: the owner of a matrix "
-                "keeps state of rows, and only prepare() gets whole matrices; set prepares = True, or keep this state "
-                "of each element"
+                f"{cls.__name__} has one value of {', '.join(rows)} per row, and prepares = False: the owner of a "
+                "whole matrix stores these values, and only prepare() works on whole matrices; set prepares = True, or "
+                "keep one value per element"
             )
 
     def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:  # noqa: B027
@@ -75,11 +76,11 @@ class UpdateRule(ABC):
         """
 
     def slices(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> list[Slice]:
-        """Return the slices whose state of elements this rank stores."""
+        """Return the slices whose per-element state this rank stores."""
         return [piece for piece in partition.slices if selects(piece.spec)]
 
     def rows(self) -> Mapping[str, int]:
-        """Return {name: number of rows} of the logical matrices whose state of rows this rank stores."""
+        """Return {name: number of rows} of the logical matrices whose per-row state this rank stores."""
         return {}
 
     def prepare(self, clip: float, store: StateStore) -> None:  # noqa: B027

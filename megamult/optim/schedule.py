@@ -11,8 +11,8 @@ def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """Return the learning rate of update `step` (counted from 0) divided by the peak, in a run of `steps` updates.
 
     The ratio rises linearly over `warmup_steps`, stays at 1, falls over `decay_steps` to min_lr / lr, and stays there
-    for `final_steps`, to the end of the run. With `exponential`, each step of the fall multiplies it by the same
-    factor. With `inverse_sqrt`, it is 1 / sqrt(y), and y rises linearly.
+    for `final_steps`, to the end of the run. With `exponential`, each step of the fall multiplies the ratio by the
+    same factor. With `inverse_sqrt`, the ratio is 1 / sqrt(y), and y rises linearly.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

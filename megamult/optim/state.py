@@ -1,4 +1,4 @@
-"""Storage of the state of update rules: of elements in torch's `Optimizer.state`, of rows in :class:`StateStore`."""
+"""Storage for update rules: per-element state in torch's `Optimizer.state`, per-row state in :class:`StateStore`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ if TYPE_CHECKING:
     from megamult.optim.rule import State, UpdateRule
 
 STEP = "step"
-"""Key of the number of updates of a tensor, if its rule counts them. torch gives `step` special treatment on load."""
+"""Key of the number of updates of a tensor, if its rule counts them. When torch loads state, it casts the values under
+other keys to the parameter's dtype, but not those under `step`."""
 
 
 class StateStore:
-    """The optimizer state that one rank stores. State of an element or row that has none yet is zero.
+    """The optimizer state that one rank stores. An element or row that has no state yet begins with zero.
 
     Args:
-        optimizer: the optimizer whose `state` holds the state of elements, by tensor. torch assigns a new `state` when
+        optimizer: the optimizer whose `state` holds the per-element state, by tensor. torch assigns a new `state` when
             it loads one, so this class reads the attribute in each call.
 
     Attributes:
-        rows: state of rows, {name of the state: {name of the logical matrix: [rows] in fp32}}.
+        rows: per-row state, {name of the state: {name of the logical matrix: [rows] in fp32}}.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -33,7 +34,7 @@ class StateStore:
         self.rows: dict[str, dict[str, Tensor]] = {}
 
     def of_tensor(self, rule: UpdateRule, tensor: Tensor) -> dict[str, Tensor]:
-        """Return, by key, what is kept of one tensor that `rule` updates.
+        """Return the state of one tensor that `rule` updates, by key.
 
         A state with one value per element has the tensor's shape and dtype. The number of updates is a scalar.
         """
@@ -51,7 +52,7 @@ class StateStore:
         If the slice is shared (:attr:`Slice.shared`), the state is in fp32, and only this rank stores it.
 
         Raises:
-            RuntimeError: the loaded state is of another interval of the parameter, as another rank saved it.
+            RuntimeError: the loaded state belongs to another interval of the parameter, because another rank saved it.
         """
         if not piece.shared:
             whole = self.of_tensor(rule, piece.tensor)[state.key].view(-1)
@@ -71,13 +72,13 @@ class StateStore:
         return kept[state.key]
 
     def claim_rows(self, rules: Sequence[UpdateRule], device: torch.device) -> None:
-        """Make `rows` match the logical matrices whose state of rows this rank now has to store.
+        """Make `rows` match the logical matrices whose per-row state this rank now has to store.
 
-        State that these matrices already have does not change, and state of a new one begins at zero. State of all
-        other matrices is dropped.
+        If one of these matrices already has state, this state does not change; if not, its state begins at zero. State
+        of all other matrices is dropped.
 
         Args:
-            rules: all rules of the optimizer. Several rules may use the same name of a state for different matrices.
+            rules: all rules of the optimizer. Several rules may use one state name for different matrices.
             device: the device of new state.
         """
         before, self.rows = self.rows, {}
@@ -115,8 +116,8 @@ class StateStore:
             found = loaded.get(state, {})
             if found.keys() != matrices.keys():
                 raise ValueError(
-                    f"the state has {state} of {len(found)} matrices, and this rank keeps it of {len(matrices)} "
-                    "others: load on each rank the state_dict that it saved"
+                    f"the state has {state} of {len(found)} matrices, which are not the {len(matrices)} that this "
+                    "rank owns: load on each rank the state_dict that it saved"
                 )
             for name, values in matrices.items():
                 values.copy_(found[name])

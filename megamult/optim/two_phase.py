@@ -43,7 +43,7 @@ class _Decision:
     skip: bool
     """Whether `step` does nothing."""
     clip: tuple[float, float] = (1.0, 1.0)
-    """Factors of the gradients of all parameters except multipliers, and of multipliers."""
+    """Two factors: for the gradients of all parameters except multipliers, and for those of multipliers."""
     partition: Partition | None = None
     """Partition that the gradients are from; None if no gradients were prepared."""
 
@@ -60,7 +60,8 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         rule: the update rule of every parameter whose kind is not in `rules`.
         rules: update rules by kind of parameter, such as `matrix`.
         clip_grad_norm: largest global norm of the gradient of all parameters except multipliers; 0: no clipping.
-        clip_multipliers: clipping of the multipliers' gradient: out, own or joint; False means out, and True means own.
+        clip_multipliers: clipping of the multipliers' gradient, as in
+            :data:`megamult.multipliers.config.MultiplierClip`; False means out, and True means own.
         skip_grad_norm: a step is skipped if the norm that `clip_grad_norm` limits is above this value; 0: no limit.
         rates: factors of learning rate and weight decay of single roles; None if there are none.
         fixed_norm: whether each matrix of kind `matrix` keeps the Frobenius norm that it begins with.
@@ -78,8 +79,8 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         skipped_steps: number of steps skipped because a gradient was not finite or the norm was above `skip_grad_norm`.
 
     Raises:
-        ValueError: a group has no kind, or parameters of another kind or of several dtypes. A parameter has no spec,
-            has another shape than its spec says, or is in no group.
+        ValueError: a group has no kind, or has parameters of another kind or of several dtypes; or a parameter has no
+            spec, has another shape than its spec says, or is in no group.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         held = {parameter for group in groups for parameter in group["params"]}
         check_complete({name for p, name in self._names.items() if p in held}, self._names.values())
         self.rule, self.rules = rule, dict(rules or {})
-        # Each group gets its rule's defaults. torch's `defaults` are shared, and rules may have settings of one name.
+        # Each group gets its rule's defaults. torch's `defaults` hold for all groups, but two rules may have settings
+        # of the same name.
         groups = [{**self.rule_of(group["kind"]).defaults, **group} for group in groups]
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0})
         if isinstance(clip_multipliers, bool):
@@ -123,7 +125,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         self._bound: Partition | None = None
         self._own: WholePartition | None = None  # the partition in a loop without DeepSpeed
         self._norms: GlobalNorms | None = None  # computes norms of the bound partition
-        self._runs: dict[Tensor, list[Run]] = {}  # runs of the bound partition's tensors with factors
+        self._runs: dict[Tensor, list[Run]] = {}  # of the bound partition; see `runs_of_tensors`
 
     def rule_of(self, kind: str) -> UpdateRule:
         """Return the rule that updates parameters of a kind."""
@@ -155,7 +157,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
             self._decision = None
 
     def bind(self, partition: Partition) -> None:
-        """Prepare folded multipliers, norms, rules and state of rows for a partition whose gradients will be read."""
+        """Prepare folded multipliers, norms, rules and per-row state for a partition whose gradients will be read."""
         if self._bound is partition:
             return
         if self.folding is not None:

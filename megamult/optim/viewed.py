@@ -1,4 +1,4 @@
-"""Views of the state that a two-phase optimizer keeps, for checkpoints, and its form as torch's state dict."""
+"""Views of a two-phase optimizer's weights and state, for checkpoints, and their form as torch's state dict."""
 
 from __future__ import annotations
 
@@ -92,8 +92,9 @@ class ViewedOptimizer(torch.optim.Optimizer):
 
         Args:
             updates: number of steps that were applied before the save. AdamW's count becomes this number for every
-                tensor, also for one whose state was not in the checkpoint and begins at zero. The first steps of such a
-                tensor are larger if betas are close to 1.
+                tensor, also for one whose state was not in the checkpoint and begins at zero. AdamW then does not
+                correct the bias of that tensor's moments: if `updates` is large, the tensor's first update
+                is about (1 - beta1) / sqrt(1 - beta2) times as large as with a count that begins at 0.
             skipped_steps: number of steps that were skipped before the save.
         """
         self.updates, self.skipped_steps = updates, skipped_steps
@@ -107,7 +108,8 @@ class ViewedOptimizer(torch.optim.Optimizer):
         partition.publish()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict, with `folded` (multipliers and their state) and `rows` (state of rows) added."""
+        """Return torch's state dict, with `folded` (multipliers and their state), `fixed_norm` (norms of matrices) and
+        `rows` (per-row state) added. A key is absent if the optimizer has nothing for it."""
         self._begin_if_needed()
         found = super().state_dict()
         if self.folded is not None:
@@ -119,11 +121,11 @@ class ViewedOptimizer(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a result of :meth:`state_dict`. It has the latent weights W; the model's own state dict has W_eff.
+        """Load a result of :meth:`state_dict`, which has the latent weights W. The model's own state dict has W_eff.
 
         Raises:
-            ValueError: only one of the state dict and this optimizer has folded multipliers, or the
-                matrices whose per-row state the state dict has are not those that this rank owns.
+            ValueError: the state dict has folded multipliers and this optimizer has none, or the reverse; or the state
+                dict has the per-row state of other matrices than this rank owns.
         """
         folded = state_dict.get("folded")
         if (folded is None) != (self.folding is None):

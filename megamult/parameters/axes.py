@@ -52,7 +52,7 @@ class Grid:
         return math.prod(self.size_of(axis) for axis in AXES)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Return the coordinates of the process with a global rank."""
+        """Return the coordinates of the process that has this global rank."""
         found: dict[str, int] = {}
         for axis in AXES:
             rank, found[axis] = divmod(rank, self.size_of(axis))

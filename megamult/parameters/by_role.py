@@ -24,7 +24,7 @@ def check_by_role(
         key: name of the setting, for messages.
         given: the numbers.
         allowed: function from a role to whether a number for it has an effect.
-        why: text that says which roles have an effect, such as "weight decay applies to".
+        why: text that a message puts before the list of allowed roles, such as "weight decay applies to".
         positive: whether the numbers must be positive. If not, 0 is allowed too.
 
     Raises:
@@ -54,8 +54,9 @@ def resolve_by_side(
         apart: whether a role with several sides needs a number for each side.
 
     Raises:
-        ValueError: the placement has no multipliers of a role or on a side, or a number is not finite or has the wrong
-            sign. The message has all mistakes.
+        ValueError: the placement gives a role no multipliers, or none on a side that was named; `apart` is True and a
+            role with several sides has only one number; or a number is not finite or has the wrong sign. The message
+            has all mistakes.
     """
     found: dict[tuple[str, Side], float] = {}
     mistakes = []

@@ -1,7 +1,4 @@
-"""Initial values of multipliers, by role and side.
-
-Pure.
-"""
+"""Initial values of multipliers, by role and side. Pure functions, without torch."""
 
 from __future__ import annotations
 
@@ -24,11 +21,11 @@ class Initial:
     value: Callable[[Role, Side], float] = _one
     """Function from (role, side) to the initial value of all multipliers there."""
     divide_weights: bool = False
-    """Whether initial weights W are divided by the initial multipliers, so that W_eff is the same as with ones. If not,
-    W_eff is the initial weight times the initial multipliers."""
+    """Whether initial weights W are divided by the initial multipliers, so that W_eff is the same as if all multipliers
+    were 1. If not, W_eff is the initial weight times the initial multipliers."""
 
     def weight_factor(self, role: Role, placement: Placement) -> float:
-        """Return the factor of the initial weights of a role: 1, or one over the product of its multipliers."""
+        """Return the factor for a role's initial weights: 1, or, if `divide_weights`, 1 / (product of multipliers)."""
         if not self.divide_weights:
             return 1.0
         return 1.0 / math.prod(self.value(role, side) for side in placement.get(role, frozenset[Side]()))

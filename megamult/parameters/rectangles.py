@@ -75,11 +75,11 @@ def rectangles(spec: ParameterSpec, coordinates: Coordinates, start: int, length
 
 
 def counted_intervals(spec: ParameterSpec, coordinates: Coordinates, start: int, length: int) -> list[tuple[int, int]]:
-    """Return the parts of an interval of a process's flattened shard that a sum over processes includes.
+    """Return which parts of an interval of a process's flattened shard a sum over processes includes.
 
     The interval is elements [start, start + length) of the shard. Each part is (start, length), counted from the
-    beginning of the interval. The unused end of a compact parameter is included if all its rows are; other padding is
-    treated like any row.
+    beginning of the interval. The unused end of a compact parameter's shard is included if all used rows of the shard
+    are. Padding of other parameters is treated like any other row.
     """
     cols = spec.local_cols(coordinates)[1]
     if spec.compact:  # a compact parameter stores only the rows of its segments

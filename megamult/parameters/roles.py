@@ -29,7 +29,7 @@ class Role:
     symmetry_free: frozenset[Side] = NONE
     """Sides that have multipliers in the placement `symmetry_free`."""
     optional: frozenset[Side] = NONE
-    """Sides that only a mapping can give multipliers. No named placement has them."""
+    """Sides that have multipliers only if a placement is given as a mapping that names them."""
     orthogonalized: bool = True
     """Whether Muon and similar optimizers train the matrices of this role."""
     decay: bool = True
@@ -95,7 +95,7 @@ def placements() -> tuple[str, ...]:
     """Return the names of placements.
 
     `all`: row and column multipliers on every matrix of every block and on the embedding (the paper's choice).
-    `symmetry_free`: as `all`, without the multipliers that another one makes redundant, as only their product matters.
+    `symmetry_free`: `all` without redundant multipliers, which act only in a product with another factor that remains.
     `scalar`: one scalar for each matrix of `all`.
     """
     return ("all", "symmetry_free", "scalar")

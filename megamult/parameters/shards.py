@@ -19,9 +19,10 @@ class Block:
     size: int
     pieces: int | None = None
     """Largest number of pieces that the block can be cut into, or None if n processes always cut it into n pieces. If n
-    is larger than `pieces`, each n / pieces neighbours hold copies of one piece; a block of one piece is replicated.
-    Examples are Megatron's query groups and Mamba's groups, if the tensor-parallel size exceeds their number. All
-    copies must have the same gradient when backward ends (`ParameterSpec.reduce_over`)."""
+    is larger than `pieces`, neighbouring processes hold copies: n / pieces of them hold the same piece. If `pieces` is
+    1, the block is replicated. Megatron's query groups and Mamba's groups have copies if the tensor-parallel size
+    exceeds the number of groups. All copies must have the same gradient when backward ends
+    (`ParameterSpec.reduce_over`)."""
 
     def cuts(self, processes: int) -> int:
         """Return the number of different pieces into which this many processes cut the block."""
@@ -63,7 +64,7 @@ class Sharding:
                 pieces = "" if block.pieces is None else f" of at most {block.pieces} pieces"
                 raise ValueError(
                     f"dimension {self.dim} of {what} has a block of {block.size}{pieces}, and the {self.axis} axis has "
-                    f"{processes} processes: choose a {self.axis}-parallel size that divides it"
+                    f"{processes} processes: choose a {self.axis}-parallel size that cuts the block equally"
                 )
 
 
@@ -88,7 +89,7 @@ def rows_of(shape: Sequence[int]) -> int:
 
 
 def joined(found: Iterable[tuple[int, int, bool]]) -> list[Interval]:
-    """Return the intervals that (start, length, counted) in local order describe.
+    """Return the intervals that triples (start, length, counted) in local order describe.
 
     Neighbours are joined to one interval if they are also adjacent globally and have the same `counted`.
     """
@@ -127,14 +128,14 @@ def check_shardings(
         blocks = next(each.blocks for each in shardings if each.axis == both[0])
         if copied := next((block for block in blocks if block.pieces is not None), None):
             raise ValueError(
-                f"{what} is sharded over {both[0]} with copies of a block of {copied.size}, and its gradient is to be "
-                "summed over it: the step sums only parameters that are replicated whole; sum the copies' gradients in "
+                f"{what} is sharded over {both[0]} with copies of a block of {copied.size}, and reduce_over names the "
+                "same axis: the step sums only parameters that are replicated whole; sum the copies' gradients in "
                 f"the layer's backward pass and leave {both[0]} out of reduce_over, or store the block as a parameter "
                 "of its own"
             )
         raise ValueError(
-            f"{what} is sharded over {both[0]}, and its gradient is to be summed over it: shards differ; name the axis "
-            "in one of shardings and reduce_over"
+            f"{what} is sharded over {both[0]}, and reduce_over names the same axis: gradients of different shards "
+            "cannot be summed; name the axis in shardings or in reduce_over, not in both"
         )
     for each in shardings:
         if not 0 <= each.dim < len(shape):
@@ -147,8 +148,8 @@ def check_shardings(
         total = sum(block.size for block in each.blocks)
         if total != shape[each.dim]:
             raise ValueError(
-                f"{what} has blocks of together {total} along dimension {each.dim} of {shape[each.dim]}: blocks "
-                "must fill the dimension"
+                f"{what} has blocks of together {total} along dimension {each.dim}, whose size is {shape[each.dim]}: "
+                "blocks must fill the dimension"
             )
         for block in each.blocks:
             if block.pieces is not None and (block.pieces < 1 or block.size % block.pieces):

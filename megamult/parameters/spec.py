@@ -295,8 +295,8 @@ def _check_segments(spec: ParameterSpec, what: str) -> None:
     for segment in spec.segments:
         if not 0 <= segment.part < len(spec.parts):
             raise ValueError(
-                f"{what} has a segment of part {segment.part}, and {len(spec.parts)} parts: give a part's number from "
-                f"0 to {len(spec.parts) - 1}"
+                f"{what} has a segment of part {segment.part}, but has {len(spec.parts)} parts: give a part's number "
+                f"from 0 to {len(spec.parts) - 1}"
             )
         if segment.length < 1 or segment.start < position or segment.start + segment.length > rows:
             raise ValueError(
@@ -309,7 +309,7 @@ def _check_segments(spec: ParameterSpec, what: str) -> None:
         held = sorted((s.part_start, s.length) for s in spec.segments if s.part == index)
         if not held:
             raise ValueError(
-                f"{what} has the part {part.name!r} and no segment of it: add the rows that hold it, or remove the part"
+                f"{what} has the part {part.name!r} and no segment of it: add segments of its rows, or remove it"
             )
         expected = 0
         for start, length in held:

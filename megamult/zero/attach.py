@@ -91,9 +91,9 @@ def attach(engine: Any, optimizer: TwoPhase, mesh: Mesh | None = None) -> Partit
     partition = partition_of(engine, optimizer, mesh or current_mesh())
     if engine.gradient_clipping() > 0:
         raise ValueError(
-            f"gradient_clipping is {engine.gradient_clipping()} in the DeepSpeed configuration (1.0 where it is not "
-            "set): DeepSpeed would clip once more what megamult has made of the gradients, multipliers included; set "
-            "it to 0.0, and give the optimizer clip_grad_norm"
+            f"gradient_clipping is {engine.gradient_clipping()} in the DeepSpeed configuration (1.0 if it is not "
+            "set): DeepSpeed would clip the tensors that megamult puts in place of gradients, multipliers included; "
+            "set it to 0.0, and give the optimizer clip_grad_norm"
         )
     partition.check()
     partition.full_precision = FullPrecision.of(partition)

@@ -86,8 +86,11 @@ class Zero12Partition(FlatPartition):
             self._add_group(group, parameters, offsets, zero.real_dp_process_group[group], master, names)
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradient of each slice, as a view into DeepSpeed's `averaged_gradients`. These are lists of
-        tensors, one list per param group, that tile the group's partition."""
+        """Return the gradient of each slice, as a view into DeepSpeed's `averaged_gradients`.
+
+        `averaged_gradients` has a list of tensors for each param group. These tensors tile this rank's partition of the
+        group.
+        """
         tiles: dict[int, dict[int, Tensor]] = {}
         for group, tensors in self._zero.averaged_gradients.items():
             position, tiles[group] = 0, {}
@@ -99,8 +102,8 @@ class Zero12Partition(FlatPartition):
             size = self._zero.single_partition_of_fp32_groups[group].numel()
             if position != size:
                 raise RuntimeError(
-                    f"DeepSpeed's gradients of param group {group} have {position} elements and its partition {size}: "
-                    "this version lays them out differently; install the version in constraints.txt"
+                    f"DeepSpeed's gradients of param group {group} have {position} elements, and its partition has "
+                    f"{size}: this version lays them out differently; install the version in constraints.txt"
                 )
         gradients = []
         for piece, (group, position) in zip(self.slices, self._places, strict=True):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class FullPrecision:
-    """Packed buffer with the masters of the multipliers of all ranks. Each parameter has a view of its part of it.
+    """Packed buffer with the masters of all multipliers, from all ranks. Each parameter has a view of its part.
 
     Args:
         partition: partition that holds the masters.

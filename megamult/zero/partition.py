@@ -78,8 +78,8 @@ class Slice:
     start: int
     length: int
     tensor: Tensor
-    """Tensor of fp32 masters that holds this slice and possibly others. The optimizer updates this tensor, and stores
-    its state under it."""
+    """Tensor of fp32 masters that holds this slice and possibly others. The optimizer updates this tensor, which is
+    also the key of its state."""
     offset: int
     """Position of the slice's first element in the flattened `tensor`."""
     source: Tensor

@@ -1,5 +1,5 @@
-"""Partition of ZeRO 3. Every parameter is cut evenly over the data-parallel ranks. A rank's pieces of the parameters of
-one sub-group form a flat buffer."""
+"""Partition of ZeRO 3. Every parameter is cut evenly over the data-parallel ranks. On each rank, the pieces of
+all parameters of one sub-group form a flat buffer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Zero3Partition(Partition):
         self._zero, self.mesh = zero, mesh
         self.group = mesh.groups.get("data")
         self.slices, self.cuts = [], []
-        self._places: list[tuple[int, int]] = []  # for each slice: sub-group, index of its parameter in it
+        self._places: list[tuple[int, int]] = []  # for each slice: sub-group, index of its parameter in the sub-group
         self.parameters = {}
         for sub_group, parameters in enumerate(zero.fp16_groups):
             master, position = zero.fp32_partitioned_groups_flat[sub_group], 0
@@ -46,7 +46,7 @@ class Zero3Partition(Partition):
                 position += piece
 
     def spread(self) -> None:
-        """Gather the small parameters again that DeepSpeed keeps gathered between steps. They are released first,
+        """Gather again those small parameters that DeepSpeed keeps gathered between steps. They are released first,
         because gathering does nothing to a parameter that is already gathered."""
         persistent = self._zero.persistent_parameters
         if persistent:
@@ -58,8 +58,8 @@ class Zero3Partition(Partition):
         return self._zero.get_local_fp32_param(self.parameters[piece.name]).view(-1)[: piece.length]
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradient of each slice, as a view into DeepSpeed's `averaged_gradients`. For each sub-group, it
-        has one tensor per parameter."""
+        """Return the gradient of each slice, as a view into DeepSpeed's `averaged_gradients`, which has one
+        tensor per parameter for each sub-group."""
         averaged = self._zero.averaged_gradients
         return [
             averaged[sub_group][i].view(-1)[: piece.length]

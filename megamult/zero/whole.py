@@ -57,8 +57,8 @@ class WholePartition(Partition):
             if parameter.grad is None and main is not None:
                 if main.dtype != parameter.dtype:
                     raise RuntimeError(
-                        f"{piece.name} is {parameter.dtype} and its main_grad {main.dtype}: without DeepSpeed there "
-                        "are no fp32 masters; train in fp32, or let DeepSpeed wrap the optimizer"
+                        f"{piece.name} is {parameter.dtype}, and its main_grad is {main.dtype}: without DeepSpeed "
+                        "there are no fp32 masters; train in fp32, or let DeepSpeed wrap the optimizer"
                     )
                 parameter.grad = main.view_as(parameter)
                 self._borrowed.append(parameter)
@@ -69,7 +69,7 @@ class WholePartition(Partition):
         return [parameter.grad.view(-1) for parameter in self.parameters.values() if parameter.grad is not None]
 
     def release(self) -> None:
-        """Clear each `.grad` that is a view of `main_grad`, because Megatron's hooks would add it to itself."""
+        """Clear each `.grad` that is a view of `main_grad`, so that Megatron's hooks do not add it to `main_grad`."""
         for parameter in self._borrowed:
             parameter.grad = None
         self._borrowed.clear()

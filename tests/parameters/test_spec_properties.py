@@ -306,14 +306,17 @@ GOOD = ParameterSpec(
             r"holds 3 rows of the part 'b', which has 4",
         ),
         ({"segments": (Segment(0, 0, 0, 4), Segment(4, 0, 0, 4))}, r"row 0 of the part 'a' twice"),
-        ({"segments": (Segment(0, 0, 0, 4),)}, r"has the part 'b' and no segment of it: add the rows"),
+        ({"segments": (Segment(0, 0, 0, 4),)}, r"has the part 'b' and no segment of it: add segments"),
         (
             {"segments": (Segment(0, 0, 0, 4), Segment(4, 2, 0, 4))},
-            r"a segment of part 2, and 2 parts: give a part's number from 0 to 1",
+            r"a segment of part 2, but has 2 parts: give a part's number from 0 to 1",
         ),
         ({"parts": (Part("a", "up", (4, 6)), Part("a", "up", (4, 6)))}, r"parts \['a', 'a'\]: give each a name"),
         ({"parts": (Part("a", "up", (4, 6)), Part("b", "up", (4, 5)))}, r"shape \(4, 5\): its last dimension"),
-        ({"shardings": (Sharding("tensor", 0, (Block(4), Block(3))),)}, r"blocks of together 7 along dimension 0 of 8"),
+        (
+            {"shardings": (Sharding("tensor", 0, (Block(4), Block(3))),)},
+            r"blocks of together 7 along dimension 0, whose size is 8",
+        ),
         (
             {"shardings": (Sharding("tensor", 2, (Block(8),)),)},
             r"along dimension 2, and has 2 dimensions: give one from 0 to 1",
@@ -329,7 +332,7 @@ GOOD = ParameterSpec(
             {"shardings": (Sharding("tensor", 0, (Block(8),)), Sharding("expert", 0, (Block(8),)))},
             r"name each axis once, and each dimension once",
         ),
-        ({"reduce_over": ("tensor",)}, r"sharded over tensor, and its gradient is to be summed over it"),
+        ({"reduce_over": ("tensor",)}, r"sharded over tensor, and reduce_over names the same axis: gradients of"),
         (
             {"shardings": (Sharding("tensor", 0, (Block(4), Block(4, 1))),), "reduce_over": ("tensor",)},
             r"copies of a block of 4, .*: .*; sum the copies' .* backward pass and leave tensor out of reduce_over, or",

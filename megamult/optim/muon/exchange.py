@@ -23,18 +23,21 @@ from megamult.parameters.rectangles import Rectangle
 
 @dataclass
 class _Direction:
-    """Pieces that this rank exchanges in one direction, to owners or back to holders, in the order of the buffers."""
+    """Pieces that this rank exchanges in one direction, to owners or back to holders, in the order of the buffers.
+
+    A rank owns a piece if it owns the piece's matrix.
+    """
 
     held: list[tuple[int, int, int]] = field(default_factory=list)
-    """Pieces that this rank holds of other owners' matrices: (index of the slice, offset in the slice, elements)."""
+    """Pieces that this rank holds and another rank owns: (index of the slice, offset in the slice, elements)."""
     held_sizes: list[int] = field(default_factory=list)
-    """Number of elements of `held` for each rank that owns matrices."""
+    """Number of elements in `held` that each rank owns, for every rank."""
     owned: list[tuple[int, int, Rectangle]] = field(default_factory=list)
-    """Pieces that other ranks hold of this rank's matrices: (index of the batch, index in the batch, rectangle)."""
+    """Pieces that this rank owns and another rank holds: (index of the batch, index in the batch, rectangle)."""
     owned_sizes: list[int] = field(default_factory=list)
-    """Number of elements of `owned` for each rank that holds pieces."""
+    """Number of elements in `owned` that each rank holds, for every rank."""
     local: list[tuple[int, int, int, Rectangle]] = field(default_factory=list)
-    """Pieces that this rank holds of its own matrices: (index of the slice, index of the batch, index in the batch,
+    """Pieces that this rank both holds and owns: (index of the slice, index of the batch, index in the batch,
     rectangle)."""
 
 
@@ -120,7 +123,7 @@ class Exchange:
         return _Bucket(shapes, list(by_shape.values()), to_owners, to_holders)
 
     def run(self, values: Sequence[Tensor], compute: Callable[[Tensor, Sequence[int]], Tensor]) -> None:
-        """Replace each value by the element at the same place in the result for its whole matrix.
+        """Compute a result for each whole matrix, and replace each value by the element at its place in the result.
 
         All ranks must call this together.
 

@@ -73,10 +73,10 @@ class Matrices:
         return [gradients[i] for i in self._indices]
 
     def complete(self, dtype: torch.dtype) -> int:
-        """Send values that were written to gradients to all ranks that hold these gradients.
+        """Send the updates that were written over gradients to all ranks that hold copies of these gradients.
 
         Args:
-            dtype: dtype in which they are sent.
+            dtype: dtype in which the updates are sent.
 
         Returns:
             Number of bytes that this rank sent.
@@ -90,29 +90,29 @@ class MatrixRule(UpdateRule):
     Q, K, V, gate and up are separate matrices, also if one parameter stores several of them.
 
     :meth:`prepare` computes the updates of all groups and writes them over the gradients, in the gradients' dtype;
-    :meth:`apply` only applies learning rate and weight decay. For each bucket, one all-to-all brings slices of the
-    values of :meth:`accumulate` to the owners, and another brings slices of the updates back. Owners are chosen among
-    all ranks so that Newton-Schulz FLOPs are balanced (:mod:`megamult.optim.muon.plan`).
+    :meth:`apply` only applies learning rate and weight decay. For each bucket, one all-to-all sends the
+    results of :meth:`accumulate` to the owners, and another sends the updates back. Owners are chosen among all ranks
+    so that Newton-Schulz FLOPs are balanced (:mod:`megamult.optim.muon.plan`).
 
-    State of elements is fp32 and sharded like the ZeRO partition. At ZeRO 0 and outside DeepSpeed, the data-parallel
+    Per-element state is fp32 and sharded like the ZeRO partition. At ZeRO 0 and outside DeepSpeed, the data-parallel
     ranks divide this state evenly and all-gather the updates. The `state_dict` of a rank then has only that rank's
     share, and can be loaded only on that rank. If tensor parallelism replicates a matrix, every tensor-parallel rank
-    stores this state, but the update is computed from the state of the first. State of rows is fp32, and the owner of
+    stores this state, but the update is computed from the state of the first. Per-row state is fp32, and the owner of
     the matrix stores it.
 
     Args:
         ns_steps: number of Newton-Schulz steps.
         exchange_dtype: dtype in which pieces are sent: fp32 or bf16. If None, fp32 if the model's matrices are fp32,
             else bf16.
-        bucket_elements: most elements that one rank receives or sends in one exchange, unless one matrix is larger. It
-            bounds temporary memory.
+        bucket_elements: largest number of elements that one rank receives or sends in one exchange, unless one matrix
+            has more. It bounds temporary memory.
 
     Attributes:
         matrices: the matrices of the bound partition. It is None before :meth:`bind`, which runs at the first step or
             in :func:`megamult.attach`.
 
     Raises:
-        ValueError: `exchange_dtype` is another dtype.
+        ValueError: `exchange_dtype` is a dtype other than fp32 and bf16.
     """
 
     prepares = True
@@ -185,15 +185,15 @@ class MatrixRule(UpdateRule):
 
     @abstractmethod
     def accumulate(self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]) -> list[Tensor]:
-        """Accumulate gradients of slices in the state of elements, on the ranks that store this state.
+        """Accumulate gradients of slices in the per-element state, on the ranks that store this state.
 
         Args:
             gradients: [length] clipped gradients of some slices, in fp32; may be overwritten.
             state: [length] state of each of these slices, by :attr:`State.name`; updated in place.
 
         Returns:
-            [length] values of each slice, which are sent to the owners: the whole matrices that :meth:`update` gets
-            consist of them. They must be the tensors of `gradients` or of `state`, not copies.
+            [length] values of each slice. They are sent to the owners, where they form the whole matrices that
+            :meth:`update` gets. The returned tensors must be those of `gradients` or of `state`, not copies.
         """
 
     @abstractmethod
@@ -202,7 +202,7 @@ class MatrixRule(UpdateRule):
 
         Args:
             matrices: [batch, rows, cols] whole logical matrices of one shape, in `exchange_dtype`.
-            state: [batch, rows] state of rows in fp32, by :attr:`State.name`; updated in place.
+            state: [batch, rows] per-row state in fp32, by :attr:`State.name`; updated in place.
 
         Returns:
             [batch, rows, cols] updates, without weight decay.

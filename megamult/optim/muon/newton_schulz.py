@@ -5,7 +5,7 @@ value s to a s + b s^3 + c s^5. Two forms compute the same result:
 
 - The *standard* form computes X in each step.
 - The *gram* form computes R = XX^T and Q in each step. Q is the polynomial in R for which QX is the result of the
-  steps. Both are square matrices with the size of X's smaller dimension (J. Zhang, N. Amsel, B. Chen, T. Dao, "Gram
+  steps. R and Q are square matrices with the size of X's smaller dimension (J. Zhang, N. Amsel, B. Chen, T. Dao, "Gram
   Newton-Schulz", blog post, 2026, https://tridao.me/blog/2026/gram-newton-schulz/). Rounding makes the smallest
   eigenvalues of R negative, and each step multiplies negative eigenvalues by up to a^2 (11.9 for `simple`). After
   :data:`RESTART` steps, the gram form therefore multiplies X by Q and computes R anew, in every dtype.
@@ -252,7 +252,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 The names are those of Emerging-Optimizers (muon.py) and Megatron-LM; torch.optim.Muon has `match_rms_adamw` too.
 
 - match_rms_adamw: learning rate and weight decay can be the same as for AdamW (arXiv 2502.16982).
-- spectral: the same factor without 0.2, which Emerging-Optimizers has as `extra_scale_factor`.
+- spectral: the same factor without 0.2. In Emerging-Optimizers, the 0.2 is the argument `extra_scale_factor`.
 - unit_rms_norm: arXiv 2502.07529, https://jeremybernste.in/writing/deriving-muon.
 - shape_scaling: https://kellerjordan.github.io/posts/muon/."""
 

@@ -24,7 +24,7 @@ from megamult.parameters.rectangles import Rectangle, rectangles
 from megamult.zero.partition import Cut
 
 BUCKET_ELEMENTS = 2**25
-"""Most elements that one rank receives as an owner, or sends to owners, in one bucket (64 MiB in bf16)."""
+"""Largest number of elements that one rank receives as an owner, or sends to owners, in one bucket (64 MiB in bf16)."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class Plan:
             elements: [matrices, ranks] number of elements that travel between each rank and the matrix's owner.
 
         Returns:
-            Two arrays [ranks]. The first counts elements that the rank holds of matrices that other ranks own. The
-            second counts elements that other ranks hold of matrices that the rank owns.
+            Two arrays [ranks]. The first counts elements that the rank holds and other ranks own. The second counts
+            elements that the rank owns and other ranks hold. An element is owned by the owner of its matrix.
         """
         index, owners = list(bucket), [self.owners[i] for i in bucket]
         own = elements[index, owners]
@@ -151,7 +151,7 @@ def make_plan(cuts: Sequence[Cut], grid: Grid, steps: int, bucket_elements: int 
     """Choose owners and buckets of all logical matrices in the given parameters.
 
     Args:
-        cuts: the parameters, with the interval of each that every data-parallel rank holds.
+        cuts: cuts of the parameters, which say what each data-parallel rank holds.
         grid: the grid of the processes.
         steps: number of Newton-Schulz steps, from which FLOPs are computed.
         bucket_elements: see :data:`BUCKET_ELEMENTS`.

@@ -42,8 +42,8 @@ class Muon(MatrixRule):
         exchange_dtype: dtype in which pieces are sent: fp32 or bf16. If None, fp32 if the model's matrices are fp32,
             else bf16.
         scale: name of the factor of an update, a key of :data:`megamult.optim.muon.newton_schulz.SCALES`.
-        bucket_elements: most elements that one rank receives or sends in one exchange, unless one matrix is larger. It
-            bounds temporary memory.
+        bucket_elements: largest number of elements that one rank receives or sends in one exchange, unless one matrix
+            has more. It bounds temporary memory.
 
     Raises:
         ValueError: a name is unknown, or a value is out of its range.

@@ -1,4 +1,4 @@
-"""Triton kernel for matrix products with a symmetric result: it computes tiles on and below the diagonal, and mirrors.
+"""Triton kernel for symmetric matrix products: it computes the tiles on and below the diagonal, and mirrors them.
 
 One kernel with one tile size is used for all shapes. No setting is chosen by timing, so equal operands give equal bits
 in every run. :mod:`megamult.optim.muon.symmetric` imports this module only if torch is built for CUDA and Triton is
