@@ -149,7 +149,7 @@ def trained(**settings: Any) -> bytes:
 )
 def test_a_model_that_cannot_be_converted_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     (tmp_path / "m.model").write_bytes(trained(**settings))
-    with pytest.raises(ValueError, match=rf"m\.model has {message}.*: put the files of its own"):
+    with pytest.raises(ValueError, match=rf"m\.model has {message}.*: put the files of this tokenizer"):
         convert(tmp_path / "m.model", MAX_LENGTH)
 
 
