@@ -68,7 +68,9 @@ def main() -> None:
         narrow = replace(
             model, hidden_size=base, num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=ffn
         )
-        overrides = mup(model, narrow, _update_norm(config.optimizer)).overrides(args.learned)
+        overrides = mup(model, narrow, _update_norm(config.optimizer)).overrides(
+            model, config.optimizer, config.multipliers, args.learned
+        )
     print(yaml.safe_dump(overrides, sort_keys=False), end="")
 
 

@@ -63,6 +63,11 @@ class Config:
             f"{self.multipliers.placement!r}: the embedding's multipliers would reach the head too; set tie_embeddings "
             "to false, or placement to a mapping without embedding",
         )
+        require(
+            not (model.tie_embeddings and self.multipliers.divide_weights and "embedding" in self.multipliers.initial),
+            "multipliers.initial.embedding is given with model.tie_embeddings and multipliers.divide_weights true: the "
+            "head has the divided weights too, without the multipliers; set divide_weights to false, or leave it out",
+        )
         of_head = [
             key
             for key, given in (

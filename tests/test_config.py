@@ -110,6 +110,10 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
         {"multipliers": {"norm": "fixed"}, "optimizer": {"weight_decay_factors": {"q": 2.0, "embedding": 2.0}}},
         r"norm is fixed, and then optimizer\.weight_decay_factors\.q has no effect, .*: leave it out",
     ),
+    (
+        {"model": {"tie_embeddings": True}, "multipliers": {"initial": {"embedding": {"row": 4.0}}}},
+        r"initial\.embedding is given with model\.tie_embeddings .*: the head has the divided weights too, .*; set div",
+    ),
     ({"multipliers": {"clip": "some"}}, r"multipliers\.clip is 'some': use one of out, own, joint"),
     ({"model": {"norms": "none"}}, r"model\.norms is 'none': use one of vector, scalar, frozen"),
     (

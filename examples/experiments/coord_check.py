@@ -49,8 +49,9 @@ def sizes(width: int) -> ModelConfig:
 
 def changes(model_sizes: ModelConfig, factors: Mup, optimizer: OptimizerConfig, steps: int) -> dict[str, float]:
     """Return the root mean square of the change of each kind of activation over so many steps."""
-    overrides = factors.overrides()
-    chosen, multipliers = replace(optimizer, **overrides["optimizer"]), MultipliersConfig(**overrides["multipliers"])
+    overrides = factors.overrides(model_sizes, optimizer, MultipliersConfig("none"))
+    chosen = replace(optimizer, **overrides["optimizer"])
+    multipliers = MultipliersConfig(**overrides.get("multipliers", {"placement": {}}))
     model = GPT(
         replace(model_sizes, **overrides["model"]),
         VOCAB,

@@ -14,6 +14,5 @@ LLAMA_RULES: dict[str, Rule] = {
     r"\bdown_proj\.weight$": "down",
     r"\bembed_tokens\.weight$": "embedding",
     r"\blm_head\.weight$": "head",
-    r"\bnorm\.weight$": "final_norm",
 }
 """Rules for the parameter names of Hugging Face's LlamaForCausalLM. Mistral, Qwen and others have these names too."""

@@ -50,10 +50,6 @@ def make_optimizer(
         multiplier_weight_decay=multipliers.weight_decay,
         multiplier_schedule=multipliers.schedule,
     )
-    fixed_norm = multipliers.norm == "fixed"
-    for group in groups:
-        if fixed_norm and group["kind"] == "matrix":
-            group["weight_decay"] = 0.0
     rates = rates_of(model, chosen, multipliers)
     folded = None
     if multipliers.implementation == "folded":
@@ -74,7 +70,7 @@ def make_optimizer(
         clip_multipliers=multipliers.clip,
         skip_grad_norm=chosen.skip_grad_norm,
         rates=rates,
-        fixed_norm=fixed_norm,
+        fixed_norm=multipliers.norm == "fixed",
         model=model,
         folded=folded,
         mesh=mesh,

@@ -73,6 +73,20 @@ class FixedNorms:
             ]
         self._here = device.local_device()
         self.norms = self._measured()
+        self._check()
+
+    def _check(self) -> None:
+        """Check that no norm is 0.
+
+        Raises:
+            ValueError: some are. A matrix of norm 0 has no direction, and would stay 0.
+        """
+        zero = [name for name, norm in zip(self.names, self.norms.tolist(), strict=True) if norm == 0]
+        if zero:
+            raise ValueError(
+                f"{len(zero)} matrices are 0, the first is {zero[0]}, and multipliers.norm is fixed: they would stay "
+                "0; initialize them with other values, or set multipliers.norm to free"
+            )
 
     @torch.no_grad()
     def project(self, tensors: Sequence[Tensor]) -> None:
@@ -97,6 +111,7 @@ class FixedNorms:
     def restored(self) -> None:
         """Measure the norms that are NaN, after weights have been loaded. All ranks must call this together."""
         self.norms = torch.where(self.norms.isnan(), self._measured(), self.norms)
+        self._check()
 
     def _measured(self) -> Tensor:
         """Return the present norms of all matrices, [matrices] in fp32."""

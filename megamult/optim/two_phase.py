@@ -64,7 +64,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
             :data:`megamult.multipliers.config.MultiplierClip`; False means out, and True means own.
         skip_grad_norm: a step is skipped if the norm that `clip_grad_norm` limits is above this value; 0: no limit.
         rates: factors of learning rate and weight decay of single roles; None if there are none.
-        fixed_norm: whether each matrix of kind `matrix` keeps the Frobenius norm that it begins with.
+        fixed_norm: whether each matrix of kind `matrix` keeps its first Frobenius norm, without weight decay.
         model: the model, for names in messages and for a check that the groups hold all of its trainable parameters.
             If None, this is not checked.
         folded: settings of folded multipliers; None if the model has none.
@@ -114,6 +114,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         self.clipping = Clipping(clip_grad_norm, clip_multipliers, skip_grad_norm)
         self.rates = rates or Rates()
         self._fixed_norm = fixed_norm
+        self._no_decay_of_fixed()
         self.fixed: FixedNorms | None = None
         self.folding = folded
         self.folded: BoundMultipliers | None = None

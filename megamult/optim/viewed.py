@@ -33,6 +33,7 @@ class ViewedOptimizer(torch.optim.Optimizer):
     fixed: FixedNorms | None
     updates: int
     skipped_steps: int
+    _fixed_norm: bool
     _store: StateStore
     _bound: Partition | None
 
@@ -109,7 +110,10 @@ class ViewedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict, with `folded` (multipliers and their state), `fixed_norm` (norms of matrices) and
-        `rows` (per-row state) added. A key is absent if the optimizer has nothing for it."""
+        `rows` (per-row state) added. A key is absent if the optimizer has nothing for it.
+
+        Before the first step of a loop without DeepSpeed, all ranks must call this together.
+        """
         self._begin_if_needed()
         found = super().state_dict()
         if self.folded is not None:
@@ -141,11 +145,21 @@ class ViewedOptimizer(torch.optim.Optimizer):
         self._store.load_rows(state_dict.get("rows", {}))
         if self.folded is not None and folded is not None:
             self.folded.load_state_dict(folded, self.state)  # torch has replaced `self.state`
-        if self.fixed is not None and "fixed_norm" in state_dict:
-            self.fixed.norms.copy_(state_dict["fixed_norm"])
+        if self.fixed is not None:
+            # The state of an optimizer without fixed norms has decay in its groups and no norms: measure these.
+            self._no_decay_of_fixed()
+            self.fixed.norms.copy_(state_dict.get("fixed_norm", torch.full_like(self.fixed.norms, torch.nan)))
+            self.fixed.restored()
+
+    def _no_decay_of_fixed(self) -> None:
+        """Set the weight decay of matrices to 0 if they have fixed norms."""
+        for group in self.param_groups if self._fixed_norm else ():
+            if group["kind"] == "matrix":
+                group["weight_decay"] = 0.0
 
     def _begin_if_needed(self) -> None:
-        """Call :meth:`begin` if no partition is bound and there are folded multipliers or a rule has state of rows."""
+        """Call :meth:`begin` if no partition is bound and there is state beside that of elements: folded multipliers,
+        fixed norms, or state of rows."""
         rows = any(state.per == "row" for rule in self._every_rule() for state in rule.states)
-        if self._bound is None and (self.folding is not None or rows):
+        if self._bound is None and (self.folding is not None or self._fixed_norm or rows):
             self.begin()

@@ -327,7 +327,7 @@ def without(key: str) -> dict[str, Any]:
         ),
         (untouched, {**without("up_proj"), "up_proj": "upper"}, {}, r"up_proj\.weight gives the role 'upper'"),
         (untouched, {**without("embed"), "embed(": "embedding"}, {}, "rule 'embed.' is no regular expression"),
-        (untouched, {**without("bnorm"), r"^model\.norm": "q"}, {}, r"model\.norm\.weight has the shape \(32,\)"),
+        (untouched, {**megamult.LLAMA_RULES, r"^model\.norm": "q"}, {}, r"model\.norm\.weight has the shape \(32,\)"),
         (
             untouched,
             {**without("up_proj"), "up_proj": megatron.single_matrix("up", 57, 32, None)},

@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from megamult.models.llama.mup import mup
+from megamult.multipliers.config import MultipliersConfig
+from megamult.optim.config import OptimizerConfig
 from megamult.train.command_line import parse
 from tests import programs
 
@@ -29,7 +31,8 @@ def test_its_output_is_a_second_configuration(tmp_path: Path) -> None:
     (tmp_path / "mup.yaml").write_text(done.stdout)
     config, _ = parse(["--config", TINY, "--config", str(tmp_path / "mup.yaml")])
     narrow = replace(config.model, hidden_size=64, num_attention_heads=2, num_query_groups=1, ffn_hidden_size=176)
-    expected = mup(replace(config.model, init_std_factors={}), narrow).overrides()
+    plain = replace(config.model, init_std_factors={})
+    expected = mup(plain, narrow).overrides(plain, OptimizerConfig(), MultipliersConfig())
     matrices = ("q", "k", "v", "attention_out", "gate", "up", "down")
     assert expected["model"]["init_std_factors"] == pytest.approx(dict.fromkeys(matrices, 2**-0.5))
     assert config.model.init_std_factors == expected["model"]["init_std_factors"]
@@ -42,7 +45,7 @@ def test_muon_keeps_the_spectral_norm_of_updates() -> None:
     done = run("--base_hidden_size", "64", "--optimizer.name", "muon", "--learned")
     keys = yaml.safe_load(done.stdout)
     assert list(keys["optimizer"]["lr_factors"].values()) == pytest.approx([2**-0.5] * 7)
-    assert "lr_factors" not in keys["multipliers"]
+    assert keys["multipliers"]["lr_factors"] == {"head": {"scalar": 0.5}}
 
 
 def test_a_width_that_does_not_fit_is_a_mistake_of_one_line() -> None:

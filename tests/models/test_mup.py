@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.mup import mup
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
+from megamult.parameters.roles import resolve
 
 BASE = ModelConfig(hidden_size=64, num_attention_heads=2, ffn_hidden_size=176)
 WIDE = replace(BASE, hidden_size=256, num_attention_heads=8, ffn_hidden_size=704)
@@ -63,15 +65,57 @@ def test_a_tied_head_is_refused() -> None:
         mup(replace(WIDE, tie_embeddings=True), BASE)
 
 
+def test_adam_s_factors_follow_the_columns_of_each_matrix() -> None:
+    found = mup(replace(WIDE, ffn_hidden_size=BASE.ffn_hidden_size), BASE)
+    assert found.lr["down"] == found.init_std["down"] == 1.0  # as many columns as at the base width
+    assert found.lr["gate"] == found.lr["up"] == 0.25
+
+
 @pytest.mark.parametrize("learned", [False, True])
 def test_its_keys_make_a_configuration(learned: bool) -> None:
-    keys = mup(WIDE, BASE).overrides(learned)
-    config = Config(
+    keys = mup(WIDE, BASE).overrides(WIDE, OptimizerConfig(), MultipliersConfig("none"), learned)
+    config = configured(keys)
+    initial = config.multipliers.initial_values()
+    assert initial.value("head", "scalar") == 0.25 and not initial.divide_weights
+    # A scalar that begins at 1/4 moves a quarter as far, so that its relative change is that at the base width.
+    assert config.multipliers.by_side("lr_factors") == {("head", "scalar"): 0.25 if learned else 0.0}
+    assert config.model.init_std_factors["q"] == 0.5
+
+
+def configured(keys: dict[str, Any]) -> Config:
+    return Config(
         model=replace(WIDE, **keys["model"]),
         optimizer=OptimizerConfig(**keys["optimizer"]),
         multipliers=MultipliersConfig(**keys["multipliers"]),
     )
-    initial = config.multipliers.initial_values()
-    assert initial.value("head", "scalar") == 0.25 and not initial.divide_weights
-    assert config.multipliers.by_side("lr_factors") == ({} if learned else {("head", "scalar"): 0.0})
-    assert config.model.init_std_factors["q"] == 0.5
+
+
+def test_a_run_keeps_its_own_settings_beside_those_of_mup() -> None:
+    own = MultipliersConfig("folded", {"q": ["row", "col"], "head": "col"}, lr_factors={"head": 0.5, "q": {"row": 2.0}})
+    optimizer = OptimizerConfig(lr_factors={"head": 0.5, "q": 2.0}, weight_decay_factors={"q": 0.5})
+    keys = mup(WIDE, BASE).overrides(replace(WIDE, init_std_factors={"down": 16.0}), optimizer, own)
+    config = configured(keys)
+    assert config.multipliers.implementation == "folded"
+    assert resolve(config.multipliers.placement) == {"q": {"row", "col"}, "head": {"col", "scalar"}}
+    assert config.multipliers.by_side("lr_factors") == {
+        ("head", "col"): 0.5,
+        ("head", "scalar"): 0.0,
+        ("q", "row"): 2.0,
+    }
+    assert (config.optimizer.lr_factors["head"], config.optimizer.lr_factors["q"]) == (0.5, 0.5)
+    assert config.optimizer.weight_decay_factors["q"] == 2.0 and config.model.init_std_factors["down"] == 8.0
+
+
+def test_at_the_base_width_only_a_head_factor_of_1_is_added() -> None:
+    keys = mup(BASE, BASE).overrides(BASE, OptimizerConfig(), MultipliersConfig())
+    assert set(keys["optimizer"]["lr_factors"].values()) == {1.0}
+    placement = resolve(keys["multipliers"]["placement"])
+    assert placement.pop("head") == {"scalar"} and placement == resolve("all")
+    assert keys["multipliers"]["initial"] == {"head": {"scalar": 1.0}}
+
+
+def test_matrices_of_fixed_norm_get_no_decay_and_divided_starts_are_refused() -> None:
+    keys = mup(WIDE, BASE).overrides(WIDE, OptimizerConfig(), MultipliersConfig(norm="fixed"))
+    assert keys["optimizer"]["weight_decay_factors"] == {}
+    with pytest.raises(ValueError, match=r"divide_weights true, .*: set divide_weights to false"):
+        mup(WIDE, BASE).overrides(WIDE, OptimizerConfig(), MultipliersConfig(initial={"q": {"row": 2.0}}))

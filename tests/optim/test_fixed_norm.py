@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -106,17 +107,45 @@ def test_folded_multipliers_are_gains_of_a_matrix_of_fixed_norm() -> None:
     torch.testing.assert_close(model.weight.detach().double(), effective, rtol=1e-6, atol=0)
 
 
-def test_a_state_dict_brings_the_norms_back() -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_state_dict_brings_the_norms_back(name: str) -> None:
     model, other = Attention(), Attention()
-    optimizer = optimizer_of("adamw", model, implementation="none")
-    model.weight.grad = gradient(1)
-    optimizer.step()
-    loaded = optimizer_of("adamw", other, implementation="none")
+    optimizer, loaded = (optimizer_of(name, each, implementation="none") for each in (model, other))
+    for step in (1, 2):
+        model.weight.grad = gradient(step)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
     with torch.no_grad():
-        other.weight.copy_(3 * model.weight)
-    loaded.begin()
-    loaded.load_state_dict(optimizer.state_dict())
-    other.weight.grad = gradient(2)
-    loaded.step()
+        other.weight.copy_(model.weight)
+    loaded.load_state_dict(saved)
+    for each, its in ((optimizer, model), (loaded, other)):
+        its.weight.grad = gradient(3)
+        each.step()
+    assert torch.equal(other.weight, model.weight)
+
+
+def test_the_state_of_an_optimizer_without_fixed_norms_keeps_the_norms_of_its_weights() -> None:
+    free, model = Attention(), Attention()
+    chosen = OptimizerConfig(lr=LR, weight_decay=0.5, clip_grad_norm=0.0)
+    before = make_optimizer(free, chosen, MultipliersConfig("folded", {"q": "row"}), mesh=ALONE)
+    free.weight.grad = gradient(1)
+    before.step()
+    (piece,) = before._bound.slices  # type: ignore[union-attr]
+    latent = before.weight(piece).clone().view(SPEC.shape)
+    optimizer = optimizer_of("adamw", model, implementation="folded", placement={"q": "row"})
+    optimizer.load_state_dict(before.state_dict())
+    model.weight.grad = gradient(2)
+    optimizer.step()
+    (piece,) = optimizer._bound.slices
+    after = optimizer.weight(piece).view(SPEC.shape)
     for rows in ROWS.values():
-        assert float(other.weight[rows].norm()) == pytest.approx(float(Attention().weight[rows].norm()), rel=1e-6)
+        assert float(after[rows].norm()) == pytest.approx(float(latent[rows].norm()), rel=1e-6)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
+
+
+def test_a_matrix_of_zeros_is_refused() -> None:
+    model = Attention()
+    with torch.no_grad():
+        model.weight[ROWS["v"]] = 0
+    with pytest.raises(ValueError, match=r"1 matrices are 0, the first is v\.weight, .*: they would stay 0; init"):
+        optimizer_of("adamw", model, implementation="none").begin()

@@ -75,7 +75,10 @@ ALONE: list[tuple[dict[str, Any], str]] = [
         {"zero_optimization": {"zero_hpz_partition_size": 8}},
         r"hpz_partition_size is 8: .*in one partition.*; remove it$",
     ),
-    ({"zero_optimization": {"zero_quantized_weights": True}}, r"quantized_weights is True: .*in one partition .*; remove it$"),
+    (
+        {"zero_optimization": {"zero_quantized_weights": True}},
+        r"weights is True: .*in one partition .*; remove it$",
+    ),
 ]
 
 

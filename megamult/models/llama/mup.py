@@ -26,6 +26,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megamult.models.llama.config import ModelConfig
+from megamult.multipliers.config import MultipliersConfig
+from megamult.optim.config import OptimizerConfig
+from megamult.parameters.roles import resolve
 from megamult.parameters.spec import Role
 
 
@@ -39,26 +42,59 @@ class Mup:
     forward: Mapping[Role, float] = field(default_factory=dict)
     """Constant factors of the matrices in the forward pass."""
 
-    def overrides(self, learned: bool = False) -> dict[str, dict[str, Any]]:
-        """Return the keys of a run's configuration that have these factors, by section.
+    def overrides(
+        self, model: ModelConfig, optimizer: OptimizerConfig, multipliers: MultipliersConfig, learned: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        """Return the keys, by section, with which a run has these factors beside its own settings.
 
         Args:
-            learned: whether the factors of the forward pass are only the initial values of trained multipliers. If not,
-                they are constants.
+            model, optimizer, multipliers: sections of the run. Factors that they have are multiplied by these.
+            learned: whether the factors of the forward pass are only the initial values of trained multipliers, whose
+                learning rates are these factors times the others'. If not, they are constants.
+
+        Raises:
+            ValueError: the run's initial multipliers divide the weights, which those of muP must not.
         """
-        multipliers: dict[str, Any] = {
-            "implementation": "layer",
-            "placement": dict.fromkeys(self.forward, "scalar"),
-            "initial": dict(self.forward),
-            "divide_weights": False,
+        if multipliers.initial and multipliers.divide_weights and self.forward:
+            raise ValueError(
+                "multipliers.initial is given with divide_weights true, and the head's factor of muP must not divide "
+                "its weights: set divide_weights to false and fold the division into init_std_factors"
+            )
+        fixed = {role for role in self.weight_decay if multipliers.norm == "fixed"}
+        scaled = resolve(multipliers.placement) if multipliers.implementation != "none" else {}
+        found: dict[str, dict[str, Any]] = {
+            "model": {"init_std_factors": _product(model.init_std_factors, self.init_std)},
+            "optimizer": {
+                "lr_factors": _product(optimizer.lr_factors, self.lr),
+                "weight_decay_factors": _product(
+                    optimizer.weight_decay_factors, {r: f for r, f in self.weight_decay.items() if r not in fixed}
+                ),
+            },
         }
-        if not learned:
-            multipliers["lr_factors"] = dict.fromkeys(self.forward, 0.0)
-        return {
-            "model": {"init_std_factors": dict(self.init_std)},
-            "optimizer": {"lr_factors": dict(self.lr), "weight_decay_factors": dict(self.weight_decay)},
-            "multipliers": multipliers,
-        }
+        if self.forward:
+            sides = {role: sorted(given) for role, given in scaled.items()}
+            own = {key: dict(getattr(multipliers, key)) for key in ("initial", "lr_factors")}
+            for role, factor in self.forward.items():
+                sides[role] = sorted({*sides.get(role, []), "scalar"})
+                for key, value in (("initial", factor), ("lr_factors", factor if learned else 0.0)):
+                    before = own[key].get(role, {})
+                    apart: dict[str, float] = dict(before) if isinstance(before, dict) else {}
+                    if not isinstance(before, dict):
+                        apart = {side: float(before) for side in scaled.get(role, ())}
+                    own[key][role] = {**apart, "scalar": value * apart.get("scalar", 1.0)}
+            implementation = "layer" if multipliers.implementation == "none" else multipliers.implementation
+            found["multipliers"] = {
+                "implementation": implementation,
+                "placement": sides,
+                "divide_weights": False,
+                **own,
+            }
+        return found
+
+
+def _product(own: Mapping[Role, float], factors: Mapping[Role, float]) -> dict[Role, float]:
+    """Return the product of two mappings of factors. A factor that is absent is 1."""
+    return {role: own.get(role, 1.0) * factors.get(role, 1.0) for role in {**factors, **own}}
 
 
 def mup(sizes: ModelConfig, base: ModelConfig, update_norm: Callable[[int, int], float] | None = None) -> Mup:
