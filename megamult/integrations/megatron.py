@@ -63,6 +63,7 @@ def megatron_rules(config: TransformerConfig, vocab_size: int) -> dict[str, Rule
         r"\blinear_fc2\.weight$": megatron.single_matrix("down", hidden, ffn, 1),
         r"\bword_embeddings\.weight$": vocabulary("embedding"),
         r"\boutput_layer\.weight$": vocabulary("head"),
+        r"\bfinal_layernorm\.weight$": "final_norm",
     }
     if config.add_bias_linear or config.add_qkv_bias:
         rules[r"\blinear_qkv\.bias$"] = megatron.bias_of(qkv)
