@@ -15,9 +15,9 @@ from megamult.runtime.partial import is_being_written
 
 
 class BuildsAhead:
-    """Builder of the index files of epochs. One background process at a time builds them, in the order given to `start`.
+    """Builder of the index files of epochs. One background process at a time builds them, in the order given.
 
-    It is a process, because Megatron's builder holds the interpreter's lock: a thread would make training stop. The
+    A process is used because Megatron's builder holds the interpreter's lock: a thread would make training stop. The
     background process ends when this process ends, even if this process is killed.
     """
 
