@@ -1,6 +1,7 @@
 """Configuration of a run: one section for each part of the program, and the checks that involve several sections.
 
-Sizes are global, never per rank. There are no keys for features that do not work yet.
+Sizes are global, except train.micro_batch_size, which is per data-parallel rank. There are no keys for features that do
+not work yet.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Config:
         )
         require(
             not (train.dtype == "bf16" and self.parallel.zero_stage == 0 and train.accumulation_dtype == "fp32"),
-            "parallel.zero_stage is 0 with train.dtype bf16: DeepSpeed accumulates gradients in bf16 there; use "
-            "parallel.zero_stage 1 to 3, or accept it with train.grad_accum_dtype bf16",
+            "parallel.zero_stage is 0 with train.dtype bf16: DeepSpeed then accumulates gradients in bf16; use "
+            "parallel.zero_stage 1 to 3, or accept this with train.grad_accum_dtype bf16",
         )
         require(
             self.checkpoint.load != "latest" or train.run_dir is not None,
@@ -81,7 +82,7 @@ class Config:
         require(
             not (model.tie_embeddings and of_head),
             f"model.tie_embeddings is true, so the head has no weight of its own, and {', '.join(of_head)} names the "
-            "head: leave it out there, or set tie_embeddings to false",
+            "head: leave the head out of these keys, or set model.tie_embeddings to false",
         )
         of_fixed = [
             f"optimizer.weight_decay_factors.{role}"
@@ -106,16 +107,17 @@ class Config:
         require(
             not (self.parallel.sequence and tensor == 1),
             "parallel.sequence is true with parallel.tensor 1: sequences are sharded over tensor-parallel ranks; set "
-            "it to false, or parallel.tensor above 1",
+            "parallel.sequence to false, or parallel.tensor above 1",
         )
         require(
             train.eval_every == 0 or bool(DataConfig.sources(self.data.valid)),
-            f"train.eval_every is {train.eval_every} and data.valid is not set: give a prefix, or set it to 0",
+            f"train.eval_every is {train.eval_every} and data.valid is not set: set data.valid, or "
+            "set train.eval_every to 0",
         )
         model.check_sharding(tensor, self.parallel.sequence)
 
     def check_world(self, processes: int) -> None:
-        """Check the keys whose values depend on the number of processes.
+        """Check the keys that must fit the number of processes.
 
         Raises:
             ValueError: a key does not fit the number of processes.
@@ -137,7 +139,7 @@ class Config:
         return self.train.global_batch_size // (self.train.micro_batch_size * data_parallel)
 
     def deepspeed_overrides(self) -> dict[str, Any]:
-        """Return the DeepSpeed configuration that the user gave, as a mapping or as a file; empty if there is none.
+        """Return the keys that the user gave in `deepspeed` (a mapping or a file), or {} if `deepspeed` is not set.
 
         Raises:
             ValueError: the file is missing, or it does not contain a JSON object.

@@ -12,8 +12,8 @@ Why = Literal["function", "samples"]
 """Reason why a resumed run must not change a setting.
 
 function: with another value, the checkpoint's weights would compute another function.
-samples: the setting decides which samples come next. It may change only if no sample was trained on before the
-checkpoint."""
+samples: the setting decides which samples come next. It may change only if the run had not trained on any sample
+before the checkpoint."""
 
 _FIXED = "fixed when a run resumes"
 _Default = TypeVar("_Default")
@@ -32,8 +32,8 @@ def fixed(default: _Default, why: Why, *, attribute: str | None = None, note: st
     Args:
         default: default value of the field.
         why: reason why the setting must not change.
-        attribute: attribute of the section that holds the resolved value, if that is not the field itself (null in the
-            field may mean another key's value).
+        attribute: name of the section's attribute with the resolved value, if the field itself does not hold it (null
+            in the field may mean that another key's value is used).
         note: what the setting decides, if its name does not say so; messages show it beside the name.
     """
     return dataclasses.field(default=default, metadata={_FIXED: _Fixed(why, attribute, note)})
@@ -52,7 +52,8 @@ def fixed_values(name: str, section: Any, why: Why) -> dict[str, Any]:
         section: instance of the section's class.
 
     Returns:
-        The resolved value of each setting, by its name in messages, for example "train.seed (the data's order)".
+        A mapping from the name that messages use for a setting, such as "train.seed (the data's order)", to the
+        setting's resolved value.
     """
     found = {}
     for field in dataclasses.fields(section):
@@ -65,7 +66,7 @@ def fixed_values(name: str, section: Any, why: Why) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Key whose values in two configurations differ. A value is ABSENT if that configuration does not have the key."""
+    """Key whose values in two configurations, `mine` and `its`, differ. ABSENT is the value of a missing key."""
 
     key: str
     mine: Any
@@ -92,8 +93,8 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 def run_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten the whole configuration of a run.
 
-    A section `deepspeed` that is not given adds no key. Neither do keys of `optimizer` that are None, such as the
-    sections of update rules that the optimizer does not use."""
+    If the section `deepspeed` is not given, it adds no key. Keys of `optimizer` that are None, such as the sections
+    of update rules that the optimizer does not use, are left out."""
     optimizer = {key: value for key, value in configuration.get("optimizer", {}).items() if value is not None}
     return flat({**configuration, "optimizer": optimizer, "deepspeed": configuration.get("deepspeed") or {}})
 

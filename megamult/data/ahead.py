@@ -15,10 +15,10 @@ from megamult.runtime.partial import is_being_written
 
 
 class BuildsAhead:
-    """Builder of the index files of epochs, in the order in which they are given, in one background process at a time.
+    """Builder of the index files of epochs. One background process at a time builds them, in the order given.
 
-    It uses a process because Megatron's builder holds the interpreter's lock: a thread would make training stop. The
-    background process ends when this process ends, in whatever way.
+    A process is used because Megatron's builder holds the interpreter's lock: a thread would make training stop. The
+    background process ends when this process ends, even if this process is killed.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class BuildsAhead:
         return self._process is not None and self._process.poll() is None
 
     def start(self, epochs: Sequence[tuple[EpochFiles, int]]) -> None:
-        """Start to build the given epochs, except those that an earlier call was given or that exist already.
+        """Start to build the index files of `epochs`, skipping epochs of earlier calls and epochs whose files exist.
 
         `busy` must be False.
         """
@@ -59,9 +59,9 @@ class BuildsAhead:
             )
 
     def wait_for(self, files: EpochFiles, epoch: int) -> None:
-        """Wait until an epoch that is being built now is complete.
+        """Wait until the index files of an epoch are complete, if the background process is writing them now.
 
-        If it is still queued, return at once, because building it in this process is faster.
+        If the epoch is still queued, return at once, because this process can build it sooner.
         """
         path = files.path(epoch)
         while path in self._given and self.busy and not path.exists() and is_being_written(path):

@@ -1,9 +1,10 @@
 """Weighted blend of sources: exact, stateless arithmetic maps each sample of the blend to a sample of a source.
 
 The sources are the leaves of a binary tree, in which each node halves its list of sources. At a node whose left half
-has the share p of the node's weight, ceil(i p) of the first i samples go to the left half and the others to the right.
-So sample i is found in O(log sources) steps without the samples before it. The result never depends on how many samples
-a run asks for. Among the first i samples each source has its share of i to within 1 + log2(sources) samples.
+has the share p of the node's weight, ceil(i p) of the node's first i samples go to the left half, and the others go to
+the right half. So sample i is found in O(log sources) steps, without going through the samples before it. The result
+never depends on how many samples a run asks for. Among the first i samples each source has its share of i to within
+1 + log2(sources) samples.
 """
 
 from __future__ import annotations

@@ -62,13 +62,14 @@ def prepare_corpus(
     """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and OUTPUT.model. Earlier files are replaced at the very end.
 
     If `vocab_size` is given, a tokenizer of this size is trained on the training documents (on a sample of them if the
-    text exceeds 200 MB). If `tokenizer` is given, this model file is used. Each document must decode to itself, and is
-    followed by the end-of-document token. If `valid_fraction` is 0, there is no valid set, and an earlier valid set
-    under the same name is removed. Unfinished files that a killed call left under the same name are removed first.
+    text exceeds 200 MB). If `tokenizer` is given, this model file is used. The token ids of each document must decode
+    to the document's text. An end-of-document token is written after each document. If `valid_fraction` is 0, there is
+    no valid set, and an earlier valid set under the same name is removed. Unfinished files that a killed call left
+    under the same name are removed first.
 
     Raises:
-        ValueError: inputs are bad (the message names the first mistake of each file, with its line), options do not
-            fit, or the tokenizer cannot keep the text.
+        ValueError: an input is bad (the message names the first mistake in each file and its line), an option is wrong,
+            or the tokenizer does not keep the text of a document.
     """
     if (vocab_size is None) == (tokenizer is None):
         raise ValueError(f"vocab_size is {vocab_size} and tokenizer is {tokenizer}: give exactly one of them")
@@ -119,7 +120,7 @@ def prepare_corpus(
 
 
 def _outputs(prefix: Path) -> dict[str, Path]:
-    """Return the path of every file that may be written, by the file's name in the partial folder.
+    """Map the name of each file in the partial folder to the path that the finished file gets.
 
     Stamps come last, because they vouch for the other files.
     """
@@ -146,7 +147,7 @@ def _checked_prefix(output: str | Path, inputs: Sequence[str | Path]) -> Path:
 
 
 def _survey(inputs: Sequence[str | Path], json_key: str) -> tuple[int, int]:
-    """Count the documents and UTF-8 bytes of all inputs. All inputs are read, so that one error names all bad ones."""
+    """Count the documents and UTF-8 bytes of all inputs. All are read, so that the error names every bad input."""
     count = size = 0
     mistakes: list[str] = []
     for path in inputs:

@@ -1,9 +1,10 @@
 """The samples that training reads. They come from weighted sources, and each epoch of a source is a `GPTDataset`.
 
-The order of documents in Megatron's GPTDataset depends on the number of epochs that it covers. If one covered a whole
-run, its order would change when the run gets longer. Here each (source, epoch) is a GPTDataset of exactly one epoch,
-with its own seed. Sample k of a source is then a function of (seed, source, k) only. It does not depend on the source's
-position in a blend, and a run can resume at any sample without the samples before it. Contents identify a source.
+The order of documents in Megatron's GPTDataset depends on the number of epochs that it covers. If one GPTDataset
+covered a whole run, the order would change when the run gets longer. Here each (source, epoch) is a GPTDataset of
+exactly one epoch, with its own seed. Sample k of a source is then a function of (seed, source, k) only. It does not
+depend on the source's position in a blend, and a run can resume at any sample without reading the samples before it.
+A source is identified by the contents of its files, not by their path.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class BlendedDataset:
     sample is padded or masked.
 
     In a distributed run, call `prepare` on all ranks before reading. A single process may skip it. A thread may read
-    prepared samples while another thread prepares others.
+    prepared samples while another thread prepares further samples.
 
     Args:
         sources: (prefix of .bin and .idx, positive weight) of each source. Weights are relative.
@@ -65,9 +66,9 @@ class BlendedDataset:
             raise ValueError(f"seq_length is {seq_length}: give at least 1 token")
         self._weights = [float(weight) for _, weight in sources]
         self.blend = Blend(self._weights)
-        self._origin = 0  # global sample with which the present blend began
-        self._first = [0] * len(sources)  # sample of each source with which the present blend began
-        self._left: dict[str, int] = {}  # next sample of each source that only earlier blends had
+        self._origin = 0  # the present blend began with this global sample
+        self._first = [0] * len(sources)  # for each source, its next sample when the present blend began
+        self._left: dict[str, int] = {}  # source that only earlier blends had -> its next sample
         found = described or {prefix: describe(prefix, tokenizer) for prefix, _ in sources}
         each = [found[prefix] for prefix, _ in sources]
         self._names = Names.fresh([one.identity for one in each])
@@ -93,7 +94,7 @@ class BlendedDataset:
 
         Args:
             end: sample before which the run will end. If given, the index files of each source's next epoch are built
-                in the background; otherwise each is built when it is needed.
+                in the background; otherwise they are built when they are needed.
 
         Raises:
             RuntimeError: rank 0's index files do not appear on this rank (cache_dir is not shared).
@@ -159,7 +160,7 @@ class BlendedDataset:
             ValueError: the sample holds a token id outside the tokenizer's vocabulary.
         """
         if i < self._origin:
-            raise IndexError(f"sample {i} does not exist: samples count from {self._origin}")
+            raise IndexError(f"sample {i} does not exist: the present blend begins with sample {self._origin}")
         position, k = self.blend.locate(i - self._origin)
         return self._sources[position].sample(self._first[position] + k)
 
@@ -168,7 +169,7 @@ class BlendedDataset:
         return [first + count for first, count in zip(self._first, self.blend.counts(i - self._origin), strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state with which a run continues with every source's next sample.
+        """Return the state from which a resumed run continues with the next sample of every source.
 
         A checkpoint stores this state and the number of samples that the run has consumed.
         """
@@ -184,11 +185,11 @@ class BlendedDataset:
         """Continue the run that saved `state`, from global sample `samples` on. Call this before preparing or reading.
 
         If the sources and weights are the same, the blend continues. Otherwise a new blend begins at this sample. In
-        it, each source that the run had continues with its next sample, and each new source begins with its first one.
+        the new blend, sources from before continue with their next sample, and new sources begin with their first.
 
         Returns:
-            Lines for the user: which sources are new to the run, how many are left out from here on, and whether the
-            checkpoint lacks digests, as older ones do.
+            Lines for the user: which sources are new to the run, how many of its earlier sources are left out from here
+            on, and whether the checkpoint lacks digests (checkpoints of older versions do).
         """
         saved = state["sources"]
         known = [*(each["source"] for each in saved), *state["left"]]
@@ -258,7 +259,7 @@ class _Source:
         self.draw_as(twin)
 
     def draw_as(self, twin: int) -> None:
-        """Set this source's number among those that share an `Identity.order`. Each number gives another shuffle."""
+        """Set this source's twin number (see `megamult.data.names`). Each twin number gives another shuffle."""
         order, contents = self.identity.order, self.identity.contents
         key = repr((order, contents, self._tokenizer.sha256, self._seq_length, self._seed, twin))
         self.epochs = EpochFiles(

@@ -1,4 +1,4 @@
-"""Descriptions of a run's sources, which every rank needs and one rank of each node reads."""
+"""Descriptions of a run's sources. One rank of each node makes them from the files, and every rank needs them."""
 
 from __future__ import annotations
 
@@ -64,11 +64,12 @@ def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Des
 def validate_all(
     prefixes: Sequence[str], tokenizer: Tokenizer, share: tuple[int, int], note: Callable[[int], None] = lambda n: None
 ) -> None:
-    """Read every byte of each source, and compare checksums if the source has a stamp.
+    """Read this rank's share of all bytes of the sources, and compare checksums of sources that have a stamp.
 
     Args:
-        share: (k, n) for the share of rank k of n in this work.
-        note: function that is called every few seconds with the number of pieces checked so far, if it has grown.
+        share: (k, n) if this is rank k of the n ranks that divide the work.
+        note: function that is called every few seconds with the number of pieces checked so far, if that number has
+            grown.
 
     Raises:
         ValueError: `validate_indexed` failed. One message lists the mistakes of all sources.
@@ -95,7 +96,7 @@ def validate_all(
 def _each(
     check: Callable[[str], _Result], prefixes: Sequence[str], waiting: Callable[[], None] = lambda: None
 ) -> dict[str, _Result]:
-    """Run `check` on each source in several threads, and call `waiting` every few seconds until all have ended."""
+    """Run `check` on each source in several threads, and call `waiting` every few seconds until all checks end."""
     found: dict[str, _Result] = {}
     mistakes: list[str] = []
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -113,7 +114,7 @@ def _each(
 
 
 def unchecked(described: Sequence[Described], full: bool) -> str | None:
-    """Return a line that says what could not be checked because stamps are missing, or None if none is missing.
+    """Return a line that says what could not be checked because stamps are missing, or None if every source has one.
 
     Args:
         full: whether `validate_all` checks every token id.

@@ -95,7 +95,7 @@ def _json_documents(path: str, lines: Iterable[tuple[int, str]], json_key: str) 
     for number, line in lines:
         where = f"{path}, line {number}"
         if not line.strip():
-            raise ValueError(f"{where}: the line is blank, but every line holds one JSON object: delete it")
+            raise ValueError(f"{where}: the line is blank, but every line must hold one JSON object: delete it")
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -62,7 +62,7 @@ def encode_in_order(
         for document in documents:
             yield encode_document(document, tokenizer)
         return
-    resource_tracker.ensure_running()  # its start unblocks signals
+    resource_tracker.ensure_running()  # start it now, because its start would unblock the signals that are held below
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(str(model_path),)
     )
@@ -97,10 +97,10 @@ _ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold back signals that end the program until the context is left.
+    """Hold back the signals that end the program, until the context is left.
 
-    `submit` may start a worker. If a signal's exception interrupted it before the worker had been sent its arguments,
-    the worker would print a traceback.
+    `submit` may start a worker. If a signal's exception interrupted `submit` before the worker had been sent its
+    arguments, the worker would print a traceback.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
@@ -114,7 +114,8 @@ def _start_worker(model_path: str) -> None:
     # Ctrl-C and a hang-up of the terminal reach the whole process group. Only the parent acts on them and cleans up.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # blocked since `_signals_held`
+    # These signals are blocked here, because a worker inherits the mask of `_signals_held`.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker_tokenizer = Tokenizer(model_path)
 

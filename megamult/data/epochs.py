@@ -1,8 +1,8 @@
 """Epochs of a source: Megatron's `GPTDataset` of each epoch, and the index files that fix the order of its samples.
 
 As a program (`python -m megamult.data.epochs DESCRIPTOR`), this module reads descriptions of epochs from the open file
-DESCRIPTOR, one JSON object per line, and builds the index files of these epochs. The program ends when its standard
-input closes. `megamult.data.ahead` starts it.
+descriptor DESCRIPTOR (a number), one JSON object per line, and builds the index files of these epochs. The program
+ends when its standard input closes. `megamult.data.ahead` starts it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ MOST_DOCUMENTS = 2**31 - 1
 """Maximum number of documents of a source: Megatron's builder of sample indices numbers them by 32-bit integers."""
 
 # Megatron zeroes and masks tokens that equal its padding id, which is -1 by default. A damaged corpus may contain -1,
-# and the damage would then stay unseen. The types in which launch/prepare_data.py writes tokens cannot hold this value.
+# and the damage would then stay unseen. So the padding id is set to a value that no token can have: it does not fit the
+# types in which launch/prepare_data.py writes tokens.
 _NO_PADDING = -(1 << 40)
 
 
@@ -101,7 +102,7 @@ class EpochFiles:
             config = GPTDatasetConfig(
                 random_seed=splitmix(*self.seed, epoch) >> 32,  # numpy's RandomState takes 32 bits
                 sequence_length=self.seq_length,
-                # With None the config would switch to mock data. The dataset below gets its data from `indexed`.
+                # With blend=None the config would switch to mock data. The dataset below gets its data from `indexed`.
                 blend=([self.prefix], None),
                 split="1,0,0",
                 path_to_cache=str(directory),
@@ -111,7 +112,7 @@ class EpochFiles:
                 eod_mask_loss=False,
                 create_attention_mask=False,
             )
-            # The name enters the cache key. It is a digest, because a path may move or be spelled in two ways.
+            # The name enters the cache key. It is a digest, because files may move, and a path has several spellings.
             dataset = GPTDataset(indexed, self.name, documents, None, Split.train, config)
         assert dataset._pad_token_id < 0, dataset._pad_token_id
         dataset._pad_token_id = _NO_PADDING
@@ -167,7 +168,7 @@ def _main() -> None:
         for files, epoch in work:
             files.build(epoch)
     except Exception as error:
-        # The run that started this process shows the last line of its standard error in a warning.
+        # The run that started this process shows the last line of this process's standard error in a warning.
         print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -1,7 +1,7 @@
 """Formats of input files, recognized by their first bytes: JSON lines, plain text, and formats to convert before use.
 
-A file's name counts only if its content fits several formats. Then a `.jsonl` file without JSON is an error, and a
-`.csv` or `.json` file is not taken for plain text.
+A file's name counts only if its content fits several formats. For example, a file that could be plain text is read as
+JSON lines if its name ends in `.jsonl`, and refused if its name ends in `.csv` or `.json`.
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ class Identity:
     """Digests that distinguish a corpus from others.
 
     Attributes:
-        order: digest of the sizes of the files and of the positions at which up to 65,536 evenly spaced documents
-            start. It seeds the order of a run's samples. It does not depend on the text: corpora whose documents have
-            the same lengths share it.
-        contents: digest of the size of each file and of 16 evenly spaced blocks of 4 KiB from it, which hold token ids.
-            A run that resumes recognizes its sources by it.
+        order: digest of the token type, the numbers of tokens and documents, and the positions where up to 65,536
+            evenly spaced documents start. It seeds the order of a run's samples. It does not depend on the text:
+            corpora whose documents have the same lengths share it.
+        contents: digest of the token type, the numbers of tokens and documents, and 16 evenly spaced blocks of 4 KiB of
+            each file, so it depends on token ids too. A resumed run recognizes its sources by this digest.
     """
 
     order: str

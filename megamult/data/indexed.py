@@ -63,7 +63,10 @@ class IndexedFiles:
         return self._table("<i8", self.sequences, 4 * self.sequences)
 
     def bounds(self) -> np.ndarray:
-        """Return the number of sequences before each document, then of all, i64[documents + 1], memory-mapped."""
+        """Return the number of sequences before each document, and at the end the number of all sequences.
+
+        The result is i64[documents + 1], memory-mapped.
+        """
         return self._table("<i8", self.documents + 1, 12 * self.sequences)
 
     def _table(self, dtype: str, count: int, at: int) -> np.ndarray:
@@ -106,8 +109,8 @@ def read_index(prefix: str | Path) -> IndexedFiles:
     _, version, code, sequences, bounds = _HEADER.unpack(header)
     if version != 1 or code not in _TOKEN_TYPES:
         raise ValueError(
-            f"{idx} has version {version} and token type code {code}, but version 1 and an integer type "
-            f"({', '.join(map(str, _TOKEN_TYPES))}) are read: {_REMEDY}"
+            f"{idx} has version {version} and token type code {code}, but must have version 1 and the code of an "
+            f"integer type ({', '.join(map(str, _TOKEN_TYPES))}): {_REMEDY}"
         )
     if size < _HEADER.size + 12 * sequences + 8 * bounds:
         raise ValueError(
@@ -132,7 +135,7 @@ def read_index(prefix: str | Path) -> IndexedFiles:
     if actual != expected:
         raise ValueError(
             f"{bin_} has {actual} bytes, but {idx} describes {expected}: the file is "
-            f"{'cut off' if actual < expected else 'longer than its index or belongs to another one'}: "
+            f"{'cut off' if actual < expected else 'longer than its index says, or belongs to another index'}: "
             f"{_REMEDY}"
         )
     return replace(files, tokens=expected // itemsize)
@@ -189,7 +192,8 @@ def check_ids(files: IndexedFiles, vocab_size: int, start: int, ids: np.ndarray)
         return
     position = start + int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
     byte = position * np.dtype(files.dtype).itemsize
-    # The token is in the last sequence that starts at or before it. An empty sequence has its successor's pointer.
+    # The token is in the last sequence that starts at or before it. This sequence is not empty, because an empty one
+    # starts where its successor starts.
     sequence = int(np.searchsorted(files.pointers(), byte, side="right")) - 1
     raise ValueError(
         f"{files.bin}: token id {int(ids[position - start])} at token {position} (document {sequence}) "

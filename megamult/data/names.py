@@ -3,7 +3,7 @@
 A name is the source's `Identity.order` and its twin number. Several sources can share an `Identity.order` (the same
 corpus given twice, or corpora whose documents have the same lengths). Their twin numbers differ, so that each of them
 shuffles differently. When sources are first used, their twin numbers follow their positions in the blend. From then on
-a twin number belongs to the contents of its source.
+a source with the same contents keeps its twin number, whatever its position.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Names:
                 the checkpoint.
 
         Returns:
-            Names in which each source has the name that the run has used for the source's contents. If the contents of
-            a known name are unknown, `Identity.order` decides. A new source gets a number that no other source has had.
+            Names in which each source has the name that the run has used for the source's contents. If `contents` lacks
+            a known name, `Identity.order` decides. A new source gets a number that no other source has had.
         """
         taken: dict[int, str] = {}
         for sure in (True, False):

@@ -24,10 +24,10 @@ class PositionedReader:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (see above)
 
     def read(self, dtype: type[np.number[Any]], count: int, offset: int) -> np.ndarray:
-        """Read `count` items, of which the first begins at byte `offset`.
+        """Read `count` items, starting at byte `offset`.
 
         Raises:
-            ValueError: the file ends before the last of them.
+            ValueError: the file ends before the end of the last item.
             OSError: the file cannot be read.
         """
         found = np.empty(count, dtype)
@@ -38,7 +38,7 @@ class PositionedReader:
                 size = os.fstat(self._file.fileno()).st_size
                 raise ValueError(
                     f"{self._file.name} has {size} bytes, and the run reads up to byte {int(offset) + found.nbytes}, "
-                    "which was there when it began. It has been cut off: copy it again, and go on from the last "
+                    "so the file has been cut off since the run began: copy the file again, and resume from the last "
                     "checkpoint"
                 )
             done += read

@@ -11,10 +11,10 @@ _SEED = 20240229
 
 @dataclass(frozen=True)
 class ValidSplit:
-    """Choice of validation documents: `documents` is cut into `valid` equal ranges, and a hash picks one of each.
+    """Choice of validation documents: the corpus is cut into `valid` equal ranges, and a hash picks a document of each.
 
-    Because of the ranges, the valid set covers the corpus evenly. Because of the hash, a period in the corpus does not
-    bias the choice. The choice depends only on the two counts, so all processes make the same one.
+    Because of the ranges, the valid set covers the corpus evenly. Because of the hash, a periodic order of documents
+    does not bias the choice. The choice depends only on `documents` and `valid`, so it is the same in all processes.
     """
 
     documents: int

@@ -46,8 +46,8 @@ def interruptible() -> Iterator[None]:
 def whole_or_nothing() -> Iterator[None]:
     """Run a program that must write nothing unless it succeeds, and exit with the code of its failure if it fails.
 
-    ValueError and OSError count as the user's mistake (exit code 2). On Ctrl-C (130), SIGTERM (143) and SIGHUP, which
-    the end of the terminal sends (129), the program cleans up before it exits.
+    ValueError and OSError count as the user's mistake (exit code 2). On Ctrl-C, SIGTERM and SIGHUP (sent when
+    the terminal closes), the program cleans up and exits with code 130, 143 or 129.
     """
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup makes programs ignore it

@@ -25,7 +25,8 @@ CONNECT_SECONDS = 60.0
 class Deadlines:
     """Deadlines of the watchdog in seconds without progress, all within the run's timeout.
 
-    A stopped process can only be ended by another rank on its host. If there is none, it is left to the launcher."""
+    A stopped process can only be ended by another rank on its host. If it is the only rank there, the launcher must end
+    the process."""
 
     timeout: float
 
@@ -41,18 +42,18 @@ class Deadlines:
 
     @property
     def alone(self) -> float:
-        """Seconds without progress after which a rank ends without a verdict of rank 0. The rank asked rank 0 at `ask`,
-        and has then waited for twice `answer`."""
+        """Seconds without progress after which a rank ends without a verdict of rank 0. It has then waited
+        for 2 x `answer` seconds since it asked rank 0."""
         return self.timeout - self.answer
 
 
 _SETTLE_SECONDS = 0.5
-"""Seconds from the first report of a death to the verdict. Ranks that die as a consequence of another rank's death may
-report earlier than that rank."""
+"""Seconds from the first report of a death to the verdict: if a rank's death made other ranks die, the reports of their
+deaths may come first."""
 
 LEFT_SECONDS = 10.0
-"""Seconds that the other ranks have to leave after one rank left with an error. Then those that have not left are
-ended."""
+"""Seconds within which the other ranks must leave after one rank has left with an error. Ranks that have not left by
+then are ended."""
 
 
 @dataclass
@@ -160,7 +161,7 @@ class Hub:
     def _left_early(self, peer: Peer) -> None:
         remaining = [number for number, each in self._ranks.items() if not each.left]
         if remaining:
-            self._end(f"{peer} ended with an error, and rank {ranges(remaining)} did not", [peer.rank], [])
+            self._end(f"{peer} ended with an error, and rank {ranges(remaining)} did not end", [peer.rank], [])
 
     def _absentees(self) -> None:
         if self._absent:
@@ -174,7 +175,7 @@ class Hub:
         peers = {number: each.peer for number, each in self._ranks.items()}
         why, guilty = verdict.died(self._lost, self._failed, peers, self._progress.place)
         for number in guilty:
-            if number != 0 and number in self._failed:  # rank 0's main thread prints its error
+            if number != 0 and number in self._failed:  # rank 0's main thread prints its own error
                 print(f"{self._ranks[number].peer}:\n{self._failed[number]}", end="", file=sys.stderr)
         self._end(why, guilty, [])
 

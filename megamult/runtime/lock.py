@@ -22,11 +22,11 @@ from megamult.runtime.console import say_error
 LOCK = "lock"
 
 PATIENCE_SECONDS = 120.0
-"""Seconds to wait for an earlier start of the run. It may still be saving, or its node is dead and the file server has
-not noticed that yet."""
+"""Seconds to wait until an earlier start of the run releases the lock. It may still be saving, or its node may be dead
+without the file server having noticed yet."""
 
 BEAT_SECONDS = 3.0
-"""Seconds between the writes to the lock by which its holder shows that it is alive."""
+"""Seconds between two writes of the holder to the lock file, which show that the holder is alive."""
 
 LOOKS = 120
 """Number of reads of the lock that must all find it unchanged before a holder on another node counts as dead.
@@ -39,9 +39,9 @@ LOOK_SECONDS = 1.0
 """Seconds between two reads of the lock."""
 
 SETTLE_SECONDS = 1.0
-"""Seconds after which a run that has taken over a dead run's lock reads it again. If several runs have taken it over,
-the last to write has it. If the holder removed the file after this run had opened it, the name now belongs to another
-file."""
+"""Seconds after which a run that has taken over a dead run's lock reads the lock again. If several runs have taken it
+over, the last one to write holds it. If the earlier holder removed the file after this run had opened it, the path now
+leads to another file or to none."""
 
 
 class RunLock:
@@ -220,8 +220,8 @@ def _flock(descriptor: int, insist: bool) -> bool | None:
 
 
 def _read(path: Path) -> str:
-    """Return the text of the lock file, or "" if there is no file. Opening it anew shows its present text on every file
-    system."""
+    """Return the text of the lock file, or "" if there is no file. The file is opened anew, because this shows its
+    present text on every file system."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -237,7 +237,7 @@ def _record(text: str) -> dict[str, Any]:
 
 
 def _is_here(text: str) -> bool:
-    """Return whether the record's process ran on this node, whose kernel then knows that process's flock.
+    """Return whether the record's process ran on this node. If so, this node's kernel knows of that process's flock.
 
     A record of an older version does not have the key `machine`. For such a record the host's name decides."""
     found = _record(text)
@@ -247,7 +247,7 @@ def _is_here(text: str) -> bool:
 
 
 def _holder(text: str) -> str:
-    """Return a description for messages of the process that holds the lock."""
+    """Describe the process that holds the lock, for use in messages."""
     found = _record(text)
     if not found:
         return "an unknown process"

@@ -1,4 +1,7 @@
-"""Logs of ranks: one file for each rank, and rank 0's output also on the screen. Marks show which ranks were killed."""
+"""Logs of ranks: one file for each rank, and rank 0's output also on the screen.
+
+A file rank_N.running exists while rank N runs, and stays if the rank is killed.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class _Patient(io.TextIOBase):
 
 
 class _Both(io.TextIOBase):
-    """Stream to both the screen and a file. Text that redraws a line (a progress bar) goes to the screen only."""
+    """Stream to both the screen and a file. Text that redraws a line, like a progress bar, goes to the screen only."""
 
     def __init__(self, screen: IO[str], file: IO[str]) -> None:
         self._screen, self._file = screen, _Patient(file)
@@ -99,8 +102,8 @@ class RankLog:
     def open(self, folder: Path) -> None:
         """Append all output from now on to `folder`/rank_N.log.
 
-        The file `folder`/rank_N.running, the mark, names this process and exists while it lives. A killed process
-        leaves its mark behind, from which the next start of the run can tell who was killed.
+        The file `folder`/rank_N.running is the mark of this process: it names the process, and exists while the process
+        lives. A killed process leaves its mark behind, so the next start of the run can tell which ranks were killed.
 
         Raises:
             OSError: a file cannot be written.
@@ -143,7 +146,7 @@ class RankLog:
 
 
 _RUNNING = ".running"
-"""Suffix of the marks that :meth:`RankLog.open` writes."""
+"""Suffix of the files that killed processes leave behind (see :meth:`RankLog.open`)."""
 
 
 def left_without_a_word(folder: Path) -> list[str]:

@@ -92,7 +92,9 @@ def _escaped(name: str) -> str:
 def _dead_owner(folder: Path) -> str | None:
     """Return a description of the dead process that a folder belonged to, or None if the process is not known to be
     dead."""
-    doubt = f"{folder} is unfinished, and this process cannot tell whether its writer still runs: remove it if not"
+    doubt = (
+        f"{folder} is unfinished, and this process cannot tell whether its writer still runs: remove the folder if not"
+    )
     try:
         with open(folder / _OWNER, "r+", encoding="utf-8") as file:
             free = _lock(file)
@@ -101,7 +103,7 @@ def _dead_owner(folder: Path) -> str | None:
             owner = json.loads(file.read())
             machine, host, process = owner["machine"], owner["host"], owner["process"]
     except (OSError, ValueError, KeyError, TypeError):
-        # The folder has no record: it was made a moment ago, or by a version that wrote none.
+        # The folder has no record: it was made a moment ago, or an older version of megamult made it.
         print(doubt, file=sys.stderr)
         return None
     if free and machine == environment.machine():

@@ -24,7 +24,7 @@ _ABANDONED = 255
 
 SAME_REQUEST_SECONDS = 5.0
 """Seconds after the first signal within which further signals belong to the same request: a scheduler sends a signal to
-every process of a job, and launchers pass the one that they get on to their ranks."""
+every process of a job, and launchers also pass it on to their ranks."""
 
 
 class StopRequests:
@@ -52,7 +52,8 @@ class StopRequests:
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         # If SIGINT is ignored, as in a script's background jobs, it stays ignored. A scheduler's signals are received
-        # even if they are ignored now: a launcher that must survive them is started that way, and its ranks inherit it.
+        # even if they are ignored now: a launcher that must survive them is started with them ignored, and its
+        # ranks inherit this.
         ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         heard = [number for number in SIGNALS if number != signal.SIGINT or not ignored]
         self._before = {number: signal.signal(number, lambda *_: None) for number in heard}
@@ -98,8 +99,8 @@ class StopRequests:
                     if environment.rank() == 0 and number != _ABANDONED:
                         name = signal.Signals(number).name
                         print(
-                            f"{name}: saving at the next step boundary; another one after {SAME_REQUEST_SECONDS:.0f} s "
-                            "ends this process at once",
+                            f"{name}: saving at the next step boundary; another signal more than "
+                            f"{SAME_REQUEST_SECONDS:.0f} s from now ends this process at once",
                             file=sys.stderr,
                             flush=True,
                         )

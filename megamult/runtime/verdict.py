@@ -33,9 +33,9 @@ def died(
     """Return one line that says which rank's death ended the run, and the numbers of the ranks at fault.
 
     Args:
-        lost: ranks whose connections closed without a last message, as those of killed processes do, in the order of
-            closing. If there are any, errors that other ranks report count as consequences.
-        failed: traceback of each rank that reported an error, by rank, in the order of the reports.
+        lost: ranks whose connections closed without a last message (as happens when a process is killed), in the order
+            of closing. If there are any, errors that other ranks report count as consequences.
+        failed: mapping from each rank that reported an error to its traceback, in the order of the reports.
         peers: all ranks, by number.
         here: rank 0's own place.
     """
@@ -62,8 +62,8 @@ def late(peers: Sequence[Peer]) -> list[Peer]:
 
 
 def stands_still(peers: Sequence[Peer], seconds: float, timeout: float) -> tuple[str, str]:
-    """Return (line, text). The line names the late ranks. The text shows the place and the stack of every rank, and
-    groups ranks that have the same.
+    """Return (line, text). The line names the late ranks. The text shows the place and the stack of every rank; ranks
+    with the same place and stack share one entry.
 
     Args:
         seconds: seconds since any rank last made progress.

@@ -1,8 +1,9 @@
 """Watchdog of a run: if a rank dies or is stalled, it ends the run on all ranks, with a message that names that rank.
 
 A thread of every rank keeps one TCP connection to rank 0, independent of the collectives, which may hang. When a
-process dies, its connection closes, so rank 0 knows at once, under any launcher and backend. A rank without progress
-for too long tells rank 0, which then asks all ranks for their stacks. Every rank reports its place every ten seconds.
+process dies, its connection closes, so rank 0 knows at once, under any launcher and backend. A rank that makes no
+progress for too long tells rank 0, which then asks all ranks for their stacks. Every rank reports its place every ten
+seconds.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ class Watchdog:
         if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
             self._tell({"bye": int(error is not None)})
             # All ranks leave together, because a connection that closes looks like a death. If this rank leaves with an
-            # error and others do not, it waits until rank 0 has ended the others. If it leaves without an error and
-            # hangs here, `_clock`, which still runs, ends the process.
+            # error and others stay, it waits until rank 0 has ended the others. If it leaves without an error and hangs
+            # here, `_clock`, which still runs, ends the process.
             alone = LEFT_SECONDS + 2 * _LEAVE_SECONDS
             self._done.wait(alone if error is not None else self._deadlines.timeout + _LEAVE_SECONDS)
             self._thread.join(_LEAVE_SECONDS if not self._guilty else 0.0)
@@ -94,7 +95,7 @@ class Watchdog:
         text = "".join(traceback.format_exception(kind, error, trace))
         self._tell({"failed": text[-_TRACEBACK_CHARACTERS:], "place": vars(self.progress.place)})
         if self._done.wait(_LEAVE_SECONDS) and self._rank not in self._guilty:
-            # This rank failed because another rank had failed. The thread says so and ends the process.
+            # This rank failed because another rank had failed. The watchdog's thread says so and ends the process.
             self._thread.join()
         print(text, end="", file=sys.stderr, flush=True)
         self._log.ended()
@@ -119,7 +120,7 @@ class Watchdog:
     def _restore_signals(self) -> None:
         if self._sigterm_before == signal.SIG_IGN:
             return
-        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # if it is ignored, StopRequests has handled one
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # if ignored, StopRequests has received one
             signal.signal(signal.SIGTERM, self._sigterm_before)
         signal.set_wakeup_fd(self._wakeup_before)
         for end in (self._reader, self._writer):
@@ -240,7 +241,8 @@ class Watchdog:
 def _address(meeting: Meeting) -> str:
     """Return the address of rank 0's host.
 
-    It is the address of the rendezvous, unless torchrun's agent serves that and may be on another node."""
+    It is MASTER_ADDR, unless torchrun's agent serves the rendezvous and the run has several nodes: MASTER_ADDR is then
+    the agent's host, which may be another one."""
     elsewhere = environment.has_agent_store() and len(set(meeting.machines)) > 1
     return socket.getfqdn() if elsewhere else os.environ["MASTER_ADDR"]
 
