@@ -28,7 +28,6 @@ from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.specs import LEAVES
 from megamult.optim.fixed_norm import NORM
 from megamult.optim.two_phase import TwoPhaseOptimizer
-from megamult.parameters.roles import Placement, resolve
 from megamult.settings import Why, fixed_keys, fixed_values
 from megamult.zero.partition import Partition
 
@@ -157,8 +156,8 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
             "reads no other kind yet, so this model can be imported and exported, but not trained with its own "
             "tokenizer, and with another one its token ids would mean other texts"
         )
-    here = _placement(config.multipliers)
-    for role, sides in _placement(multipliers).items():
+    here = config.multipliers.sides
+    for role, sides in multipliers.sides.items():
         lost = sorted(sides - here.get(role, frozenset()))
         if lost:
             found.append(f"multipliers.placement gives {role} no {' and '.join(lost)}, which the checkpoint has")
@@ -190,10 +189,6 @@ def _fixed_sections(configuration: Mapping[str, Any]) -> dict[str, Any]:
         if keys and name not in sections:
             sections[name] = section(**{key: value for key, value in configuration[name].items() if key in keys})
     return sections
-
-
-def _placement(multipliers: MultipliersConfig) -> Placement:
-    return {} if multipliers.implementation == "none" else resolve(multipliers.placement)
 
 
 def restore(

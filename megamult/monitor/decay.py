@@ -10,7 +10,6 @@ from megamult.monitor.symmetries import redundant_pairs
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
 from megamult.optim.schedule import lr_factor
-from megamult.parameters.roles import resolve
 
 _INERT = 0.1
 """Largest sum over the run of learning rate x decay that counts as no decay. It shrinks the logarithm of a ratio of two
@@ -31,7 +30,7 @@ def decay_warnings(optimizer: OptimizerConfig, multipliers: MultipliersConfig, s
     found = []
     lr, decay = optimizer.lr if multipliers.lr is None else multipliers.lr, multipliers.weight_decay
     of_multipliers = float(steps) if multipliers.schedule == "constant" else at_peak
-    pairs = [] if multipliers.implementation == "none" else redundant_pairs(dict(resolve(multipliers.placement)))
+    pairs = redundant_pairs(multipliers.sides)
     if pairs and 0 < lr * decay * of_multipliers < _INERT:
         found.append(
             f"multipliers.weight_decay {decay:g} does nothing in this run: it moves ln|multiplier| by "

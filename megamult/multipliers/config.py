@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from megamult.parameters.by_role import BySide, resolve_by_side
 from megamult.parameters.initial import Initial
-from megamult.parameters.roles import resolve
+from megamult.parameters.roles import Placement, resolve
 from megamult.parameters.spec import Role, Side
 from megamult.validation import not_negative, positive, require
 
@@ -72,6 +72,11 @@ class MultipliersConfig:
         for key, value in given.items():
             initial = key == "initial"
             resolve_by_side(f"multipliers.{key}", value, placement, positive=initial, apart=initial)
+
+    @property
+    def sides(self) -> Placement:
+        """Sides on which the run has multipliers, by role; empty if it has none."""
+        return {} if self.implementation == "none" else resolve(self.placement)
 
     def by_side(self, key: Literal["lr_factors", "weight_decay_factors", "initial"]) -> dict[tuple[Role, Side], float]:
         """Return the numbers under one of these keys, by (role, side)."""

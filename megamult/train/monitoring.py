@@ -23,7 +23,6 @@ from megamult.monitor.vectors import Vectors
 from megamult.monitor.weights import Weights
 from megamult.optim.schedule import lr_factor
 from megamult.optim.two_phase import TwoPhaseOptimizer
-from megamult.parameters.roles import resolve
 from megamult.zero.partition import Partition
 
 
@@ -150,9 +149,7 @@ class RunMonitor:
         config, steps = self._config.optimizer, self._config.train.steps
         groups = {group["kind"]: group for group in self._optimizer.param_groups}
         initial = architecture_of(self._config.model).standard_deviations(self._config.model) if drawn else {}
-        start, placement = self._config.multipliers.initial_values(), resolve(self._config.multipliers.placement)
-        if self._config.multipliers.implementation == "none":
-            placement = {}
+        start, sides = self._config.multipliers.initial_values(), self._config.multipliers.sides
         equilibria: dict[str, float] = {}
         trajectories: dict[str, Trajectory] = {}
         for cut in partition.cuts:
@@ -167,7 +164,7 @@ class RunMonitor:
                 equilibria[part.role] = equilibrium_rms(peak, decay, size)
                 if part.role in initial:
                     lr_of = functools.partial(_lr, peak, steps, config)
-                    drawn_rms = initial[part.role] * start.weight_factor(part.role, placement)
+                    drawn_rms = initial[part.role] * start.weight_factor(part.role, sides)
                     trajectories[part.role] = Trajectory(drawn_rms, lr_of, decay, size)
         return equilibria, trajectories
 

@@ -28,8 +28,7 @@ from typing import Any
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
-from megamult.parameters.roles import resolve
-from megamult.parameters.spec import Role
+from megamult.parameters.spec import Role, Side
 
 
 @dataclass(frozen=True)
@@ -60,34 +59,27 @@ class Mup:
                 "multipliers.initial is given with divide_weights true, and the head's factor of muP must not divide "
                 "its weights: set divide_weights to false and fold the division into init_std_factors"
             )
-        fixed = {role for role in self.weight_decay if multipliers.norm == "fixed"}
-        scaled = resolve(multipliers.placement) if multipliers.implementation != "none" else {}
+        decay = {} if multipliers.norm == "fixed" else self.weight_decay
         found: dict[str, dict[str, Any]] = {
             "model": {"init_std_factors": _product(model.init_std_factors, self.init_std)},
             "optimizer": {
                 "lr_factors": _product(optimizer.lr_factors, self.lr),
-                "weight_decay_factors": _product(
-                    optimizer.weight_decay_factors, {r: f for r, f in self.weight_decay.items() if r not in fixed}
-                ),
+                "weight_decay_factors": _product(optimizer.weight_decay_factors, decay),
             },
         }
         if self.forward:
-            sides = {role: sorted(given) for role, given in scaled.items()}
-            own = {key: dict(getattr(multipliers, key)) for key in ("initial", "lr_factors")}
+            sides = {role: set(given) for role, given in multipliers.sides.items()}
+            initial, rates = multipliers.by_side("initial"), multipliers.by_side("lr_factors")
             for role, factor in self.forward.items():
-                sides[role] = sorted({*sides.get(role, []), "scalar"})
-                for key, value in (("initial", factor), ("lr_factors", factor if learned else 0.0)):
-                    before = own[key].get(role, {})
-                    apart: dict[str, float] = dict(before) if isinstance(before, dict) else {}
-                    if not isinstance(before, dict):
-                        apart = {side: float(before) for side in scaled.get(role, ())}
-                    own[key][role] = {**apart, "scalar": value * apart.get("scalar", 1.0)}
-            implementation = "layer" if multipliers.implementation == "none" else multipliers.implementation
+                sides.setdefault(role, set()).add("scalar")
+                initial[role, "scalar"] = factor * initial.get((role, "scalar"), 1.0)
+                rates[role, "scalar"] = factor * rates.get((role, "scalar"), 1.0) if learned else 0.0
             found["multipliers"] = {
-                "implementation": implementation,
-                "placement": sides,
+                "implementation": "layer" if multipliers.implementation == "none" else multipliers.implementation,
+                "placement": {role: sorted(given) for role, given in sides.items()},
                 "divide_weights": False,
-                **own,
+                "initial": _nested(initial),
+                "lr_factors": _nested(rates),
             }
         return found
 
@@ -95,6 +87,14 @@ class Mup:
 def _product(own: Mapping[Role, float], factors: Mapping[Role, float]) -> dict[Role, float]:
     """Return the product of two mappings of factors. A factor that is absent is 1."""
     return {role: own.get(role, 1.0) * factors.get(role, 1.0) for role in {**factors, **own}}
+
+
+def _nested(values: Mapping[tuple[Role, Side], float]) -> dict[Role, dict[Side, float]]:
+    """Return numbers by (role, side) as the configuration has them: by role, then by side."""
+    found: dict[Role, dict[Side, float]] = {}
+    for (role, side), value in values.items():
+        found.setdefault(role, {})[side] = value
+    return found
 
 
 def mup(sizes: ModelConfig, base: ModelConfig, update_norm: Callable[[int, int], float] | None = None) -> Mup:
