@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
+from megamult.optim.muon.newton_schulz import SCALES
 from megamult.parameters.spec import Role, Side
 
 
@@ -130,6 +131,47 @@ def mup(sizes: ModelConfig, base: ModelConfig, update_norm: Callable[[int, int],
         weight_decay=dict(excess),
         forward=forward,
     )
+
+
+def at_width(sizes: ModelConfig, base_hidden_size: int) -> ModelConfig:
+    """Return the sizes of a model of the base width: all widths in proportion, with heads of the same size.
+
+    Args:
+        sizes: sizes of the model.
+        base_hidden_size: hidden_size of the model of the base width.
+
+    Raises:
+        ValueError: a width in proportion is not a whole number.
+    """
+    widths = {
+        "num_attention_heads": sizes.num_attention_heads,
+        "num_query_groups": sizes.query_groups,
+        "ffn_hidden_size": sizes.ffn_hidden_size,
+    }
+    names = {f"model.{key} {size}": size * base_hidden_size % sizes.hidden_size for key, size in widths.items()}
+    wrong = [name for name, rest in names.items() if rest]
+    if base_hidden_size < 1 or wrong:
+        raise ValueError(
+            f"base_hidden_size is {base_hidden_size} with model.hidden_size {sizes.hidden_size}: it must be positive, "
+            f"and {', '.join(wrong or names)}, times base_hidden_size / model.hidden_size, must be whole numbers"
+        )
+    heads, groups, ffn = (size * base_hidden_size // sizes.hidden_size for size in widths.values())
+    return replace(
+        sizes,
+        hidden_size=base_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        ffn_hidden_size=ffn,
+    )
+
+
+def update_norm(optimizer: OptimizerConfig) -> Callable[[int, int], float] | None:
+    """Return the function from a matrix's shape (rows, columns) to the spectral norm of its update at learning rate 1,
+    or None for AdamW, for which :func:`mup` needs none."""
+    if optimizer.name == "adamw":
+        return None
+    # NorMuon's updates have the same RMS as Muon's with the scale match_rms_adamw, and about equal singular values.
+    return SCALES["match_rms_adamw" if optimizer.muon is None else optimizer.muon.scale]
 
 
 def _shapes(sizes: ModelConfig) -> dict[Role, tuple[int, int]]:
