@@ -4,7 +4,8 @@ import argparse
 
 import yaml
 
-from megamult.models.llama.mup import at_width, mup, update_norm
+from megamult.models.llama.mup import at_width, mup
+from megamult.optim.build import update_norm
 from megamult.runtime.console import whole_or_nothing
 from megamult.train.command_line import parse
 

@@ -7,8 +7,9 @@ from typing import Any
 from examples.paper.grid import Arm
 from examples.paper.setting import Setting
 from megamult.models.llama.config import ModelConfig
-from megamult.models.llama.mup import at_width, mup, update_norm
+from megamult.models.llama.mup import at_width, mup
 from megamult.multipliers.config import MultipliersConfig
+from megamult.optim.build import update_norm
 from megamult.optim.config import OptimizerConfig
 
 OPTIMIZERS = ("adamw", "muon")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -11,6 +12,7 @@ from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.adamw import AdamW
 from megamult.optim.config import OPTIMIZERS, OptimizerConfig
 from megamult.optim.folded import FoldedMultipliers
+from megamult.optim.muon.newton_schulz import SCALES
 from megamult.optim.param_groups import param_groups
 from megamult.optim.rates import Rate, Rates
 from megamult.optim.rule import UpdateRule
@@ -123,3 +125,12 @@ def matrix_rules(chosen: OptimizerConfig) -> dict[str, UpdateRule]:
     settings = {key: _DTYPES[value] if key.endswith("_dtype") else value for key, value in keys.items()}
     module, _, name = choice.rule.partition(":")
     return {"matrix": getattr(importlib.import_module(module), name)(**settings)}
+
+
+def update_norm(chosen: OptimizerConfig) -> Callable[[int, int], float] | None:
+    """Return the function from a matrix's shape (rows, columns) to the spectral norm of its update at learning rate 1,
+    or None for AdamW, whose updates have no known norm."""
+    if chosen.name == "adamw":
+        return None
+    # NorMuon's updates have the same RMS as Muon's with the scale match_rms_adamw, and about equal singular values.
+    return SCALES["match_rms_adamw" if chosen.muon is None else chosen.muon.scale]

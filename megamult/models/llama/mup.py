@@ -28,7 +28,6 @@ from typing import Any
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
-from megamult.optim.muon.newton_schulz import SCALES
 from megamult.parameters.spec import Role, Side
 
 
@@ -163,15 +162,6 @@ def at_width(sizes: ModelConfig, base_hidden_size: int) -> ModelConfig:
         num_query_groups=groups,
         ffn_hidden_size=ffn,
     )
-
-
-def update_norm(optimizer: OptimizerConfig) -> Callable[[int, int], float] | None:
-    """Return the function from a matrix's shape (rows, columns) to the spectral norm of its update at learning rate 1,
-    or None for AdamW, for which :func:`mup` needs none."""
-    if optimizer.name == "adamw":
-        return None
-    # NorMuon's updates have the same RMS as Muon's with the scale match_rms_adamw, and about equal singular values.
-    return SCALES["match_rms_adamw" if optimizer.muon is None else optimizer.muon.scale]
 
 
 def _shapes(sizes: ModelConfig) -> dict[Role, tuple[int, int]]:
