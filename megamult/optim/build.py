@@ -9,6 +9,7 @@ import torch
 
 from megamult.distributed.mesh import Mesh
 from megamult.multipliers.config import MultipliersConfig
+from megamult.multipliers.parametrization import PARAMETRIZATIONS
 from megamult.optim.adamw import AdamW
 from megamult.optim.config import OPTIMIZERS, OptimizerConfig
 from megamult.optim.folded import FoldedMultipliers
@@ -53,7 +54,7 @@ def make_optimizer(
         multiplier_schedule=multipliers.schedule,
     )
     rates = rates_of(model, chosen, multipliers)
-    folded = None
+    parametrization, folded = PARAMETRIZATIONS[multipliers.parametrization], None
     if multipliers.implementation == "folded":
         folded = FoldedMultipliers(
             resolve(multipliers.placement),
@@ -62,6 +63,7 @@ def make_optimizer(
             initial=initial or multipliers.initial_values(),
             rates=rates,
             constant_lr=multipliers.schedule == "constant",
+            parametrization=parametrization,
             **chosen.keys_of("adamw"),
         )
     return TwoPhaseOptimizer(
@@ -73,6 +75,7 @@ def make_optimizer(
         skip_grad_norm=chosen.skip_grad_norm,
         rates=rates,
         fixed_norm=multipliers.norm == "fixed",
+        parametrization=parametrization,
         model=model,
         folded=folded,
         mesh=mesh,

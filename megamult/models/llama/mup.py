@@ -27,6 +27,7 @@ from typing import Any
 
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
+from megamult.multipliers.parametrization import relative_step
 from megamult.optim.config import OptimizerConfig
 from megamult.parameters.spec import Role, Side
 
@@ -49,7 +50,8 @@ class Mup:
         Args:
             model, optimizer, multipliers: sections of the run. Factors that they have are multiplied by these.
             learned: whether the factors of the forward pass are only the initial values of trained multipliers, whose
-                learning rates are these factors times the others'. If not, they are constants.
+                learning rates are such that they change, relative to their values, as fast as without muP. If not, they
+                are constants.
 
         Raises:
             ValueError: the run's initial multipliers divide the weights, which those of muP must not.
@@ -72,8 +74,12 @@ class Mup:
             initial, rates = multipliers.by_side("initial"), multipliers.by_side("lr_factors")
             for role, factor in self.forward.items():
                 sides.setdefault(role, set()).add("scalar")
-                initial[role, "scalar"] = factor * initial.get((role, "scalar"), 1.0)
-                rates[role, "scalar"] = factor * rates.get((role, "scalar"), 1.0) if learned else 0.0
+                own = initial.get((role, "scalar"), 1.0)
+                initial[role, "scalar"] = factor * own
+                # Relative to its value, the factor then changes as fast in an update as without muP.
+                kind = multipliers.parametrization
+                slower = relative_step(kind, own) / relative_step(kind, factor * own)
+                rates[role, "scalar"] = slower * rates.get((role, "scalar"), 1.0) if learned else 0.0
             found["multipliers"] = {
                 "implementation": "layer" if multipliers.implementation == "none" else multipliers.implementation,
                 "placement": {role: sorted(given) for role, given in sides.items()},
