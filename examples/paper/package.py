@@ -22,6 +22,7 @@ from examples.paper import (
     e05_row_norms,
     e13_placement,
     e14_gradient_snr,
+    e15_log,
     headline,
     multiplier_rates,
     report,
@@ -41,6 +42,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     e03_mlp_scalars.EXPERIMENT,
     e01_projector.EXPERIMENT,
     e13_placement.EXPERIMENT,
+    e15_log.EXPERIMENT,
     multiplier_rates.EXPERIMENT,
     scales.EXPERIMENT,
 )

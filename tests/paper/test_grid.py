@@ -222,10 +222,11 @@ def test_the_package_shares_runs_between_experiments(tmp_path: Path) -> None:
     full = package.chosen_runs(read, experiments, full=True)
     # A faster symmetry_free, and none at another decay (E5); a third seed of E1 and E3; two more S of E1; three more S
     # of E3, and all of Muon's.
-    # And five more learning rates of multipliers by two optimizers; five kinds at three learning rates by two
-    # optimizers, of which none and all at the setting's are there.
-    rates, scales = 5 * 2 * 3, (5 * 3 - 2) * 2 * 3
-    assert len(full) == (2 * 2 + 3) * 3 + 2 * 3 + 3 * 5 * 3 + 2 * 5 * 2 * 3 + rates + scales
+    # And all with log, and a multiplier of the head at S = 1/8, direct and log (E15); five more learning rates of
+    # multipliers by two optimizers; five kinds of scales at three learning rates by two optimizers, of which none and
+    # all at the setting's are there.
+    rates, scales, log = 5 * 2 * 3, (5 * 3 - 2) * 2 * 3, 3 * 3
+    assert len(full) == (2 * 2 + 3) * 3 + 2 * 3 + 3 * 5 * 3 + 2 * 5 * 2 * 3 + rates + scales + log
 
 
 def test_list_numbers_the_runs_and_a_number_out_of_range_is_refused(
