@@ -29,6 +29,7 @@ DATA_FLOW = [
     ["megamult.distributed.environment", "megamult.distributed.extensions", "megamult.distributed.open_files"],
     ["megamult.runtime.console", "megamult.runtime.partial"],
     ["megamult.distributed"],
+    ["megamult.multipliers.parametrization"],
     # The sections of a run's configuration stand above the code that they configure.
     [
         "megamult.checkpoint.config",

@@ -23,7 +23,7 @@ RELATIVE = 1e-5
 
 CASES = [
     Case(knobs="all", implementation="folded"),
-    Case(knobs="all", world=2, zero=0, accumulation=4),
+    Case(knobs="all", world=2, zero=0, accumulation=3),
     Case(knobs="all", world=2, zero=1, implementation="folded"),
     Case(knobs="all", world=2, zero=3, sub_group_size=10_000),
     Case(knobs="all", world=2, tensor=2, sequence=True, zero=1),
@@ -32,7 +32,7 @@ CASES = [
     Case(knobs="all", world=4, tensor=2, sequence=True, zero=3, implementation="folded", recompute=True),
     Case(knobs="all", optimizer="muon", implementation="folded", zero=1),
     Case(knobs="all", optimizer="muon", world=2, zero=2),
-    Case(knobs="all", optimizer="muon", world=4, tensor=2, zero=3, accumulation=4),
+    Case(knobs="all", optimizer="muon", world=4, tensor=2, zero=3, accumulation=3),
     Case(knobs="all", optimizer="muon", world=4, tensor=4, zero=0, implementation="folded"),
     Case(knobs="fixed", implementation="folded"),
     Case(knobs="fixed", world=2, zero=0),
@@ -42,7 +42,7 @@ CASES = [
     Case(knobs="fixed", world=4, tensor=4, zero=3),
     Case(knobs="fixed", optimizer="muon", implementation="folded", zero=1),
     Case(knobs="fixed", optimizer="muon", world=4, tensor=2, zero=3),
-    Case(knobs="fixed", optimizer="muon", world=2, zero=2, accumulation=4),
+    Case(knobs="fixed", optimizer="muon", world=2, zero=2, accumulation=3),
     Case(knobs="hyperball", optimizer="muon", world=2, tensor=2, zero=1),
     Case(knobs="hyperball", world=4, zero=2),
 ]
@@ -149,12 +149,12 @@ RUNS = {
     "late": _run(
         multipliers=MultipliersConfig(schedule="constant", lr=0.01, weight_decay=0.0),
         optimizer=_optimizer(warmup_steps=1000),
-        train=TrainConfig(steps=1000, global_batch_size=16, micro_batch_size=16),
+        train=TrainConfig(steps=1000, global_batch_size=12, micro_batch_size=12),
     ),
     "late, folded": _run(
         multipliers=MultipliersConfig("folded", schedule="constant", lr=0.01, weight_decay=0.0),
         optimizer=_optimizer(warmup_steps=1000),
-        train=TrainConfig(steps=1000, global_batch_size=16, micro_batch_size=16),
+        train=TrainConfig(steps=1000, global_batch_size=12, micro_batch_size=12),
     ),
 }
 

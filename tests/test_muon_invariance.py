@@ -18,28 +18,28 @@ CASES = [
         ("world", "tensor", "sequence", "zero", "accumulation", "implementation"), optimizer="muon", steps=5
     ),
     # Where ZeRO's cuts, straddling matrices and the joining of tensor-parallel shards meet.
-    Case(world=4, tensor=2, sequence=True, zero=3, accumulation=4, sub_group_size=10_000, optimizer="muon", steps=5),
+    Case(world=4, tensor=2, sequence=True, zero=3, accumulation=3, sub_group_size=10_000, optimizer="muon", steps=5),
 ]
 LONG = [
     Case(world=2, zero=1, optimizer="muon", steps=20),
     Case(world=2, tensor=2, sequence=True, zero=0, implementation="folded", optimizer="muon", steps=20),
-    Case(world=2, zero=3, accumulation=4, implementation="folded", optimizer="muon", steps=20),
+    Case(world=2, zero=3, accumulation=3, implementation="folded", optimizer="muon", steps=20),
     Case(world=4, tensor=2, zero=2, optimizer="muon", steps=20),
     Case(world=4, tensor=4, zero=1, optimizer="muon", steps=20),
 ]
 BF16 = [
-    Case(world=2, zero=2, accumulation=4, optimizer="muon", dtype="bf16"),
+    Case(world=2, zero=2, accumulation=3, optimizer="muon", dtype="bf16"),
     Case(world=2, tensor=2, sequence=True, zero=1, optimizer="muon", dtype="bf16"),
     Case(world=2, tensor=2, zero=3, implementation="folded", optimizer="muon", dtype="bf16"),
     Case(world=2, zero=0, optimizer="muon", dtype="bf16"),
 ]
 
 NORMUON = [
-    Case(zero=0, accumulation=4, optimizer="normuon"),
+    Case(zero=0, accumulation=3, optimizer="normuon"),
     Case(world=2, tensor=2, sequence=True, zero=0, optimizer="normuon"),
     Case(world=2, zero=1, implementation="folded", optimizer="normuon"),
-    Case(world=2, zero=3, accumulation=4, optimizer="normuon"),
-    Case(world=4, tensor=2, zero=2, accumulation=4, optimizer="normuon"),
+    Case(world=2, zero=3, accumulation=3, optimizer="normuon"),
+    Case(world=4, tensor=2, zero=2, accumulation=3, optimizer="normuon"),
     Case(world=4, tensor=4, zero=1, optimizer="normuon"),
 ]
 

@@ -1,4 +1,7 @@
-"""RMS and spread of all matrices, of their effective matrices and of the last update, from this rank's slices."""
+"""RMS of all matrices, of their effective matrices and of the last update, and spread of the first two.
+
+Each rank computes sums of squares from its own slices. Added over all ranks, they give the figures of whole matrices.
+"""
 
 from __future__ import annotations
 

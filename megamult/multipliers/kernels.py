@@ -191,13 +191,13 @@ def _rows_to_cols(spans: tuple[Span, ...], rows: int, device: torch.device) -> T
     return _INDICES[key]
 
 
-def _members(spans: tuple[Span, ...], rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a matrix [cols, rows], where `cols` is the number of rows of kappa. Element (k, i) is 1 if
-    row k of kappa scales row i of the weight, else 0."""
-    key = (spans, rows, cols, device, dtype)
+def _members(spans: tuple[Span, ...], rows: int, vectors: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a matrix [vectors, rows] with a row for each vector of column multipliers and a column for each row of the
+    weight. Element (k, i) is 1 if vector k scales row i, else 0."""
+    key = (spans, rows, vectors, device, dtype)
     if key not in _MEMBERS:
         index = _rows_to_cols(spans, rows, device)
-        _MEMBERS[key] = (index == torch.arange(cols, device=device)[:, None]).to(dtype)
+        _MEMBERS[key] = (index == torch.arange(vectors, device=device)[:, None]).to(dtype)
     return _MEMBERS[key]
 
 

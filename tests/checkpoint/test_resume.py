@@ -22,9 +22,9 @@ BITWISE = [
     Case(zero=0, optimizer="muon", dtype="bf16"),
     Case(world=2, zero=0, optimizer="muon"),
     Case(world=2, zero=1, optimizer="muon", implementation="folded", dtype="bf16"),
-    Case(world=2, zero=1, optimizer="adamw", implementation="folded", accumulation=4),
+    Case(world=2, zero=1, optimizer="adamw", implementation="folded", accumulation=3),
     Case(world=2, zero=2, optimizer="muon", placement="mapping"),
-    Case(world=2, zero=2, optimizer="adamw", dtype="bf16", accumulation=4),
+    Case(world=2, zero=2, optimizer="adamw", dtype="bf16", accumulation=3),
     Case(world=2, zero=3, optimizer="muon", implementation="folded", sub_group_size=10_000),
     Case(world=2, zero=3, optimizer="adamw", dtype="bf16"),
     Case(world=2, tensor=2, sequence=True, zero=1, optimizer="adamw", placement="scalar", tied=True),
@@ -81,7 +81,7 @@ OTHERS = [
     Case(zero=3, implementation="folded"),
     Case(world=2, tensor=2, sequence=True, zero=1),
     Case(world=4, tensor=4, zero=1, implementation="folded"),
-    Case(world=4, zero=0, accumulation=4),
+    Case(world=4, zero=0, accumulation=3),
 ]
 OPTIMIZERS = ("adamw", "muon", "normuon")
 SAVED, MORE = 5, 5

@@ -81,7 +81,7 @@ class Muon(MatrixRule):
         self.ns_dtype = self.ns_dtype or self.matrices.dtype
 
     def accumulate(self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]) -> list[Tensor]:
-        """Update the momentum M in place; return M, or with `nesterov` momentum M + (1 - momentum) G."""
+        """Update the momentum M in place. Return M or, if `nesterov` is set, momentum * M + (1 - momentum) * G."""
         torch._foreach_lerp_(state["momentum"], gradients, 1 - self.momentum)
         if not self.nesterov:
             return state["momentum"]
