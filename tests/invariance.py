@@ -15,7 +15,7 @@ from megamult.config import Config
 from megamult.distributed.config import ParallelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import AdamWConfig, OptimizerConfig
-from megamult.train.config import TrainConfig
+from megamult.train.config import BatchRamp, TrainConfig
 from tests.processes import run_distributed
 from tests.small import SMALL, VOCAB, Samples
 
@@ -33,6 +33,10 @@ KNOBS: dict[str, dict[str, dict[str, Any]]] = {
     "initial": {"multipliers": {"initial": {"q": {"row": 2.0, "col": 0.5}, "down": {"row": 4.0, "col": 1.0}}}},
     "fixed": {"multipliers": {"norm": "fixed"}},
     "hyperball": {"multipliers": {"norm": "fixed", "placement": {}}},
+    # Batches of 4, 4, 8, 12 and 16.
+    "ramp": {"train": {"batch_ramp": BatchRamp(start=4, increment=4, samples=24)}},
+    # Six batches of 4, three of 8, two of 12, then 16: with step 10 the ramp is at 12.
+    "long ramp": {"train": {"batch_ramp": BatchRamp(start=4, increment=4, samples=72)}},
     # Every key that changes learning rates, decays, initial values, norms or clipping of single roles, at once.
     "all": {
         "model": {"norms": "scalar", "final_norm": "frozen", "init_std_factors": {"down": 4.0, "k": 0.5, "head": 2.0}},
@@ -68,6 +72,7 @@ class Case:
     sequence: bool = False
     zero: int = 0
     accumulation: int = 1
+    """Micro-batches of the first step."""
     placement: str = "all"
     tied: bool = False
     recompute: bool = False
@@ -109,7 +114,9 @@ class Case:
     def config(self) -> Config:
         """A run of the small model."""
         batch = 16
-        more = {section: KNOBS[self.knobs].get(section, {}) for section in ("model", "multipliers", "optimizer")}
+        sections = ("model", "multipliers", "optimizer", "train")
+        more = {section: KNOBS[self.knobs].get(section, {}) for section in sections}
+        first = more["train"]["batch_ramp"].start if more["train"] else batch
         return Config(
             model=replace(SMALL, tie_embeddings=self.tied, **more["model"]),
             multipliers=MultipliersConfig(
@@ -138,8 +145,9 @@ class Case:
                 dtype=self.dtype,  # type: ignore[arg-type]
                 grad_accum_dtype="bf16" if self.dtype == "bf16" and self.zero == 0 else "auto",
                 global_batch_size=batch,
-                micro_batch_size=batch // self.data // self.accumulation,
+                micro_batch_size=first // self.data // self.accumulation,
                 recompute="full" if self.recompute else "none",
+                **more["train"],
             ),
         )
 
