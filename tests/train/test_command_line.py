@@ -118,10 +118,7 @@ EARLY: list[tuple[list[str], str]] = [
         ["--train.batch_ramp", "{start: 8, increment: 0, samples: -1}"],
         r"train\.batch_ramp\.increment is 0, train\.batch_ramp\.samples is -1: each must be positive",
     ),
-    (
-        ["--train.batch_ramp.lr_scaling", "none"],
-        r"batch_ramp\.lr_scaling is none, which has no effect without a ramp: leave it out",
-    ),
+    (["--train.batch_ramp.lr_scaling", "none"], r"lr_scaling is none, which has no effect without a ramp: leave"),
     (["--config", "FOLDER/ramp.yaml"], r"train\.batch_ramp is None: it is a section; give a mapping"),
     # placements
     (["--multipliers.placement", "everywhere"], r"placement is 'everywhere': use one of all, symmetry_free, scalar"),
