@@ -31,7 +31,7 @@ _EVERY_ROLE = ("q", "k", "v", "attention_out", "gate", "up", "down", "embedding"
 KNOBS: dict[str, dict[str, dict[str, Any]]] = {
     "": {},
     "initial": {"multipliers": {"initial": {"q": {"row": 2.0, "col": 0.5}, "down": {"row": 4.0, "col": 1.0}}}},
-    "fixed": {"multipliers": {"norm": "fixed"}},
+    "fixed": {"multipliers": {"norm": "fixed", "parametrization": "softplus"}},
     "hyperball": {"multipliers": {"norm": "fixed", "placement": {}}},
     # Batches of 4, 4, 8, 12 and 16.
     "ramp": {"train": {"batch_ramp": BatchRamp(start=4, increment=4, samples=24)}},
@@ -42,12 +42,13 @@ KNOBS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"norms": "scalar", "final_norm": "frozen", "init_std_factors": {"down": 4.0, "k": 0.5, "head": 2.0}},
         "multipliers": {
             "placement": {role: ["row", "col"] for role in _EVERY_ROLE},
-            "lr": 2e-3,
+            "lr": 2e-2,
             "lr_factors": {"q": 0.5, "head": 2.0, "down": {"row": 2.0, "col": 0.0}},
             "weight_decay": 0.5,
             "weight_decay_factors": {"k": 4.0, "up": {"col": 0.0}},
             "schedule": "constant",
             "clip": "joint",
+            "parametrization": "log",
             "initial": {
                 "v": {"row": 0.5, "col": 3.0},
                 "down": {"row": 1.0, "col": 0.25},

@@ -28,9 +28,8 @@ from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.model import GPT
 from megamult.models.llama.mup import Mup, mup
 from megamult.multipliers.config import MultipliersConfig
-from megamult.optim.build import make_optimizer
+from megamult.optim.build import make_optimizer, update_norm
 from megamult.optim.config import OptimizerConfig
-from megamult.optim.muon.newton_schulz import SCALES
 
 VOCAB = 512
 HEAD_SIZE = 32
@@ -118,13 +117,12 @@ def main() -> None:
     arguments = parser.parse_args()
     start.initialize(tensor=1)
     optimizer = OptimizerConfig(name=arguments.optimizer, lr=arguments.lr, weight_decay=0.0, clip_grad_norm=0.0)
-    update_norm = None if optimizer.muon is None else SCALES[optimizer.muon.scale]
     base = sizes(arguments.widths[0])
     print(f"{'':<12}{'':<20}" + "".join(f"{width:>10}" for width in arguments.widths) + f"{'slope':>9}")
     for which in ("standard", "muP"):
         rows: dict[str, list[float]] = {}
         for width in arguments.widths:
-            factors = mup(sizes(width), base, update_norm) if which == "muP" else Mup()
+            factors = mup(sizes(width), base, update_norm(optimizer)) if which == "muP" else Mup()
             for name, value in changes(sizes(width), factors, optimizer, arguments.steps).items():
                 rows.setdefault(name, []).append(value)
         for name, values in rows.items():

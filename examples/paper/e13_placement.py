@@ -17,8 +17,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from examples.paper import plots
 from examples.paper.arms import ALL, SCALAR, placed
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
@@ -81,16 +79,7 @@ def plot(results: Results, file: Path) -> None:
             measured[arm.name.partition(", ")[2]] = gap(results, arm)
         except NotRun:
             continue
-    if not measured:
-        raise NotRun("no pair of arms is complete")
-    with plots.figure(file, 1, 1, width=6.0) as (panel,):
-        for position, each in enumerate(measured.values()):
-            panel.scatter([position] * len(each.values), each.values, color="tab:gray", s=14)
-            error = 0.0 if np.isnan(each.error) else each.error
-            panel.errorbar([position + 0.1], [each.mean], yerr=[error], fmt="o", color="tab:blue", capsize=4)
-        panel.axhline(0.0, color="black", linewidth=0.8)
-        panel.set_xticks(range(len(measured)), list(measured), fontsize=8)
-        panel.set(ylabel="valid loss, placement - all (nats)")
+    plots.differences(file, measured, "valid loss, placement - all (nats)")
 
 
 EXPERIMENT = Experiment(

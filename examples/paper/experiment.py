@@ -6,6 +6,7 @@ are constants at the top of the module, and are committed before a run is made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any
 from examples.paper.grid import Arm, Grid, Run, make_run
 from examples.paper.paired import Estimate, Verdict, mean_of_last
 from examples.paper.setting import Setting
-from examples.running.curves import Curves, read_curves
+from examples.running.curves import Curves, DivergedError, read_curves
 from megamult.checkpoint.saved import SavedCheckpoint
 
 
@@ -59,8 +60,11 @@ class Experiment:
     """Function that draws the figure of the report into a file, or raises NotRun."""
     full_arms: Callable[[Setting], Sequence[Arm]] = lambda setting: ()
     """Function that returns further arms, which `--full` adds."""
+    decided: Callable[[Results], Sequence[Arm]] = lambda results: ()
+    """Function that returns further arms, of all seeds, which the results of `arms` decide, such as those with the best
+    learning rate. It raises NotRun until these results are there."""
     seeds: int | None = None
-    """Number of seeds in the package, the first of those that are given; None means all. `--full` runs all."""
+    """Number of seeds of `arms` in the package, the first of those given; None means all. `--full` runs all."""
     package: bool = True
     """Whether the package trains the arms. If not, only `--full` and `--only` do."""
 
@@ -105,8 +109,21 @@ class Results:
             try:
                 self._curves[run.name] = read_curves(self.grid.directory(run))
             except (OSError, ValueError) as error:
-                raise NotRun(str(error)) from None
+                raise NotRun(str(error)) from error
         return self._curves[run.name]
+
+    def first_loss(self, arm: Arm) -> float:
+        """Return the valid loss of an arm with the first seed; infinity if the run diverged.
+
+        Raises:
+            NotRun: the run is not complete.
+        """
+        try:
+            return self.curves(arm, self.seeds[0]).result
+        except NotRun as error:
+            if isinstance(error.__cause__, DivergedError):
+                return math.inf
+            raise
 
     def all_curves(self, arm: Arm) -> list[Curves]:
         """Return the losses of an arm's runs, seed by seed."""

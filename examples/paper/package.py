@@ -7,6 +7,7 @@ interrupted and the same command will continue.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import subprocess
@@ -21,12 +22,14 @@ from examples.paper import (
     e05_row_norms,
     e13_placement,
     e14_gradient_snr,
+    e15_log,
     headline,
+    multiplier_rates,
     report,
     scales,
 )
-from examples.paper.experiment import Experiment, Results
-from examples.paper.grid import Grid, Run, plan
+from examples.paper.experiment import Experiment, NotRun, Results
+from examples.paper.grid import Failure, Grid, Run, plan
 from examples.paper.setting import DEFAULT_CORPUS, Setting, gpu, small
 from examples.running.children import ROOT, Interrupted
 from megamult.runtime import exit_codes
@@ -39,6 +42,8 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     e03_mlp_scalars.EXPERIMENT,
     e01_projector.EXPERIMENT,
     e13_placement.EXPERIMENT,
+    e15_log.EXPERIMENT,
+    multiplier_rates.EXPERIMENT,
     scales.EXPERIMENT,
 )
 """All experiments, in the order of the report."""
@@ -66,24 +71,44 @@ def chosen_experiments(names: Sequence[str]) -> list[Experiment]:
 
 
 def chosen_runs(
-    setting: Setting, experiments: Sequence[Experiment], seeds: Sequence[int], named: bool, full: bool
+    results: Results, experiments: Sequence[Experiment], named: bool = False, full: bool = False
 ) -> list[Run]:
-    """Return the runs that experiments need, each configuration once.
+    """Return the runs that experiments need, as far as they are decided, each configuration once.
+
+    Runs that the results of others decide come last, so that the numbers of those before them stay.
 
     Args:
-        setting: sizes and hyperparameters.
+        results: setting, seeds, and the runs that are complete.
         experiments: the experiments.
-        seeds: seeds of every arm, unless an experiment has fewer in the package.
         named: whether the experiments were named, so that those outside the package count too.
         full: whether to add what is outside the package.
     """
-    found: dict[str, Run] = {}
+    setting, seeds, first, later = results.setting, results.seeds, [], []
     for each in experiments:
-        arms = list(each.arms(setting)) if each.package or named or full else []
-        arms += each.full_arms(setting) if full else []
-        for run in plan(setting, arms, seeds if full else seeds[: each.seeds]):
-            found.setdefault(run.name, run)
-    return list(found.values())
+        if not (each.package or named or full):
+            continue
+        arms = [*each.arms(setting), *(each.full_arms(setting) if full else ())]
+        first += plan(setting, arms, seeds if full else seeds[: each.seeds])
+        with contextlib.suppress(NotRun):
+            later += plan(setting, each.decided(results), seeds)
+    return list({run.name: run for run in [*first, *later]}.values())
+
+
+def train(results: Results, experiments: Sequence[Experiment], named: bool, full: bool, workers: int) -> list[Failure]:
+    """Train the runs that experiments need, and then those that the results of these decide.
+
+    Returns:
+        The runs that failed. They are not started again.
+
+    Raises:
+        Interrupted: this process got a signal, or a run was stopped by one. The same call continues.
+    """
+    failures: list[Failure] = []
+    tried: set[str] = set()
+    while runs := [run for run in chosen_runs(results, experiments, named, full) if run.name not in tried]:
+        failures += results.grid.train(runs, workers)
+        tried |= {run.name for run in runs}
+    return failures
 
 
 def chosen_setting(on_gpu: bool, corpus: str | None) -> Setting:
@@ -144,26 +169,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = int(os.environ["SLURM_ARRAY_TASK_ID"])
     try:
         setting, experiments = chosen_setting(chosen.gpu, chosen.corpus), chosen_experiments(chosen.only)
-        runs = chosen_runs(setting, experiments, chosen.seeds, bool(chosen.only), chosen.full)
         grid = Grid(chosen.output.resolve() / setting.name)
+        results, named = Results(setting, grid, chosen.seeds), bool(chosen.only)
+        runs = chosen_runs(results, experiments, named, chosen.full)
         if chosen.list:
             for position, run in enumerate(runs, 1):
                 print(f"{position:3d}  {grid.state(run):12s} {run.label}  {run.name}")
             return 0
-        if number is not None:
-            if not 1 <= number <= len(runs):
-                raise ValueError(f"there is no run {number}: --list shows runs 1 to {len(runs)}")
-            runs = [runs[number - 1]]
-        failures = []
+        if number is not None and not 1 <= number <= len(runs):
+            raise ValueError(f"there is no run {number}: --list shows runs 1 to {len(runs)}")
+        failures: list[Failure] = []
         if not chosen.report:
             prepare(setting)
-            failures = grid.train(runs, chosen.workers)
+            if number is None:
+                failures = train(results, experiments, named, chosen.full, chosen.workers)
+            else:
+                failures = grid.train([runs[number - 1]], chosen.workers)
         if number is None:
             words = shlex.join([made.prog, *(sys.argv[1:] if arguments is None else arguments)])
             name = "-".join(["report", *(each.name.lower() for each in experiments if chosen.only)])
             grid.folder.mkdir(parents=True, exist_ok=True)
             file = grid.folder / f"{name}.md"
-            text = report.write(Results(setting, grid, chosen.seeds), experiments, words, file)
+            text = report.write(results, experiments, words, file)
             print(f"\n{text}\nwritten: {file}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from examples.paper.experiment import NotRun
+from examples.paper.paired import Estimate
 
 SMOOTHING_STEPS = 40
 """Number of steps over which a difference of training losses is averaged in a plot."""
@@ -44,3 +47,21 @@ def smoothed(panel: Any, steps: Sequence[int], lines: np.ndarray, label: str) ->
     if len(lines) > 1:
         error = smooth.std(axis=0, ddof=1) / np.sqrt(len(lines))
         panel.fill_between(middle, mean - error, mean + error, color=drawn.get_color(), alpha=0.25, linewidth=0)
+
+
+def differences(file: Path, gaps: Mapping[str, Estimate], label: str) -> None:
+    """Draw paired differences by name into a file: a dot for each seed, beside them mean and one standard error.
+
+    Raises:
+        NotRun: there are none.
+    """
+    if not gaps:
+        raise NotRun("no pair of arms is complete")
+    with figure(file, 1, 1, width=6.0) as (panel,):
+        for position, gap in enumerate(gaps.values()):
+            panel.scatter([position] * len(gap.values), gap.values, color="tab:gray", s=14)
+            error = 0.0 if np.isnan(gap.error) else gap.error
+            panel.errorbar([position + 0.1], [gap.mean], yerr=[error], fmt="o", color="tab:blue", capsize=4)
+        panel.axhline(0.0, color="black", linewidth=0.8)
+        panel.set_xticks(range(len(gaps)), list(gaps), fontsize=8)
+        panel.set(ylabel=label)

@@ -1,14 +1,17 @@
-"""Who should set a matrix's scale: free (learnable multipliers), fixed (a constant norm), or neither?
+"""Who should set a matrix's scale: learnable multipliers (free), a constant norm (fixed), constants (muP), or nobody?
 
-Four kinds of runs, by AdamW and by Muon: `none` (no multipliers: noise and weight decay set the norms), `free` (row
+Five kinds of runs, by AdamW and by Muon: `none` (no multipliers: noise and weight decay set the norms), `free` (row
 and column multipliers, arXiv 2601.04890), `fixed` (each matrix keeps the norm that it begins with, and row and column
-gains are learned, arXiv 2606.25971), and `directions` (the same norm, and no gains). Each kind has three learning
-rates, f times the setting's, with weight decay divided by f, so that time constants stay. Fixed matrices have no decay.
+gains are learned, arXiv 2606.25971), `directions` (the same norm, and no gains), and `mup` (no multipliers, and muP's
+constants relative to half of the width). Each kind has three learning rates, f times the setting's, with weight decay
+divided by f, so that time constants stay; for muP, whose rates in the blocks are half of these (AdamW), twice these
+f. Fixed matrices have no decay. The rate with the lowest valid loss with the first seed is a kind's best one, and is
+run with all seeds.
 
-Claims, for each optimizer, at each kind's own best learning rate (the lowest mean valid loss over seeds), paired by
-seed:
+Claims, for each optimizer, at each kind's own best learning rate, paired by seed:
 
 - free - none < -2 standard errors (the paper: multipliers improve a tuned baseline).
+- free - mup < -2 standard errors (the same, and the baseline has tuned scales).
 - fixed - none < -2 standard errors (the rival: so does a fixed norm with gains).
 
 Reported: free - fixed, directions - none, and the gain of free over none beside that of Muon over AdamW, both at their
@@ -17,12 +20,14 @@ best. A best rate at an end of the range is marked: the optimum may lie outside.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from examples.paper import plots
-from examples.paper.arms import NAMES, OPTIMIZERS
+from examples.paper.arms import NAMES, OPTIMIZERS, mup_keys
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
 from examples.paper.grid import Arm
 from examples.paper.paired import Estimate, estimate, paired, verdict
@@ -30,58 +35,73 @@ from examples.paper.setting import Setting
 
 FACTORS = (0.5, 1.0, 2.0)
 """Factors of the setting's learning rate."""
+MUP_FACTORS = (1.0, 2.0, 4.0)
+"""Those of muP, which halves the learning rate of the blocks' matrices (AdamW)."""
+WIDER = 2
+"""Width of the setting's model divided by the width at which muP's factors are 1."""
 ERRORS = 2.0
 """Number of standard errors by which a kind must be better than `none`."""
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "none": {"multipliers.implementation": "none"},
     "free": {},
     "fixed": {"multipliers.norm": "fixed"},
     "directions": {"multipliers.implementation": "none", "multipliers.norm": "fixed"},
+    "mup": {},
 }
-"""Keys of each kind."""
+"""Keys of each kind, but for those of muP, which :func:`arms.mup_keys` adds."""
 
 
 def arm(setting: Setting, optimizer: str, kind: str, factor: float) -> Arm:
     """Return the runs of one kind at one learning rate."""
     lr, weight_decay = setting.rates[optimizer]
+    width = setting.configuration({})["model.hidden_size"]
+    own = mup_keys(setting, optimizer, width // WIDER, {}) if kind == "mup" else KINDS[kind]
     return Arm(
         f"{optimizer}, {kind}, lr x {factor:g}",
         {
             "optimizer.name": optimizer,
             "optimizer.lr": lr * factor,
             "optimizer.weight_decay": weight_decay / factor,
-            **KINDS[kind],
+            **own,
         },
     )
 
 
-def best(results: Results, optimizer: str, kind: str) -> tuple[float, list[float]]:
-    """Return the factor with the lowest mean valid loss, and its losses, seed by seed."""
-    losses = {factor: results.valid(arm(results.setting, optimizer, kind, factor)) for factor in FACTORS}
-    factor = min(losses, key=lambda each: float(np.mean(losses[each])))
-    return factor, losses[factor]
+def swept(setting: Setting, optimizer: str, kind: str) -> dict[float, Arm]:
+    """Return the arms of one kind by the factor of their learning rate."""
+    factors = MUP_FACTORS if kind == "mup" else FACTORS
+    return {factor: arm(setting, optimizer, kind, factor) for factor in factors}
 
 
-def shown(factor: float) -> str:
+def best(results: Results, optimizer: str, kind: str) -> tuple[float, Arm]:
+    """Return the factor and the arm of the best learning rate."""
+    arms = swept(results.setting, optimizer, kind)
+    factor = min(arms, key=lambda each: results.first_loss(arms[each]))
+    return factor, arms[factor]
+
+
+def shown(kind: str, factor: float) -> str:
     """Return a factor in words, marked if it is at an end of the range."""
-    return f"lr x {factor:g}{' (end of the range)' if factor in (FACTORS[0], FACTORS[-1]) else ''}"
+    factors = MUP_FACTORS if kind == "mup" else FACTORS
+    return f"lr x {factor:g}{' (end of the range)' if factor in (factors[0], factors[-1]) else ''}"
 
 
 def compare(results: Results, optimizer: str, kind: str, other: str, claimed: bool) -> Measurement:
     """Measure the paired difference of two kinds, each at its best learning rate."""
-    (factor, losses), (other_factor, other_losses) = (best(results, optimizer, each) for each in (kind, other))
-    gap = paired(other_losses, losses)
-    note = (
-        f"{kind} {np.mean(losses):.4f} at {shown(factor)}, {other} {np.mean(other_losses):.4f} at {shown(other_factor)}"
-    )
+    notes, losses = [], []
+    for each in (kind, other):
+        factor, chosen = best(results, optimizer, each)
+        losses.append(results.valid(chosen))
+        notes.append(f"{each} {np.mean(losses[-1]):.4f} at {shown(each, factor)}")
+    gap, note = paired(losses[1], losses[0]), ", ".join(notes)
     return Measurement(gap, verdict(gap.mean < -ERRORS * gap.error, gap) if claimed else "reported", note, "nats")
 
 
 def against_muon(results: Results) -> Measurement:
     """Measure the gain of free over none by AdamW as a part of Muon's gain over AdamW, both without multipliers."""
     plain, free, muon = (
-        best(results, optimizer, kind)[1]
+        results.valid(best(results, optimizer, kind)[1])
         for optimizer, kind in (("adamw", "none"), ("adamw", "free"), ("muon", "none"))
     )
     ratio = estimate([(b - a) / (c - a) for a, b, c in zip(plain, free, muon, strict=True)])
@@ -96,6 +116,11 @@ def _claims(optimizer: str) -> list[Claim]:
             f"{name}: free is better than none",
             threshold,
             lambda results: compare(results, optimizer, "free", "none", True),
+        ),
+        Claim(
+            f"{name}: free is better than muP",
+            threshold,
+            lambda results: compare(results, optimizer, "free", "mup", True),
         ),
         Claim(
             f"{name}: fixed is better than none",
@@ -114,22 +139,24 @@ def _claims(optimizer: str) -> list[Claim]:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Draw the valid loss over the learning rate: one panel for each optimizer, one line for each kind."""
+    """Draw the valid loss over the learning rate: one panel for each optimizer, one line for each kind, of the first
+    seed. Dots are the seeds of the best rate."""
     drawn = False
     with plots.figure(file, 1, 2) as panels:
         for panel, optimizer in zip(panels, OPTIMIZERS, strict=True):
             for kind in KINDS:
-                points: dict[float, list[float]] = {}
-                for factor in FACTORS:
-                    try:
-                        points[factor] = results.valid(arm(results.setting, optimizer, kind, factor))
-                    except NotRun:
-                        continue
-                if points:
-                    drawn = True
-                    (line,) = panel.plot(list(points), [np.mean(values) for values in points.values()], label=kind)
-                    for factor, values in points.items():
-                        panel.scatter([factor] * len(values), values, color=line.get_color(), s=12)
+                points: dict[float, float] = {}
+                for factor, each in swept(results.setting, optimizer, kind).items():
+                    with contextlib.suppress(NotRun):
+                        points[factor] = results.first_seeds(1).valid(each)[0]
+                if not points:
+                    continue
+                drawn = True
+                (line,) = panel.plot(list(points), list(points.values()), label=kind)
+                with contextlib.suppress(NotRun):
+                    factor, chosen = best(results, optimizer, kind)
+                    losses = results.valid(chosen)
+                    panel.scatter([factor] * len(losses), losses, color=line.get_color(), s=12)
             panel.set(xscale="log", xlabel="learning rate / the setting's", ylabel="valid loss (nats)")
             panel.set_title(NAMES[optimizer])
         if not drawn:
@@ -137,14 +164,24 @@ def plot(results: Results, file: Path) -> None:
         panels[0].legend()
 
 
+def _arms(setting: Setting) -> list[Arm]:
+    return [each for name in OPTIMIZERS for kind in KINDS for each in swept(setting, name, kind).values()]
+
+
+def _best_arms(results: Results) -> list[Arm]:
+    return [best(results, name, kind)[1] for name in OPTIMIZERS for kind in KINDS]
+
+
 EXPERIMENT = Experiment(
     "scales",
-    "Free, fixed, neither",
+    "Free, fixed, constants, nobody",
     [
         *(claim for optimizer in OPTIMIZERS for claim in _claims(optimizer)),
         Claim("The gain of free over none, as a part of Muon's over AdamW", "none", against_muon),
     ],
-    lambda setting: [arm(setting, name, kind, f) for name in OPTIMIZERS for kind in KINDS for f in FACTORS],
+    _arms,
     plot,
+    decided=_best_arms,
+    seeds=1,
     package=False,
 )

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+class DivergedError(ValueError):
+    """A loss of the run is not finite."""
+
+
 @dataclass(frozen=True)
 class Curves:
     """Losses of one run by step, in nats per token."""
@@ -24,7 +28,8 @@ def read_curves(directory: Path) -> Curves:
     """Read the losses of a run from its metrics.jsonl.
 
     Raises:
-        ValueError: there is no evaluation after the last step, or a loss is not finite.
+        ValueError: there is no evaluation after the last step.
+        DivergedError: a loss is not finite.
     """
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curves = Curves(
@@ -34,5 +39,5 @@ def read_curves(directory: Path) -> Curves:
     if not curves.train or max(curves.train) != max(curves.valid, default=None):
         raise ValueError(f"{directory / 'metrics.jsonl'} has no valid loss of its last step: the run is not complete")
     if None in (*curves.train.values(), *curves.valid.values()):
-        raise ValueError(f"{directory / 'metrics.jsonl'} has a loss that is not finite: the run diverged")
+        raise DivergedError(f"{directory / 'metrics.jsonl'} has a loss that is not finite: the run diverged")
     return curves

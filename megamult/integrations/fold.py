@@ -70,7 +70,8 @@ def fold(
         multiplier_weight_decay: decoupled weight decay of multipliers.
         clip_multipliers: clipping of the multipliers' gradient at the optimizer's threshold: out (not clipped), own (by
             its own norm) or joint (one norm for all gradients). False means out, and True means own.
-        multipliers: further keys of the section `multipliers` of a run: `lr_factors` and `weight_decay_factors`.
+        multipliers: further keys of the section `multipliers` of a run: `lr_factors`, `weight_decay_factors` and
+            `parametrization`.
         initial: initial value of all multipliers, or a function from (role, side) to the initial value. The model's
             present weights become W, so an initial value other than 1 rescales the effective weights.
 
@@ -101,8 +102,10 @@ def fold(
     resolved = resolve(placement)
     for role, chosen_sides in resolved.items():
         for side in chosen_sides:
-            if not math.isfinite(start(role, side)):
-                raise ValueError(f"initial of {role} {side} is {start(role, side)}: it must be finite")
+            value, positive = start(role, side), settings.parametrization != "direct"
+            if not math.isfinite(value) or (positive and value <= 0):
+                needed = f"positive with parametrization {settings.parametrization}" if positive else "finite"
+                raise ValueError(f"initial of {role} {side} is {value}: it must be {needed}")
     specs = _specs(model, rules, resolved)
     reached = {part.role for spec in specs.values() if covers(spec, resolved) for part in spec.parts}
     unreached = [role for role in resolved if role not in reached]
@@ -118,7 +121,7 @@ def fold(
     return make_optimizer(model, chosen, settings, Initial(start))
 
 
-_FURTHER = ("lr_factors", "weight_decay_factors")
+_FURTHER = ("lr_factors", "weight_decay_factors", "parametrization")
 """Keys of the section `multipliers` that :func:`fold` accepts in its argument `multipliers`."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from megamult.multipliers.parametrization import ParametrizationName
 from megamult.parameters.by_role import BySide, resolve_by_side
 from megamult.parameters.initial import Initial
 from megamult.parameters.roles import Placement, resolve
@@ -43,6 +44,9 @@ class MultipliersConfig:
     """Clipping of the multipliers' gradients at the norm optimizer.clip_grad_norm. out: they are not clipped. own: they
     are clipped by their own norm, all multipliers together. joint: one norm and one factor for all gradients,
     multipliers included. false means out, and true means own."""
+    parametrization: ParametrizationName = "direct"
+    """Variable that AdamW trains for each multiplier r: r itself (direct), u with r = exp(u) (log), or u with
+    r = log(1 + exp(u)) (softplus). Weight decay acts on u. With log and softplus, multipliers stay positive."""
     norm: Literal["free", "fixed"] = "free"
     """free: weight decay and gradients decide the norms of the blocks' matrices. fixed: after every update each of
     these matrices is scaled back to its initial Frobenius norm. They have no weight decay, and their multipliers are
@@ -63,8 +67,14 @@ class MultipliersConfig:
             self.clip = CLIP_OF_BOOL[self.clip]
         clips = get_args(MultiplierClip)
         require(self.clip in clips, f"multipliers.clip is {self.clip!r}: use one of {', '.join(clips)}")
+        names = get_args(ParametrizationName)
+        require(
+            self.parametrization in names,
+            f"multipliers.parametrization is {self.parametrization!r}: use one of {', '.join(names)}",
+        )
         given = {key: getattr(self, key) for key in ("lr_factors", "weight_decay_factors", "initial")}
         useless = [f"multipliers.{key}" for key, value in given.items() if value]
+        useless += ["multipliers.parametrization"] * (self.parametrization != "direct")
         require(
             self.implementation != "none" or not useless,
             f"multipliers.implementation is none, and then {', '.join(useless)} has no effect: leave it out",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import torch
 
 from megamult.distributed.mesh import Mesh
 from megamult.multipliers.config import MultipliersConfig
+from megamult.multipliers.parametrization import PARAMETRIZATIONS
 from megamult.optim.adamw import AdamW
 from megamult.optim.config import OPTIMIZERS, OptimizerConfig
 from megamult.optim.folded import FoldedMultipliers
+from megamult.optim.muon.newton_schulz import SCALES
 from megamult.optim.param_groups import param_groups
 from megamult.optim.rates import Rate, Rates
 from megamult.optim.rule import UpdateRule
@@ -51,7 +54,7 @@ def make_optimizer(
         multiplier_schedule=multipliers.schedule,
     )
     rates = rates_of(model, chosen, multipliers)
-    folded = None
+    parametrization, folded = PARAMETRIZATIONS[multipliers.parametrization], None
     if multipliers.implementation == "folded":
         folded = FoldedMultipliers(
             resolve(multipliers.placement),
@@ -60,6 +63,7 @@ def make_optimizer(
             initial=initial or multipliers.initial_values(),
             rates=rates,
             constant_lr=multipliers.schedule == "constant",
+            parametrization=parametrization,
             **chosen.keys_of("adamw"),
         )
     return TwoPhaseOptimizer(
@@ -71,6 +75,7 @@ def make_optimizer(
         skip_grad_norm=chosen.skip_grad_norm,
         rates=rates,
         fixed_norm=multipliers.norm == "fixed",
+        parametrization=parametrization,
         model=model,
         folded=folded,
         mesh=mesh,
@@ -123,3 +128,12 @@ def matrix_rules(chosen: OptimizerConfig) -> dict[str, UpdateRule]:
     settings = {key: _DTYPES[value] if key.endswith("_dtype") else value for key, value in keys.items()}
     module, _, name = choice.rule.partition(":")
     return {"matrix": getattr(importlib.import_module(module), name)(**settings)}
+
+
+def update_norm(chosen: OptimizerConfig) -> Callable[[int, int], float] | None:
+    """Return the function from a matrix's shape (rows, columns) to the spectral norm of its update at learning rate 1,
+    or None for AdamW, whose updates have no known norm."""
+    if chosen.name == "adamw":
+        return None
+    # NorMuon's updates have the same RMS as Muon's with the scale match_rms_adamw, and about equal singular values.
+    return SCALES["match_rms_adamw" if chosen.muon is None else chosen.muon.scale]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megamult.distributed import device
 from megamult.multipliers import kernels
+from megamult.multipliers.parametrization import Parametrization
 from megamult.multipliers.scaling import Band, Factors, PackedScaling, bands
 from megamult.multipliers.specs import LEAVES
 from megamult.optim.adamw import AdamW
@@ -74,6 +75,8 @@ class FoldedMultipliers:
     """Factors of learning rate and weight decay of the multipliers of single roles and sides."""
     constant_lr: bool = False
     """Whether the learning rate stays at its peak in all steps."""
+    parametrization: Parametrization | None = None
+    """Variable that AdamW trains in place of a multiplier; None means the multiplier itself."""
 
     def covers(self, spec: ParameterSpec) -> bool:
         """Return whether a parameter has folded multipliers."""
@@ -102,7 +105,8 @@ class BoundMultipliers:
     Attributes:
         vectors: name, role, side and position of each vector of multipliers.
         values: [entries] all multipliers, packed, in fp32; the same on every rank.
-        gradient: [entries] gradient of `values` at the last step, in fp32, summed over ranks, before clipping.
+        gradient: [entries] gradient of the trained variables (of `values`, unless the settings have a parametrization)
+            at the last step, in fp32, summed over ranks, before clipping.
         last_lr: learning rate of the last update, before the factors of single roles; 0 before the first.
     """
 
@@ -209,6 +213,8 @@ class BoundMultipliers:
                     self._scaling.add_cols(self._sums, k, cols)
         self._scaling.add_rows(self._sums, dots, factors)
         mesh.sum_over(self.gradient)
+        if self._settings.parametrization is not None:
+            self.gradient.mul_(self._settings.parametrization.slope(self.values))
         for run in self._constant:
             self.gradient[run.start : run.stop] = 0
 
@@ -224,7 +230,9 @@ class BoundMultipliers:
         self.last_lr = settings.lr * (1.0 if settings.constant_lr else schedule)
         group = {**self._rule.defaults, "lr": self.last_lr, "weight_decay": settings.weight_decay}
         kept = {key: [value] for key, value in self._kept.items()}
-        apply_by_rate(self._rule, group, [self.values], [self.gradient * factor], kept, self._runs)
+        parametrization = settings.parametrization
+        with parametrization.variables([self.values]) if parametrization else contextlib.nullcontext():
+            apply_by_rate(self._rule, group, [self.values], [self.gradient * factor], kept, self._runs)
         self._present = None
 
     @contextlib.contextmanager
@@ -264,11 +272,24 @@ class BoundMultipliers:
 
         Args:
             updates: number of applied steps in the loaded state; AdamW continues to count from it.
+
+        Raises:
+            ValueError: the settings have a parametrization, and a loaded multiplier is not positive.
         """
         self._kept[STEP].fill_(updates)
         self._present = None
+        self._check()
         for tensor in self._slices_of:
             self._write(tensor)
+
+    def _check(self) -> None:
+        """Check that all multipliers have a variable that can be trained. They are the same on all ranks.
+
+        Raises:
+            ValueError: some have none.
+        """
+        if self._settings.parametrization is not None:
+            self._settings.parametrization.check(int((self.values <= 0).sum()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the packed multipliers and their AdamW state. The optimizer's own state has the latent weights."""
@@ -282,7 +303,8 @@ class BoundMultipliers:
             optimizer_state: the optimizer's state, already loaded, which holds the latent weights.
 
         Raises:
-            ValueError: the state has a different number of multipliers.
+            ValueError: the state has a different number of multipliers; or the settings have a parametrization, and a
+                loaded multiplier is not positive.
         """
         if state["values"].shape != self.values.shape:
             raise ValueError(
@@ -292,6 +314,7 @@ class BoundMultipliers:
         self._state = optimizer_state
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
+        self._check()
         self._present = None
 
     @torch.no_grad()

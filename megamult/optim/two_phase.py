@@ -21,6 +21,7 @@ from torch import Tensor
 from megamult.distributed import device
 from megamult.distributed.mesh import Mesh, current_mesh
 from megamult.multipliers.config import CLIP_OF_BOOL, MultiplierClip
+from megamult.multipliers.parametrization import Parametrization
 from megamult.optim.clip import Clipping, Norms
 from megamult.optim.fixed_norm import FixedNorms
 from megamult.optim.folded import BoundMultipliers, FoldedMultipliers
@@ -65,6 +66,8 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         skip_grad_norm: a step is skipped if the norm that `clip_grad_norm` limits is above this value; 0: no limit.
         rates: factors of learning rate and weight decay of single roles; None if there are none.
         fixed_norm: whether each matrix of kind `matrix` keeps its first Frobenius norm, without weight decay.
+        parametrization: variable that the optimizer trains in place of each multiplier of the layers; None means the
+            multiplier itself. Folded multipliers have their own, in `folded`.
         model: the model, for names in messages and for a check that the groups hold all of its trainable parameters.
             If None, this is not checked.
         folded: settings of folded multipliers; None if the model has none.
@@ -94,6 +97,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         skip_grad_norm: float = 0.0,
         rates: Rates | None = None,
         fixed_norm: bool = False,
+        parametrization: Parametrization | None = None,
         model: torch.nn.Module | None = None,
         folded: FoldedMultipliers | None = None,
         mesh: Mesh | None = None,
@@ -113,7 +117,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
             clip_multipliers = CLIP_OF_BOOL[clip_multipliers]
         self.clipping = Clipping(clip_grad_norm, clip_multipliers, skip_grad_norm)
         self.rates = rates or Rates()
-        self._fixed_norm = fixed_norm
+        self._fixed_norm, self._parametrization = fixed_norm, parametrization
         self._no_decay_of_fixed()
         self.fixed: FixedNorms | None = None
         self.folding = folded
@@ -204,6 +208,10 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         sum_partial_gradients(partition, gradients)
         if self.folded is not None:
             self.folded.chain_rule(gradients)
+        if self._parametrization is not None:
+            for piece, gradient in zip(partition.slices, gradients, strict=True):
+                if piece.spec.side is not None:
+                    gradient.mul_(self._parametrization.slope(self.weight(piece)))
         assert self._norms is not None
         self.norms = self._norms(gradients, None if self.folded is None else self.folded.gradient)
         skip = self.clipping.skips(self.norms)
@@ -246,13 +254,20 @@ class TwoPhaseOptimizer(ViewedOptimizer):
                 # At ZeRO 3, only the group of the current sub-group has gradients.
                 parameters = [p for p in group["params"] if p.grad is not None]
                 if parameters:
-                    with self.folded.latent_weights(parameters) if self.folded else contextlib.nullcontext():
+                    with self._trained(group["kind"], parameters):
                         self._apply(self._decision, group, parameters)
                         if self.fixed is not None and group["kind"] == "matrix":
                             self.fixed.project(parameters)
         if unprepared:
             self.finish()
         return loss
+
+    def _trained(self, kind: str, parameters: list[Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which tensors of a kind hold what their rule updates: latent weights, or the variables of
+        multipliers."""
+        if kind == "multiplier" and self._parametrization is not None:
+            return self._parametrization.variables(parameters)
+        return self.folded.latent_weights(parameters) if self.folded else contextlib.nullcontext()
 
     def _apply(self, decision: _Decision, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Update these parameters of a group with the rule for the group's kind."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megamult.distributed import device
+from megamult.multipliers.parametrization import Parametrization
 from megamult.optim.fixed_norm import FixedNorms
 from megamult.optim.folded import BoundMultipliers, FoldedMultipliers
 from megamult.optim.rule import UpdateRule
@@ -34,6 +36,7 @@ class ViewedOptimizer(torch.optim.Optimizer):
     updates: int
     skipped_steps: int
     _fixed_norm: bool
+    _parametrization: Parametrization | None
     _store: StateStore
     _bound: Partition | None
 
@@ -97,6 +100,9 @@ class ViewedOptimizer(torch.optim.Optimizer):
                 correct the bias of that tensor's moments: if `updates` is large, the tensor's first update
                 is about (1 - beta1) / sqrt(1 - beta2) times as large as with a count that begins at 0.
             skipped_steps: number of steps that were skipped before the save.
+
+        Raises:
+            ValueError: the multipliers have a parametrization, and one of them is not positive.
         """
         self.updates, self.skipped_steps = updates, skipped_steps
         for state in self.state.values():
@@ -106,7 +112,24 @@ class ViewedOptimizer(torch.optim.Optimizer):
             self.folded.restored(updates)
         if self.fixed is not None:
             self.fixed.restored()
+        self._check_multipliers(partition)
         partition.publish()
+
+    def _check_multipliers(self, partition: Partition) -> None:
+        """Check that the multipliers of the layers have a variable that can be trained. All ranks must call this
+        together.
+
+        Raises:
+            ValueError: the optimizer has a parametrization, and a multiplier is not positive.
+        """
+        if self._parametrization is None:
+            return
+        negative = torch.zeros((), dtype=torch.long, device=device.local_device())
+        for piece in partition.slices:
+            if piece.spec.side is not None:
+                for start, length in partition.counted(piece):
+                    negative += (self.weight(piece)[start : start + length] <= 0).sum()
+        self._parametrization.check(int(partition.mesh.sum_over(negative)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict, with `folded` (multipliers and their state), `fixed_norm` (norms of matrices) and
@@ -150,6 +173,8 @@ class ViewedOptimizer(torch.optim.Optimizer):
             self._no_decay_of_fixed()
             self.fixed.norms.copy_(state_dict.get("fixed_norm", torch.full_like(self.fixed.norms, torch.nan)))
             self.fixed.restored()
+        if self._bound is not None:
+            self._check_multipliers(self._bound)
 
     def _no_decay_of_fixed(self) -> None:
         """Set the weight decay of matrices to 0 if they have fixed norms."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import yaml
 
 from examples.paper import package
 from examples.paper.e13_placement import NO_EMBEDDING
+from examples.paper.experiment import Experiment, Results
 from examples.paper.grid import Arm, Grid, Run, make_run, nested, plan
 from examples.paper.setting import Setting, gpu, small
 from examples.running.attempts import attempts
@@ -25,6 +28,13 @@ ARMS = [Arm("one"), Arm("two", {"multipliers.implementation": "none"})]
 
 def quiet(text: str) -> None:
     """Say nothing."""
+
+
+def _names(value: object) -> list[str]:
+    """Keys, those of mappings in values too, and values that are words."""
+    if isinstance(value, Mapping):
+        return [name for key, inner in value.items() for name in (key, *_names(inner))]
+    return [value] if isinstance(value, str) else []
 
 
 def scripted(folder: Path, script: str) -> Grid:
@@ -96,6 +106,42 @@ def test_complete_runs_are_not_repeated_and_a_failed_one_stops_no_other(tmp_path
     assert grid.train(runs) == [] and calls(grid) == []
 
 
+def test_runs_that_others_decide_are_trained_after_them_by_the_same_call(tmp_path: Path) -> None:
+    """The best of three learning rates by the first seed gets all seeds. The second has the lowest loss, the third
+    diverges; what the first has with the second seed would be lower still, and is not run."""
+    setting = tiny()
+    arms = {rate: Arm(f"lr {rate}", {"optimizer.lr": rate}) for rate in (1, 2, 3)}
+    losses = {1: 5.0, 2: 4.0, 3: None}
+
+    def decided(results: Results) -> list[Arm]:
+        return [min(arms.values(), key=results.first_loss)]
+
+    experiment = Experiment(
+        "E0", "", [], lambda setting: list(arms.values()), lambda results, file: None, decided=decided, seeds=1
+    )
+
+    def command(run: Run, folder: Path) -> list[str]:
+        with (folder / "calls").open("a") as file:
+            file.write(f"{run.name}\n")
+        (folder / run.name).mkdir()
+        loss = losses[int(run.configuration["optimizer.lr"])]
+        records = [{"step": 1, "loss": loss}, {"step": 1, "valid_loss": loss}]
+        (folder / run.name / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+        return ["true"]
+
+    grid = Grid(tmp_path, command, quiet)
+    read = Results(setting, grid, (1, 2, 3))
+    first, later = plan(setting, arms.values(), [1]), plan(setting, [arms[2]], [2, 3])
+    assert package.chosen_runs(read, [experiment]) == first
+    assert package.train(read, [experiment], named=False, full=False, workers=1) == []
+    assert calls(grid) == [run.name for run in [*first, *later]]
+    assert package.chosen_runs(read, [experiment]) == [*first, *later]
+    # With `--full` all arms have all seeds.
+    assert {(run.arm, run.seed) for run in package.chosen_runs(read, [experiment], full=True)} == {
+        (arm.name, seed) for arm in arms.values() for seed in (1, 2, 3)
+    }
+
+
 def test_a_run_that_saved_and_stopped_goes_on_at_the_next_call(tmp_path: Path) -> None:
     runs = plan(tiny(), ARMS, [1])
     grid = scripted(tmp_path, f"test $NAME != {runs[0].name} || test -e {tmp_path}/later || exit 75")
@@ -149,9 +195,10 @@ def test_progress_says_how_many_runs_are_done_and_how_each_ended(tmp_path: Path)
 
 @pytest.mark.parametrize("setting", [small(), gpu("data/big")], ids=lambda setting: setting.name)
 def test_pretrain_knows_every_key_of_every_experiment(tmp_path: Path, setting: Setting) -> None:
-    runs = package.chosen_runs(setting, package.EXPERIMENTS, [1], named=False, full=True)
     grid = Grid(tmp_path, say=quiet)
-    for run in runs:
+    runs = package.chosen_runs(Results(setting, grid, [1]), package.EXPERIMENTS, full=True)
+    # One run of each set of keys: others differ from it in numbers only.
+    for run in {tuple(_names(run.configuration)): run for run in runs}.values():
         grid.claim(run)
         config, _ = parse(["--config", str(tmp_path / f"{run.name}.yaml"), "--train.run_dir", str(tmp_path)])
         asked = nested(run.configuration)
@@ -164,19 +211,22 @@ def test_pretrain_knows_every_key_of_every_experiment(tmp_path: Path, setting: S
         assert config.checkpoint.keep_every % config.checkpoint.save_every == 0
 
 
-def test_the_package_shares_runs_between_experiments() -> None:
-    setting, experiments = small(), package.EXPERIMENTS
-    runs = package.chosen_runs(setting, experiments, [1, 2, 3], named=False, full=False)
+def test_the_package_shares_runs_between_experiments(tmp_path: Path) -> None:
+    read, experiments = Results(small(), Grid(tmp_path), [1, 2, 3]), package.EXPERIMENTS
+    runs = package.chosen_runs(read, experiments)
     # None and all by two optimizers, and three placements beside all, with three seeds; three kinds of final norm at
     # three S and MLPs with and without scalars at two S, with two seeds.
     assert len(runs) == (2 * 2 + 3) * 3 + (3 * 3 + 2 * 2) * 2
-    only = package.chosen_runs(setting, package.chosen_experiments(["e5"]), [1, 2, 3], named=True, full=False)
+    only = package.chosen_runs(read, package.chosen_experiments(["e5"]), named=True)
     assert len(only) == 2 * 3 and {run.name for run in only} < {run.name for run in runs}
-    full = package.chosen_runs(setting, experiments, [1, 2, 3], named=False, full=True)
+    full = package.chosen_runs(read, experiments, full=True)
     # A faster symmetry_free, and none at another decay (E5); a third seed of E1 and E3; two more S of E1; three more S
     # of E3, and all of Muon's.
-    # And four kinds at three learning rates by two optimizers, of which none and all at the setting's are there.
-    assert len(full) == (2 * 2 + 3) * 3 + 2 * 3 + 3 * 5 * 3 + 2 * 5 * 2 * 3 + (4 * 3 - 2) * 2 * 3
+    # And all with log, and a multiplier of the head at S = 1/8, direct and log (E15); five more learning rates of
+    # multipliers by two optimizers; five kinds of scales at three learning rates by two optimizers, of which none and
+    # all at the setting's are there.
+    rates, scales, log = 5 * 2 * 3, (5 * 3 - 2) * 2 * 3, 3 * 3
+    assert len(full) == (2 * 2 + 3) * 3 + 2 * 3 + 3 * 5 * 3 + 2 * 5 * 2 * 3 + rates + scales + log
 
 
 def test_list_numbers_the_runs_and_a_number_out_of_range_is_refused(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.paper import e13_placement, headline, report
+from examples.paper import e13_placement, e15_log, headline, report
 from examples.paper.arms import ALL, NONE, SCALAR
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
 from examples.paper.grid import Grid
@@ -82,6 +82,30 @@ def test_placements_must_be_worse_than_all(tmp_path: Path) -> None:
     assert cells(text, "all but the embedding is worse")[-1] == "**not reproduced**"
     assert cells(text, "One scalar per matrix")[-1] == "**reported**"
     assert cells(text, "multipliers' learning rate, against all")[-1] == "**not run**"
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict"),
+    [
+        ((-0.01, 0.012, 0.001), "reproduced"),
+        ((0.03, 0.031, 0.029), "not reproduced"),
+        ((-0.3, 0.35, 0.01), "not resolved"),
+    ],
+    ids=["equal", "different", "too noisy"],
+)
+def test_log_is_equal_to_direct_only_if_the_error_is_small(
+    tmp_path: Path, gaps: tuple[float, ...], verdict: str
+) -> None:
+    read = results(tmp_path)
+    for seed, gap in zip(SEEDS, gaps, strict=True):
+        losses_of(read.grid, read.setting, ALL["adamw"], seed, [6.0] * 6, 5.0 + seed)
+        losses_of(read.grid, read.setting, e15_log.LOG, seed, [6.0] * 6, 5.0 + seed + gap)
+        for name, loss in (("direct", 5.2), ("log", 5.0 + 0.01 * seed)):
+            losses_of(read.grid, read.setting, e15_log.small_head(read.setting, name), seed, [6.0] * 6, loss)
+    text = report.write(read, [e15_log.EXPERIMENT], "x", tmp_path / "report.md")
+    assert cells(text, "as good as direct")[-1] == f"**{verdict}**"
+    assert cells(text, "does more with log")[-1] == "**reproduced**"
+    assert "frozen, S = 0.125, seed 1: not started" in cells(text, "against no multiplier")[-2]
 
 
 def test_a_run_that_diverged_has_no_figure(tmp_path: Path) -> None:

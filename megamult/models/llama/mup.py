@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
+from megamult.multipliers.parametrization import relative_step
 from megamult.optim.config import OptimizerConfig
 from megamult.parameters.spec import Role, Side
 
@@ -49,7 +50,8 @@ class Mup:
         Args:
             model, optimizer, multipliers: sections of the run. Factors that they have are multiplied by these.
             learned: whether the factors of the forward pass are only the initial values of trained multipliers, whose
-                learning rates are these factors times the others'. If not, they are constants.
+                learning rates are such that they change, relative to their values, as fast as without muP. If not, they
+                are constants.
 
         Raises:
             ValueError: the run's initial multipliers divide the weights, which those of muP must not.
@@ -72,8 +74,12 @@ class Mup:
             initial, rates = multipliers.by_side("initial"), multipliers.by_side("lr_factors")
             for role, factor in self.forward.items():
                 sides.setdefault(role, set()).add("scalar")
-                initial[role, "scalar"] = factor * initial.get((role, "scalar"), 1.0)
-                rates[role, "scalar"] = factor * rates.get((role, "scalar"), 1.0) if learned else 0.0
+                own = initial.get((role, "scalar"), 1.0)
+                initial[role, "scalar"] = factor * own
+                # Relative to its value, the factor then changes as fast in an update as without muP.
+                kind = multipliers.parametrization
+                slower = relative_step(kind, own) / relative_step(kind, factor * own)
+                rates[role, "scalar"] = slower * rates.get((role, "scalar"), 1.0) if learned else 0.0
             found["multipliers"] = {
                 "implementation": "layer" if multipliers.implementation == "none" else multipliers.implementation,
                 "placement": {role: sorted(given) for role, given in sides.items()},
@@ -129,6 +135,38 @@ def mup(sizes: ModelConfig, base: ModelConfig, update_norm: Callable[[int, int],
         lr={role: 1 / x for role, x in excess.items()},
         weight_decay=dict(excess),
         forward=forward,
+    )
+
+
+def at_width(sizes: ModelConfig, base_hidden_size: int) -> ModelConfig:
+    """Return the sizes of a model of the base width: all widths in proportion, with heads of the same size.
+
+    Args:
+        sizes: sizes of the model.
+        base_hidden_size: hidden_size of the model of the base width.
+
+    Raises:
+        ValueError: a width in proportion is not a whole number.
+    """
+    widths = {
+        "num_attention_heads": sizes.num_attention_heads,
+        "num_query_groups": sizes.query_groups,
+        "ffn_hidden_size": sizes.ffn_hidden_size,
+    }
+    names = {f"model.{key} {size}": size * base_hidden_size % sizes.hidden_size for key, size in widths.items()}
+    wrong = [name for name, rest in names.items() if rest]
+    if base_hidden_size < 1 or wrong:
+        raise ValueError(
+            f"base_hidden_size is {base_hidden_size} with model.hidden_size {sizes.hidden_size}: it must be positive, "
+            f"and {', '.join(wrong or names)}, times base_hidden_size / model.hidden_size, must be whole numbers"
+        )
+    heads, groups, ffn = (size * base_hidden_size // sizes.hidden_size for size in widths.values())
+    return replace(
+        sizes,
+        hidden_size=base_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        ffn_hidden_size=ffn,
     )
 
 
