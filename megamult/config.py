@@ -128,15 +128,29 @@ class Config:
             f"parallel.tensor is {tensor} and {processes} processes were started: start a multiple of {tensor}",
         )
         samples = train.micro_batch_size * (processes // tensor)
+        # If the first batch and the increment are multiples, so is every batch of the ramp.
+        sizes = {
+            "train.global_batch_size": train.global_batch_size,
+            "train.batch_ramp.start": train.batch_ramp.start or 0,
+            "train.batch_ramp.increment": train.batch_ramp.increment or 0,
+        }
+        wrong = [f"{key} is {size}" for key, size in sizes.items() if size % samples]
         require(
-            train.global_batch_size % samples == 0,
-            f"train.global_batch_size is {train.global_batch_size}: it must be a multiple of "
-            f"train.micro_batch_size x data parallel = {train.micro_batch_size} x {processes // tensor} = {samples}",
+            not wrong,
+            f"{', '.join(wrong)}: {'it' if len(wrong) == 1 else 'each'} must be a multiple of "
+            f"train.micro_batch_size x data parallel = {train.micro_batch_size} x {processes // tensor} = {samples}; "
+            "change it, or lower train.micro_batch_size",
         )
 
-    def accumulation(self, data_parallel: int) -> int:
-        """Return the number of micro-batches per optimizer step on each data-parallel rank."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * data_parallel)
+    def accumulation(self, data_parallel: int, batch: int | None = None) -> int:
+        """Return the number of micro-batches per optimizer step on each data-parallel rank.
+
+        Args:
+            data_parallel: number of data-parallel ranks.
+            batch: number of sequences in the step's batch; train.global_batch_size if None.
+        """
+        batch = self.train.global_batch_size if batch is None else batch
+        return batch // (self.train.micro_batch_size * data_parallel)
 
     def deepspeed_overrides(self) -> dict[str, Any]:
         """Return the keys that the user gave in `deepspeed` (a mapping or a file), or {} if `deepspeed` is not set.

@@ -15,7 +15,7 @@ from megamult.config import Config
 from megamult.distributed.config import ParallelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import AdamWConfig, OptimizerConfig
-from megamult.train.config import TrainConfig
+from megamult.train.config import BatchRamp, TrainConfig
 from tests.processes import run_distributed
 from tests.small import SMALL, VOCAB, Samples
 
@@ -33,6 +33,10 @@ KNOBS: dict[str, dict[str, dict[str, Any]]] = {
     "initial": {"multipliers": {"initial": {"q": {"row": 2.0, "col": 0.5}, "down": {"row": 4.0, "col": 1.0}}}},
     "fixed": {"multipliers": {"norm": "fixed", "parametrization": "softplus"}},
     "hyperball": {"multipliers": {"norm": "fixed", "placement": {}}},
+    # Batches of 4, 4, 8, 12 and 16.
+    "ramp": {"train": {"global_batch_size": 16, "batch_ramp": BatchRamp(start=4, increment=4, samples=24)}},
+    # Six batches of 4, three of 8, two of 12, then 16: with step 10 the ramp is at 12.
+    "long ramp": {"train": {"global_batch_size": 16, "batch_ramp": BatchRamp(start=4, increment=4, samples=72)}},
     # Every key that changes learning rates, decays, initial values, norms or clipping of single roles, at once.
     "all": {
         "model": {"norms": "scalar", "final_norm": "frozen", "init_std_factors": {"down": 4.0, "k": 0.5, "head": 2.0}},
@@ -69,6 +73,7 @@ class Case:
     sequence: bool = False
     zero: int = 0
     accumulation: int = 1
+    """Micro-batches of the first step."""
     placement: str = "all"
     tied: bool = False
     recompute: bool = False
@@ -109,8 +114,11 @@ class Case:
 
     def config(self) -> Config:
         """A run of the small model."""
-        batch = 12  # divisible by 4 ranks x 3 micro-batches: a first, a middle and a last one
-        more = {section: KNOBS[self.knobs].get(section, {}) for section in ("model", "multipliers", "optimizer")}
+        sections = ("model", "multipliers", "optimizer", "train")
+        more = {section: KNOBS[self.knobs].get(section, {}) for section in sections}
+        # 12 is divisible by 4 ranks x 3 micro-batches: a first, a middle and a last one.
+        train = {"global_batch_size": 12, **more["train"]}
+        first = train["batch_ramp"].start if "batch_ramp" in train else train["global_batch_size"]
         return Config(
             model=replace(SMALL, tie_embeddings=self.tied, **more["model"]),
             multipliers=MultipliersConfig(
@@ -138,9 +146,9 @@ class Case:
                 steps=self.steps,
                 dtype=self.dtype,  # type: ignore[arg-type]
                 grad_accum_dtype="bf16" if self.dtype == "bf16" and self.zero == 0 else "auto",
-                global_batch_size=batch,
-                micro_batch_size=batch // self.data // self.accumulation,
+                micro_batch_size=first // self.data // self.accumulation,
                 recompute="full" if self.recompute else "none",
+                **train,
             ),
         )
 

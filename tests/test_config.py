@@ -19,7 +19,7 @@ from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig, rule_sections
 from megamult.optim.legacy import MOVED
 from megamult.train.command_line import parse
-from megamult.train.config import TrainConfig
+from megamult.train.config import BatchRamp, TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = sorted((REPOSITORY / "examples" / "configs").glob("*.yaml"))
@@ -229,6 +229,21 @@ def test_a_global_batch_that_micro_batches_do_not_divide_is_refused() -> None:
     config.check_world(3)
     with pytest.raises(ValueError, match=r"global_batch_size is 24: .* = 4 x 4 = 16"):
         config.check_world(4)
+
+
+def test_every_batch_of_a_ramp_must_be_made_of_micro_batches_and_all_that_is_not_is_said_at_once() -> None:
+    ramp = BatchRamp(start=6, increment=3, samples=100)
+    config = made(train={"global_batch_size": 24, "micro_batch_size": 1, "batch_ramp": ramp})
+    config.check_world(3)
+    with pytest.raises(
+        ValueError,
+        match=r"batch_ramp\.start is 6, train\.batch_ramp\.increment is 3: each must be a multiple of .* = 1 x 4 = 4; ",
+    ):
+        config.check_world(4)
+    with pytest.raises(
+        ValueError, match=r"^train\.batch_ramp\.increment is 3: it must be a multiple of .* = 2; change"
+    ):
+        config.check_world(2)
 
 
 @pytest.mark.parametrize(

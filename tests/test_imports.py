@@ -89,6 +89,7 @@ DATA_FLOW_INSIDE = [
     ],
     [
         "megamult.train.command_line",
+        "megamult.train.schedule",
         "megamult.train.batches",
         "megamult.train.engine",
         "megamult.train.checkpoints",

@@ -45,6 +45,17 @@ CASES = [
     Case(knobs="fixed", optimizer="muon", world=2, zero=2, accumulation=3),
     Case(knobs="hyperball", optimizer="muon", world=2, tensor=2, zero=1),
     Case(knobs="hyperball", world=4, zero=2),
+    Case(knobs="ramp", zero=2, accumulation=4, implementation="folded"),
+    Case(knobs="ramp", world=2, zero=0, accumulation=2),
+    Case(knobs="ramp", world=2, zero=1, implementation="folded"),
+    Case(knobs="ramp", world=2, zero=3, accumulation=2, sub_group_size=10_000),
+    Case(knobs="ramp", world=2, tensor=2, sequence=True, zero=1, accumulation=4),
+    Case(knobs="ramp", world=4, zero=2),
+    Case(knobs="ramp", world=4, tensor=2, zero=3, recompute=True),
+    Case(knobs="ramp", optimizer="muon", zero=3, accumulation=4),
+    Case(knobs="ramp", optimizer="muon", world=2, zero=1, accumulation=2),
+    Case(knobs="ramp", optimizer="muon", world=2, zero=0, implementation="folded"),
+    Case(knobs="ramp", optimizer="muon", world=4, tensor=2, sequence=True, zero=2, accumulation=2),
 ]
 
 

@@ -99,7 +99,7 @@ def main() -> None:
                 began = time.perf_counter()
                 if monitored:
                     monitor.begin()
-                loss = engine.train_batch(batches(arguments)).item()
+                loss = engine.train_batch(batches(arguments), arguments.accumulation).item()
                 if monitored:
                     figures = monitor.figures(step)
                     count = len(figures)

@@ -77,7 +77,7 @@ def render(info: CheckpointInfo, exported: Mapping[str, Any], parameters: int, m
     if not imported:
         optimizer = config["optimizer"]
         training |= {
-            "sequences per step": config["train"]["global_batch_size"],
+            "sequences per step": _batch(config["train"]),
             "optimizer": optimizer["name"],
             "peak learning rate": optimizer["lr"],
             "weight decay": optimizer["weight_decay"],
@@ -95,6 +95,14 @@ def render(info: CheckpointInfo, exported: Mapping[str, Any], parameters: int, m
         training=_table(training),
         versions=_table(info.versions),
     )
+
+
+def _batch(train: Mapping[str, Any]) -> Any:
+    """Return the size of the batch, and how it grew at the beginning. Older checkpoints know no such growth."""
+    ramp, full = train.get("batch_ramp", {}), train["global_batch_size"]
+    if not ramp.get("start"):
+        return full
+    return f"{ramp['start']:,}, growing by {ramp['increment']:,} to {full:,} over {ramp['samples']:,} sequences"
 
 
 def _table(rows: Mapping[str, Any]) -> str:

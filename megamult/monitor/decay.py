@@ -5,11 +5,12 @@ Pure.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megamult.monitor.equilibrium import equilibrium_rms, gain
 from megamult.monitor.symmetries import redundant_pairs
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
-from megamult.optim.schedule import lr_factor
 
 _INERT = 0.1
 """Largest sum over the run of learning rate x decay that counts as no decay. It shrinks the logarithm of a ratio of two
@@ -19,14 +20,16 @@ _SHORT = 1 / 3
 """Number of time constants below which a run ends too early to see its equilibrium."""
 
 
-def decay_warnings(optimizer: OptimizerConfig, multipliers: MultipliersConfig, steps: int) -> list[str]:
+def decay_warnings(
+    optimizer: OptimizerConfig, multipliers: MultipliersConfig, lr_factors: Sequence[float]
+) -> list[str]:
     """Return a warning for each weight decay that does nothing, or not what a user expects of it, in a run.
 
     Args:
         optimizer, multipliers: sections of the run's configuration.
-        steps: number of steps of the run.
+        lr_factors: learning rate of each step of the run divided by the peak.
     """
-    at_peak = sum(lr_factor(step, steps, optimizer) for step in range(steps))  # steps at the peak that do as much
+    steps, at_peak = len(lr_factors), sum(lr_factors)  # `at_peak` steps at the peak do as much
     found = []
     lr, decay = optimizer.lr if multipliers.lr is None else multipliers.lr, multipliers.weight_decay
     of_multipliers = float(steps) if multipliers.schedule == "constant" else at_peak

@@ -13,8 +13,9 @@ Pure.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from megamult.optim.config import OptimizerConfig
 from megamult.optim.muon.newton_schulz import scale
@@ -64,20 +65,19 @@ class Trajectory:
 
     Args:
         rms: RMS of the initial weights.
-        lr_of: function from a step, counted from 0, to its learning rate.
+        rates: learning rate of every step.
         weight_decay: decoupled weight decay.
         gain: gain of the optimizer.
     """
 
-    def __init__(self, rms: float, lr_of: Callable[[int], float], weight_decay: float, gain: float) -> None:
-        self._lr_of, self._weight_decay, self._gain = lr_of, weight_decay, gain
+    def __init__(self, rms: float, rates: Iterator[float], weight_decay: float, gain: float) -> None:
+        self._rates, self._weight_decay, self._gain = rates, weight_decay, gain
         self._square, self._steps = rms**2, 0
 
     def after(self, steps: int) -> float:
         """Return the RMS after a number of steps, which must not be smaller than in the call before."""
         assert steps >= self._steps
-        for step in range(self._steps, steps):
-            lr = self._lr_of(step)
+        for lr in itertools.islice(self._rates, steps - self._steps):
             self._square = (1 - lr * self._weight_decay) ** 2 * self._square + (lr * self._gain) ** 2
         self._steps = steps
         return math.sqrt(self._square)

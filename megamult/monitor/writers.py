@@ -27,15 +27,26 @@ class Writers:
         steps: number of steps of the whole run.
         done: number of steps that are done. Records of later steps, written before a crash, are dropped.
         skipped: number of skipped steps among those that are done.
+        samples: numbers of sequences that the whole run reads, and that it has read. The bar counts these, and not
+            steps, because the remaining time follows from them even if batches grow.
     """
 
-    def __init__(self, run_dir: Path, steps: int, done: int = 0, skipped: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path, steps: int, done: int = 0, skipped: int = 0, samples: tuple[int, int] = (0, 0)
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_after(run_dir / "metrics.jsonl", done)
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1, flush_secs=_FLUSH_SECONDS)
         self._interactive = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not self._interactive)
+        self._bar = tqdm(
+            desc=f"step {done}/{steps}",
+            total=samples[0],
+            initial=samples[1],
+            unit="seq",
+            dynamic_ncols=True,
+            disable=not self._interactive,
+        )
         self._report_every = max(1, steps // 20)
         self._steps = steps
         self._skipped = skipped
@@ -68,8 +79,9 @@ class Writers:
         self._scalars("train", {k: v for k, v in {**record, **extra}.items() if k != "step"}, step)
         text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
         if self._interactive:
+            self._bar.set_description_str(f"step {step}/{self._steps}", refresh=False)
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update()
+            self._bar.update(record["batch_size"])
         elif step % self._report_every == 0 or step == self._steps:
             self.say(f"step {step}/{self._steps}: {text}")
 

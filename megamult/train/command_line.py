@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 from megamult.config import SECTIONS, Config
 from megamult.distributed import environment
@@ -74,7 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
         given = made.parse_args([each for each in arguments if not each.startswith("--print_config")], defaults=False)
         _check_used(given)
         namespace = made.parse_args(arguments)
-        for name in SECTIONS:  # jsonargparse accepts `model: 3`
+        for name in _section_names():  # jsonargparse accepts `model: 3`
             if not hasattr(namespace[name], "keys"):
                 raise ValueError(f"{name} is {namespace[name]!r}: it is a section; give a mapping of its keys")
         sections = made.instantiate(namespace)
@@ -88,6 +89,19 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     # Put the contents of DeepSpeed's file into the configuration: the file may change, or be missing on another host.
     config.deepspeed = namespace["deepspeed"] = config.deepspeed_overrides() or None
     return config, made.dump(namespace, skip_validation=True, skip_unset=False)
+
+
+def _section_names() -> list[str]:
+    """Return the names of all sections, and of those within sections that every run has, such as train.batch_ramp."""
+    return [
+        *SECTIONS,
+        *(
+            f"{name}.{key}"
+            for name, each in SECTIONS.items()
+            for key, hint in get_type_hints(each).items()
+            if is_dataclass(hint)
+        ),
+    ]
 
 
 def _used(namespace: Any) -> Any:

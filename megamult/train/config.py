@@ -2,13 +2,76 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from megamult.settings import fixed
 from megamult.validation import not_negative, positive, require
+
+
+@dataclass
+class BatchRamp:
+    """Batch-size ramp-up: the batch grows from `start` to train.global_batch_size in equal increments, as with
+    Megatron's --rampup-batch-size. `start`, `increment` and `samples` are given together or not at all."""
+
+    start: int | None = None
+    """Sequences in the batch of the first step; null: every step has train.global_batch_size."""
+    increment: int | None = None
+    """Sequences by which the batch grows each time."""
+    samples: int | None = None
+    """Number of sequences over which the batch grows. It grows each time an equal share of them has been read. Steps
+    that begin after these sequences have train.global_batch_size."""
+    lr_scaling: Literal["sqrt", "none"] = "sqrt"
+    """sqrt: learning rates are multiplied by sqrt(batch / train.global_batch_size), except that of multipliers if
+    multipliers.schedule is constant. none: they do not depend on the batch."""
+
+    def __post_init__(self) -> None:
+        sizes = self._sizes()
+        missing = [f"train.batch_ramp.{key}" for key, value in sizes.items() if value is None]
+        require(
+            len(missing) in (0, len(sizes)),
+            f"train.batch_ramp is given without {', '.join(missing)}: a ramp needs start, increment and samples; give "
+            "all three, or none of them",
+        )
+        wrong = [
+            f"train.batch_ramp.{key} is {value}" for key, value in sizes.items() if value is not None and value < 1
+        ]
+        require(not wrong, f"{', '.join(wrong)}: {'it' if len(wrong) == 1 else 'each'} must be positive")
+        require(
+            not missing or self.lr_scaling == "sqrt",
+            f"train.batch_ramp.lr_scaling is {self.lr_scaling}, which has no effect without a ramp: leave it out, or "
+            "give start, increment and samples",
+        )
+
+    def _sizes(self) -> dict[str, int | None]:
+        return {"start": self.start, "increment": self.increment, "samples": self.samples}
+
+    def increments(self, full: int) -> int:
+        """Return how many times the batch grows until it has `full` sequences; 0 without a ramp."""
+        if self.start is None or self.increment is None:
+            return 0
+        return (full - self.start) // self.increment
+
+    def check_full(self, full: int) -> None:
+        """Check that increments lead from `start` to exactly `full` sequences.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.start is None or self.increment is None:
+            return
+        require(
+            self.start < full,
+            f"train.batch_ramp.start is {self.start}, and train.global_batch_size is {full}: the batch would never "
+            "grow; lower start, or leave train.batch_ramp out",
+        )
+        require(
+            (full - self.start) % self.increment == 0,
+            f"train.batch_ramp.increment is {self.increment}: it must divide train.global_batch_size - "
+            f"train.batch_ramp.start = {full} - {self.start} = {full - self.start}",
+        )
 
 
 @dataclass
@@ -19,6 +82,8 @@ class TrainConfig:
     """Number of optimizer steps."""
     global_batch_size: int = 32
     """Sequences per optimizer step, over all ranks. The number of micro-batches to accumulate follows from it."""
+    batch_ramp: BatchRamp = field(default_factory=BatchRamp)
+    """Batch-size ramp-up at the beginning of the run."""
     micro_batch_size: int = 8
     """Sequences per forward pass of one data-parallel rank."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -72,6 +137,7 @@ class TrainConfig:
             log_histograms_every=self.log_histograms_every,
             max_bad_steps=self.max_bad_steps,
         )
+        self.batch_ramp.check_full(self.global_batch_size)
         if self.max_minutes is not None:
             positive("train", max_minutes=self.max_minutes)
         require(self.seed < 2**63, f"train.seed is {self.seed}: it must be less than 2^63")

@@ -71,18 +71,34 @@ class DeepSpeedEngine:
         """Set the learning rates to `factor` times their peaks, from the next step on."""
         set_lr_factor(self.optimizer.param_groups, factor)
 
-    def train_batch(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
-        """Take one optimizer step, and return the mean cross entropy in nats.
-
-        The number of micro-batches is the one that DeepSpeed was configured to accumulate."""
+    def train_batch(self, micro_batches: Iterator[MicroBatch], accumulation: int) -> Tensor:
+        """Take one optimizer step by the mean gradient of `accumulation` micro-batches, and return the mean cross
+        entropy in nats."""
+        self._accumulate(accumulation)
         loss, count = torch.zeros((), device=device.local_device()), 0
         for tokens, labels in micro_batches:
+            count += 1
+            # By itself, DeepSpeed ends a step where the number of all micro-batches so far is a multiple of the present
+            # accumulation. That is another place once the accumulation has changed.
+            self.deepspeed.set_gradient_accumulation_boundary(count == accumulation)
             objective, entropy = self.deepspeed(tokens, labels)
             self.deepspeed.backward(objective)
             self.deepspeed.step()
             loss += entropy.float()
-            count += 1
-        return loss / count
+        assert count == accumulation, "the step has not ended"
+        return loss / accumulation
+
+    def _accumulate(self, accumulation: int) -> None:
+        """Tell all parts of DeepSpeed how many micro-batches the next step has.
+
+        The engine divides each loss by this number, so that the gradient is the mean over the step's batch.
+        """
+        engine = self.deepspeed
+        engine.set_train_batch_size(accumulation * engine.train_micro_batch_size_per_gpu() * self.mesh.size_of("data"))
+        # `set_train_batch_size` changes neither the timer's copy nor that of the optimizers of ZeRO 1 to 3.
+        engine.tput_timer.batch_size = engine.train_batch_size()
+        if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+            engine.optimizer.gradient_accumulation_steps = accumulation
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[MicroBatch]) -> Tensor:

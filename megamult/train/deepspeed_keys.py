@@ -64,9 +64,9 @@ KEYS: dict[str, Key] = {
     "train_batch_size": _decided("train.global_batch_size decides"),
     "train_micro_batch_size_per_gpu": _decided("train.micro_batch_size decides"),
     "gradient_accumulation_steps": _decided(
-        "it follows from train.global_batch_size, train.micro_batch_size and the number of processes"
+        "it follows from train.global_batch_size, train.batch_ramp, train.micro_batch_size and the number of processes"
     ),
-    "managed_gradient_accumulation": _decided("DeepSpeed counts the micro-batches of a step"),
+    "managed_gradient_accumulation": _decided("megamult tells DeepSpeed which micro-batch is the last of a step"),
     "gradient_clipping": _decided("optimizer.clip_grad_norm clips"),
     "gradient_allreduce_op": _decided("gradients are averaged over data-parallel ranks"),
     "zero_allow_untested_optimizer": _decided("the optimizer is megamult's"),
@@ -174,7 +174,8 @@ KEYS: dict[str, Key] = {
         ),
     ),
     "timers": _free(
-        "throughput: DeepSpeed's timer (default: off; it waits for the device in every micro-batch)",
+        "throughput: DeepSpeed's timer (default: off; it waits for the device in every micro-batch). With "
+        "train.batch_ramp, its running average is wrong: it multiplies steps by the present batch",
         keys=("throughput",),
     ),
     "disable_python_gc": _free("collect Python's garbage only between steps"),

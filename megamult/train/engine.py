@@ -53,15 +53,21 @@ class Engine(Protocol):
     def set_lr_factor(self, factor: float) -> None:
         """Set all learning rates to `factor` times their peaks, from the next step on."""
 
-    def train_batch(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
-        """Take one optimizer step on all micro-batches.
+    def train_batch(self, micro_batches: Iterator[MicroBatch], accumulation: int) -> Tensor:
+        """Take one optimizer step by the mean gradient of all micro-batches.
+
+        Args:
+            micro_batches: this rank's micro-batches.
+            accumulation: number of micro-batches, the same on every rank. It may differ from step to step.
 
         Returns:
             The mean cross entropy in nats over this data-parallel rank's micro-batches, an fp32 scalar on the device.
         """
 
     def evaluate(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
-        """Return the mean cross entropy as :meth:`train_batch` does, but change neither model nor optimizer."""
+        """Return the mean cross entropy as :meth:`train_batch` does, but change neither model nor optimizer.
+
+        The number of micro-batches may be any."""
 
     def multipliers(self) -> Iterable[Logical]:
         """Yield all multipliers, each complete on global rank 0."""

@@ -16,7 +16,6 @@ from megamult.checkpoint.saver import Outcome
 from megamult.config import Config
 from megamult.models.architectures import architecture_of
 from megamult.monitor.statistics import by_role
-from megamult.optim.schedule import lr_factor
 from megamult.runtime.patience import ON_FILES
 from megamult.runtime.progress import Progress
 from megamult.runtime.signals import StopRequests
@@ -25,6 +24,7 @@ from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.engine import Engine
 from megamult.train.monitoring import RunMonitor
 from megamult.train.records import Records
+from megamult.train.schedule import Schedule
 from megamult.train.votes import mean_and_votes
 
 
@@ -46,7 +46,7 @@ class Trainer:
         self._monitor = monitor
         self._train, self._valid = train, valid
         self._mesh = engine.mesh
-        self._accumulation = config.accumulation(self._mesh.size_of("data"))
+        self._schedule = Schedule(config)
         self._reading: MicroBatches | None = None
         self._flops = architecture_of(config.model).flops_per_token(config.model, vocab_size)
         self.step_count = 0
@@ -59,25 +59,29 @@ class Trainer:
         self.votes: list[float] = []
         """Sums over all ranks of the votes on stopping, from the end of the last step or evaluation."""
 
+    def _accumulation(self, batch: int) -> int:
+        """Return the number of this rank's micro-batches in a global batch of `batch` sequences."""
+        return self.config.accumulation(self._mesh.size_of("data"), batch)
+
     def _batches(self, samples: Samples, first: int) -> MicroBatches:
-        """Return this rank's micro-batches of all global batches from sample `first` on."""
-        train, (data_rank, data_size) = self.config.train, self._mesh.coordinates.on("data")
-        size = train.micro_batch_size
-        starts = (
-            batch + (micro * data_size + data_rank) * size
-            for batch in itertools.count(first, train.global_batch_size)
-            for micro in range(self._accumulation)
-        )
+        """Return this rank's micro-batches of all samples from `first` on.
+
+        Data-parallel ranks take micro-batches in turn. A global batch is a whole number of turns, so its size does not
+        matter here.
+        """
+        data_rank, data_size = self._mesh.coordinates.on("data")
+        size = self.config.train.micro_batch_size
+        starts = itertools.count(first + data_rank * size, data_size * size)
         return MicroBatches(samples, starts, size, self.config.model.seq_length, self._mesh)
 
-    def _taken(self, batches: MicroBatches, step: int, of: str = "") -> Iterator[MicroBatch]:
-        """Yield this rank's micro-batches of one global batch, and take each only when it is asked for.
+    def _taken(self, batches: MicroBatches, accumulation: int, step: int, of: str = "") -> Iterator[MicroBatch]:
+        """Yield this rank's `accumulation` micro-batches of one global batch, and take each only when it is asked for.
 
         Also record the progress of `step`, for the watchdog. While a micro-batch is awaited, the watchdog allows the
         extra time that work on files has. While one is computed on, it allows none.
         """
-        for micro in range(self._accumulation):
-            which = f"micro-batch {micro + 1} of {self._accumulation}{of}"
+        for micro in range(accumulation):
+            which = f"micro-batch {micro + 1} of {accumulation}{of}"
             self._progress.at(step, f"reading {which}", ON_FILES)
             micro_batch = batches.take()
             self._progress.at(step, which)
@@ -92,18 +96,18 @@ class Trainer:
         """
         began = time.perf_counter()
         config, step, first = self.config, self.step_count, self.samples
-        batch = config.train.global_batch_size
+        schedule, batch = self._schedule, self._schedule.batch_at(first)
         self._progress.at(step + 1, "samples", ON_FILES)
-        end = first + max(1, config.train.steps - step) * batch
+        end = schedule.samples_after(first, max(1, config.train.steps - step))
         # Include the next step's samples, which are read while this step computes.
-        ready = min(first + 2 * batch, end)
+        ready = min(schedule.samples_after(first, 2), end)
         self._train.prepare(first, ready, self._mesh.barrier, end)
         if self._reading is None:
             self._reading = self._batches(self._train, first)
         self._reading.allow(ready)
-        factor = lr_factor(step, config.train.steps, config.optimizer)
+        factor, accumulation = schedule.lr_factor(step, batch), self._accumulation(batch)
         self.engine.set_lr_factor(factor)
-        loss = self.engine.train_batch(self._taken(self._reading, step + 1))
+        loss = self.engine.train_batch(self._taken(self._reading, accumulation, step + 1), accumulation)
         self.step_count += 1
         self.samples += batch
         mean_loss, self.votes = mean_and_votes(self._mesh, loss, ballot())
@@ -114,6 +118,7 @@ class Trainer:
             "lr": config.optimizer.lr * factor,
             "grad_norm": self.engine.norms.main,
             "multiplier_grad_norm": self.engine.norms.multipliers,
+            "batch_size": batch,
             "tokens": self.samples * config.model.seq_length,
             "tokens_per_second": batch * config.model.seq_length / seconds,
             "seconds": seconds,
@@ -129,8 +134,9 @@ class Trainer:
         """
         assert self._valid is not None
         train, step = self.config.train, self.step_count
+        batch = train.global_batch_size
         self._progress.at(step, "samples of the evaluation", ON_FILES)
-        end = train.eval_batches * train.global_batch_size
+        end = train.eval_batches * batch
         self._valid.prepare(0, end, self._mesh.barrier, end)
         with contextlib.closing(self._batches(self._valid, 0)) as batches:
             batches.allow(end)
@@ -138,7 +144,10 @@ class Trainer:
                 micro_batch
                 for index in range(train.eval_batches)
                 for micro_batch in self._taken(
-                    batches, step, f", evaluation's batch {index + 1} of {train.eval_batches}"
+                    batches,
+                    self._accumulation(batch),
+                    step,
+                    f", evaluation's batch {index + 1} of {train.eval_batches}",
                 )
             )
             loss = self.engine.evaluate(micro_batches)
@@ -177,12 +186,21 @@ class Trainer:
             Diverged: `train.max_bad_steps` steps in a row were bad. Every rank raises this.
         """
         steps, reason, outcome, unsaved = self.config.train.steps, None, None, False
+        total = self._schedule.samples_after(self.samples, max(0, steps - self.step_count))
         with contextlib.ExitStack() as stack:
             # Wait for a checkpoint that is being written, so that it is completed even if training fails.
             stack.callback(checkpoints.wait, _LAST_SAVE_SECONDS)
             stack.callback(self.close)
             records = stack.enter_context(
-                Records(run_dir, self.config.train, self._flops, self._mesh, self.step_count, self.engine.skipped_steps)
+                Records(
+                    run_dir,
+                    self.config.train,
+                    self._flops,
+                    self._mesh,
+                    self.step_count,
+                    self.engine.skipped_steps,
+                    (total, self.samples),
+                )
             )
             while self.step_count < steps and reason is None:
                 self._recorded_step(records, stop)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from megamult.monitor.orthogonality import Orthogonality
 from megamult.monitor.squares import rms
 from megamult.monitor.vectors import Vectors
 from megamult.monitor.weights import Weights
-from megamult.optim.schedule import lr_factor
 from megamult.optim.two_phase import TwoPhaseOptimizer
+from megamult.train.schedule import Schedule
 from megamult.zero.partition import Partition
 
 
@@ -146,7 +146,7 @@ class RunMonitor:
 
     def _references(self, partition: Partition, drawn: bool) -> tuple[dict[str, float], dict[str, Trajectory]]:
         """Return, for each role of matrices, the equilibrium of noise and decay, and the trajectory to it."""
-        config, steps = self._config.optimizer, self._config.train.steps
+        config, schedule = self._config.optimizer, Schedule(self._config)
         groups = {group["kind"]: group for group in self._optimizer.param_groups}
         initial = architecture_of(self._config.model).standard_deviations(self._config.model) if drawn else {}
         start, sides = self._config.multipliers.initial_values(), self._config.multipliers.sides
@@ -163,12 +163,12 @@ class RunMonitor:
                 peak, decay = group["peak_lr"] * rate.lr, group["weight_decay"] * rate.weight_decay
                 equilibria[part.role] = equilibrium_rms(peak, decay, size)
                 if part.role in initial:
-                    lr_of = functools.partial(_lr, peak, steps, config)
+                    rates = _rates(peak, schedule)
                     drawn_rms = initial[part.role] * start.weight_factor(part.role, sides)
-                    trajectories[part.role] = Trajectory(drawn_rms, lr_of, decay, size)
+                    trajectories[part.role] = Trajectory(drawn_rms, rates, decay, size)
         return equilibria, trajectories
 
 
-def _lr(peak: float, steps: int, config: Any, step: int) -> float:
-    """Return the learning rate of a step, counted from 0."""
-    return peak * lr_factor(step, steps, config)
+def _rates(peak: float, schedule: Schedule) -> Iterator[float]:
+    """Return the learning rates of all steps from the run's first one on."""
+    return (peak * factor for factor in schedule.lr_factors())

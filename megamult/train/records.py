@@ -24,11 +24,21 @@ class Records:
         mesh: mesh of the processes.
         done: number of steps that the run has taken before.
         skipped: number of these steps that were skipped.
+        samples: numbers of sequences that the whole run reads, and that it has read.
     """
 
-    def __init__(self, run_dir: Path, train: TrainConfig, flops: float, mesh: Mesh, done: int, skipped: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        train: TrainConfig,
+        flops: float,
+        mesh: Mesh,
+        done: int,
+        skipped: int,
+        samples: tuple[int, int],
+    ) -> None:
         first = mesh.rank == 0
-        self._out = Writers(run_dir, train.steps, done, skipped) if first else None
+        self._out = Writers(run_dir, train.steps, done, skipped, samples) if first else None
         peak = device.peak_flops(train.torch_dtype)
         self._peak = None if peak is None else peak * mesh.size
         self._flops = flops

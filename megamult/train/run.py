@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from megamult.train.deepspeed_engine import build, check_deepspeed
 from megamult.train.engine import Engine
 from megamult.train.loop import CheckpointFailed, Diverged, Trainer
 from megamult.train.monitoring import RunMonitor
+from megamult.train.schedule import Schedule
 from megamult.train.summary import conclude
 
 
@@ -135,7 +137,8 @@ def _say_what(run: Run, engine: Engine) -> None:
             f"{run.config.train.dtype}; writing {run.run_dir}",
             flush=True,
         )
-        for warning in decay_warnings(run.config.optimizer, run.config.multipliers, run.config.train.steps):
+        factors = list(itertools.islice(Schedule(run.config).lr_factors(), run.config.train.steps))
+        for warning in decay_warnings(run.config.optimizer, run.config.multipliers, factors):
             print(f"warning: {warning}", flush=True)
 
 

@@ -33,8 +33,10 @@ BITWISE = [
     Case(world=2, tensor=2, zero=1, optimizer="adamw", implementation="folded", knobs="all"),
     Case(world=2, zero=1, optimizer="muon", implementation="folded", knobs="fixed"),
     Case(world=2, tensor=2, zero=3, optimizer="adamw", knobs="fixed"),
+    Case(world=2, zero=2, optimizer="muon", knobs="long ramp", accumulation=2),
+    Case(world=2, tensor=2, zero=1, optimizer="adamw", implementation="folded", dtype="bf16", knobs="long ramp"),
 ]
-"""All optimizers, both implementations, fp32 and bf16, every ZeRO class."""
+"""All optimizers, both implementations, fp32 and bf16, every ZeRO class, and a batch that grows before and after."""
 
 
 def _id(case: Case) -> str:
@@ -84,6 +86,8 @@ OTHERS = [
     Case(world=4, zero=0, accumulation=3),
 ]
 OPTIMIZERS = ("adamw", "muon", "normuon")
+RAMP, RAMP_OTHER = Case(world=4, tensor=2, zero=2, knobs="ramp"), Case(zero=3, implementation="folded", knobs="ramp")
+RAMP_SAVED, RAMP_BATCHES = 3, [4, 4, 8, 12, 16]
 SAVED, MORE = 5, 5
 RELATIVE = 1e-5
 """As in test_invariance.py: sums in another order differ by some 1e-7, and few steps amplify that little."""
@@ -145,8 +149,10 @@ def shardings(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, 
         (o, "whole", BASE): Run(variant(BASE, optimizer=o), SAVED + MORE, folder / o, save_at=(SAVED,))
         for o in OPTIMIZERS
     }
-    launch(4, whole | there(4))
-    launch(1, there(1) | other_runs(folder, step))
+    ramp = folder / "ramp"
+    rest = Run(RAMP_OTHER, 2, folder / "none", load=ramp / f"checkpoints/step_{RAMP_SAVED}", weights_seed=99)
+    launch(4, whole | there(4) | {("adamw", "ramp", RAMP): Run(RAMP, 5, ramp, save_at=(RAMP_SAVED,))})
+    launch(1, there(1) | other_runs(folder, step) | {("adamw", "ramp", RAMP_OTHER): rest})
     launch(2, there(2))
     back = {
         (o, "back", case): Run(
@@ -171,6 +177,23 @@ def test_another_layout_goes_on_with_the_same_samples_and_losses(
     assert other.seen == whole.seen[SAVED * batch :]
     for key in ("step", "tokens", "lr", "loss", "grad_norm", "multiplier_grad_norm"):
         expected = [record[key] for record in whole.records[SAVED:]]
+        assert [record[key] for record in other.records] == pytest.approx(expected, rel=RELATIVE, abs=0.0), key
+
+
+def test_another_layout_goes_on_in_the_middle_of_a_ramp(shardings: dict[tuple[str, str, Case], Trace]) -> None:
+    whole, other = shardings["adamw", "ramp", RAMP], shardings["adamw", "ramp", RAMP_OTHER]
+    assert [record["batch_size"] for record in whole.records] == RAMP_BATCHES
+    assert [record["batch_size"] for record in other.records] == RAMP_BATCHES[RAMP_SAVED:]
+    assert whole.seen == list(range(sum(RAMP_BATCHES)))
+    assert other.seen == list(range(sum(RAMP_BATCHES[:RAMP_SAVED]), sum(RAMP_BATCHES)))
+    assert [record["tokens"] for record in whole.records] == [
+        total * BASE.config().model.seq_length for total in itertools.accumulate(RAMP_BATCHES)
+    ]
+    for record in whole.records:
+        tokens = record["tokens_per_second"] * record["seconds"]
+        assert tokens == pytest.approx(record["batch_size"] * BASE.config().model.seq_length, rel=1e-9)
+    for key in ("step", "tokens", "lr", "loss", "grad_norm", "multiplier_grad_norm"):
+        expected = [record[key] for record in whole.records[RAMP_SAVED:]]
         assert [record[key] for record in other.records] == pytest.approx(expected, rel=RELATIVE, abs=0.0), key
 
 

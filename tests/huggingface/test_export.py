@@ -19,6 +19,7 @@ from megamult.data.tokenizer import Tokenizer
 from megamult.huggingface import exporting as hf_export
 from megamult.huggingface.exporting import export
 from megamult.huggingface.importing import import_
+from megamult.huggingface.model_card import render
 from megamult.models.llama.hf_names import weights
 from megamult.parameters.roles import resolve
 from tests.huggingface.corpus import VOCAB, make_tokenizer
@@ -269,6 +270,20 @@ def test_the_card_gives_the_run_s_figures(checkpoint: Path, tmp_path: Path) -> N
     assert done.parameters == parameters and f"{parameters:,} parameters, float32, after 7 optimizer steps" in card
     assert "arxiv.org/abs/2601.04890" in card and "placement `all`" in card
     assert f"| torch | {torch.__version__} |" in card
+
+
+def test_the_card_says_how_the_batch_grew(checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "hf")
+    info, exported = SavedCheckpoint(checkpoint).info, json.loads((tmp_path / "hf" / "config.json").read_text())
+    for ramp, said in (
+        ({"start": 8, "increment": 4, "samples": 1200}, "8, growing by 4 to 32 over 1,200 sequences"),
+        ({"start": None, "increment": None, "samples": None}, "32"),
+        (None, "32"),  # a checkpoint of a version without ramps
+    ):
+        info.config["train"] = {**info.config["train"], "global_batch_size": 32, "batch_ramp": ramp}
+        if ramp is None:
+            del info.config["train"]["batch_ramp"]
+        assert f"| sequences per step | {said} |" in render(info, exported, 1000, False)
 
 
 def test_the_directory_is_complete_and_readable_by_others(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> None:

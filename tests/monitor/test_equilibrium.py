@@ -39,7 +39,10 @@ def test_the_trajectory_is_that_of_adamw_fed_with_noise(std: float) -> None:
         lr=4e-3, weight_decay=0.8, warmup_steps=30, decay_steps=120, decay="exponential", min_lr=5e-4
     )
     line = Trajectory(
-        std, lambda step: config.lr * lr_factor(step, steps, config), config.weight_decay, adamw_gain((0.9, 0.95))
+        std,
+        (config.lr * lr_factor(step, steps, config) for step in range(steps)),
+        config.weight_decay,
+        adamw_gain((0.9, 0.95)),
     )
     simulated = of_adamw(config, std, steps)
     for step in range(60, steps + 1, 60):
@@ -105,12 +108,13 @@ def cases() -> list[tuple[Callable[[], Case], list[str]]]:
 
 @pytest.mark.parametrize(("case", "expected"), cases())
 def test_a_decay_that_does_nothing_is_warned_about(case: Callable[[], Case], expected: list[str]) -> None:
-    found = decay_warnings(*case())
+    optimizer, multipliers, steps = case()
+    found = decay_warnings(optimizer, multipliers, [lr_factor(step, steps, optimizer) for step in range(steps)])
     assert [warning.split()[0] for warning in found] == expected
 
 
 def test_the_warnings_say_how_little_the_decay_does_and_what_to_set() -> None:
-    (multipliers, weights) = decay_warnings(OptimizerConfig(), MultipliersConfig(), 100)
+    (multipliers, weights) = decay_warnings(OptimizerConfig(), MultipliersConfig(), [1.0] * 100)
     assert "by 0.02 % of itself" in multipliers and "rows of up and columns of down" in multipliers
     assert "set multipliers.placement to symmetry_free" in multipliers
     assert "0.068 with a time constant of 5,000 steps" in weights and "after 0.02 time constants" in weights

@@ -78,6 +78,17 @@ def test_without_a_terminal_about_twenty_lines_tell_the_progress_and_the_last_st
     assert lines[-1].startswith("step 103/103: loss -98.0000, 1,234 tokens/s")
 
 
+def test_the_bar_counts_sequences_so_that_steps_of_any_size_have_their_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with Writers(tmp_path, steps=4, done=1, samples=(20, 2)) as writers:
+        for step, batch in ((2, 2), (3, 6), (4, 10)):
+            writers.step(record(step) | {"batch_size": batch}, {})
+        assert (writers._bar.n, writers._bar.total) == (20, 20)
+        assert writers._bar.desc == "step 4/4"
+
+
 def test_a_skipped_step_is_told_and_what_is_not_finite_is_null(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,12 +21,14 @@ from megamult.optim.clip import Norms
 from megamult.optim.config import OptimizerConfig
 from megamult.runtime.progress import Progress
 from megamult.train.batches import MicroBatch
-from megamult.train.config import TrainConfig
+from megamult.train.config import BatchRamp, TrainConfig
 from megamult.train.engine import Engine, EngineState
 from megamult.zero.gather import Logical
 from tests.small import Samples
 
-VOCAB, SEQ, STEPS, ACCUMULATION, MICRO = 11, 8, 4, 2, 3
+VOCAB, SEQ, STEPS, ACCUMULATION, MICRO = 11, 8, 4, 3, 3
+BATCHES = (3, 3, 6, 9)
+"""Sequences in each step's batch; the last one is full: ACCUMULATION micro-batches."""
 LR = 0.5
 
 
@@ -60,12 +62,12 @@ class PlainEngine:
     def set_lr_factor(self, factor: float) -> None:
         self.factor = factor
 
-    def train_batch(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
+    def train_batch(self, micro_batches: Iterator[MicroBatch], accumulation: int) -> Tensor:
         losses = []
         for tokens, labels in micro_batches:
             self.events.append("compute")
             losses.append(loss_of(self.model, tokens, labels))
-            (losses[-1] / ACCUMULATION).backward()
+            (losses[-1] / accumulation).backward()
         gradients = [parameter.grad for parameter in self.model.parameters()]
         self.norms = Norms(float(torch.nn.utils.get_total_norm(g for g in gradients if g is not None)), 0.25)
         self.skipped_steps += self.updates == 1  # one of them, to be counted
@@ -113,7 +115,7 @@ class Noting(Progress):
 
 
 def config_of(run_dir: Path) -> Config:
-    """Steps with warm-up, two micro-batches each, an evaluation after every other one."""
+    """Steps with warm-up, of 1, 1, 2 and 3 micro-batches, an evaluation after every other one."""
     return Config(
         model=ModelConfig(seq_length=SEQ),
         optimizer=OptimizerConfig(lr=LR, warmup_steps=2),
@@ -122,6 +124,7 @@ def config_of(run_dir: Path) -> Config:
             steps=STEPS,
             global_batch_size=ACCUMULATION * MICRO,
             micro_batch_size=MICRO,
+            batch_ramp=BatchRamp(start=MICRO, increment=MICRO, samples=12),
             run_dir=str(run_dir),
             eval_every=2,
             eval_batches=2,

@@ -26,6 +26,7 @@ FILES = {
     "type.yaml": "model:\n  num_layers: many\n",
     "muon.yaml": "optimizer:\n  muon:\n    nesterov: false\n",
     "scalar.yaml": "model: 3\n",
+    "ramp.yaml": "train:\n  batch_ramp: null\n",
     "list.yaml": "- 1\n",
     "broken.yaml": "model: [1\n",
     "list.json": "[1]",
@@ -96,6 +97,29 @@ EARLY: list[tuple[list[str], str]] = [
     ),
     (["--parallel.tensor", "2"], r"parallel\.tensor is 2 and 1 processes were started: start a multiple of 2"),
     (["--train.global_batch_size", "33"], r"global_batch_size is 33: it must be a multiple of .* = 8 x 1 = 8"),
+    # batches that grow
+    (
+        ["--train.batch_ramp.start", "4", "--train.batch_ramp.increment", "4", "--train.batch_ramp.samples", "100"],
+        r"batch_ramp\.start is 4, train\.batch_ramp\.increment is 4: each must be a multiple of .* = 8 x 1 = 8; change",
+    ),
+    (
+        ["--train.batch_ramp", "{start: 8, increment: 16, samples: 100}"],
+        r"train\.batch_ramp\.increment is 16: it must divide .* = 32 - 8 = 24",
+    ),
+    (
+        ["--train.batch_ramp", "{start: 32, increment: 8, samples: 100}"],
+        r"start is 32, and train\.global_batch_size is 32: the batch would never grow; lower start, or leave",
+    ),
+    (
+        ["--train.batch_ramp.samples", "100"],
+        r"given without train\.batch_ramp\.start, train\.batch_ramp\.increment: .*; give all three, or none",
+    ),
+    (
+        ["--train.batch_ramp", "{start: 8, increment: 0, samples: -1}"],
+        r"train\.batch_ramp\.increment is 0, train\.batch_ramp\.samples is -1: each must be positive",
+    ),
+    (["--train.batch_ramp.lr_scaling", "none"], r"lr_scaling is none, which has no effect without a ramp: leave"),
+    (["--config", "FOLDER/ramp.yaml"], r"train\.batch_ramp is None: it is a section; give a mapping"),
     # placements
     (["--multipliers.placement", "everywhere"], r"placement is 'everywhere': use one of all, symmetry_free, scalar"),
     (["--multipliers.placement", "{norm: row}"], r"placement names the role 'norm': use one of q, k, v"),

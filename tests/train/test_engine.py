@@ -15,10 +15,10 @@ from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.train import checkpoints, engine, loop, records
 from tests.processes import run_distributed
 from tests.small import Samples
-from tests.train.plain_engine import ACCUMULATION, LR, MICRO, SEQ, STEPS, drive, loss_of, samples, tiny_model
+from tests.train.plain_engine import ACCUMULATION, BATCHES, LR, MICRO, SEQ, STEPS, drive, loss_of, samples, tiny_model
 
-FACTORS = (0.5, 1.0, 1.0, 1.0)
-"""Of the learning rate: two steps of warm-up."""
+FACTORS = (0.5 / 3**0.5, 1 / 3**0.5, (2 / 3) ** 0.5, 1.0)
+"""Of the learning rate: two steps of warm-up, times sqrt(batch / full batch)."""
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,15 @@ def driven(folder: Path) -> dict[str, Any]:
 def by_hand() -> tuple[list[tuple[float, float]], list[float], dict[str, Tensor]]:
     """(loss, gradient norm) of every step, losses of the evaluations, and the weights at the end."""
 
-    def batch(source: Samples, first: int) -> tuple[Tensor, Tensor]:
-        rows = [source[i] for i in range(first, first + ACCUMULATION * MICRO)]
+    full = ACCUMULATION * MICRO
+
+    def batch(source: Samples, first: int, size: int = full) -> tuple[Tensor, Tensor]:
+        rows = [source[i] for i in range(first, first + size)]
         return torch.stack([row["tokens"] for row in rows]), torch.stack([row["labels"] for row in rows])
 
     model, steps, evaluations = tiny_model(), [], []
     for step, factor in enumerate(FACTORS):
-        loss = loss_of(model, *batch(samples(), step * ACCUMULATION * MICRO))
+        loss = loss_of(model, *batch(samples(), sum(BATCHES[:step]), BATCHES[step]))
         model.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -49,7 +51,7 @@ def by_hand() -> tuple[list[tuple[float, float]], list[float], dict[str, Tensor]
             for parameter in model.parameters():
                 parameter -= LR * factor * parameter.grad
             if step % 2:
-                both = [loss_of(model, *batch(samples(valid=True), first)) for first in (0, ACCUMULATION * MICRO)]
+                both = [loss_of(model, *batch(samples(valid=True), first)) for first in (0, full)]
                 evaluations.append((sum(both) / 2).item())
     return steps, evaluations, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -62,12 +64,14 @@ def test_the_losses_are_those_of_a_loop_by_hand(folder: Path, driven: dict[str, 
     steps, evaluations, weights = by_hand()
     assert driven["whole"]["reason"] is None
     written = [r for r in metrics(folder / "whole") if "loss" in r]
-    # fp32: a batch is the mean of two micro-batches here, and one mean there.
+    # fp32: a batch is the mean of its micro-batches here, and one mean there.
     assert [(r["loss"], r["grad_norm"]) for r in written] == [pytest.approx(each, rel=1e-6) for each in steps]
     assert [r["multiplier_grad_norm"] for r in written] == [0.25] * STEPS
-    assert [r["lr"] for r in written] == [LR * factor for factor in FACTORS]
+    assert [r["lr"] for r in written] == pytest.approx([LR * factor for factor in FACTORS], rel=1e-15)
+    assert [r["batch_size"] for r in written] == list(BATCHES)
     assert [r["skipped_steps"] for r in written] == [0, 1, 1, 1]
-    assert [r["tokens"] for r in written] == [(i + 1) * ACCUMULATION * MICRO * SEQ for i in range(STEPS)]
+    assert [r["tokens"] for r in written] == [sum(BATCHES[: i + 1]) * SEQ for i in range(STEPS)]
+    assert [r["tokens_per_second"] * r["seconds"] for r in written] == pytest.approx([b * SEQ for b in BATCHES])
     found = [(r["step"], r["valid_loss"]) for r in metrics(folder / "whole") if "valid_loss" in r]
     assert found == [(2, pytest.approx(evaluations[0], rel=1e-6)), (4, pytest.approx(evaluations[1], rel=1e-6))]
     for name, value in weights.items():
@@ -83,8 +87,8 @@ def test_each_micro_batch_is_read_when_the_engine_takes_it(driven: dict[str, Any
     assert events[at : at + len(step)] == step
     look = ["2: samples of the evaluation"]
     for batch in (1, 2):
-        for micro in (1, 2):
-            which = f"micro-batch {micro} of 2, evaluation's batch {batch} of 2"
+        for micro in (1, 2, 3):
+            which = f"micro-batch {micro} of 3, evaluation's batch {batch} of 2"
             look += [f"2: reading {which}", f"2: {which}", "evaluate"]
     at = events.index("2: samples of the evaluation")
     assert events[at : at + len(look)] == look
