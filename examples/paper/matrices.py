@@ -15,6 +15,7 @@ from examples.paper.paired import coefficient_of_variation
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import model_section
 from megamult.models.architectures import architecture_of
+from megamult.monitor.names import layer_of
 from megamult.multipliers.reference import effective_weight
 from megamult.multipliers.specs import LEAVES
 from megamult.parameters.spec import Side
@@ -28,6 +29,8 @@ class Matrix:
     """One logical matrix of one layer."""
 
     role: str
+    layer: int | None
+    """Index of its layer, or None if it is in no layer."""
     latent: Tensor
     """W[out, in], which the optimizer decays."""
     multipliers: dict[Side, Tensor]
@@ -48,6 +51,7 @@ def matrices(saved: SavedCheckpoint) -> Iterator[Matrix]:
         names = {side: f"model.{weight.multiplier(side)[0]}" for side in LEAVES}
         yield Matrix(
             weight.role,
+            layer_of(weight.logical),
             saved.read(f"model.{weight.logical}").float(),
             {side: saved.read(name).float() for side, name in names.items() if name in saved.shapes},
         )
