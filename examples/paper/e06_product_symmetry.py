@@ -178,7 +178,7 @@ def ratio_moves(results: Results, product: float, expected: float) -> Measuremen
     found = {symmetry: changes(results, product, symmetry, over) for symmetry in PLANTED}
     _, figure, margin = _worst(found, lambda each: TOLERANCE - abs(each.mean - expected))
     each = ", ".join(f"{symmetry} {value.mean:.3f}" for symmetry, value in found.items())
-    note = f"{results.error_over('layers')}change / predicted change{'' if expected else f' at {over:g}'}: {each}"
+    note = results.note("layers", f"change / predicted change{'' if expected else f' at {over:g}'}: {each}")
     return Measurement(figure, verdict(margin.mean >= 0, margin), note)
 
 
@@ -194,7 +194,7 @@ def loss_stays(results: Results) -> Measurement:
     # One unequal loss decides, and then one that is unknown.
     decisive = max(gaps, key=lambda each: (_ORDER.index(verdicts[each]), abs(gaps[each].mean)))
     each = ", ".join(f"{product:g}: {gap.mean:+.4f}" for product, gap in gaps.items())
-    note = f"{results.error_over('the order of the data')}at {decisive:g}; by lr x wd: {each}"
+    note = results.note("the order of the data", f"at {decisive:g}", f"by lr x wd: {each}")
     return Measurement(gaps[decisive], verdicts[decisive], note, "nats")
 
 
@@ -231,7 +231,7 @@ def ratio_spreads_less(results: Results, dtype: str) -> Measurement:
         for step in drift_steps(results.setting)
     }
     name, figure, margin = _worst(found, lambda each: 1 - each.mean)
-    return Measurement(figure, verdict(margin.mean > 0, margin), f"{results.error_over('layers')}largest: {name}")
+    return Measurement(figure, verdict(margin.mean > 0, margin), results.note("layers", f"largest: {name}"))
 
 
 def all_deviations(results: Results, dtype: str) -> Measurement:

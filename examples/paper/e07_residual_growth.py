@@ -121,21 +121,21 @@ def difference(results: Results, decay: float) -> Estimate:
 def grows(results: Results) -> Measurement:
     """Measure the slope without decay."""
     found = growth(results, NONE)
-    return Measurement(found, verdict(found.mean > 0, found), results.error_over("layers"), UNIT)
+    return Measurement(found, verdict(found.mean > 0, found), results.note("layers"), UNIT)
 
 
 def is_halved(results: Results) -> Measurement:
     """Measure by how much the largest decay lowers the slope."""
     without, with_it, gap = growth(results, NONE), growth(results, LARGE), difference(results, LARGE)
     holds = without.mean > 0 and with_it.mean <= HALVED * without.mean
-    note = f"{results.error_over('layers')}{without.mean:.4g} -> {with_it.mean:.4g}"
+    note = results.note("layers", f"{without.mean:.4g} -> {with_it.mean:.4g}")
     return Measurement(gap, verdict(holds, gap), note, UNIT)
 
 
 def default_does_nothing(results: Results) -> Measurement:
     """Measure by how much the default decay lowers the slope."""
     without, gap = growth(results, NONE), difference(results, DEFAULT)
-    note = f"{results.error_over('layers')}{without.mean:.4g} -> {growth(results, DEFAULT).mean:.4g}"
+    note = results.note("layers", f"{without.mean:.4g} -> {growth(results, DEFAULT).mean:.4g}")
     return Measurement(gap, equal(gap, without.mean), note, UNIT)
 
 

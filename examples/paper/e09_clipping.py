@@ -124,7 +124,7 @@ def dominates(results: Results) -> Measurement:
     )
     ratio = np.median([each.norms.joint / each.norms.main for seed in steps for each in seed])
     factor = np.median([each.factor for seed in steps for each in seed])
-    note = f"{results.error_over('blocks of steps')}medians: norm ratio {ratio:.2f}, factor {factor:.3f}"
+    note = results.note("blocks of steps", f"medians: norm ratio {ratio:.2f}, factor {factor:.3f}")
     margin = Estimate(share.mean - SHARE, share.error, ())
     return Measurement(share, verdict(margin.mean > 0, margin), note, "of the steps")
 
@@ -151,7 +151,7 @@ def control_is_not(results: Results, kind: Loss) -> Measurement:
 
 
 def _note(results: Results, kind: Loss) -> str:
-    return results.error_over("the order of the data") if kind == "train" else ""
+    return results.note("the order of the data") if kind == "train" else ""
 
 
 def control_is_not_clipped(results: Results) -> Measurement:
@@ -159,7 +159,7 @@ def control_is_not_clipped(results: Results) -> Measurement:
     steps = early(results, 1.0)
     factor = over_seeds([[each.factor for each in seed] for seed in steps], over_steps)
     without = np.mean([each.factor_without for seed in steps for each in seed])
-    note = f"{results.error_over('blocks of steps')}by the norm without multipliers {without:.3f}"
+    note = results.note("blocks of steps", f"by the norm without multipliers {without:.3f}")
     margin = Estimate(factor.mean - UNCLIPPED, factor.error, ())
     return Measurement(factor, verdict(margin.mean >= 0, margin), note)
 

@@ -152,9 +152,9 @@ class Results:
             return paired_over_steps(*(self.all_curves(arm)[0].train for arm in (without, with_it)))
         return paired(*((self.train if kind == "train" else self.valid)(arm) for arm in (without, with_it)))
 
-    def error_over(self, units: str) -> str:
-        """Return a note on standard errors that are over layers or steps, because there is only one seed."""
-        return f"SE over {units}; " if len(self.seeds) == 1 else ""
+    def note(self, units: str, *words: str) -> str:
+        """Return a claim's note: with one seed, that its standard error is over these units, and then further words."""
+        return "; ".join([*([f"SE over {units}"] if len(self.seeds) == 1 else []), *words])
 
     def series(self, arm: Arm, seed: int, name: str) -> dict[int, float]:
         """Return a figure of a run by step, such as `grad_norm` or `mlp_output_rms/layer_00` (docs/monitoring.md).

@@ -32,10 +32,9 @@ def compare(results: Results, optimizer: str, kind: Loss) -> Measurement:
     """Return the paired difference of a loss."""
     gap = results.gap(kind, NONE[optimizer], ALL[optimizer])
     without = estimate(getattr(results, kind)(NONE[optimizer])).mean
-    note = results.error_over("the order of the data") if kind == "train" else ""
-    return Measurement(
-        gap, verdict(lower(gap), gap), f"{note}{100 * gap.mean / without:+.2f} % of {without:.4f}", "nats"
-    )
+    words = f"{100 * gap.mean / without:+.2f} % of {without:.4f}"
+    note = results.note("the order of the data", words) if kind == "train" else words
+    return Measurement(gap, verdict(lower(gap), gap), note, "nats")
 
 
 def _claim(optimizer: str, kind: Loss) -> Claim:
