@@ -11,13 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from examples.paper.grid import Arm, Grid, Run, make_run
-from examples.paper.paired import Estimate, Verdict, mean_of_last
+from examples.paper.paired import LAST_STEPS, Estimate, Verdict, mean_of_last, paired, paired_over_steps
 from examples.paper.setting import Setting
-from examples.running.curves import Curves, DivergedError, read_curves
+from examples.running.curves import Curves, DivergedError, read_curves, read_records
 from megamult.checkpoint.saved import SavedCheckpoint
+
+Loss = Literal["valid", "train"]
+LOSSES: dict[Loss, str] = {"valid": "valid loss", "train": f"mean training loss of the last {LAST_STEPS} steps"}
+"""Losses by which runs are compared, in words."""
 
 
 class NotRun(Exception):
@@ -81,6 +85,7 @@ class Results:
     def __init__(self, setting: Setting, grid: Grid, seeds: Sequence[int]) -> None:
         self.setting, self.grid, self.seeds = setting, grid, tuple(seeds)
         self._curves: dict[str, Curves] = {}
+        self._records: dict[str, list[dict[str, Any]]] = {}
 
     def first_seeds(self, count: int) -> Results:
         """Return the same runs, of which only the first seeds count."""
@@ -136,6 +141,37 @@ class Results:
     def train(self, arm: Arm) -> list[float]:
         """Return the training losses over the last steps, seed by seed (:func:`mean_of_last`)."""
         return [mean_of_last(curves.train) for curves in self.all_curves(arm)]
+
+    def gap(self, kind: Loss, without: Arm, with_it: Arm) -> Estimate:
+        """Return the paired difference of a loss, `with_it` - `without`.
+
+        With one seed, that of the training loss has an error over the order of the data
+        (:func:`paired_over_steps`), and that of the valid loss has none.
+        """
+        if kind == "train" and len(self.seeds) == 1:
+            return paired_over_steps(*(self.all_curves(arm)[0].train for arm in (without, with_it)))
+        return paired(*((self.train if kind == "train" else self.valid)(arm) for arm in (without, with_it)))
+
+    def note(self, units: str, *words: str) -> str:
+        """Return a claim's note: with one seed, that its standard error is over these units, and then further words."""
+        return "; ".join([*([f"SE over {units}"] if len(self.seeds) == 1 else []), *words])
+
+    def series(self, arm: Arm, seed: int, name: str) -> dict[int, float]:
+        """Return a figure of a run by step, such as `grad_norm` or `mlp_output_rms/layer_00` (docs/monitoring.md).
+
+        Raises:
+            NotRun: the run is not complete, does not record the figure, or has a value that is not finite.
+        """
+        run = self.run(arm, seed)
+        if run.name not in self._records:
+            try:
+                self._records[run.name] = read_records(self.grid.directory(run))
+            except (OSError, ValueError) as error:
+                raise NotRun(str(error)) from error
+        found = {record["step"]: record[name] for record in self._records[run.name] if name in record}
+        if not found or None in found.values():
+            raise NotRun(f"{run.label}: {name} is {'not finite at some step' if found else 'not recorded'}")
+        return found
 
     def checkpoint(self, arm: Arm, seed: int, step: int) -> SavedCheckpoint:
         """Open the checkpoint of a step.

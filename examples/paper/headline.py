@@ -16,8 +16,8 @@ import numpy as np
 
 from examples.paper import plots
 from examples.paper.arms import ALL, NAMES, NONE, OPTIMIZERS
-from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
-from examples.paper.paired import Estimate, estimate, paired, paired_over_steps, verdict
+from examples.paper.experiment import LOSSES, Claim, Experiment, Loss, Measurement, NotRun, Results
+from examples.paper.paired import Estimate, estimate, verdict
 
 ERRORS = 2.0
 """Number of standard errors by which the loss must be lower."""
@@ -28,21 +28,18 @@ def lower(gap: Estimate) -> bool:
     return gap.mean < -ERRORS * gap.error
 
 
-def compare(results: Results, optimizer: str, kind: str) -> Measurement:
-    """Return the paired difference of a loss, `train` or `valid`."""
-    without, with_it = (getattr(results, kind)(arms[optimizer]) for arms in (NONE, ALL))
-    gap, note = paired(without, with_it), ""
-    if kind == "train" and len(results.seeds) == 1:
-        a, b = (results.all_curves(arms[optimizer])[0].train for arms in (NONE, ALL))
-        gap, note = paired_over_steps(a, b), "SE over the order of the data; "
-    note += f"{100 * gap.mean / estimate(without).mean:+.2f} % of {estimate(without).mean:.4f}"
+def compare(results: Results, optimizer: str, kind: Loss) -> Measurement:
+    """Return the paired difference of a loss."""
+    gap = results.gap(kind, NONE[optimizer], ALL[optimizer])
+    without = estimate(getattr(results, kind)(NONE[optimizer])).mean
+    words = f"{100 * gap.mean / without:+.2f} % of {without:.4f}"
+    note = results.note("the order of the data", words) if kind == "train" else words
     return Measurement(gap, verdict(lower(gap), gap), note, "nats")
 
 
-def _claim(optimizer: str, kind: str) -> Claim:
-    loss = {"train": "mean training loss of the last 100 steps", "valid": "valid loss"}[kind]
+def _claim(optimizer: str, kind: Loss) -> Claim:
     return Claim(
-        f"{NAMES[optimizer]}: the {loss} is lower with multipliers",
+        f"{NAMES[optimizer]}: the {LOSSES[kind]} is lower with multipliers",
         f"paired difference < -{ERRORS:g} SE",
         lambda results: compare(results, optimizer, kind),
     )
@@ -79,7 +76,7 @@ def plot(results: Results, file: Path) -> None:
 EXPERIMENT = Experiment(
     "headline",
     "With and without multipliers, two optimizers",
-    [_claim(optimizer, kind) for optimizer in OPTIMIZERS for kind in ("valid", "train")],
+    [_claim(optimizer, kind) for optimizer in OPTIMIZERS for kind in LOSSES],
     lambda setting: [*NONE.values(), *ALL.values()],
     plot,
 )

@@ -1,4 +1,5 @@
-"""Matrices of a checkpoint with their roles and multipliers, and spreads of their rows and columns."""
+"""Matrices of a checkpoint with their roles and multipliers, spreads of their rows and columns, and pairs of
+multipliers."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from examples.paper.paired import coefficient_of_variation
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import model_section
 from megamult.models.architectures import architecture_of
+from megamult.monitor.names import layer_of
+from megamult.monitor.symmetries import Pairs, pairs
 from megamult.multipliers.reference import effective_weight
 from megamult.multipliers.specs import LEAVES
 from megamult.parameters.spec import Side
@@ -28,6 +31,8 @@ class Matrix:
     """One logical matrix of one layer."""
 
     role: str
+    layer: int | None
+    """Index of its layer, or None if it is in no layer."""
     latent: Tensor
     """W[out, in], which the optimizer decays."""
     multipliers: dict[Side, Tensor]
@@ -48,6 +53,7 @@ def matrices(saved: SavedCheckpoint) -> Iterator[Matrix]:
         names = {side: f"model.{weight.multiplier(side)[0]}" for side in LEAVES}
         yield Matrix(
             weight.role,
+            layer_of(weight.logical),
             saved.read(f"model.{weight.logical}").float(),
             {side: saved.read(name).float() for side, name in names.items() if name in saved.shapes},
         )
@@ -64,6 +70,25 @@ def root_mean_squares(saved: SavedCheckpoint) -> dict[str, float]:
             squares[key] += float(values.double().square().sum())
             counts[key] += values.numel()
     return {key: math.sqrt(squares[key] / counts[key]) for key in squares}
+
+
+def log_pairs(saved: SavedCheckpoint) -> dict[str, list[Pairs]]:
+    """Return ln|a| and ln|b| of all pairs of multipliers of which only the product matters, by symmetry and layer."""
+    model = model_section(saved.info.config)
+    held: dict[int, dict[str, Matrix]] = defaultdict(dict)
+    for matrix in matrices(saved):
+        if matrix.layer is not None:
+            held[matrix.layer][matrix.role] = matrix
+    found: dict[str, list[Pairs]] = defaultdict(list)
+    for layer in sorted(held):
+
+        def logs(role: str, side: str, layer: int = layer) -> Tensor | None:
+            values = held[layer][role].multipliers.get(cast(Side, side))
+            return None if values is None else values.double().abs().log()
+
+        for symmetry, each in pairs(logs, model.hidden_size // model.num_attention_heads).items():
+            found[symmetry].append(each)
+    return dict(found)
 
 
 def relative_norms(weight: Tensor, dim: int) -> np.ndarray:

@@ -7,7 +7,7 @@ their difference. One seed gives one difference, and the standard error is taken
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,8 @@ LAST_STEPS = 100
 """Number of steps at the end of a run over which its training loss is averaged."""
 BLOCK_STEPS = 10
 """Number of consecutive steps that count as one value when the error is taken over the order of the data."""
+EQUAL_ERRORS = 2.0
+"""Number of standard errors within which two figures count as equal."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +52,52 @@ def mean_of_last(losses: Mapping[int, float], count: int = LAST_STEPS) -> float:
     return float(np.mean([losses[step] for step in sorted(losses)[-count:]]))
 
 
+def over_steps(values: Sequence[float], block: int = BLOCK_STEPS) -> Estimate:
+    """Return the mean of one run's values at consecutive steps, with its standard error over the order of the data.
+
+    The error is from the means of blocks of `block` steps, because values of neighbouring steps are correlated. It says
+    nothing about other initial weights. Values before the first whole block, counted from the end, are left out.
+
+    Raises:
+        ValueError: there are fewer than two blocks.
+    """
+    blocks = len(values) // block
+    if blocks < 2:
+        raise ValueError(f"{len(values)} steps make {blocks} blocks of {block}: an error needs at least 2")
+    of_blocks = estimate(np.asarray(values[-blocks * block :]).reshape(blocks, block).mean(axis=1).tolist())
+    return Estimate(of_blocks.mean, of_blocks.error, (of_blocks.mean,))
+
+
 def paired_over_steps(
     without: Mapping[int, float],
     with_it: Mapping[int, float],
     count: int = LAST_STEPS,
     block: int = BLOCK_STEPS,
 ) -> Estimate:
-    """Return the mean difference of the training loss over the last `count` steps of two runs of the same seed.
-
-    The standard error is over the order of the data: from the means of blocks of `block` steps, because differences of
-    neighbouring steps are correlated. It says nothing about other initial weights.
+    """Return the mean difference of the training loss over the last `count` steps of two runs of the same seed, with
+    the error of :func:`over_steps`.
 
     Raises:
         ValueError: the two runs have different steps, or fewer than two blocks.
     """
     if without.keys() != with_it.keys():
         raise ValueError("the two runs have different steps: compare runs of the same length")
-    steps = sorted(without)[-count:]
-    blocks = len(steps) // block
-    if blocks < 2:
-        raise ValueError(f"{len(steps)} steps make {blocks} blocks of {block}: an error needs at least 2")
-    gaps = np.asarray([with_it[step] - without[step] for step in steps[-blocks * block :]])
-    of_blocks = estimate(gaps.reshape(blocks, block).mean(axis=1).tolist())
-    return Estimate(of_blocks.mean, of_blocks.error, (of_blocks.mean,))
+    return over_steps([with_it[step] - without[step] for step in sorted(without)[-count:]], block)
+
+
+def over_seeds(values: Sequence[Sequence[float]], within: Callable[[Sequence[float]], Estimate] = estimate) -> Estimate:
+    """Return the mean over seeds of each seed's mean value.
+
+    Args:
+        values: values [seed][layer or step].
+        within: function that estimates the mean of the values of one seed. If there is only one, the standard error is
+            this function's: over layers by :func:`estimate`, over steps by :func:`over_steps`. It then says nothing
+            about other initial weights.
+    """
+    if len(values) > 1:
+        return estimate([float(np.mean(each)) for each in values])
+    found = within(values[0])
+    return Estimate(found.mean, found.error, (found.mean,))
 
 
 @dataclass(frozen=True)
@@ -132,3 +157,14 @@ def verdict(holds: bool, effect: Estimate) -> Verdict:
     if not effect.error <= abs(effect.mean) / 2:  # NaN is unknown
         return "not resolved"
     return "reproduced" if holds else "not reproduced"
+
+
+def equal(gap: Estimate, effect: float) -> Verdict:
+    """Return the verdict on the claim that a difference is 0: it is within :data:`EQUAL_ERRORS` standard errors.
+
+    Args:
+        gap: the difference.
+        effect: a difference that the runs must be able to show. If it is below two standard errors, the claim is `not
+            resolved`.
+    """
+    return verdict(abs(gap.mean) <= EQUAL_ERRORS * gap.error, Estimate(effect, gap.error, ()))

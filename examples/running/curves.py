@@ -1,10 +1,11 @@
-"""Losses of a run by step, read from its metrics.jsonl."""
+"""Losses and other figures of a run by step, read from its metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 class DivergedError(ValueError):
@@ -24,6 +25,15 @@ class Curves:
         return self.valid[max(self.valid)]
 
 
+def read_records(directory: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's metrics.jsonl. A figure that is not finite is None.
+
+    Raises:
+        OSError: there is no metrics.jsonl.
+    """
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def read_curves(directory: Path) -> Curves:
     """Read the losses of a run from its metrics.jsonl.
 
@@ -31,7 +41,7 @@ def read_curves(directory: Path) -> Curves:
         ValueError: there is no evaluation after the last step.
         DivergedError: a loss is not finite.
     """
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = read_records(directory)
     curves = Curves(
         train={record["step"]: record["loss"] for record in records if "loss" in record},
         valid={record["step"]: record["valid_loss"] for record in records if "valid_loss" in record},

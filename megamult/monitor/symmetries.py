@@ -17,13 +17,16 @@ Logs = Callable[[str, str], Tensor | None]
 """Function (role, side) -> ln|multiplier| of each row or column of a layer's matrix, scalar included, or None if there
 are none."""
 
+Pairs = tuple[Tensor, Tensor]
+"""ln|a| and ln|b| of all pairs (a, b) of one symmetry."""
 
-def query_key(query: Tensor, key: Tensor, head_dim: int) -> Tensor:
-    """Return the imbalance of the rows of W_Q against those of W_K, [groups * head_dim / 2].
+
+def query_key(query: Tensor, key: Tensor, head_dim: int) -> Pairs:
+    """Return the pairs of rows of W_Q and of W_K, each [groups * head_dim / 2].
 
     Rotary positions turn rows i and i + head_dim / 2 of a head together, and all query heads of a group meet the same
     key head. One pair of the symmetry is therefore such a pair of rows of a key head, against the same rows of all
-    query heads of its group. The imbalance is the difference of the means of their logarithms.
+    query heads of its group. Both members are means of logarithms.
 
     Args:
         query: [heads * head_dim] ln|row multiplier| of W_Q.
@@ -33,11 +36,13 @@ def query_key(query: Tensor, key: Tensor, head_dim: int) -> Tensor:
     half = head_dim // 2
     groups = len(key) // head_dim
     of_query = query.reshape(groups, -1, 2, half).mean((1, 2))
-    return (of_query - key.reshape(groups, 2, half).mean(1)).flatten()
+    return of_query.flatten(), key.reshape(groups, 2, half).mean(1).flatten()
 
 
-def value_out(value: Tensor, out: Tensor, head_dim: int) -> Tensor:
-    """Return the imbalance of the rows of W_V against the columns of the output projection, [groups * head_dim].
+def value_out(value: Tensor, out: Tensor, head_dim: int) -> Pairs:
+    """Return the pairs of rows of W_V and columns of the output projection, each [groups * head_dim].
+
+    A row of W_V meets the same column of all query heads of its group, whose logarithms are averaged.
 
     Args:
         value: [groups * head_dim] ln|row multiplier| of W_V.
@@ -45,11 +50,11 @@ def value_out(value: Tensor, out: Tensor, head_dim: int) -> Tensor:
         head_dim: rows of one head.
     """
     groups = len(value) // head_dim
-    return (value.reshape(groups, head_dim) - out.reshape(groups, -1, head_dim).mean(1)).flatten()
+    return value, out.reshape(groups, -1, head_dim).mean(1).flatten()
 
 
-def imbalances(logs: Logs, head_dim: int) -> dict[str, Tensor]:
-    """Return the imbalance of every pair of a layer, by the name of the symmetry.
+def pairs(logs: Logs, head_dim: int) -> dict[str, Pairs]:
+    """Return the pairs of a layer, by the name of the symmetry.
 
     A symmetry is absent if one of its sides has no multipliers.
 
@@ -57,7 +62,7 @@ def imbalances(logs: Logs, head_dim: int) -> dict[str, Tensor]:
         logs: logarithms of the layer's multipliers.
         head_dim: rows of one attention head.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, Pairs] = {}
     query, key = logs("q", "row"), logs("k", "row")
     if query is not None and key is not None:
         found["q_k"] = query_key(query, key, head_dim)
@@ -66,8 +71,13 @@ def imbalances(logs: Logs, head_dim: int) -> dict[str, Tensor]:
         found["v_out"] = value_out(value, out, head_dim)
     up, down = logs("up", "row"), logs("down", "col")
     if up is not None and down is not None:
-        found["up_down"] = up - down
+        found["up_down"] = up, down
     return found
+
+
+def imbalances(logs: Logs, head_dim: int) -> dict[str, Tensor]:
+    """Return the imbalance of every pair of :func:`pairs`, by the name of the symmetry."""
+    return {symmetry: a - b for symmetry, (a, b) in pairs(logs, head_dim).items()}
 
 
 def norm_columns(norm: Tensor, columns: Sequence[Tensor | None]) -> Tensor | None:

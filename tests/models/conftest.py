@@ -15,6 +15,7 @@ Ranks = Callable[[int, str], list[Any]]
 
 @pytest.fixture(scope="session")
 def ranks() -> Ranks:
-    """ranks(tensor, what): the outcome of `loss` or `gpt` on each rank at that tensor-parallel size."""
+    """ranks(tensor, what): the outcome on each rank at that tensor-parallel size of `loss`, `gpt` or, only at size 1,
+    `symmetric`."""
     outcomes = run_distributed(4, run_all)
     return lambda tensor, what: [outcomes[rank][tensor][what] for rank in range(tensor)]

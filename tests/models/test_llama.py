@@ -13,7 +13,7 @@ from torch import Tensor
 from megamult.models.common.attention import SdpaAttention
 from megamult.parameters.axes import tensor_shard
 from tests.models.conftest import Ranks
-from tests.models.workers import MODEL, PADDED, VARIANTS, VOCAB
+from tests.models.workers import MODEL, PADDED, SYMMETRIES, VARIANTS, VOCAB
 
 every_size = pytest.mark.parametrize("tensor", [1, 2, 4])
 
@@ -89,6 +89,19 @@ def test_every_matrix_of_a_block_and_the_embedding_have_multipliers_and_the_head
     modules = [f"decoder.layers.{i}.{matrix}" for i in range(MODEL.num_layers) for matrix in block]
     modules.append("embedding.word_embeddings")
     assert found == {f"{module}.{side}_multiplier" for module in modules for side in ("row", "col")}
+
+
+@pytest.mark.parametrize("symmetry", SYMMETRIES)
+def test_the_logits_do_not_change_along_a_symmetry_of_multipliers(ranks: Ranks, symmetry: str) -> None:
+    """Part (i) of E6 (examples/paper/e06_product_symmetry.py), in float64."""
+    (found,) = ranks(1, "symmetric")
+    before, _ = found["none"]
+    both, half = found[symmetry]
+    assert before.dtype == torch.float64 and before[..., :VOCAB].abs().min() > 0
+    # A few roundings of sums of terms that are at most 100 times the result.
+    torch.testing.assert_close(both, before, rtol=1e-12, atol=1e-13)
+    # Only one of the two factors changes the function, so the pair is one that the logits depend on.
+    assert (half - before).abs().max() > 1e-4 * before.abs().max()
 
 
 @every_size

@@ -104,6 +104,58 @@ def models(tensor: int) -> dict[str, dict[str, Any]]:
     return found
 
 
+SYMMETRIES = {"q_k": ("q", "k"), "v_out": ("v", "attention_out"), "up_down": ("up", "down")}
+"""Roles of the two matrices of which one pair of multipliers meets only as a product."""
+
+
+def paired(role: str) -> list[int]:
+    """Positions of one pair among a role's multipliers: one rotary pair of Q and K or one feature of V and the output
+    projection, in all heads of the second group; one feature of the MLP."""
+    heads, groups = MODEL.num_attention_heads, MODEL.query_groups
+    dim, shared = MODEL.hidden_size // heads, heads // groups
+    of_group = [1] if role in ("k", "v") else range(shared, 2 * shared)
+    features = {"q": (1, 1 + dim // 2), "k": (1, 1 + dim // 2), "v": (3,), "attention_out": (3,)}
+    return [head * dim + feature for head in of_group for feature in features[role]] if role in features else [5]
+
+
+@torch.no_grad()
+def symmetric_logits() -> dict[str, tuple[Tensor, Tensor]]:
+    """By symmetry: logits in float64 with random multipliers, when one pair (a, b) of the last layer has become
+    (3 a, b / 3), and when b is back at its old value. "none": without any change, twice."""
+    from megamult.parameters.stated import named_specs
+
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, VOCAB, (BATCH, MODEL.seq_length), generator=generator)
+    model = gpt(1, "all").double()
+    multipliers = [(name, parameter, spec) for name, parameter, spec in named_specs(model) if spec.side is not None]
+    for _, parameter, _ in multipliers:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).exp())
+    saw: list[Tensor] = []
+    model.output_layer.register_forward_hook(lambda module, inputs, output: saw.append(output[0].clone()))
+
+    def scale(role: str, factor: float) -> None:
+        side = "col" if role in ("attention_out", "down") else "row"
+        for name, parameter, spec in multipliers:
+            if f"layers.{MODEL.num_layers - 1}." in name and spec.side == side:
+                for segment in spec.segments:
+                    held = range(segment.part_start, segment.part_start + segment.length)
+                    for position in paired(role) if spec.parts[segment.part].role == role else ():
+                        if position in held:
+                            parameter[segment.start + held.index(position)] *= factor
+
+    def logits(*factors: tuple[str, float]) -> Tensor:
+        for role, factor in factors:
+            scale(role, factor)
+        model(tokens, tokens)
+        return saw[-1]
+
+    found = {"none": (logits(), logits())}
+    for symmetry, (a, b) in SYMMETRIES.items():
+        found[symmetry] = logits((a, 3.0), (b, 1 / 3)), logits((b, 3.0))
+        scale(a, 1 / 3)
+    return found
+
+
 def refusal(tensor: int, **changes: Any) -> str:
     """Why a model with these changes is not built; empty: it is."""
     try:
@@ -123,4 +175,6 @@ def run_all() -> dict[int, dict[str, Any]]:
         rank = torch.distributed.get_rank()
         if rank < tensor:
             results[tensor] = {"loss": losses(rank, tensor), "gpt": models(tensor)}
+            if tensor == 1:
+                results[tensor]["symmetric"] = symmetric_logits()
     return results

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +15,12 @@ from examples.paper import e05_row_norms as e05
 from examples.paper.arms import ALL, NONE
 from examples.paper.brownian import adamw_motion, learning_rates, muon_motion
 from examples.paper.experiment import NotRun, Results
-from examples.paper.grid import Arm, Grid, make_run, nested
+from examples.paper.grid import Grid, nested
 from examples.paper.matrices import matrices, pooled_norms, root_mean_squares
-from examples.running.attempts import record_attempt
-from megamult.checkpoint import saved
-from megamult.checkpoint.chunks import Chunk
-from megamult.checkpoint.info import CheckpointInfo
-from megamult.config import ModelConfig
-from megamult.models.architectures import architecture_of
 from megamult.models.common.hugging_face import Weight
 from megamult.optim.config import AdamWConfig, MuonConfig, OptimizerConfig
-from tests.paper.settings import tiny
+from tests.paper.settings import tiny, write_run
 
-VOCAB = 50
 SEEDS = (1, 2, 3)
 
 
@@ -78,28 +70,6 @@ def test_the_schedule_of_a_motion_is_the_runs() -> None:
     config = OptimizerConfig.of(nested(setting.configuration({}))["optimizer"])
     rates = learning_rates(config, setting.steps)
     assert rates[0] == rates[3] == 4e-3 and rates[-1] == pytest.approx(4e-3 / 8) and len(rates) == 6
-
-
-def sizes(arm: Arm) -> ModelConfig:
-    """Sizes of the model of an arm's runs."""
-    return ModelConfig(**nested(tiny().configuration(arm.overrides))["model"])
-
-
-def write_run(grid: Grid, arm: Arm, seed: int, steps: list[int], value: Any) -> None:
-    """Write a complete run's checkpoints; `value(weight, step)` is {side, or "" for W: tensor}."""
-    run = make_run(tiny(), arm, seed)
-    config = nested(run.configuration)
-    for step in steps:
-        tensors: dict[str, Tensor] = {}
-        for weight in architecture_of(sizes(arm)).weights(sizes(arm), VOCAB):
-            for side, values in value(weight, step).items():
-                name = weight.multiplier(side)[0] if side else weight.logical
-                tensors[f"model.{name}"] = values
-        path = grid.directory(run) / "checkpoints" / f"step_{step}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        info = CheckpointInfo(step, 16, config, VOCAB)
-        saved.write(path, [Chunk.whole(name, values) for name, values in tensors.items()], info, {})
-    record_attempt(grid.directory(run), 1.0, 0)
 
 
 def spread(weight: Weight, seed: int, deviation: float) -> Tensor:

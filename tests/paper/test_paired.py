@@ -11,8 +11,11 @@ import pytest
 from examples.paper.paired import (
     Estimate,
     coefficient_of_variation,
+    equal,
     estimate,
     mean_of_last,
+    over_seeds,
+    over_steps,
     paired,
     paired_over_steps,
     slope,
@@ -51,6 +54,17 @@ def test_the_error_over_steps_is_that_of_blocks() -> None:
         paired_over_steps(without, dict.fromkeys(range(1, 200), 5.0))
     with pytest.raises(ValueError, match="at least 2"):
         paired_over_steps({1: 1.0}, {1: 2.0})
+
+
+def test_one_seed_has_an_error_within_itself_and_several_have_that_of_their_means() -> None:
+    layers = [[1.0, 2.0, 6.0], [2.0, 2.0, 2.0]]
+    several = over_seeds(layers)
+    assert several.values == (3.0, 2.0) and several.error == pytest.approx(0.5)
+    one = over_seeds(layers[:1])
+    assert one.values == (3.0,) and one.error == pytest.approx(statistics.stdev(layers[0]) / math.sqrt(3))
+    steps = [100.0] * 5 + [0.0] * 10 + [1.0] * 10  # the first five are no whole block
+    of_steps = over_seeds([steps], over_steps)
+    assert of_steps.mean == 0.5 and of_steps.error == pytest.approx(0.5)
 
 
 def test_a_slope_and_its_error_are_those_of_polyfit() -> None:
@@ -99,3 +113,10 @@ def test_an_effect_within_two_standard_errors_is_not_resolved(
 def test_an_effect_of_two_standard_errors_is_resolved() -> None:
     assert verdict(True, Estimate(-0.2, 0.1, ())) == "reproduced"
     assert verdict(True, Estimate(-0.2, 0.1001, ())) == "not resolved"
+
+
+def test_figures_are_equal_within_two_standard_errors_that_would_show_the_effect() -> None:
+    assert equal(Estimate(0.019, 0.01, ()), effect=0.02) == "reproduced"
+    assert equal(Estimate(-0.021, 0.01, ()), effect=0.02) == "not reproduced"
+    assert equal(Estimate(0.0, 0.0101, ()), effect=0.02) == "not resolved"
+    assert equal(Estimate(0.0, math.nan, ()), effect=0.02) == "not resolved"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from examples.paper import e09_clipping as e09
 from examples.paper.arms import ALL, SCALAR
 from examples.paper.e14_gradient_snr import KINDS
-from examples.paper.experiment import Results
+from examples.paper.experiment import NotRun, Results
 from examples.paper.gradient_probe import Moments, by_frequency, quantiles
 from examples.paper.grid import Grid, make_run, pretrain
 from examples.paper.matrices import BLOCK_ROLES, matrices, root_mean_squares
@@ -23,12 +25,16 @@ from tests.paper.workers import valid_loss
 from tests.processes import run_distributed
 from tests.train.command import VOCAB, start
 
+CLIPPED = e09.arm("joint", e09.SMALL)
+
 
 @pytest.fixture(scope="module")
 def results(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Complete runs of `all` and `scalar`, made by the grid's command in forked processes."""
+    """Complete runs of `all`, `scalar` and an arm of E9, made by the grid's command in forked processes. Every step is
+    a monitored step."""
     setting, grid = tiny(str(corpus)), Grid(tmp_path_factory.mktemp("grid"))
-    for arm in (ALL["adamw"], SCALAR):
+    setting = dataclasses.replace(setting, keys={**setting.keys, "monitor.every": 1})
+    for arm in (ALL["adamw"], SCALAR, CLIPPED):
         run = make_run(setting, arm, 1)
         grid.claim(run)
         _, script, *arguments = pretrain(run, grid.folder)
@@ -47,6 +53,24 @@ def test_its_losses_and_norms_are_read(results: Results) -> None:
         norms = root_mean_squares(results.checkpoint(ALL["adamw"], 1, step))
         # Initial weights of 0.02, and at most six steps of 4e-3 in one direction.
         assert 0.01 < norms["q"] < 0.05 and norms["q/row"] == pytest.approx(1.0, abs=0.03)
+
+
+def test_its_figures_are_read_by_step(results: Results) -> None:
+    steps = list(range(1, results.setting.steps + 1))
+    for metric in ("attention_output_rms", "mlp_output_rms", "residual_rms"):  # E7
+        assert list(results.series(ALL["adamw"], 1, f"{metric}/layer_01")) == steps
+    for symmetry in ("q_k", "up_down"):  # E6: multipliers that start at 1
+        found = results.series(ALL["adamw"], 1, f"imbalance_mean/{symmetry}/layer_01")
+        assert list(found) == steps and abs(found[1]) < 0.05
+    with pytest.raises(NotRun, match="logits is not recorded"):
+        results.series(ALL["adamw"], 1, "logits")
+
+
+def test_clip_factors_from_the_norms_of_every_step_are_those_that_the_monitor_records(results: Results) -> None:
+    recorded = results.series(CLIPPED, 1, "clip_factor/main")
+    found = e09.clipped(results, "joint", e09.SMALL, 1)
+    assert {step: each.factor for step, each in found.items()} == recorded
+    assert min(recorded.values()) < 0.9
 
 
 def test_a_model_filled_for_the_probe_has_the_runs_valid_loss(results: Results) -> None:
