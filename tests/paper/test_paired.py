@@ -136,7 +136,7 @@ def test_figures_are_equal_within_two_standard_errors_that_would_show_the_effect
 
 
 def test_a_figure_within_bounds_must_be_two_standard_errors_from_the_nearer_one() -> None:
-    assert within(Estimate(-0.6, 0.1, ()), -1.1, -0.4) == "reproduced"
+    assert within(Estimate(-0.6, 0.099, ()), -1.1, -0.4) == "reproduced"
     assert within(Estimate(-0.6, 0.101, ()), -1.1, -0.4) == "not resolved"
     assert within(Estimate(-0.1, 0.1, ()), -1.1, -0.4) == "not reproduced"
     assert within(Estimate(5.0, 2.0, ()), 0.5, math.inf) == "reproduced"
