@@ -31,6 +31,7 @@ from examples.paper import (
     multiplier_rates,
     report,
     scales,
+    transfer,
 )
 from examples.paper.experiment import Experiment, NotRun, Results
 from examples.paper.grid import Failure, Grid, Run, plan
@@ -53,6 +54,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     e15_log.EXPERIMENT,
     multiplier_rates.EXPERIMENT,
     scales.EXPERIMENT,
+    transfer.EXPERIMENT,
 )
 """All experiments, in the order of the report."""
 
