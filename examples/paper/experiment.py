@@ -66,7 +66,7 @@ class Experiment:
     """Function that returns further arms, which `--full` adds."""
     decided: Callable[[Results], Sequence[Arm]] = lambda results: ()
     """Function that returns further arms, of all seeds, which the results of `arms` decide, such as those with the best
-    learning rate. It raises NotRun until these results are there."""
+    learning rate. It raises NotRun until these results are there, or leaves out what is not decided yet."""
     seeds: int | None = None
     """Number of seeds of `arms` in the package, the first of those given; None means all. `--full` runs all."""
     package: bool = True
