@@ -31,8 +31,66 @@ SCALAR = placed("scalar", "scalar")
 """Runs with AdamW and one multiplier per matrix."""
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "none": {"multipliers.implementation": "none"},
+    "free": {},
+    "fixed": {"multipliers.norm": "fixed"},
+    "directions": {"multipliers.implementation": "none", "multipliers.norm": "fixed"},
+    "mup": {},
+}
+"""Who sets the scales of matrices, and the keys of such runs, but for those of muP, which :func:`mup_keys` adds."""
+
+HEAD_SIZE = 32
+"""Size of the attention heads where models of several widths are compared."""
+
+
+def at_rate(
+    setting: Setting, optimizer: str, kind: str, factor: float, base_hidden_size: int, sizes: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the keys of runs of one kind at `factor` times the setting's learning rate.
+
+    Weight decay is divided by the factor, so that time constants stay.
+
+    Args:
+        setting: the setting.
+        optimizer: name of the optimizer.
+        kind: one of :data:`KINDS`.
+        factor: factor of the learning rate.
+        base_hidden_size: width at which muP's factors are 1.
+        sizes: keys of the model in which the runs differ from the setting.
+    """
+    lr, weight_decay = setting.rates[optimizer]
+    own = mup_keys(setting, optimizer, base_hidden_size, sizes) if kind == "mup" else sizes | KINDS[kind]
+    return {
+        "optimizer.name": optimizer,
+        "optimizer.lr": lr * factor,
+        "optimizer.weight_decay": weight_decay / factor,
+        **own,
+    }
+
+
+def sizes_at(width: int) -> dict[str, Any]:
+    """Return the keys of a model of a width, a multiple of 64: all other widths are in proportion, with heads of
+    HEAD_SIZE of which two share keys and values, and an MLP of 2.75 times the width."""
+    heads = width // HEAD_SIZE
+    return {
+        "model.hidden_size": width,
+        "model.num_attention_heads": heads,
+        "model.num_query_groups": heads // 2,
+        "model.ffn_hidden_size": width * 11 // 4,
+    }
+
+
+def model_of(setting: Setting, sizes: dict[str, Any]) -> ModelConfig:
+    """Return the model of runs with these keys."""
+    keys = setting.configuration(sizes)
+    return ModelConfig(**{key.removeprefix("model."): keys[key] for key in keys if key.startswith("model.")})
+
+
 def mup_keys(setting: Setting, optimizer: str, base_hidden_size: int, sizes: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of a run without multipliers that has muP's factors relative to a base width.
+
+    At the base width itself all factors are 1, and these are the keys of `none`.
 
     Args:
         setting: the setting, whose learning rates count as those of the base width.
@@ -40,8 +98,9 @@ def mup_keys(setting: Setting, optimizer: str, base_hidden_size: int, sizes: dic
         base_hidden_size: the base width. Heads have the same size at every width.
         sizes: keys of the model in which the run differs from the setting.
     """
-    keys = setting.configuration(sizes)
-    model = ModelConfig(**{key.removeprefix("model."): keys[key] for key in keys if key.startswith("model.")})
+    model = model_of(setting, sizes)
+    if model.hidden_size == base_hidden_size:
+        return sizes | KINDS["none"]
     rule = OptimizerConfig(name=optimizer)
     factors = mup(model, at_width(model, base_hidden_size), update_norm(rule))
     found = factors.overrides(model, rule, MultipliersConfig(implementation="none"))

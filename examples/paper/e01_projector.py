@@ -26,7 +26,7 @@ from examples.paper import plots
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
 from examples.paper.grid import Arm
 from examples.paper.matrices import root_mean_squares
-from examples.paper.paired import Estimate, estimate, paired, slope, verdict
+from examples.paper.paired import Estimate, estimate, paired, slope, verdict, within
 from examples.paper.setting import Setting
 
 ENDS = (1 / 8, 1.0, 8.0)
@@ -98,9 +98,7 @@ def follows(results: Results, kind: str, of_norm: bool) -> Measurement:
             for seed in results.seeds
         ]
     )
-    distance = min(slopes.mean - low, high - slopes.mean)
-    bound = Estimate(distance, slopes.error, slopes.values)
-    return Measurement(slopes, verdict(distance > 0, bound), f"of each seed: {_listed(slopes.values)}")
+    return Measurement(slopes, within(slopes, low, high), f"of each seed: {_listed(slopes.values)}")
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -25,7 +25,7 @@ from examples.paper.arms import NAMES, OPTIMIZERS
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
 from examples.paper.grid import Arm
 from examples.paper.matrices import matrices, root_mean_squares
-from examples.paper.paired import Estimate, estimate, paired, slope, verdict
+from examples.paper.paired import Estimate, estimate, paired, slope, verdict, within
 
 ROLES = ("gate", "up", "down")
 ENDS = (1.0, 4.0)
@@ -96,8 +96,7 @@ def follows(results: Results, optimizer: str, of_norm: bool) -> Measurement:
             for seed in results.seeds
         ]
     )
-    distance = min(slopes.mean - low, high - slopes.mean)
-    return Measurement(slopes, verdict(distance > 0, Estimate(distance, slopes.error, slopes.values)))
+    return Measurement(slopes, within(slopes, low, high))
 
 
 def _claims(optimizer: str) -> list[Claim]:

@@ -66,7 +66,7 @@ class Experiment:
     """Function that returns further arms, which `--full` adds."""
     decided: Callable[[Results], Sequence[Arm]] = lambda results: ()
     """Function that returns further arms, of all seeds, which the results of `arms` decide, such as those with the best
-    learning rate. It raises NotRun until these results are there."""
+    learning rate. It raises NotRun until these results are there, or leaves out what is not decided yet."""
     seeds: int | None = None
     """Number of seeds of `arms` in the package, the first of those given; None means all. `--full` runs all."""
     package: bool = True
@@ -117,18 +117,22 @@ class Results:
                 raise NotRun(str(error)) from error
         return self._curves[run.name]
 
-    def first_loss(self, arm: Arm) -> float:
-        """Return the valid loss of an arm with the first seed; infinity if the run diverged.
+    def loss(self, arm: Arm, seed: int) -> float:
+        """Return the valid loss of a run after the last step; infinity if it diverged.
 
         Raises:
             NotRun: the run is not complete.
         """
         try:
-            return self.curves(arm, self.seeds[0]).result
+            return self.curves(arm, seed).result
         except NotRun as error:
             if isinstance(error.__cause__, DivergedError):
                 return math.inf
             raise
+
+    def first_loss(self, arm: Arm) -> float:
+        """Return the valid loss of an arm with the first seed (:meth:`loss`)."""
+        return self.loss(arm, self.seeds[0])
 
     def all_curves(self, arm: Arm) -> list[Curves]:
         """Return the losses of an arm's runs, seed by seed."""

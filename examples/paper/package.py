@@ -22,7 +22,9 @@ from examples.paper import (
     e05_row_norms,
     e06_product_symmetry,
     e07_residual_growth,
+    e08_width,
     e09_clipping,
+    e10_tuning,
     e13_placement,
     e14_gradient_snr,
     e15_log,
@@ -30,6 +32,7 @@ from examples.paper import (
     multiplier_rates,
     report,
     scales,
+    transfer,
 )
 from examples.paper.experiment import Experiment, NotRun, Results
 from examples.paper.grid import Failure, Grid, Run, plan
@@ -47,10 +50,13 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     e13_placement.EXPERIMENT,
     e06_product_symmetry.EXPERIMENT,
     e07_residual_growth.EXPERIMENT,
+    e08_width.EXPERIMENT,
     e09_clipping.EXPERIMENT,
+    e10_tuning.EXPERIMENT,
     e15_log.EXPERIMENT,
     multiplier_rates.EXPERIMENT,
     scales.EXPERIMENT,
+    transfer.EXPERIMENT,
 )
 """All experiments, in the order of the report."""
 

@@ -124,6 +124,20 @@ def slope(x: Sequence[float], y: Sequence[float]) -> Slope:
     return Slope(b, math.sqrt(float(residuals @ residuals) / (len(across) - 2) / squares))
 
 
+def exponent(x: Sequence[float], lines: Sequence[Sequence[float]]) -> Estimate:
+    """Return b of y ~ x^b: the mean over seeds of the slope of ln y over ln x.
+
+    Args:
+        x: positive numbers, at least three.
+        lines: positive y at each x, [seed][x]. If there is only one seed, the standard error is that of its fit, and
+            says nothing about other initial weights.
+    """
+    logs = [math.log(value) for value in x]
+    slopes = [slope(logs, [math.log(value) for value in line]) for line in lines]
+    found = estimate([each.value for each in slopes])
+    return found if len(lines) > 1 else Estimate(found.mean, slopes[0].error, found.values)
+
+
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Return Spearman's rank correlation. Equal values share the mean of their ranks."""
     return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
@@ -168,3 +182,9 @@ def equal(gap: Estimate, effect: float) -> Verdict:
             resolved`.
     """
     return verdict(abs(gap.mean) <= EQUAL_ERRORS * gap.error, Estimate(effect, gap.error, ()))
+
+
+def within(found: Estimate, low: float, high: float) -> Verdict:
+    """Return the verdict on the claim that a figure is between two bounds, of which one may be infinite."""
+    distance = min(found.mean - low, high - found.mean)
+    return verdict(distance > 0, Estimate(distance, found.error, ()))

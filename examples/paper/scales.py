@@ -22,12 +22,11 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from examples.paper import plots
-from examples.paper.arms import NAMES, OPTIMIZERS, mup_keys
+from examples.paper.arms import KINDS, NAMES, OPTIMIZERS, at_rate, model_of
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
 from examples.paper.grid import Arm
 from examples.paper.paired import Estimate, estimate, paired, verdict
@@ -42,30 +41,11 @@ WIDER = 2
 ERRORS = 2.0
 """Number of standard errors by which a kind must be better than `none`."""
 
-KINDS: dict[str, dict[str, Any]] = {
-    "none": {"multipliers.implementation": "none"},
-    "free": {},
-    "fixed": {"multipliers.norm": "fixed"},
-    "directions": {"multipliers.implementation": "none", "multipliers.norm": "fixed"},
-    "mup": {},
-}
-"""Keys of each kind, but for those of muP, which :func:`arms.mup_keys` adds."""
-
 
 def arm(setting: Setting, optimizer: str, kind: str, factor: float) -> Arm:
     """Return the runs of one kind at one learning rate."""
-    lr, weight_decay = setting.rates[optimizer]
-    width = setting.configuration({})["model.hidden_size"]
-    own = mup_keys(setting, optimizer, width // WIDER, {}) if kind == "mup" else KINDS[kind]
-    return Arm(
-        f"{optimizer}, {kind}, lr x {factor:g}",
-        {
-            "optimizer.name": optimizer,
-            "optimizer.lr": lr * factor,
-            "optimizer.weight_decay": weight_decay / factor,
-            **own,
-        },
-    )
+    base = model_of(setting, {}).hidden_size // WIDER
+    return Arm(f"{optimizer}, {kind}, lr x {factor:g}", at_rate(setting, optimizer, kind, factor, base, {}))
 
 
 def swept(setting: Setting, optimizer: str, kind: str) -> dict[float, Arm]:

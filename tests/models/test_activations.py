@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from megamult.models.common import activations
-from megamult.models.common.activations import largest_attention_logit, sum_of_squares
+from megamult.models.common.activations import attention_logits, sum_of_squares
 
 SEQ, BATCH, HEADS, GROUPS, DIM = 11, 3, 6, 2, 4
 
 
 @pytest.mark.parametrize("at_a_time", [1, 500, 1 << 20], ids=["one position", "some", "all"])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_the_largest_attention_logit_is_that_of_all_allowed_pairs(
+def test_attention_logits_are_measured_over_all_allowed_pairs(
     at_a_time: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(activations._SCORES, "cpu", at_a_time)
@@ -26,8 +26,12 @@ def test_the_largest_attention_logit_is_that_of_all_allowed_pairs(
     scores = torch.einsum("qbhd,kbhd->bhqk", query.double(), repeated) * (DIM**-0.5 if scale is None else scale)
     allowed = torch.ones(SEQ, SEQ, dtype=torch.bool).tril()
     assert scores.max() > 2 * scores[..., allowed].max()
-    found = largest_attention_logit(query, key, scale)
-    assert found.item() == pytest.approx(scores[..., allowed].max().item(), rel=1e-5)
+    # Squares of what is not allowed would make the sum several times as large.
+    assert scores.square().sum() > 2 * scores[..., allowed].square().sum()
+    squares, count, largest = attention_logits(query, key, scale)
+    assert largest.item() == pytest.approx(scores[..., allowed].max().item(), rel=1e-5)
+    assert squares.item() == pytest.approx(scores[..., allowed].square().sum().item(), rel=1e-5)
+    assert count == scores[..., allowed].numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

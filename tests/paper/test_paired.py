@@ -13,6 +13,7 @@ from examples.paper.paired import (
     coefficient_of_variation,
     equal,
     estimate,
+    exponent,
     mean_of_last,
     over_seeds,
     over_steps,
@@ -21,6 +22,7 @@ from examples.paper.paired import (
     slope,
     spearman,
     verdict,
+    within,
 )
 
 
@@ -79,6 +81,17 @@ def test_a_slope_and_its_error_are_those_of_polyfit() -> None:
         slope([1.0, 2.0], [1.0, 2.0])
 
 
+def test_an_exponent_is_that_of_a_power_and_one_seed_has_the_error_of_its_fit() -> None:
+    x = [64.0, 128.0, 256.0, 512.0]
+    lines = [[3 * value**-0.5 for value in x], [value**-0.7 for value in x]]
+    several = exponent(x, lines)
+    assert several.values == pytest.approx((-0.5, -0.7)) and several.error == pytest.approx(0.1)
+    bent = [1.0, 2.0, 4.0, 4.0]
+    fit = slope([math.log(value) for value in x], [math.log(value) for value in bent])
+    one = exponent(x, [bent])
+    assert one.mean == pytest.approx(fit.value) and one.error == pytest.approx(fit.error) and fit.error > 0.1
+
+
 def test_spearman_is_the_formula_without_ties_and_shares_ranks_with_them() -> None:
     draw = np.random.default_rng(2)
     x, y = draw.standard_normal(9), draw.standard_normal(9)
@@ -120,3 +133,10 @@ def test_figures_are_equal_within_two_standard_errors_that_would_show_the_effect
     assert equal(Estimate(-0.021, 0.01, ()), effect=0.02) == "not reproduced"
     assert equal(Estimate(0.0, 0.0101, ()), effect=0.02) == "not resolved"
     assert equal(Estimate(0.0, math.nan, ()), effect=0.02) == "not resolved"
+
+
+def test_a_figure_within_bounds_must_be_two_standard_errors_from_the_nearer_one() -> None:
+    assert within(Estimate(-0.6, 0.099, ()), -1.1, -0.4) == "reproduced"
+    assert within(Estimate(-0.6, 0.101, ()), -1.1, -0.4) == "not resolved"
+    assert within(Estimate(-0.1, 0.1, ()), -1.1, -0.4) == "not reproduced"
+    assert within(Estimate(5.0, 2.0, ()), 0.5, math.inf) == "reproduced"

@@ -1,5 +1,5 @@
-"""Hooks that measure activations in the next forward pass of a model: RMS of block outputs and of logits, and the
-largest attention logit of each layer.
+"""Hooks that measure activations in the next forward pass of a model: RMS of block outputs and of logits, and RMS and
+largest value of the attention logits of each layer.
 
 The hooks are on the model only from :meth:`Activations.arm` to the end of the next forward pass. Other forward passes,
 and the ones that recomputation runs in the backward pass, have no hooks.
@@ -35,9 +35,11 @@ class Activations:
         layers: indices of the layers, the same on every rank.
     """
 
-    metrics = ("attention_output_rms", "mlp_output_rms", "residual_rms")
-    """Metrics of a layer. The first two are what attention and MLP add to the residual stream; the third is the stream
-    after the layer."""
+    outputs = ("attention_output_rms", "mlp_output_rms", "residual_rms")
+    """Metrics of a layer's outputs. The first two are what attention and MLP add to the residual stream; the third is
+    the stream after the layer."""
+    metrics = (*outputs, "attention_logit_rms")
+    """Metrics of a layer that are root mean squares."""
 
     def __init__(self, model: torch.nn.Module, vocab_size: int) -> None:
         self._model, self._vocab_size = model, vocab_size
@@ -55,7 +57,7 @@ class Activations:
         self.sums, self.largest = {}, {}
         for index, layer in self._layers.items():
             modules = (layer.self_attention, layer.mlp, layer)
-            for metric, module in zip(self.metrics, modules, strict=True):
+            for metric, module in zip(self.outputs, modules, strict=True):
                 self._handles.append(module.register_forward_hook(self._output(metric, index)))
             core = getattr(layer.self_attention, "core_attention", None)
             if isinstance(core, SdpaAttention):
@@ -89,7 +91,8 @@ class Activations:
     def _scores(self, index: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             query, key = args[0].detach(), args[1].detach()
-            self.largest[index] = largest_attention_logit(query, key, module.softmax_scale)  # type: ignore[arg-type]
+            squares, count, largest = attention_logits(query, key, module.softmax_scale)  # type: ignore[arg-type]
+            self.sums["attention_logit_rms", index], self.largest[index] = (squares, count), largest
 
         return hook
 
@@ -103,8 +106,8 @@ def sum_of_squares(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def largest_attention_logit(query: Tensor, key: Tensor, softmax_scale: float | None = None) -> Tensor:
-    """Return the largest q.k * scale over all heads and all pairs of a position and one that it may attend to.
+def attention_logits(query: Tensor, key: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, int, Tensor]:
+    """Measure q.k * scale over all heads and all pairs of a position and one that it may attend to.
 
     Computed for some query positions at a time, in the dtype of the queries.
 
@@ -114,7 +117,7 @@ def largest_attention_logit(query: Tensor, key: Tensor, softmax_scale: float | N
         softmax_scale: factor of the logits; 1 / sqrt(dim) if None.
 
     Returns:
-        An fp32 scalar.
+        Sum of the squares as a float64 scalar, number of the logits, and the largest as an fp32 scalar.
     """
     seq, batch, heads, dim = query.shape
     groups = key.shape[2]
@@ -122,6 +125,7 @@ def largest_attention_logit(query: Tensor, key: Tensor, softmax_scale: float | N
     keys = key.permute(1, 2, 3, 0).reshape(batch * groups, dim, seq)
     queries = query.permute(1, 2, 0, 3)
     step = max(1, _SCORES[query.device.type] // (batch * heads * seq))
+    squares = torch.zeros((), dtype=torch.float64, device=query.device)
     largest = torch.full((), -torch.inf, device=query.device)
     for first in range(0, seq, step):
         last = min(seq, first + step)
@@ -129,5 +133,7 @@ def largest_attention_logit(query: Tensor, key: Tensor, softmax_scale: float | N
         scores = (rows @ keys[:, :, :last]).view(batch * groups, shared, last - first, last)
         # Query position first + i may attend to positions up to first + i.
         future = torch.ones(last - first, last, dtype=torch.bool, device=query.device).triu(first + 1)
+        squares += sum_of_squares(scores.masked_fill_(future, 0.0))
         largest = torch.maximum(largest, scores.masked_fill_(future, -torch.inf).amax().float())
-    return largest * (dim**-0.5 if softmax_scale is None else softmax_scale)
+    scale = dim**-0.5 if softmax_scale is None else softmax_scale
+    return squares * scale**2, batch * heads * seq * (seq + 1) // 2, largest * scale
