@@ -32,6 +32,8 @@ KNOBS: dict[str, dict[str, dict[str, Any]]] = {
     "": {},
     "initial": {"multipliers": {"initial": {"q": {"row": 2.0, "col": 0.5}, "down": {"row": 4.0, "col": 1.0}}}},
     "fixed": {"multipliers": {"norm": "fixed", "parametrization": "softplus"}},
+    # Below the largest logits of some heads in every step, and above those of others in most.
+    "qk_clip": {"multipliers": {"qk_clip": 0.05}},
     "hyperball": {"multipliers": {"norm": "fixed", "placement": {}}},
     # Every key that changes learning rates, decays, initial values, norms or clipping of single roles, at once.
     "all": {

@@ -16,10 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from megamult.models.common.attention import SdpaAttention
-
-_SCORES = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Largest number of attention logits that are computed at a time, by type of device, unless one query position of all
-heads has more."""
+from megamult.models.common.head_logits import largest_attention_logits
 
 
 class Activations:
@@ -89,7 +86,8 @@ class Activations:
     def _scores(self, index: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             query, key = args[0].detach(), args[1].detach()
-            self.largest[index] = largest_attention_logit(query, key, module.softmax_scale)  # type: ignore[arg-type]
+            scale: Any = module.softmax_scale
+            self.largest[index] = largest_attention_logits(query, key, scale).amax()
 
         return hook
 
@@ -100,34 +98,3 @@ def sum_of_squares(values: Tensor) -> Tensor:
     if values.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=values.device)
     return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32).double().square().sum()
-
-
-@torch.no_grad()
-def largest_attention_logit(query: Tensor, key: Tensor, softmax_scale: float | None = None) -> Tensor:
-    """Return the largest q.k * scale over all heads and all pairs of a position and one that it may attend to.
-
-    Computed for some query positions at a time, in the dtype of the queries.
-
-    Args:
-        query: [seq, batch, heads, dim] queries, after rotary embedding.
-        key: [seq, batch, groups, dim] keys.
-        softmax_scale: factor of the logits; 1 / sqrt(dim) if None.
-
-    Returns:
-        An fp32 scalar.
-    """
-    seq, batch, heads, dim = query.shape
-    groups = key.shape[2]
-    shared = heads // groups
-    keys = key.permute(1, 2, 3, 0).reshape(batch * groups, dim, seq)
-    queries = query.permute(1, 2, 0, 3)
-    step = max(1, _SCORES[query.device.type] // (batch * heads * seq))
-    largest = torch.full((), -torch.inf, device=query.device)
-    for first in range(0, seq, step):
-        last = min(seq, first + step)
-        rows = queries[:, :, first:last].reshape(batch * groups, shared * (last - first), dim)
-        scores = (rows @ keys[:, :, :last]).view(batch * groups, shared, last - first, last)
-        # Query position first + i may attend to positions up to first + i.
-        future = torch.ones(last - first, last, dtype=torch.bool, device=query.device).triu(first + 1)
-        largest = torch.maximum(largest, scores.masked_fill_(future, -torch.inf).amax().float())
-    return largest * (dim**-0.5 if softmax_scale is None else softmax_scale)
