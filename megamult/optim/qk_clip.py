@@ -21,6 +21,9 @@ from megamult.parameters.rectangles import rectangles
 from megamult.parameters.spec import Role
 from megamult.zero.partition import Partition
 
+FIGURES = ("qk_clip_heads", "qk_clip_factor", "qk_clip_logit")
+"""Names of the figures of a step."""
+
 
 class MeasuredLogits(Protocol):
     """Largest attention logits of a model's heads. :class:`megamult.models.common.head_logits.HeadLogits` measures
@@ -147,16 +150,12 @@ class QKClip:
             if tensor in self._scaled:
                 elements, factors = self._scaled[tensor]
                 flat = tensor.detach().view(-1)
-                flat[elements] = flat[elements] * self._factors[factors]
+                flat[elements] = (flat[elements] * self._factors[factors]).to(flat.dtype)
 
     def figures(self) -> dict[str, float]:
         """Return the number of heads that the last step clipped, the smallest gamma of a head (1 if none was clipped),
         and the largest logit of all heads before the step's update."""
         return dict(zip(FIGURES, self._figures.tolist(), strict=True))
-
-
-FIGURES = ("qk_clip_heads", "qk_clip_factor", "qk_clip_logit")
-"""Names of the figures of a step."""
 
 
 class _Rows(NamedTuple):
