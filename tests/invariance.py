@@ -32,6 +32,8 @@ KNOBS: dict[str, dict[str, dict[str, Any]]] = {
     "": {},
     "initial": {"multipliers": {"initial": {"q": {"row": 2.0, "col": 0.5}, "down": {"row": 4.0, "col": 1.0}}}},
     "fixed": {"multipliers": {"norm": "fixed", "parametrization": "softplus"}},
+    # Below the largest logits of some heads in every step, and above those of others in most.
+    "qk_clip": {"multipliers": {"qk_clip": 0.05}},
     "hyperball": {"multipliers": {"norm": "fixed", "placement": {}}},
     # Batches of 4, 4, 8, 12 and 16.
     "ramp": {"train": {"global_batch_size": 16, "batch_ramp": BatchRamp(start=4, increment=4, samples=24)}},

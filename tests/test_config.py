@@ -114,6 +114,24 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
         {"model": {"tie_embeddings": True}, "multipliers": {"initial": {"embedding": {"row": 4.0}}}},
         r"initial\.embedding is given with model\.tie_embeddings .*: the head has the divided weights too, .*; set div",
     ),
+    ({"multipliers": {"qk_clip": 0.0}}, r"multipliers\.qk_clip is 0\.0: it must be positive and finite"),
+    (
+        {"multipliers": {"qk_clip": 100.0, "implementation": "none"}},
+        r"implementation is none, and then multipliers\.qk_clip has no effect: leave it out",
+    ),
+    (
+        {"multipliers": {"qk_clip": 100.0, "placement": "scalar"}},
+        r"qk_clip is 100\.0, .*placement gives q scalar: one scalar scales all heads; give q the side row, or leave",
+    ),
+    (
+        {"multipliers": {"qk_clip": 100.0, "placement": {"k": "row", "q": "col"}}},
+        r"qk_clip is 100\.0, .*placement gives q col; give q the side row, or leave qk_clip out",
+    ),
+    ({"multipliers": {"qk_clip": 100.0, "placement": {"v": "row"}}}, r"placement gives q no multipliers; give q the s"),
+    (
+        {"multipliers": {"qk_clip": 100.0, "lr_factors": {"q": {"row": 0.0}}}},
+        r"qk_clip is 100\.0, .*lr_factors keeps the row multipliers of q constant: give them a positive factor, or",
+    ),
     ({"multipliers": {"clip": "some"}}, r"multipliers\.clip is 'some': use one of out, own, joint"),
     ({"model": {"norms": "none"}}, r"model\.norms is 'none': use one of vector, scalar, frozen"),
     (

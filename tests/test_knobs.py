@@ -56,6 +56,16 @@ CASES = [
     Case(knobs="ramp", optimizer="muon", world=2, zero=1, accumulation=2),
     Case(knobs="ramp", optimizer="muon", world=2, zero=0, implementation="folded"),
     Case(knobs="ramp", optimizer="muon", world=4, tensor=2, sequence=True, zero=2, accumulation=2),
+    Case(knobs="qk_clip", world=2, zero=0, accumulation=3, recompute=True),
+    Case(knobs="qk_clip", world=2, zero=1, implementation="folded"),
+    Case(knobs="qk_clip", world=2, tensor=2, sequence=True, zero=1),
+    Case(knobs="qk_clip", world=2, zero=3, sub_group_size=10_000),
+    Case(knobs="qk_clip", world=4, tensor=2, zero=2, accumulation=3),
+    # Tensor parallel 4 cuts the query groups: some ranks hold no row of K, others no row of Q.
+    Case(knobs="qk_clip", world=4, tensor=4, zero=1, placement="mapping"),
+    Case(knobs="qk_clip", world=4, tensor=4, zero=3, implementation="folded", placement="symmetry_free"),
+    Case(knobs="qk_clip", optimizer="muon", world=2, zero=2),
+    Case(knobs="qk_clip", optimizer="muon", world=4, tensor=2, sequence=True, zero=1, implementation="folded"),
 ]
 
 
@@ -113,6 +123,21 @@ def test_matrices_of_fixed_norm_keep_it_and_move(outcomes: dict[Case, Outcome]) 
                 assert torch.linalg.vector_norm(tensor - before) > 1e-3 * norms[1], (case, name)
             elif name.endswith("embedding.weight"):
                 assert norms[0] != pytest.approx(norms[1], rel=1e-6), "only the blocks' matrices"
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.knobs == "qk_clip"], ids=lambda case: f"{name_of(case)}-{case.optimizer}"
+)
+def test_the_heads_that_are_clipped_are_those_of_one_process(case: Case, outcomes: dict[Case, Outcome]) -> None:
+    expected, actual = outcomes[case.reference].records, outcomes[case].records
+    heads = [record["qk_clip_heads"] for record in actual]
+    assert heads == [record["qk_clip_heads"] for record in expected]
+    assert all(heads) and min(heads) < 24, "some of the 24 heads are clipped, and some are not"
+    relative = RELATIVE if case.optimizer == "adamw" else 10 * RELATIVE
+    for key in ("qk_clip_factor", "qk_clip_logit"):
+        assert [record[key] for record in actual] == pytest.approx(
+            [record[key] for record in expected], rel=relative, abs=0.0
+        ), key
 
 
 @dataclass(frozen=True)

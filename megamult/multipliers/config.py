@@ -51,6 +51,10 @@ class MultipliersConfig:
     """free: weight decay and gradients decide the norms of the blocks' matrices. fixed: after every update each of
     these matrices is scaled back to its initial Frobenius norm. They have no weight decay, and their multipliers are
     the gains of arXiv 2606.25971."""
+    qk_clip: float | None = None
+    """Threshold of QK-clip (arXiv 2507.20534), or null for none. After an update, the row multipliers of each head
+    whose largest attention logit in the step was above the threshold are scaled so that this logit becomes the
+    threshold: those of Q, and of K if they are trained. Needs trained row multipliers of q."""
     initial: BySide = field(default_factory=dict)
     """Initial values by role, or by role and side, such as {head: {col: 0.5}}. All other multipliers start at 1."""
     divide_weights: bool = True
@@ -75,6 +79,7 @@ class MultipliersConfig:
         given = {key: getattr(self, key) for key in ("lr_factors", "weight_decay_factors", "initial")}
         useless = [f"multipliers.{key}" for key, value in given.items() if value]
         useless += ["multipliers.parametrization"] * (self.parametrization != "direct")
+        useless += ["multipliers.qk_clip"] * (self.qk_clip is not None)
         require(
             self.implementation != "none" or not useless,
             f"multipliers.implementation is none, and then {', '.join(useless)} has no effect: leave it out",
@@ -82,6 +87,28 @@ class MultipliersConfig:
         for key, value in given.items():
             initial = key == "initial"
             resolve_by_side(f"multipliers.{key}", value, placement, positive=initial, apart=initial)
+        if self.qk_clip is not None:
+            positive("multipliers", qk_clip=self.qk_clip)
+            self._check_clipped(placement.get("q", frozenset()))
+
+    def _check_clipped(self, sides: frozenset[Side]) -> None:
+        """Check that Q has row multipliers that QK-clip can scale.
+
+        Args:
+            sides: sides on which Q has multipliers.
+        """
+        given = f"multipliers.qk_clip is {self.qk_clip}, which scales the rows of single heads of Q, and"
+        scalar = ": one scalar scales all heads" if sides == {"scalar"} else ""
+        require(
+            "row" in sides,
+            f"{given} multipliers.placement gives q {', '.join(sorted(sides)) or 'no multipliers'}{scalar}; give q the "
+            "side row, or leave qk_clip out",
+        )
+        require(
+            self.by_side("lr_factors").get(("q", "row")) != 0,
+            f"{given} multipliers.lr_factors keeps the row multipliers of q constant: give them a positive factor, or "
+            "leave qk_clip out",
+        )
 
     @property
     def sides(self) -> Placement:

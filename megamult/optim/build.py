@@ -15,6 +15,7 @@ from megamult.optim.config import OPTIMIZERS, OptimizerConfig
 from megamult.optim.folded import FoldedMultipliers
 from megamult.optim.muon.newton_schulz import SCALES
 from megamult.optim.param_groups import param_groups
+from megamult.optim.qk_clip import MeasuredLogits, QKClip
 from megamult.optim.rates import Rate, Rates
 from megamult.optim.rule import UpdateRule
 from megamult.optim.two_phase import TwoPhaseOptimizer
@@ -31,6 +32,7 @@ def make_optimizer(
     multipliers: MultipliersConfig,
     initial: Initial | None = None,
     mesh: Mesh | None = None,
+    logits: MeasuredLogits | None = None,
 ) -> TwoPhaseOptimizer:
     """Make the optimizer of all trainable parameters of a model; its groups begin at their peak learning rate.
 
@@ -41,10 +43,18 @@ def make_optimizer(
             implementation are already parameters of the model.
         initial: initial values of the folded multipliers; if None, those in `multipliers`.
         mesh: the mesh of the processes. If None, the mesh is made from the process groups that exist.
+        logits: attention logits of the model, which `multipliers.qk_clip` needs.
 
     Raises:
-        ValueError: see :func:`megamult.param_groups` and the optimizer's constructor.
+        ValueError: `multipliers.qk_clip` is set without `logits`, or the reverse; for others see
+            :func:`megamult.param_groups` and the optimizer's constructor.
     """
+    threshold = multipliers.qk_clip
+    if (threshold is None) != (logits is None):
+        raise ValueError(
+            f"multipliers.qk_clip is {threshold} and logits {'None' if logits is None else 'given'}: QK-clip needs a "
+            "threshold and measured logits (megamult.models.common.head_logits.HeadLogits); give both, or neither"
+        )
     groups = param_groups(
         model,
         lr=chosen.lr,
@@ -76,6 +86,7 @@ def make_optimizer(
         rates=rates,
         fixed_norm=multipliers.norm == "fixed",
         parametrization=parametrization,
+        qk_clip=None if threshold is None or logits is None else QKClip(threshold, logits),
         model=model,
         folded=folded,
         mesh=mesh,

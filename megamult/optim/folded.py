@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from megamult.parameters.roles import Placement
 from megamult.parameters.spec import ParameterSpec, Role, Segment, Side
 from megamult.zero.partition import Partition
 
+if TYPE_CHECKING:
+    from megamult.optim.qk_clip import QKClip
+
 LATENT = "latent_weight"
 """Key of the latent weight W in the optimizer's state."""
 
@@ -46,6 +49,8 @@ class Vector:
 
     name: str
     """Logical name of these multipliers. The layer implementation gives them the same name."""
+    module: str
+    """Name of the module that has the matrix; empty if the model itself has it."""
     role: Role
     side: Side
     entries: slice
@@ -173,7 +178,7 @@ class BoundMultipliers:
                     part = cut.spec.parts[p]
                     length = {"row": part.shape[0], "col": part.shape[1], "scalar": 1}[side]
                     name = cut.spec.logical_name(f"{module}.{leaf}" if module else leaf, part)
-                    self.vectors.append(Vector(name, part.role, side, slice(position, position + length)))
+                    self.vectors.append(Vector(name, module, part.role, side, slice(position, position + length)))
                     places.setdefault(cut.name, {})[p, side] = [Segment(position, p, 0, length)]
                     position += length
         return places
@@ -219,12 +224,13 @@ class BoundMultipliers:
             self.gradient[run.start : run.stop] = 0
 
     @torch.no_grad()
-    def update(self, factor: float, schedule: float) -> None:
+    def update(self, factor: float, schedule: float, qk_clip: QKClip | None = None) -> None:
         """Update the multipliers by one AdamW step.
 
         Args:
             factor: factor of the gradient, from clipping.
             schedule: learning rate of this step as a fraction of its peak.
+            qk_clip: QK-clip that scales the updated multipliers, or None.
         """
         settings = self._settings
         self.last_lr = settings.lr * (1.0 if settings.constant_lr else schedule)
@@ -233,6 +239,8 @@ class BoundMultipliers:
         parametrization = settings.parametrization
         with parametrization.variables([self.values]) if parametrization else contextlib.nullcontext():
             apply_by_rate(self._rule, group, [self.values], [self.gradient * factor], kept, self._runs)
+        if qk_clip is not None:
+            qk_clip.scale([self.values])
         self._present = None
 
     @contextlib.contextmanager

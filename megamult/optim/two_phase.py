@@ -26,6 +26,7 @@ from megamult.optim.clip import Clipping, Norms
 from megamult.optim.fixed_norm import FixedNorms
 from megamult.optim.folded import BoundMultipliers, FoldedMultipliers
 from megamult.optim.param_groups import check_groups
+from megamult.optim.qk_clip import QKClip
 from megamult.optim.rates import Rates, Run, apply_by_rate, runs_of_tensors
 from megamult.optim.reduction import GlobalNorms, sum_partial_gradients
 from megamult.optim.rule import UpdateRule
@@ -68,6 +69,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         fixed_norm: whether each matrix of kind `matrix` keeps its first Frobenius norm, without weight decay.
         parametrization: variable that the optimizer trains in place of each multiplier of the layers; None means the
             multiplier itself. Folded multipliers have their own, in `folded`.
+        qk_clip: QK-clip, which scales row multipliers of Q and K after an update; None for none.
         model: the model, for names in messages and for a check that the groups hold all of its trainable parameters.
             If None, this is not checked.
         folded: settings of folded multipliers; None if the model has none.
@@ -78,6 +80,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         folding: settings of the folded multipliers; None if there are none.
         folded: the folded multipliers; None before the optimizer is bound to a partition, or if there are none.
         norms: norms of the last prepared gradients, before clipping.
+        qk_clip: QK-clip; None if there is none.
         updates: number of steps that were applied, which is also AdamW's count for every tensor.
         skipped_steps: number of steps skipped because a gradient was not finite or the norm was above `skip_grad_norm`.
 
@@ -98,6 +101,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         rates: Rates | None = None,
         fixed_norm: bool = False,
         parametrization: Parametrization | None = None,
+        qk_clip: QKClip | None = None,
         model: torch.nn.Module | None = None,
         folded: FoldedMultipliers | None = None,
         mesh: Mesh | None = None,
@@ -120,6 +124,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         self._fixed_norm, self._parametrization = fixed_norm, parametrization
         self._no_decay_of_fixed()
         self.fixed: FixedNorms | None = None
+        self.qk_clip = qk_clip
         self.folding = folded
         self.folded: BoundMultipliers | None = None
         self.norms: Norms | None = None
@@ -167,6 +172,8 @@ class TwoPhaseOptimizer(ViewedOptimizer):
             return
         if self.folding is not None:
             self.folded = self.folding.bind(partition, self.state)
+        if self.qk_clip is not None:
+            self.qk_clip.bind(partition, self.rates, self.folded)
         self._norms = GlobalNorms(partition, self.rates)
         self._runs = runs_of_tensors(partition, self.rates)
         for rule in self._every_rule():
@@ -219,10 +226,12 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         self.updates += not skip
         clip, clip_multipliers = self.clipping.factors(self.norms)
         self._decision = _Decision(skip, (clip, clip_multipliers), partition)
+        if self.qk_clip is not None:
+            self.qk_clip.decide(partition.mesh, skip)
         if skip:
             return
         if self.folded is not None:
-            self.folded.update(clip_multipliers, self._schedule())
+            self.folded.update(clip_multipliers, self._schedule(), self.qk_clip)
         for rule in self._every_rule():
             rule.prepare(clip, self._store)
 
@@ -258,6 +267,8 @@ class TwoPhaseOptimizer(ViewedOptimizer):
                         self._apply(self._decision, group, parameters)
                         if self.fixed is not None and group["kind"] == "matrix":
                             self.fixed.project(parameters)
+                    if self.qk_clip is not None:
+                        self.qk_clip.scale(parameters)
         if unprepared:
             self.finish()
         return loss

@@ -22,6 +22,7 @@ from megamult.checkpoint.state import owned
 from megamult.config import Config
 from megamult.distributed import device
 from megamult.distributed.mesh import Mesh
+from megamult.models.common.head_logits import HeadLogits
 from megamult.optim.build import make_optimizer
 from megamult.optim.clip import Norms
 from megamult.optim.param_groups import set_lr_factor
@@ -66,6 +67,11 @@ class DeepSpeedEngine:
     def skipped_steps(self) -> int:
         """Number of steps so far that changed nothing."""
         return self.optimizer.skipped_steps
+
+    @property
+    def further_figures(self) -> dict[str, float]:
+        """Figures of the last step that only some configurations have."""
+        return {} if self.optimizer.qk_clip is None else self.optimizer.qk_clip.figures()
 
     def set_lr_factor(self, factor: float) -> None:
         """Set the learning rates to `factor` times their peaks, from the next step on."""
@@ -148,7 +154,8 @@ def check_deepspeed(config: Config, mesh: Mesh) -> None:
 
 def build_optimizer(config: Config, model: torch.nn.Module, mesh: Mesh) -> TwoPhaseOptimizer:
     """Make the optimizer that `config` names, for all parameters of the model."""
-    return make_optimizer(model, config.optimizer, config.multipliers, mesh=mesh)
+    logits = None if config.multipliers.qk_clip is None else HeadLogits(model)
+    return make_optimizer(model, config.optimizer, config.multipliers, mesh=mesh, logits=logits)
 
 
 def build(

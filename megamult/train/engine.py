@@ -50,6 +50,10 @@ class Engine(Protocol):
     def skipped_steps(self) -> int:
         """Number of steps so far that changed nothing, because the gradient was not finite or was too large."""
 
+    @property
+    def further_figures(self) -> dict[str, float]:
+        """Figures of the last step that only some configurations have, by name, the same on every rank."""
+
     def set_lr_factor(self, factor: float) -> None:
         """Set all learning rates to `factor` times their peaks, from the next step on."""
 

@@ -123,6 +123,7 @@ class Trainer:
             "tokens_per_second": batch * config.model.seq_length / seconds,
             "seconds": seconds,
             "skipped_steps": self.engine.skipped_steps,
+            **self.engine.further_figures,
         }
 
     def evaluate(self, ballot: Callable[[], Sequence[float]] = tuple) -> float:

@@ -35,6 +35,8 @@ BITWISE = [
     Case(world=2, tensor=2, zero=3, optimizer="adamw", knobs="fixed"),
     Case(world=2, zero=2, optimizer="muon", knobs="long ramp", accumulation=2),
     Case(world=2, tensor=2, zero=1, optimizer="adamw", implementation="folded", dtype="bf16", knobs="long ramp"),
+    Case(world=2, zero=2, optimizer="muon", knobs="qk_clip"),
+    Case(world=2, tensor=2, zero=3, optimizer="adamw", implementation="folded", dtype="bf16", knobs="qk_clip"),
 ]
 """All optimizers, both implementations, fp32 and bf16, every ZeRO class, and a batch that grows before and after."""
 
@@ -72,6 +74,7 @@ def test_ten_steps_and_ten_more_are_twenty_bit_by_bit(
         timed = {"seconds", "tokens_per_second"}
         expected = [{k: v for k, v in record.items() if k not in timed} for record in whole.records[HALF:]]
         assert [{k: v for k, v in record.items() if k not in timed} for record in rest.records] == expected
+        assert case.knobs != "qk_clip" or any(record["qk_clip_heads"] for record in rest.records)
         assert rest.drawn == whole.drawn and len(rest.drawn) == 3, "random numbers go on, every rank's own"
         assert rest.state.keys() == whole.state.keys()
         for key, value in whole.state.items():

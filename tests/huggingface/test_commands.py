@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.hf_config import to_hugging_face
 from megamult.models.llama.hf_names import weights
@@ -55,14 +56,30 @@ def test_a_mistake_is_one_line(source: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def _check_merged(saved: SavedCheckpoint, exported: Path) -> None:
+    """Check that the export of a run that was clipped has the clipped multipliers merged."""
+    tensors = load_file(exported / "model.safetensors")
+    for role in "qk":
+        module = f"model.decoder.layers.0.self_attention.linear_qkv.{role}"
+        weight, row, col = (saved.read(f"{module}.{leaf}") for leaf in ("weight", "row_multiplier", "col_multiplier"))
+        assert row.min() < 0.9, "clipped"
+        found = tensors[f"model.layers.0.self_attn.{role}_proj.weight"]
+        # A product of three, rounded to fp32 twice at most.
+        torch.testing.assert_close(found, row.unsqueeze(1) * weight * col, rtol=3e-7, atol=0)
+
+
 def test_an_imported_model_trains_on_and_leaves_with_its_own_tokenizer_files(corpus: Path, tmp_path: Path) -> None:
     """Pretrain, export, import, go on at another layout and length, export: the files that came with it are in it."""
     common = ["--config", "examples/configs/tiny.yaml", *data_arguments(corpus), "--train.steps", "2"]
     common += ["--optimizer.warmup_steps", "1"]
-    first = start([*common, "--model.seq_length", "32", "--train.run_dir", str(tmp_path / "one")])
+    clip = ["--multipliers.qk_clip", "0.05"]
+    first = start([*common, *clip, "--model.seq_length", "32", "--train.run_dir", str(tmp_path / "one")])
     assert first.code == 0, first.text
+    records = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["qk_clip_heads"] > 0 for record in records if "loss" in record] == [True, True]
     one = tmp_path / "one" / "checkpoints" / "step_2"
     assert run("export_hf.py", "--checkpoint", one, "--output", tmp_path / "hf").returncode == 0
+    _check_merged(SavedCheckpoint(one), tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text()) | {"chat_template": "{{ 'mine' }}"}
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
     imported = tmp_path / "two" / "checkpoints" / "step_0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamult.models.common import activations
+from megamult.models.common import head_logits
 from megamult.models.common.activations import attention_logits, sum_of_squares
 
 SEQ, BATCH, HEADS, GROUPS, DIM = 11, 3, 6, 2, 4
@@ -16,7 +16,7 @@ SEQ, BATCH, HEADS, GROUPS, DIM = 11, 3, 6, 2, 4
 def test_attention_logits_are_measured_over_all_allowed_pairs(
     at_a_time: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(activations._SCORES, "cpu", at_a_time)
+    monkeypatch.setitem(head_logits._SCORES, "cpu", at_a_time)
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(SEQ, BATCH, HEADS, DIM, generator=generator)
     key = torch.randn(SEQ, BATCH, GROUPS, DIM, generator=generator)

@@ -58,6 +58,7 @@ class PlainEngine:
         self.norms = Norms(math.nan, math.nan)
         self.skipped_steps = self.updates = 0
         self.factor = math.nan
+        self.further_figures: dict[str, float] = {}
 
     def set_lr_factor(self, factor: float) -> None:
         self.factor = factor

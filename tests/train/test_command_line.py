@@ -124,6 +124,11 @@ EARLY: list[tuple[list[str], str]] = [
     (["--multipliers.placement", "everywhere"], r"placement is 'everywhere': use one of all, symmetry_free, scalar"),
     (["--multipliers.placement", "{norm: row}"], r"placement names the role 'norm': use one of q, k, v"),
     (["--optimizer.lr_factors", "{heads: 2}"], r"optimizer\.lr_factors names the role 'heads': use one of q, k, v"),
+    (
+        ["--multipliers.qk_clip", "100", "--multipliers.placement", "scalar"],
+        r"qk_clip is 100\.0, .*placement gives q scalar: one scalar scales all heads; give q the side row, or leave",
+    ),
+    (["--multipliers.qk_clip", "high"], r"multipliers\.qk_clip.*Expected a .*float.* Given value: high"),
     (["--multipliers.initial", "{q: {row: 0}}"], r"multipliers\.initial\.q\.row is 0\.0: give a positive number"),
     (["--model.norms", "none"], r"'vector', 'scalar', 'frozen'.* Got value: none"),
     (["--multipliers.placement", "{q: diagonal}"], r"placement gives q the side 'diagonal': use row, col or scalar"),

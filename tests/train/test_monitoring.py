@@ -116,7 +116,7 @@ def test_a_run_leaves_a_line_of_figures_and_curves_and_warns_at_the_start(corpus
     arguments = [
         *("--config", "examples/configs/tiny.yaml", *data_arguments(corpus)),
         *("--train.steps", "5", "--model.seq_length", "32", "--optimizer.warmup_steps", "0"),
-        *("--train.run_dir", str(tmp_path / "run"), "--monitor.every", "2"),
+        *("--train.run_dir", str(tmp_path / "run"), "--monitor.every", "2", "--multipliers.qk_clip", "0.05"),
     ]
     outcome = start(arguments)
     assert outcome.code == 0, outcome.text
@@ -131,3 +131,10 @@ def test_a_run_leaves_a_line_of_figures_and_curves_and_warns_at_the_start(corpus
     assert [(e.step, e.value) for e in curve] == [
         (line["step"], pytest.approx(line["weight_rms/q/layer_01"], rel=1e-6)) for line in monitored
     ]
+    steps = [line for line in lines if "loss" in line]
+    assert len(steps) == 5
+    for figure in ("qk_clip_heads", "qk_clip_factor", "qk_clip_logit"):
+        assert [e.value for e in events.Scalars(f"train/{figure}")] == pytest.approx([line[figure] for line in steps])
+    for line in steps:
+        assert (line["qk_clip_heads"] > 0) == (line["qk_clip_logit"] > 0.05) == (line["qk_clip_factor"] < 1), line
+    assert steps[0]["qk_clip_heads"] > 0, "weights as they are drawn have logits above the threshold"

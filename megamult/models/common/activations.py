@@ -16,10 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from megamult.models.common.attention import SdpaAttention
-
-_SCORES = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Largest number of attention logits that are computed at a time, by type of device, unless one query position of all
-heads has more."""
+from megamult.models.common.head_logits import products
 
 
 class Activations:
@@ -109,31 +106,21 @@ def sum_of_squares(values: Tensor) -> Tensor:
 def attention_logits(query: Tensor, key: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, int, Tensor]:
     """Measure q.k * scale over all heads and all pairs of a position and one that it may attend to.
 
-    Computed for some query positions at a time, in the dtype of the queries.
-
     Args:
-        query: [seq, batch, heads, dim] queries, after rotary embedding.
-        key: [seq, batch, groups, dim] keys.
-        softmax_scale: factor of the logits; 1 / sqrt(dim) if None.
+        query, key, softmax_scale: the same as for
+            :func:`megamult.models.common.head_logits.largest_attention_logits`.
 
     Returns:
         Sum of the squares as a float64 scalar, number of the logits, and the largest as an fp32 scalar.
     """
     seq, batch, heads, dim = query.shape
-    groups = key.shape[2]
-    shared = heads // groups
-    keys = key.permute(1, 2, 3, 0).reshape(batch * groups, dim, seq)
-    queries = query.permute(1, 2, 0, 3)
-    step = max(1, _SCORES[query.device.type] // (batch * heads * seq))
     squares = torch.zeros((), dtype=torch.float64, device=query.device)
     largest = torch.full((), -torch.inf, device=query.device)
-    for first in range(0, seq, step):
-        last = min(seq, first + step)
-        rows = queries[:, :, first:last].reshape(batch * groups, shared * (last - first), dim)
-        scores = (rows @ keys[:, :, :last]).view(batch * groups, shared, last - first, last)
-        # Query position first + i may attend to positions up to first + i.
-        future = torch.ones(last - first, last, dtype=torch.bool, device=query.device).triu(first + 1)
-        squares += sum_of_squares(scores.masked_fill_(future, 0.0))
-        largest = torch.maximum(largest, scores.masked_fill_(future, -torch.inf).amax().float())
+    for scores, future in products(query, key):
+        last = scores[..., -len(future) :]  # a view
+        last.masked_fill_(future, 0.0)
+        squares += sum_of_squares(scores)
+        last.masked_fill_(future, -torch.inf)
+        largest = torch.maximum(largest, scores.amax().float())
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
     return squares * scale**2, batch * heads * seq * (seq + 1) // 2, largest * scale
