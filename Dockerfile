@@ -4,7 +4,7 @@
 #     docker build --target cpu --build-arg PIP_EXTRA_INDEX_URL=ADDRESS -t megamult:cpu .
 #     docker build --target gpu -t megamult:gpu .
 #     docker run --rm -it --init --shm-size 1g -v "$PWD/runs:/opt/megamult/runs" megamult:cpu launch/quickstart.sh
-#     docker run --rm -it --init --gpus all --ipc host --ulimit memlock=-1 megamult:gpu examples/reproduce/run.sh
+#     docker run --rm -it --init --gpus all --ipc host --ulimit memlock=-1 megamult:gpu launch/quickstart.sh
 #
 # ADDRESS is PyTorch's CPU index (pytorch.org, "Start locally", shows it): without it pip finds the CUDA build, several
 # GB. An index that wants a password belongs in no build argument, which the image's history shows: give a pip.conf by

@@ -36,7 +36,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="muon_step_")  # an empty compile cache
+CACHE = tempfile.TemporaryDirectory(prefix="muon_step_", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name  # an empty compile cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode

@@ -1,1 +1,1 @@
-"""What programs share that train several runs and report on them (`examples/reproduce`, `examples/paper`)."""
+"""What programs share that train several runs and report on them, such as those of `examples/paper`."""

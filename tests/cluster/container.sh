@@ -131,8 +131,8 @@ for target in "${targets[@]}"; do
         step "$target: docker/check_image.py" "$target-check" inside "$target" python docker/check_image.py
         step "$target: launch/quickstart.sh, 20 steps" "$target-quickstart" inside "$target" launch/quickstart.sh \
             --train.steps 20 --train.eval_every 20 --optimizer.warmup_steps 2 --optimizer.decay_steps 10
-        step "$target: examples/reproduce/run.sh, 2 seeds of 4 steps" "$target-reproduce" \
-            inside "$target" examples/reproduce/run.sh --steps 4 --seeds 1 2 -- --train.eval_batches 2
+        step "$target: examples/paper/run.sh, the report of no run" "$target-paper" \
+            inside "$target" examples/paper/run.sh --only headline --report
         step "$target: launch/test.sh, smoke" "$target-tests" inside "$target" \
             launch/test.sh -q tests/test_config.py tests/parameters/test_spec.py tests/parameters/test_rectangles.py tests/multipliers
     fi
