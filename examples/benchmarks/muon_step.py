@@ -23,11 +23,13 @@ up as one. Ours takes each by itself.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import gc
 import inspect
 import io
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -36,14 +38,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-CACHE = tempfile.TemporaryDirectory(prefix="muon_step_", ignore_cleanup_errors=True)
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name  # an empty compile cache
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="muon_step_")  # an empty compile cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from megamult.parameters.stated import spec_of
+
+atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 VOCAB = 4096
 TOKENS = 1 << 19  # tokens of the training step with which an optimizer step is compared

@@ -1,4 +1,4 @@
-"""Parts of examples/running (losses of a run, signals), and examples/reproduce, the container form of examples/paper."""
+"""Parts of examples/running (losses of a run, signals), and examples/reproduce, which runs examples/paper elsewhere."""
 
 from __future__ import annotations
 
