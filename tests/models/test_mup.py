@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from megamult.config import Config
 from megamult.models.llama.config import ModelConfig
-from megamult.models.llama.mup import mup
+from megamult.models.llama.mup import _shapes, mup
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
 from megamult.parameters.roles import resolve
@@ -46,7 +47,6 @@ def test_larger_heads_change_the_attention_s_scale() -> None:
 @pytest.mark.parametrize("groups", [8, 2])
 def test_muon_s_updates_keep_the_spectral_condition(scale: str, groups: int) -> None:
     """The spectral norm of an update is sqrt(rows / cols) times the same constant at both widths."""
-    from megamult.models.llama.mup import _shapes
     from megamult.optim.muon.newton_schulz import scale as scale_factor
 
     wide = replace(WIDE, num_query_groups=groups)
@@ -119,3 +119,37 @@ def test_matrices_of_fixed_norm_get_no_decay_and_divided_starts_are_refused() ->
     assert keys["optimizer"]["weight_decay_factors"] == {}
     with pytest.raises(ValueError, match=r"divide_weights true, .*: set divide_weights to false"):
         mup(WIDE, BASE).overrides(WIDE, OptimizerConfig(), MultipliersConfig(initial={"q": {"row": 2.0}}))
+
+
+def test_adam_s_factors_are_those_of_the_package_mup() -> None:
+    """Learning rate and decay from its MuAdamW, initial deviation from its normal_, the head's factor from its
+    MuReadout, for layers of the model's shapes at the base width and four times that."""
+    package = pytest.importorskip("mup", reason="pip install --no-deps mup, whose requirements this test does not need")
+
+    def layers(sizes: ModelConfig) -> torch.nn.ModuleDict:
+        matrices = {role: torch.nn.Linear(cols, rows, bias=False) for role, (rows, cols) in _shapes(sizes).items()}
+        return torch.nn.ModuleDict(
+            {
+                **matrices,
+                "embedding": torch.nn.Embedding(1000, sizes.hidden_size),
+                "norm": torch.nn.RMSNorm(sizes.hidden_size),
+                "head": package.MuReadout(sizes.hidden_size, 1000, bias=False),
+            }
+        )
+
+    wide = layers(WIDE)
+    delta = layers(replace(BASE, hidden_size=128, num_attention_heads=4, ffn_hidden_size=352))
+    package.set_base_shapes(wide, layers(BASE), delta=delta, rescale_params=False)
+    groups = package.MuAdamW(wide.parameters(), lr=1.0, weight_decay=1.0).param_groups
+    theirs = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    found = mup(WIDE, BASE)
+    torch.manual_seed(1)
+    for role, layer in wide.items():
+        rates = found.lr.get(role, 1.0), found.weight_decay.get(role, 1.0)
+        assert theirs[id(layer.weight)] == pytest.approx(rates), role
+        if role in MATRICES:
+            package.init.normal_(layer.weight, std=1.0)
+            # The deviation of 65,536 or more normal numbers is known to 1 / sqrt(2 x 65,536) = 0.3 %.
+            assert float(layer.weight.std()) == pytest.approx(found.init_std[role], rel=0.015), role
+    head, x = wide["head"], torch.randn(3, WIDE.hidden_size)
+    torch.testing.assert_close(head(x), found.forward["head"] * torch.nn.functional.linear(x, head.weight))
