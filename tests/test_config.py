@@ -90,6 +90,14 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
         r"weight_decay_factors names the role 'norm': these have weight decay: q, .* head",
     ),
     (
+        {"multipliers": {"lr_factors": {"q": {}}}},
+        r"multipliers\.lr_factors\.q is empty: name one of its sides col, row, or leave q out",
+    ),
+    (
+        {"optimizer": {"lr_factors": [1.0]}},
+        r"optimizer\.lr_factors is \[1\.0\]: give a mapping from roles to numbers",
+    ),
+    (
         {"multipliers": {"lr_factors": {"head": 2.0}}},
         r"lr_factors names the role 'head', which has no multipliers in t",
     ),

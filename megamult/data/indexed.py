@@ -176,10 +176,14 @@ def check_sequences(files: IndexedFiles, first: int, last: int) -> None:
             wrong = np.zeros(1, np.int64)
         if len(wrong):
             n = int(wrong[0])
-            raise ValueError(
-                f"{files.idx} is damaged: sequence {before + n} has length {lengths[n]} at byte {pointers[n]}, "
-                f"which does not follow sequence {before + n - 1}: {_REMEDY}"
-            )
+            fact = f"sequence {before + n} has length {lengths[n]} at byte {pointers[n]}"
+            if lengths[n] < 0:
+                fact = f"sequence {before + n} has the negative length {lengths[n]}"
+            elif before + n == 0:
+                fact += ", and the first sequence must begin at byte 0"
+            else:
+                fact += f", which does not follow sequence {before + n - 1}"
+            raise ValueError(f"{files.idx} is damaged: {fact}: {_REMEDY}")
 
 
 def check_ids(files: IndexedFiles, vocab_size: int, start: int, ids: np.ndarray) -> None:

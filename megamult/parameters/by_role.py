@@ -31,6 +31,7 @@ def check_by_role(
         ValueError: a role is unknown or has no effect, or a number is not finite or has the wrong sign. The message has
             all mistakes.
     """
+    _mapping(key, given)
     mistakes = []
     for name, value in given.items():
         if name not in ROLES or not allowed(ROLES[name]):
@@ -55,9 +56,10 @@ def resolve_by_side(
 
     Raises:
         ValueError: the placement gives a role no multipliers, or none on a side that was named; `apart` is True and a
-            role with several sides has only one number; or a number is not finite or has the wrong sign. The message
-            has all mistakes.
+            role with several sides has only one number; a role has an empty mapping of sides; or a number is not finite
+            or has the wrong sign. The message has all mistakes.
     """
+    _mapping(key, given)
     found: dict[tuple[str, Side], float] = {}
     mistakes = []
     for role, value in given.items():
@@ -77,6 +79,8 @@ def resolve_by_side(
             mistakes += _number(f"{key}.{role}", value, positive)
             found.update(((role, side), value) for side in sides)
             continue
+        if not value:
+            mistakes.append(f"{key}.{role} is empty: name one of its sides {', '.join(sides)}, or leave {role} out")
         for side in get_args(Side):
             if side in value:
                 found[role, side] = value[side]
@@ -89,6 +93,11 @@ def resolve_by_side(
     if mistakes:
         raise ValueError("; ".join(mistakes))
     return found
+
+
+def _mapping(key: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{key} is {given!r}: give a mapping from roles to numbers, such as {{q: 0.5}}")
 
 
 def _number(key: str, value: object, positive: bool) -> list[str]:
