@@ -33,7 +33,7 @@ class Signalling(Samples):
             os.kill(os.getpid(), self.number)
 
 
-def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[str]]]:
+def stopped_runs(folder: Path) -> list[tuple[str | None, int, list[str]]]:
     """(reason, steps done, checkpoints) of runs over 6 steps: a signal to the second rank in step 3, with and without
     checkpoints in between, and where it is the second of a tensor-parallel group; a deadline that is past; none of
     these; a signal during the evaluation after step 2."""
@@ -44,7 +44,7 @@ def stopped_runs(folder: Path, batch: int) -> list[tuple[str | None, int, list[s
     from megamult.train.loop import Trainer
 
     found = []
-    third = 2 * batch  # the first sample of step 3
+    third = 2 * Case().config().train.global_batch_size  # the first sample of step 3
     cases = [
         (1, third, signal.SIGTERM, None, 0),
         (1, third, signal.SIGUSR1, None, 2),

@@ -27,7 +27,7 @@ def test_a_run_that_is_stopped_and_killed_becomes_the_run_that_was_not(corpus: P
 
 
 def test_a_signal_to_one_rank_or_a_deadline_stops_all_after_the_same_step_with_a_checkpoint(tmp_path: Path) -> None:
-    both = run_distributed(2, stopped_runs, tmp_path, 16)
+    both = run_distributed(2, stopped_runs, tmp_path)
     assert (
         both[0]
         == both[1]
