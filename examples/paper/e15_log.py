@@ -2,8 +2,9 @@
 
 Claims, by AdamW, from valid losses after the last step, paired by seed:
 
-- with multipliers everywhere: |log - direct| < 2 standard errors, which must be below 0.02 nats (0.4 % of the loss, the
-  size of the effect of multipliers), or the claim is not resolved.
+- with multipliers everywhere: |log - direct| < 2 standard errors. One standard error must be at most 0.02 nats (0.4 %
+  of the loss, the size of the effect of multipliers), or the claim is not resolved. Multipliers against none had 0.026
+  with three seeds, so it may take more.
 - in E1's setting at S = 1/8 (an eighth of the head's learning rate, eight times its decay), with a frozen final norm,
   no z-loss, and one multiplier of the head at the global learning rate: log - direct < -3 standard errors. Direct, 480
   steps at 4e-3 bring the multiplier from 1 to 3 at most; with log, to 7. A gain shows that log needs no learning rate
@@ -20,11 +21,9 @@ from examples.paper import e01_projector, plots
 from examples.paper.arms import ALL
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
 from examples.paper.grid import Arm
-from examples.paper.paired import Estimate, paired, verdict
+from examples.paper.paired import EQUAL_ERRORS, Estimate, equal, verdict
 from examples.paper.setting import Setting
 
-ERRORS = 2.0
-"""Number of standard errors within which log must be equal to direct."""
 LARGEST_ERROR = 0.02
 """Standard error in nats above which equality is not resolved."""
 GAIN_ERRORS = 3.0
@@ -48,33 +47,29 @@ def small_head(setting: Setting, parametrization: str) -> Arm:
     )
 
 
-def equal(results: Results) -> Measurement:
+def as_good(results: Results) -> Measurement:
     """Measure log - direct with multipliers everywhere."""
-    gap = paired(results.valid(ALL["adamw"]), results.valid(LOG))
-    holds = abs(gap.mean) < ERRORS * gap.error
-    resolved = gap.error < LARGEST_ERROR
-    found = "not resolved" if not resolved else "reproduced" if holds else "not reproduced"
-    return Measurement(gap, found, unit="nats")
+    gap = results.gap("valid", ALL["adamw"], LOG)
+    return Measurement(gap, equal(gap, EQUAL_ERRORS * LARGEST_ERROR), unit="nats")
 
 
 def travels(results: Results) -> Measurement:
     """Measure log - direct at S = 1/8."""
-    direct, log = (results.valid(small_head(results.setting, name)) for name in ("direct", "log"))
-    gap = paired(direct, log)
+    gap = results.gap("valid", *(small_head(results.setting, name) for name in ("direct", "log")))
     return Measurement(gap, verdict(gap.mean < -GAIN_ERRORS * gap.error, gap), unit="nats")
 
 
 def against_frozen(results: Results) -> Measurement:
     """Report log - frozen at S = 1/8."""
-    frozen = results.valid(e01_projector.arm(results.setting, "frozen", S))
-    return Measurement(paired(frozen, results.valid(small_head(results.setting, "log"))), "reported", unit="nats")
+    frozen = e01_projector.arm(results.setting, "frozen", S)
+    return Measurement(results.gap("valid", frozen, small_head(results.setting, "log")), "reported", unit="nats")
 
 
 CLAIMS = (
     Claim(
         "Log-parametrization is as good as direct",
-        f"|paired difference of the valid loss| < {ERRORS:g} SE, SE < {LARGEST_ERROR:g}",
-        equal,
+        f"|paired difference of the valid loss| < {EQUAL_ERRORS:g} SE, SE < {LARGEST_ERROR:g}",
+        as_good,
     ),
     Claim(
         "At S = 1/8 the head's multiplier does more with log, at the global learning rate",
@@ -88,7 +83,7 @@ CLAIMS = (
 def plot(results: Results, file: Path) -> None:
     """Draw both paired differences: a dot for each seed, mean and one standard error."""
     gaps: dict[str, Estimate] = {}
-    for name, measure in (("all: log - direct", equal), ("S = 1/8: log - direct", travels)):
+    for name, measure in (("all: log - direct", as_good), ("S = 1/8: log - direct", travels)):
         try:
             measured = measure(results).estimate
         except NotRun:

@@ -21,7 +21,7 @@ from examples.paper import plots
 from examples.paper.arms import ALL, NAMES, NONE, OPTIMIZERS
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
 from examples.paper.grid import Arm
-from examples.paper.paired import estimate, paired, verdict
+from examples.paper.paired import estimate, verdict
 from examples.paper.setting import Setting
 
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -52,10 +52,9 @@ def chosen(results: Results) -> float:
 def compare(results: Results, optimizer: str) -> Measurement:
     """Measure the paired difference of the valid loss at the chosen g, with multipliers - without."""
     g = chosen(results)
-    without = results.valid(NONE[optimizer])
-    gap = paired(without, results.valid(swept(results.setting, optimizer)[g]))
-    percent = 100 * gap.mean / estimate(without).mean
-    note = f"{percent:+.2f} % of {estimate(without).mean:.4f}; g = {g:g}{end_of_range(g)}"
+    gap = results.gap("valid", NONE[optimizer], swept(results.setting, optimizer)[g])
+    without = estimate(results.valid(NONE[optimizer])).mean
+    note = f"{100 * gap.mean / without:+.2f} % of {without:.4f}; g = {g:g}{end_of_range(g)}"
     return Measurement(gap, verdict(gap.mean < -ERRORS * gap.error, gap), note, "nats")
 
 
@@ -102,7 +101,7 @@ def plot(results: Results, file: Path) -> None:
                 (line,) = panel.plot(list(losses), gaps, label=f"{NAMES[optimizer]}, first seed")
                 drawn = True
                 g = chosen(results)
-                gap = paired(results.valid(NONE[optimizer]), results.valid(swept(results.setting, optimizer)[g]))
+                gap = results.gap("valid", NONE[optimizer], swept(results.setting, optimizer)[g])
                 panel.scatter([g] * len(gap.values), gap.values, color=line.get_color(), s=16)
         if not drawn:
             raise NotRun("no sweep is complete")

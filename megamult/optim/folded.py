@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +33,6 @@ from megamult.parameters.rectangles import rectangles
 from megamult.parameters.roles import Placement
 from megamult.parameters.spec import ParameterSpec, Role, Segment, Side
 from megamult.zero.partition import Partition
-
-if TYPE_CHECKING:
-    from megamult.optim.qk_clip import QKClip
 
 LATENT = "latent_weight"
 """Key of the latent weight W in the optimizer's state."""
@@ -224,13 +221,12 @@ class BoundMultipliers:
             self.gradient[run.start : run.stop] = 0
 
     @torch.no_grad()
-    def update(self, factor: float, schedule: float, qk_clip: QKClip | None = None) -> None:
+    def update(self, factor: float, schedule: float) -> None:
         """Update the multipliers by one AdamW step.
 
         Args:
             factor: factor of the gradient, from clipping.
             schedule: learning rate of this step as a fraction of its peak.
-            qk_clip: QK-clip that scales the updated multipliers, or None.
         """
         settings = self._settings
         self.last_lr = settings.lr * (1.0 if settings.constant_lr else schedule)
@@ -239,8 +235,6 @@ class BoundMultipliers:
         parametrization = settings.parametrization
         with parametrization.variables([self.values]) if parametrization else contextlib.nullcontext():
             apply_by_rate(self._rule, group, [self.values], [self.gradient * factor], kept, self._runs)
-        if qk_clip is not None:
-            qk_clip.scale([self.values])
         self._present = None
 
     @contextlib.contextmanager

@@ -231,7 +231,9 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         if skip:
             return
         if self.folded is not None:
-            self.folded.update(clip_multipliers, self._schedule(), self.qk_clip)
+            self.folded.update(clip_multipliers, self._schedule())
+            if self.qk_clip is not None:
+                self.qk_clip.scale([self.folded.values])  # W_eff is computed from them at the end of the step
         for rule in self._every_rule():
             rule.prepare(clip, self._store)
 

@@ -7,25 +7,16 @@ import torch
 
 from megamult.models.common import head_logits
 from megamult.models.common.activations import attention_logits, sum_of_squares
+from tests.models.attention import AT_A_TIME, SCALES, skewed_attention
 
-SEQ, BATCH, HEADS, GROUPS, DIM = 11, 3, 6, 2, 4
 
-
-@pytest.mark.parametrize("at_a_time", [1, 500, 1 << 20], ids=["one position", "some", "all"])
-@pytest.mark.parametrize("scale", [None, 0.3])
+@AT_A_TIME
+@SCALES
 def test_attention_logits_are_measured_over_all_allowed_pairs(
     at_a_time: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(head_logits._SCORES, "cpu", at_a_time)
-    generator = torch.Generator().manual_seed(1)
-    query = torch.randn(SEQ, BATCH, HEADS, DIM, generator=generator)
-    key = torch.randn(SEQ, BATCH, GROUPS, DIM, generator=generator)
-    key[-1] *= 100  # only the last position may attend to it
-    query[:-1, :, :, 0] += 50 * key[-1, 0, 0, 0].sign()  # the others would, and their logit would be the largest
-    repeated = key.double().repeat_interleave(HEADS // GROUPS, dim=2)
-    scores = torch.einsum("qbhd,kbhd->bhqk", query.double(), repeated) * (DIM**-0.5 if scale is None else scale)
-    allowed = torch.ones(SEQ, SEQ, dtype=torch.bool).tril()
-    assert scores.max() > 2 * scores[..., allowed].max()
+    query, key, scores, allowed = skewed_attention(scale)
     # Squares of what is not allowed would make the sum several times as large.
     assert scores.square().sum() > 2 * scores[..., allowed].square().sum()
     squares, count, largest = attention_logits(query, key, scale)
