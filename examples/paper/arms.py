@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "directions": {"multipliers.implementation": "none", "multipliers.norm": "fixed"},
     "mup": {},
 }
-"""Who sets the scales of matrices, and the keys of such runs, but for those of muP, which :func:`mup_keys` adds."""
+"""Keys of runs by who sets the scales of their matrices. :func:`mup_keys` adds those of muP."""
 
 HEAD_SIZE = 32
 """Size of the attention heads where models of several widths are compared."""

@@ -10,10 +10,10 @@ Three parts, by AdamW with placement `all`. R = a / b, and "lr x wd" is the mult
 (i) The logits do not change along these symmetries. Not a run but a test, in float64:
 `test_the_logits_do_not_change_along_a_symmetry_of_multipliers` in tests/models/test_llama.py.
 
-(ii) A planted ratio: multipliers of up/down and of Q/K start at R = 16 (a = 4, b = 1/4; the weights are those of a run
-from ones, so that the function is too). Weight decay shrinks a and b alike, and gradients restore the product by steps
-that are as large for a as for b, hence d ln R / d step = -2 lr wd tanh(ln R / 2). Claims, from the mean of ln R over
-the pairs of a layer, after the last step:
+(ii) A planted ratio: multipliers of up/down and of Q/K start at R = 16 (a = 4, b = 1/4; the weights are not divided by
+them, and the two cancel, so that the model begins with the function of a run from ones). Weight decay shrinks a and b
+alike, and gradients restore the product by steps that are as large for a as for b, hence d ln R / d step = -2 lr wd
+tanh(ln R / 2). Claims, from the mean of ln R over the pairs of a layer, after the last step:
 
 - lr x wd = 2e-4 and 1e-3: the change of ln R is that of this equation within 25 %, for both symmetries.
 - lr x wd = 0 and 8e-6 (the default decay of 2e-3): ln R is unmoved, that is, its change is below 25 % of what the
@@ -277,7 +277,7 @@ CLAIMS = (
     *(_moves(product, 0.0) for product in UNMOVED),
     *(_moves(product, 1.0) for product in FOLLOWING),
     Claim(
-        "(ii) Decay of the ratio costs no loss",
+        "(ii) Decay of the ratio does not change the loss",
         "training loss at each lr x wd within 2 SE of that at 0",
         loss_stays,
     ),

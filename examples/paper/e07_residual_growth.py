@@ -13,8 +13,8 @@ of the outputs of attention and MLP every 10 steps; its mean over these two and 
 
 - Decay 0: the slope is above 0.
 - Decay 0.1: the slope is at most half of that at 0, paired by seed.
-- Decay 2e-3: the slope is that at 0 within 2 standard errors, which must be able to show that there is no growth: lr x
-  wd x steps = 0.03, so the default decay does nothing in this run.
+- Decay 2e-3: the slope is that at 0 within 2 standard errors, which must be smaller than the growth at 0. Here lr x wd
+  x steps = 0.03, so the default decay does nothing in this run.
 
 The slopes of attention, MLP and the residual stream are reported. With one seed, standard errors are over layers, which
 are not independent of each other.

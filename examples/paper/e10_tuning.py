@@ -24,8 +24,9 @@ Claims, for each optimizer, paired by seed, from valid losses:
 
 Reported: LR - NONE with multipliers, and the factors that were chosen. Not run: FULL. Its runs with multipliers would
 start scalars of the head and of whole matrices at the tuned values, beside the row and column multipliers of `all`:
-another placement than that of its parents. Known weaknesses: the best rate of half a run may not be that of a whole
-one, and one seed decides. By AdamW at R1 the headline's paired differences have a standard deviation of 0.06 nats.
+another placement than that of the other runs with multipliers. Known weaknesses: the best rate of half a run may not be
+that of a whole one, and one seed decides. By AdamW at R1 the headline's paired differences have a standard deviation of
+0.044 nats.
 
 Runs: for each optimizer 25 probes (one without a change, and four factors of six things) of 2 core-minutes, and, with
 three seeds, 12 whole runs of 4: 200 core-minutes for both. Whole runs in which no factor is changed are those of the

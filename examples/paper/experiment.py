@@ -99,6 +99,8 @@ class Results:
         """
         run = make_run(self.setting, arm, seed)
         state = self.grid.state(run)
+        if state == "diverged":
+            raise NotRun(f"{run.label}: diverged") from DivergedError()
         if state != "complete":
             raise NotRun(f"{run.label}: {state}")
         return run
@@ -157,7 +159,7 @@ class Results:
         return paired(*((self.train if kind == "train" else self.valid)(arm) for arm in (without, with_it)))
 
     def note(self, units: str, *words: str) -> str:
-        """Return a claim's note: with one seed, that its standard error is over these units, and then further words."""
+        """Return a claim's note: the words, after a remark, if there is one seed, that the error is over `units`."""
         return "; ".join([*([f"SE over {units}"] if len(self.seeds) == 1 else []), *words])
 
     def series(self, arm: Arm, seed: int, name: str) -> dict[int, float]:

@@ -136,19 +136,19 @@ class Grid:
         return self.folder / run.name
 
     def state(self, run: Run) -> str:
-        """Return how far a run is: `complete`, `interrupted`, `failed` (its last start), or `not started`."""
+        """Return how far a run is: complete, diverged, interrupted, failed (its last start), or not started."""
         made = attempts(self.directory(run))
         if complete(made):
             return "complete"
         # A start that was killed together with this program has left a directory and no record.
         if not made:
             return "interrupted" if self.directory(run).exists() else "not started"
-        return "interrupted" if made[-1].exit_code == exit_codes.RESUME else "failed"
+        return {exit_codes.RESUME: "interrupted", exit_codes.DIVERGED: "diverged"}.get(made[-1].exit_code, "failed")
 
     def train(self, runs: Sequence[Run], workers: int = 2) -> list[Failure]:
-        """Train the runs that are not complete, `workers` of them side by side.
+        """Train the runs that are neither complete nor diverged, `workers` of them side by side.
 
-        A run that fails does not stop the others.
+        A run that fails does not stop the others. One that diverges is a result: it would diverge again.
 
         Returns:
             The runs that failed.
@@ -160,10 +160,10 @@ class Grid:
         self.folder.mkdir(parents=True, exist_ok=True)
         for run in runs:
             self.claim(run)
-        waiting = deque(run for run in runs if self.state(run) != "complete")
+        waiting = deque(run for run in runs if self.state(run) not in ("complete", "diverged"))
         done, began = len(runs) - len(waiting), time.monotonic()
         if done:
-            self._say(f"{done} of {len(runs)} runs are complete")
+            self._say(f"{done} of {len(runs)} runs need no more training")
         finished, stopped, failures = 0, False, []
         running: dict[Popen[bytes], tuple[Run, float]] = {}
         with Children() as children:
@@ -184,7 +184,7 @@ class Grid:
                     + (f"; about {duration(remaining)} left" if left and not children.asked else "")
                 )
                 stopped |= code == exit_codes.RESUME
-                if code not in (0, exit_codes.RESUME):
+                if code not in (0, exit_codes.RESUME, exit_codes.DIVERGED):
                     failures.append(Failure(run, code, self._log(run)))
             if children.asked or stopped:
                 raise Interrupted
@@ -217,6 +217,5 @@ class Grid:
 
 
 def _ended(code: int) -> str:
-    if code == 0:
-        return "complete"
-    return "saved and stopped" if code == exit_codes.RESUME else f"FAILED with exit code {code}"
+    words = {0: "complete", exit_codes.RESUME: "saved and stopped", exit_codes.DIVERGED: "diverged"}
+    return words.get(code, f"FAILED with exit code {code}")

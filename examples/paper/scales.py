@@ -1,12 +1,12 @@
 """Who should set a matrix's scale: learnable multipliers (free), a constant norm (fixed), constants (muP), or nobody?
 
-Five kinds of runs, by AdamW and by Muon: `none` (no multipliers: noise and weight decay set the norms), `free` (row
-and column multipliers, arXiv 2601.04890), `fixed` (each matrix keeps the norm that it begins with, and row and column
-gains are learned, arXiv 2606.25971), `directions` (the same norm, and no gains), and `mup` (no multipliers, and muP's
+Five kinds of runs, by AdamW and by Muon: `none` (no multipliers: noise and weight decay set the norms), `free` (row and
+column multipliers, arXiv 2601.04890), `fixed` (each matrix keeps the norm that it begins with, and row and column gains
+are learned, arXiv 2606.25971), `directions` (the same norm, and no gains), and `mup` (no multipliers, and muP's
 constants relative to half of the width). Each kind has three learning rates, f times the setting's, with weight decay
-divided by f, so that time constants stay; for muP, whose rates in the blocks are half of these (AdamW), twice these
-f. Fixed matrices have no decay. The rate with the lowest valid loss with the first seed is a kind's best one, and is
-run with all seeds.
+divided by f, so that time constants stay. muP's f are twice those of the others, because its rates in the blocks are
+0.5 (AdamW) and 0.71 (Muon) times the global one. Fixed matrices have no decay. The rate with the lowest valid loss with
+the first seed is a kind's best one, and is run with all seeds.
 
 Claims, for each optimizer, at each kind's own best learning rate, paired by seed:
 

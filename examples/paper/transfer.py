@@ -10,8 +10,8 @@ same relative step has half of the rate.
 The best rate of a kind at a width is the minimum of the parabola through the lowest valid loss and its two neighbours,
 over ln f, after a mean over the seeds. If the lowest loss is at an end of the range, or beside a run that diverged,
 there is no such figure, and the claim is not resolved. The standard error of the best rate comes from the noise of a
-single loss: 0.043 nats by AdamW and 0.007 by Muon, which is the standard deviation of the headline's paired differences
-over its two seeds, divided by the square root of 2 (results/headline-e2-e5.md).
+single loss: 0.031 nats by AdamW and 0.010 by Muon, which is the standard deviation of the headline's paired differences
+over its three seeds, divided by the square root of 2 (results/r1.md).
 
 Claims, for each optimizer. The threshold is a factor of 2: it is the middle, on a logarithmic scale, between a rate
 that stays and one that falls as 1 / width, which theory says of AdamW without muP, and which is a factor of 4 here.
@@ -53,7 +53,7 @@ FACTORS: dict[str, tuple[float, ...]] = {
 """Factors of the setting's learning rate by kind, each twice the one before."""
 BOUND = math.log(2)
 """Largest |change| of ln lr with which a rate transfers."""
-NOISE = {"adamw": 0.043, "muon": 0.007}
+NOISE = {"adamw": 0.031, "muon": 0.010}
 """Standard deviation of a run's valid loss, in nats, by optimizer."""
 
 
@@ -115,7 +115,8 @@ def shown(found: Estimate | None) -> str:
     """Return a best factor in words."""
     if found is None:
         return "none in the range"
-    return f"lr x {math.exp(found.mean):.2f} (times or over {math.exp(min(found.error, 9.9)):.2f})"
+    low, middle, high = (math.exp(found.mean + sign * min(found.error, 9.9)) for sign in (-1, 0, 1))
+    return f"lr x {middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def change(results: Results, optimizer: str, kind: str) -> Measurement:

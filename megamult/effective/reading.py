@@ -96,13 +96,14 @@ class EffectiveModel:
             if saved.shapes.get(f"model.{name}") != shape:
                 raise ValueError(
                     f"{saved.path} has {saved.shapes.get(f'model.{name}', 'no tensor')} under model.{name}, where its "
-                    f"configuration asks for {shape}: it is not a checkpoint of one model"
+                    f"configuration asks for {shape}: the checkpoint's tensors and its configuration are not of the "
+                    "same model"
                 )
         for name in saved.shapes:
             if name.startswith("model.") and name.removeprefix("model.") not in expected:
                 raise ValueError(
-                    f"{saved.path} holds {name}, which its configuration does not have: it is not a checkpoint of one "
-                    "model"
+                    f"{saved.path} holds {name}, which its configuration does not have: the checkpoint's tensors and "
+                    "its configuration are not of the same model"
                 )
 
     def head_differs(self) -> bool:

@@ -43,7 +43,8 @@ def gain(config: OptimizerConfig, kind: str, rows: int, cols: int) -> float | No
 
     Args:
         config: the section `optimizer`.
-        kind: kind of the parameter; the update rule of Muon and NorMuon is that of `matrix`.
+        kind: kind of the parameter. If the optimizer is Muon or NorMuon, its rule updates only the kind `matrix`, and
+            AdamW updates all other kinds.
         rows, cols: shape of the whole logical matrix.
     """
     if config.name == "adamw" or kind != "matrix":

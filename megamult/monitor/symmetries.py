@@ -22,11 +22,11 @@ Pairs = tuple[Tensor, Tensor]
 
 
 def query_key(query: Tensor, key: Tensor, head_dim: int) -> Pairs:
-    """Return the pairs of rows of W_Q and of W_K, each [groups * head_dim / 2].
+    """Return ln|a| of W_Q and ln|b| of W_K for all pairs (a, b) of the symmetry, each [groups * head_dim / 2].
 
     Rotary positions turn rows i and i + head_dim / 2 of a head together, and all query heads of a group meet the same
-    key head. One pair of the symmetry is therefore such a pair of rows of a key head, against the same rows of all
-    query heads of its group. Both members are means of logarithms.
+    key head. The symmetry therefore has one (a, b) for every two such rows of a key head: b stands for these two rows,
+    and a for the same two rows of all query heads of the group. ln|a| and ln|b| are the means of the rows' logarithms.
 
     Args:
         query: [heads * head_dim] ln|row multiplier| of W_Q.
@@ -40,7 +40,7 @@ def query_key(query: Tensor, key: Tensor, head_dim: int) -> Pairs:
 
 
 def value_out(value: Tensor, out: Tensor, head_dim: int) -> Pairs:
-    """Return the pairs of rows of W_V and columns of the output projection, each [groups * head_dim].
+    """Return ln|a| of W_V's rows and ln|b| of the output projection's columns, each [groups * head_dim].
 
     A row of W_V meets the same column of all query heads of its group, whose logarithms are averaged.
 

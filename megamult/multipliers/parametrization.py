@@ -43,9 +43,11 @@ class Parametrization:
         before = [torch.where(r > 0, self.variable(r), 0.0) for r in values]
         for tensor, u in zip(multipliers, before, strict=True):
             tensor.detach().copy_(u)
-        yield
-        for tensor, r, u in zip(multipliers, values, before, strict=True):
-            tensor.detach().copy_(torch.where(tensor == u, r, self.value(tensor.detach())))
+        try:
+            yield
+        finally:  # also if the update raises: a caller that goes on must not find u where r belongs
+            for tensor, r, u in zip(multipliers, values, before, strict=True):
+                tensor.detach().copy_(torch.where(tensor == u, r, self.value(tensor.detach())))
 
     def check(self, not_positive: int) -> None:
         """Check that all multipliers have a variable.

@@ -123,6 +123,7 @@ class BoundMultipliers:
             for v in self.vectors
         ]
         self.values = torch.cat(first).to(here, torch.float32)
+        self._check()
         # Rows and columns without a multiplier share the last entry. Its sum is not used.
         self._sums = self.values.new_zeros(len(self.values) + 1)
         self.gradient = self._sums[:-1]

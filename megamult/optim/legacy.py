@@ -1,8 +1,9 @@
 """Translation of optimizer configurations of earlier versions to today's keys.
 
-Earlier versions had one flat list of keys for all rules. They also gave two names another meaning than the field
-does: their `quintic` is today's `simple`, and their `spectral` is today's `unit_rms_norm`. If one of these names is the
-value of an old key, it is replaced by today's name for the same coefficients or factor.
+Earlier versions had one flat list of keys for all rules. They also used two names otherwise than Megatron and
+Emerging-Optimizers, whose meaning the names have today: what they called `quintic` is today's `simple`, and what they
+called `spectral` is today's `unit_rms_norm`. If one of these names is the value of an old key, it is replaced by
+today's name for the same coefficients or factor.
 """
 
 from __future__ import annotations

@@ -99,18 +99,17 @@ class QKClip:
         """
         modules, heads = self._logits.modules, self._logits.heads
         constant = {role for (role, side), rate in rates.multipliers.items() if side == "row" and rate.lr == 0}
-        present = {(module, role) for module, role in _present(partition, folded) if role not in constant}
-        lacking = [module for module in modules if (module, "q") not in present]
+        rows_of = {(module, role): rows for module, role, rows in _present(partition, folded) if role not in constant}
+        lacking = [module for module in modules if (module, "q") not in rows_of]
         if lacking:
             raise ValueError(
                 f"Q has no row multipliers that are trained in {len(lacking)} attentions, the first is {lacking[0]}: "
                 "leave multipliers.qk_clip out, or give row multipliers to q"
             )
-        self._share = all((module, "k") in present for module in modules)
-        specs = {cut.name: cut.spec for cut in partition.cuts}
-        rows_of = {part.role: part.rows for part in specs[f"{modules[0]}.weight"].parts}
-        head_dim = rows_of["q"] // heads
-        self._groups = rows_of["k"] // head_dim
+        self._share = all((module, "k") in rows_of for module in modules)
+        head_dim = rows_of[modules[0], "q"] // heads
+        # If K takes no share, it does not matter which heads have one K in common.
+        self._groups = rows_of[modules[0], "k"] // head_dim if self._share else heads
         first = {}  # index of the first factor of each vector
         for i, module in enumerate(modules):
             first[module, "q"] = i * (heads + self._groups)
@@ -170,14 +169,14 @@ class _Rows(NamedTuple):
     length: int
 
 
-def _present(partition: Partition, folded: BoundMultipliers | None) -> Iterator[tuple[str, Role]]:
-    """Yield (module, role) of all vectors of row multipliers in the model, the same on every rank."""
+def _present(partition: Partition, folded: BoundMultipliers | None) -> Iterator[tuple[str, Role, int]]:
+    """Yield (module, role, number of rows) of all vectors of row multipliers in the model, the same on every rank."""
     for cut in partition.cuts:
         if cut.spec.side == "row":
-            yield from ((cut.name.rpartition(".")[0], part.role) for part in cut.spec.parts)
+            yield from ((cut.name.rpartition(".")[0], part.role, part.rows) for part in cut.spec.parts)
     for vector in folded.vectors if folded is not None else ():
         if vector.side == "row":
-            yield vector.module, vector.role
+            yield vector.module, vector.role, vector.entries.stop - vector.entries.start
 
 
 def _held(partition: Partition, folded: BoundMultipliers | None) -> Iterator[_Rows]:

@@ -167,11 +167,18 @@ class TwoPhaseOptimizer(ViewedOptimizer):
             self._decision = None
 
     def bind(self, partition: Partition) -> None:
-        """Prepare folded multipliers, norms, rules and per-row state for a partition whose gradients will be read."""
+        """Prepare folded multipliers, norms, rules and per-row state for a partition whose gradients will be read.
+
+        All ranks must call this together.
+
+        Raises:
+            ValueError: the multipliers have a parametrization, and one of them is not positive.
+        """
         if self._bound is partition:
             return
         if self.folding is not None:
             self.folded = self.folding.bind(partition, self.state)
+        self._check_multipliers(partition)
         if self.qk_clip is not None:
             self.qk_clip.bind(partition, self.rates, self.folded)
         self._norms = GlobalNorms(partition, self.rates)

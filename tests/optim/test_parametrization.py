@@ -15,6 +15,7 @@ from megamult.multipliers.specs import multiplier
 from megamult.optim.build import make_optimizer
 from megamult.optim.config import AdamWConfig, OptimizerConfig
 from megamult.parameters import megatron
+from megamult.parameters.initial import Initial
 from megamult.parameters.stated import set_spec
 
 ROWS, COLS, LR, DECAY = 6, 4, 0.1, 0.5
@@ -141,18 +142,46 @@ def test_what_an_update_does_not_change_keeps_its_last_bit(name: str) -> None:
 @pytest.mark.parametrize("implementation", ["layer", "folded"])
 def test_a_loaded_multiplier_that_is_not_positive_is_refused(implementation: str) -> None:
     model = Layered() if implementation == "layer" else Folded()
-    plain = optimizer_of(model, implementation, "direct")
-    plain.begin()
-    if isinstance(model, Layered):
+    plain, optimizer = (optimizer_of(model, implementation, name) for name in ("direct", "log"))
+    for each in (plain, optimizer):
+        each.begin()
+    if isinstance(model, Layered):  # whose multipliers are the model's, and come with its own state dict
         with torch.no_grad():
             model.row_multiplier[2] = -0.5
     else:
         plain.folded.values[2] = -0.5
     saved = plain.state_dict()
-    optimizer = optimizer_of(model, implementation, "log")
-    optimizer.begin()
     with pytest.raises(ValueError, match=r"1 multipliers are not positive, and multipliers\.parametrization log"):
         optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("implementation", ["layer", "folded"])
+def test_a_multiplier_that_is_not_positive_from_the_start_is_refused(implementation: str) -> None:
+    """In a loop of one's own, where no checkpoint of the optimizer is loaded."""
+    model = Layered() if implementation == "layer" else Folded()
+    if isinstance(model, Layered):
+        with torch.no_grad():
+            model.row_multiplier[2] = -0.5
+        optimizer = optimizer_of(model, implementation, "log")
+    else:
+        optimizer = make_optimizer(
+            model,
+            OptimizerConfig(lr=LR),
+            MultipliersConfig("folded", PLACEMENT, parametrization="log"),
+            Initial(lambda role, side: -0.5 if role == "q" else 1.0),
+            mesh=ALONE,
+        )
+    with pytest.raises(ValueError, match=r"multipliers are not positive"):
+        optimizer.begin()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_update_that_raises_leaves_multipliers_and_not_their_variables(name: str) -> None:
+    values = torch.tensor([2.0, 0.5, 1.0])
+    before = values.clone()
+    with pytest.raises(MemoryError), PARAMETRIZATIONS[name].variables([values]):  # type: ignore[index,union-attr]
+        raise MemoryError
+    assert torch.equal(values, before)
 
 
 def test_the_relative_step_is_that_of_a_small_change_of_the_variable() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -20,6 +21,7 @@ from examples.paper.grid import Arm, Grid, Run, make_run, nested, plan
 from examples.paper.setting import Setting, gpu, small
 from examples.running.attempts import attempts
 from examples.running.children import Interrupted
+from megamult.runtime import exit_codes
 from megamult.train.command_line import parse
 from tests.paper.settings import tiny
 
@@ -127,7 +129,7 @@ def test_runs_that_others_decide_are_trained_after_them_by_the_same_call(tmp_pat
         loss = losses[int(run.configuration["optimizer.lr"])]
         records = [{"step": 1, "loss": loss}, {"step": 1, "valid_loss": loss}]
         (folder / run.name / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
-        return ["true"]
+        return ["true"] if loss is not None else ["bash", "-c", f"exit {exit_codes.DIVERGED}"]
 
     grid = Grid(tmp_path, command, quiet)
     read = Results(setting, grid, (1, 2, 3))
@@ -136,6 +138,9 @@ def test_runs_that_others_decide_are_trained_after_them_by_the_same_call(tmp_pat
     assert package.train(read, [experiment], named=False, full=False, workers=1) == []
     assert calls(grid) == [run.name for run in [*first, *later]]
     assert package.chosen_runs(read, [experiment]) == [*first, *later]
+    assert grid.state(first[2]) == "diverged" and read.first_loss(arms[3]) == math.inf
+    # The same command again starts nothing, not even what diverged.
+    assert package.train(read, [experiment], named=False, full=False, workers=1) == [] and calls(grid) == []
     # With `--full` all arms have all seeds.
     assert {(run.arm, run.seed) for run in package.chosen_runs(read, [experiment], full=True)} == {
         (arm.name, seed) for arm in arms.values() for seed in (1, 2, 3)

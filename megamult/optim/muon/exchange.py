@@ -89,7 +89,8 @@ class Exchange:
 
             Args:
                 elements: [matrices, ranks] number of elements that are sent between each rank and the matrix's owner.
-                counted: whether only the copies that count are sent, not all copies.
+                counted: if several ranks hold copies of a piece, whether only the copy that counts in sums takes part
+                    (:attr:`Rectangle.counted`), as on the way to owners, and not all copies, as on the way back.
             """
             found = _Direction()
             for other in range(self._ranks):
