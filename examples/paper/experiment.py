@@ -91,6 +91,16 @@ class Results:
         """Return the same runs, of which only the first seeds count."""
         return Results(self.setting, self.grid, self.seeds[:count])
 
+    def later_seeds(self) -> Results:
+        """Return the same runs, of which the first seed does not count.
+
+        Raises:
+            NotRun: there is no other seed.
+        """
+        if len(self.seeds) < 2:
+            raise NotRun("the first seed has chosen the runs, and there is no other: give more --seeds")
+        return Results(self.setting, self.grid, self.seeds[1:])
+
     def run(self, arm: Arm, seed: int) -> Run:
         """Return a run.
 

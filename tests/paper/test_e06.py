@@ -55,29 +55,38 @@ def test_the_prediction_solves_the_equation(tmp_path: Path) -> None:
     ids=["near", "slow", "layers disagree"],
 )
 def test_a_planted_ratio_must_follow_the_equation(tmp_path: Path, part: float, spread: float, verdict: str) -> None:
-    read = results(tmp_path)
-    change = e06.predicted(read, 1e-3)[-1] - START
+    alone, read = results(tmp_path / "alone"), results(tmp_path / "all")
+    large, small = (e06.predicted(read, product)[-1] - START for product in (1e-3, 2e-4))
 
-    def figures(part: float, of_q_k: float) -> dict[int, dict[str, float]]:
+    def train(read: Results, product: float, change: float, of_up_down: float, of_q_k: float, spread: float) -> None:
+        """Write a run that ends at START + change x part, with the part by symmetry, and layers on both sides of it."""
         ends = {
             f"imbalance_mean/{symmetry}/layer_{layer:02d}": START + change * (value + sign * spread)
-            for symmetry, value in (("up_down", part), ("q_k", of_q_k))
+            for symmetry, value in (("up_down", of_up_down), ("q_k", of_q_k))
             for layer, sign in ((0, 1), (1, -1))
         }
-        return {3: dict.fromkeys(ends, START), STEPS: ends}
+        figures = {3: dict.fromkeys(ends, START), STEPS: ends}
+        losses_of(read.grid, read.setting, e06.planted(read.setting, product), 1, [5.0] * STEPS, 5.0, figures)
 
+    train(alone, 0.0, small, 1 - part, -0.02, spread)
+    still = e06.ratio_moves(alone, 0.0, 0.0)
+    assert still.verdict == verdict
+    # Of the two symmetries the one that is farther from 0. The error over two layers is half of their distance.
+    assert still.estimate is not None and still.estimate.mean == pytest.approx(1 - part)
+    assert still.estimate.error == pytest.approx(spread) and "SE over layers" in still.note
     with pytest.raises(NotRun):
         e06.ratio_moves(read, 1e-3, 1.0)
-    losses_of(read.grid, read.setting, e06.planted(read.setting, 1e-3), 1, [5.0] * STEPS, 5.0, figures(part, 1.01))
+    # Without decay, ln R moves as far as 1e-3 claims, which is no effect of decay.
+    train(read, 0.0, large, 1.0, 1.0, 0.0)
+    train(read, 1e-3, large, 1 + part, 2.01, spread)
     follows = e06.ratio_moves(read, 1e-3, 1.0)
     assert follows.verdict == verdict
-    # Of the two symmetries the one that is farther from 1. The error over two layers is half of their distance.
     assert follows.estimate is not None and follows.estimate.mean == pytest.approx(part)
-    assert follows.estimate.error == pytest.approx(spread) and "SE over layers" in follows.note
-    losses_of(read.grid, read.setting, e06.planted(read.setting, 0.0), 1, [5.0] * STEPS, 5.0, figures(1 - part, -0.02))
-    still = e06.ratio_moves(read, 0.0, 0.0)
-    assert still.verdict == verdict
-    assert still.estimate is not None and still.estimate.mean == pytest.approx(1 - part)
+    assert follows.estimate.error == pytest.approx(spread)
+    train(read, 8e-6, large, 1 + (1 - part) * small / large, 1.0, spread * small / large)
+    unmoved = e06.ratio_moves(read, 8e-6, 0.0)
+    assert unmoved.verdict == verdict
+    assert unmoved.estimate is not None and unmoved.estimate.mean == pytest.approx(1 - part)
 
 
 @pytest.mark.parametrize(
