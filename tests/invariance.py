@@ -31,7 +31,7 @@ _EVERY_ROLE = ("q", "k", "v", "attention_out", "gate", "up", "down", "embedding"
 KNOBS: dict[str, dict[str, dict[str, Any]]] = {
     "": {},
     "initial": {"multipliers": {"initial": {"q": {"row": 2.0, "col": 0.5}, "down": {"row": 4.0, "col": 1.0}}}},
-    "fixed": {"multipliers": {"norm": "fixed", "parametrization": "softplus"}},
+    "fixed": {"multipliers": {"norm": "fixed", "parametrization": "softplus", "shared_columns": True}},
     # Below the largest logits of some heads in every step, and above those of others in most.
     "qk_clip": {"multipliers": {"qk_clip": 0.05}},
     "hyperball": {"multipliers": {"norm": "fixed", "placement": {}}},

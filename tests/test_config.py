@@ -122,6 +122,10 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
         {"model": {"tie_embeddings": True}, "multipliers": {"initial": {"embedding": {"row": 4.0}}}},
         r"initial\.embedding is given with model\.tie_embeddings .*: the head has the divided weights too, .*; set div",
     ),
+    (
+        {"multipliers": {"shared_columns": True, "implementation": "none"}},
+        r"implementation is none, and then multipliers\.shared_columns has no effect: leave it out",
+    ),
     ({"multipliers": {"qk_clip": 0.0}}, r"multipliers\.qk_clip is 0\.0: it must be positive and finite"),
     (
         {"multipliers": {"qk_clip": 100.0, "implementation": "none"}},

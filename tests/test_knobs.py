@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,6 +124,20 @@ def test_matrices_of_fixed_norm_keep_it_and_move(outcomes: dict[Case, Outcome]) 
                 assert torch.linalg.vector_norm(tensor - before) > 1e-3 * norms[1], (case, name)
             elif name.endswith("embedding.weight"):
                 assert norms[0] != pytest.approx(norms[1], rel=1e-6), "only the blocks' matrices"
+
+
+def test_shared_columns_stay_those_of_one_vector(outcomes: dict[Case, Outcome]) -> None:
+    for case, outcome in outcomes.items():
+        if case.knobs != "fixed":
+            continue
+        for layer, fused in itertools.product(range(2), (("self_attention.linear_qkv", "qkv"), ("mlp.linear_fc1", ""))):
+            parts = fused[1] or ("gate", "up")
+            names = [f"decoder.layers.{layer}.{fused[0]}.{part}.col_multiplier" for part in parts]
+            first, *others = (outcome.tensors[name] for name in names)
+            assert (first - 1).abs().max() > 1e-3, "the columns are trained"
+            for other in others:
+                # Copies of a layer may get sums over ranks in another order each.
+                torch.testing.assert_close(other, first, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

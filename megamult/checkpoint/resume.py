@@ -161,6 +161,11 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
         lost = sorted(sides - here.get(role, frozenset()))
         if lost:
             found.append(f"multipliers.placement gives {role} no {' and '.join(lost)}, which the checkpoint has")
+    own = any("col" in sides for sides in multipliers.sides.values()) and not multipliers.shared_columns
+    if config.multipliers.shared_columns and own and info.step > 0:
+        found.append(
+            "multipliers.shared_columns is True and the checkpoint's False, so that its column multipliers differ"
+        )
     name = None if info.optimizer is None else info.optimizer["name"]
     if name not in (None, config.optimizer.name) and not config.checkpoint.reset_optimizer:
         found.append(

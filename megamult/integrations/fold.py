@@ -93,7 +93,7 @@ def fold(
     settings = MultipliersConfig(
         "folded",
         sides,
-        multiplier_lr,
+        lr=multiplier_lr,
         weight_decay=multiplier_weight_decay,
         clip=clip_multipliers,
         **further,

@@ -29,6 +29,9 @@ class MultipliersConfig:
     placement: str | dict[str, str | list[str]] = "all"
     """Sides that have multipliers: all, symmetry_free, scalar (one multiplier per logical matrix), or a mapping from
     role to row, col, scalar or a list of these. Only a mapping can give multipliers to the role head."""
+    shared_columns: bool = False
+    """Whether the matrices of one fused parameter (q, k and v; gate and up) have the same column multipliers, if they
+    have any. If false, each matrix has its own."""
     lr: float | None = None
     """Peak learning rate of the multipliers, or null to use optimizer.lr."""
     lr_factors: BySide = field(default_factory=dict)
@@ -78,6 +81,7 @@ class MultipliersConfig:
         )
         given = {key: getattr(self, key) for key in ("lr_factors", "weight_decay_factors", "initial")}
         useless = [f"multipliers.{key}" for key, value in given.items() if value]
+        useless += ["multipliers.shared_columns"] * self.shared_columns
         useless += ["multipliers.parametrization"] * (self.parametrization != "direct")
         useless += ["multipliers.qk_clip"] * (self.qk_clip is not None)
         require(

@@ -28,14 +28,21 @@ class LayerScaling:
         weight: spec of the weight, which must have two dimensions.
         placement: the sides on which each role is scaled.
         coordinates: coordinates of the process.
+        shared_columns: whether all logical matrices that have column multipliers have the same ones. Each has its own
+            copy of them. The first copy scales the rows of all matrices, and all copies get the sum of the gradients.
     """
 
-    def __init__(self, weight: ParameterSpec, placement: Placement, coordinates: Coordinates) -> None:
+    def __init__(
+        self, weight: ParameterSpec, placement: Placement, coordinates: Coordinates, shared_columns: bool = False
+    ) -> None:
+        self._shared_columns = shared_columns
         places: dict[tuple[int, Side], list[Segment]] = {}
         for side in LEAVES:
             if parts := weight.parts_with(placement, side):
                 for segment in multiplier(side, weight, parts, partial=False).local_segments(coordinates):
                     places.setdefault((parts[segment.part], side), []).append(segment)
+                if side == "col" and shared_columns:
+                    places |= {(part, side): places[parts[0], side] for part in parts}
         height, self._width = weight.local_shape(coordinates.grid)
         held = rectangles(weight, coordinates, 0, height * self._width)
         band = band_of(list(_with_padding(held, height, self._width)), places, one=-1)
@@ -114,7 +121,9 @@ class LayerScaling:
             by_row = dot if rho is None else dot * rho.float()  # ds = sum_i r sum_j W c G
             self._rows_of_scalar = [rows.to(dot.device) for rows in self._rows_of_scalar]
             grad_scalar = torch.stack([by_row[rows].sum() for rows in self._rows_of_scalar]).to(scalar.dtype)
-        return grad, grad_row, None if cols is None or col is None else cols.view(-1).to(col.dtype), grad_scalar
+        if cols is not None and self._shared_columns:
+            cols = cols.sum(0, keepdim=True).expand_as(cols)
+        return grad, grad_row, None if cols is None or col is None else cols.reshape(-1).to(col.dtype), grad_scalar
 
 
 def _with_one(values: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ class _MultiplierLinear:
     weight: Parameter
     tp_group: torch.distributed.ProcessGroup
 
-    def _setup_multipliers(self, spec: ParameterSpec, placement: Placement | None, grad_sync: GradSync) -> None:
+    def _setup_multipliers(
+        self, spec: ParameterSpec, placement: Placement | None, grad_sync: GradSync, shared_columns: bool = False
+    ) -> None:
         module: Any = self
         chosen = resolve("all") if placement is None else placement
         coordinates = tensor_shard(self.tp_group.rank(), self.tp_group.size())
@@ -66,8 +68,8 @@ class _MultiplierLinear:
                 f"{spec.shape}"
             )
         partial = tp_size > 1 and grad_sync == "step"
-        register_multipliers(module, self.weight, spec, chosen, coordinates.grid, partial)
-        self._scaling = LayerScaling(spec, chosen, coordinates)
+        register_multipliers(module, self.weight, spec, chosen, coordinates.grid, partial, shared_columns)
+        self._scaling = LayerScaling(spec, chosen, coordinates, shared_columns)
         self._has_multipliers = any(p is not None for p in self._multipliers())
         self._sum_in_backward = tp_size > 1 and grad_sync == "backward"
         if self._has_multipliers and module.config.gradient_accumulation_fusion:
@@ -141,6 +143,8 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
         placement: sides that have multipliers, by role; default: row and column multipliers on every matrix.
         grad_sync: when the gradients of replicated multipliers are summed over tensor-parallel ranks
             (:mod:`megamult.multipliers.parameters`).
+        shared_columns: whether all logical matrices of the weight have the same column multipliers. Each still has its
+            own copy in `col_multiplier`.
 
     Shapes: x: [seq, batch, in]; y: [seq, batch, out/tp]; `row_multiplier`: [out/tp]; `col_multiplier`:
     [matrices * in]; `scalar_multiplier`: [matrices].
@@ -155,12 +159,14 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
         role: Role = "up",
         placement: Placement | None = None,
         grad_sync: GradSync = "backward",
+        shared_columns: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(input_size, output_size, **kwargs)
         if self.weight is None:
             raise ValueError("skip_weight_param_allocation is True: a layer with multipliers needs a weight of its own")
-        self._setup_multipliers(spec or megatron.single_matrix(role, output_size, input_size, 0), placement, grad_sync)
+        stated = spec or megatron.single_matrix(role, output_size, input_size, 0)
+        self._setup_multipliers(stated, placement, grad_sync, shared_columns)
 
 
 class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):

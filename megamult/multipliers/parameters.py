@@ -32,7 +32,13 @@ GradSync = Literal["backward", "step"]
 
 
 def register_multipliers(
-    module: torch.nn.Module, weight: Parameter, spec: ParameterSpec, placement: Placement, grid: Grid, partial: bool
+    module: torch.nn.Module,
+    weight: Parameter,
+    spec: ParameterSpec,
+    placement: Placement,
+    grid: Grid,
+    partial: bool,
+    shared_columns: bool = False,
 ) -> None:
     """Create the multipliers of a module's weight, with the value 1.
 
@@ -47,11 +53,12 @@ def register_multipliers(
         grid: the process grid; it decides the local shapes of the multipliers.
         partial: whether the optimizer step must still sum the gradients of replicated multipliers over tensor-parallel
             ranks.
+        shared_columns: whether the logical matrices of the weight have the same column multipliers.
     """
     for side, leaf in specs.LEAVES.items():
         parameter = None
         if parts := spec.parts_with(placement, side):
-            stated = specs.multiplier(side, spec, parts, partial)
+            stated = specs.multiplier(side, spec, parts, partial, shared_columns)
             ones = torch.ones(stated.local_shape(grid), dtype=weight.dtype, device=weight.device)
             parameter = Parameter(ones)
             set_spec(parameter, stated)

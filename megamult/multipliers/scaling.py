@@ -123,8 +123,8 @@ def band_of(together: Sequence[Rectangle], places: Places, one: int) -> Band:
         if (first := _entry(places, r.part, "scalar", 0)) is not None:
             scalar[start:stop] = first
         if (first := _entry(places, r.part, "col", r.col)) is not None:
-            cols.setdefault(r.part, first + torch.arange(r.width))
-        spans.append(Span(start, stop, None if first is None else list(cols).index(r.part)))
+            cols.setdefault(first, first + torch.arange(r.width))
+        spans.append(Span(start, stop, None if first is None else list(cols).index(first)))
     entries = scalar[scalar != one].unique()
     width = together[0].width
     return Band(

@@ -13,15 +13,19 @@ LEAVES: dict[Side, str] = {"row": "row_multiplier", "col": "col_multiplier", "sc
 """Names of the multipliers on each side, as parameters of the module whose `weight` they scale."""
 
 
-def multiplier(side: Side, weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
+def multiplier(
+    side: Side, weight: ParameterSpec, selected: Sequence[int], partial: bool, shared_columns: bool = False
+) -> ParameterSpec:
     """Describe the multipliers on one side of the selected parts of a weight.
 
     Args:
         side: side of the weight that the multipliers scale.
         weight, selected, partial: see :func:`row_multiplier`.
+        shared_columns: see :func:`col_multiplier`.
     """
-    make = {"row": row_multiplier, "col": col_multiplier, "scalar": scalar_multiplier}[side]
-    return make(weight, selected, partial)
+    if side == "col":
+        return col_multiplier(weight, selected, partial, shared_columns)
+    return (row_multiplier if side == "row" else scalar_multiplier)(weight, selected, partial)
 
 
 def row_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
@@ -48,9 +52,17 @@ def row_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool
     )
 
 
-def col_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool) -> ParameterSpec:
+def col_multiplier(
+    weight: ParameterSpec, selected: Sequence[int], partial: bool, shared: bool = False
+) -> ParameterSpec:
     """Describe the column multipliers c[cols] of each selected part of a weight, one vector after the other. They are
-    sharded like the columns of the weight."""
+    sharded like the columns of the weight.
+
+    Args:
+        weight, selected, partial: see :func:`row_multiplier`.
+        shared: whether all of these parts have the same column multipliers. Each still has its own copy, so that names
+            and shapes, also in checkpoints, are the same as without sharing.
+    """
     cols, count = weight.shape[1], len(selected)
     shardings = tuple(replace(each, dim=0, blocks=each.blocks * count) for each in weight.shardings if each.dim == 1)
     return ParameterSpec(
@@ -61,6 +73,7 @@ def col_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool
         fp32=True,
         reduce_over=_reduce_over(shardings, partial),
         side="col",
+        shared=shared and count > 1,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megamult.multipliers.config import MultiplierClip
 from megamult.optim.rates import Rates, runs_of_slice
+from megamult.parameters.rectangles import rectangles
 from megamult.zero.partition import Partition, Slice
 
 
@@ -98,16 +99,21 @@ class LocalSquares:
 
 
 def _changing(piece: Slice, partition: Partition, rates: Rates) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) of each interval of a slice that remains without two sorts of elements: copies that a sum
-    over processes does not include, and elements whose learning-rate factor is 0."""
+    """Yield (start, length) of each interval of a slice that remains without three sorts of elements: copies that a sum
+    over processes does not include, copies of a shared vector, and elements whose learning-rate factor is 0."""
     runs = runs_of_slice(piece, partition, rates)
-    if all(run.rate.lr != 0 for run in runs):
+    changing = [(run.start, run.stop) for run in runs if run.rate.lr != 0]
+    if piece.spec.shared:
+        held = rectangles(piece.spec, partition.mesh.coordinates, piece.start, piece.length)
+        firsts = [(r.offset, r.offset + r.numel) for r in held if r.part == 0]
+        changing = firsts if changing else []  # all parts have the same rate
+    elif len(changing) == len(runs):
         yield from partition.counted(piece)
         return
     for first, length in partition.counted(piece):
-        for run in runs:
-            start, stop = max(first, run.start), min(first + length, run.stop)
-            if run.rate.lr != 0 and start < stop:
+        for begin, end in changing:
+            start, stop = max(first, begin), min(first + length, end)
+            if start < stop:
                 yield start, stop - start
 
 

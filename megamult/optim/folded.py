@@ -51,7 +51,8 @@ class Vector:
     role: Role
     side: Side
     entries: slice
-    """Positions of these multipliers in the packed vector; the same positions hold their gradient and AdamW state."""
+    """Positions of these multipliers in the packed vector; the same positions hold their gradient and AdamW state.
+    Vectors that are shared have the same positions."""
 
 
 def covers(spec: ParameterSpec, placement: Placement) -> bool:
@@ -71,6 +72,8 @@ class FoldedMultipliers:
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    shared_columns: bool = False
+    """Whether all logical matrices of one parameter that have column multipliers have the same ones."""
     initial: Initial = field(default_factory=Initial)
     """Initial values of the multipliers."""
     rates: Rates = field(default_factory=Rates)
@@ -118,9 +121,10 @@ class BoundMultipliers:
         self.vectors: list[Vector] = []
         places = self._lay_out()
         here = device.local_device()
+        # Vectors that are shared are stored once.
+        stored = {(v.entries.start, v.entries.stop): v for v in self.vectors}
         first = [
-            torch.full((v.entries.stop - v.entries.start,), settings.initial.value(v.role, v.side))
-            for v in self.vectors
+            torch.full((stop - start,), settings.initial.value(v.role, v.side)) for (start, stop), v in stored.items()
         ]
         self.values = torch.cat(first).to(here, torch.float32)
         self._check()
@@ -130,9 +134,9 @@ class BoundMultipliers:
         self.last_lr = 0.0
         self._rule = AdamW(settings.betas, settings.eps)
         self._kept = {STEP: torch.zeros((), device=here), **{key: torch.zeros_like(self.values) for key in _STATES}}
-        rates = [settings.rates.multipliers.get((v.role, v.side), ONE) for v in self.vectors]
-        runs = [Run(v.entries.start, v.entries.stop, rate) for v, rate in zip(self.vectors, rates, strict=True)]
-        self._runs = {self.values: runs} if any(rate != ONE for rate in rates) else {}
+        rates = settings.rates.multipliers
+        runs = [Run(start, stop, rates.get((v.role, v.side), ONE)) for (start, stop), v in stored.items()]
+        self._runs = {self.values: runs} if any(run.rate != ONE for run in runs) else {}
         self._constant = [run for run in runs if run.rate.lr == 0]
         self._slices_of: dict[Tensor, list[int]] = {}  # indices of the slices of each folded tensor
         self._bands_of: dict[int, range] = {}  # range of the bands of each folded slice, by the slice's index
@@ -172,13 +176,15 @@ class BoundMultipliers:
                 continue
             module = cut.name.rpartition(".")[0]
             for side, leaf in LEAVES.items():
-                for p in cut.spec.parts_with(self._settings.placement, side):
+                parts = cut.spec.parts_with(self._settings.placement, side)
+                for p in parts:
                     part = cut.spec.parts[p]
                     length = {"row": part.shape[0], "col": part.shape[1], "scalar": 1}[side]
                     name = cut.spec.logical_name(f"{module}.{leaf}" if module else leaf, part)
                     self.vectors.append(Vector(name, module, part.role, side, slice(position, position + length)))
                     places.setdefault(cut.name, {})[p, side] = [Segment(position, p, 0, length)]
-                    position += length
+                    if not (side == "col" and self._settings.shared_columns and p != parts[-1]):
+                        position += length
         return places
 
     @torch.no_grad()

@@ -84,6 +84,9 @@ class ParameterSpec:
     layer's backward pass must give all copies the same, complete gradient."""
     side: Side | None = None
     """Side of a matrix that the parameter scales, or None if the parameter is no multiplier."""
+    shared: bool = False
+    """Whether all parts are one vector, which is stored once for each part. Backward then leaves the vector's whole
+    gradient at every part, and norms and numbers of parameters include only the first part."""
     compact: bool = False
     """Whether a process stores only the rows of its segments, without gaps between them. All processes then have the
     same local length, the largest that one of them needs. Rows after a process's last segment are unused."""
@@ -111,8 +114,8 @@ class ParameterSpec:
 
     @cached_property
     def numel_logical(self) -> int:
-        """Number of elements of all logical tensors, without padding."""
-        return sum(math.prod(part.shape) for part in self.parts)
+        """Number of elements of all logical tensors, without padding. A shared vector counts once."""
+        return sum(math.prod(part.shape) for part in (self.parts[:1] if self.shared else self.parts))
 
     def logical_name(self, parameter_name: str, part: Part) -> str:
         """Return the name of a logical tensor: `a.linear_qkv.weight` and part `q` give `a.linear_qkv.q.weight`."""
@@ -282,6 +285,11 @@ def _check(spec: ParameterSpec) -> None:
             f"{what} is orthogonalized, and its parts hold only {sum(s.length for s in spec.segments)} of its "
             f"{rows_of(spec.shape)} rows: padding cannot be orthogonalized; add a part for the other rows, or state "
             "orthogonalize=False"
+        )
+    if spec.shared and len({part.shape for part in spec.parts}) > 1:
+        raise ValueError(
+            f"{what} is shared and has parts of shape {', '.join(str(part.shape) for part in spec.parts)}: parts that "
+            "are one vector have one shape; state shared=False"
         )
     if (spec.side is not None or spec.compact) and (len(spec.shape) != 1 or spec.orthogonalize):
         raise ValueError(

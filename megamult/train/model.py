@@ -27,6 +27,7 @@ def build_model(
         vocab_size,
         seed,
         placement=multipliers.placement if multipliers.implementation == "layer" else {},
+        shared_columns=multipliers.implementation == "layer" and multipliers.shared_columns,
         dtype=config.train.torch_dtype,
         tensor_parallel=config.parallel.tensor,
         sequence_parallel=config.parallel.sequence,

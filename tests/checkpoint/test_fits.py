@@ -11,6 +11,7 @@ import pytest
 from megamult.checkpoint.info import CheckpointInfo
 from megamult.checkpoint.resume import check_fits
 from megamult.config import SECTIONS, Config, ModelConfig
+from megamult.multipliers.config import MultipliersConfig
 from megamult.settings import fixed_keys
 
 VOCAB = 300
@@ -115,3 +116,17 @@ def test_a_key_that_the_checkpoints_version_did_not_have_is_the_default() -> Non
     config = Config()
     config.train.seed = 7
     assert "train.seed (the data's order) is 7 and the checkpoint's 1234" in message(found, config)
+
+
+def test_columns_that_were_trained_apart_cannot_be_shared() -> None:
+    shared = Config(multipliers=MultipliersConfig(shared_columns=True))
+    said = message(info(), shared)
+    assert "multipliers.shared_columns is True and the checkpoint's False, so that its column multipliers diff" in said
+    assert message(dataclasses.replace(info(), step=0), shared) == "", "all multipliers of an imported model are 1"
+    scalars, kept = info(), info()
+    scalars.config["multipliers"]["placement"] = "scalar"
+    columns = {role: ["scalar", "col"] for role in (*"qkv", "attention_out", "gate", "up", "down", "embedding")}
+    both = Config(multipliers=MultipliersConfig(placement=columns, shared_columns=True))
+    assert message(scalars, both) == "", "columns that are new start at 1"
+    kept.config["multipliers"]["shared_columns"] = True
+    assert message(kept, shared) == "" and message(kept) == ""

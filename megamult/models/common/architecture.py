@@ -28,6 +28,7 @@ class ModelClass(Protocol[_Sizes]):
         seed: int | None,
         *,
         placement: PlacementSetting = "all",
+        shared_columns: bool = False,
         dtype: torch.dtype = torch.float32,
         tensor_parallel: int = 1,
         sequence_parallel: bool = False,

@@ -48,6 +48,7 @@ def gpt_layer_spec(
     config: TransformerConfig,
     placement: PlacementSetting = "all",
     *,
+    shared_columns: bool = False,
     grad_sync: GradSync = "backward",
     recompute: bool = False,
     norms: NormWeight = "vector",
@@ -60,6 +61,7 @@ def gpt_layer_spec(
         config: Megatron's configuration, from which sizes of heads, groups and MLP are read.
         placement: placement of multipliers: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or
             scalar. `{}` means no multipliers.
+        shared_columns: whether Q, K and V have the same column multipliers, and gate and up too.
         grad_sync: when the gradients of replicated multipliers are summed over tensor-parallel ranks
             (:mod:`megamult.multipliers.parameters`). "step" needs an optimizer of this package.
         recompute: whether a layer saves only its input, and backward runs the layer's forward pass again.
@@ -72,13 +74,14 @@ def gpt_layer_spec(
         raise ValueError("gated_linear_unit is False: this layer's MLP is gated (SwiGLU); set it to True")
     resolved = resolve(placement)
     common: dict[str, Any] = {"placement": resolved, "grad_sync": grad_sync}
+    fused: dict[str, Any] = {"shared_columns": shared_columns, **common}
     attention = SelfAttentionSubmodules(
-        linear_qkv=partial(MultiplierColumnParallelLinear, spec=parameters.qkv(config), **common),
+        linear_qkv=partial(MultiplierColumnParallelLinear, spec=parameters.qkv(config), **fused),
         core_attention=SdpaAttention,
         linear_proj=ModuleSpec(MultiplierRowParallelLinear, params={"role": "attention_out", **common}),
     )
     mlp = MLPSubmodules(
-        linear_fc1=ModuleSpec(MultiplierColumnParallelLinear, params={"spec": parameters.gate_up(config), **common}),
+        linear_fc1=ModuleSpec(MultiplierColumnParallelLinear, params={"spec": parameters.gate_up(config), **fused}),
         linear_fc2=ModuleSpec(MultiplierRowParallelLinear, params={"role": "down", **common}),
     )
     norm = ModuleSpec(RMSNorm, params={"weight": norms})

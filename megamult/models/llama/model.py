@@ -35,6 +35,7 @@ class GPT(GPTModel):
             a checkpoint is loaded.
         placement: placement of multipliers in the layers: `all`, `symmetry_free`, `scalar`, or a mapping from role to
             row, col or scalar. `{}` means no multipliers.
+        shared_columns: whether Q, K and V have the same column multipliers, and gate and up too.
         dtype: dtype of parameters and activations.
         tensor_parallel: size of the tensor-parallel groups that :func:`megamult.distributed.start.initialize` made.
         sequence_parallel: whether activations of norms and residuals are sharded over the tensor-parallel ranks, by
@@ -55,6 +56,7 @@ class GPT(GPTModel):
         seed: int | None,
         *,
         placement: PlacementSetting = "all",
+        shared_columns: bool = False,
         dtype: torch.dtype = torch.float32,
         tensor_parallel: int = 1,
         sequence_parallel: bool = False,
@@ -70,7 +72,14 @@ class GPT(GPTModel):
                 "own: leave the head out of the placement, or set tie_embeddings to False"
             )
         transformer = transformer_config(sizes, dtype, tensor_parallel, sequence_parallel)
-        layer = gpt_layer_spec(transformer, placement, grad_sync="step", recompute=recompute, norms=sizes.norms)
+        layer = gpt_layer_spec(
+            transformer,
+            placement,
+            shared_columns=shared_columns,
+            grad_sync="step",
+            recompute=recompute,
+            norms=sizes.norms,
+        )
         final_norm = ModuleSpec(RMSNorm, params={"weight": sizes.final_norm, "role": "final_norm"})
         padded = padded_vocab_size(vocab_size)
         super().__init__(
