@@ -133,7 +133,8 @@ class OptimizerConfig:
     """Skip a step if the norm that `clip_grad_norm` limits is above this value before clipping. 0 means no limit. A
     step whose gradient is not finite is skipped in any case."""
     warmup_steps: int = 0
-    """Number of steps at the beginning of the run in which the learning rate rises linearly from 0."""
+    """Number of steps at the beginning of the run in which the learning rate rises linearly, from `lr` / `warmup_steps`
+    in the first step to `lr` in the last of them."""
     decay_steps: int = 0
     """Number of steps in which the learning rate falls from `lr` to `min_lr`. They end where the `final_steps` begin.
     Between the warm-up and these steps the learning rate is `lr`."""
