@@ -34,20 +34,20 @@ def make_optimizer(
     mesh: Mesh | None = None,
     logits: MeasuredLogits | None = None,
 ) -> TwoPhaseOptimizer:
-    """Make the optimizer of all trainable parameters of a model; its groups begin at their peak learning rate.
+    """Make the optimizer of all trainable parameters of a model. Its param groups begin at their peak learning rates.
 
     Args:
         model: a model whose trainable parameters all have specs.
-        chosen: the optimizer's name and settings. The training loop applies the schedule, not the optimizer.
+        chosen: the optimizer's name and settings. The optimizer does not apply the schedule; the training loop does.
         multipliers: settings of the multipliers. Folded multipliers are made here; multipliers of the layer
             implementation are already parameters of the model.
         initial: initial values of the folded multipliers; if None, those in `multipliers`.
         mesh: the mesh of the processes. If None, the mesh is made from the process groups that exist.
-        logits: attention logits of the model, which `multipliers.qk_clip` needs.
+        logits: measured attention logits of the model, if `multipliers.qk_clip` is set; None if not.
 
     Raises:
-        ValueError: `multipliers.qk_clip` is set without `logits`, or the reverse; for others see
-            :func:`megamult.param_groups` and the optimizer's constructor.
+        ValueError: `multipliers.qk_clip` is set without `logits`, or the reverse. For other errors see
+            :func:`rates_of`, :func:`megamult.param_groups` and :class:`TwoPhaseOptimizer`.
     """
     threshold = multipliers.qk_clip
     if (threshold is None) != (logits is None):
@@ -117,8 +117,8 @@ def rates_of(model: torch.nn.Module, chosen: OptimizerConfig, multipliers: Multi
     ]
     if absent:
         raise ValueError(
-            f"{', '.join(absent)}: no trainable parameter of the model has such a role; leave it out, or use one of "
-            f"{', '.join(sorted(present))}"
+            f"{', '.join(absent)}: no trainable parameter of the model has the role that the key names; leave the key "
+            f"out, or use one of {', '.join(sorted(present))}"
         )
     lr, decay = multipliers.by_side("lr_factors"), multipliers.by_side("weight_decay_factors")
     return Rates(
@@ -163,7 +163,8 @@ def _check_shared_columns(model: torch.nn.Module, multipliers: MultipliersConfig
 def matrix_rules(chosen: OptimizerConfig) -> dict[str, UpdateRule]:
     """Return the update rules that replace AdamW, by kind of parameter.
 
-    The result has a rule for `matrix`, the matrices of the transformer blocks, or is empty if AdamW updates these too.
+    The result has one rule, for the kind `matrix` (matrices of the transformer blocks). It is empty if AdamW updates
+    these too.
     """
     choice = OPTIMIZERS[chosen.name]
     if choice.rule is None:
@@ -179,5 +180,6 @@ def update_norm(chosen: OptimizerConfig) -> Callable[[int, int], float] | None:
     or None for AdamW, whose updates have no known norm."""
     if chosen.name == "adamw":
         return None
-    # NorMuon's updates have the same RMS as Muon's with the scale match_rms_adamw, and about equal singular values.
+    # NorMuon's updates have the same RMS as Muon's with the scale `match_rms_adamw`. The singular values of one update
+    # are about equal, so that the spectral norm is about the same too.
     return SCALES["match_rms_adamw" if chosen.muon is None else chosen.muon.scale]

@@ -40,11 +40,12 @@ class Clipping:
     """Rule that decides how much a step clips gradients, and whether the step is skipped."""
 
     threshold: float
-    """Largest norm that the gradient keeps; 0: no clipping. The norm is over all parameters if `multipliers` is joint,
-    else over all parameters except multipliers."""
+    """Norm to which larger gradients are scaled down; 0 means no clipping. The norm is over all parameters if
+    `multipliers` is `joint`, else over all parameters except multipliers. If `multipliers` is `own`, the norm over the
+    multipliers has the same threshold."""
     multipliers: MultiplierClip = "out"
     skip_above: float = 0.0
-    """The step is skipped if the norm that `threshold` limits is above this value; 0: no limit."""
+    """The step is skipped if the norm that `threshold` limits is above this value; 0 means no limit."""
 
     def skips(self, norms: Norms) -> bool:
         """Return whether a step with these norms is skipped."""
@@ -62,7 +63,10 @@ class Clipping:
 
 
 class LocalSquares:
-    """Function that sums the squares of this process's gradients so that a sum over processes counts each element once.
+    """Function that returns sums of squares over gradient elements of this process.
+
+    If several processes hold copies of an element, only one of them includes it. The sum of the results of all
+    processes therefore counts each element once.
 
     The number of kernels that a call starts does not grow with the number of slices. A call copies nothing between the
     CPU and the device.
@@ -70,7 +74,7 @@ class LocalSquares:
     Args:
         partition: the slices that this process holds.
         device: the device of the slices.
-        rates: rates of the model. Elements whose learning-rate factor is 0 do not count.
+        rates: rates of the model. Elements whose learning-rate factor is 0 are left out.
     """
 
     def __init__(self, partition: Partition, device: torch.device, rates: Rates) -> None:
@@ -99,8 +103,11 @@ class LocalSquares:
 
 
 def _changing(piece: Slice, partition: Partition, rates: Rates) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) of each interval of a slice that remains without three sorts of elements: copies that a sum
-    over processes does not include, copies of a shared vector, and elements whose learning-rate factor is 0."""
+    """Yield (start, length) of each interval of a slice that gradient norms include.
+
+    Norms do not include copies that a sum over processes leaves out, the further copies of a shared vector
+    (`ParameterSpec.shared`), and elements whose learning-rate factor is 0.
+    """
     runs = runs_of_slice(piece, partition, rates)
     changing = [(run.start, run.stop) for run in runs if run.rate.lr != 0]
     if piece.spec.shared:

@@ -41,12 +41,13 @@ class OrthogonalizedConfig:
     ns_steps: int = 5
     """Number of Newton-Schulz steps."""
     coefficients: Literal["simple", "quintic", "polar_express", "cans", "aol", "deepseekv4", "cubic5"] = "simple"
-    """Newton-Schulz polynomials, by the names that NVIDIA's Emerging-Optimizers gives them. `simple` has the
-    coefficients (3.4445, -4.7750, 2.0315) in every step. `cubic5` needs ns_steps 5."""
+    """Name of the Newton-Schulz polynomials, as in NVIDIA's Emerging-Optimizers. `simple` has the coefficients
+    (3.4445, -4.7750, 2.0315) in every step. `cubic5` needs `ns_steps` 5."""
     ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Dtype in which Newton-Schulz computes. auto: fp32 if train.dtype is fp32, else bf16."""
+    """Dtype in which Newton-Schulz computes. `auto`: fp32 if `train.dtype` is fp32, else bf16."""
     exchange_dtype: DType = "auto"
-    """Dtype in which ranks send momentum and updates to each other. auto: fp32 if train.dtype is fp32, else bf16."""
+    """Dtype in which ranks send momentum and updates to each other. `auto`: fp32 if `train.dtype` is fp32, else
+    bf16."""
 
     section: ClassVar[str]
 
@@ -65,9 +66,9 @@ class MuonConfig(OrthogonalizedConfig):
     """Settings of Muon, which updates the matrices of the transformer blocks."""
 
     scale: Literal["match_rms_adamw", "spectral", "unit_rms_norm", "shape_scaling"] = "match_rms_adamw"
-    """Factor of the orthogonalized update of W[out, in]. match_rms_adamw: 0.2 sqrt(max(out, in)), with which lr and
-    weight_decay can have the same values as for AdamW; spectral: sqrt(max(out, in)); unit_rms_norm: sqrt(out / in);
-    shape_scaling: sqrt(max(1, out / in))."""
+    """Name of the factor that multiplies the orthogonalized update of W[out, in]. `match_rms_adamw`:
+    0.2 sqrt(max(out, in)), with which `lr` and `weight_decay` can have the same values as for AdamW. `spectral`:
+    sqrt(max(out, in)). `unit_rms_norm`: sqrt(out / in). `shape_scaling`: sqrt(max(1, out / in))."""
 
     section: ClassVar[str] = "muon"
 
@@ -96,7 +97,7 @@ class Choice:
     sections: tuple[str, ...]
     """Sections whose keys this optimizer uses."""
     rule: str | None = None
-    """Update rule of the matrices, as `module:class`. Its arguments are the keys of all `sections` except adamw. None
+    """Update rule of the matrices, as `module:class`. Its arguments are the keys of all `sections` except `adamw`. None
     means that AdamW updates the matrices too."""
 
 
@@ -111,7 +112,7 @@ OptimizerConfig a field for the section and a value of `name`."""
 
 @dataclass
 class OptimizerConfig:
-    """Optimizer and learning-rate schedule. If the optimizer does not use a rule, that rule's section is None."""
+    """Optimizer and learning-rate schedule. The section of a rule that the optimizer does not use is None."""
 
     name: Literal["adamw", "muon", "normuon"] = "adamw"
     """Optimizer of the transformer blocks' matrices. AdamW updates all other parameters."""
@@ -121,28 +122,30 @@ class OptimizerConfig:
     """Decoupled weight decay of the blocks' matrices, the embedding and the head."""
     lr_factors: ByRole = field(default_factory=dict)
     """Factors of the learning rate by role, such as {head: 0.5, norm: 2.0}. The roles are q, k, v, attention_out, gate,
-    up, down, embedding, head, norm and final_norm. If a role's factor is 0, its weights stay constant, and their
-    gradients are in no norm."""
+    up, down, embedding, head, norm and final_norm. Weights of a role with the factor 0 stay constant, and no gradient
+    norm includes their gradients."""
     weight_decay_factors: ByRole = field(default_factory=dict)
     """Factors of the weight decay by role. Norms have no weight decay."""
     clip_grad_norm: float = 1.0
-    """Largest global L2 norm of the gradient of all parameters except multipliers; above it, the gradient is clipped.
-    0 means no clipping."""
+    """Global L2 norm to which larger gradients are scaled down. It is the norm of the gradients of all parameters
+    except multipliers, or of all parameters if `multipliers.clip` is `joint`. 0 means no clipping."""
     skip_grad_norm: float = 0.0
-    """Skip a step if the norm that clip_grad_norm limits is above this value before clipping. 0 means no such limit. A
+    """Skip a step if the norm that `clip_grad_norm` limits is above this value before clipping. 0 means no limit. A
     step whose gradient is not finite is skipped in any case."""
     warmup_steps: int = 0
-    """Number of steps at the beginning of the run in which the learning rate rises linearly from 0."""
+    """Number of steps at the beginning of the run in which the learning rate rises linearly, from `lr` / `warmup_steps`
+    in the first step to `lr` in the last of them."""
     decay_steps: int = 0
-    """Number of steps in which the learning rate falls to min_lr. They are the last steps before final_steps. Between
-    warm-up and this fall the learning rate is lr."""
+    """Number of steps in which the learning rate falls from `lr` to `min_lr`. They end where the `final_steps` begin.
+    Between the warm-up and these steps the learning rate is `lr`."""
     decay: Literal["linear", "cosine", "exponential", "inverse_sqrt"] = "linear"
-    """Curve by which the learning rate falls over decay_steps."""
+    """Curve by which the learning rate falls over `decay_steps`."""
     min_lr: float = 0.0
-    """Learning rate at the end of decay_steps. It must be positive if decay is exponential or inverse_sqrt."""
+    """Learning rate at the end of `decay_steps`. If `decay_steps` is not 0 and `decay` is `exponential` or
+    `inverse_sqrt`, it must be positive."""
     final_steps: int = 0
-    """Number of steps at the end of the run in which the learning rate stays at min_lr. If it is not 0, decay_steps
-    and min_lr must be positive."""
+    """Number of steps at the end of the run in which the learning rate stays at `min_lr`. If there are such steps,
+    `decay_steps` and `min_lr` must be positive."""
     adamw: AdamWConfig | None = None
     muon: MuonConfig | None = None
     normuon: NorMuonConfig | None = None
@@ -182,7 +185,8 @@ class OptimizerConfig:
         require(
             self.final_steps == 0 or (self.decay_steps > 0 and self.min_lr > 0),
             f"optimizer.final_steps is {self.final_steps} with optimizer.decay_steps {self.decay_steps} and "
-            f"optimizer.min_lr {self.min_lr}: these steps are at min_lr, after decay_steps; make both positive",
+            f"optimizer.min_lr {self.min_lr}: the learning rate falls to min_lr in decay_steps, and stays there "
+            "for final_steps; make both positive",
         )
 
     @staticmethod

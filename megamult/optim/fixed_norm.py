@@ -1,8 +1,8 @@
 """Matrices of fixed norm: after every update, each is scaled back to the Frobenius norm that it began with.
 
-Only the direction of such a matrix W is trained. If W has no multipliers, its scale is fixed. If it has multipliers,
-they set the scale: in W_eff = diag(r) W diag(c), r and c are the gains of arXiv 2606.25971. Weight decay has no meaning
-for W.
+Only the direction of such a matrix W is trained. The scale of the effective weight W_eff = diag(r) W diag(c) is set by
+the multipliers r and c, which are the gains of arXiv 2606.25971. Without multipliers this scale is fixed too. W has no
+weight decay, because scaling W back would undo its effect on the norm.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Piece(NamedTuple):
     start: int
     stop: int
     counted: bool
-    """Whether a sum over processes includes this process's copy."""
+    """Whether a sum over processes includes this process's copy of the elements."""
 
 
 class FixedNorms:
@@ -79,7 +79,7 @@ class FixedNorms:
         """Check that no norm is 0.
 
         Raises:
-            ValueError: some are. A matrix of norm 0 has no direction, and would stay 0.
+            ValueError: a norm is 0. A matrix of norm 0 has no direction, and would stay 0.
         """
         zero = [name for name, norm in zip(self.names, self.norms.tolist(), strict=True) if norm == 0]
         if zero:
@@ -90,7 +90,7 @@ class FixedNorms:
 
     @torch.no_grad()
     def project(self, tensors: Sequence[Tensor]) -> None:
-        """Scale the matrices in some tensors back to their norms. All ranks must call this together.
+        """Scale the matrices in some tensors back to their fixed norms. All ranks must call this together.
 
         Args:
             tensors: tensors that have been updated and hold W. All ranks give tensors of the same param group. The

@@ -2,8 +2,9 @@
 
 The effective weight of a logical matrix is W_eff = s diag(r) W diag(c). W is the latent weight, r and c are the row and
 column multipliers, and s is the scalar. The chain rule (equation 4 of arXiv 2601.04890) is linear in dL/dW_eff, and r,
-c, s and W do not change between micro-batches. The chain rule is therefore applied once per optimizer step, to the
-reduced and accumulated gradient. The forward and backward passes are the same as in a model without multipliers.
+c, s and W do not change between the micro-batches of a step. The chain rule is therefore applied once per optimizer
+step, to the reduced and accumulated gradient. The forward and backward passes are the same as in a model without
+multipliers.
 
 The optimizer's state holds W in fp32 for each tensor that the optimizer updates, and W is sharded like that tensor.
 The multipliers r, c and s of all matrices are one packed fp32 vector, which is the same on every rank. The gradient of
@@ -77,7 +78,7 @@ class FoldedMultipliers:
     initial: Initial = field(default_factory=Initial)
     """Initial values of the multipliers."""
     rates: Rates = field(default_factory=Rates)
-    """Factors of learning rate and weight decay of the multipliers of single roles and sides."""
+    """Factors of the multipliers' learning rate and weight decay, by role and side."""
     constant_lr: bool = False
     """Whether the learning rate stays at its peak in all steps."""
     parametrization: Parametrization | None = None
@@ -90,14 +91,16 @@ class FoldedMultipliers:
     def bind(self, partition: Partition, state: MutableMapping[Tensor, Any]) -> BoundMultipliers:
         """Create the multipliers of a partition.
 
-        On entry the masters hold the initial weights. Copy W into `state`, then set the masters to W_eff.
+        On entry the masters must hold the initial weights. Compute W from these and write it to `state`; then set the
+        masters to W_eff.
 
         Args:
             partition: the partition, before the first step and after :meth:`Partition.check`.
             state: the optimizer's state, by tensor.
 
         Raises:
-            ValueError: a master is not in fp32.
+            ValueError: a master is not in fp32; or the settings have a parametrization, and an initial multiplier is
+                not positive.
         """
         return BoundMultipliers(self, partition, state)
 
@@ -110,9 +113,9 @@ class BoundMultipliers:
     Attributes:
         vectors: name, role, side and position of each vector of multipliers.
         values: [entries] all multipliers, packed, in fp32; the same on every rank.
-        gradient: [entries] gradient of the trained variables (of `values`, unless the settings have a parametrization)
-            at the last step, in fp32, summed over ranks, before clipping.
-        last_lr: learning rate of the last update, before the factors of single roles; 0 before the first.
+        gradient: [entries] gradient of the last step, in fp32, summed over ranks, before clipping. It is the gradient
+            of `values`, or of the variables that AdamW trains in their place if the settings have a parametrization.
+        last_lr: learning rate of the last update, without the factors of single roles; 0 before the first update.
     """
 
     @torch.no_grad()
@@ -202,11 +205,11 @@ class BoundMultipliers:
         dots: list[Tensor | None] = []
         for i, numbers in self._bands_of.items():
             piece = self.partition.slices[i]
-            counted = bool(self.partition.counted(piece))  # only the first of the copies along the data axis counts
+            counted = bool(self.partition.counted(piece))  # of copies along the data axis, only the first counts
             latent = self.latent(piece.tensor, piece.offset, piece.length)
             for k in numbers:
                 band, (rho, kappa) = self._scaling.bands[k], factors.bands[k]
-                counts = counted and band.counted  # likewise for copies along the axes that shard the model
+                counts = counted and band.counted  # the same for copies along the model's axes
                 dot, cols = kernels.scale_backward(
                     band.of(gradients[i]),
                     band.of(latent),
@@ -232,7 +235,7 @@ class BoundMultipliers:
         """Update the multipliers by one AdamW step.
 
         Args:
-            factor: factor of the gradient, from clipping.
+            factor: clip factor, by which the gradient is multiplied.
             schedule: learning rate of this step as a fraction of its peak.
         """
         settings = self._settings
@@ -268,9 +271,10 @@ class BoundMultipliers:
         return values.view(-1)[offset : offset + length]
 
     def views(self) -> Iterator[tuple[str, Vector, Tensor]]:
-        """Yield (name, vector, values) of the multipliers (`weight`) and of their `exp_avg` and `exp_avg_sq`.
+        """Yield (name, vector, values) three times for each vector of multipliers.
 
-        Each view holds one whole vector, on every rank, and may be written to.
+        With the name `weight` the values are the multipliers; with `exp_avg` and `exp_avg_sq` they are AdamW's moments.
+        They are a view with one value for each multiplier, the same on every rank, and may be written to.
         """
         for vector in self.vectors:
             for name, packed in (("weight", self.values), *((key, self._kept[key]) for key in _STATES)):
@@ -292,10 +296,12 @@ class BoundMultipliers:
             self._write(tensor)
 
     def _check(self) -> None:
-        """Check that all multipliers have a variable that can be trained. They are the same on all ranks.
+        """Check that all multipliers are positive if the settings have a parametrization.
+
+        All ranks hold the same multipliers, so either all ranks raise or none does.
 
         Raises:
-            ValueError: some have none.
+            ValueError: a multiplier is not positive, so that it has no variable that AdamW could train.
         """
         if self._settings.parametrization is not None:
             self._settings.parametrization.check(int((self.values <= 0).sum()))
@@ -338,7 +344,7 @@ class BoundMultipliers:
 
         Args:
             tensor: the folded tensor.
-            values: [numel] values of the elements of `tensor`.
+            values: [numel] values to scale, one for each element of `tensor`.
             factors: factors of all bands.
         """
         for i in self._slices_of[tensor]:

@@ -1,9 +1,9 @@
 """Translation of optimizer configurations of earlier versions to today's keys.
 
-Earlier versions had one flat list of keys for all rules. They also used two names otherwise than Megatron and
-Emerging-Optimizers, whose meaning the names have today: what they called `quintic` is today's `simple`, and what they
-called `spectral` is today's `unit_rms_norm`. If one of these names is the value of an old key, it is replaced by
-today's name for the same coefficients or factor.
+Earlier versions had one flat list of keys for all rules. They also gave two names another meaning than Megatron and
+Emerging-Optimizers do; today's meaning is that of Megatron. Coefficients that were called `quintic` are called `simple`
+today, and a factor that was called `spectral` is called `unit_rms_norm`. If the value of an old key is one of the two
+names, it is replaced by today's name of the same coefficients or factor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOVED = {
 """Mapping from each old key of the section `optimizer` to the key that replaces it."""
 
 RENAMED = {"ns_coefficients": {"quintic": "simple"}, "update_scale": {"spectral": "unit_rms_norm"}}
-"""Mapping from an old key to those of its values that have a new name: {old name: new name}."""
+"""Values that have a new name today, by the old key whose values they are: {old key: {old name: new name}}."""
 
 
 def is_old(optimizer: Mapping[str, Any]) -> bool:
@@ -34,7 +34,7 @@ def is_old(optimizer: Mapping[str, Any]) -> bool:
 def modern(optimizer: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
     """Return an optimizer's configuration with today's keys and names, for the same computation.
 
-    If the optimizer is adamw, Muon's old keys are left out, because the earlier version ignored them.
+    If the optimizer is `adamw`, Muon's old keys are left out, because the earlier version ignored them.
 
     Args:
         optimizer: the section `optimizer` of any version, as nested mappings.
@@ -85,7 +85,7 @@ def check_modern(keys: Mapping[str, Any]) -> None:
         keys: keys of the section `optimizer`; their values are not read.
 
     Raises:
-        ValueError: some are old; the message names each old key and the key that replaces it.
+        ValueError: some keys are old; the message names each old key and the key that replaces it.
     """
     old = [key for key in keys if key in MOVED]
     if old:

@@ -1,4 +1,7 @@
-"""Param groups, one for each kind of parameter. Each parameter is in exactly one, as its spec states its kind."""
+"""Param groups, one for each kind of parameter.
+
+The spec of a parameter states its kind, so each parameter is in exactly one group.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,12 @@ def param_groups(
             weights of norms, have none.
         multiplier_lr: peak learning rate of multipliers; `lr` if None.
         multiplier_weight_decay: decoupled weight decay of multipliers, 2e-3 in arXiv 2601.04890.
-        multiplier_schedule: same: the schedule also scales the learning rate of multipliers. constant: this learning
-            rate stays at its peak.
+        multiplier_schedule: `same` if the schedule also scales the learning rate of multipliers; `constant` if this
+            learning rate stays at its peak.
 
     Returns:
-        Groups with `params`, `kind`, `lr`, `peak_lr`, `weight_decay` and `schedule`. :func:`set_lr_factor` sets `lr`.
+        Groups with the keys `params`, `kind`, `lr`, `peak_lr`, `weight_decay` and `schedule`. `lr` begins at `peak_lr`;
+        :func:`set_lr_factor` changes it.
 
     Raises:
         ValueError: a parameter has no spec.
@@ -70,8 +74,8 @@ def set_lr_factor(groups: Iterable[dict[str, Any]], factor: float) -> None:
 def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Parameter, str], grid: Grid) -> None:
     """Check the properties of param groups that megamult's optimizers rely on.
 
-    Each group has a kind, and the specs of its parameters state the same kind. Each parameter has the shape that its
-    spec gives at this tensor-parallel size. All parameters of a group have the same dtype.
+    Each group has a kind, and the specs of its parameters state the same kind. Each parameter has the local shape that
+    its spec gives for `grid`. All parameters of a group have the same dtype.
 
     Args:
         groups: param groups as a user gives them, before ZeRO replaces their parameters.
@@ -86,7 +90,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]], names: Mapping[torch.nn.Pa
         if not isinstance(kind, str):
             raise ValueError(
                 f"param_groups[{g}] has the kind {kind!r}: make the groups with megamult.param_groups(model, ...), or "
-                "give each the kind of its parameters' specs"
+                "give each group the kind that the specs of its parameters state"
             )
         for i, parameter in enumerate(parameters):
             name = names.get(parameter, f"param_groups[{g}]['params'][{i}]")

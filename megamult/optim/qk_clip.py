@@ -1,7 +1,8 @@
 """QK-clip: after an update, scale the rows of attention heads whose largest logit exceeded a threshold.
 
 Source: MuonClip in arXiv 2507.20534, which scales the matrices W_Q and W_K of a head. Here the row multipliers of Q and
-K are scaled instead, with the same effect: logits of head h are bilinear in the rows of its Q and of its group's K.
+K are scaled instead, with the same effect: the logits of a head are bilinear in the rows of its Q and in the rows of
+the K of its query group.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megamult.parameters.spec import Role
 from megamult.zero.partition import Partition
 
 FIGURES = ("qk_clip_heads", "qk_clip_factor", "qk_clip_logit")
-"""Names of the figures of a step."""
+"""Names of the three numbers that :meth:`QKClip.figures` returns for a step."""
 
 
 class MeasuredLogits(Protocol):
@@ -30,37 +31,37 @@ class MeasuredLogits(Protocol):
     them."""
 
     modules: list[str]
-    """Name of the module whose weight stores Q and K, for each attention of the model."""
+    """Name of the module whose weight stores Q and K, for each attention layer of the model."""
     heads: int
-    """Number of query heads of each attention, over all tensor-parallel ranks."""
+    """Number of query heads of each attention layer, over all tensor-parallel ranks."""
 
     def take(self) -> Tensor:
-        """Return the largest logits on this rank since the last call, [attentions, heads] in fp32; -inf for a head that
-        this rank has not measured."""
+        """Return the largest logit of each head on this rank since the last call, [layers, heads] in fp32. It is -inf
+        for a head that this rank has not measured."""
 
 
 def head_factors(largest: Tensor, threshold: float, groups: int, share: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return the factors that bring attention logits down to a threshold.
 
     The logits of head h get the factor gamma_h = threshold / largest_h if largest_h is above the threshold, else 1.
-    Heads of a query group have one K in common. Its factor is the root of the mildest gamma of the group, and Q of head
-    h gets the rest::
+    The heads of a query group have one K in common. The factor of this K is the root of the largest gamma of the group,
+    and the Q of head h gets the rest of gamma_h::
 
         k_g = sqrt(max of gamma_h over the heads h of group g),        q_h = gamma_h / k_g
 
-    So no factor is above 1, and a group in which one head is not clipped keeps its K. Where each head has its own K,
-    both get sqrt(gamma_h).
+    No factor is above 1. If a head of a group is not clipped, the K of the group does not change. If each head has its
+    own K, both Q and K of head h get sqrt(gamma_h).
 
     Args:
-        largest: [attentions, heads] largest logit of each head.
+        largest: [layers, heads] largest logit of each head.
         threshold: largest logit that is not clipped, positive.
         groups: number of query groups.
-        share: whether K takes a share. If not, its factors are 1.
+        share: whether K takes a share of gamma. If not, the factors of K are 1, and those of Q are gamma.
 
     Returns:
-        (gamma [attentions, heads], factors of Q [attentions, heads], factors of K [attentions, groups]).
+        (gamma [layers, heads], factors of Q [layers, heads], factors of K [layers, groups]).
     """
-    # An infinite logit makes the gradient NaN, so its step is skipped: there is no factor for it.
+    # A step with an infinite logit has a NaN gradient and is skipped, so such a logit needs no factor.
     clipped = (largest > threshold) & largest.isfinite()
     gamma = torch.where(clipped, threshold / largest, 1.0)
     by_group = gamma.unflatten(1, (groups, -1))
@@ -71,7 +72,8 @@ def head_factors(largest: Tensor, threshold: float, groups: int, share: bool) ->
 class QKClip:
     """QK-clip on the row multipliers of Q and K. It belongs to one optimizer.
 
-    K takes a share of the factor if its row multipliers exist and are trained. If not, the whole factor goes to Q.
+    K takes a share of each factor if it has trained row multipliers in all attention layers. If not, the whole factor
+    goes to Q.
 
     Args:
         threshold: largest attention logit that is not clipped.
@@ -81,9 +83,10 @@ class QKClip:
     def __init__(self, threshold: float, logits: MeasuredLogits) -> None:
         self._threshold, self._logits = threshold, logits
         self._groups, self._share = 1, False
-        self._scaled: dict[Tensor, tuple[Tensor, Tensor]] = {}  # elements of a tensor, and the index of their factors
+        # Positions of the elements to scale in each flattened tensor, and the position of their factors in `_factors`.
+        self._scaled: dict[Tensor, tuple[Tensor, Tensor]] = {}
         here = device.local_device()
-        self._factors = torch.ones(0, device=here)  # of each attention: of Q by head, then of K by group
+        self._factors = torch.ones(0, device=here)  # for each attention layer: of Q by head, then of K by group
         self._figures = torch.tensor([0.0, 1.0, -torch.inf], device=here)
 
     def bind(self, partition: Partition, rates: Rates, folded: BoundMultipliers | None) -> None:
@@ -91,11 +94,11 @@ class QKClip:
 
         Args:
             partition: partition of this rank.
-            rates: rates of the multipliers. Multipliers with the learning rate 0 are constant and are not scaled.
+            rates: rates of the multipliers. Multipliers whose learning-rate factor is 0 are not scaled.
             folded: the folded multipliers, already bound, or None if there are none.
 
         Raises:
-            ValueError: the Q of an attention has no row multipliers that are trained.
+            ValueError: the Q of an attention layer has no trained row multipliers.
         """
         modules, heads = self._logits.modules, self._logits.heads
         constant = {role for (role, side), rate in rates.multipliers.items() if side == "row" and rate.lr == 0}
@@ -103,8 +106,8 @@ class QKClip:
         lacking = [module for module in modules if (module, "q") not in rows_of]
         if lacking:
             raise ValueError(
-                f"Q has no row multipliers that are trained in {len(lacking)} attentions, the first is {lacking[0]}: "
-                "leave multipliers.qk_clip out, or give row multipliers to q"
+                f"Q has no trained row multipliers in {len(lacking)} attention layers, the first is {lacking[0]}: "
+                "leave multipliers.qk_clip out, or give q trained row multipliers"
             )
         self._share = all((module, "k") in rows_of for module in modules)
         head_dim = rows_of[modules[0], "q"] // heads
@@ -133,7 +136,7 @@ class QKClip:
 
         Args:
             mesh: mesh of the processes.
-            skip: whether the step is skipped: nothing is clipped then.
+            skip: whether the step is skipped. If it is, no head is clipped.
         """
         largest = mesh.max_over(self._logits.take())
         threshold = torch.inf if skip else self._threshold
@@ -158,8 +161,8 @@ class QKClip:
 
 
 class _Rows(NamedTuple):
-    """Rows [row, row + length) of a vector of row multipliers: elements [start, start + length) of a flattened
-    tensor."""
+    """Rows [row, row + length) of a vector of row multipliers, which are elements [start, start + length) of the
+    flattened `tensor`."""
 
     module: str
     role: Role

@@ -1,8 +1,9 @@
 """Factors of learning rate and weight decay for single roles, and their application to slices of parameters.
 
 One parameter can store matrices of several roles, such as Q, K and V, and under ZeRO one tensor of masters can hold
-many parameters. Factors therefore belong to runs of elements, not to param groups. Update rules work elementwise
-and do not know of runs: a rule is called once for all runs that have the same factors, and gets them as views.
+many parameters. Factors therefore do not belong to param groups, but to runs: intervals of elements with the same
+factors. Update rules work elementwise and do not know of runs. A rule is called once for all runs that have the same
+factors, and gets these runs as views.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from megamult.zero.partition import Partition, Slice
 
 
 class Rate(NamedTuple):
-    """Factors of one logical tensor's learning rate and weight decay. Both multiply the values of the param group.
+    """Factors of one logical tensor. They multiply the learning rate and the weight decay of its param group.
 
-    If the factor of the learning rate is 0, the tensor is constant, and its gradient is in no norm.
+    If `lr` is 0, the tensor stays constant, and no gradient norm includes its gradient.
     """
 
     lr: float = 1.0
@@ -75,7 +76,7 @@ def runs_of_slice(piece: Slice, partition: Partition, rates: Rates) -> list[Run]
 
 
 def runs_of_tensors(partition: Partition, rates: Rates) -> dict[Tensor, list[Run]]:
-    """Return the runs of each tensor that the optimizer updates and that has a rate other than :data:`ONE`."""
+    """Return the runs of each tensor that the optimizer updates, unless all its elements have the rate :data:`ONE`."""
     found: dict[Tensor, list[Run]] = defaultdict(list)
     for piece in sorted(partition.slices, key=lambda piece: piece.offset):
         for run in runs_of_slice(piece, partition, rates):

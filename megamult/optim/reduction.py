@@ -13,10 +13,12 @@ from megamult.zero.partition import Partition
 
 
 def sum_partial_gradients(partition: Partition, gradients: list[Tensor]) -> None:
-    """Sum partial gradients in place over the axis along which they are partial.
+    """Sum gradients in place over the axes along which each process has only a part of the sum
+    (:attr:`ParameterSpec.reduce_over`).
 
-    The gradients of one axis are packed into one buffer, which takes one collective. A parameter that is replicated
-    along an axis has the same slices on all processes along it, so the buffers of these processes have the same layout.
+    All gradients that are summed over one axis are packed into one buffer, so each axis takes one collective. The
+    parameter of such a gradient is replicated along the axis. All processes along the axis therefore have the same
+    slices of it, and their buffers have the same layout.
 
     Args:
         gradients: [length] gradient of each slice of the partition.

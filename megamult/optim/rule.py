@@ -1,6 +1,6 @@
 """Update rules: the mathematics of an update, and the names of the state that it needs.
 
-:class:`megamult.optim.two_phase.TwoPhaseOptimizer`, the driver, owns one rule for each kind of parameter. The driver
+:class:`megamult.optim.two_phase.TwoPhaseOptimizer`, the driver, has a rule for each kind of parameter. The driver
 creates, saves and restores the state that a rule names in `states`. The rule only reads and changes the values of that
 state.
 """
@@ -32,8 +32,8 @@ class State:
     key: str
     """Key in the optimizer's `state` and `state_dict`."""
     per: Literal["element", "row"] = "element"
-    """Number of values. element: one value for each element, stored by the ranks that hold slices of the parameter.
-    row: one value for each row of a logical matrix, stored by the rank that owns the matrix."""
+    """`element`: there is one value for each element, stored by the ranks that hold slices of the parameter. `row`:
+    there is one value for each row of a logical matrix, stored by the rank that owns the matrix."""
 
 
 class UpdateRule(ABC):
@@ -41,7 +41,8 @@ class UpdateRule(ABC):
 
     Attributes:
         states: quantities that the rule carries from one step to the next.
-        defaults: default values of the settings that the rule reads from param groups, in which a user may change them.
+        defaults: default values of the settings that the rule reads from param groups. A user may set other values in a
+            param group.
     """
 
     states: ClassVar[tuple[State, ...]] = ()
@@ -62,9 +63,9 @@ class UpdateRule(ABC):
         rows = [state.name for state in cls.states if state.per == "row"]
         if rows and not cls.prepares:
             raise TypeError(
-                f"{cls.__name__} has one value of {', '.join(rows)} per row, and prepares = False: the owner of a "
-                "whole matrix stores these values, and only prepare() works on whole matrices; set prepares = True, or "
-                "keep one value per element"
+                f"{cls.__name__} has the per-row state {', '.join(rows)}, and prepares = False: the owner of a whole "
+                "matrix stores per-row state, and only prepare() works on whole matrices; set prepares = True, or give "
+                "the state one value per element"
             )
 
     def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:  # noqa: B027

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: warm-up, constant, decay. Pure functions of the step."""
+"""Learning-rate schedules (warm-up, constant, decay), as a function of the step and the configuration only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
 
     The ratio rises linearly over `warmup_steps`, stays at 1, falls over `decay_steps` to min_lr / lr, and stays there
     for `final_steps`, to the end of the run. With `exponential`, each step of the fall multiplies the ratio by the
-    same factor. With `inverse_sqrt`, the ratio is 1 / sqrt(y), and y rises linearly.
+    same factor. With `inverse_sqrt`, the ratio is 1 / sqrt(y), and y rises linearly from 1.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

@@ -19,7 +19,7 @@ other keys to the parameter's dtype, but not those under `step`."""
 
 
 class StateStore:
-    """The optimizer state that one rank stores. An element or row that has no state yet begins with zero.
+    """The optimizer state that one rank stores. State that does not exist yet begins at zero.
 
     Args:
         optimizer: the optimizer whose `state` holds the per-element state, by tensor. torch assigns a new `state` when
@@ -116,8 +116,8 @@ class StateStore:
             found = loaded.get(state, {})
             if found.keys() != matrices.keys():
                 raise ValueError(
-                    f"the state has {state} of {len(found)} matrices, which are not the {len(matrices)} that this "
-                    "rank owns: load on each rank the state_dict that it saved"
+                    f"the state_dict has {state} of {len(found)} matrices, which are not the {len(matrices)} matrices "
+                    "that this rank owns: load on each rank the state_dict that it saved"
                 )
             for name, values in matrices.items():
                 values.copy_(found[name])

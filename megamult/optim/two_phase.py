@@ -61,17 +61,19 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         groups: param groups, made by :func:`megamult.param_groups`.
         rule: the update rule of every parameter whose kind is not in `rules`.
         rules: update rules by kind of parameter, such as `matrix`.
-        clip_grad_norm: largest global norm of the gradient of all parameters except multipliers; 0: no clipping.
+        clip_grad_norm: global norm to which larger gradients are scaled down; 0 means no clipping. It is the norm over
+            all parameters except multipliers, or over all parameters if `clip_multipliers` is `joint`.
         clip_multipliers: clipping of the multipliers' gradient, as in
-            :data:`megamult.multipliers.config.MultiplierClip`; False means out, and True means own.
-        skip_grad_norm: a step is skipped if the norm that `clip_grad_norm` limits is above this value; 0: no limit.
+            :data:`megamult.multipliers.config.MultiplierClip`; False means `out`, and True means `own`.
+        skip_grad_norm: a step is skipped if the norm that `clip_grad_norm` limits is above this value before clipping;
+            0 means no limit.
         rates: factors of learning rate and weight decay of single roles; None if there are none.
-        fixed_norm: whether each matrix of kind `matrix` keeps its first Frobenius norm, without weight decay.
+        fixed_norm: whether the matrices of kind `matrix` keep their initial Frobenius norms and have no weight decay.
         parametrization: variable that the optimizer trains in place of each multiplier of the layers; None means the
-            multiplier itself. Folded multipliers have their own, in `folded`.
-        qk_clip: QK-clip, which scales row multipliers of Q and K after an update; None for none.
+            multiplier itself. For folded multipliers, `folded` states this variable.
+        qk_clip: QK-clip, which scales row multipliers of Q and K after an update; None if it is not used.
         model: the model, for names in messages and for a check that the groups hold all of its trainable parameters.
-            If None, this is not checked.
+            If None, the check is left out.
         folded: settings of folded multipliers; None if the model has none.
         mesh: the mesh of the processes. If None, the mesh is made from Megatron's process groups, or has all processes
             along the data axis if Megatron has none.
@@ -138,7 +140,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         self._runs: dict[Tensor, list[Run]] = {}  # of the bound partition; see `runs_of_tensors`
 
     def rule_of(self, kind: str) -> UpdateRule:
-        """Return the rule that updates parameters of a kind."""
+        """Return the rule that updates the parameters of this kind."""
         return self.rules.get(kind, self.rule)
 
     def _every_rule(self) -> list[UpdateRule]:
@@ -150,7 +152,10 @@ class TwoPhaseOptimizer(ViewedOptimizer):
 
     @property
     def gradient_norm(self) -> float | None:
-        """Norm of the last prepared gradients of all parameters except multipliers, before clipping; None at first."""
+        """Norm of the last prepared gradients of all parameters except multipliers, before clipping.
+
+        None before the first call of :meth:`prepare`.
+        """
         return None if self.norms is None else self.norms.main
 
     @contextlib.contextmanager
@@ -172,7 +177,9 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         All ranks must call this together.
 
         Raises:
-            ValueError: the multipliers have a parametrization, and one of them is not positive.
+            ValueError: the multipliers have a parametrization, and one of them is not positive; a matrix whose norm is
+                to stay fixed is 0; QK-clip finds no trained row multipliers of Q; or the master of a folded matrix is
+                not in fp32.
         """
         if self._bound is partition:
             return
@@ -215,7 +222,8 @@ class TwoPhaseOptimizer(ViewedOptimizer):
     def prepare(self, partition: Partition) -> None:
         """Sum partial gradients, compute norms and clip factors, and decide whether to skip the step.
 
-        Unless the step is skipped, update folded multipliers and let the rules prepare. All ranks call this together.
+        Unless the step is skipped, also update folded multipliers, and call :meth:`UpdateRule.prepare` of all rules.
+        All ranks must call this together.
         """
         self.bind(partition)
         gradients = partition.gradients()
@@ -283,8 +291,15 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         return loss
 
     def _trained(self, kind: str, parameters: list[Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which tensors of a kind hold what their rule updates: latent weights, or the variables of
-        multipliers."""
+        """Return a context in which these parameters hold the values that their rule updates.
+
+        These values are the latent weights of folded matrices and, under a parametrization, the variables of
+        multipliers. Other parameters do not change.
+
+        Args:
+            kind: kind of the parameters.
+            parameters: tensors of one param group.
+        """
         if kind == "multiplier" and self._parametrization is not None:
             return self._parametrization.variables(parameters)
         return self.folded.latent_weights(parameters) if self.folded else contextlib.nullcontext()
@@ -305,7 +320,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         apply_by_rate(rule, group, parameters, gradients, states, self._runs)
 
     def finish(self) -> None:
-        """End the step: drop the decision of `prepare`, which must be called again for the next step."""
+        """End the step: discard the decision of `prepare`, so that the next step needs a new call of `prepare`."""
         if self._decision is not None and self._decision.partition is not None:
             self._decision.partition.release()
         self._decision = None

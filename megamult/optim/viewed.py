@@ -1,4 +1,4 @@
-"""Views of a two-phase optimizer's weights and state, for checkpoints, and their form as torch's state dict."""
+"""Views of a two-phase optimizer's weights and state, for checkpoints, and the optimizer's torch state dict."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ViewedOptimizer(torch.optim.Optimizer):
         return self._store.kept(self._every_rule())
 
     def weight(self, piece: Slice) -> Tensor:
-        """Return a [length] view of a slice's weights without multipliers (W of a folded matrix), in fp32."""
+        """Return a [length] view of a slice's fp32 weights: W if its matrix is folded, else the masters."""
         return piece.master if self.folded is None else self.folded.latent(piece.tensor, piece.offset, piece.length)
 
     def views(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
@@ -70,7 +70,7 @@ class ViewedOptimizer(torch.optim.Optimizer):
         element. The views may be written to.
 
         Yields:
-            (name, slice, values): name is `weight` (see :meth:`weight`) or that of a state, and values is a [length]
+            (name, slice, values): name is `weight` (see :meth:`weight`) or the name of a state; values is a [length]
             view. State is zero before the first step.
         """
         self.bind(partition)
@@ -96,13 +96,14 @@ class ViewedOptimizer(torch.optim.Optimizer):
 
         Args:
             updates: number of steps that were applied before the save. AdamW's count becomes this number for every
-                tensor, also for one whose state was not in the checkpoint and begins at zero. AdamW then does not
-                correct the bias of that tensor's moments: if `updates` is large, the tensor's first update
-                is about (1 - beta1) / sqrt(1 - beta2) times as large as with a count that begins at 0.
+                tensor, also for one whose state was not in the checkpoint and begins at zero. If `updates` is large,
+                AdamW hardly corrects the bias of that tensor's moments. The tensor's first update is then about
+                (1 - beta1) / sqrt(1 - beta2) times as large as with a count that begins at 0.
             skipped_steps: number of steps that were skipped before the save.
 
         Raises:
-            ValueError: the multipliers have a parametrization, and one of them is not positive.
+            ValueError: the multipliers have a parametrization, and one of them is not positive; or a matrix whose norm
+                is to stay fixed is 0.
         """
         self.updates, self.skipped_steps = updates, skipped_steps
         for state in self.state.values():
@@ -116,11 +117,12 @@ class ViewedOptimizer(torch.optim.Optimizer):
         partition.publish()
 
     def _check_multipliers(self, partition: Partition) -> None:
-        """Check that the multipliers of the layers have a variable that can be trained. All ranks must call this
-        together.
+        """Check that the multipliers of the layers are positive if the optimizer has a parametrization.
+
+        All ranks must call this together.
 
         Raises:
-            ValueError: the optimizer has a parametrization, and a multiplier is not positive.
+            ValueError: a multiplier is not positive, so that it has no variable that the optimizer could train.
         """
         if self._parametrization is None:
             return
@@ -151,8 +153,9 @@ class ViewedOptimizer(torch.optim.Optimizer):
         """Load a result of :meth:`state_dict`, which has the latent weights W. The model's own state dict has W_eff.
 
         Raises:
-            ValueError: the state dict has folded multipliers and this optimizer has none, or the reverse; or the state
-                dict has the per-row state of other matrices than this rank owns.
+            ValueError: the state dict has folded multipliers and this optimizer has none, or the reverse; the state
+                dict has the per-row state of other matrices than this rank owns; or the loaded values are refused as in
+                :meth:`restored`.
         """
         folded = state_dict.get("folded")
         if (folded is None) != (self.folding is None):
@@ -169,7 +172,8 @@ class ViewedOptimizer(torch.optim.Optimizer):
         if self.folded is not None and folded is not None:
             self.folded.load_state_dict(folded, self.state)  # torch has replaced `self.state`
         if self.fixed is not None:
-            # The state of an optimizer without fixed norms has decay in its groups and no norms: measure these.
+            # The state dict of an optimizer without fixed norms has weight decay in its groups, and no norms. The norms
+            # are measured instead.
             self._no_decay_of_fixed()
             self.fixed.norms.copy_(state_dict.get("fixed_norm", torch.full_like(self.fixed.norms, torch.nan)))
             self.fixed.restored()
@@ -183,8 +187,8 @@ class ViewedOptimizer(torch.optim.Optimizer):
                 group["weight_decay"] = 0.0
 
     def _begin_if_needed(self) -> None:
-        """Call :meth:`begin` if no partition is bound and there is state beside that of elements: folded multipliers,
-        fixed norms, or state of rows."""
+        """Call :meth:`begin` if no partition is bound and the optimizer has folded multipliers, fixed norms or per-row
+        state, which exist only after it."""
         rows = any(state.per == "row" for rule in self._every_rule() for state in rule.states)
         if self._bound is None and (self.folding is not None or self._fixed_norm or rows):
             self.begin()

@@ -178,7 +178,7 @@ def test_a_model_without_row_multipliers_of_q_is_refused() -> None:
     """Layers that were built with another placement than the optimizer's."""
     model = Attention(True, "kv")
     optimizer = make_optimizer(model, OptimizerConfig(), MultipliersConfig(qk_clip=2.0), mesh=ALONE, logits=Fixed())
-    with pytest.raises(ValueError, match=r"Q has no row multipliers that are trained in 1 attentions, .* attention: "):
+    with pytest.raises(ValueError, match=r"Q has no trained row multipliers in 1 attention layers, .* attention: "):
         optimizer.begin()
 
 

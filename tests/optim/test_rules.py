@@ -47,7 +47,7 @@ def test_a_setting_that_a_group_states_itself_stays() -> None:
 
 
 def test_state_of_rows_of_a_rule_that_does_not_prepare_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"Wrong has one value of second_moment per row, and prepares = False: .*; set"):
+    with pytest.raises(TypeError, match=r"Wrong has the per-row state second_moment, and prepares = False: .*; set"):
 
         class Wrong(UpdateRule):
             states = (State("second_moment", "second_moment", per="row"),)

@@ -31,11 +31,11 @@ class _Direction:
     held: list[tuple[int, int, int]] = field(default_factory=list)
     """Pieces that this rank holds and another rank owns: (index of the slice, offset in the slice, elements)."""
     held_sizes: list[int] = field(default_factory=list)
-    """Number of elements in `held` that each rank owns, for every rank."""
+    """[ranks] number of elements in `held` that each rank owns."""
     owned: list[tuple[int, int, Rectangle]] = field(default_factory=list)
     """Pieces that this rank owns and another rank holds: (index of the batch, index in the batch, rectangle)."""
     owned_sizes: list[int] = field(default_factory=list)
-    """Number of elements in `owned` that each rank holds, for every rank."""
+    """[ranks] number of elements in `owned` that each rank holds."""
     local: list[tuple[int, int, int, Rectangle]] = field(default_factory=list)
     """Pieces that this rank both holds and owns: (index of the slice, index of the batch, index in the batch,
     rectangle)."""
@@ -89,8 +89,8 @@ class Exchange:
 
             Args:
                 elements: [matrices, ranks] number of elements that are sent between each rank and the matrix's owner.
-                counted: if several ranks hold copies of a piece, whether only the copy that counts in sums takes part
-                    (:attr:`Rectangle.counted`), as on the way to owners, and not all copies, as on the way back.
+                counted: what takes part if several ranks hold copies of a piece. If True (to owners), only the copy
+                    that counts in sums (:attr:`Rectangle.counted`); if False (back to holders), all copies.
             """
             found = _Direction()
             for other in range(self._ranks):
@@ -124,7 +124,7 @@ class Exchange:
         return _Bucket(shapes, list(by_shape.values()), to_owners, to_holders)
 
     def run(self, values: Sequence[Tensor], compute: Callable[[Tensor, Sequence[int]], Tensor]) -> None:
-        """Compute a result for each whole matrix, and replace each value by the element at its place in the result.
+        """Compute a result for each whole matrix, and overwrite each value with the result's element at the same place.
 
         All ranks must call this together.
 

@@ -35,7 +35,7 @@ class Matrices:
     Attributes:
         slices: slices whose state this rank stores. Exactly one data-parallel rank stores the state of each element.
         plan: owners and buckets of the matrices.
-        dtype: fp32 if all of these parameters are fp32 in the model, else bf16.
+        dtype: fp32 if all parameters that the rule updates are fp32 in the model, else bf16.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class MatrixRule(UpdateRule):
     Per-element state is fp32 and sharded like the ZeRO partition. At ZeRO 0 and outside DeepSpeed, the data-parallel
     ranks divide this state evenly and all-gather the updates. The `state_dict` of a rank then has only that rank's
     share, and can be loaded only on that rank. If tensor parallelism replicates a matrix, every tensor-parallel rank
-    stores this state, but the update is computed from the state of the first. Per-row state is fp32, and the owner of
-    the matrix stores it.
+    stores this state, but the update is computed from the state on the first of these ranks. Per-row state is fp32, and
+    the owner of the matrix stores it.
 
     Args:
         ns_steps: number of Newton-Schulz steps.

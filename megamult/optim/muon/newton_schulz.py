@@ -1,4 +1,4 @@
-"""Newton-Schulz: an odd polynomial of a matrix that drives its singular values towards 1. Pure functions.
+"""Newton-Schulz: an odd polynomial of a matrix that drives its singular values towards 1.
 
 One step maps X to aX + b(XX^T)X + c(XX^T)^2 X. It does not change the singular vectors of X, and maps each singular
 value s to a s + b s^3 + c s^5. Two forms compute the same result:
@@ -7,11 +7,12 @@ value s to a s + b s^3 + c s^5. Two forms compute the same result:
 - The *gram* form computes R = XX^T and Q in each step. Q is the polynomial in R for which QX is the result of the
   steps. R and Q are square matrices with the size of X's smaller dimension (J. Zhang, N. Amsel, B. Chen, T. Dao, "Gram
   Newton-Schulz", blog post, 2026, https://tridao.me/blog/2026/gram-newton-schulz/). Rounding makes the smallest
-  eigenvalues of R negative, and each step multiplies negative eigenvalues by up to a^2 (11.9 for `simple`). After
+  eigenvalues of R negative, and each step multiplies these by about a^2 (11.9 for `simple`). After
   :data:`RESTART` steps, the gram form therefore multiplies X by Q and computes R anew, in every dtype.
 
 If the result of a product is symmetric (XX^T, and products of polynomials in R), only about half of the product is
 computed (:mod:`megamult.optim.muon.symmetric`). Leading dimensions of `[..., rows, cols]` are a batch.
+All functions are pure, without communication.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ _POLAR_EXPRESS = (
 N. Amsel, D. Persson, C. Musco, R. Gower, "The Polar Express", arXiv 2505.16932, algorithm 1."""
 
 _SAFETY = 1.01
-"""Number by which arXiv 2505.16932 divides the singular values before a step, as rounding can leave some above 1."""
+"""Number by which arXiv 2505.16932 divides the singular values before a step, because rounding can leave some above 1.
+The last polynomial, which all later steps repeat, is used without this division."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class CoefficientSet:
 
     steps: tuple[tuple[float, float, float], ...]
     after: Literal["again", "last", "nothing"] = "again"
-    """Rule for the steps after `steps`. again: continue with the first step. last: repeat the last step, which leaves
-    singular values near 1. nothing: the number of steps must be len(steps)."""
+    """Rule for the steps after `steps`. `again`: begin again with the first step. `last`: repeat the last step, which
+    leaves singular values near 1. `nothing`: there are none; the number of steps must be len(steps)."""
 
 
 SIMPLE = (3.4445, -4.7750, 2.0315)
@@ -135,7 +137,9 @@ def coefficients(name: str, steps: int) -> Coefficients:
     chosen = COEFFICIENTS[name]
     known = len(chosen.steps)
     if chosen.after == "nothing" and steps != known:
-        raise ValueError(f"Newton-Schulz coefficients {name} with {steps} steps: they are made for {known}; use that")
+        raise ValueError(
+            f"Newton-Schulz coefficients {name} with {steps} steps: they are made for {known} steps; use that number"
+        )
     if chosen.after == "last":
         return [chosen.steps[min(i, known - 1)] for i in range(steps)]
     return [chosen.steps[i % known] for i in range(steps)]
@@ -150,7 +154,7 @@ def orthogonalize(matrices: Tensor, steps: Coefficients, dtype: torch.dtype, for
         matrices: [..., rows, cols] matrices in any floating dtype; not changed.
         steps: coefficients, from :func:`coefficients`.
         dtype: dtype in which products are computed: fp32, bf16 or fp16.
-        form: standard or gram; if None, the form that takes fewer FLOPs for this shape.
+        form: `standard` or `gram`; if None, the form that takes fewer FLOPs for this shape.
 
     Returns:
         [..., rows, cols] results in `dtype`. A zero matrix gives zeros.
@@ -223,7 +227,8 @@ def flops(rows: int, cols: int, steps: int, form: Form | None = None) -> int:
     if form == "standard":
         return steps * (symmetric * large + symmetric * small + dense)
     runs = [run for run in (min(steps, RESTART), steps - RESTART) if run > 0]
-    # Products in a run: XX^T and QX; R^2 in each step; ZQ in each step after the first; Z R Z in each before the last.
+    # Products in the steps between two restarts: XX^T and QX; R^2 in each step; ZQ in each step after the first; ZR and
+    # ZRZ in each step before the last.
     return sum(symmetric * large + dense + symmetric * small * (run + (run - 1) + 2 * (run - 1)) for run in runs)
 
 
@@ -247,14 +252,15 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "unit_rms_norm": lambda rows, cols: math.sqrt(rows / cols),
     "shape_scaling": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
 }
-"""Functions from the shape (rows, cols) of an orthogonalized update to its factor, by name.
+"""Functions from the shape (rows, cols) of an orthogonalized update to the factor that multiplies it, by name.
 
 The names are those of Emerging-Optimizers (muon.py) and Megatron-LM; torch.optim.Muon has `match_rms_adamw` too.
 
-- match_rms_adamw: learning rate and weight decay can be the same as for AdamW (arXiv 2502.16982).
-- spectral: the same factor without 0.2. In Emerging-Optimizers, the 0.2 is the argument `extra_scale_factor`.
-- unit_rms_norm: arXiv 2502.07529, https://jeremybernste.in/writing/deriving-muon.
-- shape_scaling: https://kellerjordan.github.io/posts/muon/."""
+- `match_rms_adamw`: learning rate and weight decay can be the same as for AdamW (arXiv 2502.16982).
+- `spectral`: the factor of `match_rms_adamw` without 0.2. In Emerging-Optimizers, the 0.2 is the argument
+  `extra_scale_factor`.
+- `unit_rms_norm`: arXiv 2502.07529, https://jeremybernste.in/writing/deriving-muon.
+- `shape_scaling`: https://kellerjordan.github.io/posts/muon/."""
 
 
 def scale(rows: int, cols: int, rule: str) -> float:

@@ -29,10 +29,10 @@ class NorMuon(Muon):
     Args:
         beta2: decay rate of v.
         eps: number added to the square root of v.
-        muon: keyword arguments of :class:`Muon`, except `scale`: the size of NorMuon's update is fixed.
+        muon: keyword arguments of :class:`Muon`, except `scale`, because the size of NorMuon's update is fixed.
 
     Raises:
-        ValueError: `scale` is given, `beta2` is not in [0, 1), or :class:`Muon` raises it.
+        ValueError: `scale` is given, `beta2` is not in [0, 1), or :class:`Muon` refuses another argument.
     """
 
     states = (*Muon.states, State("second_moment", "second_moment", per="row"))

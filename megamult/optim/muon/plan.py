@@ -24,7 +24,8 @@ from megamult.parameters.rectangles import Rectangle, rectangles
 from megamult.zero.partition import Cut
 
 BUCKET_ELEMENTS = 2**25
-"""Largest number of elements that one rank receives as an owner, or sends to owners, in one bucket (64 MiB in bf16)."""
+"""Largest number of elements that one rank receives as an owner, or sends to owners, in one bucket (64 MiB in bf16),
+unless a single matrix has more."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,11 @@ class Plan:
     buckets: tuple[tuple[int, ...], ...]
     """Indices of the matrices in each bucket. Matrices of one bucket are exchanged together."""
     held: NDArray[np.int64] = field(compare=False)
-    """[matrices, ranks] number of elements of each matrix that each rank holds. The owner sends results for them."""
+    """[matrices, ranks] number of elements of each matrix that each rank holds. The owner sends results for all of
+    these elements to the rank."""
     given: NDArray[np.int64] = field(compare=False)
-    """[matrices, ranks] number of elements of each matrix that each rank sends to the owner: those that count."""
+    """[matrices, ranks] number of elements of each matrix that each rank sends to the owner: those that count in
+    sums."""
 
     @property
     def ranks(self) -> int:
@@ -128,7 +131,7 @@ class Plan:
     def _travels(
         self, bucket: Sequence[int], elements: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Count the elements of a bucket that travel from each rank as a holder, and to each rank as an owner.
+        """Count the elements of a bucket that are sent between holders and owners, by holder and by owner.
 
         Args:
             bucket: indices of the matrices in the bucket.
@@ -194,7 +197,10 @@ def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
 def held_elements(
     cuts: Sequence[Cut], matrices: Sequence[Matrix], grid: Grid
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return how many elements of each matrix each rank holds, and how many of these count: [matrices, ranks] each."""
+    """Return how many elements of each matrix each rank holds, and how many of these count in sums.
+
+    Both results are [matrices, ranks].
+    """
     first: dict[int, int] = {}
     for i, matrix in enumerate(matrices):
         first.setdefault(matrix.cut, i)

@@ -27,9 +27,9 @@ class Muon(MatrixRule):
     G is the reduced and accumulated gradient of one logical matrix W[out, in]. Q, K, V, gate and up are separate
     matrices. One step is::
 
-        G <- G min(1, clip / ||all gradients except multipliers'||)
+        G <- G min(1, clip / ||gradients of all parameters except multipliers||)
         M <- momentum M + (1 - momentum) G                          elementwise, on this rank's slices
-        U <- Newton-Schulz(momentum M + (1 - momentum) G) * scale   whole, on the matrix's owner
+        U <- Newton-Schulz(momentum M + (1 - momentum) G) * scale   whole matrix, on the matrix's owner
         W <- W - lr (weight_decay W + U)                            elementwise, on this rank's slices
 
     Args:
@@ -71,8 +71,8 @@ class Muon(MatrixRule):
         self.momentum, self.nesterov, self.scale, self.ns_dtype = momentum, nesterov, scale, ns_dtype
         self._steps = coefficient_set(coefficients, ns_steps)
         self.watch: Callable[[list[str], Tensor], None] | None = None
-        """Function that gets the logical names of the matrices of each batch, and the batch after Newton-Schulz,
-        [batch, rows, cols]; None if nothing watches."""
+        """Function that is called for each batch, with the logical names of its matrices and the results of
+        Newton-Schulz, [batch, rows, cols]; None if there is no such function."""
 
     def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:
         """Plan the exchange, and choose the dtype of Newton-Schulz."""
@@ -108,7 +108,7 @@ class Muon(MatrixRule):
         gradients: list[Tensor],
         state: Mapping[str, list[Tensor]],
     ) -> None:
-        """Decay the tensors of one param group, and subtract the updates, which are in `gradients`."""
+        """Decay the tensors of one param group, and subtract lr times the updates, which are in `gradients`."""
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, gradients, alpha=-group["lr"])
 
@@ -125,7 +125,7 @@ class DistributedMuon(TwoPhaseOptimizer):
         muon: the update rule of the matrices.
 
     Raises:
-        ValueError: :class:`Muon` or :class:`megamult.optim.two_phase.TwoPhaseOptimizer` raises it.
+        ValueError: see :class:`Muon` and :class:`megamult.optim.two_phase.TwoPhaseOptimizer`.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Matrix products whose result is symmetric, such as XX^T: only a part is computed, and the rest is its mirror image.
 
-On CUDA, in bf16 and fp16, a Triton kernel computes the tiles on and below the diagonal
-(:mod:`megamult.optim.muon.symmetric_triton`). This is little more than half of a large product. In all other cases,
-torch computes block rows up to the diagonal, which is five eighths of the product. MEGAMULT_TRITON=0 in the environment
-selects torch on CUDA too. The functions are pure and have no gradients.
+On CUDA, in bf16 and fp16, a Triton kernel computes the tiles on and below the diagonal of products whose size suits it
+(:mod:`megamult.optim.muon.symmetric_triton`). These tiles are little more than half of a large product. In all other
+cases, torch computes block rows up to the diagonal, which are five eighths of all but small products. MEGAMULT_TRITON=0
+in the environment selects torch on CUDA too. The functions do not change their operands, and have no gradients.
 """
 
 from __future__ import annotations

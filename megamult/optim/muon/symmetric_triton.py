@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 TILE = 128
-"""Number of rows, and of columns, that one program computes: 64 rows for each of two warp groups on Hopper."""
+"""Number of rows, and of columns, that one program computes. On Hopper each of its two warp groups has 64 rows."""
 CONSTANTS = {
     "TILE": TILE,
     "DEPTH": 64,  # elements of the inner dimension per step; 128 bytes, the width of swizzled shared memory
@@ -22,7 +22,8 @@ CONSTANTS = {
 }
 OPTIONS = {
     "num_warps": 8,
-    "num_stages": 3,  # each holds a tile of both operands; 96 KiB of shared memory, which every GPU since Ampere has
+    # Each stage holds a tile of each operand. Three take 96 KiB of shared memory, which every GPU since Ampere has.
+    "num_stages": 3,
     "enable_fp_fusion": True,  # set here, because Triton's default changes between versions
 }
 
