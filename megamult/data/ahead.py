@@ -17,13 +17,13 @@ from megamult.runtime.partial import is_being_written
 class BuildsAhead:
     """Builder of the index files of epochs. One background process at a time builds them, in the order given.
 
-    A process is used because Megatron's builder holds the interpreter's lock: a thread would make training stop. The
+    Megatron's builder holds the interpreter's lock, so building in a thread would stop training meanwhile. The
     background process ends when this process ends, even if this process is killed.
     """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (open as long as this object)
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (open while this object exists)
         self._given: set[Path] = set()
 
     @property
@@ -42,7 +42,7 @@ class BuildsAhead:
         self._given |= {files.path(n) for files, n in new}
         if not new:
             return
-        # The program may be a user's script that has changed sys.path: the new process must find the package too.
+        # The new process must find the package even if a user's script found it by changing sys.path.
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         with tempfile.TemporaryFile("w+", encoding="utf-8") as work:
@@ -51,7 +51,7 @@ class BuildsAhead:
             work.seek(0)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megamult.data.epochs", str(work.fileno())],
-                stdin=subprocess.PIPE,  # never written to; it closes when this process ends, and the child then ends
+                stdin=subprocess.PIPE,  # never written to: it closes if this process ends, and that ends the child
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 pass_fds=(work.fileno(),),
@@ -79,7 +79,7 @@ class BuildsAhead:
             self._process = None
 
     def _end(self) -> None:
-        """Wait for the process to end, and warn if it failed. Its epochs are then built when they are needed."""
+        """Wait for the process to end, and warn if it failed. Epochs that it has not built are built when needed."""
         if self._process is None:
             return
         code = self._process.wait()

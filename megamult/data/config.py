@@ -20,8 +20,8 @@ class DataConfig:
     tokenizer: str | None = None
     """The sentencepiece model that the corpora were encoded with."""
     validate: Literal["stamp", "full"] = "stamp"
-    """Check of the corpora at start-up. stamp: compare sizes, headers and samples of the files with the stamp that
-    launch/prepare_data.py wrote. full: also read every byte; all processes share the work."""
+    """Check of the corpora at start-up. With `stamp`, sizes, headers and samples of the files are compared with the
+    stamp that launch/prepare_data.py wrote. With `full`, every byte is read too, and all processes share the work."""
 
     @staticmethod
     def sources(value: str | dict[str, float] | list[str] | None) -> list[tuple[str, float]]:

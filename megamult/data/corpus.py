@@ -27,7 +27,7 @@ from megamult.data.stamp import SUFFIX, Stamp
 from megamult.data.tokenizer import Tokenizer, train_tokenizer
 from megamult.runtime.partial import partial_folder
 
-# sentencepiece holds its training text in memory, and more text hardly changes the merges.
+# Limit of the text that trains a tokenizer. sentencepiece holds it in memory, and more text hardly changes the merges.
 _TOKENIZER_BYTES = 200_000_000
 _SAMPLE_SEED = 1
 
@@ -147,7 +147,7 @@ def _checked_prefix(output: str | Path, inputs: Sequence[str | Path]) -> Path:
 
 
 def _survey(inputs: Sequence[str | Path], json_key: str) -> tuple[int, int]:
-    """Count the documents and UTF-8 bytes of all inputs. All are read, so that the error names every bad input."""
+    """Count the documents and UTF-8 bytes of all inputs. An error names every bad input, not only the first."""
     count = size = 0
     mistakes: list[str] = []
     for path in inputs:

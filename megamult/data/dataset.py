@@ -25,7 +25,7 @@ from megamult.data.names import Names
 from megamult.data.tokenizer import Tokenizer
 from megamult.distributed import environment
 
-# How long a network file system may take to show rank 0's index files to the other ranks.
+# Seconds that a network file system may take to show rank 0's index files to the other ranks.
 _SHARED_FILES_SECONDS = 60
 
 
@@ -68,7 +68,7 @@ class BlendedDataset:
         self.blend = Blend(self._weights)
         self._origin = 0  # the present blend began with this global sample
         self._first = [0] * len(sources)  # for each source, its next sample when the present blend began
-        self._left: dict[str, int] = {}  # source that only earlier blends had -> its next sample
+        self._left: dict[str, int] = {}  # name of a source that only earlier blends had -> its next sample
         found = described or {prefix: describe(prefix, tokenizer) for prefix, _ in sources}
         each = [found[prefix] for prefix, _ in sources]
         self._names = Names.fresh([one.identity for one in each])
@@ -93,11 +93,12 @@ class BlendedDataset:
         load the files. All ranks must make the same calls. If no new epoch is needed, there is no work and no barrier.
 
         Args:
-            end: sample before which the run will end. If given, the index files of each source's next epoch are built
-                in the background; otherwise they are built when they are needed.
+            end: sample before which the run will end. If it is given, the index files of each source's next epoch are
+                built in the background, provided that the run needs this epoch. Otherwise they are built when they are
+                needed.
 
         Raises:
-            RuntimeError: rank 0's index files do not appear on this rank (cache_dir is not shared).
+            RuntimeError: rank 0's index files do not appear on this rank, for example because cache_dir is not shared.
         """
         needed = self._touched(first, last)
         new = sorted(needed - self._prepared)
@@ -189,7 +190,7 @@ class BlendedDataset:
 
         Returns:
             Lines for the user: which sources are new to the run, how many of its earlier sources are left out from here
-            on, and whether the checkpoint lacks digests (checkpoints of older versions do).
+            on, and whether the checkpoint lacks digests of tokens, as checkpoints of older versions of megamult do.
         """
         saved = state["sources"]
         known = [*(each["source"] for each in saved), *state["left"]]
@@ -231,7 +232,7 @@ class _Source:
     def __init__(
         self, described: Described, twin: int, tokenizer: Tokenizer, seq_length: int, seed: int, cache_dir: Path
     ) -> None:
-        """Check the sizes, without opening a file. `twin` is passed to `draw_as`."""
+        """Check the numbers of tokens and documents, without opening a file. `twin` is passed to `draw_as`."""
         files = described.files
         prefix = files.prefix
         if files.tokens < seq_length + 1:
@@ -242,9 +243,9 @@ class _Source:
             )
         if files.sequences > MOST_DOCUMENTS:
             raise ValueError(
-                f"data source {prefix} has {files.sequences} documents, and Megatron's sample index numbers at most "
-                f"{MOST_DOCUMENTS}: prepare it in several parts, and list them in data.train with weights in "
-                "proportion to their tokens"
+                f"data source {prefix} has {files.sequences} documents, but Megatron's sample index has numbers for "
+                f"only {MOST_DOCUMENTS}: prepare the source in several parts, and list the parts in data.train, each "
+                "with a weight in proportion to its number of tokens"
             )
         self.prefix, self.identity, self._tokenizer, self._seq_length = (
             prefix,
@@ -284,7 +285,7 @@ class _Source:
         epoch, place = divmod(k, self.samples_per_epoch)
         item = self.open(epoch)[place]
         tokens, labels = item["tokens"], item["labels"]
-        # A vocabulary-parallel embedding masks ids that it does not have: a wrong id would give zeros, not an error.
+        # A vocabulary-parallel embedding masks ids that no rank holds, so a wrong id would give zeros, not an error.
         for wrong in (int(torch.min(tokens[0], labels.min())), int(torch.max(tokens[0], labels.max()))):
             if 0 <= wrong < self._tokenizer.vocab_size:
                 continue

@@ -30,7 +30,7 @@ class Described:
 
 
 def describe(prefix: str, tokenizer: Tokenizer) -> Described:
-    """Describe a source by its stamp, and by the header, the size and a few bytes of each of its two files.
+    """Describe a source by its stamp, the header of its .idx, and the sizes and a few blocks of its .bin and .idx.
 
     If there is no stamp, pointers in the .idx are also read.
 
@@ -68,14 +68,14 @@ def validate_all(
 
     Args:
         share: (k, n) if this is rank k of the n ranks that divide the work.
-        note: function that is called every few seconds with the number of pieces checked so far, if that number has
+        note: function that is called every few seconds with the number of checked pieces of files, if this number has
             grown.
 
     Raises:
         ValueError: `validate_indexed` failed. One message lists the mistakes of all sources.
     """
 
-    checked: list[str] = []  # the source of each piece that is checked; several threads append
+    checked: list[str] = []  # one entry, the source, for each checked piece; several threads append to it
 
     def check(prefix: str) -> None:
         stamp = Stamp.read(prefix)
@@ -123,7 +123,12 @@ def unchecked(described: Sequence[Described], full: bool) -> str | None:
     if not bare:
         return None
     names = ", ".join(each.files.prefix for each in bare[:3]) + (", ..." if len(bare) > 3 else "")
-    ids = "" if full else "; token ids are checked in samples, and as they are read (data.validate full checks all)"
+    ids = (
+        ""
+        if full
+        else "; only a sample of the token ids is checked now, and the others when training reads them "
+        "(data.validate full checks all of them now)"
+    )
     return (
         f"{len(bare)} of {len(described)} data sources have no stamp of launch/prepare_data.py ({names}): whether "
         f"they were encoded with data.tokenizer is not checked{ids}"

@@ -32,7 +32,7 @@ def read_documents(paths: Iterable[str | Path], json_key: str = "text") -> Itera
             line is blank or invalid; or its field `json_key` is missing, is not a string or has no text.
     """
     for path in map(str, paths):
-        # Every file is read twice: checked before anything is written, then encoded. A pipe can be read only once.
+        # Every file is read more than once: first to check it, later to encode it. A pipe can be read only once.
         if not Path(path).is_file():
             fact = "is not a regular file" if Path(path).exists() else "does not exist"
             raise ValueError(f"input {path} {fact}: give the path of a file of text or JSON lines")
@@ -64,7 +64,7 @@ def _decoded_lines(path: str) -> Iterator[tuple[int, str]]:
                     yield number, line.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise ValueError(
-                        f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x}, byte "
+                        f"{path}, line {number}: not UTF-8 (0x{line[error.start]:02x} is byte number "
                         f"{error.start + 1} of the line): convert the file, for example with iconv -t UTF-8"
                     ) from None
     except OSError as error:
@@ -95,21 +95,26 @@ def _json_documents(path: str, lines: Iterable[tuple[int, str]], json_key: str) 
     for number, line in lines:
         where = f"{path}, line {number}"
         if not line.strip():
-            raise ValueError(f"{where}: the line is blank, but every line must hold one JSON object: delete it")
+            raise ValueError(f"{where}: the line is blank, but every line must hold one JSON object: delete the line")
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: invalid JSON ({error}): write one JSON object per line") from None
         if not isinstance(record, dict):
-            raise ValueError(f'{where}: a JSON {type(record).__name__}, not an object: write {{"{json_key}": "..."}}')
+            raise ValueError(
+                f'{where}: the line holds a JSON {type(record).__name__}, not an object: write {{"{json_key}": "..."}}'
+            )
         if json_key not in record:
             names = ", ".join(map(repr, list(record)[:8])) or "none"
-            raise ValueError(f"{where}: no field {json_key!r} (fields: {names}): name the right one with --json_key")
+            raise ValueError(
+                f"{where}: the object has no field {json_key!r} (its fields: {names}): name the field that holds the "
+                "text with --json_key"
+            )
         text = record[json_key]
         if not isinstance(text, str):
             raise ValueError(f"{where}: field {json_key!r} is a {type(text).__name__}, not a string: make it a string")
         if not text.strip():
-            raise ValueError(f"{where}: field {json_key!r} is an empty document ({text[:20]!r}): remove the line")
+            raise ValueError(f"{where}: field {json_key!r} has no text ({text[:20]!r}): remove the line")
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -42,8 +42,8 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
         pairs = zip(decoded, document.text, strict=False)
         at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded), len(document.text)))
         raise ValueError(
-            f"{where}: the tokenizer {tokenizer.model_path} does not keep the text: character {at} of the "
-            f"document, {document.text[at : at + 20]!r}, comes back as {decoded[at : at + 20]!r}: use "
+            f"{where}: the tokenizer {tokenizer.model_path} does not keep the text (from character {at} of the "
+            f"document on, {document.text[at : at + 20]!r} is decoded as {decoded[at : at + 20]!r}): use "
             "a model with identity normalization and byte fallback, or let launch/prepare_data.py train one"
         )
     return np.array([*ids, tokenizer.eod], dtype=np.int32)
@@ -52,7 +52,7 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
 def encode_in_order(
     documents: Iterable[Document], model_path: str | Path, workers: int
 ) -> Generator[np.ndarray, None, None]:
-    """Yield the ids of each document, in the order of `documents` for any number of processes.
+    """Yield the ids of each document, in the order of `documents`, whatever the number of processes.
 
     Raises:
         ValueError: the ids of a document do not decode to its text (see `encode_document`).
@@ -62,7 +62,7 @@ def encode_in_order(
         for document in documents:
             yield encode_document(document, tokenizer)
         return
-    resource_tracker.ensure_running()  # start it now, because its start would unblock the signals that are held below
+    resource_tracker.ensure_running()  # start it before signals are held below: its start would unblock them
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(str(model_path),)
     )
@@ -121,7 +121,7 @@ def _start_worker(model_path: str) -> None:
 
 
 def _die_with_parent() -> None:
-    # A killed parent cannot shut its pool down, and without this its workers would wait for work forever.
+    # A killed parent cannot shut its pool down. Without this thread, the workers would then wait for work forever.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

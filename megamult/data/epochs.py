@@ -1,8 +1,8 @@
 """Epochs of a source: Megatron's `GPTDataset` of each epoch, and the index files that fix the order of its samples.
 
 As a program (`python -m megamult.data.epochs DESCRIPTOR`), this module reads descriptions of epochs from the open file
-descriptor DESCRIPTOR (a number), one JSON object per line, and builds the index files of these epochs. The program
-ends when its standard input closes. `megamult.data.ahead` starts it.
+descriptor DESCRIPTOR (a number), one JSON object per line, and builds the index files of these epochs. If its standard
+input closes before that, the program ends at once. `megamult.data.ahead` starts it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megamult.data.splitmix import splitmix
 from megamult.runtime.partial import partial_folder
 
 MOST_DOCUMENTS = 2**31 - 1
-"""Maximum number of documents of a source: Megatron's builder of sample indices numbers them by 32-bit integers."""
+"""Maximum number of documents of a source. Megatron's sample index stores document numbers as 32-bit integers."""
 
 # Megatron zeroes and masks tokens that equal its padding id, which is -1 by default. A damaged corpus may contain -1,
 # and the damage would then stay unseen. So the padding id is set to a value that no token can have: it does not fit the

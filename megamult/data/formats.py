@@ -26,7 +26,7 @@ _MAGIC: list[tuple[bytes, str, str]] = [
     (b"PK\x03\x04", "zip", "unpack it, for example with unzip"),
     (b"PAR1\x15", "Parquet", _WITH_PANDAS.format("read_parquet")),
     (b"ARROW1\x00", "Arrow", _WITH_PANDAS.format("read_feather")),
-    (b"\xff\xff\xff\xff", "an Arrow stream", "write it as JSON lines, for example with datasets: to_json"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", "write it as JSON lines, for example by to_json of the library datasets"),
     (b"Obj\x01", "Avro", "write it as JSON lines"),
     (b"\x89HDF\r\n\x1a\n", "HDF5", "write its text as JSON lines"),
     (b"SQLite format 3\x00", "an SQLite database", "write its text as JSON lines"),

@@ -105,7 +105,7 @@ def read_index(prefix: str | Path) -> IndexedFiles:
     if not header.startswith(_MAGIC):
         raise ValueError(f"{idx} is not a Megatron index: it starts with {header[:9]!r}, not {_MAGIC!r}: {_REMEDY}")
     if len(header) < _HEADER.size:
-        raise ValueError(f"{idx} is cut off: {size} bytes, its header has {_HEADER.size}: {_REMEDY}")
+        raise ValueError(f"{idx} is cut off: {size} bytes, but its header takes {_HEADER.size}: {_REMEDY}")
     _, version, code, sequences, bounds = _HEADER.unpack(header)
     if version != 1 or code not in _TOKEN_TYPES:
         raise ValueError(
@@ -127,7 +127,7 @@ def read_index(prefix: str | Path) -> IndexedFiles:
         length, pointer = _number(idx, "<i4", 4 * (sequences - 1)), _number(idx, "<i8", 12 * sequences - 8)
         if length < 0 or pointer < 0:
             raise ValueError(
-                f"{idx} is damaged: its last sequence, {sequences - 1}, has length {length} at byte {pointer}: "
+                f"{idx} is damaged: its last sequence (number {sequences - 1}) has length {length} at byte {pointer}: "
                 f"{_REMEDY}"
             )
         expected = pointer + length * itemsize
@@ -142,7 +142,7 @@ def read_index(prefix: str | Path) -> IndexedFiles:
 
 
 def _number(idx: Path, dtype: str, at: int) -> int:
-    """Read one number, `at` bytes after the header. Mapping the file would read more, by a page fault."""
+    """Read one number, `at` bytes after the header. A memory map would read at least a whole page for it."""
     return int(np.fromfile(idx, dtype, 1, offset=_HEADER.size + at)[0])
 
 
@@ -240,7 +240,7 @@ def validate_indexed(
     The files are read in chunks, so that memory does not grow with their size.
 
     Args:
-        share: (k, n) to check only the k-th of n shares, as rank k of n does in a distributed run.
+        share: (k, n) to check only share k (from 0) of n shares, as rank k of n ranks does in a distributed run.
         checksums: results of `piece_checksums` for the .bin and for the .idx.
         checked: function that is called after each piece of the files.
 
@@ -288,8 +288,8 @@ def _check_piece(file: Path, number: int, found: str, checksums: Sequence[str]) 
     expected = checksums[number] if number < len(checksums) else None
     if found != expected:
         raise ValueError(
-            f"{file} has changed since launch/prepare_data.py wrote it: the SHA-256 of its bytes from "
-            f"{number * PIECE_BYTES} on is {found[:12]}..., and it was {str(expected)[:12]}...: {_REMEDY}"
+            f"{file} has changed since launch/prepare_data.py wrote it: the SHA-256 of its piece from byte "
+            f"{number * PIECE_BYTES} on is {found[:12]}..., and its stamp says {str(expected)[:12]}...: {_REMEDY}"
         )
 
 

@@ -20,7 +20,7 @@ class Names:
     """Names of the sources of a blend, in the order of the blend.
 
     Attributes:
-        twins: twin number of each source, its number among the sources with the same `Identity.order`.
+        twins: twin number of each source: it numbers, from 0, the sources that share an `Identity.order`.
         names: name of each source.
         contents: mapping from name to `Identity.contents`, for these sources and all that the run had before.
     """
@@ -44,8 +44,9 @@ class Names:
                 the checkpoint.
 
         Returns:
-            Names in which each source has the name that the run has used for the source's contents. If `contents` lacks
-            a known name, `Identity.order` decides. A new source gets a number that no other source has had.
+            Names in which each source keeps the name that the run has used for the source's contents. A known name that
+            `contents` lacks is given to a source with the same `Identity.order`. A new source gets a twin number that
+            no source with its `Identity.order` has had.
         """
         taken: dict[int, str] = {}
         for sure in (True, False):

@@ -1,8 +1,8 @@
-"""Reading of token ids from a `.bin` by position: other threads run during a read, and a failed read raises an error.
+"""Reading of token ids from a `.bin` by position. Other threads run during a read, and a failed read raises an error.
 
-Megatron maps the file into memory instead. There, a thread that touches a page that is not in memory stops the whole
-interpreter until the page is read. If the page cannot be read (the file was cut off, or its server is gone), SIGBUS
-kills the process.
+Megatron's own reader maps the file into memory. If a thread touches a page that has not been read from the file yet,
+the whole interpreter waits until the page is read. If the page cannot be read, because the file was cut off or its
+server is gone, SIGBUS kills the process.
 """
 
 from __future__ import annotations

@@ -30,13 +30,13 @@ class ValidSplit:
             ValueError: `fraction` is outside [0, 1), or there are too few documents to split.
         """
         if not 0 <= fraction < 1:
-            raise ValueError(f"valid_fraction is {fraction}: give a number from 0 (no valid set) to below 1")
+            raise ValueError(f"valid_fraction is {fraction}: give 0 for no valid set, or a number between 0 and 1")
         if fraction == 0:
             return cls(documents, 0)
         if documents < 2:
             raise ValueError(
                 f"the corpus has {documents} document(s), but a train and a valid set need at least 2: "
-                "separate documents by blank lines or into .jsonl lines, or set valid_fraction to 0"
+                "separate documents by blank lines, write each as a line of a .jsonl file, or set valid_fraction to 0"
             )
         return cls(documents, min(max(1, round(fraction * documents)), documents - 1))
 

@@ -71,7 +71,7 @@ class Stamp:
             ValueError: the stamp is damaged, or a newer version of megamult wrote it.
         """
         path = Path(prefix + SUFFIX)
-        remedy = "rerun launch/prepare_data.py, or remove this file (the corpus is then checked in samples only)"
+        remedy = "rerun launch/prepare_data.py, or remove this file (then only samples of the corpus are checked)"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -115,7 +115,7 @@ class Stamp:
         if different:
             raise ValueError(
                 f"{files.prefix}.bin and .idx are not those that {files.prefix}{SUFFIX} was written for: "
-                f"{'; '.join(different)}: copy all three again, or rerun launch/prepare_data.py"
+                f"{'; '.join(different)}: copy all three files again, or rerun launch/prepare_data.py"
             )
         return Identity(self.order, self.contents)
 

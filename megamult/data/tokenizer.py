@@ -42,9 +42,9 @@ def train_tokenizer(
 ) -> None:
     """Train a BPE model on `texts` and write it to `model_path`. The same texts give the same file.
 
-    The ids of unk, bos and eos are 0, 1 and 2. The 256 bytes have the next ids. Characters outside
-    `character_coverage` (a fraction of all characters) are encoded by their bytes. The file gets its name only when it
-    is complete.
+    The ids of unk, bos and eos are 0, 1 and 2. The 256 bytes have the next ids. The most frequent characters, which
+    make up the fraction `character_coverage` of the text, get a token each; the others are encoded by their bytes. The
+    file gets its name only when it is complete.
 
     Raises:
         ValueError: the texts cannot yield a vocabulary of `vocab_size` tokens.
@@ -96,7 +96,7 @@ def _training_error(message: str, vocab_size: int) -> Exception:
     if too_low:
         return ValueError(
             f"vocab_size is {vocab_size}, but special tokens, bytes and the characters of this text need "
-            f"{too_low[1]}: ask for {too_low[1]} or more"
+            f"{too_low[1]} tokens: ask for {too_low[1]} or more"
         )
     if "sentences_.empty()" in message:
         return ValueError("there is no text to train the tokenizer on: give at least one non-empty document")

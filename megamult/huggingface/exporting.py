@@ -39,7 +39,7 @@ class Exported:
     parameters: int
     """Number of elements in these tensors."""
     files: list[str]
-    """Names of the files."""
+    """Names of all files in the output directory."""
     dtype: str
     """Dtype of the weights, a key of :data:`megamult.models.common.hugging_face.DTYPES`."""
     notes: list[str] = field(default_factory=list)
@@ -80,8 +80,8 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
         files, token_ids, notes = _tokenizer(saved, model.sizes.seq_length)
         if model.sizes.tie_embeddings and not tied:
             notes.append(
-                "the embedding is tied to the head and has multipliers, which the head does not: lm_head.weight is "
-                "written separately (tie_word_embeddings false)"
+                "the embedding is tied to the head, but only the embedding has multipliers: lm_head.weight is written "
+                "separately, with tie_word_embeddings false"
             )
         shards, parameters = _write_tensors(weights, DTYPES[dtype], max_shard_size, partial)
         described = architecture_of(model.sizes).to_hugging_face(
@@ -93,7 +93,8 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
         for name, content in files.items():
             (partial / name).write_bytes(content)
         for name in shards:
-            shutil.copymode(partial / "config.json", partial / name)  # safetensors lets only the owner read a file
+            # safetensors makes files that only their owner can read.
+            shutil.copymode(partial / "config.json", partial / name)
         partial.rename(output)
     return Exported(len(weights), parameters, [*shards, *files], dtype, notes)
 
@@ -137,14 +138,14 @@ def _read(weight: EffectiveWeight, dtype: torch.dtype) -> Tensor:
     tensor = effective.to(dtype)
     if not tensor.isfinite().all() and effective.isfinite().all():
         raise ValueError(
-            f"{weight.weight.hugging_face} holds {effective.abs().max().item():g}, and {dtype} ends at "
-            f"{torch.finfo(dtype).max:g}: export with --dtype bfloat16 or float32"
+            f"{weight.weight.hugging_face} holds {effective.abs().max().item():g}, and the largest value of {dtype} "
+            f"is {torch.finfo(dtype).max:g}: export with --dtype bfloat16 or float32"
         )
     return tensor.contiguous()
 
 
 def _tokenizer(saved: SavedCheckpoint, max_length: int) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:
-    """Return the tokenizer's files by name, the ids of special tokens by key of config.json, and notes for the user.
+    """Return the tokenizer's files by name, the ids of special tokens by config.json's keys, and notes for the user.
 
     Args:
         saved: the checkpoint.
@@ -164,7 +165,7 @@ def _tokenizer(saved: SavedCheckpoint, max_length: int) -> tuple[dict[str, bytes
     return (
         files,
         ids,
-        ["the checkpoint has no tokenizer, so the export has none: put its files into the output directory"],
+        ["the checkpoint has no tokenizer, so the export has none: put tokenizer files into the output directory"],
     )
 
 

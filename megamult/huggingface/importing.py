@@ -31,7 +31,8 @@ from megamult.train.config import TrainConfig
 PLACEMENTS = ("all", "none", "symmetry_free", "scalar")
 
 _FLOATS = ("F32", "BF16", "F16")
-# Tensors whose names end in this are ignored. Old models store this table, but config.json determines it.
+# End of the names of tensors to ignore. These tables of rotary frequencies are in files of old models, but config.json
+# determines them.
 _DERIVED = ".rotary_emb.inv_freq"
 
 
@@ -132,7 +133,7 @@ def _open(source: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): it is missing or damaged, fetch it again") from None
+            raise ValueError(f"{path} cannot be read ({error}): it is missing or damaged, so fetch it again") from None
         for name in file.keys():  # noqa: SIM118 (it is no dict)
             if name.endswith(_DERIVED):
                 continue
@@ -149,7 +150,7 @@ def _files(source: Path) -> list[Path]:
         try:
             return [source / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
         except (KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index} has no weight_map: the index is damaged, fetch it again") from None
+            raise ValueError(f"{index} has no weight_map: the index is damaged, so fetch it again") from None
     if single.is_file():
         return [single]
     pickled = sorted(path.name for path in source.glob("pytorch_model*.bin"))
@@ -193,20 +194,21 @@ def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list
         first = left[min(left)]
         raise ValueError(
             f"{source} holds {first.name} {first.shape}, which a {architecture.hugging_face_class} of this config.json "
-            f"does not have ({len(left)} such tensors): the model here cannot express it, so it cannot be imported"
+            f"does not have ({len(left)} such tensors): megamult's model has no such tensor, so this model cannot be "
+            "imported"
         )
     return matched
 
 
 def _check_equal(source: Path, head: _Stored, embedding: _Stored) -> None:
-    """Check that the head equals the embedding, if the files of a tied model have both.
+    """Check that the head in the files of a tied model equals the embedding.
 
     Raises:
         ValueError: the head differs from the embedding.
     """
     if any(not torch.equal(head.rows(*block), embedding.rows(*block)) for block in blocks(embedding.shape)):
         raise ValueError(
-            f"{source}: tie_word_embeddings is true, and {head.name} differs from {embedding.name}: remove the "
+            f"{source}: tie_word_embeddings is true, but {head.name} differs from {embedding.name}: remove the "
             "head, or set tie_word_embeddings to false in config.json"
         )
 
@@ -227,13 +229,13 @@ def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes
     files = {f"{TOKENIZER_FOLDER}/{name}": content for name, content in found.items()}
     notes = []
     try:
-        # If the model has a sentencepiece file, it was trained with this file, and its other tokenizer files repeat it.
+        # A model with a sentencepiece file was trained with this file. Its other tokenizer files have the same content.
         identity = (SENTENCEPIECE, Tokenizer(source / "tokenizer.model").sha256)
         files[SENTENCEPIECE] = found["tokenizer.model"]
     except ValueError:
         if identity is None:
             notes.append(
-                "the input has no tokenizer: the checkpoint has none either, and an export of it will have none"
+                "the input has no tokenizer: the checkpoint has none either, nor will an export of the checkpoint"
             )
         else:
             names = identity[0].replace(f"{TOKENIZER_FOLDER}/", "")

@@ -47,7 +47,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 _MERGED = """\
 This model was trained with learnable row and column multipliers \
 ([arXiv 2601.04890](https://arxiv.org/abs/2601.04890)), placement `{placement}`. \
-They are merged into the weights here: W_eff = s diag(r) W diag(c)."""
+They are merged into the weights here: W_eff = s diag(r) W diag(c), with row multipliers r, column multipliers c and \
+scalar multiplier s."""
 
 _MODEL = {
     "vocab_size": "vocabulary",
@@ -98,7 +99,7 @@ def render(info: CheckpointInfo, exported: Mapping[str, Any], parameters: int, m
 
 
 def _batch(train: Mapping[str, Any]) -> Any:
-    """Return the size of the batch, and how it grew at the beginning. Older checkpoints know no such growth."""
+    """Return the batch size, and how it grew at the beginning. Older checkpoints do not have `batch_ramp`."""
     ramp, full = train.get("batch_ramp", {}), train["global_batch_size"]
     if not ramp.get("start"):
         return full

@@ -13,12 +13,11 @@ The result depends only on the pieces and the order of merges. Four differences 
   depend on the surrounding text, so the last of them always joins the same pair, and the other pairs never occur.
 * Text that looks like a special token, such as "</s>", is plain text in training data. transformers would read it as a
   special token, so the conversion sets `split_special_tokens`.
-* transformers can put a token before a text. Training data has none there, so the conversion sets `add_bos_token` to
-  false.
+* transformers can put a bos token before a text. Training data has no such token, so the conversion sets
+  `add_bos_token` to false.
 
-One difference remains. It concerns sequences of byte tokens that are not valid UTF-8, which no text is encoded to. To
-decode them, `tokenizers` writes U+FFFD for every byte token of such a sequence, and sentencepiece writes it only for
-the invalid ones.
+One difference remains, in the decoding of byte tokens that are not valid UTF-8. Encoding a text never gives such byte
+tokens. `tokenizers` decodes every byte token of such a sequence as U+FFFD, and sentencepiece only the invalid ones.
 """
 
 from __future__ import annotations
@@ -131,7 +130,8 @@ def _check_expressible(model: Path, proto: Any) -> None:
 
 
 _REMEDY = (
-    "put the files of this tokenizer in Hugging Face's format into a folder hf_tokenizer beside it, and export again"
+    "put the files of this tokenizer, in Hugging Face's format, into a folder hf_tokenizer beside the .model file, and "
+    "export again"
 )
 
 

@@ -274,7 +274,7 @@ def test_one_with_more_documents_than_megatron_numbers_is_refused(
 ) -> None:
     monkeypatch.setattr("megamult.data.dataset.MOST_DOCUMENTS", 29)
     with pytest.raises(
-        ValueError, match=r"a has 30 documents, and Megatron's sample index numbers at most 29: prepare"
+        ValueError, match=r"a has 30 documents, but Megatron's sample index has numbers for only 29: prepare"
     ):
         make(write_indexed("a", distinct_ids(0, 1)))
 

@@ -105,7 +105,7 @@ def test_without_a_stamp_samples_are_checked_and_that_is_said(write_indexed: Wri
     assert not found[good].stamped
     said, rest = (unchecked(list(found.values()), full) for full in (False, True))
     assert said is not None and rest is not None
-    assert said.removeprefix(rest).startswith("; token ids are checked in samples")
+    assert said.removeprefix(rest).startswith("; only a sample of the token ids is checked now")
     assert said.startswith(f"1 of 1 data sources have no stamp of launch/prepare_data.py ({good}): whether they were")
     with pytest.raises(ValueError, match=r"bad\.bin: token id 60000 at token 4 \(document 1\)"):
         describe_all([good, bad], tokenizer)

@@ -205,7 +205,7 @@ MISTAKES = [
     ({HEAD: None}, {}, r"has no tensor under model\.output_layer\.weight, where .* asks for \(400, 96\)"),
     ({NORM: torch.ones(95)}, {}, r"has \(95,\) under model\.decoder\.final_layernorm\.weight, .* asks for \(96,\)"),
     ({"model.x.bias": torch.ones(3)}, {}, r"holds model\.x\.bias, which its configuration does not have"),
-    ({NORM: torch.full((96,), 7e4)}, {"dtype": "float16"}, r"model\.norm\.weight holds 70000, and torch\.float16 ends"),
+    ({NORM: torch.full((96,), 7e4)}, {"dtype": "float16"}, r"model\.norm\.weight holds 70000, and the largest"),
     ({}, {"dtype": "int8"}, r"dtype is 'int8': use auto, float32, bfloat16, float16"),
     ({}, {"max_shard_size": "5"}, r"max_shard_size is '5': give a number and KB, MB"),
 ]
