@@ -1,6 +1,6 @@
 """Average checkpoints of one model: write a checkpoint whose weights are the average, with all multipliers at 1.
 
-The effective weights s diag(r) W diag(c) are averaged, not r, W and c apart.
+The effective weights s diag(r) W diag(c) are averaged, not r, W and c separately.
 """
 
 import argparse
@@ -12,8 +12,8 @@ from megamult.runtime.console import whole_or_nothing
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Step, data, configuration and tokenizer are those of the newest checkpoint; the optimizer's state is "
-        "fresh. launch/export_hf.py exports the result. On an error it writes nothing.",
+        epilog="The result has the step, data state, configuration and tokenizer of the newest checkpoint, and fresh "
+        "optimizer state. launch/export_hf.py exports the result. On an error it writes nothing.",
     )
     parser.add_argument(
         "checkpoints",
@@ -31,14 +31,14 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoint directory to write, which must be empty or not exist",
     )
     parser.add_argument(
-        "--last", type=int, metavar="N", help="average the last N checkpoints of the run directory that are whole"
+        "--last", type=int, metavar="N", help="average the newest N complete checkpoints of the run directory"
     )
     parser.add_argument(
         "--weights",
         default="uniform",
         choices=["uniform", "ema"],
-        help="share of each checkpoint: equal (default uniform), or proportional to decay^k for the k-th before the "
-        "newest, in the order of steps (ema); the shares sum to 1",
+        help="share of each checkpoint in the average. uniform (default): all shares are equal. ema: the k-th "
+        "checkpoint before the newest, by step, has a share proportional to decay^k. The shares sum to 1",
     )
     parser.add_argument(
         "--decay", type=float, metavar="D", help="decay of --weights ema, between 0 and 1 (default 0.9)"

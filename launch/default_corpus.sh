@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Fetches and tokenizes the default corpus, the State of the Union speeches: writes data/sotu_{train,valid}.* and
-# data/sotu.model, unless they are there. Needs the environment of launch/setup_env.sh.
+# data/sotu.model, unless these files exist. Needs the environment of launch/setup_env.sh.
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 prefix=data/sotu
 mkdir -p "${prefix%/*}"
-# One at a time: tasks of a job array may start together.
+# Let only one process at a time do this, because tasks of a job array may start together.
 if command -v flock >/dev/null; then
     exec 9<"${prefix%/*}"
     flock 9

@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         "--placement",
         default="all",
         choices=["all", "none", "symmetry_free", "scalar"],
-        help="placement of the multipliers, which start at 1 (default all; none: a plain model)",
+        help="placement of the multipliers, which start at 1 (default all). none: a model without multipliers",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Print the keys by which muP adapts settings that were tuned at a base width to the width of the run."""
+"""Print the keys with which muP transfers settings from the base width at which they were tuned to this run's width."""
 
 import argparse
 
@@ -23,8 +23,8 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=int,
         metavar="N",
-        help="hidden_size of the model whose settings were tuned. Its other widths are in proportion, with heads of "
-        "the same size",
+        help="hidden_size of the model whose settings were tuned. Its other widths are smaller or larger in "
+        "proportion, and its heads have the same size",
     )
     parser.add_argument(
         "--learned",

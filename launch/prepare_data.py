@@ -20,8 +20,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="UTF-8 files of JSON lines (known by their content), with one document per line, or of plain text, with "
-        "one document per block between blank lines",
+        help="UTF-8 files of JSON lines (recognized by their content), with one document per line, or of plain text, "
+        "with one document per block between blank lines",
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
     tokenizer = parser.add_mutually_exclusive_group(required=True)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # From a bare machine to a pretrained small model: makes the environment, fetches and tokenizes the default corpus,
-# trains by examples/configs/quickstart.yaml, and says where the results are. What is there already is kept; each call
-# trains anew, in a run directory of its own. Takes pretrain.py's overrides; paths in them start from the repository:
+# trains by examples/configs/quickstart.yaml, and says where the results are. An existing environment or corpus is kept;
+# each call trains anew, in a run directory of its own. Takes pretrain.py's overrides. Paths in them are relative to the
+# repository:
 #
 #     launch/quickstart.sh [--section.key value ...]
 set -euo pipefail
 
-cpu_processes=1 # without a GPU: ranks, which share the cores; with GPUs: one rank each
+cpu_processes=1 # number of ranks, which share the cores, if there is no GPU; otherwise each GPU has one rank
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source launch/setup_env.sh
@@ -25,16 +26,16 @@ if [[ -z "$run_dir" ]]; then
     name="runs/quickstart-$(date +%Y%m%d-%H%M%S)" number=1
     run_dir="$name"
     mkdir -p runs
-    # Only one of two that start in the same second makes it.
+    # If two quickstarts begin in the same second, only one of them can make this directory.
     until mkdir "$run_dir" 2>/dev/null; do
         if [[ ! -e "$run_dir" ]]; then
-            echo "error: $PWD/$run_dir cannot be made: see that runs/ can be written" >&2
+            echo "error: $PWD/$run_dir cannot be made: make sure that runs/ can be written" >&2
             exit 2
         fi
         number=$((number + 1))
         run_dir="$name-$number"
     done
-    trap 'rmdir "$run_dir" 2>/dev/null || true' EXIT # if nothing was written
+    trap 'rmdir "$run_dir" 2>/dev/null || true' EXIT # removes the directory only if it is empty
     set -- --train.run_dir "$run_dir" "$@"
 fi
 
@@ -44,13 +45,13 @@ if [[ "$MEGAMULT_GPUS" == 0 ]]; then
     processes="$cpu_processes"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) / processes > 0 ? $(nproc) / processes : 1))}"
 else
-    processes=1 # the largest power of two that GPUs allow: it must divide the global batch of 16 sequences
+    processes=1 # becomes the largest power of two up to the number of GPUs: it must divide the batch of 16 sequences
     while ((processes * 2 <= MEGAMULT_GPUS && processes < 16)); do processes=$((processes * 2)); done
 fi
 set -- --train.micro_batch_size $((16 / processes)) "$@"
 ranks=(--num_gpus "$processes")
 if [[ "$MEGAMULT_GPUS" != 0 && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
-    # The launcher lets --num_gpus override this variable; without the flag it starts one rank for each device here.
+    # The launcher lets --num_gpus override this variable; without the flag, it starts one rank for each device in it.
     CUDA_VISIBLE_DEVICES="$(cut -d , -f "1-$processes" <<<"$CUDA_VISIBLE_DEVICES")"
     export CUDA_VISIBLE_DEVICES
     ranks=()

@@ -1,35 +1,36 @@
 #!/usr/bin/env bash
-# Makes this checkout's environment ready, .venv, and, when sourced, puts it to use in this shell:
+# Prepares this checkout's environment, .venv. When sourced, also activates it in this shell:
 #
 #     source launch/setup_env.sh
 #
 # Needs Python 3.11 or later and a C++ compiler. The first time it installs the package with the pins
-# of constraints.txt; afterwards it only checks, in well under a second. Where pip looks for packages is pip's own
-# configuration (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf). Reads, all optional:
+# of constraints.txt; afterwards it only checks, in well under a second. pip's own configuration (PIP_INDEX_URL,
+# PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf) says where pip looks for packages. Reads these variables, all optional:
 #
 #     MEGAMULT_EXTRAS       extras of setup.py to install, separated by commas (test, export)
 #     MEGAMULT_PYTHON       the Python to make the environment with
-#     TORCH_EXTENSIONS_DIR  where compiled operators are kept (torch_extensions in the environment)
+#     TORCH_EXTENSIONS_DIR  where compiled operators are kept (default: torch_extensions in the environment)
 #
-# Sets PATH, VIRTUAL_ENV, TORCH_EXTENSIONS_DIR, MEGAMULT_GPUS (how many CUDA GPUs torch sees) and, where that is 0,
-# DS_ACCELERATOR=cpu.
+# Sets PATH, VIRTUAL_ENV, TORCH_EXTENSIONS_DIR, MEGAMULT_GPUS (how many CUDA GPUs torch sees) and, if there are
+# none, DS_ACCELERATOR=cpu.
 #
-# Nothing is ever deleted from an environment, or installed into one, that another checkout made. Where .venv is one
-# (a link to it, or a folder that came along when the checkout was moved, copied or mounted elsewhere), it is left as it
-# is, and .venv-NUMBER is made and used instead; the number stands for the checkout's path.
+# An environment that another checkout made is never changed. .venv is such an environment if it is a link to one, or if
+# it came along when the checkout was moved, copied or mounted elsewhere. It is then left as it is, and .venv-NUMBER,
+# where NUMBER is a hash of the checkout's path, is made and used instead.
 
 megamult_root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
 if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
-    # Sourced. What another checkout's setup_env.sh left in this shell is not this one's.
+    # Sourced. Forget the folder of operators that the setup_env.sh of another checkout set in this shell.
     [[ "${TORCH_EXTENSIONS_DIR-}" != "${VIRTUAL_ENV-}/torch_extensions" ]] || unset TORCH_EXTENSIONS_DIR
-    # The work is done in a process of its own, so that its strictness leaves this shell as it was.
+    # Work in a separate process, so that `set -euo pipefail` does not reach this shell.
     megamult_report="$(bash "$megamult_root/launch/setup_env.sh" --report)" || return 1
     export MEGAMULT_GPUS="${megamult_report%%$'\n'*}"
     export VIRTUAL_ENV="${megamult_report#*$'\n'}"
-    # First in PATH: an operator is compiled again whenever another ninja is found.
+    # Put the environment first in PATH, because operators are compiled again whenever another ninja is found.
     [[ "$PATH" == "$VIRTUAL_ENV/bin:"* ]] || export PATH="$VIRTUAL_ENV/bin:$PATH"
-    # Inside .venv, because the build depends on its paths: two checkouts that share a folder undo each other's.
+    # Keep operators inside the environment, because their build depends on its paths: two checkouts that shared a
+    # folder would overwrite each other's operators.
     export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}"
     [[ "$MEGAMULT_GPUS" != 0 ]] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
     unset megamult_root megamult_report
@@ -37,7 +38,7 @@ if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
 fi
 
 set -euo pipefail
-exec 3>&1 1>&2 # what is said goes to stderr; stdout is for what --report prints: the number of GPUs, the environment
+exec 3>&1 1>&2 # messages go to stderr; stdout is for what --report prints: the number of GPUs, the environment
 cd -- "$megamult_root"
 
 say() { printf 'megamult: %s\n' "$*"; }
@@ -46,7 +47,7 @@ die() {
     exit 1
 }
 
-# Is there an NVIDIA GPU here at all? Quick, and needs no torch.
+# Is there an NVIDIA GPU on this machine? This check is quick and needs no torch.
 has_gpu() {
     [[ "${CUDA_VISIBLE_DEVICES-all}" != "" && "${CUDA_VISIBLE_DEVICES-all}" != "-1" ]] || return 1
     compgen -G '/dev/nvidia[0-9]*' >/dev/null || nvidia-smi -L >/dev/null 2>&1
@@ -65,7 +66,7 @@ print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')"
             "If that prints None, torch is a CPU build: let pip find a CUDA build, remove ${venv##*/} and start again."
 }
 
-# What a Python lacks for our purpose, one word each; "version" when it is too old or does not start.
+# Prints what the Python $1 lacks, one word per line: venv, headers; or "version" if it is too old or does not start.
 lacks() {
     "$1" - 2>/dev/null <<'PY' || echo version
 import os, sys, sysconfig
@@ -80,8 +81,9 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 PY
 }
 
-# What this checkout writes into an environment that it makes: its path, and a number that no other checkout has, also
-# where two are seen at one path (in containers). A copy of the checkout has the number, and another path.
+# Prints what this checkout writes into each environment that it makes: the checkout's path and its number. The number
+# distinguishes checkouts that have the same path, each in its own container. The path distinguishes a checkout from its
+# copies, which have the same number.
 owner() {
     printf '%s\n' "$megamult_root" && cat .venv-id 2>/dev/null
 }
@@ -89,19 +91,20 @@ owner() {
 # Did this checkout make the environment $1?
 is_ours() { [[ "$(head -n 2 "$1/.megamult-owner" 2>/dev/null)" == "$(owner)" ]]; }
 
-# May what is at $1 be deleted? On this machine only: elsewhere its Python may start, and jobs use it.
+# May what is at $1 be deleted? Only if this checkout made it on this machine: an environment from another machine may
+# work there, and jobs may use it.
 is_disposable() { is_ours "$1" && [[ "$(tail -n 1 "$1/.megamult-owner")" == "$(uname -n)" ]]; }
 
 # Is there nothing at $1, or an empty folder?
 is_free() { [[ ! -e "$1" && ! -L "$1" ]] || { [[ -d "$1" ]] && [[ -z "$(ls -A "$1/")" ]]; }; }
 
-# Does the environment $1 work at this path? The scripts in its bin hold it.
+# Does the environment $1 work at this path? The scripts in its bin contain the path that it was made at.
 works() { "$1/bin/python" -c '' 2>/dev/null && grep -qsF -- "$1" "$1/bin/activate" "$1/bin/pip"; }
 
-# May $1 be used as it is? Made by this checkout; or made by hand in it, and nobody else's.
+# May $1 be used as it is? It must work, and be made by this checkout or by hand (no link, no owner file).
 is_usable() { works "$1" && { is_ours "$1" || [[ ! -L "$1" && ! -e "$1/.megamult-owner" ]]; }; }
 
-# Sets venv: the environment of this checkout, which may have to be made.
+# Sets venv to the environment of this checkout, and makes it if necessary.
 choose_venv() {
     local number
     number="$(printf %s "$megamult_root" | sha256sum | cut -c 1-8)"
@@ -118,7 +121,7 @@ choose_venv() {
     die "no name is left for an environment: move .venv-$number away."
 }
 
-# Why the environment $1 is not used, in words.
+# Prints why the environment $1 is not used.
 fault_of() {
     local made_for
     made_for="$({ head -n 1 "$1/.megamult-owner" ||
@@ -132,12 +135,12 @@ fault_of() {
     fi
 }
 
-# Makes the environment venv: nothing is there, or what this checkout once made.
+# Makes the environment $venv. What this checkout made at that path earlier is deleted.
 make_venv() {
     local python candidate missing=version lacking
     if [[ -n "${MEGAMULT_PYTHON:-}" ]]; then
         local candidates=("$MEGAMULT_PYTHON")
-    else # 3.11 first: the tested one
+    else # 3.11 first, because it is the tested version
         local candidates=(python3.11 python3.12 python3.13 python3 python3.14 python)
     fi
     for candidate in "${candidates[@]}"; do
@@ -164,7 +167,7 @@ make_venv() {
     say "making ${venv##*/} with $python ($("$python" -V))"
     [[ -s .venv-id ]] || printf '%s\n' "$(od -An -N8 -tx8 /dev/urandom | tr -d ' ')" >.venv-id
     mkdir -p "$venv"
-    { owner && uname -n; } >"$venv/.megamult-owner" # first: what is made is ours even if this is interrupted
+    { owner && uname -n; } >"$venv/.megamult-owner" # first, so that the folder is ours even if this is interrupted
     find "$venv/" -mindepth 1 -maxdepth 1 ! -name .megamult-owner -exec rm -rf {} +
     "$python" -m venv "$venv"
 }
@@ -210,7 +213,7 @@ print("cuda" if any(name.startswith(("nvidia-", "cuda-")) for name in requires) 
 # Compiles DeepSpeed's shared-memory collectives now, once, instead of in every rank of the first run.
 warm_shm_op() {
     local log="$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm.log" done_file="$TORCH_EXTENSIONS_DIR/.megamult-compiled"
-    # A process that is killed while it compiles leaves a lock, for which every later one would wait for ever.
+    # Remove the lock that a killed compilation may have left: every later process would wait for it for ever.
     "$venv/bin/python" megamult/distributed/extensions.py "$TORCH_EXTENSIONS_DIR"
     if [[ "$(cat "$done_file" 2>/dev/null)" == "$wanted" ]]; then return; fi
     check_compiler
@@ -224,7 +227,7 @@ warm_shm_op() {
     echo "$wanted" >"$done_file"
 }
 
-# One set-up at a time in a checkout; two pips would spoil one another's work.
+# Let only one set-up at a time run in a checkout, because two pips would spoil each other's work.
 if command -v flock >/dev/null; then
     exec 9<"$megamult_root"
     flock 9
@@ -249,9 +252,9 @@ done
 
 if [[ "$installed" != "$wanted" ]]; then
     check_compiler
-    export PIP_USER=0 # an install for the user would miss the environment
+    export PIP_USER=0 # with 1, pip would install outside the environment
     pip=("$venv/bin/python" -m pip --disable-pip-version-check install -c constraints.txt)
-    # First pip itself: older ones download all of torch to read its requirements.
+    # Update pip first, because older versions download all of torch to read its requirements.
     "${pip[@]}" -q --upgrade pip || say "warning: pip could not be updated; going on with the one that is there"
     check_torch_build
     say "installing into ${venv##*/} (a few minutes the first time)"

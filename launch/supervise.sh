@@ -6,26 +6,29 @@
 # COMMAND is any line that starts launch/pretrain.py with --train.run_dir RUN and --checkpoint.load latest: under
 # deepspeed, srun, torchrun, in a container, or by itself. Options, before it:
 #
-#     --max_restarts N   how often to start it again in all (10)
-#     --max_failures N   give up after so many ends in a row without a newer checkpoint (3)
-#     --pause SECONDS    before the first restart; twice as long after each further failure, up to 5 minutes (5)
-#     --patience SECONDS how long a run whose launcher has ended may take to save and to end itself (900)
+#     --max_restarts N   start COMMAND again at most N times in all (10)
+#     --max_failures N   give up when COMMAND has ended N times in a row without a newer checkpoint (3)
+#     --pause SECONDS    wait this long before a restart, twice as long after each further end in a row without a newer
+#                        checkpoint, and never longer than 5 minutes (5)
+#     --patience SECONDS wait at most this long for the ranks to save and end after their launcher has ended (900)
 #
-# SIGTERM, SIGUSR1, SIGINT and SIGHUP are a request to save and stop. They reach the ranks without ending the launcher
-# between, which would lose their exit code. Decides by exit code:
+# SIGTERM, SIGUSR1, SIGINT and SIGHUP are a request to save and stop. The request reaches the ranks without ending the
+# launcher, because a launcher that a signal ends loses the ranks' exit code. What happens next depends on the exit code
+# of COMMAND:
 #
-#     0            done, if the newest checkpoint is that of the last step (DeepSpeed's launcher also returns 0 when
-#                  a signal ended it); otherwise a crash
-#     75           saved and stopped as asked: passed on, start the same line again
-#     2, 65, 74    a mistake in the command, diverged, the last checkpoint could not be written: passed on
-#     else         a crash: restarted, unless it had been asked to stop (then 75); passed on when it gives up
+#     0            done, if the newest checkpoint is that of the last step; otherwise a crash, because DeepSpeed's
+#                  launcher also returns 0 when a signal ends it
+#     75           saved and stopped as asked: returns 75; start the same line again to continue
+#     2, 65, 74    a mistake in the command, diverged, the last checkpoint could not be written: returns this code
+#     else         a crash: starts COMMAND again; returns this code when it gives up, and 75 if it was asked to stop
 #
-# Says each decision on stderr. torchrun's exit code is 1 whatever its ranks' is: with it, mistakes are tried again too.
+# Prints each decision to stderr. torchrun returns 1 whatever its ranks return, so under torchrun mistakes are restarted
+# too.
 set -euo pipefail
 
 readonly user_error=2 diverged=65 no_checkpoint=74 resume=75
 readonly longest_pause=300
-readonly same_request=5 # signals that follow within so many seconds are the same request, as they are to the ranks
+readonly same_request=5 # signals within this many seconds after the first are the same request; ranks count likewise
 
 max_restarts=10 max_failures=3 pause=5 patience=900
 
@@ -58,13 +61,13 @@ done
 (($#)) || die "no command: give the line that starts launch/pretrain.py"
 command -v "$1" >/dev/null || die "$1 is not a command here: source launch/setup_env.sh first, or give its path"
 
-# What the command says about its run; the last of several values counts, as it does to pretrain.py.
+# Read the run's keys from the command. If a key is given several times, the last value counts, as in pretrain.py.
 script="" run_dir="" load="" key="" launcher_passes_signals_on=""
 for word in "$@"; do
     if [[ -z "$script" ]]; then
         case "$word" in
             pretrain.py | */pretrain.py) script="$word" ;;
-            # They hand SIGUSR1 on to every rank on every node; SIGTERM makes srun kill them at once.
+            # These launchers pass SIGUSR1 on to all ranks on all nodes. On SIGTERM, srun would kill the ranks at once.
             srun | */srun | mpirun | */mpirun | mpiexec | */mpiexec) launcher_passes_signals_on=yes ;;
         esac
         continue
@@ -84,7 +87,7 @@ done
 [[ "$load" == latest ]] ||
     die "add --checkpoint.load latest to the command: without it a restart would not go on from the newest checkpoint"
 
-# Step of the newest checkpoint; -1: there is none.
+# Prints the step of the newest checkpoint, or -1 if there is none.
 newest_step() {
     local name=""
     { read -r name || true; } 2>/dev/null <"$run_dir/checkpoints/latest" || true
@@ -93,7 +96,7 @@ newest_step() {
 
 describe() { if (($1 < 0)); then echo "no checkpoint"; else echo "newest checkpoint step_$1"; fi; }
 
-# train.steps of the run's resolved configuration; nothing if it has none.
+# Prints train.steps of the run's config.yaml, or nothing if it cannot be read.
 all_steps() {
     awk '/^[^ #]/ { section = $1 } section == "train:" && $1 == "steps:" { print $2 }' "$run_dir/config.yaml" \
         2>/dev/null || true
@@ -105,16 +108,17 @@ is_complete() {
     [[ "$steps" =~ ^[0-9]+$ ]] && (("$(newest_step)" >= steps))
 }
 
-# Every process that the command starts on this machine inherits this mark, also where it leaves its session.
+# Every process that the command starts on this machine inherits this mark, even a process that leaves the session.
 mark="MEGAMULT_SUPERVISED=$$.$(date +%s%N)"
 
 our_processes() {
     local file
-    # Whole NUL-terminated words; processes that have just ended cannot be read.
+    # Match the mark with whole NUL-terminated words. Files of processes that have just ended cannot be read.
     { grep -lszxF -e "$mark" /proc/[0-9]*/environ || true; } | while IFS=/ read -r _ _ file _; do echo "$file"; done
 }
 
-# The ranks among them: Python running pretrain.py. A launcher has the script's name later in its line.
+# Prints the ranks among these processes: those that are Python with pretrain.py as its script. A launcher's script is
+# another one, and pretrain.py comes later in its line.
 our_ranks() {
     local pid words word
     for pid in $(our_processes); do
@@ -149,16 +153,17 @@ tell_ranks() {
 
 # shellcheck disable=SC2317,SC2329 # the traps call it
 request() {
-    # `return` alone would give the status of the command that the signal interrupted, and `set -e` end all.
+    # `return` without 0 would return the status of the command that the signal interrupted, and `set -e` would then end
+    # this script.
     if [[ -n "$asked" ]] && ((SECONDS - asked_at <= same_request)); then return 0; fi
-    told=() # a request that is repeated later shall end the ranks at once, as they promise
+    told=() # tell all ranks again: a later, repeated request makes them end at once
     asked="$1" asked_at="$SECONDS"
     say "SIG$asked: asking the run to save and stop, $(describe "$(newest_step)")"
     if [[ -z "$pid" ]] || ! kill -0 "$pid" 2>/dev/null; then return 0; fi
     if [[ -n "$launcher_passes_signals_on" ]]; then
         kill -s USR1 "$pid" 2>/dev/null || true
     elif ! tell_ranks; then
-        # Its ranks are on other hosts, or there are none yet.
+        # The ranks are on other hosts, or none has started yet: tell the launcher.
         kill -s TERM "$pid" 2>/dev/null || true
     fi
 }
@@ -167,31 +172,32 @@ trap 'request USR1' USR1
 trap 'request INT' INT
 trap 'request HUP' HUP
 
-# A sleep that a signal ends.
+# Sleeps $1 seconds, or until a signal comes.
 rest() {
     sleep "$1" &
     wait "$!" || true
 }
 
-# Whether a live process holds the run's lock, on any host. Where locks reach no further than one node, only the record
-# in the file tells: a live holder writes into it every three seconds. Keeps what it saw in this shell.
+# Does a live process on any host hold the run's lock? If file locks do not reach across nodes, only the record in the
+# file tells: a live holder writes it every three seconds. The record seen last is kept in variables of this shell.
 readonly longest_beat=8
 lock_text="" lock_since=0
 is_locked() {
     local status=0 text="" here
     [[ -e "$run_dir/lock" ]] || return 1
-    # Another status than 9 says that locks do not work here.
+    # A status other than 0 and 9 means that file locks do not work here.
     flock --shared --nonblock --conflict-exit-code 9 "$run_dir/lock" true 2>/dev/null || status=$?
     ((status != 9)) || return 0
     { text="$(<"$run_dir/lock")"; } 2>/dev/null || return 1
     here="\"machine\": \"$(uname -n) $(</proc/sys/kernel/random/boot_id)\""
-    # A live holder on this host would have it locked.
+    # A live holder on this host would have locked the file.
     [[ "$text" == *'"machine": '* && "$text" != *"$here"* ]] || return 1
     if [[ "$text" != "$lock_text" ]]; then lock_text="$text" lock_since="$SECONDS"; fi
     ((SECONDS - lock_since < longest_beat))
 }
 
-# A launcher may be gone before its ranks, which then save and end by themselves.
+# Waits until all processes of the run have ended. A launcher may end before its ranks, which then save and end by
+# themselves.
 await_end() {
     local began="$SECONDS" left
     while left="$(our_processes)" && { [[ -n "$left" ]] || is_locked; }; do
@@ -199,7 +205,7 @@ await_end() {
             rest 0.2
             continue
         fi
-        [[ -z "$asked" ]] || tell_ranks || true # those that have started since
+        [[ -z "$asked" ]] || tell_ranks || true # ranks that have started since the request
         if ((SECONDS - began > patience)); then
             if [[ -z "$left" ]]; then
                 say "$run_dir/lock is still held $patience s after the command's end, by a process that is not on" \
@@ -215,25 +221,26 @@ await_end() {
     done
 }
 
-# Names the ranks on this host that ended without a word of their own: killed, or out of memory.
+# Names the ranks on this host that ended without a message of their own, as killed ranks do.
 tell_who_left() {
     local file name step
     step="$(tail -n 1 "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*/\1/p')" || true
     for file in "$run_dir"/logs/rank_*.running; do
         { read -r name <"$file"; } 2>/dev/null || continue
-        [[ "$name" == *" on $(uname -n) (process "* ]] || continue # others may still be about to end
+        [[ "$name" == *" on $(uname -n) (process "* ]] || continue # ranks on other hosts may still be ending
         rm -f "$file"
-        say "$name ended without a word (killed, or out of memory?), last step in metrics.jsonl: ${step:-none}"
+        say "$name ended without a message (killed, or out of memory?), last step in metrics.jsonl: ${step:-none}"
     done
 }
 
 # Runs the command to its end; sets code.
 run_once() {
     told=()
-    # In a session of its own: Ctrl-C in a terminal would otherwise reach launchers and ranks before this request does.
+    # Start the command in a session of its own. Otherwise Ctrl-C in a terminal would reach launchers and ranks before
+    # the request of this script does.
     env "$mark" setsid "$@" &
     pid=$!
-    # A trapped signal ends `wait` early; the last `wait` has the exit code in any case.
+    # A trapped signal ends `wait` early, so wait again. The last `wait` returns the command's exit code.
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
     code=0
     wait "$pid" || code=$?
@@ -285,6 +292,6 @@ while [[ -z "$asked" ]]; do
     say "$state: restart $restarts of $max_restarts in $seconds s"
     ((seconds == 0)) || rest "$seconds"
 done
-# Asked to stop before it was started again.
+# The request to stop came before the command was started again.
 say "stopped by SIG$asked between two starts, $(describe "$(newest_step)"): returning $resume"
 exit "$resume"

@@ -39,7 +39,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     deepspeed: dict[str, Any] | str | None = None
-    """DeepSpeed configuration to merge into the one that the other keys produce; docs/deepspeed.md lists its keys."""
+    """DeepSpeed configuration (a mapping, or the path of a JSON file) to merge into the one that the other keys
+    produce. docs/deepspeed.md lists the keys of a DeepSpeed configuration."""
 
     def __post_init__(self) -> None:
         optimizer, train = self.optimizer, self.train
@@ -51,7 +52,7 @@ class Config:
         require(
             not (train.dtype == "bf16" and self.parallel.zero_stage == 0 and train.accumulation_dtype == "fp32"),
             "parallel.zero_stage is 0 with train.dtype bf16: DeepSpeed then accumulates gradients in bf16; use "
-            "parallel.zero_stage 1 to 3, or accept this with train.grad_accum_dtype bf16",
+            "parallel.zero_stage 1 to 3, or accept bf16 accumulation with train.grad_accum_dtype bf16",
         )
         require(
             self.checkpoint.load != "latest" or train.run_dir is not None,
@@ -62,12 +63,13 @@ class Config:
             not (self.multipliers.implementation == "folded" and model.tie_embeddings and placement.get("embedding")),
             "model.tie_embeddings is true with multipliers.implementation folded and multipliers.placement "
             f"{self.multipliers.placement!r}: the embedding's multipliers would reach the head too; set tie_embeddings "
-            "to false, or placement to a mapping without embedding",
+            "to false, or placement to a mapping without the role embedding",
         )
         require(
             not (model.tie_embeddings and self.multipliers.divide_weights and "embedding" in self.multipliers.initial),
             "multipliers.initial.embedding is given with model.tie_embeddings and multipliers.divide_weights true: the "
-            "head has the divided weights too, without the multipliers; set divide_weights to false, or leave it out",
+            "head has the divided weights too, without the multipliers; set divide_weights to false, or leave "
+            "multipliers.initial.embedding out",
         )
         of_head = [
             key
@@ -128,7 +130,7 @@ class Config:
             f"parallel.tensor is {tensor} and {processes} processes were started: start a multiple of {tensor}",
         )
         samples = train.micro_batch_size * (processes // tensor)
-        # If the first batch and the increment are multiples, so is every batch of the ramp.
+        # If the first batch and the increment are multiples of `samples`, so is every batch of the ramp.
         sizes = {
             "train.global_batch_size": train.global_batch_size,
             "train.batch_ramp.start": train.batch_ramp.start or 0,

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 Why = Literal["function", "samples"]
 """Reason why a resumed run must not change a setting.
 
-function: with another value, the checkpoint's weights would compute another function.
-samples: the setting decides which samples come next. It may change only if the run had not trained on any sample
+`function`: with another value of the setting, the checkpoint's weights would no longer compute the same function.
+`samples`: the setting decides which samples come next. It may change only if the run had not trained on any sample
 before the checkpoint."""
 
 _FIXED = "fixed when a run resumes"
@@ -32,8 +32,8 @@ def fixed(default: _Default, why: Why, *, attribute: str | None = None, note: st
     Args:
         default: default value of the field.
         why: reason why the setting must not change.
-        attribute: name of the section's attribute with the resolved value, if the field itself does not hold it (null
-            in the field may mean that another key's value is used).
+        attribute: name of the section's attribute that holds the resolved value, if the field itself does not hold it.
+            For example, a field may be null to say that another key's value is used.
         note: what the setting decides, if its name does not say so; messages show it beside the name.
     """
     return dataclasses.field(default=default, metadata={_FIXED: _Fixed(why, attribute, note)})

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# What the batch scripts beside this file have in common. They source it, after they have set
+# Functions that the batch scripts beside this file share. They source it after they have set
 #
 #     container       image to run the ranks in, or nothing
-#     mounts          folders to show in it besides the repository, separated by commas
+#     mounts          folders to mount in the container besides the repository, separated by commas
 #     srun_options    array of further options of srun
 #     requeue         yes: a run that saved and stopped goes back into the queue
-#     max_requeues    how often
+#     max_requeues    how many times at most
 #     supervision     array of options of launch/supervise.sh
 #
-# and then call `run_job` with pretrain.py's arguments. It ends the script.
+# and then call `run_job` with pretrain.py's arguments. `run_job` ends the script.
 declare container mounts requeue max_requeues
 declare -a srun_options supervision
 
 readonly resume=75 # pretrain.py saved a checkpoint and stopped because it was asked to
 
 job_id="${SLURM_JOB_ID:?this is a batch script: submit it with sbatch}"
-# The first task of an array has the array's own number as its SLURM_JOB_ID, which would mean all of them.
+# In one task of an array, SLURM_JOB_ID is the number of the array itself, which scontrol takes for all its tasks.
 [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]] || job_id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
 
 say() { printf 'job %s: %(%F %T)T: %s\n' "$job_id" -1 "$*" >&2; }
@@ -24,7 +24,7 @@ die() {
     exit 2
 }
 
-# last_value KEY ARGUMENTS...: the value that counts of KEY among pretrain.py's arguments.
+# last_value KEY ARGUMENTS...: prints the last value of KEY among pretrain.py's arguments, which is the one that counts.
 last_value() {
     local key="$1" value="" previous="" word
     shift
@@ -36,12 +36,13 @@ last_value() {
     echo "$value"
 }
 
-# Sets step: the command of one rank, in the container if there is one.
+# Sets step to the command that starts all ranks, in the container if there is one.
 describe_step() {
-    # --wait and not --kill-on-bad-exit: that sends SIGTERM to ranks which are about to end by themselves, and their
-    # exit code, the reason, would be lost. A dead rank's peers end in seconds without it: the watchdog sees to that.
+    # Use --wait instead of --kill-on-bad-exit. The latter sends SIGTERM to ranks that are about to end by themselves,
+    # and their exit code, which tells the reason, would be lost. It is not needed, because the watchdog ends the peers
+    # of a dead rank within seconds.
     step=(srun --label --kill-on-bad-exit=0 --wait=60 "${srun_options[@]}")
-    # Since Slurm 22.05 srun does not take it from sbatch.
+    # Since Slurm 22.05, srun does not inherit this option from sbatch.
     [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     case "$container" in
         "") ;;
@@ -58,25 +59,25 @@ describe_step() {
     step+=(python launch/pretrain.py)
 }
 
-# Puts the job back into the queue, unless something speaks against it.
+# Puts the job back into the queue, unless Slurm is ending it or `requeue` or `max_requeues` forbids this.
 go_on_later() {
     local restarts="${SLURM_RESTART_COUNT:-0}" state
     state="$(scontrol --oneliner show job "$job_id" | sed -n 's/.*JobState=\([^ ]*\).*/\1/p')" || state=unknown
     if [[ "$state" != RUNNING ]]; then
-        # Cancelled by its user, or requeued by Slurm itself.
+        # The user has cancelled the job, or Slurm itself requeues it.
         say "saved and stopped; Slurm is ending this job ($state), so it is not requeued from here"
     elif [[ "$requeue" != yes ]]; then
-        say "saved and stopped; requeue is $requeue: the same command with --train.run_dir $run_dir goes on"
+        say "saved and stopped; requeue is $requeue: to continue, submit the same command with --train.run_dir $run_dir"
     elif ((restarts >= max_requeues)); then
-        say "saved and stopped; not requeued: it has been $restarts times, and max_requeues is $max_requeues"
+        say "saved and stopped; not requeued: it has been requeued $restarts times, and max_requeues is $max_requeues"
     elif scontrol requeue "$job_id"; then
         say "saved and stopped; requeued"
     else
-        say "saved and stopped; cannot be requeued: the same command with --train.run_dir $run_dir goes on"
+        say "saved and stopped; cannot be requeued: to continue, submit the same command with --train.run_dir $run_dir"
     fi
 }
 
-# run_job ARGUMENTS...: pretrain.py on every task of the job, until it is done or stopped; then exits.
+# run_job ARGUMENTS...: runs pretrain.py on every task of the job until the run is done or stopped, then exits.
 run_job() {
     local code=0 supervisor signal
     run_dir="$(last_value --train.run_dir "$@")"
@@ -94,13 +95,13 @@ run_job() {
 
     launch/supervise.sh "${supervision[@]}" "${step[@]}" "$@" &
     supervisor=$!
-    # Slurm signals the ranks; some signals come to this script too, or alone. Never trap CONT: Slurm sends it just
-    # before USR1, and bash then loses the USR1.
+    # Slurm signals the ranks. Some signals come to this script too, or only to this script. Never trap CONT: Slurm
+    # sends it just before USR1, and bash then loses the USR1.
     for signal in TERM USR1 INT; do
-        # shellcheck disable=SC2064 # this process, this signal
+        # shellcheck disable=SC2064 # expand both variables now
         trap "kill -s TERM $supervisor 2>/dev/null || true" "$signal"
     done
-    # A trapped signal ends `wait` early; the last `wait` has the exit code in any case.
+    # A trapped signal ends `wait` early, so wait again. The last `wait` returns the supervisor's exit code.
     while kill -0 "$supervisor" 2>/dev/null; do wait "$supervisor" || true; done
     wait "$supervisor" || code=$?
     if ((code == resume)); then go_on_later; fi

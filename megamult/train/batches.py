@@ -45,9 +45,9 @@ class Samples(Readable, Protocol):
 class MicroBatches:
     """Micro-batches of this data-parallel rank in order, each of consecutive samples.
 
-    Tensor-parallel ranks train on the same tokens. The first rank of each tensor-parallel group reads them, and sends
-    each micro-batch to the others of the group when it is taken. All ranks call each method together. The micro-batches
-    depend on `starts` only, and not on when they are read.
+    Tensor-parallel ranks train on the same tokens. The first rank of each tensor-parallel group reads them. When
+    the group takes a micro-batch, this rank sends it to the others. All ranks call each method together. The
+    micro-batches depend on `starts` only, and not on when they are read.
 
     Args:
         samples: the samples to read.
@@ -62,7 +62,7 @@ class MicroBatches:
         self._shape = (2, size, seq_length)
         self._end = 0
         self._mesh = mesh
-        self._next: int | None = None  # first start that has not been given to the thread
+        self._next: int | None = None  # first element of `starts` that has not been given to the thread
         self._waiting = 0  # number of micro-batches that were given to the thread and not taken yet
         self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._read: queue.SimpleQueue[Tensor | BaseException] = queue.SimpleQueue()
@@ -72,7 +72,7 @@ class MicroBatches:
             self._thread.start()
 
     def allow(self, end: int) -> None:
-        """Allow the thread to read samples before `end`. So far it has read none at or after the previous `end`."""
+        """Allow the thread to read the samples before index `end`. Without this call it reads none at all."""
         self._end = end
         self._ask()
 

@@ -13,7 +13,7 @@ from megamult.config import Config
 from megamult.settings import differences, run_settings, shown
 
 _NOT_COMPARED = ("checkpoint.load",)
-"""Keys that are not compared: the run prints the checkpoint that it resumes from in any case."""
+"""Keys that are not compared. A run always prints which checkpoint it resumes from, whatever `checkpoint.load` is."""
 
 
 def changes(before: Mapping[str, Any], config: Config) -> str | None:

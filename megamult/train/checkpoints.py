@@ -99,5 +99,5 @@ class RunCheckpoints:
         return self._saver.poll()
 
     def wait(self, seconds: float | None = None) -> Outcome | None:
-        """Wait for the last save, for at most `seconds`, and return its outcome, or None if there is none."""
+        """Wait, for at most `seconds`, until the last save ends. Return its outcome, or None if no save has ended."""
         return self._saver.wait(seconds)

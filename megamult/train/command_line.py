@@ -54,9 +54,9 @@ def parser() -> Any:
         type=dict[str, Any] | str | None,
         default=None,
         help="DeepSpeed configuration (a mapping or a JSON file) to merge into the one that the run's own keys "
-        'produce. docs/deepspeed.md lists its keys. The value "auto" stands for megamult\'s own value',
+        "produce. docs/deepspeed.md lists the keys that it may have. A key with the value auto keeps megamult's value",
     )
-    made.add_argument("--local_rank", type=int, default=None, help="set by the launcher and ignored: LOCAL_RANK counts")
+    made.add_argument("--local_rank", type=int, default=None, help="set by launchers, and ignored: LOCAL_RANK is used")
     return made
 
 
@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
 
 
 def _section_names() -> list[str]:
-    """Return the names of all sections, and of those within sections that every run has, such as train.batch_ramp."""
+    """Return the names of all sections, and of the nested sections that every run has, such as train.batch_ramp."""
     return [
         *SECTIONS,
         *(
@@ -132,7 +132,7 @@ def _check_used(given: Any) -> None:
 
 
 def _modern(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments, with each configuration file of an earlier version replaced by its text in today's keys.
+    """Return the arguments, with each configuration file of an earlier version replaced by YAML text in today's keys.
 
     Such a file is, for example, the config.yaml of an old run. Rank 0 prints what was translated.
 
@@ -146,7 +146,7 @@ def _modern(arguments: Sequence[str]) -> list[str]:
     loaded = {i: _loaded(value) for key, i, value in given if key in ("--config", "--optimizer")}
     sections = {i: loaded[i].get("optimizer") if key == "--config" else loaded[i] for key, i, _ in given if i in loaded}
     name: str = OptimizerConfig.name
-    for key, i, value in given:  # the last argument that names it wins, as in the parser
+    for key, i, value in given:  # as in the parser, the last argument that names the optimizer wins
         section = {"name": value} if key == "--optimizer.name" else sections.get(i)
         name = section.get("name", name) if isinstance(section, dict) else name
     found = list(arguments)

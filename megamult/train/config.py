@@ -21,8 +21,8 @@ class BatchRamp:
     increment: int | None = None
     """Sequences by which the batch grows each time."""
     samples: int | None = None
-    """Number of sequences over which the batch grows. It grows each time an equal share of them has been read. Steps
-    that begin after these sequences have train.global_batch_size."""
+    """Number of sequences over which the batch grows. They are divided into equal shares, one for each increment, and
+    the batch grows each time a share has been read. Later steps have train.global_batch_size."""
     lr_scaling: Literal["sqrt", "none"] = "sqrt"
     """sqrt: learning rates are multiplied by sqrt(batch / train.global_batch_size), except that of multipliers if
     multipliers.schedule is constant. none: they do not depend on the batch."""
@@ -106,11 +106,11 @@ class TrainConfig:
     """Steps between TensorBoard histograms of the multipliers; 0: none."""
     max_bad_steps: int = 20
     """Number of bad steps in a row after which the run ends with exit code 65 and names the last checkpoint before
-    them; 0: never. In a bad step, the loss or a gradient is not finite, or the gradient norm is above
+    these steps; 0: never. In a bad step, the loss or a gradient is not finite, or the gradient norm is above
     optimizer.skip_grad_norm."""
     max_minutes: float | None = None
-    """Minutes after which the run saves a checkpoint and ends with exit code 75. It can then be started again. null: no
-    limit."""
+    """Minutes after which the run saves a checkpoint and ends with exit code 75. The run can then be started again.
+    null: no limit."""
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -40,9 +40,9 @@ def open_datasets(
     """Open the samples of data.train and, if it is set, of data.valid. Collective over all ranks; a user's mistake ends
     them all.
 
-    One rank of each node reads headers, sizes, time stamps and samples of the files. Rank 0 sends its findings to all
-    ranks, and the reading rank of each node compares them with its own findings. If data.validate is full, every rank
-    then reads its share of all bytes.
+    One rank of each node reads headers, sizes, time stamps and a few bytes of the files. Rank 0 sends its findings to
+    all ranks, and the reading rank of each node compares them with its own findings. If data.validate is full, every
+    rank then reads its share of all bytes.
 
     Args:
         mesh: mesh of the processes.
@@ -97,5 +97,6 @@ def _check_same(mine: Mapping[str, Described] | None, described: Mapping[str, De
     if different:
         raise ValueError(
             f"{environment.host()} has other files than rank 0's host under {', '.join(different[:3])} "
-            f"({len(different)} data sources): put the data on a file system that all nodes share, or copy it again"
+            f"({len(different)} data sources differ): put the data on a file system that all nodes share, or copy it "
+            "again"
         )

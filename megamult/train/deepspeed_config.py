@@ -130,7 +130,7 @@ def _problem(name: str, value: Any, ours: Any) -> Iterator[str]:
             name, shown = f"{name}.{key.switch}", repr(value[key.switch])
         yield f"deepspeed.{name} is {shown}: {key.text}; remove it"
     elif key.use == "decided" and value != ours:
-        yield f"deepspeed.{name} is {shown}, and here it is {ours!r}: {key.text}; remove it"
+        yield f"deepspeed.{name} is {shown}, and this run needs {ours!r}: {key.text}; remove it"
     elif key.values and str(value).lower() not in key.values:
         yield f"deepspeed.{name} is {shown}: {key.text}; use {' or '.join(key.values)}, or remove it"
     elif isinstance(value, dict):
@@ -158,7 +158,7 @@ def _without_effect(zero: Any, config: Config) -> list[str]:
     serve several stages.
     """
     names = zero.keys() - {"stage"} if isinstance(zero, dict) else set()
-    where, remedy = "at parallel.zero_stage 0", "raise that"
+    where, remedy = "at parallel.zero_stage 0", "raise parallel.zero_stage"
     if config.parallel.zero_stage:
         names &= _OF_BUCKETS if _is_bf16_optimizer(config) else set()
         where = "at parallel.zero_stage 1 in bf16, where gradients are reduced once, after the last backward pass"

@@ -84,8 +84,8 @@ class DeepSpeedEngine:
         loss, count = torch.zeros((), device=device.local_device()), 0
         for tokens, labels in micro_batches:
             count += 1
-            # By itself, DeepSpeed ends a step where the number of all micro-batches so far is a multiple of the present
-            # accumulation. That is another place once the accumulation has changed.
+            # Tell DeepSpeed where the step ends. By default it ends a step when the number of all micro-batches so far
+            # is a multiple of the present accumulation, which is wrong once the accumulation has changed.
             self.deepspeed.set_gradient_accumulation_boundary(count == accumulation)
             objective, entropy = self.deepspeed(tokens, labels)
             self.deepspeed.backward(objective)
@@ -101,7 +101,7 @@ class DeepSpeedEngine:
         """
         engine = self.deepspeed
         engine.set_train_batch_size(accumulation * engine.train_micro_batch_size_per_gpu() * self.mesh.size_of("data"))
-        # `set_train_batch_size` changes neither the timer's copy nor that of the optimizers of ZeRO 1 to 3.
+        # `set_train_batch_size` changes neither the batch size in the timer nor the accumulation in ZeRO's optimizers.
         engine.tput_timer.batch_size = engine.train_batch_size()
         if hasattr(engine.optimizer, "gradient_accumulation_steps"):
             engine.optimizer.gradient_accumulation_steps = accumulation
@@ -146,10 +146,10 @@ def check_deepspeed(config: Config, mesh: Mesh) -> None:
             each = "; ".join(
                 f"{'.'.join(map(str, part['loc'])) or error.title}: {part['msg']}" for part in error.errors()
             )
-            raise ValueError(f"deepspeed: DeepSpeed refuses it ({each}); correct or remove that") from None
+            raise ValueError(f"deepspeed: DeepSpeed refuses these keys ({each}); correct or remove them") from None
         # DeepSpeedConfigError derives from Exception directly, and a wrong type can raise anything in its parser.
         except Exception as error:
-            raise ValueError(f"deepspeed: DeepSpeed refuses it ({error}); correct or remove that key") from None
+            raise ValueError(f"deepspeed: DeepSpeed refuses a key ({error}); correct or remove it") from None
 
 
 def build_optimizer(config: Config, model: torch.nn.Module, mesh: Mesh) -> TwoPhaseOptimizer:

@@ -78,7 +78,7 @@ KEYS: dict[str, Key] = {
     "torch_autocast": _refused("train.dtype decides", switch="enabled"),
     "bf16.enabled": _decided("train.dtype decides"),
     "bf16.check_grad_overflow": _decided("megamult's optimizer finds and skips bad steps (train.max_bad_steps)"),
-    "bf16.immediate_grad_update": _decided("gradients are accumulated as they come: less memory, the same sums"),
+    "bf16.immediate_grad_update": _decided("gradients are added to their sums at once: the same sums with less memory"),
     "bf16.bf16_master_weights_and_grads": _refused("masters are fp32"),
     "bf16.bf16_optimizer_states": _refused("the optimizer's state is fp32"),
     "data_types.grad_accum_dtype": _decided("train.grad_accum_dtype decides"),
@@ -88,23 +88,23 @@ KEYS: dict[str, Key] = {
     # Communication of gradients between ranks.
     "communication_data_type": _free(
         "dtype in which gradients are summed over data-parallel ranks (default: the dtype in which they are "
-        "accumulated, train.grad_accum_dtype). bf16 sends half as much as fp32 and rounds every partial sum to 8 bits; "
-        "fp16 would make infinities of sums above 65,504",
+        "accumulated, train.grad_accum_dtype). bf16 sends half as much as fp32 and rounds every partial sum to 8 "
+        "significant bits; fp16 would turn sums above 65,504 into infinity",
         values=("fp32", "bf16"),
     ),
     "seq_parallel_communication_data_type": _refused(
         "it is for DeepSpeed's sequence parallelism; parallel.sequence is Megatron's"
     ),
-    "prescale_gradients": _refused("it keeps sums in fp16 finite; there is no fp16 here (communication_data_type)"),
+    "prescale_gradients": _refused("it keeps fp16 sums finite, and no sum is in fp16 here (communication_data_type)"),
     "gradient_predivide_factor": _refused(
-        "it keeps sums in fp16 finite; there is no fp16 here (communication_data_type)", neutral=1.0
+        "it keeps fp16 sums finite, and no sum is in fp16 here (communication_data_type)", neutral=1.0
     ),
     "disable_allgather": _refused("DeepSpeed reads it and does nothing with it"),
     "sparse_gradients": _refused(_REMOVED + "gradients are dense"),
     # ZeRO. Keys that are not in this table are passed on to DeepSpeed, which refuses unknown ones.
     "zero_optimization.stage": _decided("parallel.zero_stage decides"),
     "zero_optimization.contiguous_gradients": _decided("reduced gradients are copied into one buffer"),
-    "zero_optimization.compute_grad_norm": _decided("megamult's optimizer takes the norm"),
+    "zero_optimization.compute_grad_norm": _decided("megamult's optimizer computes the norm"),
     "zero_optimization.overlap_comm": _free(
         "reduce gradients while backward runs (default: true with GPUs and several ranks; no effect at ZeRO 1 in bf16)"
     ),
@@ -164,10 +164,10 @@ KEYS: dict[str, Key] = {
     "datastates_ckpt": _refused("checkpoint.asynchronous true writes while training goes on"),
     # DeepSpeed's own output and measurements.
     "steps_per_print": _free("steps between DeepSpeed's own progress lines (default: none)"),
-    "wall_clock_breakdown": _free("seconds of forward, backward and step on the screen; waits for the device"),
-    "memory_breakdown": _free("memory in use around forward, backward and step on the screen"),
+    "wall_clock_breakdown": _free("print the seconds that forward, backward and step take; this waits for the device"),
+    "memory_breakdown": _free("print the memory in use before and after forward, backward and step"),
     "flops_profiler": _free(
-        "FLOP and seconds of each module at one step, on the screen or in a file",
+        "print the FLOP and seconds of each module at one step, or write them to a file",
         keys=(
             *("enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
             "recompute_fwd_factor",
@@ -175,20 +175,20 @@ KEYS: dict[str, Key] = {
     ),
     "timers": _free(
         "throughput: DeepSpeed's timer (default: off; it waits for the device in every micro-batch). With "
-        "train.batch_ramp, its running average is wrong: it multiplies steps by the present batch",
+        "train.batch_ramp, its running average is wrong, because it multiplies all steps by the present batch",
         keys=("throughput",),
     ),
     "disable_python_gc": _free("collect Python's garbage only between steps"),
     "tensorboard": _free(
-        "DeepSpeed's few scalars; the run's own are in train.run_dir/tensorboard in any case",
+        "write DeepSpeed's few scalars; megamult's are always written to train.run_dir/tensorboard",
         package="tensorboard",
     ),
-    "csv_monitor": _free("DeepSpeed's few scalars in csv files; the run's own are in metrics.jsonl"),
-    "wandb": _free("DeepSpeed's few scalars (learning rate)", package="wandb"),
-    "comet": _free("DeepSpeed's few scalars (learning rate)", package="comet_ml"),
+    "csv_monitor": _free("write DeepSpeed's few scalars to csv files; megamult's are always written to metrics.jsonl"),
+    "wandb": _free("send DeepSpeed's few scalars (learning rate)", package="wandb"),
+    "comet": _free("send DeepSpeed's few scalars (learning rate)", package="comet_ml"),
     "comms_logger": _refused("nothing prints what it collects; use wall_clock_breakdown or a profiler"),
     "dump_state": _refused("DeepSpeed's log lines below warnings are not shown; config.yaml has every key of the run"),
-    "log_level": _refused("DeepSpeed's warnings and errors are shown, and nothing below"),
+    "log_level": _refused("DeepSpeed's warnings and errors are shown, and no lower levels"),
 }
 """Treatment of each key, by dotted name. The sections `zero_optimization` and `bf16` are not complete: the table has
 only those of their keys that need an explanation. DeepSpeed itself refuses unknown keys in these two sections, and in
@@ -211,8 +211,8 @@ def as_markdown() -> str:
         "# Keys of a DeepSpeed configuration\n",
         "`deepspeed` takes a mapping or a JSON file and merges it into the configuration that the run's own keys "
         'produce. `"auto"`, at any depth, means megamult\'s value. A section that is switched off (`enabled: false`) '
-        "asks for nothing. A key that cannot be taken is an error, and one message names all such keys. Written "
-        "by `python -m megamult.train.deepspeed_keys`.\n",
+        "has no effect. A refused key is an error, and so is another value of a key that is decided by other keys. One "
+        "message names all errors. This file is written by `python -m megamult.train.deepspeed_keys`.\n",
     ]
     heads = {
         "free": ("Free", "what it does"),

@@ -71,7 +71,7 @@ class Engine(Protocol):
     def evaluate(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
         """Return the mean cross entropy as :meth:`train_batch` does, but change neither model nor optimizer.
 
-        The number of micro-batches may be any."""
+        There may be any number of micro-batches above 0."""
 
     def multipliers(self) -> Iterable[Logical]:
         """Yield all multipliers, each complete on global rank 0."""

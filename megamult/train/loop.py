@@ -77,8 +77,8 @@ class Trainer:
     def _taken(self, batches: MicroBatches, accumulation: int, step: int, of: str = "") -> Iterator[MicroBatch]:
         """Yield this rank's `accumulation` micro-batches of one global batch, and take each only when it is asked for.
 
-        Also record the progress of `step`, for the watchdog. While a micro-batch is awaited, the watchdog allows the
-        extra time that work on files has. While one is computed on, it allows none.
+        Also record the progress of `step`, for the watchdog. While this rank waits for a micro-batch, the
+        watchdog allows the extra time of work on files. While this rank computes, the watchdog allows no extra time.
         """
         for micro in range(accumulation):
             which = f"micro-batch {micro + 1} of {accumulation}{of}"
@@ -262,7 +262,7 @@ class Trainer:
             records.evaluation(step, self.figures["valid_loss"])
 
     def _save(self, checkpoints: RunCheckpoints) -> Outcome | None:
-        """Begin to save a checkpoint. Return the outcome of a save, this or an earlier one, that has ended by now."""
+        """Begin to save a checkpoint. Return the outcome of a save, this or an earlier one, that has ended, or None."""
         self._progress.at(self.step_count, "checkpoint", ON_FILES)
         data, figures = self._train.state_dict(), dict(self.figures)
         return checkpoints.save(self.engine, self.step_count, self.samples, data, figures)
@@ -290,4 +290,4 @@ class CheckpointFailed(Exception):
     def __init__(self, outcome: Outcome, reason: str | None) -> None:
         super().__init__(f"the checkpoint of step {outcome.step} could not be written ({outcome.error})")
         self.reason = reason
-        """Reason why the run had stopped before its last step, or None if it was complete."""
+        """Reason why the run had stopped before its last step, or None if the run was complete."""

@@ -34,10 +34,10 @@ class RunMonitor:
 
     Args:
         config: configuration of the run.
-        model, partition, optimizer: the model, this rank's partition of it, and the optimizer that is bound to it.
+        model, partition, optimizer: the model, its partition, and the optimizer that is bound to the partition.
         vocab_size: exact number of tokens.
-        drawn: whether the weights were drawn by this version of the configuration. The trajectory that noise and decay
-            predict starts from the initial weights, so there is none for imported weights.
+        drawn: whether the run began with weights that it drew itself. If it began with imported weights, no trajectory
+            of noise and decay is predicted, because the prediction starts from the RMS of drawn weights.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class RunMonitor:
         }
 
     def due(self, step: int) -> bool:
-        """Return whether there is a record of a step, counted from 1."""
+        """Return whether `step`, counted from 1, is a monitored step."""
         every = self._config.monitor.every
         return every > 0 and step % every == 0
 
@@ -77,11 +77,11 @@ class RunMonitor:
         self._activations.arm()
         self._orthogonality.arm()
         if self._config.monitor.updates:
-            # The copy is made only when the optimizer begins to step: the activations are then freed.
+            # Copy the weights only when the optimizer begins its step, because the activations have been freed by then.
             self._copying = self._optimizer.register_step_pre_hook(lambda *_: self._weights.remember())
 
     def figures(self, step: int) -> dict[str, float]:
-        """Return the figures of the step that was measured, counted from 1. Collective over all ranks."""
+        """Return the figures of the measured step, whose number `step` counts from 1. Collective over all ranks."""
         if self._copying is not None:
             self._copying.remove()
             self._copying = None
@@ -145,7 +145,7 @@ class RunMonitor:
         return found | by_place("attention_logit_max", each, max)
 
     def _references(self, partition: Partition, drawn: bool) -> tuple[dict[str, float], dict[str, Trajectory]]:
-        """Return, for each role of matrices, the equilibrium of noise and decay, and the trajectory to it."""
+        """Return, by role, the RMS of matrices at which noise and decay balance, and the trajectory to this RMS."""
         config, schedule = self._config.optimizer, Schedule(self._config)
         groups = {group["kind"]: group for group in self._optimizer.param_groups}
         initial = architecture_of(self._config.model).standard_deviations(self._config.model) if drawn else {}

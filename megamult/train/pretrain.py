@@ -93,7 +93,7 @@ def run(config: Config, resolved: str) -> None:
 
 
 def _meet(config: Config) -> Meeting:
-    """Meet all other processes, or exit. Few modules are imported before, so that a host that is down is named soon."""
+    """Meet all other processes, or exit. Import few modules before that, so that a host that is down is named soon."""
     from megamult.distributed import device, open_files, rendezvous
 
     open_files.raise_limit()
@@ -110,8 +110,8 @@ def _meet(config: Config) -> Meeting:
     except ValueError as error:
         fail(str(error))
     except rendezvous.RefusedError as error:
-        # Of the ranks that one launcher started on this node, the first prints the reason. On rank 0's node that is
-        # rank 1.
+        # Of the ranks that one launcher started on this node, only the first prints the reason. Rank 0 refuses others
+        # and is never refused, so beside it rank 1 prints the reason.
         if environment.rank() <= max(1, launcher.siblings()[0]):
             say_error(str(error))
         else:

@@ -22,9 +22,9 @@ class Records:
         train: the run's section `train`.
         flops: floating-point operations per token, forward and backward.
         mesh: mesh of the processes.
-        done: number of steps that the run has taken before.
+        done: number of steps that earlier starts of the run have taken.
         skipped: number of these steps that were skipped.
-        samples: numbers of sequences that the whole run reads, and that it has read.
+        samples: (number of sequences that the whole run reads, number of sequences that it has read so far).
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Records:
             self._out.histograms(values, step)
 
     def checkpoint(self, outcome: Outcome | None) -> None:
-        """Record the outcome of a checkpoint's save. None means that no save has ended: do nothing."""
+        """Record the outcome of a checkpoint's save. Do nothing if it is None, which means that no save has ended."""
         if self._out is None or outcome is None:
             return
         if outcome.error is None:

@@ -80,7 +80,7 @@ def train(run: Run) -> int:
     progress.at(0, "building the model")
     engine = build(config, vocab_size, run.mesh, draw=checkpoint is None, note=lambda doing: progress.at(0, doing))
     _say_what(run, engine)
-    drawn = checkpoint is None or checkpoint.info.data is not None  # an imported model has no data
+    drawn = checkpoint is None or checkpoint.info.data is not None  # an imported checkpoint has no state of the data
     monitor = RunMonitor(config, engine.model, engine.partition, engine.optimizer, vocab_size, drawn=drawn)
     trainer = Trainer(config, engine, samples, valid, vocab_size, progress, monitor)
     if checkpoint is not None:
@@ -155,13 +155,13 @@ def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
     fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
     step, samples = trainer.step_count, trainer.samples
     print(f"going on from {checkpoint.path}: step {step}, {samples} sequences{fresh}", flush=True)
-    # An imported model has no configuration of a run to compare with: all its values but the sizes are defaults.
+    # An imported checkpoint does not come from a run: its configuration has sizes, and defaults for all other keys.
     changed = changes(checkpoint.info.config, config) if checkpoint.info.data is not None else None
     if changed is not None:
         print(changed, flush=True)
     if checkpoint.info.tokenizer_sha256 is None:
         notes.append(
-            "the checkpoint does not say which tokenizer is its own: whether data.tokenizer is the same is not checked"
+            "the checkpoint does not say which tokenizer it was trained with: make sure that data.tokenizer is the same"
         )
     for note in notes:
         print(f"note: {note}", flush=True)

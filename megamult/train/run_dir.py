@@ -92,9 +92,8 @@ def claim(run_dir: Path, resumes: bool) -> None:
 
 
 def wait_for(lock: RunLock, run_dir: Path) -> None:
-    """If the directory has a lock, wait until the earlier start of the run that holds the lock has ended, and take it.
-
-    Only rank 0 does so."""
+    """If the directory has a lock, wait until the earlier start of the run that holds the lock has ended. Then take the
+    lock. Only rank 0 does so."""
     if environment.rank() == 0 and (run_dir / LOCK).exists():
         lock.acquire(run_dir)
 
@@ -108,7 +107,7 @@ def begin(run_dir: Path, resolved: str, checkpoint: Path | None, step: int, lock
         checkpoint: the checkpoint of this run to continue from, or None. If there is one, `latest` is made to name it,
             and checkpoints of later steps do not count any more.
         step: the step that the run continues from.
-        lock: the lock of the directory, which is held from now on.
+        lock: the lock of the directory, which this run takes unless it holds it already.
 
     Raises:
         ValueError: the directory cannot be written, or another run has used it meanwhile.
@@ -135,8 +134,8 @@ def _tell_who_left(run_dir: Path) -> None:
     """Print in one line which ranks of earlier starts of the run ended without a message."""
     if left := left_without_a_word(run_dir / "logs"):
         print(
-            f"an earlier part of this run, whose metrics.jsonl ends at step {_last_step(run_dir)}, lost these ranks "
-            f"without a word (killed, or out of memory?): {', '.join(left[:8])}"
+            f"in an earlier part of this run, whose metrics.jsonl ends at step {_last_step(run_dir)}, these ranks "
+            f"ended without a message (killed, or out of memory?): {', '.join(left[:8])}"
             + (f" and {len(left) - 8} more" if len(left) > 8 else ""),
             flush=True,
         )

@@ -44,7 +44,7 @@ class Schedule:
     def samples_after(self, samples: int, steps: int) -> int:
         """Return the number of samples read after `steps` more steps, if `samples` have been read by now."""
         while steps and (batch := self.batch_at(samples)) < self._full:
-            shares = (batch - self._start) // self._increment + 1  # the batch grows again after so many
+            shares = (batch - self._start) // self._increment + 1  # number of shares after which the batch grows next
             grows_at = _ceil(shares * self._samples, self._growths)
             taken = min(steps, _ceil(grows_at - samples, batch))
             samples, steps = samples + taken * batch, steps - taken
@@ -54,8 +54,8 @@ class Schedule:
         """Return the learning rate of update `step` (counted from 0) divided by the peak.
 
         Args:
-            batch: number of sequences in the step's batch. With train.batch_ramp.lr_scaling sqrt, the schedule's factor
-                is multiplied by sqrt(batch / train.global_batch_size), the recipe of arXiv 2601.04890.
+            batch: number of sequences in the step's batch. If train.batch_ramp.lr_scaling is `sqrt`, the
+                schedule's factor is multiplied by sqrt(batch / train.global_batch_size), as in arXiv 2601.04890.
         """
         factor = lr_factor(step, self._steps, self._optimizer)
         return factor * math.sqrt(batch / self._full) if self._scaled else factor

@@ -49,5 +49,5 @@ def _compare_with_unigrams(config: Config, vocab_size: int, valid_loss: float | 
         entropy = unigram_entropy(sources[0][0], vocab_size)
         print(
             f"unigram entropy of the training tokens {entropy:.4f} nats per token: "
-            f"the model is {entropy - valid_loss:.4f} below"
+            f"the model's loss is {entropy - valid_loss:.4f} lower"
         )

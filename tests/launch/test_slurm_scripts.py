@@ -134,9 +134,9 @@ def test_a_job_that_is_not_submitted_from_the_repository_says_so(batch: Batch) -
     [
         ({}, ["7"], "saved and stopped; requeued"),
         ({"SLURM_RESTART_COUNT": "99"}, ["7"], "saved and stopped; requeued"),
-        ({"SLURM_RESTART_COUNT": "100"}, [], "it has been 100 times, and max_requeues is 100"),
-        ({"SLURM_RESTART_COUNT": "2", "MEGAMULT_MAX_REQUEUES": "2"}, [], "it has been 2 times, and max_requeues is 2"),
-        ({"MEGAMULT_REQUEUE": "no"}, [], "with --train.run_dir runs/play-7 goes on"),
+        ({"SLURM_RESTART_COUNT": "100"}, [], "requeued 100 times, and max_requeues is 100"),
+        ({"SLURM_RESTART_COUNT": "2", "MEGAMULT_MAX_REQUEUES": "2"}, [], "requeued 2 times, and max_requeues is 2"),
+        ({"MEGAMULT_REQUEUE": "no"}, [], "submit the same command with --train.run_dir runs/play-7"),
         ({"PLAY_STATE": "COMPLETING"}, [], "Slurm is ending this job (COMPLETING)"),
         ({"PLAY_STATE": "CANCELLED"}, [], "Slurm is ending this job (CANCELLED)"),
     ],

@@ -418,7 +418,7 @@ def test_ranks_that_were_killed_are_named_with_the_last_step(play: Play) -> None
     code, said = run.finish(run.start())
     name = f"rank 0 on {os.uname().nodename} (process {run.lives()[0]})"
     assert code == 0
-    assert said[0] == f"{name} ended without a word (killed, or out of memory?), last step in metrics.jsonl: 12"
+    assert said[0] == f"{name} ended without a message (killed, or out of memory?), last step in metrics.jsonl: 12"
     assert said[1].endswith("restart 1 of 10 in 0 s") and len(said) == 3, "once"
     assert (run.folder / "run" / "logs" / "rank_1.running").exists(), "which may still be about to end"
 

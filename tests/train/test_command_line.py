@@ -138,7 +138,7 @@ EARLY: list[tuple[list[str], str]] = [
     (["--deepspeed", "FOLDER/broken.json"], r"broken\.json is no JSON file: .*line 1"),
     (
         ["--deepspeed", "FOLDER/conflict.json"],
-        r"deepspeed\.train_batch_size is 7, and here it is 32: train\.global_batch_size decides; remove it; "
+        r"deepspeed\.train_batch_size is 7, and this run needs 32: train\.global_batch_size decides; remove it; "
         r"deepspeed\.wall_clok_breakdown is not a DeepSpeed key: did you mean wall_clock_breakdown",
     ),
     (
@@ -268,7 +268,7 @@ LATE: list[tuple[list[str], str]] = [
     ),
     (
         ["--deepspeed={zero_optimization: {stagee: 1, overlap_comm: perhaps}}"],
-        r"deepspeed: DeepSpeed refuses it \(overlap_comm: .*; stagee: Extra inputs.*\); correct",
+        r"deepspeed: DeepSpeed refuses these keys \(overlap_comm: .*; stagee: Extra inputs.*\); correct",
     ),
 ]
 

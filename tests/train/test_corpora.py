@@ -22,7 +22,7 @@ def test_one_rank_of_each_node_reads_and_all_know(corpus: Path, tmp_path: Path, 
 def test_a_node_with_other_files_is_named(corpus: Path, tmp_path: Path) -> None:
     (code, said, _), (other_code, other_said, _) = run_distributed(2, opened, str(corpus), tmp_path, 2, True)
     assert (code, other_code, other_said) == (2, 2, "")
-    where = re.escape(f"{corpus}_train (1 data sources)")
+    where = re.escape(f"{corpus}_train (1 data sources differ)")
     assert re.fullmatch(rf"error: \S+ has other files than rank 0's host under {where}: put the data on .*\n", said)
 
 
