@@ -1,1 +1,1 @@
-"""Checkpoints that a run in any sharding can read: every state is stored by name, with its global shape."""
+"""Checkpoints that a run in any sharding can read, because each tensor is stored by name, with its global shape."""

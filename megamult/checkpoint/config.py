@@ -9,21 +9,21 @@ from megamult.validation import not_negative, require
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints, in the run directory's `checkpoints/step_N/`. A run in any sharding can resume from them."""
+    """Saving of checkpoints in the run directory's `checkpoints/step_N/`, and resuming from them in any sharding."""
 
     save_every: int = 0
     """Number of steps between checkpoints; 0: save only at the end."""
     keep: int = 2
     """Number of newest checkpoints to keep; 0: keep all."""
     keep_every: int = 0
-    """Also keep the checkpoints of steps that are multiples of this number; 0: keep no others."""
+    """Also keep the checkpoints of steps that are multiples of this number; 0: keep only the newest."""
     asynchronous: bool = True
-    """true: copy the state, and write the copy while training continues. false: training waits until the state is
-    written, which takes less memory."""
+    """true: copy the state, and write the copy while training continues. false: write the state itself while training
+    waits. This needs no memory for the copy."""
     load: str | None = None
-    """Directory of the checkpoint to resume from, or latest, or null. latest: the newest checkpoint of train.run_dir,
-    or a new start if there is none; if the newest is damaged, the run says so and takes the one before it. null: a new
-    start."""
+    """Directory of the checkpoint to resume from, or `latest`, or null. With `latest`, the run resumes from the newest
+    checkpoint of train.run_dir, or starts anew if there is none. If the newest is damaged, the run says so and takes
+    the one before it. null: start anew."""
     reset_optimizer: bool = False
     """Load weights, multipliers, step and position in the data, but start with fresh optimizer state."""
 

@@ -50,7 +50,7 @@ def replace(made: Path, path: Path) -> None:
 
 
 def undo_interrupted_replacements(parent: Path) -> None:
-    """Undo interrupted replacements: give a checkpoint its name back if the new one has not got it."""
+    """Undo interrupted calls of :func:`replace`: if no new checkpoint has the name yet, give it back to the old one."""
     for old in parent.glob(f"*{_OLD}"):
         path = old.with_name(old.name.removesuffix(_OLD))
         if not path.exists():
@@ -58,7 +58,10 @@ def undo_interrupted_replacements(parent: Path) -> None:
 
 
 def clean(parent: Path) -> list[str]:
-    """Remove what interrupted saves and removals have left, and return the names of what was removed."""
+    """Undo interrupted replacements, then remove what interrupted saves and removals have left.
+
+    Return the names of what was removed.
+    """
     undo_interrupted_replacements(parent)
     found = sorted(entry.name for entry in parent.glob(f"*{_TEMPORARY}")) if parent.is_dir() else []
     for name in found:
@@ -101,11 +104,11 @@ def retain(parent: Path, newest: int, keep: int, keep_every: int) -> None:
     """Remove old checkpoints.
 
     Args:
-        newest: step of the checkpoint that was just written. Checkpoints of later steps are kept: a run that has gone
-            back to an earlier step has them.
+        newest: step of the checkpoint that was just written. Checkpoints of later steps, which exist if the run has
+            resumed from an earlier checkpoint, are all kept and do not count in `keep`.
         keep: number of checkpoints to keep, including the one just written; 0: keep all.
-        keep_every: checkpoints of steps that are multiples of this number are also kept; 0: none. The checkpoint of
-            step 0, which is an imported model, is always kept.
+        keep_every: checkpoints of steps that are multiples of this number are also kept; 0: keep no others. The
+            checkpoint of step 0, which is an imported model, is always kept.
     """
     if keep == 0:
         return

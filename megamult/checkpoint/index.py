@@ -50,7 +50,7 @@ def to_json(metadata: Metadata, stored: Mapping[MetadataIndex, tuple[str, str]])
 
 
 def read(path: Path) -> Metadata:
-    """Read index.json as torch's metadata. The storage data is (file, sizes) of each chunk.
+    """Read index.json as torch's metadata. Its `storage_data` maps each chunk to (file, sizes).
 
     Raises:
         ValueError: the file is missing or damaged, names files outside of the directory, or lists chunks that do not

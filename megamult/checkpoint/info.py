@@ -18,7 +18,7 @@ FORMAT = 1
 INFO = "checkpoint.json"
 
 SENTENCEPIECE = "tokenizer.model"
-"""Name that the sentencepiece model with which the run's data was encoded has in a checkpoint."""
+"""Name of a file in a checkpoint: the sentencepiece model with which the run's data was encoded."""
 
 _PACKAGES = ("megamult", "torch", "deepspeed", "megatron-core", "numpy", "safetensors", "sentencepiece")
 
@@ -39,11 +39,11 @@ class CheckpointInfo:
     """State of a run apart from its tensors, and facts for readers of the checkpoint."""
 
     step: int
-    """Number of optimizer steps."""
+    """Number of optimizer steps done so far."""
     samples: int
     """Number of sequences trained on so far. Sequences are numbered from 0, so the next one has this number."""
     config: dict[str, Any]
-    """The run's resolved configuration. `from_json` replaces optimizer keys of earlier versions by the present ones."""
+    """The run's resolved configuration. `from_json` replaces keys and values of earlier versions by present ones."""
     vocab_size: int
     """Exact vocabulary size, without padding."""
     tokenizer_sha256: str | None = None
@@ -88,7 +88,7 @@ class CheckpointInfo:
         if "optimizer" in config:
             config["optimizer"] = modern(config["optimizer"])
         multipliers = config.get("multipliers")
-        if isinstance(multipliers, dict) and isinstance(multipliers.get("clip"), bool):  # the earlier type
+        if isinstance(multipliers, dict) and isinstance(multipliers.get("clip"), bool):  # as in earlier versions
             multipliers["clip"] = CLIP_OF_BOOL[multipliers["clip"]]
         known = {each.name for each in dataclasses.fields(CheckpointInfo)}
         try:

@@ -45,7 +45,7 @@ class ChunkSavePlanner(DefaultSavePlanner):
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
-        """Plan to write one item for each chunk."""
+        """Return a plan that writes each chunk as one item."""
         self.plan = SavePlan(
             [
                 WriteItem(
@@ -61,13 +61,13 @@ class ChunkSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Plan as torch does, with two more checks: no chunk is written twice, and the chunks cover each tensor.
+        """Make torch's global plan, and also check that no chunk is written twice and the chunks cover each tensor.
 
         torch's own check does not find missing chunks if there is a single process.
 
         Raises:
-            ValueError: chunks overlap, lie outside of their tensor, leave a part of it out, or are planned twice (torch
-                would silently drop one of the two).
+            ValueError: chunks overlap, lie outside of their tensor, leave a part of it out, or are planned twice. torch
+                itself would silently drop one of two equal chunks.
         """
         seen: set[MetadataIndex] = set()
         for index in (item.index for plan in all_plans for item in plan.items):
@@ -107,7 +107,7 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """Plan to read, for each chunk, the parts of stored chunks that overlap it."""
+        """Return a plan that reads, for each chunk, the parts of stored chunks that overlap it."""
         assert self.metadata is not None
         by_name: dict[str, list[Chunk]] = defaultdict(list)
         for chunk in self._chunks.values():

@@ -1,7 +1,7 @@
 """Resume from a checkpoint: find it, check that it fits the run, and load its state into model and optimizer.
 
-The run that wrote the checkpoint may have had any sharding. Only the sizes and the vocabulary of the model, the order
-of the data and the optimizer must be the same in the run that resumes.
+The run that wrote the checkpoint may have had any sharding. In the run that resumes, only the model's sizes and
+vocabulary, the optimizer, and the order of the data must be the same.
 """
 
 from __future__ import annotations
@@ -72,16 +72,17 @@ def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], 
         if first and path != candidates[-1]:
             print(f"warning: {problem}; trying the one before it", file=sys.stderr, flush=True)
     if len(candidates) == 1:
-        raise ValueError(f"{problem}; load another one")
+        raise ValueError(f"{problem}; load another checkpoint")
     raise ValueError(
-        f"none of the {len(candidates)} checkpoints in {candidates[0].parent} is whole; the last: {problem}"
+        f"none of the {len(candidates)} checkpoints in {candidates[0].parent} is whole; the problem of the oldest: "
+        f"{problem}"
     )
 
 
 def _opened(path: Path) -> SavedCheckpoint:
-    """Open a checkpoint. Compute the digest of its tokenizer from the files if the checkpoint does not have it.
+    """Open a checkpoint. If it does not record the digest of its tokenizer, compute the digest from its files.
 
-    Imports by older versions of megamult do not have the digest.
+    Checkpoints that older versions of megamult imported do not record the digest.
     """
     checkpoint = SavedCheckpoint(path)
     if checkpoint.info.tokenizer_sha256 is None:
@@ -93,7 +94,7 @@ def _opened(path: Path) -> SavedCheckpoint:
 
 
 def _listed(mesh: Mesh, load: str, run_dir: Path) -> list[Path]:
-    """List the candidates that rank 0 sees, after it has undone renames that a crash interrupted. Collective."""
+    """List the checkpoints that `load` may mean, as rank 0 sees them after undoing interrupted renames. Collective."""
     found: list[Any] = [[], None]
     if mesh.rank == 0:
         try:
@@ -148,42 +149,44 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
         pairs.append(("the SHA-256 of data.tokenizer", tokenizer_sha256, info.tokenizer_sha256))
     if info.samples:
         pairs += pairs_of("samples")
-    found = [f"{key} is {mine!r} and the checkpoint's {its!r}" for key, mine, its in pairs if mine != its]
+    found = [f"{key} is {mine!r} and the checkpoint's is {its!r}" for key, mine, its in pairs if mine != its]
     if info.tokenizer_files != SENTENCEPIECE and tokenizer_sha256 != info.tokenizer_sha256:
         found.append(
-            f"data.tokenizer is {config.data.tokenizer} (SHA-256 {tokenizer_sha256}) and the checkpoint's tokenizer "
+            f"data.tokenizer is {config.data.tokenizer} (SHA-256 {tokenizer_sha256}) and the checkpoint's tokenizer is "
             f"{info.tokenizer_files} (SHA-256 {info.tokenizer_sha256}), which is no sentencepiece model: training "
-            "reads no other kind yet, so this model can be imported and exported, but not trained with its own "
-            "tokenizer, and with another one its token ids would mean other texts"
+            "reads only sentencepiece models, so this model can be imported and exported, but not trained, because "
+            "with another tokenizer its token ids would mean other texts"
         )
     here = config.multipliers.sides
     for role, sides in multipliers.sides.items():
         lost = sorted(sides - here.get(role, frozenset()))
         if lost:
-            found.append(f"multipliers.placement gives {role} no {' and '.join(lost)}, which the checkpoint has")
+            found.append(
+                f"multipliers.placement gives {role} no {' and '.join(lost)} multipliers, which the checkpoint has"
+            )
     own = any("col" in sides for sides in multipliers.sides.values()) and not multipliers.shared_columns
     if config.multipliers.shared_columns and own and info.step > 0:
         found.append(
-            "multipliers.shared_columns is True and the checkpoint's False, so that its column multipliers differ"
+            "multipliers.shared_columns is True and the checkpoint's is False, so that its column multipliers differ"
         )
     name = None if info.optimizer is None else info.optimizer["name"]
     if name not in (None, config.optimizer.name) and not config.checkpoint.reset_optimizer:
         found.append(
-            f"optimizer.name is {config.optimizer.name!r} and the checkpoint's {name!r} "
-            "(checkpoint.reset_optimizer true starts with fresh optimizer state)"
+            f"optimizer.name is {config.optimizer.name!r} and the checkpoint's is {name!r} "
+            "(with checkpoint.reset_optimizer true, a run starts with fresh optimizer state)"
         )
     if found:
         raise ValueError(
-            f"the checkpoint does not fit this run: {'; '.join(found)}: set them back, or load another one"
+            f"the checkpoint does not fit this run: {'; '.join(found)}: set them back, or load another checkpoint"
         )
 
 
 def _fixed_sections(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sections of a saved configuration that have settings which a run that resumes must keep.
+    """Return those sections of a saved configuration that have settings which a run must keep when it resumes.
 
-    A key that the saving version did not have gets its default. This version must know every saved key of `model`,
-    because the key may change the function that the model computes. Of other sections only the settings that a run must
-    keep are read.
+    A key that the saved configuration lacks gets its default. This version must know every saved key of `model`,
+    because an unknown one may change the function that the model computes. From the other sections, only the settings
+    that a run must keep are read.
 
     Raises:
         KeyError, TypeError: this version does not know the keys of a section, or a section is missing.
@@ -217,11 +220,11 @@ def restore(
     chunks = held(partition, optimizer)
     new = {c.name for c in chunks if c.name not in checkpoint.shapes and c.name.rpartition(".")[2] in LEAVES.values()}
     if optimizer.fixed is not None:
-        optimizer.fixed.norms.fill_(torch.nan)  # those that the checkpoint does not have are measured after loading
+        optimizer.fixed.norms.fill_(torch.nan)  # norms that the checkpoint lacks are measured after loading
         new |= {c.name for c in chunks if c.name not in checkpoint.shapes and c.name.startswith(f"optimizer.{NORM}.")}
     for chunk in chunks:
         if chunk.name in new and chunk.name.startswith("model."):
-            chunk.load().fill_(1.0)  # multipliers.initial is for a run that begins: this one keeps its function
+            chunk.load().fill_(1.0)  # not multipliers.initial, which would change the loaded model's function
     wanted = [c for c in chunks if c.name not in new and not (fresh and c.name.startswith("optimizer."))]
     checkpoint.load(wanted, process_groups.files())
     counts = {"updates": 0, "skipped_steps": 0} if fresh else info.optimizer
@@ -238,7 +241,7 @@ def restore(
 
 
 def _check_defined(partition: Partition) -> None:
-    """Check that no weight is NaN. A model that is built to load a checkpoint has NaN weights until then.
+    """Check that no weight is NaN. If a model is built for a checkpoint, its weights are NaN before loading.
 
     Raises:
         ValueError: a weight is NaN.
@@ -250,6 +253,6 @@ def _check_defined(partition: Partition) -> None:
     names = [piece.name for piece, found in zip(partition.slices, undefined, strict=True) if found]
     if names:
         raise ValueError(
-            f"{len(names)} parameters are NaN after the checkpoint was loaded, the first is {names[0]}: it does not "
-            "cover them, or they had diverged when it was saved; load an earlier checkpoint"
+            f"{len(names)} parameters are NaN after the checkpoint was loaded, the first is {names[0]}: the checkpoint "
+            "does not cover them, or they had diverged when it was saved; load an earlier checkpoint"
         )

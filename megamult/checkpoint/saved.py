@@ -59,7 +59,7 @@ class SavedCheckpoint:
         """Check that the files have the checksums with which they were written.
 
         Args:
-            share: (k, n) to check only every n-th file from the k-th on, so that n processes share the work.
+            share: (k, n) to check only files k, k + n, k + 2n, ..., counted from 0, so that n processes share the work.
 
         Raises:
             ValueError: a file is missing, truncated or changed.
@@ -75,16 +75,16 @@ class SavedCheckpoint:
             raise ValueError(f"{path} cannot be read ({error.strerror}): the checkpoint is damaged") from None
         if found != expected:
             raise ValueError(
-                f"{path} has another checksum than when it was written ({found[:12]}..., {path.stat().st_size} bytes; "
-                f"it was {str(expected)[:12]}...): the checkpoint is damaged"
+                f"{path} has another checksum than when it was written (now {found[:12]}..., {path.stat().st_size} "
+                f"bytes; then {str(expected)[:12]}...): the checkpoint is damaged"
             )
 
     def files(self, folder: str) -> dict[str, bytes]:
-        """Return the contents of the files in a folder of the checkpoint, by `folder/name`. There may be no files."""
+        """Return {`folder/name`: content} of the files in a folder of the checkpoint, which may have no such folder."""
         return {name: (self.path / name).read_bytes() for name in self._sums if Path(name).parts[0] == folder}
 
     def load(self, chunks: Sequence[Chunk], group: ProcessGroup | None = None) -> None:
-        """Read the values of the chunks, in place. Collective over `group` if it is given.
+        """Read values from the checkpoint into the chunks, in place. Collective over `group` if it is given.
 
         Raises:
             ValueError: the checkpoint lacks a tensor, or has it with another shape.
@@ -117,14 +117,14 @@ def write(
     complete: Callable[[], None] = lambda: None,
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Write a checkpoint. It has a temporary name until it is complete. Collective over `group` if it is given.
+    """Write a checkpoint, under a temporary name until it is complete. Collective over `group` if it is given.
 
     Args:
         path: final path of the checkpoint. An existing checkpoint is replaced.
-        chunks: chunks of this process. All processes together must have each element once. Values are loaded file by
-            file.
-        info, files: content of checkpoint.json, and of further files by name. Only those of the group's first rank are
-            written.
+        chunks: chunks of this process. All processes together must have each element once. A chunk's values are
+            loaded only when the file that gets them is written.
+        info: content of checkpoint.json. Only the first rank's is written.
+        files: {name: content} of further files. Only the first rank's are written.
         group: a group that communicates between CPUs, or None if only this process writes.
         complete: function that the first rank calls once the directory has its final name.
         file_bytes: largest size of the tensors in one file, in bytes. A larger chunk has its own file.
@@ -151,9 +151,12 @@ def write(
 
 @contextlib.contextmanager
 def _plainly(group: ProcessGroup | None) -> Iterator[None]:
-    """Raise the first rank's error instead of torch's collection of errors. Suppress torch's single-process warning."""
+    """Raise the error of the lowest-numbered rank that failed, instead of torch's collection of errors.
+
+    Also suppress torch's warning about saving or loading in a single process.
+    """
     with contextlib.ExitStack() as stack:
-        if group is None:  # filters are the whole process's: a background thread must not change them
+        if group is None:  # filters hold for all threads: a background thread must not change them
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
         try:
@@ -161,7 +164,7 @@ def _plainly(group: ProcessGroup | None) -> Iterator[None]:
         except CheckpointException as failed:
             rank, (cause, _) = min(failed.failures.items(), key=lambda item: item[0])
             if group is None and not isinstance(cause, Exception):
-                raise cause from None  # Ctrl-C, or the end that a signal asks for: torch catches these too
+                raise cause from None  # KeyboardInterrupt and SystemExit, which torch catches too
             kind = next((kind for kind in (ValueError, OSError) if isinstance(cause, kind)), RuntimeError)
             where = "" if group is None else f"rank {rank}: "
             raise kind(f"{where}{cause or type(cause).__name__}") from cause

@@ -37,9 +37,9 @@ class Outcome:
     step: int
     path: Path
     stall_seconds: float
-    """Seconds for which training stopped."""
+    """Seconds for which training waited for the save."""
     seconds: float
-    """Seconds from the call of `save` until `latest` named the new checkpoint."""
+    """Seconds from the call of `save` until its end, including the removal of old checkpoints."""
     error: str | None
     """Message of the error, or None if the save is complete."""
 
@@ -70,12 +70,12 @@ class Saver:
 
         Args:
             chunks: this rank's share of the state (:func:`megamult.checkpoint.state.owned`).
-            info, files: content of checkpoint.json, and of further files by name. Only those of the first rank are
-                written.
+            info: content of checkpoint.json. Only the first rank's is written.
+            files: {name: content} of further files. Only the first rank's are written.
 
         Returns:
-            The outcome of the previous save, or None if there is none or an earlier call has returned it. If the saver
-            is not asynchronous, the outcome of this save.
+            If the saver is asynchronous, the outcome of the previous save, or None if there was no previous save or an
+            earlier call has returned its outcome. Otherwise the outcome of this save.
         """
         began = time.perf_counter()
         before = self.wait()
@@ -85,7 +85,7 @@ class Saver:
             except (
                 RuntimeError,
                 MemoryError,
-            ) as error:  # writing then fails when it loads a chunk, and every rank reports this error
+            ) as error:  # the thread raises this error when it loads a chunk, so that every rank reports the error
                 chunks = [_failing(chunk, error) for chunk in chunks]
             stall = time.perf_counter() - began
             self._thread = threading.Thread(
@@ -104,7 +104,7 @@ class Saver:
         return outcome
 
     def wait(self, seconds: float | None = None) -> Outcome | None:
-        """Wait at most `seconds` for a save that is being written. Return its outcome, or None if none has ended."""
+        """Wait at most `seconds` (None: without limit) until a running save ends. Return the same as :meth:`poll`."""
         if self._thread is not None:
             self._thread.join(seconds)
         return self.poll()
@@ -113,7 +113,7 @@ class Saver:
         """Copy the values of the chunks into memory that the next save uses again."""
         places, sizes = _places([chunk.nbytes for chunk in chunks])
         if [block.numel() for block in self._blocks] != sizes:
-            self._blocks = []  # free the old ones first
+            self._blocks = []  # free the old blocks before new ones are allocated
             pinned = device.has_cuda()
             self._blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
         staged = []

@@ -21,15 +21,15 @@ from megamult.zero.partition import Partition, Slice, even_intervals
 
 
 def full_name(what: str, logical_name: str) -> str:
-    """Return the name in a checkpoint. `weight` belongs to the model, and any other state to the optimizer."""
+    """Return the name that a tensor has in a checkpoint. Any `what` but `weight` is a state of the optimizer."""
     return f"model.{logical_name}" if what == "weight" else f"optimizer.{what}.{logical_name}"
 
 
 def held(partition: Partition, optimizer: TwoPhaseOptimizer) -> list[Chunk]:
     """Return chunks of all state that this rank holds, including replicas. A rank that resumes must read all of it.
 
-    Writing to the values of these chunks writes to masters and optimizer state. Afterwards
-    :meth:`TwoPhaseOptimizer.restored` must update the model.
+    Writing to the values of these chunks changes the master weights and the optimizer state. After writing, call
+    :meth:`TwoPhaseOptimizer.restored`, which updates the model.
     """
     return list(_chunks(partition, optimizer, once=False))
 
@@ -37,7 +37,7 @@ def held(partition: Partition, optimizer: TwoPhaseOptimizer) -> list[Chunk]:
 def owned(partition: Partition, optimizer: TwoPhaseOptimizer) -> list[Chunk]:
     """Return chunks of this rank's share of the state.
 
-    All ranks together have each element once: replicas are divided evenly.
+    The shares of all ranks together have each element once, even if several ranks hold it.
     """
     return list(_chunks(partition, optimizer, once=True))
 

@@ -58,7 +58,7 @@ class ShardWriter(StorageWriter):
         """Do nothing: no state is kept between saves."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Make the directory on the first rank. If an interrupted save has left one, remove it before."""
+        """Make the directory on the first rank, after removing one that an interrupted save has left."""
         if is_coordinator:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory.mkdir(parents=True)
@@ -68,7 +68,7 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Put the number of each rank into its plan."""
+        """Put each rank's number into that rank's plan."""
         return [SavePlan(plan.items, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -82,7 +82,7 @@ class ShardWriter(StorageWriter):
                 save_file(tensors, path, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(f"{path} cannot be written: {error}") from error
-            path.chmod(self._directory.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
+            path.chmod(self._directory.stat().st_mode & 0o666)  # safetensors makes files that only the owner can read
             sync(path)
             stored = (name, digest(path))
             results += [
@@ -184,7 +184,7 @@ def read_sums(directory: Path) -> dict[str, str]:
     """Read the SHA-256 of every file of a checkpoint directory, by name.
 
     Raises:
-        ValueError: the list is missing or damaged.
+        ValueError: SHA256SUMS is missing or damaged, or does not list index.json.
     """
     path, sums = directory / SUMS, {}
     try:

@@ -1,4 +1,4 @@
-"""Write a checkpoint from which a run begins with fresh optimizer state: its weights, and multipliers that are 1.
+"""Write a checkpoint of given weights, with multipliers that are 1 and without optimizer state.
 
 A weight is divided into blocks of rows. The values of a block are asked for only when its file is written, so that
 memory does not hold the whole model.
@@ -37,7 +37,7 @@ class Streamed:
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of consecutive blocks of rows, each of at most :data:`BLOCK_BYTES` or of one row."""
+    """Yield (start, stop) of consecutive blocks of rows, each of at most :data:`BLOCK_BYTES`, or of one larger row."""
     step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
@@ -52,13 +52,14 @@ def write_streamed(
     doing: str,
 ) -> None:
     """Write a checkpoint without optimizer state. Memory holds one file of the checkpoint at a time. If writing fails
-    or is interrupted, nothing is left of it.
+    or is interrupted, no part of the new checkpoint is left.
 
     Args:
         path: path of the checkpoint. An existing checkpoint is replaced.
         weights: all weights of the model.
         multipliers: {logical name: shape} of multipliers. All of them are 1.
-        info, files: content of checkpoint.json, and of further files by name.
+        info: content of checkpoint.json.
+        files: {name: content} of further files.
         doing: label of the progress bar, which counts the bytes of the weights.
 
     Raises:
@@ -77,7 +78,7 @@ def write_streamed(
 
 
 def _chunks(weight: Streamed, done: Callable[[int], object]) -> Iterator[Chunk]:
-    """Yield a weight as chunks, each of which is a block of rows. Loading a chunk calls `done` with its bytes."""
+    """Yield a weight as chunks, each of them a block of rows. Loading a chunk calls `done` with its size in bytes."""
     for start, stop in blocks(weight.shape):
 
         def load(start: int = start, stop: int = stop) -> Tensor:

@@ -1,1 +1,1 @@
-"""Checkpoints as effective weights, with the multipliers merged in: reading them one by one, and averaging them."""
+"""Effective weights of checkpoints: reading the weights one by one, and averaging those of several checkpoints."""

@@ -1,8 +1,8 @@
 """Average of checkpoints of one model, written as a checkpoint from which a run can continue training.
 
-What is averaged are effective weights: with multipliers that differ, the product of the averages of r, W and c is not
-the average of the products diag(r) W diag(c), and the model computes with the products. All multipliers of the result
-are 1.
+Effective weights are averaged, because the model computes with the products diag(r) W diag(c). If the checkpoints'
+multipliers differ, the average of these products is not the product of the averages of r, W and c. All multipliers of
+the result are 1.
 """
 
 from __future__ import annotations
@@ -54,17 +54,18 @@ def average(
 ) -> Averaged:
     """Write the average of checkpoints as a checkpoint without optimizer state.
 
-    Step, samples, state of the data, configuration and tokenizer are those of the newest checkpoint: the one with the
-    highest step, and of several with that step the last one in `paths`. Memory holds one file of the result, and some
-    float64 copies of one block of rows.
+    Step, samples, state of the data, configuration and tokenizer are those of the newest checkpoint. That is the one
+    with the highest step, or the last of them in `paths` if several have that step. Memory holds one file of the
+    result, and some float64 copies of one block of rows.
 
     Args:
-        paths: checkpoints in any order, or the directory of one run.
+        paths: checkpoints in any order or, if `last` is given, the directory of one run.
         output: directory of the result. It appears only when it is complete.
         last: number of checkpoints of the run to average, counted back from the newest. Damaged ones are not counted,
             and a line on standard error names them.
-        kind: "uniform" for equal shares, or "ema" for shares that fall by `decay` with every older checkpoint.
-        decay: factor of "ema", between 0 and 1; None means 0.9.
+        kind: "uniform" for equal shares, or "ema" for shares that shrink by the factor `decay` from each checkpoint
+            to the one before it.
+        decay: factor for "ema", between 0 and 1; None means 0.9.
 
     Raises:
         ValueError: an argument is wrong, the output exists and is not empty, there are fewer than two checkpoints, one
@@ -79,7 +80,7 @@ def average(
     if kind == "ema":
         _check_order(models)
     _check_same_model(models)
-    if last is None:  # the last ones of a run have been verified
+    if last is None:  # otherwise, `_last` has verified the checkpoints
         for model in tqdm(models, desc="verifying", unit="checkpoint", disable=None):
             model.saved.verify()
     shares = _shares(len(models), kind, decay)
@@ -104,8 +105,8 @@ def average(
     )
     if newest.sizes.tie_embeddings and not tied:
         result.notes.append(
-            "the embedding is tied to the head and has multipliers, which the head does not: in the average they are "
-            "two matrices (model.tie_embeddings false)"
+            "the embedding is tied to the head, and only the embedding has multipliers: in the average, the two are "
+            "separate matrices (model.tie_embeddings false)"
         )
         if result.resume is not None:
             result.resume += " --model.tie_embeddings false"
@@ -129,17 +130,17 @@ def _shares(count: int, kind: str, decay: float | None) -> list[float]:
 
 
 def _named(paths: Sequence[Path]) -> list[SavedCheckpoint]:
-    """Open checkpoints that are given one by one.
+    """Open the checkpoints at `paths`. Each path must name one checkpoint.
 
     Raises:
-        ValueError: one does not exist, is a directory of several checkpoints, or is given twice; or there are fewer
-            than two.
+        ValueError: a path has no checkpoint, is a directory of several checkpoints, or is given twice; or there are
+            fewer than two paths.
     """
     for path in paths:
         found = [] if (path / INFO).exists() else directory.of_run(path)
         if found:
             raise ValueError(
-                f"{path} is a directory of {len(found)} checkpoints: give it alone and --last N, or name checkpoints"
+                f"{path} is a directory of {len(found)} checkpoints: give only it, with --last N, or name checkpoints"
             )
     checkpoints = [SavedCheckpoint(path) for path in paths]
     again = [path for path, times in Counter(path.resolve() for path in paths).items() if times > 1]
@@ -154,10 +155,11 @@ def _named(paths: Sequence[Path]) -> list[SavedCheckpoint]:
 
 
 def _last(paths: Sequence[Path], count: int) -> list[SavedCheckpoint]:
-    """Open and verify the last `count` checkpoints of a run that are whole.
+    """Open and verify the last `count` undamaged checkpoints of a run.
 
     Raises:
-        ValueError: several directories are given, or the run does not have as many whole checkpoints.
+        ValueError: `count` is less than 2, `paths` is not one run directory, or the run has too few
+            undamaged checkpoints.
     """
     if count < 2:
         raise ValueError(f"last is {count}: an average needs two checkpoints or more")
@@ -196,7 +198,7 @@ def _check_order(models: Sequence[EffectiveModel]) -> None:
         if one.saved.info.step == other.saved.info.step:
             raise ValueError(
                 f"{one.saved.path} and {other.saved.path} both are of step {one.saved.info.step}, and an EMA needs to "
-                "know which is older: use --weights uniform, or name one of them"
+                "know which is older: use --weights uniform, or name only one of them"
             )
 
 
@@ -204,17 +206,17 @@ def _check_same_model(models: Sequence[EffectiveModel]) -> None:
     """Check that all models compute the same function of their weights and have the same tokenizer.
 
     Raises:
-        ValueError: a setting differs. The message lists all settings that differ from the newest checkpoint's.
+        ValueError: a setting differs. The message lists all settings in which a checkpoint differs from the newest.
     """
     newest = models[-1]
     mine, found = _kept(newest), []
     for model in models[:-1]:
         its = _kept(model)
         both = [(key, its[key], mine[key]) for key in mine]
-        # A tokenizer of an old import is None: unknown, so it is not compared.
+        # The SHA-256 is None, which means unknown, in old imports. It is then not compared.
         differing = [f"{key} is {a!r}, not {b!r}" for key, a, b in both if a != b and None not in (a, b)]
         if differing:
-            found.append(f"in {model.saved.path} {', '.join(differing)}")
+            found.append(f"in {model.saved.path}, {', '.join(differing)}")
     if found:
         raise ValueError(
             f"the checkpoints are not of the same model as {newest.saved.path}: {'; '.join(found)}: leave out those "
@@ -223,7 +225,7 @@ def _check_same_model(models: Sequence[EffectiveModel]) -> None:
 
 
 def _kept(model: EffectiveModel) -> dict[str, object]:
-    """Return the settings that decide what the weights of a model mean, by their names in messages."""
+    """Return {name for messages: value} of the settings that decide what the weights of a model mean."""
     info = model.saved.info
     return {
         **fixed_values("model", model.sizes, "function"),

@@ -25,7 +25,7 @@ class EffectiveWeight:
     weight: Weight
     """The weight in the model without multipliers."""
     stored: Weight
-    """The checkpoint's weight: another one only for the head of a tied model, where it is the embedding."""
+    """The weight that the checkpoint stores. It equals `weight`, except for a tied head: then it is the embedding."""
     sides: tuple[Side, ...]
     """Sides of the checkpoint's weight on which there are multipliers to merge."""
 
@@ -109,8 +109,8 @@ class EffectiveModel:
     def head_differs(self) -> bool:
         """Return whether the head is tied to an embedding that has multipliers other than 1.
 
-        A tied head is the embedding without its multipliers. If these are not 1, the effective weights of the two
-        differ.
+        A tied head uses the embedding's matrix without the embedding's multipliers. If these are not 1, the effective
+        weights of head and embedding differ.
         """
         names = self._embedding.multipliers(self.placement) if self.sizes.tie_embeddings else {}
         return any(bool((self.saved.read(f"model.{name}") != 1).any()) for name in names)
@@ -119,8 +119,8 @@ class EffectiveModel:
         """Return the weights in Hugging Face's order.
 
         Args:
-            tied: whether to leave out the head, because it equals the embedding. It does only if the checkpoint's model
-                is tied and :meth:`head_differs` is False.
+            tied: whether to leave out the head, because it equals the embedding. They are equal only if the
+                checkpoint's model is tied and :meth:`head_differs` is False.
         """
         found = []
         for weight in self._stored:

@@ -6,7 +6,7 @@ USER_ERROR = 2
 """There is a mistake in keys, files or data: the same command would fail again."""
 
 DIVERGED = 65
-"""`train.max_bad_steps` steps in a row were bad: the same command would only repeat them (EX_DATAERR)."""
+"""`train.max_bad_steps` steps in a row were bad. The same command would only repeat these steps (EX_DATAERR)."""
 
 UNAVAILABLE = 69
 """The processes of the launch could not all connect to one another (EX_UNAVAILABLE)."""

@@ -48,8 +48,8 @@ class Deadlines:
 
 
 _SETTLE_SECONDS = 0.5
-"""Seconds from the first report of a death to the verdict: if a rank's death made other ranks die, the reports of their
-deaths may come first."""
+"""Seconds from the first report of a death to the verdict. If a rank's death makes other ranks die, the report of its
+death may come after the reports of theirs."""
 
 LEFT_SECONDS = 10.0
 """Seconds within which the other ranks must leave after one rank has left with an error. Ranks that have not left by

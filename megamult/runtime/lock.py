@@ -22,8 +22,8 @@ from megamult.runtime.console import say_error
 LOCK = "lock"
 
 PATIENCE_SECONDS = 120.0
-"""Seconds to wait until an earlier start of the run releases the lock. It may still be saving, or its node may be dead
-without the file server having noticed yet."""
+"""Seconds to wait until an earlier start of the run releases the lock. That start may still be saving, or its node may
+be dead and the file server may not have noticed yet."""
 
 BEAT_SECONDS = 3.0
 """Seconds between two writes of the holder to the lock file, which show that the holder is alive."""
@@ -31,9 +31,9 @@ BEAT_SECONDS = 3.0
 LOOKS = 120
 """Number of reads of the lock that must all find it unchanged before a holder on another node counts as dead.
 
-A live holder may be unable to write for nearly that long: shuffling the 2^31 documents that a source may have takes
-90 s. Reads are counted instead of seconds, so that a file server that hangs delays both sides and no clocks are
-compared."""
+The reads take about 120 s. A live holder may be unable to write for nearly that long: shuffling the 2^31 documents
+that a source may have takes 90 s. Reads are counted, not seconds, because a file server that hangs delays reads and
+writes alike, and because no clocks of different nodes then need to be compared."""
 
 LOOK_SECONDS = 1.0
 """Seconds between two reads of the lock."""
@@ -41,7 +41,7 @@ LOOK_SECONDS = 1.0
 SETTLE_SECONDS = 1.0
 """Seconds after which a run that has taken over a dead run's lock reads the lock again. If several runs have taken it
 over, the last one to write holds it. If the earlier holder removed the file after this run had opened it, the path now
-leads to another file or to none."""
+leads to another file or to none, and this run does not hold the lock."""
 
 
 class RunLock:
@@ -109,7 +109,7 @@ class RunLock:
                 waited = True
                 print(f"waiting until an earlier run has left {run_dir} ({_holder(text)})", flush=True)
             elif before is None and not alive:
-                print(f"{self._path} names {_holder(text)}: checking for {LOOKS} s if it is alive", flush=True)
+                print(f"{self._path} names {_holder(text)}: checking for {LOOKS} s whether it is alive", flush=True)
             before = text
             time.sleep(LOOK_SECONDS)
 
@@ -190,7 +190,7 @@ class RunLock:
 def _open(path: Path) -> tuple[int | None, bool]:
     """Open or create the file, and return (descriptor, whether the file is new).
 
-    The descriptor is None if another process removed the file in between."""
+    The descriptor is None if the file existed, and another process removed it before it was opened."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
     except FileExistsError:
@@ -204,8 +204,8 @@ def _flock(descriptor: int, insist: bool) -> bool | None:
     """Lock the file, and return whether that worked, or None if this file system has no locks.
 
     Args:
-        insist: whether to try until it works. That is for a file that this process has created: other processes lock
-            it only for a moment, to check it.
+        insist: whether to try until it works. This is meant for a file that this process has created: other processes
+            lock such a file only for a moment, to check it.
     """
     while True:
         try:

@@ -93,7 +93,7 @@ def _dead_owner(folder: Path) -> str | None:
     """Return a description of the dead process that a folder belonged to, or None if the process is not known to be
     dead."""
     doubt = (
-        f"{folder} is unfinished, and this process cannot tell whether its writer still runs: remove the folder if not"
+        f"{folder} is unfinished, and this process cannot tell whether its writer still runs: if not, remove the folder"
     )
     try:
         with open(folder / _OWNER, "r+", encoding="utf-8") as file:
@@ -109,5 +109,5 @@ def _dead_owner(folder: Path) -> str | None:
     if free and machine == environment.machine():
         return f"process {process}"
     # Many file systems show a lock on one node only, and two machines may have the same name.
-    print(f"{doubt} (process {process} on {host})", file=sys.stderr)
+    print(f"{doubt} (its writer is process {process} on {host})", file=sys.stderr)
     return None

@@ -1,4 +1,4 @@
-"""Watchdog of a run: if a rank dies or is stalled, it ends the run on all ranks, with a message that names that rank.
+"""Watchdog of a run. If a rank dies or is stalled, the watchdog ends all ranks, with a message that names that rank.
 
 A thread of every rank keeps one TCP connection to rank 0, independent of the collectives, which may hang. When a
 process dies, its connection closes, so rank 0 knows at once, under any launcher and backend. A rank that makes no
@@ -120,7 +120,7 @@ class Watchdog:
     def _restore_signals(self) -> None:
         if self._sigterm_before == signal.SIG_IGN:
             return
-        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # if ignored, StopRequests has received one
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # StopRequests ignores it after a request to stop
             signal.signal(signal.SIGTERM, self._sigterm_before)
         signal.set_wakeup_fd(self._wakeup_before)
         for end in (self._reader, self._writer):
@@ -204,7 +204,7 @@ class Watchdog:
             if stalled > self._deadlines.ask and not asked:
                 send(writer, {"stalled": stalled})
             asked = stalled > self._deadlines.ask
-            # Ranks that write to the screen end first and kill rank 0. The others only see rank 0's connection close.
+            # Ranks that write to the screen end first and kill rank 0. The others end when rank 0's connection closes.
             if stalled > self._deadlines.alone + (0.0 if self._speaks() else self._deadlines.answer / 2):
                 report = self.progress.report()
                 print(f"rank {self._rank} at {self.progress.place}:\n{report['stack']}", end="", file=sys.stderr)

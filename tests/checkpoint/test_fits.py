@@ -73,7 +73,7 @@ def test_another_model_is_refused_with_both_values(key: str) -> None:
     its, mine = getattr(ModelConfig(**{key: OTHER[key]}), key), getattr(ModelConfig(), key)
     if key == "num_query_groups":
         mine = 8  # null: as many as query heads
-    assert f"model.{key} is {mine!r} and the checkpoint's {its!r}" in message(info(**{key: OTHER[key]}))
+    assert f"model.{key} is {mine!r} and the checkpoint's is {its!r}" in message(info(**{key: OTHER[key]}))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_is_free_may_change(key: str, value: Any) -> None:
 
 def test_null_query_groups_are_one_for_each_head() -> None:
     assert message(info(num_query_groups=8)) == ""
-    assert message(info(num_attention_heads=16)).count("the checkpoint's 16") == 2, "heads, and groups that follow them"
+    assert message(info(num_attention_heads=16)).count("the checkpoint's is 16") == 2, "heads, and groups with them"
 
 
 def test_another_order_of_the_data_is_refused_once_samples_were_seen() -> None:
@@ -94,8 +94,8 @@ def test_another_order_of_the_data_is_refused_once_samples_were_seen() -> None:
     config.train.seed, config.model.seq_length = 7, 128
     assert message(info(samples=0), config) == ""
     said = message(info(samples=16), config)
-    assert "model.seq_length is 128 and the checkpoint's 256" in said
-    assert "train.seed (the data's order) is 7 and the checkpoint's 1234" in said
+    assert "model.seq_length is 128 and the checkpoint's is 256" in said
+    assert "train.seed (the data's order) is 7 and the checkpoint's is 1234" in said
 
 
 def test_only_keys_of_the_model_must_be_known() -> None:
@@ -115,13 +115,13 @@ def test_a_key_that_the_checkpoints_version_did_not_have_is_the_default() -> Non
     assert message(found) == ""
     config = Config()
     config.train.seed = 7
-    assert "train.seed (the data's order) is 7 and the checkpoint's 1234" in message(found, config)
+    assert "train.seed (the data's order) is 7 and the checkpoint's is 1234" in message(found, config)
 
 
 def test_columns_that_were_trained_apart_cannot_be_shared() -> None:
     shared = Config(multipliers=MultipliersConfig(shared_columns=True))
     said = message(info(), shared)
-    assert "multipliers.shared_columns is True and the checkpoint's False, so that its column multipliers diff" in said
+    assert "multipliers.shared_columns is True and the checkpoint's is False, so that its column multip" in said
     assert message(dataclasses.replace(info(), step=0), shared) == "", "all multipliers of an imported model are 1"
     scalars, kept = info(), info()
     scalars.config["multipliers"]["placement"] = "scalar"

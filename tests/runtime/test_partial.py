@@ -68,7 +68,7 @@ def test_only_what_is_known_to_be_dead_is_removed(tmp_path: Path, capsys: pytest
     said = capsys.readouterr().err
     assert f"{rebooted} is unfinished" in said and "removed" not in said
     assert f"{elsewhere} is unfinished, and this process cannot tell whether its writer still runs" in said
-    assert "(process 7 on n2)" in said
+    assert "(its writer is process 7 on n2)" in said
 
 
 def test_nothing_is_removed_where_there_are_no_locks(

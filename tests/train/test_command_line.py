@@ -232,16 +232,16 @@ LATE: list[tuple[list[str], str]] = [
     (["--checkpoint.load=FOLDER/saved/unlisted"], r"unlisted is no complete checkpoint: SHA256SUMS cannot be read"),
     (
         ["--checkpoint.load=latest", "--train.run_dir=FOLDER/broken"],
-        r"none of the 2 checkpoints in FOLDER/broken/checkpoints is whole; the last: .*step_1/shard_",
+        r"none of the 2 checkpoints in FOLDER/broken/checkpoints is whole; the problem of the oldest: .*step_1/shard_",
     ),
     (
         ["--checkpoint.load=FOLDER/saved/whole", "--multipliers.implementation=none"],
-        r"does not fit this run: model\.num_layers is 4 and the checkpoint's 3; model\.hidden_size is 256 and the "
-        r"checkpoint's 128; model\.num_query_groups is 8 and the checkpoint's 4; model\.tie_embeddings is False and "
-        rf"the checkpoint's True; model\.vocab_size is {VOCAB} and the checkpoint's 500; the SHA-256 of "
-        r"data\.tokenizer is '\w{64}' and the checkpoint's '0{64}'; train\.seed \(the data's order\) is 1234 and the "
-        r"checkpoint's 7; multipliers\.placement gives q no col and row, .*; optimizer\.name is 'adamw' and the "
-        r"checkpoint's 'muon' \(.*\): set them back",
+        r"does not fit this run: model\.num_layers is 4 and the checkpoint's is 3; model\.hidden_size is 256 and the "
+        r"checkpoint's is 128; model\.num_query_groups is 8 and the checkpoint's is 4; model\.tie_embeddings is False "
+        rf"and the checkpoint's is True; model\.vocab_size is {VOCAB} and the checkpoint's is 500; the SHA-256 of "
+        r"data\.tokenizer is '\w{64}' and the checkpoint's is '0{64}'; train\.seed \(the data's order\) is 1234 and "
+        r"the checkpoint's is 7; multipliers\.placement gives q no col and row multipliers, .*; optimizer\.name is "
+        r"'adamw' and the checkpoint's is 'muon' \(.*\): set them back",
     ),
     (
         ["--data.tokenizer=FOLDER/other.model"],
@@ -260,11 +260,11 @@ LATE: list[tuple[list[str], str]] = [
     (
         ["--checkpoint.load=FOLDER/saved/imported"],
         r"does not fit this run: data\.tokenizer is FOLDER/tiny\.model \(SHA-256 \w{64}\) and the checkpoint's "
-        r"tokenizer hf_tokenizer/tokenizer\.json \(SHA-256 0{64}\), which is no sentencepiece model: training reads",
+        r"tokenizer is hf_tokenizer/tokenizer\.json \(SHA-256 0{64}\), which is no sentencepiece model: training reads",
     ),
     (
         ["--checkpoint.load=FOLDER/saved/imported_before"],
-        rf"tokenizer hf_tokenizer/tokenizer\.json \(SHA-256 {hashlib.sha256(b'{}').hexdigest()}\), which is no",
+        rf"tokenizer is hf_tokenizer/tokenizer\.json \(SHA-256 {hashlib.sha256(b'{}').hexdigest()}\), which is no",
     ),
     (
         ["--deepspeed={zero_optimization: {stagee: 1, overlap_comm: perhaps}}"],
