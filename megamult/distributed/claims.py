@@ -62,7 +62,7 @@ def same_launch(one: Claim, other: Claim) -> bool | None:
 
 
 def judge(claim: Claim, rank_0: Claim, taken: Mapping[int, Claim], configuration: str | None) -> str | None:
-    """Return why a process is refused, or None if it is accepted as the rank that it claims.
+    """Return why a process is refused, or None if the process is accepted as the rank that it claims.
 
     A process that provably belongs to rank 0's launch is never refused, even if another process has already been
     accepted for the same rank. If such a process has another configuration or reports a problem, this is a mistake of
@@ -115,8 +115,8 @@ def unlike(claims: Sequence[Claim], configurations: Mapping[str, Mapping[str, An
 
 
 def mistake(claims: Sequence[Claim], configurations: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Return the mistake that ends a launch, or None if there is none. It is a problem that a rank reported, or
-    different configurations. The arguments are those of :func:`unlike`."""
+    """Return a text about the mistake that ends a launch, or None if there is none. A mistake is a problem that a rank
+    reported, or a difference between configurations. The arguments are those of :func:`unlike`."""
     for claim in claims:
         if claim.problem is not None:
             return f"rank {claim.rank} on {claim.host}: {claim.problem}"
@@ -125,8 +125,8 @@ def mistake(claims: Sequence[Claim], configurations: Mapping[str, Mapping[str, A
 
 
 REMEDY = (
-    "Start every rank with the same command and the same files, and another run with another port (the launcher's "
-    "--master_port, or MASTER_PORT)"
+    "Start every rank with the same command and the same files. If the ranks belong to two runs, give each run its own "
+    "port (the launcher's --master_port, or MASTER_PORT)"
 )
 
 _SIZE = "the number of processes"

@@ -24,13 +24,13 @@ class ParallelConfig:
     tensor_across_nodes: bool = False
     """Allow tensor-parallel groups to span nodes. The collectives of every layer then cross the network."""
     rendezvous_seconds: float = 45.0
-    """Seconds to wait at the start until all processes are there. If some are missing then, the run ends with a message
-    that names them."""
+    """Seconds to wait for all processes at the start. If some are still missing after this time, the run ends with a
+    message that names them."""
     timeout_minutes: float = 10.0
     """Minutes without progress after which the run ends with a report of each rank's last step and stack. Every
-    micro-batch, evaluation and part of start-up counts as progress. The ranks' stacks are collected in the last 15
-    seconds of this time (in its second half, if the time is below 30 seconds), so a micro-batch, an evaluation or a
-    part of start-up must take less than the time before that."""
+    micro-batch, evaluation and part of start-up counts as progress. The last 15 seconds of this time (its second half,
+    if the time is below 30 seconds) serve to collect the ranks' stacks. A micro-batch, an evaluation or a part of
+    start-up must therefore take less than the rest of the time."""
 
     def __post_init__(self) -> None:
         positive(

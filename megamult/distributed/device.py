@@ -19,7 +19,7 @@ from megamult.distributed import environment
 
 
 def has_cuda() -> bool:
-    """Return whether this process computes on a CUDA GPU: there is one, and DS_ACCELERATOR selects nothing else."""
+    """Return whether this process computes on a CUDA GPU: there is one, and DS_ACCELERATOR is unset or `cuda`."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
@@ -118,7 +118,8 @@ _PEAK_BF16_FLOPS = {
 
 
 def peak_flops(dtype: torch.dtype) -> float | None:
-    """Return the peak matrix rate of this device in FLOP/s, or None if it is not known (CPUs, other dtypes)."""
+    """Return the peak matrix rate of this device in FLOP/s, or None if it is not known: on CPUs, on GPUs that are
+    not in the table, and for dtypes other than bf16."""
     if not has_cuda() or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name()

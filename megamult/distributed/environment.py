@@ -54,7 +54,7 @@ def set_defaults() -> None:
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
-        with socket.socket() as listener:  # any free port, so that two such runs on one machine do not share it
+        with socket.socket() as listener:  # a free port, so that runs without a launcher get different ports
             listener.bind((os.environ["MASTER_ADDR"], 0))
             os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
 
@@ -66,8 +66,8 @@ _SLURM_PORTS = (20000, 10000)
 def _from_slurm() -> dict[str, str]:
     """Return the variables for this process, which is a task of a Slurm job step.
 
-    Only `srun` sets SLURM_STEP_NUM_TASKS above 1. A batch script's own process is not such a task, however many tasks
-    the job asked for.
+    Only `srun` sets SLURM_STEP_NUM_TASKS above 1. The process that runs the batch script itself is not a task of
+    `srun`, however many tasks the job asked for.
     """
     first, count = _SLURM_PORTS
     # Steps of one job that run at the same time get different ports.

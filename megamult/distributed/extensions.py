@@ -20,8 +20,8 @@ from pathlib import Path
 
 PATIENCE = 120.0
 """Seconds that a locked folder must stay unchanged before its lock is removed. A lock that a process of this machine
-holds is never removed. Another machine or container may also be compiling in the folder, but a compiler would write
-files more often."""
+holds is never removed. A compiler on another machine or in another container cannot be seen from here, but it would
+write files to the folder more often than this."""
 
 LIMIT = 300.0
 """Seconds to wait for a lock that a process of this machine holds. Compiling an extension takes half a minute."""
@@ -50,7 +50,7 @@ def release(
         root: folder of the cache. Each extension has its own folder, one or two levels below.
         say: function that shows one line to the user.
         name: glob pattern for the names of the extensions whose locks are checked.
-        waits_aloud: whether to say for which lock this process waits; false if another rank of the node says so.
+        waits_aloud: whether to say for which lock this process waits; false if another rank of the node says it.
         patience: seconds; see `PATIENCE`.
         limit: seconds; see `LIMIT`.
 
@@ -77,7 +77,7 @@ def _release(lock: Path, say: Callable[[str], None], waits_aloud: bool, patience
         if holders and time.monotonic() - began > limit:
             raise TimeoutError(
                 f"{lock} has been held by {_name(holders[0])} for more than {limit:.0f} s: wait until that process "
-                "has compiled, or end it, or set TORCH_EXTENSIONS_DIR to another folder"
+                "has finished compiling, or end it, or set TORCH_EXTENSIONS_DIR to another folder"
             )
         if not told:
             by = f"{_name(holders[0])} is" if holders else "another machine may be"

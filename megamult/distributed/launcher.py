@@ -42,9 +42,9 @@ def hosts_of_ranks() -> dict[int, str]:
 def launchers() -> list[int]:
     """Return the ids of the launcher processes above this rank. If one of them ends, the run must end too.
 
-    The first is the process that started this rank. If this is DeepSpeed's launcher for one node, and its parent is the
-    `deepspeed` command, which passes no signals on, then the parent is the second. The list is empty if no known
-    launcher started this rank.
+    The first id is that of the process that started this rank. If that process is DeepSpeed's launcher for one node and
+    its parent is the `deepspeed` command, the second id is that of the parent, which passes no signals on. The list is
+    empty if no known launcher started this rank.
     """
     parent = os.getppid()
     command = _command(parent)
@@ -73,7 +73,7 @@ def launch() -> str:
         return f"MEGAMULT_LAUNCH {name}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         name = os.environ["TORCHELASTIC_RUN_ID"]
-        return "" if name == "none" else f"torchrun {name}"  # "none" is torchrun's default, for all jobs
+        return "" if name == "none" else f"torchrun {name}"  # "none", torchrun's default, is no unique name
     if not launchers() and os.environ.get("SLURM_STEP_NUM_TASKS") == str(environment.world_size()):
         return f"Slurm {os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     return ""

@@ -23,7 +23,7 @@ def sockets(rank: int, processes: int, tensor: int, gloo: bool) -> int:
     """Return the number of sockets from one rank to others. gloo connects every two ranks of a group.
 
     Args:
-        rank: number of the rank. Rank 0 serves the store and the watchdog, and every rank has a connection to each.
+        rank: number of the rank. Rank 0 serves the store and the watchdog, and every rank connects to both.
         processes: number of processes of the run.
         tensor: tensor-parallel size.
         gloo: whether training itself communicates over gloo, as on CPUs. Connections of NCCL are not counted.

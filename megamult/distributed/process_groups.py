@@ -1,10 +1,10 @@
 """Process groups of a grid of data-parallel x tensor-parallel ranks, as few as possible.
 
 Megatron's `initialize_model_parallel` makes a group for every combination of its axes, and every rank takes part in
-making the groups of all ranks: thousands at 1,024 ranks. With two axes, a rank needs its tensor-parallel group, its
-data-parallel group, and a group of this rank only, which serves the axes of size 1 (pipeline, context, expert). These
-three groups take three calls per rank, however many ranks there are. If a group would hold all ranks, the default group
-is used.
+making the groups of all ranks: thousands of groups at 1,024 ranks. With two axes, a rank needs its tensor-parallel
+group, its data-parallel group, and a group of this rank only, which serves the axes of size 1 (pipeline, context,
+expert). These three groups take three calls per rank, however many ranks there are. If a group would hold all ranks,
+the default group is used instead.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _FILES_TIMEOUT = datetime.timedelta(seconds=ON_FILES)
 """Time that the fastest rank may wait for the slowest rank's file system."""
 
 _made: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...] | str, ProcessGroup]] = WeakKeyDictionary()
-"""Groups that were made in addition to each default group, by their ranks (or by "files"). Each group is made once and
-then reused. torch names a group after its ranks and the number of groups that this process has. If some groups were
-destroyed, and a group of the same ranks was made again, it could get the name of the earlier one, and read the
-addresses that the earlier one left in the store."""
+"""For each default group, the further groups that were made, by their ranks (or by "files"). Each group is made once
+and then reused, because torch names a group after its ranks and the number of groups that this process has. A group
+that is made again after others were destroyed could therefore get the name of an earlier group of the same ranks, and
+read the addresses that the earlier group left in the store."""
 
 
 def create(tensor: int, timeout: datetime.timedelta) -> None:

@@ -25,7 +25,8 @@ MET = "met"
 """Key of the result of the rendezvous, which rank 0 writes when it has stopped waiting for processes."""
 
 RANK_0 = "rank 0"
-"""Key of the text that describes rank 0. A run that finds the port in use reads the text, to say which run uses it."""
+"""Key of the text that describes rank 0. Another run that finds the port in use reads the text, and tells its user
+which run uses the port."""
 
 HEAR = datetime.timedelta(seconds=10)
 """Longest time that rank 0 waits for all ranks to read its result."""
@@ -85,7 +86,7 @@ class Reception:
         self._configurations: dict[str, Mapping[str, Any]] = {claim.configuration: configuration}
         self._taken: dict[int, Claim] = {0: claim}
         self._numbers: dict[int, int] = {}  # rank -> number of the accepted claim
-        self._refused: list[tuple[Claim, str]] = []  # only claims refused for their configuration or problem
+        self._refused: list[tuple[Claim, str]] = []  # for another configuration or a problem
         self._unread: set[int] = set()
         self._read = 0
         store.set(RANK_0, str(claim))
@@ -171,11 +172,14 @@ class Reception:
         if missing and problem is None:
             absent = (
                 f"{len(missing)} of {self._claim.size} processes did not come within {seconds:.0f} s "
-                f"(parallel.rendezvous_seconds): {_who(missing)}. See whether the host is up, and "
-                "read the output of its processes"
+                f"(parallel.rendezvous_seconds): {_who(missing)}. See whether their hosts "
+                "are up, and read the output of these processes"
             )
             if at_fault := [f"{claim}: {why}" for claim, why in self._refused if claim.rank in missing]:
-                problem = f"{_who(missing)} did not come within {seconds:.0f} s, but {'; '.join(at_fault)}. {REMEDY}"
+                problem = (
+                    f"{_who(missing)} did not come within {seconds:.0f} s; rank 0 refused {'; '.join(at_fault)}. "
+                    f"{REMEDY}"
+                )
         met = {
             "name": secrets.token_hex(8),
             "numbers": sorted(self._numbers.values()),
@@ -191,7 +195,7 @@ class Reception:
             self._store.wait(takes_part, HEAR)
         if environment.has_agent_store():
             # torchrun's store may serve restarted ranks without counting the restart, so the keys must go. A store that
-            # rank 0 serves keeps them: a process of another launch that comes later is told why it is refused.
+            # rank 0 serves keeps them, so that a process of another launch that comes later is told why it is refused.
             for number in range(1, self._read + 1):
                 for key in (claim_key(number), answer_key(number), heard_key(number)):
                     self._store.delete_key(key)

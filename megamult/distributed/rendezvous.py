@@ -99,7 +99,8 @@ def meet(seconds: float, configuration: Mapping[str, Any] | None = None) -> Meet
 
     Raises:
         RanksMissingError: processes are missing. Every rank that reached rank 0 raises it, with a message that names
-            the missing ranks and their hosts. On a rank that cannot reach rank 0, the message says that.
+            the missing ranks and their hosts. A rank that cannot reach rank 0 raises it with a message that says so,
+            and rank 0 raises it if its port is in use.
         RefusedError: rank 0 decided that this process is not part of its launch.
         ValueError: a rank reported a mistake (:func:`report_mistake`), or the configurations differ. The message names
             every key that differs. Every rank raises it.
@@ -212,7 +213,8 @@ def _connect(address: str, port: int, seconds: float, serves: bool) -> Store:
         except RuntimeError as error:
             found.append(error)
 
-    # torch would wait for ever for the greeting of a server that is not its store, so a thread makes the connection.
+    # torch would wait for ever for the greeting of a server that is not a store of torch. So a thread connects, and is
+    # left behind if it takes too long.
     thread = threading.Thread(target=connect, name="store", daemon=True)
     thread.start()
     thread.join(seconds + 1.0)
@@ -276,7 +278,7 @@ def _answer(store: Store, claim: Claim, number: int, deadline: float) -> dict[st
                 raise RanksMissingError(
                     "rank 0 came, and has not answered since: see its output", rank_0_is_missing=True
                 )
-            time.sleep(0.4)  # thousands of ranks ask the same store
+            time.sleep(0.4)  # not shorter, because thousands of ranks ask the same store
         if store.check([answer]):
             told = json.loads(store.get(answer))
             raise RefusedError(told["why"], told["configuration"])

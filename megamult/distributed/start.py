@@ -60,7 +60,7 @@ def initialize(
             rank=environment.rank(),
             world_size=processes,
             timeout=timeout,
-            # If a device is given, NCCL connects at once, and later groups are split off.
+            # If a device is given, NCCL connects all ranks at once, and later groups are split off from this one.
             device_id=here if here.type == "cuda" and processes > 1 else None,
         )
         if here.type == "cpu":  # DeepSpeed loads an operator, and would wait for ever for the lock of a killed process
@@ -75,8 +75,8 @@ def initialize(
         parallel_state.destroy_model_parallel()
     process_groups.create(tensor, timeout)
     if here.type == "cuda":
-        # Megatron forks its CUDA random state around dropout under sequence parallelism, so there must be one. The
-        # models have no dropout, so the seed changes nothing.
+        # Megatron forks its CUDA random state around dropout under sequence parallelism, so this state must
+        # exist. The models have no dropout, so the seed changes nothing.
         model_parallel_cuda_manual_seed(1)
     return current_mesh()
 

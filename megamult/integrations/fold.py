@@ -65,11 +65,13 @@ def fold(
         rules: mapping from a regular expression to a role, a spec, or a function from a parameter to its spec. A
             rule applies to the parameters in whose names the expression is found. :data:`megamult.LLAMA_RULES` and
             :func:`megamult.megatron_rules` are such mappings.
-        placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or scalar.
-        multiplier_lr: peak learning rate of multipliers; that of the optimizer if None.
+        placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to `row`, `col` or `scalar`, or to a list of
+            these.
+        multiplier_lr: peak learning rate of multipliers, or None to use that of the optimizer.
         multiplier_weight_decay: decoupled weight decay of multipliers.
-        clip_multipliers: clipping of the multipliers' gradient at the optimizer's threshold: out (not clipped), own (by
-            its own norm) or joint (one norm for all gradients). False means out, and True means own.
+        clip_multipliers: how the gradient of all multipliers is clipped at the optimizer's threshold: `out` (not
+            clipped), `own` (by its own norm) or `joint` (by one norm of all gradients, those of weights included).
+            False means `out`, and True means `own`.
         multipliers: further keys of the section `multipliers` of a run: `lr_factors`, `weight_decay_factors` and
             `parametrization`.
         initial: initial value of all multipliers, or a function from (role, side) to the initial value. The model's
@@ -111,8 +113,8 @@ def fold(
     unreached = [role for role in resolved if role not in reached]
     if unreached and (not isinstance(placement, str) or not reached):
         raise ValueError(
-            f"placement gives multipliers to the role {unreached[0]}, and no parameter has it: add a rule for it, or "
-            "leave it out of placement"
+            f"placement gives multipliers to the role {unreached[0]}, and no parameter has this role: add a rule for "
+            "it, or leave it out of placement"
         )
     if not reached:
         raise ValueError(f"placement is {placement!r}: it gives multipliers to no role; choose one that does")
@@ -221,7 +223,8 @@ def _names(model: torch.nn.Module) -> dict[Parameter, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     for path, module in model.named_modules():
-        # Megatron's tied head has no weight; each call passes the embedding's to it. named_parameters cannot show this.
+        # Megatron's tied head has no weight of its own: each forward pass gives it the embedding's weight. So
+        # named_parameters does not list the head.
         if getattr(module, "share_embeddings_and_output_weights", False):
             shared = module.shared_embedding_or_output_weight()
             head = f"{path}.output_layer.weight" if path else "output_layer.weight"

@@ -33,7 +33,7 @@ def megatron_rules(config: TransformerConfig, vocab_size: int) -> dict[str, Rule
         if getattr(config, key, None):
             raise ValueError(
                 f"{key} is {getattr(config, key)!r}: megatron_rules knows dense models with plain attention; write "
-                "rules of your own, with a ParameterSpec for what is fused"
+                "rules of your own, with a ParameterSpec for each fused parameter"
             )
     hidden, ffn, tp_size = config.hidden_size, config.ffn_hidden_size, config.tensor_model_parallel_size
     heads, head_dim = config.num_attention_heads, config.kv_channels
@@ -71,6 +71,6 @@ def megatron_rules(config: TransformerConfig, vocab_size: int) -> dict[str, Rule
         rules[r"\blinear_fc1\.bias$"] = megatron.bias_of(fc1)
     if config.qk_layernorm:
         # These weights are replicated, and each rank applies them to its own heads, so their gradients are partial.
-        # Megatron does not mark them as such.
+        # Megatron does not mark these weights, so the rule states it.
         rules[r"\b[qk]_layernorm\.(weight|bias)$"] = lambda parameter: megatron.norm(stored_shape(parameter)[0], True)
     return rules

@@ -12,12 +12,11 @@ class MonitorConfig:
     """Figures of weights, multipliers, updates and activations (docs/monitoring.md lists them)."""
 
     every: int = 50
-    """Steps between records of these figures; 0: none. A record costs less than half a step, so that records every 50
-    steps cost less than 1 % of the run. A run of a few hundred steps still gets enough points for a curve."""
+    """Steps between records of these figures; 0 turns the records off. A record costs less than half a step, so records
+    every 50 steps cost less than 1 % of the run. A run of a few hundred steps still gets enough points for a curve."""
     updates: bool = True
-    """Whether to record the RMS of the update. In a monitored step, a copy of the fp32 weights that this rank's
-    optimizer updates is then in memory from the end of the backward pass to the end of the step (4 bytes per
-    weight)."""
+    """Whether to record the RMS of the update. If so, each rank keeps a copy of the fp32 weights that its optimizer
+    updates (4 bytes per weight) from the end of the backward pass to the end of the step, in monitored steps only."""
 
     def __post_init__(self) -> None:
         not_negative("monitor", every=self.every)

@@ -1,14 +1,16 @@
-"""RMS of weights that noise and weight decay alone would give: the equilibrium, and the trajectory to it.
+"""RMS that weights have if only noise and weight decay act on them: the equilibrium, and the trajectory to it.
 
-If gradients are pure noise, an optimizer's update is a random walk, and decoupled weight decay pulls it back. The mean
-square v of the weights then follows, with learning rate lr and weight decay wd in each step::
+If gradients are pure noise, an optimizer's updates make the weights a random walk, and decoupled weight decay pulls the
+weights back. The mean square v of the weights then follows, with learning rate lr and weight decay wd in each step::
 
     v <- (1 - lr wd)^2 v + (lr gain)^2
 
-At a constant rate, v approaches (gain^2 lr) / (2 wd) with the time constant 1 / (2 lr wd) steps. arXiv 2601.04890 calls
-the trajectory "Adam Brownian motion". It predicts the RMS of matrices that signal does not hold away from it.
+The gain of an optimizer is the standard deviation of its random walk per step, in units of lr. At a constant rate, v
+approaches (gain^2 lr) / (2 wd) with the time constant 1 / (2 lr wd) steps. arXiv 2601.04890 calls the trajectory "Adam
+Brownian motion". The trajectory predicts the RMS of matrices whose gradients are mostly noise; gradients with a strong
+signal can hold a matrix at another RMS.
 
-Pure.
+Pure functions, without I/O or communication.
 """
 
 from __future__ import annotations

@@ -18,12 +18,13 @@ class Imbalance:
     Args:
         matrices: all logical matrices.
         head_dim: rows of one attention head.
-        readers: (subject, name of a norm's weight, name of the module that reads the norm's output).
+        readers: (subject of the figure, name of a norm's weight, name of the module that reads the norm's output) of
+            each norm.
     """
 
     def __init__(self, matrices: Sequence[Matrix], head_dim: int, readers: Iterable[tuple[str, str, str]]) -> None:
         self._head_dim = head_dim
-        # A layer with several matrices of one role, such as experts, has no such pairs.
+        # If a layer has several matrices of one role, such as experts, their multipliers form no pairs.
         by_role: dict[tuple[int, str], list[Matrix]] = {}
         for matrix in matrices:
             if matrix.layer is not None:
@@ -38,7 +39,7 @@ class Imbalance:
         ]
 
     def pairs(self, vectors: Mapping[str, Tensor]) -> list[tuple[str, int | None, Tensor]]:
-        """Return (symmetry, layer, imbalance of each pair) of all symmetries that the multipliers leave.
+        """Return (symmetry, layer, imbalance of each pair) for every symmetry of which both sides have multipliers.
 
         Args:
             vectors: values of all vectors of the model by name.

@@ -12,8 +12,8 @@ _Value = TypeVar("_Value")
 def layer_of(name: str) -> int | None:
     """Return the index of the layer that a parameter belongs to, counted from 0, or None if it is in no layer.
 
-    PyTorch names the modules of a list by their index. The index of the layer is the first such part of the name:
-    `decoder.layers.3.mlp.linear_fc2.weight` belongs to layer 3, `decoder.final_layernorm.weight` to none.
+    PyTorch names the modules of a list by their index. The index of the layer is the first part of the name that is a
+    number: `decoder.layers.3.mlp.linear_fc2.weight` belongs to layer 3, `decoder.final_layernorm.weight` to none.
     """
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 

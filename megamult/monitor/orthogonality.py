@@ -16,9 +16,10 @@ from megamult.zero.partition import Partition
 
 @torch.no_grad()
 def orthogonality_error(matrices: Tensor) -> Tensor:
-    """Return ||X X^T - I||_F / sqrt(n) of each matrix, where n is the smaller dimension; for a tall X, X^T X.
+    """Return ||X X^T - I||_F / sqrt(n) of each matrix X, where n is the smaller dimension.
 
-    This is the root mean square of s^2 - 1 over the singular values s of X: 0 if X is orthogonal, and 1 if X is 0.
+    If X has more rows than columns, X^T X replaces X X^T. The result is the root mean square of s^2 - 1 over the
+    singular values s of X: 0 if X is orthogonal, and 1 if X is 0.
 
     Args:
         matrices: [batch, rows, cols] in any floating dtype; the products are computed in fp32.
@@ -58,7 +59,7 @@ class Orthogonality:
         self._rule.watch = None
         names = self._rule.matrices.names
         nothing = torch.zeros((), device=device.local_device())
-        # Each matrix has one owner, and the others add zero. A skipped step has measured nothing.
+        # Each matrix has one owner, and all other ranks add zero. In a skipped step, nothing was measured.
         errors = torch.stack([self._errors.get(name, nothing) for name in names])
         measured = torch.tensor([float(len(self._errors))], device=errors.device)
         packed = self._mesh.sum_over(torch.cat([errors, measured])).tolist()

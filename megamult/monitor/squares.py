@@ -1,10 +1,10 @@
-"""Sums of squares of a matrix by row and by column, from blocks that many processes hold, and the figures that follow.
+"""Sums of squares of the rows and columns of matrices, from blocks that many processes hold, and figures from the sums.
 
-A sum of squares over a row or a column is the sum of those of its blocks. Each process adds the blocks that it holds,
-and one sum over all processes gives the squared norm of every row and column of every matrix. RMS and spread follow
-from these norms, and are therefore the same for every sharding.
+The sum of squares of a row or a column is the sum over the blocks that the row or column crosses. Each process adds the
+blocks that it holds, and one sum over all processes gives the squared norm of every row and column of every matrix. RMS
+and spread follow from these norms, and are therefore the same for every sharding.
 
-Pure.
+Pure functions, without I/O or communication.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Squares(NamedTuple):
-    """Sums of squares of one block of a matrix."""
+    """Sums of squares of one block of a matrix W, and of its effective matrix diag(rho) W diag(kappa)."""
 
     rows: Tensor
     """Sum over the columns of the block for each row, [height]."""
@@ -33,8 +33,8 @@ class Squares(NamedTuple):
 def squares_of(block: Tensor, rho: Tensor | None, kappa: Tensor | None) -> Squares:
     """Return the sums of squares of a block of W and of the same block of W_eff = diag(rho) W diag(kappa), in fp32.
 
-    The sums of W_eff are products of the squares of W with vectors: sum_j (rho_i W_ij kappa_j)^2 is
-    rho_i^2 (W * W) kappa^2. So W_eff itself is not computed.
+    The sums of W_eff are products of the elementwise square W * W with vectors: sum_j (rho_i W_ij kappa_j)^2 is
+    rho_i^2 ((W * W) kappa^2)_i. So W_eff itself is not computed.
 
     Args:
         block: [height, width] block of W.
@@ -56,11 +56,11 @@ def squares_of(block: Tensor, rho: Tensor | None, kappa: Tensor | None) -> Squar
 
 
 def totals(values: Tensor, lengths: Sequence[int]) -> list[tuple[float, float]]:
-    """Return, for each of some consecutive segments of values, the sum of the values and the sum of their roots.
+    """Divide `values` into consecutive intervals, and return (sum of the values, sum of their square roots) of each.
 
     Args:
         values: [sum of lengths] sums of squares.
-        lengths: length of each segment.
+        lengths: length of each interval.
     """
     wide = values.double()
     index = torch.repeat_interleave(torch.tensor(lengths, device=values.device))

@@ -24,7 +24,7 @@ class Spread:
 def spread(values: Tensor) -> Spread:
     """Return the spread of the absolute values of multipliers [n].
 
-    Signs are ignored, because flipping them in a pair of multipliers changes nothing.
+    Signs are ignored, because flipping the signs of both multipliers of a pair does not change their product.
     """
     magnitudes = values.detach().double().abs().flatten()
     return Spread(

@@ -1,10 +1,11 @@
-"""Imbalance of multipliers along the symmetries that only their product fixes (arXiv 2601.04890).
+"""Imbalance of pairs of multipliers of which only the product matters (arXiv 2601.04890).
 
-A pair (a, b) of multipliers may become (t a, b / t) without any change of the model's output. The imbalance of a pair
-is ln|a| - ln|b|: 0 for a pair that starts at 1, and moved by drift along the symmetry. A symmetry has many pairs, for
-example one for each row of W_up and column of W_down. Their mean and their standard deviation are recorded.
+A symmetry of the model is that such a pair (a, b) may become (t a, b / t) without any change of the model's output. The
+imbalance of a pair is ln|a| - ln|b|. It is 0 if both multipliers start at 1, and changes when they drift along the
+symmetry. A symmetry has many pairs, for example one for each row of W_up with the same column of W_down. The mean and
+the standard deviation of their imbalances are recorded.
 
-Pure.
+Pure functions, without I/O or communication.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 Logs = Callable[[str, str], Tensor | None]
-"""Function (role, side) -> ln|multiplier| of each row or column of a layer's matrix, scalar included, or None if there
-are none."""
+"""Function (role, side) -> ln|multiplier| of each row or column of a layer's matrix, scalar included, or None if that
+side has no multipliers."""
 
 Pairs = tuple[Tensor, Tensor]
 """ln|a| and ln|b| of all pairs (a, b) of one symmetry."""
@@ -42,7 +43,8 @@ def query_key(query: Tensor, key: Tensor, head_dim: int) -> Pairs:
 def value_out(value: Tensor, out: Tensor, head_dim: int) -> Pairs:
     """Return ln|a| of W_V's rows and ln|b| of the output projection's columns, each [groups * head_dim].
 
-    A row of W_V meets the same column of all query heads of its group, whose logarithms are averaged.
+    Row j of a value head meets column j of each query head of its group, so the logarithms of these columns are
+    averaged.
 
     Args:
         value: [groups * head_dim] ln|row multiplier| of W_V.
@@ -83,10 +85,12 @@ def imbalances(logs: Logs, head_dim: int) -> dict[str, Tensor]:
 def norm_columns(norm: Tensor, columns: Sequence[Tensor | None]) -> Tensor | None:
     """Return the imbalance of a norm's weights against the columns of the matrices that read the norm's output, [in].
 
+    The imbalance is ln|weight| minus the mean of ln|column multiplier| over these matrices. The symmetry exists only if
+    all of them have column multipliers. If one has none, or there are no such matrices, the result is None.
+
     Args:
         norm: [in] weights of the norm.
-        columns: [in] ln|column multiplier| of each of these matrices, or None for one that has none. The symmetry needs
-            all of them: without the multipliers of one matrix the result is None.
+        columns: [in] ln|column multiplier| of each matrix, or None for a matrix without column multipliers.
     """
     present = [each for each in columns if each is not None]
     if not columns or len(present) < len(columns):
@@ -95,7 +99,9 @@ def norm_columns(norm: Tensor, columns: Sequence[Tensor | None]) -> Tensor | Non
 
 
 def redundant_pairs(sides: Mapping[str, frozenset[str]]) -> list[str]:
-    """Return the symmetries that a placement leaves, in words: both sides of the pair have multipliers.
+    """Return, in words, the symmetries that multipliers of these sides have.
+
+    A symmetry is returned if both of its sides have multipliers of their own or a scalar.
 
     Args:
         sides: sides that have multipliers, by role.

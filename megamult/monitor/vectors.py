@@ -22,7 +22,7 @@ class Entry:
 
     role: Role
     side: Side | None
-    """Side of a matrix that the vector scales, or None if it is no multiplier."""
+    """Side of a matrix that the vector scales, or None if the vector is no multiplier."""
     place: slice
 
 
@@ -45,11 +45,12 @@ class Vectors:
                 self.entries[cut.spec.logical_name(cut.name, part)] = Entry(part.role, cut.spec.side, place)
         self._sharded = position
         if optimizer.folded is not None:
-            for vector in optimizer.folded.vectors:  # every rank has them complete
+            for vector in optimizer.folded.vectors:  # every rank holds all of their values
                 place = slice(position + vector.entries.start, position + vector.entries.stop)
                 self.entries[vector.name] = Entry(vector.role, vector.side, place)
         self._held: list[tuple[int, int, int, int]] = []
-        """(index of the slice, offset in the slice, position in the packed values, elements)."""
+        """Parts of this rank's slices that a sum over all ranks includes, as (index of the slice, offset in the slice,
+        position in the packed values, number of elements)."""
         for i, piece in enumerate(partition.slices):
             if len(piece.spec.shape) > 1 or not partition.counted(piece):
                 continue
@@ -65,13 +66,13 @@ class Vectors:
         for i, offset, position, numel in self._held:
             values = self._optimizer.weight(self._partition.slices[i])
             packed[position : position + numel] = values[offset : offset + numel]
-        self._partition.mesh.sum_over(packed)  # one rank holds each element and the others add zero: exact
+        self._partition.mesh.sum_over(packed)  # exact, as all but one rank add zero to an element
         if self._optimizer.folded is not None:
             packed = torch.cat([packed, self._optimizer.folded.values])
         return {name: packed[entry.place] for name, entry in self.entries.items()}
 
     def figures(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Return the RMS of vectors that are no multipliers, and mean and standard deviation of ln|multiplier|.
+        """Return mean and standard deviation of ln|multiplier|, and the RMS of vectors that are no multipliers.
 
         Args:
             values: result of :meth:`gathered`.

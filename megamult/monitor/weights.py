@@ -1,6 +1,7 @@
-"""RMS of all matrices, of their effective matrices and of the last update, and spread of the first two.
+"""RMS of all matrices, of their effective matrices and of the last update, and spread of row and column norms.
 
-Each rank computes sums of squares from its own slices. Added over all ranks, they give the figures of whole matrices.
+The spread is the coefficient of variation of the norms in a matrix or an effective matrix. Each rank computes sums of
+squares from its own slices. Added over all ranks, these sums give the figures of whole matrices.
 """
 
 from __future__ import annotations
@@ -33,17 +34,19 @@ class Matrix:
     name: str
     role: Role
     layer: int | None
-    """Index of its layer, or None if it is in no layer."""
+    """Index of the matrix's layer, or None if it is in no layer."""
     rows: int
     cols: int
     start: int
-    """Position of its sums over rows. Its sums over columns follow, then the same two of the effective matrix."""
+    """Position of the first of its sums. One sum for each row comes first, then one for each column. If the matrix has
+    multipliers, the same sums of the effective matrix follow."""
     multipliers: Mapping[Side, str]
-    """Logical names of its multipliers, by side."""
+    """Logical names of the matrix's multipliers, by side."""
 
     @property
     def lengths(self) -> list[int]:
-        """Number of its sums of each kind, in the order in which they are packed."""
+        """Number of sums of each kind, in packed order: one per row, one per column, and if the matrix has multipliers,
+        the same two numbers for the effective matrix."""
         return [self.rows, self.cols] * (2 if self.multipliers else 1)
 
     def log_factor(self, side: Side, vectors: Mapping[str, Tensor]) -> Tensor | None:
@@ -70,7 +73,7 @@ class Weights:
 
     Args:
         partition, optimizer: the partition of this rank, and the optimizer that is bound to it.
-        vectors: names of the model's logical vectors. Those that are multipliers of a matrix scale it.
+        vectors: names of the model's logical vectors, among which each matrix's multipliers are found.
 
     Attributes:
         matrices: all logical matrices, in the same order on every rank.
@@ -100,7 +103,8 @@ class Weights:
         self._size = position
         self._here = device.local_device()
         self._blocks: list[tuple[int, list[tuple[int, Rectangle]]]] = []
-        """(index of a slice, its blocks as (index of the matrix, rectangle)), of the slices that this rank counts."""
+        """(index of the slice, its blocks) for each slice that this rank adds to the sums. A block is (index of its
+        matrix, rectangle)."""
         for i, piece in enumerate(partition.slices):
             if piece.name in index and partition.counted(piece):
                 held = rectangles(piece.spec, partition.mesh.coordinates, piece.start, piece.length)
@@ -110,8 +114,8 @@ class Weights:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Copy the weights that this rank counts. The next :meth:`figures` then includes the RMS of their change since
-        the first call."""
+        """Copy the weights that this rank counts, unless they were copied since the last :meth:`figures`. The next
+        :meth:`figures` then includes the RMS of their change since the copy."""
         if self._before is None:
             self._before = [self._optimizer.weight(self._partition.slices[i]).clone() for i, _ in self._blocks]
 
@@ -156,8 +160,8 @@ class Weights:
                 sums[start + at : start + at + len(added)] += added
 
     def _scales(self, matrix: Matrix, vectors: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Return the factors of the rows and of the columns of a matrix; None if it has none. The scalar is a factor of
-        the rows."""
+        """Return the factors of the rows and of the columns of a matrix, each None if there are none. The scalar counts
+        as a factor of the rows."""
         held = {side: vectors[name] for side, name in matrix.multipliers.items()}
         rho = held.get("row")
         if (scalar := held.get("scalar")) is not None:
@@ -175,7 +179,7 @@ class Weights:
             for what in ("weight", "effective") if matrix.multipliers else ("weight",):
                 for side, count in (("row", matrix.rows), ("col", matrix.cols)):
                     total, roots = next(table)
-                    squares[what][m] = total  # of the columns: the same sum in another order
+                    squares[what][m] = total  # set twice: columns give the same sum as rows, in another order
                     each = (matrix.role, matrix.layer, variation(total, roots, count))
                     spreads.setdefault(f"{what}_{side}_cv", []).append(each)
         found: dict[str, float] = {}
@@ -186,7 +190,7 @@ class Weights:
         return found
 
     def _rms(self, metric: str, squares: Mapping[int, float]) -> dict[str, float]:
-        """Return the RMS by role and layer, from the sum of squares of some matrices by their index."""
+        """Return the RMS by role and layer, from {index of a matrix: its sum of squares}."""
         values = []
         for m, total in squares.items():
             matrix = self.matrices[m]
@@ -200,7 +204,7 @@ def _of(r: Rectangle, values: Tensor) -> Tensor:
 
 
 def _bounded(r: Rectangle) -> Iterator[Rectangle]:
-    """Split a rectangle by rows into blocks that are processed at a time."""
+    """Split a rectangle by rows into blocks that are processed one at a time."""
     step = max(1, _ELEMENTS[device.local_device().type] // r.width)
     for row in range(0, r.height, step):
         height = min(step, r.height - row)

@@ -27,8 +27,8 @@ class Writers:
         steps: number of steps of the whole run.
         done: number of steps that are done. Records of later steps, written before a crash, are dropped.
         skipped: number of skipped steps among those that are done.
-        samples: numbers of sequences that the whole run reads, and that it has read. The bar counts these, and not
-            steps, because the remaining time follows from them even if batches grow.
+        samples: (number of sequences that the whole run reads, number that it has read so far). The bar counts
+            sequences and not steps, because the remaining time follows from sequences even if batches grow.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Writers:
             why = f"the gradient norm {record['grad_norm']:.4g} is above optimizer.skip_grad_norm"
             if not all(math.isfinite(record[key]) for key in ("grad_norm", "multiplier_grad_norm")):
                 why = "a gradient is not finite"
-            self.say(f"step {step}: {why}, the step is skipped ({self._skipped} so far)")
+            self.say(f"step {step}: {why}, so the step is skipped ({self._skipped} skipped so far)")
         self._scalars("train", {k: v for k, v in {**record, **extra}.items() if k != "step"}, step)
         text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
         if self._interactive:
@@ -92,8 +92,8 @@ class Writers:
         self.say(f"step {record['step']}: valid loss {record['valid_loss']:.4f}")
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
-        """Record the monitor's figures of a step: one line of metrics.jsonl, and TensorBoard's curves of these
-        names."""
+        """Record the monitor's figures of a step: one line of metrics.jsonl, and a point of each figure's curve in
+        TensorBoard."""
         self._line({"step": step, **figures})
         with self._going_on("tensorboard"):
             for name, value in figures.items():
@@ -112,7 +112,7 @@ class Writers:
 
     def say(self, text: str) -> None:
         """Print a line of text without breaking the bar."""
-        with contextlib.suppress(OSError):  # standard output is a file on a full disk, or a closed pipe
+        with contextlib.suppress(OSError):  # standard output may be a file on a full disk, or a closed pipe
             self._bar.write(text, file=sys.stdout) if self._interactive else print(text, flush=True)
 
     def _scalars(self, section: str, values: dict[str, float], step: int) -> None:

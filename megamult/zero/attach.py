@@ -47,7 +47,8 @@ def partition_of(engine: Any, optimizer: TwoPhase, mesh: Mesh) -> Partition:
     """Return the partition of a DeepSpeed engine that wraps `optimizer`.
 
     Raises:
-        ValueError: DeepSpeed chose an optimizer class that megamult does not know.
+        ValueError: DeepSpeed chose an optimizer class that megamult does not know, or the param groups lack a trainable
+            parameter of the model.
     """
     names = names_of(engine.module)
     if engine.optimizer is optimizer:
@@ -58,7 +59,7 @@ def partition_of(engine: Any, optimizer: TwoPhase, mesh: Mesh) -> Partition:
 
         raise ValueError(
             f"DeepSpeed {deepspeed.__version__} wraps the optimizer in {type(engine.optimizer).__name__}: megamult "
-            f"knows {', '.join(_PARTITIONS)}; change the DeepSpeed configuration to one of them"
+            f"knows {', '.join(_PARTITIONS)}; change the DeepSpeed configuration so that it uses one of these"
         )
     return _complete(made(engine.optimizer, names, mesh), names)
 
@@ -91,9 +92,9 @@ def attach(engine: Any, optimizer: TwoPhase, mesh: Mesh | None = None) -> Partit
     partition = partition_of(engine, optimizer, mesh or current_mesh())
     if engine.gradient_clipping() > 0:
         raise ValueError(
-            f"gradient_clipping is {engine.gradient_clipping()} in the DeepSpeed configuration (1.0 if it is not "
-            "set): DeepSpeed would clip the tensors that megamult puts in place of gradients, multipliers included; "
-            "set it to 0.0, and give the optimizer clip_grad_norm"
+            f"gradient_clipping is {engine.gradient_clipping()} in the DeepSpeed configuration (DeepSpeed's default is "
+            "1.0): DeepSpeed would clip the tensors that megamult puts in place of the gradients of weights and "
+            "multipliers; set it to 0.0, and set clip_grad_norm of the optimizer"
         )
     partition.check()
     partition.full_precision = FullPrecision.of(partition)

@@ -67,7 +67,9 @@ class FlatPartition(Partition):
         mapping = self.parameters[piece.name]._hp_mapping  # type: ignore[attr-defined]
         address = mapping.lp_fragment_address
         if (address.start, address.numel) != (piece.start, piece.length):
-            raise self._mismatch(piece, f"belong to [{address.start}:{address.start + address.numel}] in DeepSpeed")
+            raise self._mismatch(
+                piece, f"are those of elements [{address.start}:{address.start + address.numel}] in DeepSpeed"
+            )
         return mapping.get_hp_fragment()
 
 

@@ -1,7 +1,8 @@
 """fp32 values of a bf16 model's multipliers, complete on every data-parallel rank. Forward passes scale by them.
 
 DeepSpeed gives all parameters of a model one dtype and shards their fp32 masters. A matrix tolerates bf16, because each
-of its elements is rounded independently. A bf16 multiplier would change a whole row at once, in steps of 2^-8 to 2^-7.
+of its elements is rounded independently. A bf16 multiplier would change a whole row at once, in steps of 2^-8 to 2^-7
+of its value.
 """
 
 from __future__ import annotations
@@ -59,5 +60,5 @@ class FullPrecision:
         if self._held:
             torch._foreach_copy_([value for _, value in self._held], [piece.master for piece, _ in self._held])
         if self._sharded and self._group is not None and self._group.size() > 1:
-            # One rank holds each element and all others add zero, so the sum is exact.
+            # Each element is held by one rank, and all others add zero to it, so the sum is exact.
             torch.distributed.all_reduce(self._values, group=self._group)

@@ -53,7 +53,7 @@ def gather(
                 elements = source[r.offset : r.offset + r.numel].view(r.height, r.width)
                 target[r.row : r.row + r.height, r.col : r.col + r.width] = elements
         for index, part in enumerate(spec.parts):
-            # One rank holds each element and all others add zero, so the sum is exact.
+            # Each element is held by one rank, and all others add zero to it, so the sum is exact.
             mesh.sum_on_first(full[index])
             yield spec.logical_name(name, part), spec, index, full[index]
 

@@ -57,8 +57,10 @@ def even_intervals(numel: int, ranks: int) -> tuple[tuple[int, int], ...]:
 
 
 def buckets(sizes: Sequence[int], elements: int) -> list[slice]:
-    """Divide items of these sizes into buckets, and return the indices of each bucket's consecutive items as a slice. A
-    bucket has at most `elements` elements, or one item that has more."""
+    """Divide consecutive items with `sizes` elements each into buckets, and return each bucket's range of item indices.
+
+    A bucket has at most `elements` elements in all, or is a single item that has more.
+    """
     bounds: list[int] = []
     filled = 0
     for i, size in enumerate(sizes):
@@ -163,16 +165,17 @@ class Partition(ABC):
         """Undo what `gradients` has changed on the parameters. Called at the end of an optimizer step."""
 
     def read_back(self, piece: Slice) -> Tensor | None:
-        """Return the masters of the slice as DeepSpeed's own accessor finds them, or None if this class has no
-        accessor."""
+        """Return the masters of the slice as DeepSpeed's own accessor finds them, or None if DeepSpeed has no accessor
+        for this class of partition."""
         return None
 
     def check(self) -> None:
         """Check that the slices are mapped to the right masters, in two ways.
 
-        The master of a slice must hold the values of the parameter that the slice names. A pattern that is written to
-        the master must be what DeepSpeed's own accessor reads back for that parameter, bit by bit. The pattern is
-        needed for multipliers, which all have the same value.
+        First, the master of a slice must hold the values of the parameter that the slice names. Second, a pattern that
+        is written to the master must be what DeepSpeed's own accessor reads back for that parameter, bit by bit.
+        Multipliers need the second check: they may all have the same value, and the first check would then not notice
+        that their masters are mixed up.
 
         Raises:
             RuntimeError: one of the two checks fails, for example after a change inside DeepSpeed.

@@ -1,6 +1,7 @@
 """Division of parameters over data-parallel ranks at ZeRO 0, where each rank holds all parameters.
 
-It divides work and state that only one of these ranks needs to have.
+Each rank then does only its share of the work, and stores only its share of the state, that need not be repeated on
+every rank.
 """
 
 from __future__ import annotations

@@ -45,11 +45,11 @@ class WholePartition(Partition):
         neither.
 
         Raises:
-            RuntimeError: no parameter has a gradient, or the dtype of a `main_grad` differs from its parameter's.
+            RuntimeError: no parameter has a gradient, or a `main_grad` has another dtype than its parameter.
         """
         if all(p.grad is None and getattr(p, "main_grad", None) is None for p in self.parameters.values()):
             raise RuntimeError(
-                f"none of {len(self.parameters)} parameters has a gradient: call backward before step, and leave "
+                f"none of the {len(self.parameters)} parameters has a gradient: call backward before step, and leave "
                 "gradients in .grad or main_grad"
             )
         for parameter, piece in zip(self.parameters.values(), self.slices, strict=True):

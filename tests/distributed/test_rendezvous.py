@@ -196,7 +196,7 @@ def test_another_configuration_on_a_node_of_its_own_is_refused_at_once_and_named
     assert said.startswith("RefusedError: ") and differs in said
     assert first.poll() is None, "rank 0 still waits for its own"
     said, errors = first.communicate(timeout=60)
-    assert said.startswith("ValueError: rank 1 did not come within 10 s, but rank 1 on ") and differs in said
+    assert said.startswith("ValueError: rank 1 did not come within 10 s; rank 0 refused rank 1 on ") and differs in said
     assert "refused rank 1 on " in errors
 
 

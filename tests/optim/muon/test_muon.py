@@ -251,7 +251,7 @@ def test_gradients_may_be_where_megatrons_ddp_leaves_them() -> None:
 
 
 def test_a_step_without_any_gradient_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="none of 4 parameters has a gradient: call backward"):
+    with pytest.raises(RuntimeError, match="none of the 4 parameters has a gradient: call backward"):
         DistributedMuon(param_groups(Small(LAYOUTS), lr=0.02, weight_decay=0.1)).step()
 
 
