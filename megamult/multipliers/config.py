@@ -13,8 +13,8 @@ from megamult.parameters.spec import Role, Side
 from megamult.validation import not_negative, positive, require
 
 MultiplierClip = Literal["out", "own", "joint"]
-"""Clipping of the multipliers' gradients. out: they are not clipped. own: they are clipped by their own norm, all
-multipliers together. joint: all gradients, those of multipliers included, are clipped by one norm."""
+"""Clipping of the multipliers' gradients. `out`: they are not clipped. `own`: they are clipped by one norm of the
+gradients of all multipliers. `joint`: all gradients, those of multipliers included, are clipped by one norm."""
 CLIP_OF_BOOL: dict[bool, MultiplierClip] = {False: "out", True: "own"}
 """Meaning of false and true as values of `clip`. Earlier versions had these values, and they are still accepted."""
 
@@ -24,8 +24,8 @@ class MultipliersConfig:
     """Learnable multipliers (arXiv 2601.04890)."""
 
     implementation: Literal["none", "layer", "folded"] = "layer"
-    """layer: the multipliers are parameters of the layers. folded: the optimizer holds the multipliers and the model
-    holds effective weights, so that micro-batches cost nothing extra. none: there are no multipliers."""
+    """`layer`: the multipliers are parameters of the layers. `folded`: the optimizer holds the multipliers and the
+    model holds effective weights, so that micro-batches cost nothing extra. `none`: there are no multipliers."""
     placement: str | dict[str, str | list[str]] = "all"
     """Sides that have multipliers: all, symmetry_free, scalar (one multiplier per logical matrix), or a mapping from
     role to row, col, scalar or a list of these. Only a mapping can give multipliers to the role head."""
@@ -38,26 +38,28 @@ class MultipliersConfig:
     """Factors of the multipliers' learning rate by role, or by role and side, such as {q: 0.5, down: {row: 2.0}}.
     Multipliers with the factor 0 stay constant, and no gradient norm includes their gradients."""
     schedule: Literal["same", "constant"] = "same"
-    """same: the learning rate follows the schedule of optimizer.lr. constant: it always has its peak value."""
+    """`same`: the learning rate follows the schedule of optimizer.lr. `constant`: it always has its peak value."""
     weight_decay: float = 2e-3
     """Decoupled weight decay of the multipliers."""
     weight_decay_factors: BySide = field(default_factory=dict)
     """Factors of the multipliers' weight decay by role, or by role and side."""
     clip: MultiplierClip | bool = "out"
-    """Clipping of the multipliers' gradients at the norm optimizer.clip_grad_norm. out: they are not clipped. own: they
-    are clipped by their own norm, all multipliers together. joint: one norm and one factor for all gradients,
-    multipliers included. false means out, and true means own."""
+    """Clipping of the multipliers' gradients at the norm optimizer.clip_grad_norm. `out`: they are not clipped. `own`:
+    they are clipped by one norm of the gradients of all multipliers. `joint`: all gradients, those of multipliers
+    included, are clipped by one norm. false means `out`, and true means `own`."""
     parametrization: ParametrizationName = "direct"
-    """Variable that AdamW trains for each multiplier r: r itself (direct), u with r = exp(u) (log), or u with
-    r = log(1 + exp(u)) (softplus). Weight decay acts on u. With log and softplus, multipliers stay positive."""
+    """Variable that AdamW trains for each multiplier r: r itself (`direct`), u with r = exp(u) (`log`), or u with
+    r = log(1 + exp(u)) (`softplus`). Weight decay acts on this variable. With `log` and `softplus`, multipliers stay
+    positive."""
     norm: Literal["free", "fixed"] = "free"
-    """free: weight decay and gradients decide the norms of the blocks' matrices. fixed: after every update each of
-    these matrices is scaled back to its initial Frobenius norm. They have no weight decay, and their multipliers are
-    the gains of arXiv 2606.25971."""
+    """`free`: weight decay and gradients decide the norms of the blocks' matrices. `fixed`: after every update each of
+    these matrices is scaled back to its initial Frobenius norm. The matrices then have no weight decay, and their
+    multipliers are the gains of arXiv 2606.25971."""
     qk_clip: float | None = None
-    """Threshold of QK-clip (arXiv 2507.20534), or null for none. After an update, the row multipliers of each head
-    whose largest attention logit in the step was above the threshold are scaled so that this logit becomes the
-    threshold: those of Q, and of K if they are trained. Needs trained row multipliers of q."""
+    """Threshold of QK-clip (arXiv 2507.20534), or null for none. If the largest attention logit of a head in a
+    step was above the threshold, the row multipliers of this head are scaled after the update, so that the logit
+    becomes the threshold. They are the row multipliers of Q, which must be trained, and those of K if they are
+    trained."""
     initial: BySide = field(default_factory=dict)
     """Initial values by role, or by role and side, such as {head: {col: 0.5}}. All other multipliers start at 1."""
     divide_weights: bool = True

@@ -67,8 +67,8 @@ class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
     Arguments that are not listed are those of Megatron's `VocabParallelEmbedding`.
 
     c and s are applied after the reduction over tensor-parallel ranks. Without sequence parallelism every rank then has
-    all tokens, and so the complete gradients of c and s. With it a rank has only a part of the tokens, and so only
-    partial gradients.
+    all tokens, and so the complete gradients of c and s. With sequence parallelism, a rank has only a part of the
+    tokens, and so only partial gradients.
 
     Args:
         vocab_size: exact number of tokens. Rows from `vocab_size` on are padding, which has no multipliers; default: no

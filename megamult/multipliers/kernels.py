@@ -2,14 +2,14 @@
 
 W_eff[i, j] = rho[i] kappa[m(i), j] W[i, j]. rho[out] is the product of row multiplier and scalar of each row,
 kappa[vectors, in] holds one vector of column multipliers per logical matrix, and m(i) is the matrix that row i belongs
-to. :class:`Span` says which rows belong to one matrix. On CUDA each function is one compiled kernel; the backward
-function also multiplies by one narrow matrix. On a CPU compiling would take longer than a test, so rows are processed
-in blocks that stay in the cache.
+to. :class:`Span` says which rows belong to one matrix. On CUDA, :func:`scale` and :func:`scale_backward` each run one
+compiled kernel; the second also multiplies by one narrow matrix. On a CPU nothing is compiled, because compilation
+would take longer than a whole test. Instead rows are processed in blocks that stay in the cache.
 
-Both functions serve the weights of layers and, if `piece` is true, bands: groups of rows of a slice, which folded
-multipliers scale (:class:`megamult.multipliers.scaling.Band`). For a layer, the effective weight is a new tensor and
-kernels are compiled for its shape. Bands are fp32, are scaled in place and have any shape, so one compiled kernel
-serves all of them. For a small band a few plain calls are faster than the kernel.
+Both functions scale the weights of layers or, if `piece` is True, bands: the groups of rows that folded multipliers
+scale in a slice (:class:`megamult.multipliers.scaling.Band`). For a layer, the effective weight is a new tensor, and
+kernels are compiled for its shape. Bands are fp32 and are scaled in place. They have many different shapes, so one
+kernel of each function serves all shapes. For a small band a few plain calls are faster than this kernel.
 
 The compiled and the plain form are tested against `megamult.multipliers.reference`.
 """
@@ -40,8 +40,8 @@ def scale(
         weight: W[out, in].
         rho: [out], or None if all are 1.
         kappa: [vectors, in], or None if all are 1.
-        spans: rows that each vector scales; together the spans cover all rows, in order.
-        piece: whether the weight is a band of a slice, which is scaled in place and returned.
+        spans: rows that each vector of kappa scales; together the spans cover all rows, in order.
+        piece: whether the weight is a band of a slice. A band is scaled in place and returned.
     """
     if _compiled(weight, spans, piece):
         if piece:

@@ -1,6 +1,6 @@
 """Scaling of a layer's local weight by the layer's multipliers, and the gradients through this scaling.
 
-Pure.
+The module does no communication.
 """
 
 from __future__ import annotations

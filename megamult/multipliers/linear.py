@@ -64,8 +64,8 @@ class _MultiplierLinear:
         if expected != actual:
             raise ValueError(
                 f"the spec of {type(self).__name__} describes a local weight {expected} at tensor-parallel "
-                f"size {tp_size}, but Megatron made {actual}: pass a spec of the global weight; this one is for "
-                f"{spec.shape}"
+                f"size {tp_size}, but Megatron made {actual}: pass a spec of the global weight; the global shape in "
+                f"this spec is {spec.shape}"
             )
         partial = tp_size > 1 and grad_sync == "step"
         register_multipliers(module, self.weight, spec, chosen, coordinates.grid, partial, shared_columns)
@@ -74,8 +74,8 @@ class _MultiplierLinear:
         self._sum_in_backward = tp_size > 1 and grad_sync == "backward"
         if self._has_multipliers and module.config.gradient_accumulation_fusion:
             raise ValueError(
-                "gradient_accumulation_fusion is True: multipliers need the gradient of the effective weight; "
-                "set it to False"
+                "gradient_accumulation_fusion is True: autograd then does not get the gradient of the effective "
+                "weight, which multipliers need; set it to False"
             )
 
     def _multipliers(self) -> tuple[Parameter | None, ...]:
@@ -83,9 +83,9 @@ class _MultiplierLinear:
         return tuple(multipliers_of(module).values())
 
     def _completed(self) -> list[Tensor | None]:
-        """Return the row, column and scalar multipliers. None stands for a kind that the layer does not have.
+        """Return the row, column and scalar multipliers. None stands for a side on which the layer has none.
 
-        If a multiplier also has an fp32 value (:func:`full_precision`), this value is returned.
+        If a multiplier has an fp32 value (:func:`full_precision`), that value is returned instead of the parameter.
 
         If `grad_sync` is "backward", the backward pass sums the gradients of replicated multipliers over
         tensor-parallel ranks.
@@ -137,9 +137,9 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
 
     Args:
         input_size, output_size: global sizes.
-        spec: spec of the weight. If the weight consists of several matrices, the spec names them, such as
-            :func:`megamult.parameters.megatron.fused_qkv` and :func:`~megamult.parameters.megatron.fused_gate_up`.
-            Default: one matrix of role `role`.
+        spec: spec of the weight. For a weight that consists of several matrices, functions such as
+            :func:`megamult.parameters.megatron.fused_qkv` and :func:`~megamult.parameters.megatron.fused_gate_up` make
+            it. Default: the spec of one matrix of role `role`.
         placement: sides that have multipliers, by role; default: row and column multipliers on every matrix.
         grad_sync: when the gradients of replicated multipliers are summed over tensor-parallel ranks
             (:mod:`megamult.multipliers.parameters`).

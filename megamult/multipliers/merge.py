@@ -1,4 +1,4 @@
-"""Merge multipliers into their weights. Inference then uses W_eff = s diag(r) W diag(c) as the weight, at no cost."""
+"""Merge multipliers into their weights. Inference then uses W_eff = s diag(r) W diag(c), at no extra cost."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             beside = {side: module + dot + other for side, other in LEAVES.items()}
             scales = {side: tensors[key].float() for side, key in beside.items() if key in tensors}
             if scales:
-                # An export runs once, on whole matrices, so the plain reference is fast enough. Its result depends on
-                # no kernel.
+                # An export runs once, on whole matrices, so the plain reference is fast enough. Its result does not
+                # depend on a kernel.
                 tensor = effective_weight(tensor.float(), **scales).to(tensor.dtype)
             orphans -= set(beside.values())
         merged[name] = tensor

@@ -1,10 +1,11 @@
 """Variables that the optimizer trains in place of multipliers: r = f(u), where AdamW updates u instead of r.
 
 Layers, checkpoints and exports always hold the multipliers r. Only an update uses u: the gradient becomes dL/du =
-f'(u) dL/dr, AdamW updates u = f^-1(r), weight decay included, and r becomes f(u). A run is therefore the same, up to
-rounding, as one whose parameters are u.
+f'(u) dL/dr, AdamW updates u = f^-1(r) and applies weight decay to it, and r becomes f(u). A run is therefore the
+same, up to rounding, as one whose parameters are u.
 
-Sources: log-parametrization is in arXiv 2601.04890, gains through softplus in arXiv 2606.25971. Pure.
+Sources: log-parametrization is in arXiv 2601.04890, gains through softplus in arXiv 2606.25971. The module does
+no communication.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ class Parametrization:
     variable: Callable[[Tensor], Tensor]
     """Function u = f^-1(r), for r > 0."""
     slope: Callable[[Tensor], Tensor]
-    """Function dr/du at r, as a function of r."""
+    """Function from r to the derivative dr/du at that point."""
 
     @contextlib.contextmanager
     def variables(self, multipliers: Sequence[Tensor]) -> Iterator[None]:
-        """Make tensors of multipliers hold u inside the context, for an update, and r of the new u after it.
+        """Replace the multipliers r in the tensors by u within the context, and by r = f(u) at the end of the context.
 
-        A multiplier whose u has not changed keeps its value to the last bit. So do elements of 0, the padding of a
-        tensor under ZeRO.
+        The update runs within the context. A multiplier whose u the update does not change keeps its value to the last
+        bit. So does an element that is 0, which is padding under ZeRO.
         """
         values = [tensor.detach().clone() for tensor in multipliers]
         before = [torch.where(r > 0, self.variable(r), 0.0) for r in values]
@@ -45,18 +46,18 @@ class Parametrization:
             tensor.detach().copy_(u)
         try:
             yield
-        finally:  # also if the update raises: a caller that goes on must not find u where r belongs
+        finally:  # also if the update raises, so that a caller that continues does not find u in place of r
             for tensor, r, u in zip(multipliers, values, before, strict=True):
                 tensor.detach().copy_(torch.where(tensor == u, r, self.value(tensor.detach())))
 
     def check(self, not_positive: int) -> None:
-        """Check that all multipliers have a variable.
+        """Check that all multipliers have a variable u, which only a positive multiplier has.
 
         Args:
             not_positive: number of multipliers that are not positive, the same on all ranks.
 
         Raises:
-            ValueError: there are some.
+            ValueError: a multiplier is not positive.
         """
         if not_positive:
             raise ValueError(
@@ -71,7 +72,7 @@ PARAMETRIZATIONS: Mapping[ParametrizationName, Parametrization | None] = {
     # u = log(e^r - 1) and dr/du = 1 - e^-r, written so that small and large r lose no digits.
     "softplus": Parametrization(
         "softplus",
-        # torch's softplus returns its argument above a threshold, where e^-u is still a few roundings.
+        # Above u = 20, torch's softplus returns u itself, and fp64 results would lack the term e^-u.
         lambda u: torch.logaddexp(u, torch.zeros_like(u)),
         lambda r: r + torch.log(-torch.expm1(-r)),
         lambda r: -torch.expm1(-r),
@@ -81,6 +82,6 @@ PARAMETRIZATIONS: Mapping[ParametrizationName, Parametrization | None] = {
 
 
 def relative_step(name: ParametrizationName, value: float) -> float:
-    """Return how much a multiplier changes, relative to its value, if u changes by a small unit: f'(u) / r."""
+    """Return f'(u) / r at r = `value`: the relative change of a multiplier r per small change of its variable u."""
     chosen, r = PARAMETRIZATIONS[name], torch.tensor(value, dtype=torch.float64)
     return 1 / value if chosen is None else float(chosen.slope(r) / r)

@@ -1,11 +1,11 @@
 """Indices of the multipliers that scale each row and column of a weight, for layers and folded multipliers.
 
-The indices are made from the rectangles of an interval of a weight. For a layer the interval is its whole shard. For
-the optimizer it is a slice that ZeRO gives to a rank, which may begin and end anywhere. A fused parameter interleaves
-its logical matrices, so a slice can consist of many rectangles. Consecutive rectangles of equal width become one
-:class:`Band`, so that a slice has few bands.
+The indices are made from the rectangles of an interval of a weight. For a layer the interval is the whole local
+shard of its weight. For the optimizer it is a slice that ZeRO gives to a rank, and may begin and end anywhere. A fused
+parameter interleaves its logical matrices, so a slice can consist of many rectangles. Consecutive rectangles of equal
+width become one :class:`Band`, so that a slice has few bands.
 
-Pure.
+The module does no communication.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from megamult.parameters.rectangles import Rectangle
 from megamult.parameters.spec import Segment, Side
 
 Places = Mapping[tuple[int, Side], Sequence[Segment]]
-"""Mapping from (part, side) to segments of a vector of multipliers: where in the vector the multipliers of this part on
-this side are. If a part has no multipliers on a side, this key is absent."""
+"""Mapping from (part, side) to the segments in which a vector of multipliers holds the multipliers of this part on this
+side. If a part has no multipliers on a side, the mapping does not have this key."""
 
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Largest number of elements in a band, by type of device. It bounds temporary memory (256 MiB on a GPU), and lets a
@@ -54,7 +54,7 @@ class Band:
     col: Tensor
     """Entries of the column multipliers, [vectors, width]."""
     spans: tuple[Span, ...]
-    """Spans of rows. `Span.col` is the number of the row in the attribute `col` that has the span's entries."""
+    """Spans of rows. The entries of a span's column multipliers are row `Span.col` of the attribute `col`."""
     counted: bool
     """Whether a sum over processes includes this process's copy of the rows (`ParameterSpec.row_intervals`)."""
 
@@ -65,8 +65,8 @@ class Band:
 
 
 def bands(found: Iterable[Rectangle], places: Places, one: int, device_type: str) -> list[Band]:
-    """Return the bands of a slice, as few as widths and the bound on temporary memory allow. Bands that no multiplier
-    scales are left out.
+    """Return the bands of a slice, as few as the rectangles' widths and the bound on temporary memory allow. Bands that
+    no multiplier scales are left out.
 
     Args:
         found: the rectangles of one slice, in the order of their offsets.
@@ -79,9 +79,10 @@ def bands(found: Iterable[Rectangle], places: Places, one: int, device_type: str
 
 
 def _together(found: Iterable[Rectangle], elements: int) -> Iterator[list[Rectangle]]:
-    """Yield groups of consecutive rectangles of equal width.
+    """Yield groups of consecutive rectangles that have the same first column and width.
 
-    A group has at most `elements` elements; larger rectangles are split by rows, and a longer row is a group by itself.
+    A group has at most `elements` elements. Larger rectangles are split by rows. A row with more elements is a group of
+    its own.
     A sum over processes includes either a whole group or none of it.
     """
     together: list[Rectangle] = []
@@ -170,8 +171,8 @@ class PackedScaling:
     look up all multipliers.
 
     Args:
-        bands: bands in the order in which they are processed. They must have been made with the number of multipliers
-            as `one`: the index of the 1 that follows the multipliers in the packed vector.
+        bands: bands in the order in which they are processed. They must have been made with `one` equal to the number
+            of multipliers, which is the index of the 1 at the end of the packed vector.
         here: device on which the entries are needed.
     """
 
@@ -237,8 +238,8 @@ class PackedScaling:
         nothing = sums.new_zeros(1)
         pairs = zip(dots, self._heights, strict=True)
         rows = torch.cat([nothing.expand(height) if dot is None else dot for dot, height in pairs])
-        # Within one index_add_, only the last entry can occur more than once. All others get their additions in a fixed
-        # order, even on a GPU.
+        # Only the index of the last element of `sums` can occur more than once within one index_add_. Every other
+        # element gets at most one addition from each call, so the order of its additions is fixed, even on a GPU.
         sums.index_add_(0, self._rows, rows * factors.scalar)
         if any(band.scalars is not None for band in self.bands):
             for band, dot in zip(self.bands, (rows * factors.row).split(self._heights), strict=True):

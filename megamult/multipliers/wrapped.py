@@ -2,9 +2,9 @@
 
 The layer computes with W_eff and knows nothing of multipliers. Its own computation and communication do not change.
 
-The layer must read its parameter `weight` when it is called. For backward it may save the weight itself, but nothing
-else that is made from the weight. This holds for Megatron's linear layers, `torch.nn.Linear`, and the linear layers of
-Transformer Engine without FP8.
+The layer must read its parameter `weight` when it is called. For backward it may save the weight or a transposed
+view of it, but no other tensor that is made from the weight. This holds for Megatron's linear layers,
+`torch.nn.Linear`, and the linear layers of Transformer Engine without FP8.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def effective_weight(
     Args:
         module: the layer; its parameter `weight` stays registered.
         weight: W[out, in] of this rank's shard: the module's own weight, or a weight that the layer's caller passed.
-        multipliers: row, column and scalar multipliers. None stands for a kind that the layer does not have.
-        scaling: scaling by these multipliers.
+        multipliers: row, column and scalar multipliers. None stands for a side on which the layer has none.
+        scaling: object that scales the weight by these multipliers.
 
     Yields:
         W_eff, in the weight's dtype.

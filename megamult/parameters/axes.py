@@ -1,4 +1,4 @@
-"""Named axes of the process grid, and the coordinates of a process on them. Pure: no torch.distributed.
+"""Named axes of the process grid, and the coordinates of a process. The module does not use torch.distributed.
 
 The axes and their order are those of Megatron-Core. Ranks that differ only in their tensor-parallel coordinate are
 consecutive; ranks that differ only in their pipeline coordinate lie furthest apart. The context, expert and pipeline
@@ -19,7 +19,7 @@ AXES: tuple[Axis, ...] = get_args(Axis)
 
 MODEL_AXES: tuple[Axis, ...] = ("tensor", "context", "expert")
 """Axes along which a spec says whether a parameter is sharded or replicated. The data axis is not one of them, because
-ZeRO cuts parameters over it; nor is the pipeline axis, because each pipeline stage has other parameters."""
+ZeRO cuts parameters over it; nor is the pipeline axis, because each pipeline stage has its own parameters."""
 
 
 @dataclass(frozen=True)

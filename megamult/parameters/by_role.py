@@ -1,4 +1,4 @@
-"""Settings that a user gives for single roles, or for single sides of roles, as mappings of numbers."""
+"""Settings that are mappings: a user gives numbers for some roles, or for some sides of these roles."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def check_by_role(
     Args:
         key: name of the setting, for messages.
         given: the numbers.
-        allowed: function from a role to whether a number for it has an effect.
+        allowed: function that returns whether a number for a given role has an effect.
         why: text that a message puts before the list of allowed roles, such as "weight decay applies to".
         positive: whether the numbers must be positive. If not, 0 is allowed too.
 
     Raises:
-        ValueError: a role is unknown or has no effect, or a number is not finite or has the wrong sign. The message has
-            all mistakes.
+        ValueError: a role is unknown, a number for it has no effect, or a number is not finite or has the wrong sign.
+            The message lists all mistakes.
     """
     _mapping(key, given)
     mistakes = []
@@ -45,7 +45,7 @@ def check_by_role(
 def resolve_by_side(
     key: str, given: BySide, placement: Placement, *, positive: bool = False, apart: bool = False
 ) -> dict[tuple[str, Side], float]:
-    """Return the number of each (role, side) that a user named.
+    """Return the numbers that a user gave, by (role, side).
 
     Args:
         key: name of the setting, for messages.
@@ -57,7 +57,7 @@ def resolve_by_side(
     Raises:
         ValueError: the placement gives a role no multipliers, or none on a side that was named; `apart` is True and a
             role with several sides has only one number; a role has an empty mapping of sides; or a number is not finite
-            or has the wrong sign. The message has all mistakes.
+            or has the wrong sign. The message lists all mistakes.
     """
     _mapping(key, given)
     found: dict[tuple[str, Side], float] = {}

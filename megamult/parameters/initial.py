@@ -1,4 +1,4 @@
-"""Initial values of multipliers, by role and side. Pure functions, without torch."""
+"""Initial values of multipliers, by role and side. The module does not use torch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ class Initial:
     """Initial values of multipliers, and what becomes of the weights that they scale."""
 
     value: Callable[[Role, Side], float] = _one
-    """Function from (role, side) to the initial value of all multipliers there."""
+    """Function from (role, side) to the initial value of all multipliers on this side of matrices of this role."""
     divide_weights: bool = False
     """Whether initial weights W are divided by the initial multipliers, so that W_eff is the same as if all multipliers
     were 1. If not, W_eff is the initial weight times the initial multipliers."""
 
     def weight_factor(self, role: Role, placement: Placement) -> float:
-        """Return the factor for a role's initial weights: 1, or, if `divide_weights`, 1 / (product of multipliers)."""
+        """Return the factor of a role's initial weights.
+
+        It is 1 / (product of the role's initial multipliers) if `divide_weights` is True, else 1.
+        """
         if not self.divide_weights:
             return 1.0
         return 1.0 / math.prod(self.value(role, side) for side in placement.get(role, frozenset[Side]()))

@@ -3,7 +3,7 @@
 ZeRO cuts parameters into flat intervals. Muon and all other code that works on logical tensors (Q, K, V, gate, up ...)
 needs to know which elements of which tensor an interval holds.
 
-Pure: no torch.distributed, so one process can test any number of ranks.
+The module does not use torch.distributed, so one process can test any number of ranks.
 """
 
 from __future__ import annotations
@@ -75,11 +75,12 @@ def rectangles(spec: ParameterSpec, coordinates: Coordinates, start: int, length
 
 
 def counted_intervals(spec: ParameterSpec, coordinates: Coordinates, start: int, length: int) -> list[tuple[int, int]]:
-    """Return which parts of an interval of a process's flattened shard a sum over processes includes.
+    """Return the pieces of an interval that a sum over processes includes.
 
-    The interval is elements [start, start + length) of the shard. Each part is (start, length), counted from the
-    beginning of the interval. The unused end of a compact parameter's shard is included if all used rows of the shard
-    are. Padding of other parameters is treated like any other row.
+    The interval is elements [start, start + length) of a process's flattened shard. Each piece is (start, length), and
+    its start is counted from the beginning of the interval. The unused end of a compact parameter's shard is included
+    if all used rows of the shard are included. Padding in a parameter that is not compact is treated like any other
+    row.
     """
     cols = spec.local_cols(coordinates)[1]
     if spec.compact:  # a compact parameter stores only the rows of its segments
@@ -124,7 +125,7 @@ def boxes(shape: Sequence[int], rectangle: Rectangle) -> Iterator[Box]:
 
 
 def _leading(dims: tuple[int, ...], start: int, length: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield (offsets, sizes) of the boxes that hold flat indices [start, start + length) of a tensor of shape dims."""
+    """Yield (offsets, sizes) of the boxes that hold flat indices [start, start + length) of a tensor [dims]."""
     if len(dims) == 1:
         yield (start,), (length,)
         return

@@ -48,11 +48,11 @@ def register(*roles: Role) -> None:
     """
     for role in roles:
         if ROLES.get(role.name, role) != role:
-            raise ValueError(f"the role {role.name!r} is registered as {ROLES[role.name]}: choose another name")
+            raise ValueError(f"the role {role.name!r} is already registered as {ROLES[role.name]}: choose another name")
         if not role.symmetry_free <= role.sides:
             raise ValueError(
                 f"the role {role.name!r} has the symmetry-free sides {sorted(role.symmetry_free)} and the sides "
-                f"{sorted(role.sides)}: symmetry-free ones must be among them"
+                f"{sorted(role.sides)}: every symmetry-free side must be one of the sides"
             )
         ROLES[role.name] = role
 
@@ -95,7 +95,8 @@ def placements() -> tuple[str, ...]:
     """Return the names of placements.
 
     `all`: row and column multipliers on every matrix of every block and on the embedding (the paper's choice).
-    `symmetry_free`: `all` without redundant multipliers, which act only in a product with another factor that remains.
+    `symmetry_free`: `all` without redundant multipliers. A multiplier is redundant if it acts only in a product
+    with another factor, and that factor remains.
     `scalar`: one scalar for each matrix of `all`.
     """
     return ("all", "symmetry_free", "scalar")

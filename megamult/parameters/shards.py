@@ -1,6 +1,7 @@
-"""Sharding of one dimension of a stored tensor over one axis of the process grid. Pure: no torch.distributed.
+"""Sharding of one dimension of a stored tensor over one axis of the process grid.
 
-A dimension consists of blocks, each block is cut into pieces, and several processes may hold copies of one piece.
+A dimension consists of blocks, each block is cut into pieces, and several processes may hold copies of one piece. The
+module does not use torch.distributed.
 """
 
 from __future__ import annotations
@@ -56,22 +57,22 @@ class Sharding:
         """Check that this many processes can cut every block.
 
         Raises:
-            ValueError: they cannot. The message calls the parameter `what`.
+            ValueError: a block cannot be cut equally. `what` names the parameter in the message.
         """
         for block in self.blocks:
             cuts = block.cuts(processes)
             if block.size % cuts or processes % cuts:
                 pieces = "" if block.pieces is None else f" of at most {block.pieces} pieces"
                 raise ValueError(
-                    f"dimension {self.dim} of {what} has a block of {block.size}{pieces}, and the {self.axis} axis has "
-                    f"{processes} processes: choose a {self.axis}-parallel size that cuts the block equally"
+                    f"dimension {self.dim} of {what} has a block of size {block.size}{pieces}, and the {self.axis} "
+                    f"axis has {processes} processes: choose a {self.axis}-parallel size that cuts the block equally"
                 )
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Indices [start, start + length) of a global dimension, or of the global rows. A process holds them from its local
-    index `local` on."""
+    """Indices [start, start + length) of a global dimension, or of the global rows. A process holds them at
+    local indices from `local` on."""
 
     start: int
     length: int
@@ -89,9 +90,9 @@ def rows_of(shape: Sequence[int]) -> int:
 
 
 def joined(found: Iterable[tuple[int, int, bool]]) -> list[Interval]:
-    """Return the intervals that triples (start, length, counted) in local order describe.
+    """Convert triples (start, length, counted), given in local order, to intervals.
 
-    Neighbours are joined to one interval if they are also adjacent globally and have the same `counted`.
+    Consecutive triples become one interval if they are also adjacent globally and have the same `counted`.
     """
     joined: list[Interval] = []
     local = 0
@@ -119,19 +120,22 @@ def check_shardings(
             raise ValueError(f"{what} names the axis {axis!r}: use one of {', '.join(AXES)}")
         if axis not in MODEL_AXES:
             raise ValueError(
-                f"{what} names the axis {axis}, along which no single parameter is sharded: use {', '.join(MODEL_AXES)}"
+                f"{what} names the axis {axis}, over which specs shard no parameter: use {', '.join(MODEL_AXES)}"
             )
     axes, dims = [each.axis for each in shardings], [each.dim for each in shardings]
     if len(set(axes)) != len(axes) or len(set(dims)) != len(dims):
-        raise ValueError(f"{what} is sharded over {axes} along {dims}: name each axis once, and each dimension once")
+        raise ValueError(
+            f"{what} is sharded over the axes {axes} along the dimensions {dims}: name each axis once, and each "
+            "dimension once"
+        )
     if both := sorted(set(axes) & set(reduce_over)):
         blocks = next(each.blocks for each in shardings if each.axis == both[0])
         if copied := next((block for block in blocks if block.pieces is not None), None):
             raise ValueError(
-                f"{what} is sharded over {both[0]} with copies of a block of {copied.size}, and reduce_over names the "
-                "same axis: the step sums only parameters that are replicated whole; sum the copies' gradients in "
-                f"the layer's backward pass and leave {both[0]} out of reduce_over, or store the block as a parameter "
-                "of its own"
+                f"{what} is sharded over {both[0]} with copies of a block of size {copied.size}, and reduce_over names "
+                "the same axis: the step sums only gradients of wholly replicated parameters; sum the gradients of the "
+                f"copies in the layer's backward pass and leave {both[0]} out of reduce_over, or store the block as "
+                "a parameter of its own"
             )
         raise ValueError(
             f"{what} is sharded over {both[0]}, and reduce_over names the same axis: gradients of different shards "
@@ -144,17 +148,18 @@ def check_shardings(
                 f"{len(shape) - 1}"
             )
         if not each.blocks or min(block.size for block in each.blocks) < 1:
-            raise ValueError(f"{what} has a block without size over {each.axis}: give blocks of at least 1")
+            raise ValueError(f"{what} has no blocks over {each.axis}, or an empty block: give blocks of size 1 or more")
         total = sum(block.size for block in each.blocks)
         if total != shape[each.dim]:
             raise ValueError(
-                f"{what} has blocks of together {total} along dimension {each.dim}, whose size is {shape[each.dim]}: "
+                f"{what} has blocks of total size {total} along dimension {each.dim}, whose size is {shape[each.dim]}: "
                 "blocks must fill the dimension"
             )
         for block in each.blocks:
             if block.pieces is not None and (block.pieces < 1 or block.size % block.pieces):
                 raise ValueError(
-                    f"{what} has a block of {block.size} in at most {block.pieces} pieces: the pieces must be equal"
+                    f"{what} has a block of size {block.size} in at most {block.pieces} pieces: this number must "
+                    "divide the size"
                 )
         if len(shape) > 1 and each.dim == len(shape) - 1 and len(each.blocks) > 1:
             raise ValueError(

@@ -7,9 +7,9 @@ spec, and guess nothing from names or local shapes.
 
 A stored tensor of n dimensions is read as rows and columns. Its last dimension gives the columns, and all other
 dimensions together give the rows, in row-major order. A vector has one column. The spec maps global rows to logical
-tensors, so the map also holds if a shard cuts through ``[q ... q k v]``.
+tensors, so it is also valid if a shard begins or ends inside a query group ``[q ... q k v]``.
 
-Pure: no torch.distributed, so one process can test any grid.
+The module does not use torch.distributed, so one process can test any grid.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class ParameterSpec:
     segments: tuple[Segment, ...]
     """Segments of all parts, in ascending order of stored rows. Stored rows that are in no segment are padding."""
     shardings: tuple[Sharding, ...] = ()
-    """Shardings, at most one for each axis and each dimension. Along all other axes the parameter is replicated."""
+    """Shardings; each axis and each dimension is in at most one. Along an axis that is in none, the parameter is
+    replicated."""
     orthogonalize: bool = False
     """Whether the parts are matrices that Muon and similar optimizers train. AdamW trains all other parameters."""
     decay: bool = True
@@ -80,8 +81,8 @@ class ParameterSpec:
     (:mod:`megamult.zero.full_precision`)."""
     reduce_over: tuple[Axis, ...] = ()
     """Axes over which the optimizer step must still sum the gradient that backward leaves. Along these axes the whole
-    parameter is replicated. The step does not sum over copies of a block of a sharded parameter (`Block.pieces`): the
-    layer's backward pass must give all copies the same, complete gradient."""
+    parameter is replicated. If a sharded parameter has copies of a block (`Block.pieces`), the step does not sum over
+    the copies; the layer's backward pass must give all of them the same, complete gradient."""
     side: Side | None = None
     """Side of a matrix that the parameter scales, or None if the parameter is no multiplier."""
     shared: bool = False
@@ -180,8 +181,8 @@ class ParameterSpec:
     def row_intervals(self, coordinates: Coordinates) -> list[Interval]:
         """Return the global rows that a process holds, including padding, in local order.
 
-        Only this method decides which copy a sum over processes includes. If several processes hold the same rows, it
-        is the copy of the process that comes first along each axis.
+        Only this method decides which copy a sum over processes includes. If several processes hold the same rows,
+        the sum includes the copy of the process that comes first along each axis.
 
         Raises:
             ValueError: the grid cannot shard the parameter.
@@ -193,7 +194,7 @@ class ParameterSpec:
         if len(self.shape) > 1:
             (columns,) = self._along(len(self.shape) - 1, coordinates)
             counted = counted and columns.counted
-        found = [(0, 1, counted)]  # (start, length, counted), in units of the product of the dimensions still to come
+        found = [(0, 1, counted)]  # (start, length, counted), as flat indices over the dimensions read so far
         for dim, size in enumerate(self.shape[:-1] if len(self.shape) > 1 else self.shape):
             along = self._along(dim, coordinates)
             if len(along) == 1 and along[0].length == size:
@@ -259,18 +260,18 @@ def _check(spec: ParameterSpec) -> None:
     """Raise a ValueError for a spec that contradicts itself."""
     what = f"the spec of a parameter {spec.shape}"
     if not spec.shape or min(spec.shape) < 1:
-        raise ValueError(f"{what} has no size: it needs at least one dimension, and every dimension must be at least 1")
+        raise ValueError(f"{what} is empty: its shape needs at least one dimension, and every size must be at least 1")
     if not spec.parts:
         raise ValueError(f"{what} has no part: name the logical tensors that it holds")
     names = [part.name for part in spec.parts]
     if len(set(names)) != len(names):
-        raise ValueError(f"{what} has parts {names}: give each a name of its own")
+        raise ValueError(f"{what} has parts with the names {names}: give each part a different name")
     for part in spec.parts:
         fits = len(part.shape) > 0 and min(part.shape) > 0 and cols_of(part.shape) == spec.cols
         if not fits or (len(part.shape) == 1) != (len(spec.shape) == 1):
             raise ValueError(
-                f"{what} has the part {part.name!r} of shape {part.shape}: its last dimension must be the parameter's "
-                "(a vector's parts are vectors)"
+                f"{what} has the part {part.name!r} of shape {part.shape}: its last dimension must equal the "
+                "parameter's last dimension; if the parameter is a vector, its parts must be vectors of any length"
             )
     _check_segments(spec, what)
     check_shardings(spec.shape, spec.shardings, spec.reduce_over, what)
@@ -317,19 +318,19 @@ def _check_segments(spec: ParameterSpec, what: str) -> None:
         held = sorted((s.part_start, s.length) for s in spec.segments if s.part == index)
         if not held:
             raise ValueError(
-                f"{what} has the part {part.name!r} and no segment of it: add segments of its rows, or remove it"
+                f"{what} has the part {part.name!r} and no segment of it: add segments of its rows, or remove the part"
             )
         expected = 0
         for start, length in held:
             if start != expected:
                 fact = "twice" if start < expected else "nowhere"
                 raise ValueError(
-                    f"{what} holds row {min(start, expected)} of the part {part.name!r} {fact}: its segments must "
-                    f"hold each of its {part.rows} rows once"
+                    f"{what} holds row {min(start, expected)} of the part {part.name!r} {fact}: the segments of "
+                    f"this part must hold each of its {part.rows} rows once"
                 )
             expected = start + length
         if expected != part.rows:
             raise ValueError(
-                f"{what} holds {expected} rows of the part {part.name!r}, which has {part.rows}: its segments must "
-                "hold each of its rows once"
+                f"{what} holds {expected} rows of the part {part.name!r}, which has {part.rows}: the segments of "
+                "this part must hold each of its rows once"
             )

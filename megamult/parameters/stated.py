@@ -76,6 +76,6 @@ def check_complete(held: Container[str], names: Iterable[str]) -> None:
     missing = [name for name in names if name not in held]
     if missing:
         raise ValueError(
-            f"{len(missing)} trainable parameters are in no group, the first is {missing[0]}: it would never be "
-            "trained; add it to a group, or set its requires_grad to False"
+            f"{len(missing)} trainable parameters are in no group, for example {missing[0]}: they would never be "
+            "trained; add them to a group, or set their requires_grad to False"
         )

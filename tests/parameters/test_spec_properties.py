@@ -311,11 +311,11 @@ GOOD = ParameterSpec(
             {"segments": (Segment(0, 0, 0, 4), Segment(4, 2, 0, 4))},
             r"a segment of part 2, but has 2 parts: give a part's number from 0 to 1",
         ),
-        ({"parts": (Part("a", "up", (4, 6)), Part("a", "up", (4, 6)))}, r"parts \['a', 'a'\]: give each a name"),
+        ({"parts": (Part("a", "up", (4, 6)), Part("a", "up", (4, 6)))}, r"names \['a', 'a'\]: give each part a"),
         ({"parts": (Part("a", "up", (4, 6)), Part("b", "up", (4, 5)))}, r"shape \(4, 5\): its last dimension"),
         (
             {"shardings": (Sharding("tensor", 0, (Block(4), Block(3))),)},
-            r"blocks of together 7 along dimension 0, whose size is 8",
+            r"blocks of total size 7 along dimension 0, whose size is 8",
         ),
         (
             {"shardings": (Sharding("tensor", 2, (Block(8),)),)},
@@ -324,9 +324,9 @@ GOOD = ParameterSpec(
         ({"shardings": (Sharding("rows", 0, (Block(8),)),)}, r"names the axis 'rows': use one of tensor, context"),
         (
             {"shardings": (Sharding("data", 0, (Block(8),)),)},
-            r"names the axis data, along which no single parameter is sharded: use tensor",
+            r"names the axis data, over which specs shard no parameter: use tensor",
         ),
-        ({"shardings": (Sharding("tensor", 0, (Block(8, 3),)),)}, r"block of 8 in at most 3 pieces: .*equal"),
+        ({"shardings": (Sharding("tensor", 0, (Block(8, 3),)),)}, r"block of size 8 in at most 3 pieces: .*divide"),
         ({"shardings": (Sharding("tensor", 1, (Block(3), Block(3))),)}, r"2 blocks along its columns"),
         (
             {"shardings": (Sharding("tensor", 0, (Block(8),)), Sharding("expert", 0, (Block(8),)))},
@@ -335,11 +335,11 @@ GOOD = ParameterSpec(
         ({"reduce_over": ("tensor",)}, r"sharded over tensor, and reduce_over names the same axis: gradients of"),
         (
             {"shardings": (Sharding("tensor", 0, (Block(4), Block(4, 1))),), "reduce_over": ("tensor",)},
-            r"copies of a block of 4, .*: .*; sum the copies' .* backward pass and leave tensor out of reduce_over, or",
+            r"copies of a block of size 4, .*: .*; sum .* copies .* pass and leave tensor out of reduce_over, or",
         ),
         (
             {"shardings": (Sharding("tensor", 0, (Block(8, 2),)),), "reduce_over": ("tensor",)},
-            r"copies of a block of 8, .* or store the block as a parameter of its own",
+            r"copies of a block of size 8, .* or store the block as a parameter of its own",
         ),
         (
             {"shape": (9, 6), "shardings": ()},
@@ -357,8 +357,8 @@ def test_a_spec_that_describes_no_parameter_is_refused(change: dict[str, object]
 @pytest.mark.parametrize(
     ("blocks", "tensor", "said"),
     [
-        ((Block(8),), 3, r"dimension 0 .*role up has a block of 8, and the tensor axis has 3 processes: choose"),
-        ((Block(8, 4),), 6, r"a block of 8 of at most 4 pieces, and the tensor axis has 6 processes"),
+        ((Block(8),), 3, r"dimension 0 .*role up has a block of size 8, and the tensor axis has 3 processes: choose"),
+        ((Block(8, 4),), 6, r"a block of size 8 of at most 4 pieces, and the tensor axis has 6 processes"),
     ],
 )
 def test_a_size_that_an_axis_does_not_divide_is_refused_when_the_grid_is_known(

@@ -28,6 +28,7 @@ class Activations:
 
     Attributes:
         sums: (sum of squares as a float64 scalar, number of elements) of this rank, by (metric, index of the layer).
+            The metric `logits_rms` belongs to no layer, and its index is None.
         largest: largest attention logit of this rank, an fp32 scalar, by index of the layer.
         layers: indices of the layers, the same on every rank.
     """
@@ -36,7 +37,7 @@ class Activations:
     """Metrics of a layer's outputs. The first two are what attention and MLP add to the residual stream; the third is
     the stream after the layer."""
     metrics = (*outputs, "attention_logit_rms")
-    """Metrics of a layer that are root mean squares."""
+    """All metrics of a layer that are RMS values."""
 
     def __init__(self, model: torch.nn.Module, vocab_size: int) -> None:
         self._model, self._vocab_size = model, vocab_size
@@ -49,7 +50,7 @@ class Activations:
         self._handles: list[RemovableHandle] = []
 
     def arm(self) -> None:
-        """Measure the next forward pass, and forget the last one."""
+        """Measure the next forward pass, and discard earlier measurements."""
         self.disarm()
         self.sums, self.largest = {}, {}
         for index, layer in self._layers.items():
@@ -104,14 +105,14 @@ def sum_of_squares(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_logits(query: Tensor, key: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, int, Tensor]:
-    """Measure q.k * scale over all heads and all pairs of a position and one that it may attend to.
+    """Measure q.k * scale over all heads, all queries and the keys that each query may attend to.
 
     Args:
         query, key, softmax_scale: the same as for
             :func:`megamult.models.common.head_logits.largest_attention_logits`.
 
     Returns:
-        Sum of the squares as a float64 scalar, number of the logits, and the largest as an fp32 scalar.
+        Sum of the squares as a float64 scalar, number of logits, and largest logit as an fp32 scalar.
     """
     seq, batch, heads, dim = query.shape
     squares = torch.zeros((), dtype=torch.float64, device=query.device)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 class SdpaAttention(torch.nn.Module):
-    """Attention softmax(Q K^T / sqrt(d)) V with a causal mask; grouped queries share keys and values."""
+    """Attention softmax(Q K^T / sqrt(d)) V with a causal mask. The query heads of a group share one key head and one
+    value head."""
 
     def __init__(
         self,

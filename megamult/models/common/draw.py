@@ -11,8 +11,8 @@ values are computed in decimal arithmetic.
 
 The inverse is a function of the probability of the tail, between 2^-54 and 1/2. Each octave of this probability is
 divided into 64 equal pieces, and on each piece a cubic polynomial approximates the inverse. The absolute error is below
-5e-10, a hundredth of the error of rounding to fp32 at 1; |z| is at most 8.3. Source of the generator: Steele, Lea and
-Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+5e-10, a hundredth of the error of rounding to fp32 at 1. All numbers are between -8.3 and 8.3. Source of the generator:
+Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Largest attention logits: of one forward pass by head, and of all micro-batches of an optimizer step."""
+"""Largest attention logit of each head, in one forward pass or over all micro-batches of an optimizer step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megamult.distributed import device
 from megamult.models.common.attention import SdpaAttention
 
 _SCORES = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Largest number of attention logits that are computed at a time, by type of device, unless one query position of all
-heads has more."""
+"""Largest number of attention logits that are computed at a time, by type of device. The logits of one query position
+are always computed together, even if they are more than that."""
 
 
 class HeadLogits:
@@ -28,8 +28,8 @@ class HeadLogits:
             :class:`~megamult.models.common.attention.SdpaAttention`.
 
     Attributes:
-        modules: name of the module whose weight stores Q and K, for each attention of the model.
-        heads: number of query heads of each attention, over all tensor-parallel ranks.
+        modules: names of the modules whose weights store Q and K, one for each attention layer.
+        heads: number of query heads of an attention layer, on all tensor-parallel ranks together.
 
     Raises:
         ValueError: the model has no such attention.
@@ -43,8 +43,8 @@ class HeadLogits:
         }
         if not found:
             raise ValueError(
-                f"{type(model).__name__} has no SelfAttention with SdpaAttention, whose logits can be measured: leave "
-                "multipliers.qk_clip out, or build the layers with megamult.gpt_layer_spec"
+                f"{type(model).__name__} has no SelfAttention with SdpaAttention, the only attention whose logits can "
+                "be measured: leave multipliers.qk_clip out, or build the layers with megamult.gpt_layer_spec"
             )
         self.modules = [f"{name}.linear_qkv" for name in found]
         first: Any = next(iter(found.values()))
@@ -54,8 +54,8 @@ class HeadLogits:
             module.core_attention.register_forward_pre_hook(self._hook(row, module))
 
     def _hook(self, row: Tensor, attention: Any) -> Callable[..., None]:
-        # Tensor-parallel ranks have equal numbers of heads, in the order of their ranks, also where a query group is
-        # cut between ranks.
+        # Tensor-parallel ranks have equal numbers of heads, in the order of their ranks, even if a query group is
+        # divided between ranks.
         group = attention.pg_collection.tp
         count = self.heads // group.size()
         local = row[group.rank() * count : (group.rank() + 1) * count]
@@ -70,10 +70,10 @@ class HeadLogits:
         return hook
 
     def take(self) -> Tensor:
-        """Return the largest logits, [attentions, heads] in fp32, and forget them.
+        """Return the largest logits, [attention layers, heads] in fp32, and forget them.
 
-        A head that this rank has not measured has the value -inf: it belongs to another tensor-parallel rank, or there
-        was no forward pass.
+        The value is -inf for heads of other tensor-parallel ranks, and for all heads if there was no training forward
+        pass since the last call.
         """
         taken = self._largest.clone()
         self._largest.fill_(-torch.inf)
@@ -82,7 +82,7 @@ class HeadLogits:
 
 @torch.no_grad()
 def largest_attention_logits(query: Tensor, key: Tensor, softmax_scale: float | None = None) -> Tensor:
-    """Return the largest q.k * scale of each head over all pairs of a position and one that it may attend to.
+    """Return the largest q.k * scale of each head over all queries and the keys that each may attend to.
 
     Args:
         query: [seq, batch, heads, dim] queries, after rotary embedding.
@@ -107,9 +107,10 @@ def products(query: Tensor, key: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         query, key: the same as for :func:`largest_attention_logits`.
 
     Yields:
-        (products, future): products is [batch, heads, positions, keys], of the keys up to the last of these positions.
-        future [positions, positions] says which of the last keys come after which position, which then must not attend
-        to them.
+        (products, future) for a few consecutive positions. `products` is [batch, heads, positions, keys], where the
+        keys are those from the first token to the last of these positions. `future` [positions, positions] belongs to
+        the last keys, which are those of the same positions. It is True where a key comes after the query, which must
+        not attend to it.
     """
     seq, batch, heads, dim = query.shape
     groups = key.shape[2]

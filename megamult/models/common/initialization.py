@@ -1,7 +1,7 @@
-"""Initial weights that do not depend on the sharding: each rank computes the elements that it holds.
+"""Initial weights that do not depend on the sharding. Each rank computes only the elements that it holds.
 
 The value of an element is a function of the seed, the name of the logical tensor and the element's position in it
-(:mod:`megamult.models.common.draw`). A rank therefore never computes whole matrices or elements of other ranks.
+(:mod:`megamult.models.common.draw`). A rank therefore needs neither whole matrices nor elements of other ranks.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def initialize(
     """Set this rank's part of every trainable parameter, on the parameter's own device.
 
     Parts whose role is in `std` are drawn from N(0, std^2), rounded to fp32 and then cast to the parameter's dtype.
-    Their padding is zero. Multipliers get their initial values, and all other parameters (norms) are set to 1. If
-    `deepspeed.zero.Init` has partitioned a parameter, this rank's partition is set, and nothing is gathered.
+    If `initial.divide_weights` is True, std is first divided by the part's initial multipliers. Padding is zero.
+    Multipliers get their initial values, and all other parameters (norms) are set to 1. If `deepspeed.zero.Init` has
+    partitioned a parameter, this rank's partition is set, and nothing is gathered.
 
     Args:
         model: a model whose trainable parameters all have specs.

@@ -74,15 +74,16 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         target = target.reshape(-1, 1)
         for at in _chunks(logits):
             softmax = _exponentials(logits, at, ctx.real, maximum).div_(sums.view(-1, 1)[at])
-            # Subtract 1 at the label before rounding to the logits' dtype. If p is near 1, it would round to 1, and the
-            # difference p - 1 would be lost.
+            # Subtract 1 at the label before rounding to the logits' dtype. A softmax p near 1 would
+            # round to 1, and the difference p - 1 would be lost.
             rows[at] = softmax.mul_(of_softmax[at]).scatter_add_(-1, target[at], at_target[at])
             del softmax  # before the next chunk is made
         return grad, None, None, None
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Yield consecutive ranges of tokens. A range has at most CHUNK_ELEMENTS logits, or is one token with more."""
+    """Yield consecutive ranges of tokens. If one token has more than CHUNK_ELEMENTS logits, a range is one
+    token; otherwise a range has at most CHUNK_ELEMENTS logits."""
     tokens, local = logits.shape[:-1].numel(), logits.shape[-1]
     size = max(1, CHUNK_ELEMENTS[logits.device.type] // local)
     return (slice(first, first + size) for first in range(0, tokens, size))

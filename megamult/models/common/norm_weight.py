@@ -5,4 +5,4 @@ from __future__ import annotations
 from typing import Literal
 
 NormWeight = Literal["vector", "scalar", "frozen"]
-"""Weight of a norm. vector: one for each feature. scalar: one for all features. frozen: none, which counts as 1."""
+"""Weight of a norm. `vector`: one weight for each feature. `scalar`: one for all features. `frozen`: the constant 1."""

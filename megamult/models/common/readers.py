@@ -1,4 +1,4 @@
-"""Which matrices read the output of which norm in a model of Megatron's transformer layers."""
+"""Norms in a model of Megatron's transformer layers, and the matrices that read their outputs."""
 
 from __future__ import annotations
 

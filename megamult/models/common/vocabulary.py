@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 VOCABULARY_MULTIPLE = 128
-"""Number of which every padded vocabulary size is a multiple. The tensor-parallel size must divide this number."""
+"""Divisor of every padded vocabulary size. It must be a multiple of the tensor-parallel size."""
 
 
 def padded_vocab_size(vocab_size: int) -> int:

@@ -29,15 +29,17 @@ class ModelConfig:
     seq_length: int = fixed(256, "samples")
     """Number of tokens in a sequence."""
     vocab_size: int | None = None
-    """Exact vocabulary size. null means the tokenizer's. The model pads it to a multiple of 128."""
+    """Exact vocabulary size. null means the size of the tokenizer's vocabulary. The model pads the size to a
+    multiple of 128."""
     rotary_base: float = fixed(10000.0, "function")
     """Base period of the rotary embedding."""
     norm_eps: float = fixed(1e-5, "function")
     """Epsilon of RMSNorm."""
     norms: NormWeight = fixed("vector", "function")
-    """Weights of the norms in the layers. vector: one for each feature. scalar: one for all features. frozen: none."""
+    """Weights of the norms in the layers. `vector`: one weight for each feature. `scalar`: one for all features.
+    `frozen`: the constant 1."""
     final_norm: NormWeight = fixed("vector", "function")
-    """Weight of the norm before the LM head: vector, scalar or frozen."""
+    """Weight of the norm before the LM head: `vector`, `scalar` or `frozen`, as for norms."""
     init_std: float = 0.02
     """Standard deviation of initial weights. For the output projections of attention and MLP it is divided by
     sqrt(2 * num_layers)."""
@@ -83,8 +85,9 @@ class ModelConfig:
         heads, groups = self.num_attention_heads, self.query_groups
         require(
             self.hidden_size % heads == 0 and self.hidden_size // heads % 2 == 0,
-            f"model.hidden_size is {self.hidden_size} with model.num_attention_heads {heads}: a head's size must be "
-            "a whole even number (rotary embedding), so choose hidden_size a multiple of 2 * num_attention_heads",
+            f"model.hidden_size is {self.hidden_size} with model.num_attention_heads {heads}: for the rotary "
+            "embedding a head's size must be a whole even number; set hidden_size to a multiple of "
+            "2 * num_attention_heads",
         )
         require(
             heads % groups == 0,

@@ -1,6 +1,6 @@
 """Conversion between our ModelConfig and Hugging Face's LlamaConfig.
 
-A LlamaConfig that describes a function which our model cannot compute is an error.
+If a LlamaConfig describes a function that our model cannot compute, the conversion raises a ValueError.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
     head = _positive_integer(config, "head_dim", hidden // heads)
     if head * heads != hidden or head % 2:
         raise ValueError(
-            f"config.json: head_dim is {head} with num_attention_heads {heads} and hidden_size {hidden}: here a head's "
-            "size is even and the heads together have the hidden size, so this model cannot be imported"
+            f"config.json: head_dim is {head} with num_attention_heads {heads} and hidden_size {hidden}: here the "
+            "size of a head is even and num_attention_heads * head_dim is hidden_size, so this model cannot be imported"
         )
     if heads % groups:
         raise ValueError(

@@ -34,7 +34,7 @@ class RecomputedTransformerLayer(TransformerLayer):
         if not torch.is_grad_enabled():
             return run(hidden_states, *args, **kwargs)
         # Reentrant checkpointing runs the first pass without a graph, so that nothing is saved in it. With a graph, the
-        # layers' own hooks on saved tensors would keep the activations that recomputation is meant to save.
+        # layers' own hooks on saved tensors would keep the activations that recomputation is meant to avoid storing.
         output = torch.utils.checkpoint.checkpoint(
             lambda hidden: run(hidden, *args, **kwargs)[0],
             hidden_states,

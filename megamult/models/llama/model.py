@@ -97,8 +97,8 @@ class GPT(GPTModel):
                 f"tensor_parallel is {tensor_parallel} and the tensor-parallel group has {group.size()} ranks: give "
                 "the model the size that start.initialize was given"
             )
-        # GPTModel fixes the classes of embedding and head, so they are replaced after GPTModel has built them. Their
-        # memory was allocated but not written to, so this costs almost nothing.
+        # GPTModel fixes the classes of embedding and head, so both modules are replaced after GPTModel has built
+        # them. Their memory was allocated but not written to, so this costs almost nothing.
         self.embedding.word_embeddings = MultiplierVocabParallelEmbedding(
             padded,
             sizes.hidden_size,
@@ -177,7 +177,7 @@ def head(
 
 
 def _nothing(weight: Tensor) -> Tensor:
-    """Return a weight unchanged. Layers get this as init method, because their weights are set after construction."""
+    """Return a weight unchanged. Layers get this function as init method, because `initialize` sets weights later."""
     return weight
 
 

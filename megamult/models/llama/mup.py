@@ -7,15 +7,15 @@ its number of columns at the base width. The matrices of the blocks get
 - with AdamW, a learning rate divided by m and a weight decay multiplied by m, so that their product is kept, as the
   package `mup` does,
 - with Muon, a learning rate divided by x and a weight decay multiplied by x. Let e be the spectral norm of the update,
-  divided by the norm that the spectral condition asks for, sqrt(rows / columns). Then x is e divided by e at the base
-  width.
+  divided by the norm that the spectral condition asks for, sqrt(rows / columns). Then x is e at this width, divided
+  by e at the base width.
 
 The head gets a constant factor of 1 / m in the forward pass. The settings of the embedding and the norms are kept. If
 the size of a head differs from that at the base width, attention logits are divided by this size instead of its square
 root (up to a constant).
 
 Sources: Yang et al., arXiv 2203.03466, table 8 (Adam); Yang, Simon and Bernstein, arXiv 2310.17813 (spectral
-condition). Pure.
+condition). The module does no communication.
 """
 
 from __future__ import annotations
@@ -45,21 +45,23 @@ class Mup:
     def overrides(
         self, model: ModelConfig, optimizer: OptimizerConfig, multipliers: MultipliersConfig, learned: bool = False
     ) -> dict[str, dict[str, Any]]:
-        """Return the keys, by section, with which a run has these factors beside its own settings.
+        """Return the keys, by section, that add these factors to a run's own settings.
 
         Args:
-            model, optimizer, multipliers: sections of the run. Factors that they have are multiplied by these.
-            learned: whether the factors of the forward pass are only the initial values of trained multipliers, whose
-                learning rates are such that they change, relative to their values, as fast as without muP. If not, they
-                are constants.
+            model, optimizer, multipliers: sections of the run. The factors in them are multiplied by these factors.
+            learned: whether the factors of the forward pass are trained. If so, they are initial values of multipliers,
+                and the learning rates of these multipliers are set so that the multipliers change, relative to their
+                values, as fast as without muP. If not, the factors are constants.
 
         Raises:
-            ValueError: the run's initial multipliers divide the weights, which those of muP must not.
+            ValueError: the run divides weights by their initial multipliers, but weights must not be divided by muP's
+                factors of the forward pass.
         """
         if multipliers.initial and multipliers.divide_weights and self.forward:
             raise ValueError(
-                "multipliers.initial is given with divide_weights true, and the head's factor of muP must not divide "
-                "its weights: set divide_weights to false and fold the division into init_std_factors"
+                "multipliers.initial is given with divide_weights true, but weights must not be divided by the "
+                "factors that muP adds: set divide_weights to false, and instead divide the entries of "
+                "model.init_std_factors by the run's own initial values"
             )
         decay = {} if multipliers.norm == "fixed" else self.weight_decay
         found: dict[str, dict[str, Any]] = {
@@ -76,7 +78,7 @@ class Mup:
                 sides.setdefault(role, set()).add("scalar")
                 own = initial.get((role, "scalar"), 1.0)
                 initial[role, "scalar"] = factor * own
-                # Relative to its value, the factor then changes as fast in an update as without muP.
+                # At this learning rate an update changes the multiplier, relative to its value, as much as without muP.
                 kind = multipliers.parametrization
                 slower = relative_step(kind, own) / relative_step(kind, factor * own)
                 rates[role, "scalar"] = slower * rates.get((role, "scalar"), 1.0) if learned else 0.0
@@ -109,8 +111,8 @@ def mup(sizes: ModelConfig, base: ModelConfig, update_norm: Callable[[int, int],
     Args:
         sizes: sizes of the model. Its embedding and head are not tied.
         base: sizes of the model whose settings were tuned.
-        update_norm: for an optimizer like Muon, whose updates have a known spectral norm: function from the shape
-            (rows, columns) of a matrix to the norm of its update at learning rate 1, up to a constant. None for AdamW.
+        update_norm: function from the shape (rows, columns) of a matrix to the spectral norm of its update at learning
+            rate 1, up to a constant, for optimizers such as Muon, which have such a function. None for AdamW.
 
     Raises:
         ValueError: the embedding is tied to the head, whose factor would reach the embedding too.
@@ -146,7 +148,7 @@ def at_width(sizes: ModelConfig, base_hidden_size: int) -> ModelConfig:
         base_hidden_size: hidden_size of the model of the base width.
 
     Raises:
-        ValueError: a width in proportion is not a whole number.
+        ValueError: a width that is scaled in proportion is not a whole number.
     """
     widths = {
         "num_attention_heads": sizes.num_attention_heads,
@@ -158,7 +160,7 @@ def at_width(sizes: ModelConfig, base_hidden_size: int) -> ModelConfig:
     if base_hidden_size < 1 or wrong:
         raise ValueError(
             f"base_hidden_size is {base_hidden_size} with model.hidden_size {sizes.hidden_size}: it must be positive, "
-            f"and {', '.join(wrong or names)}, times base_hidden_size / model.hidden_size, must be whole numbers"
+            f"and the products of base_hidden_size / model.hidden_size with {', '.join(wrong or names)} must be whole"
         )
     heads, groups, ffn = (size * base_hidden_size // sizes.hidden_size for size in widths.values())
     return replace(

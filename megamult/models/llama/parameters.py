@@ -20,7 +20,7 @@ def qkv(config: TransformerConfig) -> ParameterSpec:
 
 
 def gate_up(config: TransformerConfig) -> ParameterSpec:
-    """Return the spec of the parameter that stores gate and up. Each tensor-parallel rank has the rows [gate; up]."""
+    """Return the spec of the parameter that stores gate and up. Tensor-parallel rank p holds [gate_p; up_p]."""
     return megatron.fused_gate_up(config.ffn_hidden_size, config.hidden_size)
 
 
@@ -32,7 +32,7 @@ def head(config: TransformerConfig, vocab_size: int) -> ParameterSpec:
 def standard_deviations(sizes: ModelConfig) -> dict[Role, float]:
     """Return the standard deviation of initial weights for each role.
 
-    Projections into the residual stream have a smaller one, which decreases with the number of layers.
+    For projections into the residual stream it is smaller, and decreases with the number of layers.
     """
     std = sizes.init_std
     into_stream = std / math.sqrt(2 * sizes.num_layers)
