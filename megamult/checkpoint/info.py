@@ -54,6 +54,8 @@ class CheckpointInfo:
     """`name`, `updates` (steps applied) and `skipped_steps`, or None if there is no optimizer state."""
     data: dict[str, Any] | None = None
     """State of the training data (:meth:`megamult.data.dataset.BlendedDataset.state_dict`)."""
+    drawn: bool = True
+    """Whether the run began with weights that it drew at random. If not, it began with imported weights."""
     layout: dict[str, int] = field(default_factory=dict)
     """Sharding of the run at the time of the save: `processes`, `tensor` and `zero_stage`."""
     figures: dict[str, float] = field(default_factory=dict)

@@ -103,6 +103,7 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
             samples=0,
             config=_configuration(model, placement, dtype),
             vocab_size=model.vocab_size,
+            drawn=False,
         )
         if tokenizer is not None:
             info.tokenizer_files, info.tokenizer_sha256 = tokenizer

@@ -24,6 +24,7 @@ class RunCheckpoints:
         config, vocab_size, mesh: the run's configuration, vocabulary size and processes.
         tokenizer_sha256: SHA-256 of the run's tokenizer.
         files: contents of the files that are stored beside the tensors (config.yaml, tokenizer.model), by name.
+        drawn: whether the run began with weights that it drew at random.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class RunCheckpoints:
         mesh: Mesh,
         tokenizer_sha256: str | None = None,
         files: Mapping[str, bytes] | None = None,
+        drawn: bool = True,
     ) -> None:
+        self._drawn = drawn
         self._config, self._vocab_size, self._tokenizer, self._mesh = config, vocab_size, tokenizer_sha256, mesh
         self._files = files or {}
         chosen = config.checkpoint
@@ -85,6 +88,7 @@ class RunCheckpoints:
                 "skipped_steps": state.skipped_steps,
             },
             data=data,
+            drawn=self._drawn,
             layout={
                 "processes": self._mesh.size,
                 "tensor": self._config.parallel.tensor,

@@ -80,14 +80,15 @@ def train(run: Run) -> int:
     progress.at(0, "building the model")
     engine = build(config, vocab_size, run.mesh, draw=checkpoint is None, note=lambda doing: progress.at(0, doing))
     _say_what(run, engine)
-    drawn = checkpoint is None or checkpoint.info.data is not None  # an imported checkpoint has no state of the data
+    # Earlier versions wrote imported checkpoints without `drawn`; these have no state of the data.
+    drawn = checkpoint is None or (checkpoint.info.drawn and checkpoint.info.data is not None)
     monitor = RunMonitor(config, engine.model, engine.partition, engine.optimizer, vocab_size, drawn=drawn)
     trainer = Trainer(config, engine, samples, valid, vocab_size, progress, monitor)
     if checkpoint is not None:
         _resume(run, trainer, checkpoint)
     elif config.checkpoint.load and environment.rank() == 0:
         print(f"no checkpoint in {run.run_dir / 'checkpoints'} yet: starting anew", flush=True)
-    checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, run.mesh, tokenizer.sha256, files)
+    checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, run.mesh, tokenizer.sha256, files, drawn)
     code, reason, error = _train(run, trainer, checkpoints)
     samples.close()
     if environment.rank() == 0:

@@ -85,10 +85,14 @@ def test_an_imported_model_trains_on_and_leaves_with_its_own_tokenizer_files(cor
     imported = tmp_path / "two" / "checkpoints" / "step_0"
     assert run("import_hf.py", "--input", tmp_path / "hf", "--output", imported).returncode == 0
     changed = ["--model.seq_length", "16", "--train.seed", "5", "--train.run_dir", str(tmp_path / "two")]
+    changed += ["--monitor.every", "1"]
     again = start([*common, *changed, "--checkpoint.load", "latest"])
     assert again.code == 0, again.text
     assert f"going on from {imported}: step 0, 0 sequences" in again.stdout
+    monitored = (tmp_path / "two" / "metrics.jsonl").read_text()
+    assert "equilibrium_rms/q" in monitored and "predicted_rms" not in monitored, "its weights were not drawn"
     two = tmp_path / "two" / "checkpoints" / "step_2"
+    assert (SavedCheckpoint(one).info.drawn, SavedCheckpoint(two).info.drawn) == (True, False), "so say later starts"
     assert run("export_hf.py", "--checkpoint", two, "--output", tmp_path / "hf2").returncode == 0
     assert json.loads((tmp_path / "hf2" / "tokenizer_config.json").read_text()) == config
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "hf2"))
