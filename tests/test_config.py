@@ -48,7 +48,7 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"model": {"z_loss": -0.1}}, r"model\.z_loss is -0\.1: it must be 0 or more"),
     (
         {"model": {"hidden_size": 100}},
-        r"hidden_size is 100 with model\.num_attention_heads 8: .*choose hidden_size a multiple of 2",
+        r"hidden_size is 100 with model\.num_attention_heads 8: .*set hidden_size to a multiple of 2",
     ),
     # A head of 3 is whole, but rotary embedding turns pairs.
     ({"model": {"hidden_size": 24}}, r"hidden_size is 24 .*whole even number"),

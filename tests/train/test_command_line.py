@@ -80,7 +80,7 @@ EARLY: list[tuple[list[str], str]] = [
     (["--config", "FOLDER/none.yaml"], r'"config": File does not exist: .*none\.yaml'),
     (["--config", "FOLDER"], r'"config": Path is not a file'),
     # bad combinations
-    (["--model.hidden_size", "100"], r"hidden_size is 100 with .*num_attention_heads 8: .*choose hidden_size"),
+    (["--model.hidden_size", "100"], r"hidden_size is 100 with .*num_attention_heads 8: .*set hidden_size"),
     (["--optimizer.warmup_steps", "200"], r"warmup_steps 200 .* exceed train\.steps 100: shorten them"),
     (
         ["--config", "FOLDER/ok.yaml", "--optimizer.decay_steps", "6"],
