@@ -78,7 +78,7 @@ class Trajectory:
         self._square, self._steps = rms**2, 0
 
     def after(self, steps: int) -> float:
-        """Return the RMS after a number of steps, which must not be smaller than in the call before."""
+        """Return the RMS after `steps` steps. `steps` must not be smaller than in the call before."""
         assert steps >= self._steps
         for lr in itertools.islice(self._rates, steps - self._steps):
             self._square = (1 - lr * self._weight_decay) ** 2 * self._square + (lr * self._gain) ** 2

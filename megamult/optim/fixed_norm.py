@@ -38,8 +38,8 @@ class FixedNorms:
 
     Args:
         partition: the partition whose tensors the optimizer updates.
-        selects: function from a parameter's spec to whether its matrices have fixed norms.
-        weight: function from a slice to a [length] view of its weights without multipliers.
+        selects: function that takes a parameter's spec and returns whether its matrices have fixed norms.
+        weight: function that takes a slice and returns a [length] view of its weights without multipliers.
 
     Attributes:
         names: names of the logical matrices, in the same order on every rank.

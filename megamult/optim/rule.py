@@ -73,7 +73,7 @@ class UpdateRule(ABC):
 
         Args:
             partition: the partition of all parameters of the model.
-            selects: function from a parameter's spec to whether this rule updates the parameter.
+            selects: function that takes a parameter's spec and returns whether this rule updates the parameter.
         """
 
     def slices(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> list[Slice]:

@@ -147,7 +147,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         return [self.rule, *self.rules.values()]
 
     def _selected_by(self, rule: UpdateRule) -> Callable[[ParameterSpec], bool]:
-        """Return the function from a parameter's spec to whether `rule` updates the parameter."""
+        """Return a function that takes a parameter's spec and returns whether `rule` updates the parameter."""
         return lambda spec: self.rule_of(spec.kind) is rule
 
     @property

@@ -54,7 +54,7 @@ class ViewedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def _selected_by(self, rule: UpdateRule) -> Callable[[ParameterSpec], bool]:
-        """Return the function from a parameter's spec to whether `rule` updates the parameter."""
+        """Return a function that takes a parameter's spec and returns whether `rule` updates the parameter."""
 
     @property
     def state_bytes(self) -> dict[str, int]:

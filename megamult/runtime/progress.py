@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Place:
-    """Place of a rank in training."""
+    """How far a rank is in training: the step, and what it does in the step."""
 
     step: int
     doing: str
@@ -27,7 +27,7 @@ START = Place(0, "start-up", 0)
 
 
 class Progress:
-    """Progress, noted by the main thread and read by another thread."""
+    """Progress of a rank. The main thread notes it, and another thread reads it."""
 
     def __init__(self) -> None:
         self._main = threading.get_ident()
@@ -51,7 +51,7 @@ class Progress:
 
     @property
     def place(self) -> Place:
-        """The last place noted."""
+        """Place of the rank that :meth:`at` noted last."""
         return self._place
 
     def seconds_stalled(self) -> float:

@@ -92,8 +92,8 @@ def claim(run_dir: Path, resumes: bool) -> None:
 
 
 def wait_for(lock: RunLock, run_dir: Path) -> None:
-    """If the directory has a lock, wait until the earlier start of the run that holds the lock has ended. Then take the
-    lock. Only rank 0 does so."""
+    """Wait until no earlier launch of this run holds the directory's lock, and take the lock, if the directory has one.
+    Only rank 0 does so."""
     if environment.rank() == 0 and (run_dir / LOCK).exists():
         lock.acquire(run_dir)
 

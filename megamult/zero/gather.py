@@ -29,7 +29,8 @@ def gather(
         partition: partition of this rank.
         value: function that returns the values to gather for slice i of the partition, [length]; default: the fp32
             master of the slice.
-        select: function from a parameter's spec to whether to gather the parameter. It must be the same on all ranks.
+        select: function that takes a parameter's spec and returns whether to gather the parameter. Its answers must be
+            the same on all ranks.
 
     Yields:
         (logical name, spec, index of the part, tensor). The tensor is complete on global rank 0 only. Only the tensors

@@ -21,7 +21,10 @@ def kept_once(partition: Partition, select: Callable[[ParameterSpec], bool]) -> 
 
 
 class VirtualPartition(Partition):
-    """Selected parameters of an unsharded partition, cut evenly over the data-parallel ranks."""
+    """Selected parameters of a partition in which every data-parallel rank holds all elements (ZeRO 0).
+
+    This partition cuts them evenly over the data-parallel ranks.
+    """
 
     sharded = True
 
@@ -45,7 +48,7 @@ class VirtualPartition(Partition):
                 self._indices_here.append(i)
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradient of each slice, as a view into the gradients of the unsharded partition."""
+        """Return the gradient of each slice. It is a view into the whole gradients, which every rank holds."""
         gradients = self._whole.gradients()
         return [
             gradients[i][piece.start : piece.start + piece.length]

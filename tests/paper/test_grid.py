@@ -227,8 +227,8 @@ def test_the_package_shares_runs_between_experiments(tmp_path: Path) -> None:
     only = package.chosen_runs(read, package.chosen_experiments(["e5"]), named=True)
     assert len(only) == 2 * 3 and {run.name for run in only} < {run.name for run in runs}
     full = package.chosen_runs(read, experiments, full=True)
-    # A faster symmetry_free, rows of the head and shared columns, and none at another decay (E5); a third seed of E1 and E3; two more S of E1; three more S
-    # of E3, and all of Muon's.
+    # A faster symmetry_free, rows of the head and shared columns, and none at another decay (E5); a third seed of E1
+    # and E3; two more S of E1; three more S of E3, and all of Muon's.
     # And all with log, and a multiplier of the head at S = 1/8, direct and log (E15); five more learning rates of
     # multipliers by two optimizers; five kinds of scales at three learning rates by two optimizers, of which none and
     # all at the setting's are there; four planted ratios and four drifts (E6), three decays of multipliers (E7), two

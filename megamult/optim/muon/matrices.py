@@ -28,7 +28,7 @@ class Matrices:
 
     Args:
         partition: the partition of all parameters of the model.
-        select: function from a parameter's spec to whether the rule updates the parameter.
+        select: function that takes a parameter's spec and returns whether the rule updates the parameter.
         steps: number of Newton-Schulz steps. Owners are chosen so that the FLOPs of these steps are balanced.
         bucket_elements: see :class:`MatrixRule`.
 

@@ -89,8 +89,8 @@ def _lower_tiles(  # type: ignore[no-untyped-def]  # Triton infers the types
 def lower_tiles(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
     """Compute :func:`megamult.optim.muon.symmetric.symmetric_product` with the Triton kernel, accumulating in fp32.
 
-    The result is alpha left @ right, plus beta add if `add` is given. The function is registered as an operator so that
-    torch's FLOP counter counts it. It has no gradient.
+    The result is `alpha * left @ right`, plus `beta * add` if `add` is given. The function is registered as an operator
+    so that torch's FLOP counter counts it. It has no gradient.
     """
     batch, n, depth = left.shape
     if right.shape != (batch, depth, n) or (add is not None and add.shape != (batch, n, n)):
