@@ -31,7 +31,7 @@ class Names:
 
     @staticmethod
     def fresh(identities: Sequence[Identity]) -> Names:
-        """Name a new run's sources. Sources with the same `Identity.order` get twin numbers in the order of the blend."""
+        """Name a new run's sources. Those with the same `Identity.order` get twin numbers in the order of the blend."""
         return Names.resumed(identities, [], {})
 
     @staticmethod
