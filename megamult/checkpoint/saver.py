@@ -74,8 +74,8 @@ class Saver:
             files: {name: content} of further files. Only the first rank's are written.
 
         Returns:
-            If the saver is asynchronous, the outcome of the previous save, or None if there was no previous save or an
-            earlier call has returned its outcome. Otherwise the outcome of this save.
+            If the saver is asynchronous, the outcome of the previous save, or None if there was none or :meth:`poll` or
+            :meth:`wait` has already returned that outcome. Otherwise the outcome of this save.
         """
         began = time.perf_counter()
         before = self.wait()

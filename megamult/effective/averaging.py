@@ -183,8 +183,8 @@ def _last(paths: Sequence[Path], count: int) -> list[SavedCheckpoint]:
             if len(found) == count:
                 return found
     raise ValueError(
-        f"{run} has {len(found)} whole checkpoints and last is {count}: lower --last, or give a directory with "
-        "checkpoints/step_N"
+        f"{run} has {len(found)} complete checkpoints, fewer than --last {count}: lower --last, or give a directory "
+        "with checkpoints/step_N"
     )
 
 

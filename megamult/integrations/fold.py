@@ -107,7 +107,7 @@ def fold(
             value, positive = start(role, side), settings.parametrization != "direct"
             if not math.isfinite(value) or (positive and value <= 0):
                 needed = f"positive with parametrization {settings.parametrization}" if positive else "finite"
-                raise ValueError(f"initial of {role} {side} is {value}: it must be {needed}")
+                raise ValueError(f"the argument initial gives {role} {side} the value {value}: it must be {needed}")
     specs = _specs(model, rules, resolved)
     reached = {part.role for spec in specs.values() if covers(spec, resolved) for part in spec.parts}
     unreached = [role for role in resolved if role not in reached]

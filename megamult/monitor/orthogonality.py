@@ -32,7 +32,8 @@ def orthogonality_error(matrices: Tensor) -> Tensor:
 
 
 class Orthogonality:
-    """Errors of all matrices that Muon or NorMuon updates. Every rank calls every method together."""
+    """Measurement of how far the update of each matrix of Muon or NorMuon is from orthogonal. All ranks must call each
+    method together."""
 
     def __init__(self, partition: Partition, optimizer: TwoPhaseOptimizer) -> None:
         rule = optimizer.rules.get("matrix")

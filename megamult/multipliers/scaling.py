@@ -33,9 +33,10 @@ band fit into the cache of a CPU."""
 
 @dataclass(frozen=True)
 class Band:
-    """Rows of an interval, and the indices of their multipliers in the vectors of multipliers.
+    """Rows of a weight that are consecutive in memory, and for each row and column the index of its multiplier.
 
-    Such an index is called an *entry*. If a row has no multiplier, its entry is the argument `one` of :func:`band_of`.
+    Such an index is called an *entry*. It counts in the vectors of multipliers, one after the other. A row without a
+    multiplier has the entry `one`, an argument of :func:`band_of`, which stands for "no multiplier".
     """
 
     offset: int

@@ -132,10 +132,10 @@ def check_shardings(
         blocks = next(each.blocks for each in shardings if each.axis == both[0])
         if copied := next((block for block in blocks if block.pieces is not None), None):
             raise ValueError(
-                f"{what} is sharded over {both[0]} with copies of a block of size {copied.size}, and reduce_over names "
-                "the same axis: the step sums only gradients of wholly replicated parameters; sum the gradients of the "
-                f"copies in the layer's backward pass and leave {both[0]} out of reduce_over, or store the block as "
-                "a parameter of its own"
+                f"{what} is sharded over {both[0]}, except that several ranks of {both[0]} have copies of a block of "
+                f"size {copied.size}, and reduce_over names {both[0]} too: the step sums gradients only of parameters "
+                "that are replicated as a whole; sum the gradients of the copies in the layer's backward pass and "
+                f"leave {both[0]} out of reduce_over, or store the block as a parameter of its own"
             )
         raise ValueError(
             f"{what} is sharded over {both[0]}, and reduce_over names the same axis: gradients of different shards "

@@ -145,7 +145,8 @@ class RunMonitor:
         return found | by_place("attention_logit_max", each, max)
 
     def _references(self, partition: Partition, drawn: bool) -> tuple[dict[str, float], dict[str, Trajectory]]:
-        """Return, by role, the RMS of matrices at which noise and decay balance, and the trajectory to this RMS."""
+        """Return the equilibrium RMS of each role's matrices, at which gradient noise and weight decay balance, and the
+        trajectory of the RMS from the initial weights."""
         config, schedule = self._config.optimizer, Schedule(self._config)
         groups = {group["kind"]: group for group in self._optimizer.param_groups}
         initial = architecture_of(self._config.model).standard_deviations(self._config.model) if drawn else {}

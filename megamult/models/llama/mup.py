@@ -98,7 +98,7 @@ def _product(own: Mapping[Role, float], factors: Mapping[Role, float]) -> dict[R
 
 
 def _nested(values: Mapping[tuple[Role, Side], float]) -> dict[Role, dict[Side, float]]:
-    """Return numbers by (role, side) as the configuration has them: by role, then by side."""
+    """Convert a mapping from (role, side) to the form of the configuration, {role: {side: number}}."""
     found: dict[Role, dict[Side, float]] = {}
     for (role, side), value in values.items():
         found.setdefault(role, {})[side] = value
