@@ -1,9 +1,10 @@
-"""Prepare a corpus: text or JSON lines -> tokenizer, indexed train set and indexed valid set."""
+"""Prepare a corpus: text, JSON lines or Parquet -> tokenizer, indexed train set and indexed valid set."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from concurrent.futures.process import BrokenProcessPool
 
 from megamult.data.corpus import prepare_corpus
@@ -19,9 +20,11 @@ def _parser() -> argparse.ArgumentParser:
         "--input",
         nargs="+",
         required=True,
-        metavar="FILE",
-        help="UTF-8 files of JSON lines (recognized by their content), with one document per line, or of plain text, "
-        "with one document per block between blank lines",
+        metavar="INPUT",
+        help="files, folders (all files below them, in sorted order) or quoted patterns such as 'data/*.jsonl.gz'. A "
+        "file holds JSON lines, with one document per line, Parquet, with one document per row, or UTF-8 text, with "
+        "one document per block between blank lines; it may be compressed with gzip, zstd, bzip2 or xz. The content "
+        "decides, not the name",
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
@@ -38,7 +41,15 @@ def _parser() -> argparse.ArgumentParser:
         "--json_key",
         default="text",
         metavar="KEY",
-        help='name of the field of a JSON line that holds the text (default: "text")',
+        help="name of the field of a JSON line, or of the column of a Parquet file, that holds the text (default text)",
+    )
+    parser.add_argument(
+        "--on_error",
+        choices=["fail", "skip"],
+        default="fail",
+        help="what to do with lines, rows and files that cannot be read: 'fail' (default) reports all of them and "
+        "writes nothing, 'skip' drops and counts them. Blank lines and documents without text are skipped and counted "
+        "either way",
     )
     parser.add_argument(
         "--workers",
@@ -63,15 +74,25 @@ def main() -> None:
                 valid_fraction=args.valid_fraction,
                 json_key=args.json_key,
                 workers=args.workers,
+                on_error=args.on_error,
             )
         except BrokenProcessPool:
             raise ValueError("an encoding process died, perhaps out of memory: try fewer --workers") from None
-    print(f"{args.output}.model: {summary.vocab_size} tokens in the vocabulary")
-    print(f"{args.output}_train: {summary.train_documents} documents, {summary.train_tokens} tokens")
+    lines = [
+        *summary.report.lines(),
+        f"{args.output}.model: {summary.vocab_size} tokens in the vocabulary",
+        f"{args.output}_train: {summary.train_documents} documents, {summary.train_tokens} tokens",
+    ]
     if summary.valid_documents:
-        print(f"{args.output}_valid: {summary.valid_documents} documents, {summary.valid_tokens} tokens")
-    print(f"bytes per token: {summary.bytes_per_token:.4f}")
-    print(f"unigram entropy of the training tokens: {summary.unigram_entropy:.4f} nats/token")
+        lines.append(f"{args.output}_valid: {summary.valid_documents} documents, {summary.valid_tokens} tokens")
+    lines.append(f"bytes per token: {summary.bytes_per_token:.4f}")
+    lines.append(f"unigram entropy of the training tokens: {summary.unigram_entropy:.4f} nats/token")
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # Nobody reads on, as with `| head -1`. The corpus is written all the same, so this is no failure. Python would
+        # write the rest at its end, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

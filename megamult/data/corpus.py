@@ -9,22 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from megamult.data.defects import Kind, Report
 from megamult.data.documents import Document, read_documents
 from megamult.data.encoding import encode_in_order
 from megamult.data.indexed import unigram_entropy, validate_indexed
+from megamult.data.inputs import expand
 from megamult.data.split import ValidSplit
 from megamult.data.splitmix import splitmix
 from megamult.data.stamp import SUFFIX, Stamp
 from megamult.data.tokenizer import Tokenizer, train_tokenizer
+from megamult.data.writing import IndexedWriter
+from megamult.runtime.console import uninterrupted
 from megamult.runtime.partial import partial_folder
 
 # Limit of the text that trains a tokenizer. sentencepiece holds it in memory, and more text hardly changes the merges.
@@ -34,7 +36,10 @@ _SAMPLE_SEED = 1
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """Summary of a corpus: counts per set, UTF-8 bytes of text, entropy of the training tokens in nats per token."""
+    """Summary of a corpus: counts per set, UTF-8 bytes of text, entropy of the training tokens in nats per token.
+
+    `report` has what was left out of the inputs, and what was changed in their text.
+    """
 
     train_documents: int
     valid_documents: int
@@ -43,6 +48,7 @@ class CorpusSummary:
     text_bytes: int
     vocab_size: int
     unigram_entropy: float
+    report: Report
 
     @property
     def bytes_per_token(self) -> float:
@@ -58,8 +64,13 @@ def prepare_corpus(
     valid_fraction: float = 0.01,
     json_key: str = "text",
     workers: int = 1,
+    on_error: str = "fail",
 ) -> CorpusSummary:
     """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and OUTPUT.model. Earlier files are replaced at the very end.
+
+    `inputs` are files, folders and patterns (see `megamult.data.inputs.expand`) of text, JSON lines and Parquet (see
+    `megamult.data.documents.read_documents`). Blank lines, documents without text and files without text are skipped.
+    A document that cannot be read is an error; if `on_error` is `skip`, it is dropped. All of this is counted.
 
     If `vocab_size` is given, a tokenizer of this size is trained on the training documents (on a sample of them if the
     text exceeds 200 MB). If `tokenizer` is given, this model file is used. The token ids of each document must decode
@@ -68,20 +79,27 @@ def prepare_corpus(
     under the same name are removed first.
 
     Raises:
-        ValueError: an input is bad (the message names the first mistake in each file and its line), an option is wrong,
-            or the tokenizer does not keep the text of a document.
+        ValueError: inputs are bad (the message has the count and the first places of each kind of mistake), an option
+            is wrong, or the tokenizer does not keep the text of a document.
     """
     if (vocab_size is None) == (tokenizer is None):
         raise ValueError(f"vocab_size is {vocab_size} and tokenizer is {tokenizer}: give exactly one of them")
     if workers < 1:
         raise ValueError(f"workers is {workers}: give at least 1 process")
+    if on_error not in ("fail", "skip"):
+        raise ValueError(f"on_error is {on_error!r}: give 'fail' or 'skip'")
     given = Tokenizer(tokenizer) if tokenizer is not None else None
     prefix = _checked_prefix(output, inputs)
-    count, text_bytes = _survey(inputs, json_key)
+    report = Report()
+    files, count, text_bytes = _survey(expand(inputs, _outputs(prefix).values(), report), json_key, report)
+    report.refuse(skip_defects=on_error == "skip")
+    if not count:
+        found = "; ".join(report.lines())
+        raise ValueError(f"the inputs hold no document to read ({found}): give files with text")
     split = ValidSplit.of(count, valid_fraction)
 
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with partial_folder(prefix) as partial:
+    with _named_in_errors(prefix), partial_folder(prefix) as partial:
         model = partial / "model"
         if given is not None:
             shutil.copyfile(given.model_path, model)
@@ -89,11 +107,11 @@ def prepare_corpus(
         else:
             encoder = model
             assert vocab_size is not None
-            texts = _tokenizer_texts(read_documents(inputs, json_key), split, text_bytes)
+            texts = _tokenizer_texts(read_documents(files, json_key, Report()), split, text_bytes)
             train_tokenizer(texts, vocab_size, model)
         used = Tokenizer(model)
         size = used.vocab_size
-        documents = _with_progress(read_documents(inputs, json_key), text_bytes)
+        documents = _with_progress(read_documents(files, json_key, Report()), text_bytes)
         with contextlib.closing(encode_in_order(documents, encoder, workers)) as encoded:
             written = _write_sets(encoded, partial, split, size)
         if sum(written.values()) != count:
@@ -103,9 +121,9 @@ def prepare_corpus(
             )
         tokens = {}
         for name in written:
-            files = validate_indexed(partial / name, size)
-            tokens[name] = files.tokens
-            Stamp.of(files, used).write(partial / f"{name}{SUFFIX}")
+            indexed = validate_indexed(partial / name, size)
+            tokens[name] = indexed.tokens
+            Stamp.of(indexed, used).write(partial / f"{name}{SUFFIX}")
         entropy = unigram_entropy(partial / "train", size)
         _publish(partial, prefix)
     return CorpusSummary(
@@ -116,7 +134,18 @@ def prepare_corpus(
         text_bytes=text_bytes,
         vocab_size=size,
         unigram_entropy=entropy,
+        report=report,
     )
+
+
+@contextlib.contextmanager
+def _named_in_errors(prefix: Path) -> Iterator[None]:
+    """Name the output in an error of a file that has no name, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(prefix)
+        raise
 
 
 def _outputs(prefix: Path) -> dict[str, Path]:
@@ -146,22 +175,22 @@ def _checked_prefix(output: str | Path, inputs: Sequence[str | Path]) -> Path:
     return prefix
 
 
-def _survey(inputs: Sequence[str | Path], json_key: str) -> tuple[int, int]:
-    """Count the documents and UTF-8 bytes of all inputs. An error names every bad input, not only the first."""
-    count = size = 0
-    mistakes: list[str] = []
-    for path in inputs:
-        try:
-            for document in read_documents([path], json_key):
-                count += 1
-                size += len(document.text.encode())
-        except ValueError as error:
-            mistakes.append(str(error))
-    if len(mistakes) > 1:
-        raise ValueError(f"{len(mistakes)} of {len(inputs)} inputs cannot be read: {'; '.join(mistakes)}")
-    if mistakes:
-        raise ValueError(mistakes[0])
-    return count, size
+def _survey(files: Sequence[str], json_key: str, report: Report) -> tuple[list[str], int, int]:
+    """Return the files that are not damaged, and the numbers of their documents and UTF-8 bytes.
+
+    What is left out of all files is added to `report`.
+    """
+    whole, count, size = [], 0, 0
+    for file in files:
+        damaged = report.count(Kind.DAMAGED)
+        sizes = [0, 0]
+        for document in read_documents([file], json_key, report):
+            sizes[0] += 1
+            sizes[1] += document.size
+        if report.count(Kind.DAMAGED) == damaged:
+            whole.append(file)
+            count, size = count + sizes[0], size + sizes[1]
+    return whole, count, size
 
 
 def _tokenizer_texts(documents: Iterable[Document], split: ValidSplit, text_bytes: int) -> Iterator[str]:
@@ -176,45 +205,34 @@ def _with_progress(documents: Iterable[Document], text_bytes: int) -> Iterator[D
     with tqdm(total=text_bytes, desc="encoding", unit="B", unit_scale=True, disable=None) as bar:
         for document in documents:
             yield document
-            bar.update(len(document.text.encode()))
+            bar.update(document.size)
 
 
-def _write_sets(encoded: Iterable[np.ndarray], partial: Path, split: ValidSplit, vocab_size: int) -> dict[str, int]:
+def _write_sets(
+    encoded: Iterable[tuple[np.ndarray, bool]], partial: Path, split: ValidSplit, vocab_size: int
+) -> dict[str, int]:
     """Write the ids of each document to the train or the valid set; return the number of documents per set."""
-    with warnings.catch_warnings():
-        # Megatron announces on import that Transformer Engine and Apex are missing.
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    dtype = DType.optimal_dtype(vocab_size)
-    builders: dict[str, Any] = {
-        name: IndexedDatasetBuilder(str(partial / f"{name}.bin"), dtype=dtype)
-        for name in (["train", "valid"] if split.valid else ["train"])
-    }
-    written = dict.fromkeys(builders, 0)
-    try:
-        for number, ids in enumerate(encoded):
-            name = "valid" if split.is_valid(number) else "train"
-            builders[name].add_document(ids, [len(ids)])
-            written[name] += 1
-        for name, builder in builders.items():
-            builder.finalize(str(partial / f"{name}.idx"))
-    finally:
-        for builder in builders.values():
-            builder.data_file.close()
-    return written
+    names = ["train", "valid"] if split.valid else ["train"]
+    with contextlib.ExitStack() as stack:
+        writers = {name: stack.enter_context(IndexedWriter(partial / name, vocab_size)) for name in names}
+        number = 0
+        for ids, last in encoded:
+            writers["valid" if split.is_valid(number) else "train"].add(ids, last)
+            number += last
+    return {name: writer.documents for name, writer in writers.items()}
 
 
 def _publish(partial: Path, prefix: Path) -> None:
     outputs = _outputs(prefix)
-    for name in outputs:
-        if name.endswith(SUFFIX):  # an old stamp must not vouch for new files
-            outputs[name].unlink(missing_ok=True)
-        if (partial / name).exists():
-            with open(partial / name, "rb") as stream:
-                os.fsync(stream.fileno())
-    for name, final in outputs.items():
-        if (partial / name).exists():
-            os.replace(partial / name, final)
-        else:
-            final.unlink(missing_ok=True)
+    for file in partial.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    with uninterrupted():
+        for name, final in outputs.items():
+            if name.endswith(SUFFIX):  # an old stamp must not vouch for new files
+                final.unlink(missing_ok=True)
+        for name, final in outputs.items():
+            if (partial / name).exists():
+                os.replace(partial / name, final)
+            else:
+                final.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Encoding of documents to token ids by several processes, in order, with a bounded number of documents in memory.
+"""Encoding of documents to token ids by several processes, in order, with a bounded amount of text in memory.
 
 Worker processes import this file. So it must not import torch or Megatron, which take seconds to load.
 """
@@ -19,56 +19,60 @@ from pathlib import Path
 import numpy as np
 
 from megamult.data.documents import Document
+from megamult.data.pieces import Piece, cut
 from megamult.data.tokenizer import Tokenizer
 
 _BATCH_CHARS = 1 << 18
 _worker_tokenizer: Tokenizer | None = None
 
 
-def encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-    """Return the ids of a document, followed by the end-of-document token, int32[tokens + 1].
+def encode_piece(piece: Piece, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the ids of a piece, int32[tokens]. The end-of-document token follows the document's last piece.
 
     Raises:
         ValueError: the text cannot be encoded, or its ids decode to another text, so that training would lose part of
             it.
     """
-    where = f"{document.path}, line {document.line}"
     try:
-        ids = tokenizer.encode(document.text)
+        ids = tokenizer.encode(piece.text)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{piece.place}: {error}") from None
     decoded = tokenizer.decode(ids)
-    if decoded != document.text:
-        pairs = zip(decoded, document.text, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded), len(document.text)))
+    if decoded != piece.text:
+        pairs = zip(decoded, piece.text, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded), len(piece.text)))
         raise ValueError(
-            f"{where}: the tokenizer {tokenizer.model_path} does not keep the text (from character {at} of the "
-            f"document on, {document.text[at : at + 20]!r} is decoded as {decoded[at : at + 20]!r}): use "
-            "a model with identity normalization and byte fallback, or let launch/prepare_data.py train one"
+            f"{piece.place}: the tokenizer {tokenizer.model_path} does not keep the text (from character "
+            f"{piece.start + at} of the document on, {piece.text[at : at + 20]!r} is decoded as "
+            f"{decoded[at : at + 20]!r}): use a model with identity normalization and byte fallback, or let "
+            "launch/prepare_data.py train one"
         )
-    return np.array([*ids, tokenizer.eod], dtype=np.int32)
+    return np.array([*ids, tokenizer.eod] if piece.last else ids, dtype=np.int32)
 
 
 def encode_in_order(
     documents: Iterable[Document], model_path: str | Path, workers: int
-) -> Generator[np.ndarray, None, None]:
-    """Yield the ids of each document, in the order of `documents`, whatever the number of processes.
+) -> Generator[tuple[np.ndarray, bool], None, None]:
+    """Yield the ids of each piece of each document, and whether the piece is the document's last one.
+
+    They come in the order of `documents`, whatever the number of processes.
 
     Raises:
-        ValueError: the ids of a document do not decode to its text (see `encode_document`).
+        ValueError: the ids of a document do not decode to its text (see `encode_piece`).
     """
+    tokenizer = Tokenizer(model_path)
+    pieces = cut(documents, tokenizer)
     if workers == 1:
-        tokenizer = Tokenizer(model_path)
-        for document in documents:
-            yield encode_document(document, tokenizer)
+        for piece in pieces:
+            yield encode_piece(piece, tokenizer), piece.last
         return
     resource_tracker.ensure_running()  # start it before signals are held below: its start would unblock them
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(str(model_path),)
     )
-    pending: collections.deque[Future[list[np.ndarray]]] = collections.deque()
+    pending: collections.deque[Future[list[tuple[np.ndarray, bool]]]] = collections.deque()
     try:
-        for batch in _batches(documents):
+        for batch in _batches(pieces):
             with _signals_held():
                 pending.append(pool.submit(_encode_batch, batch))
             if len(pending) > 4 * workers:
@@ -79,12 +83,12 @@ def encode_in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
     size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
         if size >= _BATCH_CHARS:
             yield batch
             batch, size = [], 0
@@ -128,6 +132,6 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_batch(batch: list[Document]) -> list[np.ndarray]:
+def _encode_batch(batch: list[Piece]) -> list[tuple[np.ndarray, bool]]:
     assert _worker_tokenizer is not None
-    return [encode_document(document, _worker_tokenizer) for document in batch]
+    return [(encode_piece(piece, _worker_tokenizer), piece.last) for piece in batch]

@@ -1,4 +1,4 @@
-"""Formats of input files, recognized by their first bytes: JSON lines, plain text, and formats to convert before use.
+"""Formats of input files, known by their first bytes: JSON lines, text, Parquet, and formats to convert before use.
 
 A file's name counts only if its content fits several formats. For example, a file that could be plain text is read as
 JSON lines if its name ends in `.jsonl`, and refused if its name ends in `.csv` or `.json`.
@@ -12,19 +12,17 @@ import re
 from pathlib import Path
 from typing import Literal
 
-Format = Literal["json lines", "text"]
+from megamult.data.compression import compression
 
-_HEAD_BYTES = 1 << 16
+Format = Literal["JSON lines", "plain text", "Parquet"]
+
+HEAD_BYTES = 1 << 16
+"""Number of bytes at the start of a file by which its format is recognized."""
 
 _WITH_PANDAS = "write it as JSON lines, for example with pandas: {}, then to_json(orient='records', lines=True)"
 _MAGIC: list[tuple[bytes, str, str]] = [
-    (b"\x1f\x8b", "gzip", "decompress it, for example with gzip -dk"),
-    (b"\x28\xb5\x2f\xfd", "zstd", "decompress it, for example with zstd -d"),
-    *((b"BZh%d1AY&SY" % level, "bzip2", "decompress it, for example with bzip2 -dk") for level in range(1, 10)),
-    (b"\xfd7zXZ\x00", "xz", "decompress it, for example with xz -dk"),
     (b"\x04\x22\x4d\x18", "lz4", "decompress it, for example with lz4 -d"),
     (b"PK\x03\x04", "zip", "unpack it, for example with unzip"),
-    (b"PAR1\x15", "Parquet", _WITH_PANDAS.format("read_parquet")),
     (b"ARROW1\x00", "Arrow", _WITH_PANDAS.format("read_feather")),
     (b"\xff\xff\xff\xff", "an Arrow stream", "write it as JSON lines, for example by to_json of the library datasets"),
     (b"Obj\x01", "Avro", "write it as JSON lines"),
@@ -37,6 +35,7 @@ _MAGIC: list[tuple[bytes, str, str]] = [
     (codecs.BOM_UTF16_LE, "UTF-16", "convert it, for example with iconv -f UTF-16 -t UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16", "convert it, for example with iconv -f UTF-16 -t UTF-8"),
 ]
+_PARQUET = b"PAR1\x15"
 _TAR_AT = 257
 _LINES_SUFFIXES = (".jsonl", ".ndjson")
 _TABLE_SUFFIXES = (".csv", ".tsv")
@@ -46,49 +45,64 @@ _JSON_DOCUMENT = re.compile(r'\{\s*"|\[\s*[\[{]*\s*"|\[\s*\{|[\[{]\s*$')
 _TABLE_HEADER = re.compile(r'"?\w+"?(?:([,\t;])"?\w+"?)(?:\1"?\w+"?)*$')
 
 
-def recognize(path: str, json_key: str) -> Format:
-    """Return the format of the file `path`, which must not be empty.
+class UnknownFormat(Exception):
+    """A file has a format that is not read. The message names the format and says how to convert the file."""
+
+
+def recognize(name: str, head: bytes, compressed: str | None, json_key: str) -> Format:
+    """Return the format of a file, without regard to its compression.
+
+    Args:
+        name: the file's name.
+        head: the first `HEAD_BYTES` bytes of its content, or all of its content if that is less.
+        compressed: name of the compression, or None.
+        json_key: field of a JSON line that has the text.
 
     Raises:
-        ValueError: the format is not supported. The message names it and says how to convert the file.
-        OSError: the file cannot be read.
+        UnknownFormat: the file is not read in this format.
     """
-    with open(path, "rb") as stream:
-        head = stream.read(_HEAD_BYTES)
-        complete = len(head) < _HEAD_BYTES
-    _refuse_binary(path, head)
-    suffix = Path(path).suffix.lower()
+    if head.startswith(_PARQUET) and not compressed:
+        return "Parquet"
+    _refuse_binary(head, compressed)
+    # A compressed file is named `a.jsonl.gz`, and sometimes `a.jsonl` all the same.
+    suffix = Path(name).suffix.lower()
+    if compressed and suffix not in (*_LINES_SUFFIXES, *_TABLE_SUFFIXES, ".json"):
+        suffix = Path(Path(name).stem).suffix.lower()
+    complete = len(head) < HEAD_BYTES
     head = head.removeprefix(codecs.BOM_UTF8)
     text = head.decode("utf-8", errors="replace").lstrip()
     line, newline, _ = text.partition("\n")
     line = line.rstrip()
     longer_than_head = not newline and not complete
     if _is_object(line) or (longer_than_head and re.match(r'\{\s*"', line)):
-        return "json lines"
+        return "JSON lines"
     if suffix in _LINES_SUFFIXES:
-        return "json lines"  # the reader then names the line of the first mistake
+        return "JSON lines"  # the reader then names the line of the first mistake
     if _JSON_DOCUMENT.match(text if line in ("[", "{", "[{") else line):
         kind = "one JSON array" if text.startswith("[") else "a JSON object over several lines, or damaged JSON"
-        raise ValueError(
-            f"input {path} looks like {kind}, not one JSON object per line: write it as JSON lines, for example with "
+        raise UnknownFormat(
+            f"it looks like {kind}, not one JSON object per line: write it as JSON lines, for example with "
             f"jq -c {'.[]' if text.startswith('[') else '.'}"
         )
     if suffix == ".json" and line:
-        raise ValueError(
-            f"input {path} begins with {line[:20]!r}, which is no JSON object: write one object per line, or "
-            "rename the file if it is plain text"
+        raise UnknownFormat(
+            f"it begins with {line[:20]!r}, which is no JSON object: write one object per line, or rename the file if "
+            "it is plain text"
         )
     if suffix in _TABLE_SUFFIXES or _is_table(line, json_key):
-        raise ValueError(f"input {path} is a table ({line[:40]!r}): {_WITH_PANDAS.format('read_csv')}")
-    return "text"
+        raise UnknownFormat(f"it is a table ({line[:40]!r}): {_WITH_PANDAS.format('read_csv')}")
+    return "plain text"
 
 
-def _refuse_binary(path: str, head: bytes) -> None:
+def _refuse_binary(head: bytes, compressed: str | None) -> None:
+    if compressed and (head.startswith(_PARQUET) or compression(head)):
+        content = "Parquet" if head.startswith(_PARQUET) else compression(head)
+        raise UnknownFormat(f"it is {content} within {compressed}, by its first bytes: decompress it once")
     for magic, name, remedy in _MAGIC:
         if head.startswith(magic):
-            raise ValueError(f"input {path} is {name}, by its first bytes: {remedy}")
+            raise UnknownFormat(f"it is {name}, by its first bytes: {remedy}")
     if head[_TAR_AT : _TAR_AT + 5] == b"ustar":
-        raise ValueError(f"input {path} is a tar archive, by its first bytes: unpack it, for example with tar -xf")
+        raise UnknownFormat("it is a tar archive, by its first bytes: unpack it, for example with tar -xf")
 
 
 def _is_object(line: str) -> bool:

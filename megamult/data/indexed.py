@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_TOKEN_TYPES: dict[int, type[np.integer]] = {
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+TOKEN_TYPES: dict[int, type[np.integer]] = {
     1: np.uint8,
     2: np.int8,
     3: np.int16,
@@ -25,6 +25,8 @@ _TOKEN_TYPES: dict[int, type[np.integer]] = {
     5: np.int64,
     8: np.uint16,
 }
+"""Token types by their codes in the header of an .idx."""
+
 PIECE_BYTES = 1 << 28
 """Bytes of a piece of a file. Each piece has its own checksum, so that several processes can check one file."""
 
@@ -70,7 +72,7 @@ class IndexedFiles:
         return self._table("<i8", self.documents + 1, 12 * self.sequences)
 
     def _table(self, dtype: str, count: int, at: int) -> np.ndarray:
-        return np.memmap(self.idx, dtype, "r", offset=_HEADER.size + at, shape=(count,))
+        return np.memmap(self.idx, dtype, "r", offset=HEADER.size + at, shape=(count,))
 
     def chunks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the tokens [first, last) of the .bin in chunks (position of the first token, token ids)."""
@@ -101,23 +103,23 @@ def read_index(prefix: str | Path) -> IndexedFiles:
             )
     size = idx.stat().st_size
     with open(idx, "rb") as stream:
-        header = stream.read(_HEADER.size)
-    if not header.startswith(_MAGIC):
-        raise ValueError(f"{idx} is not a Megatron index: it starts with {header[:9]!r}, not {_MAGIC!r}: {_REMEDY}")
-    if len(header) < _HEADER.size:
-        raise ValueError(f"{idx} is cut off: {size} bytes, but its header takes {_HEADER.size}: {_REMEDY}")
-    _, version, code, sequences, bounds = _HEADER.unpack(header)
-    if version != 1 or code not in _TOKEN_TYPES:
+        header = stream.read(HEADER.size)
+    if not header.startswith(MAGIC):
+        raise ValueError(f"{idx} is not a Megatron index: it starts with {header[:9]!r}, not {MAGIC!r}: {_REMEDY}")
+    if len(header) < HEADER.size:
+        raise ValueError(f"{idx} is cut off: {size} bytes, but its header takes {HEADER.size}: {_REMEDY}")
+    _, version, code, sequences, bounds = HEADER.unpack(header)
+    if version != 1 or code not in TOKEN_TYPES:
         raise ValueError(
             f"{idx} has version {version} and token type code {code}, but must have version 1 and the code of an "
-            f"integer type ({', '.join(map(str, _TOKEN_TYPES))}): {_REMEDY}"
+            f"integer type ({', '.join(map(str, TOKEN_TYPES))}): {_REMEDY}"
         )
-    if size < _HEADER.size + 12 * sequences + 8 * bounds:
+    if size < HEADER.size + 12 * sequences + 8 * bounds:
         raise ValueError(
             f"{idx} is cut off: {size} bytes, but {sequences} sequences and {bounds} document bounds "
-            f"take {_HEADER.size + 12 * sequences + 8 * bounds}: {_REMEDY}"
+            f"take {HEADER.size + 12 * sequences + 8 * bounds}: {_REMEDY}"
         )
-    dtype = _TOKEN_TYPES[code]
+    dtype = TOKEN_TYPES[code]
     itemsize = np.dtype(dtype).itemsize
     files = IndexedFiles(prefix, dtype, 0, sequences, max(bounds - 1, 0))
     if bounds == 0 or _number(idx, "<i8", 12 * sequences + 8 * (bounds - 1)) != sequences:
@@ -143,7 +145,7 @@ def read_index(prefix: str | Path) -> IndexedFiles:
 
 def _number(idx: Path, dtype: str, at: int) -> int:
     """Read one number, `at` bytes after the header. A memory map would read at least a whole page for it."""
-    return int(np.fromfile(idx, dtype, 1, offset=_HEADER.size + at)[0])
+    return int(np.fromfile(idx, dtype, 1, offset=HEADER.size + at)[0])
 
 
 def blocks(size: int, block: int) -> list[tuple[int, int]]:

@@ -163,6 +163,23 @@ class Tokenizer:
             raise ValueError(f"text {text[:40]!r} is not valid Unicode: remove lone surrogates") from None
         return ids
 
+    def neighbours(self) -> frozenset[str] | None:
+        """Return all pairs of characters that are neighbours within a token, or None if they do not decide anything.
+
+        Between two characters that are no such pair, a text can be cut without a change to its token ids: the merges of
+        byte-pair encoding form only tokens, so none of them crosses the cut. This holds if nothing else is done to a
+        text. Unigram models are excluded, because they add up rounded scores along the whole text.
+        """
+        from sentencepiece import sentencepiece_model_pb2  # a worker process does not need it
+
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self._processor.serialized_model_proto())
+        rules = proto.normalizer_spec
+        changed = rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces
+        if proto.trainer_spec.model_type != proto.trainer_spec.BPE or changed:
+            return None
+        texts = (piece.piece.replace(_SPACE_MARK, " ") for piece in proto.pieces)
+        return frozenset(text[at : at + 2] for text in texts for at in range(len(text) - 1))
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids. Special tokens give no text, and an incomplete UTF-8 sequence gives U+FFFD."""
         text: str = self._processor.decode([int(i) for i in ids])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -33,40 +34,37 @@ def good(n: int) -> bytes:
 
 # input file, its contents (None: it does not exist), further arguments, what the message must say
 MISTAKES = [
-    ("missing.txt", None, [], r"missing\.txt does not exist"),
-    ("empty.txt", b"", [], r"empty\.txt is empty \(0 bytes\)"),
-    ("empty.jsonl", b"", [], r"empty\.jsonl is empty \(0 bytes\)"),
-    ("blank.txt", b"\n \n\n", [], r"blank\.txt is empty \(blank lines only\)"),
-    ("latin.txt", b"fine\n\nok\ncaf\xe9\n", [], r"latin\.txt, line 4: not UTF-8 \(0xe9 is byte number 4 of"),
-    ("latin.jsonl", good(2) + b'{"text": "\xff"}\n', [], r"latin\.jsonl, line 3: not UTF-8"),
-    ("json.jsonl", good(4) + b'{"text": \n', [], r"json\.jsonl, line 5: invalid JSON"),
-    ("deep.jsonl", good(4) + b"[" * 200_000 + b"\n", [], r"deep\.jsonl, line 5: invalid JSON"),
-    ("list.jsonl", good(1) + b"[1]\n", [], r"list\.jsonl, line 2: the line holds a JSON list, not an object"),
+    ("missing.txt", None, [], r"1 input cannot be opened \(missing\.txt: does not exist: give the path of"),
+    ("empty.txt", b"", [], r"hold no document to read \(1 file without text was skipped \(empty\.txt\)\)"),
+    ("empty.jsonl", b"", [], r"no document to read \(1 file without text was skipped \(empty\.jsonl\)\)"),
+    ("blank.txt", b"\n \n\n", [], r"no document to read \(1 file without text was skipped \(blank\.txt\)\)"),
+    (
+        "void.jsonl",
+        b'{"text": " \\n"}\n\n',
+        [],
+        r"\(1 blank line was skipped \(void\.jsonl, line 2\); 1 document without text was skipped \(void\.jsonl, line",
+    ),
+    (
+        "latin.txt",
+        b"fine\n\nok\ncaf\xe9\n",
+        [],
+        r"1 line is not UTF-8 \(latin\.txt, line 4: 0xe9 is byte number 4\): convert the file, .*--on_error skip$",
+    ),
+    ("latin.jsonl", good(2) + b'{"text": "\xff"}\n', [], r"1 line is not UTF-8 \(latin\.jsonl, line 3: 0xff is"),
+    ("json.jsonl", good(4) + b'{"text": \n', [], r"1 line is invalid JSON \(json\.jsonl, line 5: Expecting value"),
+    ("deep.jsonl", good(4) + b"[" * 200_000 + b"\n", [], r"1 line is invalid JSON \(deep\.jsonl, line 5"),
+    ("list.jsonl", good(1) + b"[1]\n", [], r"1 line holds no JSON object \(list\.jsonl, line 2: it holds an array\)"),
     (
         "field.jsonl",
         good(3),
         ["--json_key", "body"],
-        r"field\.jsonl, line 1: the object has no field 'body' \(its fields: 'text'\)",
-    ),
-    ("type.jsonl", good(1) + b'{"text": 3}\n', [], r"type\.jsonl, line 2: field 'text' is a int"),
-    (
-        "void.jsonl",
-        good(6) + b'{"text": ""}\n',
-        [],
-        r"void\.jsonl, line 7: field 'text' has no text",
+        r"3 objects have no field of the given name \(field\.jsonl, line 1: it has no 'body'; its fields are 'text'; ",
     ),
     (
-        "space.jsonl",
-        good(1) + b'{"text": " \\n"}\n',
+        "type.jsonl",
+        good(1) + b'{"text": 3}\n{"text": null}\n',
         [],
-        r"space\.jsonl, line 2: field 'text' has no text",
-    ),
-    ("hole.jsonl", good(2) + b"\n" + good(1), [], r"hole\.jsonl, line 3: the line is blank"),
-    (
-        "half.jsonl",
-        good(1) + b'{"text": "a\\ud800"}\n',
-        [],
-        r"half\.jsonl, line 2: .*\(lone surrogate at character 1",
+        r"2 texts are no strings \(type\.jsonl, line 2: 'text' is a number; type\.jsonl, line 3: 'text' is null\)",
     ),
     ("one.txt", b"a single document\n", [], r"has 1 document\(s\), but a train and a valid set need"),
     (
@@ -190,21 +188,57 @@ def test_what_a_killed_run_leaves_is_removed_at_the_next_start_and_a_live_one_is
         live.communicate(timeout=30)
 
 
+def test_one_run_reports_everything_that_a_corpus_from_the_world_has(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"Sentence number {n} of a small corpus."}) for n in range(1, 1001)]
+    for number, line in {10: "", 20: "   ", 40: '{"text": null}', 50: '["a"]', 60: '{"text": "cut'}.items():
+        lines[number - 1] = line
+    lines[0] = lines[29] = '{"text": ""}'
+    (tmp_path / "bad.jsonl").write_bytes(codecs.BOM_UTF8 + "\r\n".join(lines).encode())
+    arguments = ["--input", "bad.jsonl", "--output", "bad", "--vocab_size", "300", "--workers", "1"]
+    result = run(tmp_path, *arguments)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    notes = [
+        "2 blank lines were skipped (bad.jsonl, line 10; bad.jsonl, line 20)",
+        "2 documents without text were skipped (bad.jsonl, line 1; bad.jsonl, line 30)",
+    ]
+    assert re.fullmatch(
+        r"error: 1 line is invalid JSON \(bad\.jsonl, line 60: [^)]*\)\): write one JSON object per line; "
+        r"1 line holds no JSON object \(bad\.jsonl, line 50: it holds an array\): write one JSON object per line; "
+        r"1 text is no string \(bad\.jsonl, line 40: 'text' is null\): make it a string; "
+        r"or drop what is defective with --on_error skip "
+        rf"\(also found: {re.escape('; '.join(notes))}\)\n",
+        result.stderr,
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+    result = run(tmp_path, *arguments, "--on_error", "skip")
+    assert (result.returncode, result.stderr) == (0, "")
+    found = result.stdout.splitlines()
+    assert [line[:40] for line in found[:3]] == [
+        "dropped: 1 line is invalid JSON (bad.jso",
+        "dropped: 1 line holds no JSON object (ba",
+        "dropped: 1 text is no string (bad.jsonl,",
+    ]
+    assert found[3:5] == notes
+    assert found[6].startswith("bad_train: 983 documents, ") and found[7].startswith("bad_valid: 10 documents, ")
+
+
 def test_all_bad_inputs_are_named_together(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("fine\n\ntext\n")
     (tmp_path / "table.csv").write_text("id,text\n1,one\n")
     (tmp_path / "list.json").write_text('[\n {"text": "a"},\n {"text": "b"}\n]\n')
-    (tmp_path / "hole.jsonl").write_bytes(good(2) + b"\n")
-    names = ["nowhere.txt", "good.txt", "table.csv", "list.json", "hole.jsonl"]
+    (tmp_path / "cut.jsonl").write_bytes(good(2) + b'{"text": "on')
+    names = ["nowhere.txt", "good.txt", "table.csv", "list.json", "cut.jsonl"]
     result = run(tmp_path, "--input", *names, "--output", "c", "--vocab_size", "280", "--workers", "1")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: 4 of 5 inputs cannot be read: input nowhere.txt does not exist: ")
+    assert result.stderr.startswith("error: 1 input cannot be opened (nowhere.txt: does not exist: ")
     for part in (
-        "; input table.csv is a table ('id,text'): ",
-        "; input list.json looks like one JSON array",
-        "hole.jsonl, line 3",
+        "; 2 files have formats that are not read (table.csv: it is a table ('id,text'): ",
+        "; list.json: it looks like one JSON array",
+        "; 1 line is invalid JSON (cut.jsonl, line 3: ",
     ):
         assert part in result.stderr
+    assert "--on_error" not in result.stderr  # it would not help against a missing file
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[1:])
 
 

@@ -1,0 +1,26 @@
+"""Libraries that only some formats of inputs need. The package's extra `corpora` installs them."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class MissingLibrary(Exception):
+    """A library is not installed. The message names it and says how to install it."""
+
+
+def load(module: str) -> ModuleType:
+    """Import a module of a library that the extra `corpora` installs.
+
+    Raises:
+        MissingLibrary: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        library = module.partition(".")[0]
+        raise MissingLibrary(
+            f"needs the library {library}, which is not installed: install the extra `corpora`, with "
+            'pip install -c constraints.txt -e ".[corpora]"'
+        ) from None

@@ -1,0 +1,119 @@
+"""Pieces of long documents: the same token ids as the whole, and memory that does not grow with the text."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megamult.data import pieces
+from megamult.data.documents import Document
+from megamult.data.encoding import encode_in_order, encode_piece
+from megamult.data.tokenizer import Tokenizer
+from tests.data.conftest import make_documents
+from tests.processes import REPOSITORY, starts_processes
+
+
+def mixed_texts() -> list[str]:
+    draw = random.Random(3)
+    parts = [
+        *make_documents(9, seed=5),
+        "  ",
+        "\n\n",
+        "\u2581",
+        "\u2585",
+        "\u4e2d\u6587",
+        "\U0001f468\u200d",
+        "0123",
+        "zz",
+    ]
+    return ["".join(draw.choices(parts, k=draw.randint(1, 30))) for _ in range(60)]
+
+
+def test_pieces_have_the_ids_of_the_whole(model: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 7)
+    texts = mixed_texts()
+    documents = [Document(f"line {number}", text, 0) for number, text in enumerate(texts)]
+    cut = list(pieces.cut(documents, tokenizer))
+    assert len(cut) > 1000
+    found: list[list[int]] = [[]]
+    for ids, last in encode_in_order(documents, model, workers=1):
+        found[-1] += ids.tolist()
+        found += [[]] if last else []
+    assert found == [*([*tokenizer.encode(text), tokenizer.eod] for text in texts), []]
+    assert "".join(piece.text for piece in cut) == "".join(texts)
+    for piece in cut:
+        text = texts[int(piece.place.removeprefix("line "))]
+        assert text[piece.start :].startswith(piece.text)
+        assert piece.last == (piece.start + len(piece.text) == len(text))
+
+
+def test_a_cut_within_a_token_would_change_the_ids(tokenizer: Tokenizer) -> None:
+    neighbours = tokenizer.neighbours()
+    assert neighbours is not None
+    text = mixed_texts()[0]
+    whole = tokenizer.encode(text)
+    changed = {
+        text[at - 1 : at + 1]
+        for at in range(1, len(text))
+        if tokenizer.encode(text[:at]) + tokenizer.encode(text[at:]) != whole
+    }
+    assert changed and changed <= neighbours
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_type": "unigram"}, {"add_dummy_prefix": True}, {"normalization_rule_name": "nfkc"}]
+)
+def test_documents_are_not_cut_where_ids_could_depend_on_more_than_tokens(
+    change: dict[str, object], documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sentencepiece
+
+    options = {
+        "model_type": "bpe",
+        "add_dummy_prefix": False,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
+    prefix = str(tmp_path / "m")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents), model_prefix=prefix, vocab_size=120, minloglevel=2, **options | change
+    )
+    tokenizer = Tokenizer(f"{prefix}.model")
+    assert tokenizer.neighbours() is None
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 7)
+    assert [piece.text for piece in pieces.cut([Document("", documents[0], 0)], tokenizer)] == [documents[0]]
+
+
+def test_a_text_without_a_place_to_cut_is_one_piece(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 7)
+    monkeypatch.setattr(Tokenizer, "neighbours", lambda self: frozenset({"aa"}))
+    assert [piece.text for piece in pieces.cut([Document("", "a" * 50, 0)], tokenizer)] == ["a" * 50]
+
+
+def test_an_error_counts_characters_from_the_document_on(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "other")
+    with pytest.raises(ValueError, match=r"line 3: the tokenizer .* \(from character 100 of the document on, 'text'"):
+        encode_piece(pieces.Piece("line 3", 100, "text", last=True), tokenizer)
+
+
+def test_memory_is_a_few_times_the_longest_document(tmp_path: Path, model: Path) -> None:
+    starts_processes()
+    program = (
+        "import resource, sys; from megamult.data.corpus import prepare_corpus\n"
+        "prepare_corpus([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], valid_fraction=0)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    text = "\n".join(make_documents(2000))
+    peaks, sizes = [], [len(text), 8 * len(text)]
+    for times in (1, 8):
+        path = tmp_path / f"{times}.jsonl"
+        path.write_text(json.dumps({"text": text * times}), encoding="utf-8")
+        command = [sys.executable, "-c", program, str(path), str(tmp_path / "out"), str(model)]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout))
+    # The line, its text in two forms and a copy while it is read; sentencepiece alone would take 40 times the text.
+    assert peaks[1] - peaks[0] < 8 * (sizes[1] - sizes[0])
