@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from megamult.data.compression import DamagedFile
@@ -16,7 +16,7 @@ class NoColumn(Exception):
     """A file does not have the column; the message names its columns."""
 
 
-def column_values(path: str, column: str) -> Iterator[object]:
+def column_values(path: str, column: str) -> Generator[object, None, None]:
     """Yield the values of a column: strings, bytes if a string is not UTF-8, None for null, or anything else.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from megamult.data.defects import Kind, Report
 from megamult.data.documents import read_documents
+from megamult.data.parquet import column_values
 
 
 def read(path: Path, content: bytes, report: Report) -> list[str]:
@@ -86,6 +88,17 @@ def test_columns_of_every_type_of_string_give_the_same_documents(tmp_path: Path)
         documents = list(read_documents([str(path)], "text", report))
         assert [d.text for d in documents] == texts and report.lines() == []
         assert documents[99].place == f"{path}, row 100"
+
+
+def test_a_group_of_rows_is_not_read_whole(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra corpora")
+    path = write_parquet(tmp_path / "a", text=[random.Random(row).randbytes(8000).hex() for row in range(3000)])
+    before = pyarrow.total_allocated_bytes()
+    values = column_values(str(path), "text")
+    assert len(str(next(values))) == 16000
+    # Pages and buffers take 34 MB, whatever the number of rows; the whole group would take 82 MB.
+    assert pyarrow.total_allocated_bytes() - before < 48_000_000
+    values.close()
 
 
 def test_defects_of_rows_and_columns_are_reported(tmp_path: Path) -> None:

@@ -104,9 +104,10 @@ def test_an_error_counts_characters_from_the_document_on(tokenizer: Tokenizer, m
 def test_memory_is_a_few_times_the_longest_document(tmp_path: Path, model: Path) -> None:
     starts_processes()
     program = (
-        "import resource, sys; from megamult.data.corpus import prepare_corpus\n"
+        "import sys; from megamult.data.corpus import prepare_corpus\n"
         "prepare_corpus([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], valid_fraction=0)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        # ru_maxrss would contain the peak of the process that started this one.
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     text = "\n".join(make_documents(2000))
     peaks, sizes = [], [len(text), 8 * len(text)]
@@ -114,6 +115,7 @@ def test_memory_is_a_few_times_the_longest_document(tmp_path: Path, model: Path)
         path = tmp_path / f"{times}.jsonl"
         path.write_text(json.dumps({"text": text * times}), encoding="utf-8")
         command = [sys.executable, "-c", program, str(path), str(tmp_path / "out"), str(model)]
-        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout))
-    # The line, its text in two forms and a copy while it is read; sentencepiece alone would take 40 times the text.
-    assert peaks[1] - peaks[0] < 8 * (sizes[1] - sizes[0])
+        found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+        peaks.append(1024 * int(found.stdout))
+    # Measured: 6 times, of which 2 are a piece within sentencepiece. Without pieces it takes 54 times the text.
+    assert peaks[1] - peaks[0] < 15 * (sizes[1] - sizes[0])
