@@ -232,7 +232,8 @@ LATE: list[tuple[list[str], str]] = [
     (["--checkpoint.load=FOLDER/saved/unlisted"], r"unlisted is no complete checkpoint: SHA256SUMS cannot be read"),
     (
         ["--checkpoint.load=latest", "--train.run_dir=FOLDER/broken"],
-        r"none of the 2 checkpoints in FOLDER/broken/checkpoints is whole; the problem of the oldest: .*step_1/shard_",
+        r"none of the 2 checkpoints in FOLDER/broken/checkpoints is usable: load another checkpoint\. The problem of "
+        r"the oldest \(.*\): .*step_1/shard_",
     ),
     (
         ["--checkpoint.load=FOLDER/saved/whole", "--multipliers.implementation=none"],
