@@ -140,7 +140,8 @@ def _named(paths: Sequence[Path]) -> list[SavedCheckpoint]:
         found = [] if (path / INFO).exists() else directory.of_run(path)
         if found:
             raise ValueError(
-                f"{path} is a directory of {len(found)} checkpoints: give only it, with --last N, or name checkpoints"
+                f"{path} is a directory of {len(found)} checkpoints: give only this directory, with --last N, or name "
+                "single checkpoints"
             )
     checkpoints = [SavedCheckpoint(path) for path in paths]
     again = [path for path, times in Counter(path.resolve() for path in paths).items() if times > 1]
@@ -225,7 +226,8 @@ def _check_same_model(models: Sequence[EffectiveModel]) -> None:
 
 
 def _kept(model: EffectiveModel) -> dict[str, object]:
-    """Return {name for messages: value} of the settings that decide what the weights of a model mean."""
+    """Return {name for messages: value} of the settings in which averaged models must agree: those of the function that
+    a model computes with its weights, the vocabulary size, and the tokenizer."""
     info = model.saved.info
     return {
         **fixed_values("model", model.sizes, "function"),

@@ -262,7 +262,7 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None], list[str]]] = {
     "twice": ([*TWO, TWO[0]], nothing, ["step_1 is given more than once: name every checkpoint once"]),
     "none there": ([*TWO, "nowhere"], nothing, ["there is no checkpoint ", "nowhere: give a directory that holds"]),
     "no checkpoint": ([*TWO, "empty"], nothing, ["empty is no complete checkpoint"]),
-    "a run": (["run"], nothing, ["run is a directory of 2 checkpoints: give only it, with --last N, or name"]),
+    "a run": (["run"], nothing, ["run is a directory of 2 checkpoints: give only this directory, with --last N, or"]),
     "last 1": (["run", "--last", "1"], nothing, ["last is 1: an average needs two checkpoints or more"]),
     "last of two": ([*TWO, "--last", "2"], nothing, ["last is 2 and ", "give one run directory with --last"]),
     "last of one": ([TWO[0], "--last", "2"], nothing, ["last is 2 and ", "give one run directory with --last"]),
