@@ -20,7 +20,7 @@ class Names:
     """Names of the sources of a blend, in the order of the blend.
 
     Attributes:
-        twins: twin number of each source: it numbers, from 0, the sources that share an `Identity.order`.
+        twins: twin number of each source, from 0. Sources that share an `Identity.order` have different ones.
         names: name of each source.
         contents: mapping from name to `Identity.contents`, for these sources and all that the run had before.
     """

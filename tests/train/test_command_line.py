@@ -247,8 +247,8 @@ LATE: list[tuple[list[str], str]] = [
     (
         ["--data.tokenizer=FOLDER/other.model"],
         r"data source FOLDER/tiny_train was encoded with another tokenizer than FOLDER/other\.model: FOLDER/tiny_train"
-        rf"\.stamp\.json records one with the SHA-256 \w{{12}}\.\.\. and {VOCAB} tokens, and the given file has "
-        r"\w{12}.*; data source FOLDER/tiny_valid was encoded with another tokenizer",
+        rf"\.stamp\.json records one with the SHA-256 \w{{12}}\.\.\. and {VOCAB} tokens, but the given file has "
+        r"the SHA-256 \w{12}.*; data source FOLDER/tiny_valid was encoded with another tokenizer",
     ),
     (
         ["--data.train=FOLDER/swapped"],
