@@ -237,8 +237,8 @@ def _buckets(
     """Divide the matrices into buckets, and return the indices of the matrices in each.
 
     In one bucket, no rank owns more than `bucket_elements` elements, and no rank holds more than `bucket_elements`
-    elements of matrices that other ranks own, unless a single matrix has more. Elements that a rank owns count once for
-    each replica, because each replica receives the results.
+    elements of matrices that other ranks own, unless a single matrix has more. An element that a rank owns counts once
+    for each rank that holds a copy of it, because the owner sends the result to each of these ranks.
     """
     queues: dict[int, list[int]] = {}
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].rows, i)):
