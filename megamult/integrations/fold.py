@@ -167,7 +167,7 @@ def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
         ValueError: a key is not a field of the dataclass, or a value does not have the field's type.
     """
     if not isinstance(given, Mapping):
-        raise ValueError(f"{section} is {given!r}: it is a section; give a mapping of its keys")
+        raise ValueError(f"{section} is {given!r}: give a mapping of the section's keys")
     hints, values = get_type_hints(dataclass), dict(given)
     for key, value in values.items():
         if key not in hints:

@@ -72,7 +72,8 @@ class RunCheckpoints:
             figures: latest figures of the run, such as losses, which are stored in the checkpoint.
 
         Returns:
-            The outcome of a save that has ended by now, or None if none has (see :meth:`Saver.save`).
+            The outcome of this save or, if checkpoint.asynchronous is set, of the previous one. None if the previous
+            one does not exist or its outcome has already been returned.
         """
         prefix, state = rng.prefix(self._mesh.rank), engine.state()
         chunks = [*state.chunks, *(Chunk.whole(prefix + key, value) for key, value in rng.states().items())]
