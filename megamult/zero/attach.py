@@ -36,11 +36,13 @@ class TwoPhase(Protocol):
         """Store the partition for later calls. Called once, after the partition was checked."""
 
     def prepare(self, partition: Partition) -> None:
-        """Read all reduced gradients and decide on the update. Called once per optimizer step, before the first
-        `step`."""
+        """Read all reduced gradients, and compute what needs all of them: norms, clip factors, whether to skip.
+
+        Called once per optimizer step, before the first `step`.
+        """
 
     def finish(self) -> None:
-        """End the optimizer step. Called once per optimizer step, after the last `step`."""
+        """Discard what `prepare` decided for this step. Called once per optimizer step, after the last `step`."""
 
 
 def partition_of(engine: Any, optimizer: TwoPhase, mesh: Mesh) -> Partition:
