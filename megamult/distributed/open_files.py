@@ -27,8 +27,8 @@ def sockets(rank: int, processes: int, tensor: int, gloo: bool) -> int:
             (:mod:`megamult.runtime.watchdog`). Every rank connects to both.
         processes: number of processes of the run.
         tensor: tensor-parallel size.
-        gloo: whether training communicates over gloo, as on CPUs. The group for files always does. Connections of
-            NCCL are not counted.
+        gloo: whether training communicates over gloo, as on CPUs. The process group for reading and writing files uses
+            gloo in any case. Connections of NCCL are not counted.
     """
     meshes = [processes]  # the group for work on files
     if gloo:

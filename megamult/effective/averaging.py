@@ -117,7 +117,9 @@ def _check_kind(kind: str, decay: float | None) -> None:
     if kind not in ("uniform", "ema"):
         raise ValueError(f"kind is {kind!r}: use uniform or ema")
     if decay is not None and kind != "ema":
-        raise ValueError(f"decay is {decay} and the shares are uniform: use --weights ema, or leave out the decay")
+        raise ValueError(
+            f"decay is {decay}, and --weights uniform has no decay: use --weights ema, or leave out the decay"
+        )
     if decay is not None and not 0 < decay < 1:
         raise ValueError(f"decay is {decay}: give a number between 0 and 1, such as 0.9")
 
@@ -184,8 +186,8 @@ def _last(paths: Sequence[Path], count: int) -> list[SavedCheckpoint]:
             if len(found) == count:
                 return found
     raise ValueError(
-        f"{run} has {len(found)} complete checkpoints, fewer than --last {count}: lower --last, or give a directory "
-        "with checkpoints/step_N"
+        f"{run} has {len(found)} complete checkpoints, fewer than --last {count}: lower --last, or give the directory "
+        "of a run that has enough in checkpoints/"
     )
 
 

@@ -36,8 +36,9 @@ class Band:
     """Rows of a weight that are consecutive in memory, and for each row and column the index of its multiplier.
 
     Such an index is called an *entry*. For a layer it is an index into `row_multiplier`, `col_multiplier` or
-    `scalar_multiplier`. For the optimizer it is an index into the one vector of all folded multipliers
-    (:class:`PackedScaling`). A row without a multiplier has the entry `one`, an argument of :func:`band_of`.
+    `scalar_multiplier`. For the optimizer it is an index into the single vector of all folded multipliers
+    (:class:`PackedScaling`). A row without a multiplier has an entry at which the number 1 is stored: the argument
+    `one` of :func:`band_of`.
     """
 
     offset: int

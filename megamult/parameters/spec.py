@@ -291,12 +291,12 @@ def _check(spec: ParameterSpec) -> None:
     if spec.shared and len({part.shape for part in spec.parts}) > 1:
         raise ValueError(
             f"{what} is shared and has parts of shape {', '.join(str(part.shape) for part in spec.parts)}: shared "
-            "parts are one vector; give all parts the same shape, or state shared=False"
+            "parts are copies of the same vector; give all parts the same shape, or state shared=False"
         )
     if (spec.side is not None or spec.compact) and (len(spec.shape) != 1 or spec.orthogonalize):
         raise ValueError(
-            f"{what} has compact=True or a side, which makes it a multiplier: either requires a vector and "
-            "orthogonalize=False"
+            f"{what} has compact=True or a side, so it is a multiplier: multipliers are vectors with "
+            "orthogonalize=False; give it one dimension, or leave these settings out"
         )
 
 

@@ -1,4 +1,7 @@
-"""Attach a two-phase optimizer to a DeepSpeed engine: `prepare` then runs before DeepSpeed's first per-group step."""
+"""Attachment of a two-phase optimizer to a DeepSpeed engine.
+
+After it, `prepare` runs once in every optimizer step, before DeepSpeed steps the first param group.
+"""
 
 from __future__ import annotations
 

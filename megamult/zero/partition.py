@@ -162,7 +162,8 @@ class Partition(ABC):
         return 0
 
     def release(self) -> None:  # noqa: B027
-        """Clear each `.grad` that `gradients` made a view of `main_grad`. Called at the end of an optimizer step."""
+        """Clear each `.grad` that :meth:`gradients` has set to a view of `main_grad`. Called at the end of an optimizer
+        step."""
 
     def read_back(self, piece: Slice) -> Tensor | None:
         """Return the masters of the slice as DeepSpeed's own accessor finds them, or None if DeepSpeed has no accessor

@@ -272,7 +272,7 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None], list[str]]] = {
     "uniform decay": (
         [*TWO, "--decay", "0.5"],
         nothing,
-        ["decay is 0.5 and the shares are uniform: use"],
+        ["decay is 0.5, and --weights uniform has no decay: use"],
     ),
     "same step": ([*TWO, "other_2", "--weights", "ema"], nothing, ["are of step 2, and an EMA needs to know which is"]),
     "damaged": (TWO, damage, ["has another checksum than when it was written", "the checkpoint is damaged"]),

@@ -345,7 +345,7 @@ GOOD = ParameterSpec(
             {"shape": (9, 6), "shardings": ()},
             r"hold only 8 of its 9 rows: padding cannot be orthogonalized; add a part",
         ),
-        ({"side": "row"}, r"has compact=True or a side, which .*: either requires a vector"),
+        ({"side": "row"}, r"has compact=True or a side, so .*: multipliers are vectors with"),
         ({"parts": (), "segments": ()}, r"has no part: name the logical tensors"),
     ],
 )
