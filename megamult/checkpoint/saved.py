@@ -170,4 +170,4 @@ def _plainly(group: ProcessGroup | None) -> Iterator[None]:
                 raise cause from None  # KeyboardInterrupt and SystemExit, which torch catches too
             kind = next((kind for kind in (ValueError, OSError) if isinstance(cause, kind)), RuntimeError)
             where = "" if group is None else f"rank {rank}: "
-            raise kind(f"{where}{cause or type(cause).__name__}") from cause
+            raise kind(f"{where}{str(cause) or type(cause).__name__}") from cause

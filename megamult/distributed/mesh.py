@@ -121,7 +121,7 @@ def current_mesh() -> Mesh:
 
     Raises:
         ValueError: Megatron's groups have axes other than tensor and data, or the ranks of a tensor-parallel group are
-            not consecutive, as they are in Megatron's default order.
+            not consecutive. (In Megatron's default order they are.)
     """
     world = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     if world is None:

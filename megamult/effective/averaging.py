@@ -168,8 +168,8 @@ def _last(paths: Sequence[Path], count: int) -> list[SavedCheckpoint]:
         raise ValueError(f"last is {count}: an average needs two checkpoints or more")
     if len(paths) != 1 or (paths[0] / INFO).exists():
         raise ValueError(
-            f"last is {count} and {', '.join(map(str, paths))} is given: give one run directory with --last, or "
-            "checkpoints without it"
+            f"--last {count} needs one run directory, and these paths are given: {', '.join(map(str, paths))}; give "
+            "one run directory with --last, or checkpoints without it"
         )
     (run,) = paths
     found: list[SavedCheckpoint] = []

@@ -89,7 +89,7 @@ def runs_of_tensors(partition: Partition, rates: Rates) -> dict[Tensor, list[Run
 
 
 def _extend(runs: list[Run], run: Run) -> None:
-    """Append a run, or lengthen the last one if it has the same rate and ends where `run` starts."""
+    """Append `run` to `runs`, or lengthen the last run if it has the same rate and ends where `run` starts."""
     if runs and runs[-1].stop == run.start and runs[-1].rate == run.rate:
         runs[-1] = runs[-1]._replace(stop=run.stop)
     else:

@@ -80,8 +80,8 @@ def counted_intervals(spec: ParameterSpec, coordinates: Coordinates, start: int,
 
     The interval is elements [start, start + length) of a process's flattened shard. Each piece is (start, length), and
     its start is relative to the beginning of the interval. If a parameter is compact (:attr:`ParameterSpec.compact`),
-    its shard can end with unused rows, which are zero. They count if all used rows of the shard count, and do not count
-    otherwise. If a parameter is not compact, padding counts like any other row.
+    its shard can end with unused rows, which are zero. These are counted if every used row of the shard is counted, and
+    left out otherwise. If a parameter is not compact, padding is treated like any other row.
     """
     cols = spec.local_cols(coordinates)[1]
     if spec.compact:  # a compact parameter stores only the rows of its segments

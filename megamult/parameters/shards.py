@@ -134,10 +134,10 @@ def check_shardings(
         blocks = next(each.blocks for each in shardings if each.axis == both[0])
         if copied := next((block for block in blocks if block.pieces is not None), None):
             raise ValueError(
-                f"{what} is sharded over {both[0]}, the ranks along {both[0]} may hold copies of a block of size "
-                f"{copied.size}, and reduce_over names {both[0]} too: the step sums gradients only of parameters that "
-                "are replicated as a whole; sum the gradients of the copies in the layer's backward pass and "
-                f"leave {both[0]} out of reduce_over, or store the block as a parameter of its own"
+                f"reduce_over of {what} names {both[0]}, over which it is sharded: the optimizer step sums gradients "
+                "only of parameters that are replicated as a whole, and not those of copies of a block of size "
+                f"{copied.size}; sum the gradients of the copies in the layer's backward pass and leave {both[0]} out "
+                "of reduce_over, or store the block as a parameter of its own"
             )
         raise ValueError(
             f"{what} is sharded over {both[0]}, and reduce_over names the same axis: gradients of different shards "
@@ -168,6 +168,6 @@ def check_shardings(
                 )
         if len(shape) > 1 and each.dim == len(shape) - 1 and len(each.blocks) > 1:
             raise ValueError(
-                f"{what} has {len(each.blocks)} blocks along its columns, and columns can be sharded only as one "
-                "block: lay out blocks along the rows, or make each a parameter of its own"
+                f"{what} has {len(each.blocks)} blocks along its columns, that is in the last dimension, which can "
+                "have only one: divide another dimension into blocks, or make each block a parameter of its own"
             )

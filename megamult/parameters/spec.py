@@ -295,8 +295,8 @@ def _check(spec: ParameterSpec) -> None:
         )
     if (spec.side is not None or spec.compact) and (len(spec.shape) != 1 or spec.orthogonalize):
         raise ValueError(
-            f"{what} has compact=True or a side, so it is a multiplier: multipliers are vectors with "
-            "orthogonalize=False; give it one dimension, or leave these settings out"
+            f"{what} has compact=True or a side, which only multipliers have, and a multiplier is a vector with "
+            "orthogonalize=False: give it one dimension and orthogonalize=False, or leave out compact and side"
         )
 
 

@@ -104,5 +104,6 @@ class RunCheckpoints:
         return self._saver.poll()
 
     def wait(self, seconds: float | None = None) -> Outcome | None:
-        """Wait, for at most `seconds`, until the last save ends. Return its outcome, or None if no save has ended."""
+        """Wait, for at most `seconds`, until the save that was started last ends. Return its outcome, or None if it is
+        still running, or if its outcome has been returned before."""
         return self._saver.wait(seconds)

@@ -264,8 +264,16 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None], list[str]]] = {
     "no checkpoint": ([*TWO, "empty"], nothing, ["empty is no complete checkpoint"]),
     "a run": (["run"], nothing, ["run is a directory of 2 checkpoints: give only this directory, with --last N, or"]),
     "last 1": (["run", "--last", "1"], nothing, ["last is 1: an average needs two checkpoints or more"]),
-    "last of two": ([*TWO, "--last", "2"], nothing, ["last is 2 and ", "give one run directory with --last"]),
-    "last of one": ([TWO[0], "--last", "2"], nothing, ["last is 2 and ", "give one run directory with --last"]),
+    "last of two": (
+        [*TWO, "--last", "2"],
+        nothing,
+        ["--last 2 needs one run directory, and "],
+    ),
+    "last of one": (
+        [TWO[0], "--last", "2"],
+        nothing,
+        ["--last 2 needs one run directory, and "],
+    ),
     "last 3": (["run", "--last", "3"], nothing, ["run has 2 complete checkpoints, fewer than --last 3: lower --last"]),
     "last of nothing": (["empty", "--last", "2"], nothing, ["empty has 0 complete checkpoints, fewer than --last 2"]),
     "decay": ([*TWO, "--weights", "ema", "--decay", "1"], nothing, ["decay is 1.0: give a number between 0 and 1"]),
