@@ -31,7 +31,8 @@ class Names:
 
     @staticmethod
     def fresh(identities: Sequence[Identity]) -> Names:
-        """Name a new run's sources. Those with the same `Identity.order` get twin numbers in the order of the blend."""
+        """Name a new run's sources. Those with the same `Identity.order` are twins, and are numbered in the order of
+        the blend to tell them apart."""
         return Names.resumed(identities, [], {})
 
     @staticmethod
@@ -44,9 +45,9 @@ class Names:
                 the checkpoint.
 
         Returns:
-            Names in which each source keeps the name that the run has used for the source's contents. A known name that
-            `contents` lacks is given to a source with the same `Identity.order`. A new source gets a twin number that
-            no source with its `Identity.order` has had.
+            Names of the sources. A source whose contents the run has read before keeps its name. A known name that
+            `contents` lacks is given to a source whose `Identity.order` is the one in the name. A new source gets a
+            twin number that no earlier source with its `Identity.order` has had.
         """
         taken: dict[int, str] = {}
         for sure in (True, False):

@@ -118,7 +118,9 @@ def fold(
             "it, or leave it out of placement"
         )
     if not reached:
-        raise ValueError(f"placement is {placement!r}: it gives multipliers to no role; choose one that does")
+        raise ValueError(
+            f"placement is {placement!r}, which gives multipliers to no role: give them to at least one role"
+        )
     for parameter, spec in specs.items():
         set_spec(parameter, spec)
     return make_optimizer(model, chosen, settings, Initial(start))

@@ -23,11 +23,12 @@ Pairs = tuple[Tensor, Tensor]
 
 
 def query_key(query: Tensor, key: Tensor, head_dim: int) -> Pairs:
-    """Return ln|a| of W_Q and ln|b| of W_K for all pairs (a, b) of the symmetry, each [groups * head_dim / 2].
+    """Return ln|a| and ln|b| of factors a of W_Q and b of W_K of which only the product matters.
 
-    Rotary positions turn rows i and i + head_dim / 2 of a head together, and all query heads of a group meet the same
-    key head. The symmetry therefore has one (a, b) for every two such rows of a key head: b stands for these two rows,
-    and a for the same two rows of all query heads of the group. ln|a| and ln|b| are the means of the rows' logarithms.
+    There is one a and one b, each [groups * head_dim / 2], for rows i and i + head_dim / 2 of a key head: rotary
+    positions turn these two rows together. All query heads of a group meet the same key head, so a is a factor of the
+    same two rows in all of them. ln|b| is the mean of ln|multiplier| over the two rows of the key head, and ln|a| the
+    mean over the two rows of all query heads of its group.
 
     Args:
         query: [heads * head_dim] ln|row multiplier| of W_Q.

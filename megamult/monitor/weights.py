@@ -45,8 +45,8 @@ class Matrix:
 
     @property
     def lengths(self) -> list[int]:
-        """Number of sums of each kind, in packed order: one per row, one per column, and if the matrix has multipliers,
-        the same two numbers for the effective matrix."""
+        """Lengths of the packed vectors of sums: the number of rows and the number of columns, and, if the matrix has
+        multipliers, both again for the effective matrix."""
         return [self.rows, self.cols] * (2 if self.multipliers else 1)
 
     def log_factor(self, side: Side, vectors: Mapping[str, Tensor]) -> Tensor | None:

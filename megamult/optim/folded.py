@@ -351,11 +351,11 @@ class BoundMultipliers:
         self._scale(tensor, flat, self._factors())
 
     def _scale(self, tensor: Tensor, values: Tensor, factors: Factors) -> None:
-        """Scale the rows and columns of all slices of a folded tensor, in place.
+        """Multiply `values` in place by the factors of the rows and columns to which they belong.
 
         Args:
-            tensor: the folded tensor.
-            values: [numel] values to scale, one for each element of `tensor`.
+            tensor: a folded tensor, which does not change.
+            values: [numel] one value for each element of `tensor`.
             factors: factors of the rows and columns of all bands (:class:`Band`).
         """
         for i in self._slices_of[tensor]:

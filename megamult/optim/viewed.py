@@ -46,7 +46,7 @@ class ViewedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def begin(self) -> None:
-        """Bind the optimizer to the partition of a loop without DeepSpeed."""
+        """Bind the optimizer in a training loop without DeepSpeed, in which every rank holds its parameters whole."""
 
     @abstractmethod
     def _every_rule(self) -> list[UpdateRule]:

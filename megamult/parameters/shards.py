@@ -71,8 +71,8 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Interval:
-    """Indices [start, start + length) of a global dimension, or of the global rows. A process holds them at
-    local indices from `local` on."""
+    """Indices [start, start + length) along one dimension of the global tensor, or along its rows, which are all
+    dimensions but the last, flattened. A process holds them at local indices from `local` on."""
 
     start: int
     length: int
@@ -134,10 +134,10 @@ def check_shardings(
         blocks = next(each.blocks for each in shardings if each.axis == both[0])
         if copied := next((block for block in blocks if block.pieces is not None), None):
             raise ValueError(
-                f"reduce_over of {what} names {both[0]}, over which it is sharded: the optimizer step sums gradients "
-                "only of parameters that are replicated as a whole, and not those of copies of a block of size "
-                f"{copied.size}; sum the gradients of the copies in the layer's backward pass and leave {both[0]} out "
-                "of reduce_over, or store the block as a parameter of its own"
+                f"{what} is sharded over {both[0]}, and its reduce_over names {both[0]} too: several ranks hold copies "
+                f"of a block of size {copied.size}, and the optimizer step sums gradients only of parameters that are "
+                "replicated as a whole; sum the gradients of the copies in the layer's backward pass and leave "
+                f"{both[0]} out of reduce_over, or store the block as a parameter of its own"
             )
         raise ValueError(
             f"{what} is sharded over {both[0]}, and reduce_over names the same axis: gradients of different shards "

@@ -335,11 +335,11 @@ GOOD = ParameterSpec(
         ({"reduce_over": ("tensor",)}, r"sharded over tensor, and reduce_over names the same axis: gradients of"),
         (
             {"shardings": (Sharding("tensor", 0, (Block(4), Block(4, 1))),), "reduce_over": ("tensor",)},
-            r"copies of a block of size 4; sum .* copies .* pass and leave tensor out of reduce_over, or",
+            r"copies of a block of size 4, .*; sum .* copies .* pass and leave tensor out of reduce_over, or",
         ),
         (
             {"shardings": (Sharding("tensor", 0, (Block(8, 2),)),), "reduce_over": ("tensor",)},
-            r"copies of a block of size 8; .* or store the block as a parameter of its own",
+            r"copies of a block of size 8, .*; .* or store the block as a parameter of its own",
         ),
         (
             {"shape": (9, 6), "shardings": ()},

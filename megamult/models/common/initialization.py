@@ -76,8 +76,8 @@ def initialize(
 
 
 def _held(parameter: Parameter, name: str) -> tuple[Tensor, int]:
-    """Return the elements of a parameter's flattened tensor-parallel shard that this rank holds, and the index in the
-    shard of the first one. Under ZeRO 3 a rank holds a piece of the shard, otherwise all of it."""
+    """Return the elements that this rank holds of a parameter's flattened tensor-parallel shard, and the index of the
+    first of these elements within the shard. Under ZeRO 3 a rank holds a piece of the shard, otherwise all of it."""
     partition = getattr(parameter, "ds_tensor", None)
     if partition is None:
         return parameter.detach().view(-1), 0

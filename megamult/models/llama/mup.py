@@ -62,8 +62,8 @@ class Mup:
         if multipliers.initial and multipliers.divide_weights and self.forward:
             raise ValueError(
                 "multipliers.initial is given with divide_weights true, but weights must not be divided by the "
-                "factors that muP adds: set divide_weights to false, and instead divide the entries of "
-                "model.init_std_factors by the run's own initial values"
+                "factors that muP adds: set divide_weights to false, and divide each entry of "
+                "model.init_std_factors by the value that multipliers.initial gives to the same role"
             )
         decay = {} if multipliers.norm == "fixed" else self.weight_decay
         found: dict[str, dict[str, Any]] = {
