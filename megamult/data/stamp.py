@@ -80,7 +80,9 @@ class Stamp:
             raise ValueError(f"{path} is no JSON file ({error}): {remedy}") from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             found = content.get("format") if isinstance(content, dict) else None
-            raise ValueError(f"{path} has format {found!r}, and this version reads {_FORMAT}: {remedy}")
+            raise ValueError(
+                f"{path} has format {found!r}, but this version of megamult reads format {_FORMAT}: {remedy}"
+            )
         try:
             stamp = Stamp(**content)
         except TypeError as error:
@@ -94,7 +96,9 @@ class Stamp:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def check_files(self, files: IndexedFiles) -> Identity:
-        """Check that sizes and samples of two files agree with this stamp; return the identity of the corpus.
+        """Check that the .bin and the .idx agree with this stamp, and return the `Identity` that the stamp records.
+
+        The check compares the token type, the numbers of tokens and documents, both sizes, and `Identity.contents`.
 
         Raises:
             ValueError: the stamp was written for other files.
@@ -129,6 +133,7 @@ class Stamp:
             raise ValueError(
                 f"data source {prefix} was encoded with another tokenizer than {tokenizer.model_path}: "
                 f"{prefix}{SUFFIX} records one with the SHA-256 {self.tokenizer_sha256[:12]}... and {self.vocab_size} "
-                f"tokens, and the given file has {tokenizer.sha256[:12]}... and {tokenizer.vocab_size} tokens: give "
-                "the .model file that the corpus was prepared with, or prepare the corpus again with the given one"
+                f"tokens, but the given file has the SHA-256 {tokenizer.sha256[:12]}... and {tokenizer.vocab_size} "
+                "tokens: give the .model file that the corpus was prepared with, or prepare the corpus again with the "
+                "given one"
             )

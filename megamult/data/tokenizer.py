@@ -5,7 +5,8 @@ character, including newlines and tabs. Two characters have a special meaning in
 
 * U+2581 is the library's mark for a space, and would be decoded as a space. `Tokenizer.encode` encodes it by its bytes.
 * U+2585 is the library's mark for an unknown character. The library silently drops a training sentence that contains
-  it, so the training text is cut there. Encoding this character needs no special care.
+  it, so the text before and after this character is given to the training as two sentences. Encoding this character
+  needs no special care.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class Tokenizer:
         sha256: SHA-256 of the file. It identifies the tokenizer wherever the file is.
         unique_identifiers: values that Megatron's dataset configuration hashes to name its caches.
 
-    There is deliberately no attribute `pad`: GPTDataset would zero every token equal to it.
+    There is deliberately no attribute `pad`: a GPTDataset would replace each token id equal to it by 0, and leave this
+    token out of the loss.
 
     Raises:
         ValueError: the file is missing, is not a sentencepiece model, or has no end-of-document token.

@@ -132,7 +132,7 @@ def _read(weight: EffectiveWeight, dtype: torch.dtype) -> Tensor:
     """Read a weight, merge the multipliers into it in fp32, and cast the result to `dtype`.
 
     Raises:
-        ValueError: a finite value is not finite in `dtype`.
+        ValueError: a finite value overflows in `dtype`.
     """
     effective = weight.exported()
     tensor = effective.to(dtype)

@@ -35,7 +35,7 @@ def tokenizer_identity(files: Mapping[str, bytes]) -> tuple[str, str] | None:
 
     Returns:
         (names of the files, SHA-256), or None if there is no tokenizer. If one file defines the tokenizer, the SHA-256
-        is that of its content. If several do, it is that of a text with one line "name SHA-256" for each file.
+        is the hash of this file. If several do, it is the hash of a text with one line "name SHA-256" for each file.
     """
     for names in _DEFINING:
         found = {name: hashlib.sha256(files[name]).hexdigest() for name in names if name in files}
@@ -55,4 +55,4 @@ def check_output(output: Path) -> None:
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ValueError(f"{output} exists and is a file or a symbolic link, not a directory: choose another output")
     if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} exists and is not empty: choose another output, or remove it")
+        raise ValueError(f"{output} exists and is not empty: choose another output, or remove this directory")

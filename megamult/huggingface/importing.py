@@ -1,6 +1,7 @@
 """Import of a Hugging Face model as a checkpoint from which a run can continue training.
 
-The imported model computes the same function, and all of its multipliers are 1. Weights are streamed.
+The imported model computes the same function as the Hugging Face model, and all of its multipliers are 1. Weights are
+streamed: memory holds one file of the checkpoint at a time.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _open(source: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
             if name.endswith(_DERIVED):
                 continue
             if name in found:
-                raise ValueError(f"{path} holds {name}, and so does another file of the model: remove one of them")
+                raise ValueError(f"{path} holds {name}, and so does another file of the model: keep it in only one")
             part = file.get_slice(name)
             found[name] = _Stored(file, name, tuple(part.get_shape()), part.get_dtype())
     return found
@@ -194,9 +195,9 @@ def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list
     if left:
         first = left[min(left)]
         raise ValueError(
-            f"{source} holds {first.name} {first.shape}, which a {architecture.hugging_face_class} of this config.json "
-            f"does not have ({len(left)} such tensors): megamult's model has no such tensor, so this model cannot be "
-            "imported"
+            f"{source} holds {first.name} {first.shape}, which a {architecture.hugging_face_class} with this "
+            f"config.json does not have (number of such tensors: {len(left)}): megamult's model has no place for them, "
+            "so this model cannot be imported"
         )
     return matched
 
@@ -216,6 +217,8 @@ def _check_equal(source: Path, head: _Stored, embedding: _Stored) -> None:
 
 def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, str] | None, list[str]]:
     """Return the tokenizer's files, its identity (file names, SHA-256), and notes for the user.
+
+    A note says that there is no tokenizer, or that training cannot read it.
 
     Args:
         source: directory of the model to import.

@@ -9,15 +9,16 @@ The result depends only on the pieces and the order of merges. Four differences 
   encodes it as bytes too.
 * sentencepiece orders merges by the piece that they form, and `tokenizers` orders them by the pair that they join. If
   several pairs form the same piece, the converted list of merges has all of these pairs, one after the other. The ids
-  stay the same: a piece can form only if no earlier merge has crossed its ends. The merges inside the piece then do not
-  depend on the surrounding text, so the last of them always joins the same pair, and the other pairs never occur.
+  stay the same: a piece can form only if no earlier merge has joined its first or last character with the text outside.
+  The merges inside the piece then do not depend on this text, so the last of them always joins the same pair, and the
+  other pairs never occur.
 * Text that looks like a special token, such as "</s>", is plain text in training data. transformers would read it as a
   special token, so the conversion sets `split_special_tokens`.
 * transformers can put a bos token before a text. Training data has no such token, so the conversion sets
   `add_bos_token` to false.
 
-One difference remains, in the decoding of byte tokens that are not valid UTF-8. Encoding a text never gives such byte
-tokens. `tokenizers` decodes every byte token of such a sequence as U+FFFD, and sentencepiece only the invalid ones.
+One difference remains, in the decoding of a sequence of byte tokens that is not valid UTF-8. Encoding a text never
+gives such a sequence. `tokenizers` decodes each of its byte tokens as U+FFFD, and sentencepiece only the invalid ones.
 """
 
 from __future__ import annotations

@@ -91,16 +91,16 @@ class FoldedMultipliers:
     def bind(self, partition: Partition, state: MutableMapping[Tensor, Any]) -> BoundMultipliers:
         """Create the multipliers of a partition.
 
-        On entry the masters must hold the initial weights. Compute W from these and write it to `state`; then set the
-        masters to W_eff.
+        On entry the fp32 masters, which are the tensors that the optimizer updates, must hold the initial weights.
+        Compute W from these and write it to `state`; then set the masters to W_eff.
 
         Args:
             partition: the partition, before the first step and after :meth:`Partition.check`.
             state: the optimizer's state, by tensor.
 
         Raises:
-            ValueError: a master is not in fp32; or the settings have a parametrization, and an initial multiplier is
-                not positive.
+            ValueError: a master is not in fp32; or an initial multiplier is not positive, and the settings have a
+                :class:`Parametrization`, which allows only positive multipliers.
         """
         return BoundMultipliers(self, partition, state)
 
@@ -171,7 +171,12 @@ class BoundMultipliers:
             partition.publish()
 
     def _lay_out(self) -> dict[str, dict[tuple[int, Side], list[Segment]]]:
-        """Fill `vectors`, and return the segments of the packed vector, by parameter name, then by (part, side)."""
+        """Fill `vectors`, and return where the packed vector holds the multipliers of each parameter.
+
+        Returns:
+            {name of the parameter: {(index of the part, side): segments}}. The `start` of a segment is a position in
+            the packed vector.
+        """
         position = 0
         places: dict[str, dict[tuple[int, Side], list[Segment]]] = {}
         for cut in self.partition.cuts:
@@ -249,10 +254,12 @@ class BoundMultipliers:
 
     @contextlib.contextmanager
     def latent_weights(self, tensors: list[Tensor]) -> Iterator[None]:
-        """Make folded tensors hold W inside the context, for an update. At its end, write W_eff of the new W to them.
+        """Make tensors with folded multipliers hold W inside the context, so that the optimizer can update W there.
+
+        When the context ends, these tensors get W_eff of the new W.
 
         Args:
-            tensors: tensors that the optimizer updates. Those that are not folded are ignored.
+            tensors: tensors that the optimizer updates. Those without folded multipliers are ignored.
         """
         folded = [tensor for tensor in tensors if tensor in self._slices_of]
         effective = [tensor.data for tensor in folded]
@@ -266,15 +273,18 @@ class BoundMultipliers:
                 self._write(tensor)
 
     def latent(self, tensor: Tensor, offset: int, length: int) -> Tensor:
-        """Return a [length] view that begins at `offset`: of W if the tensor is folded, else of the tensor's values."""
+        """Return a [length] view of W for the elements [offset, offset + length) of a flattened tensor.
+
+        For a tensor without folded multipliers, the tensor itself is W.
+        """
         values = self._state[tensor][LATENT] if tensor in self._slices_of else tensor.detach()
         return values.view(-1)[offset : offset + length]
 
     def views(self) -> Iterator[tuple[str, Vector, Tensor]]:
         """Yield (name, vector, values) three times for each vector of multipliers.
 
-        With the name `weight` the values are the multipliers; with `exp_avg` and `exp_avg_sq` they are AdamW's moments.
-        They are a view with one value for each multiplier, the same on every rank, and may be written to.
+        The values named `weight` are the multipliers; those named `exp_avg` and `exp_avg_sq` are AdamW's moments.
+        `values` is a view with one element for each multiplier, the same on every rank, and may be written to.
         """
         for vector in self.vectors:
             for name, packed in (("weight", self.values), *((key, self._kept[key]) for key in _STATES)):
@@ -287,7 +297,8 @@ class BoundMultipliers:
             updates: number of applied steps in the loaded state; AdamW continues to count from it.
 
         Raises:
-            ValueError: the settings have a parametrization, and a loaded multiplier is not positive.
+            ValueError: a loaded multiplier is not positive, and the settings have a :class:`Parametrization`, which
+                allows only positive multipliers.
         """
         self._kept[STEP].fill_(updates)
         self._present = None
@@ -296,12 +307,12 @@ class BoundMultipliers:
             self._write(tensor)
 
     def _check(self) -> None:
-        """Check that all multipliers are positive if the settings have a parametrization.
+        """Check that all multipliers are positive if the settings have a parametrization r = f(u).
 
         All ranks hold the same multipliers, so either all ranks raise or none does.
 
         Raises:
-            ValueError: a multiplier is not positive, so that it has no variable that AdamW could train.
+            ValueError: a multiplier r is not positive. There is then no variable u = f^-1(r) that AdamW could train.
         """
         if self._settings.parametrization is not None:
             self._settings.parametrization.check(int((self.values <= 0).sum()))
@@ -318,8 +329,8 @@ class BoundMultipliers:
             optimizer_state: the optimizer's state, already loaded, which holds the latent weights.
 
         Raises:
-            ValueError: the state has a different number of multipliers; or the settings have a parametrization, and a
-                loaded multiplier is not positive.
+            ValueError: the state has a different number of multipliers; or a loaded multiplier is not positive, and
+                the settings have a :class:`Parametrization`, which allows only positive multipliers.
         """
         if state["values"].shape != self.values.shape:
             raise ValueError(
@@ -340,12 +351,12 @@ class BoundMultipliers:
         self._scale(tensor, flat, self._factors())
 
     def _scale(self, tensor: Tensor, values: Tensor, factors: Factors) -> None:
-        """Scale the rows and columns of all slices of a folded tensor, in place.
+        """Multiply `values` in place by the factors of the rows and columns to which they belong.
 
         Args:
-            tensor: the folded tensor.
-            values: [numel] values to scale, one for each element of `tensor`.
-            factors: factors of all bands.
+            tensor: a folded tensor, which does not change.
+            values: [numel] one value for each element of `tensor`.
+            factors: factors of the rows and columns of all bands (:class:`Band`).
         """
         for i in self._slices_of[tensor]:
             piece = self.partition.slices[i]
@@ -355,7 +366,7 @@ class BoundMultipliers:
                 kernels.scale(rows, rho, kappa, band.spans, piece=True)
 
     def _factors(self) -> Factors:
-        """Return the factors of every band from the present multipliers; they are computed once per update."""
+        """Return the present multipliers of all bands (:class:`Band`), computed anew only if they have changed."""
         if self._present is None:
             self._present = self._scaling.factors(torch.cat([self.values, self.values.new_ones(1)]))
         return self._present

@@ -72,7 +72,8 @@ class RunCheckpoints:
             figures: latest figures of the run, such as losses, which are stored in the checkpoint.
 
         Returns:
-            The outcome of a save that has ended by now, or None if none has (see :meth:`Saver.save`).
+            The outcome of this save or, if checkpoint.asynchronous is set, of the previous one. None if the previous
+            one does not exist or its outcome has already been returned.
         """
         prefix, state = rng.prefix(self._mesh.rank), engine.state()
         chunks = [*state.chunks, *(Chunk.whole(prefix + key, value) for key, value in rng.states().items())]
@@ -103,5 +104,6 @@ class RunCheckpoints:
         return self._saver.poll()
 
     def wait(self, seconds: float | None = None) -> Outcome | None:
-        """Wait, for at most `seconds`, until the last save ends. Return its outcome, or None if no save has ended."""
+        """Wait, for at most `seconds`, until the save that was started last ends. Return its outcome, or None if it is
+        still running, or if its outcome has been returned before."""
         return self._saver.wait(seconds)

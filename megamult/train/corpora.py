@@ -29,7 +29,7 @@ def vocabulary(config: Config) -> tuple[Tokenizer, int]:
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"model.vocab_size is {vocab_size} and the tokenizer {config.data.tokenizer} has "
-            f"{tokenizer.vocab_size} tokens: leave vocab_size null, or make it at least that"
+            f"{tokenizer.vocab_size} tokens: leave vocab_size null, or set it to at least the number of tokens"
         )
     return tokenizer, vocab_size
 
@@ -37,8 +37,8 @@ def vocabulary(config: Config) -> tuple[Tokenizer, int]:
 def open_datasets(
     config: Config, tokenizer: Tokenizer, run_dir: Path, mesh: Mesh, note: Callable[[int], None] = lambda pieces: None
 ) -> tuple[BlendedDataset, BlendedDataset | None]:
-    """Open the samples of data.train and, if it is set, of data.valid. Collective over all ranks; a user's mistake ends
-    them all.
+    """Open the samples of data.train and, if it is set, of data.valid. Collective over all ranks: if one rank finds a
+    user's mistake, all ranks exit.
 
     One rank of each node reads headers, sizes, time stamps and a few bytes of the files. Rank 0 sends its findings to
     all ranks, and the reading rank of each node compares them with its own findings. If data.validate is full, every

@@ -33,8 +33,8 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
 def _is_bf16_optimizer(config: Config) -> bool:
     """Return whether DeepSpeed wraps the optimizer in its BF16_Optimizer.
 
-    DeepSpeed does so at ZeRO 1 if the model is bf16 and gradients are accumulated in fp32. None of DeepSpeed's keys
-    chooses another class.
+    DeepSpeed does so at ZeRO 1 if the model is bf16 and gradients are accumulated in fp32. The run's own keys decide
+    this alone: no DeepSpeed key that the user may set changes the choice.
     """
     train = config.train
     return config.parallel.zero_stage == 1 and train.dtype == "bf16" and train.accumulation_dtype == "fp32"
@@ -108,7 +108,7 @@ def _problems(key: str, value: Any, produced: dict[str, Any]) -> Iterator[str]:
     elif key not in SECTIONS:
         yield from _problem(key, value, produced.get(key, value))
     elif not isinstance(value, dict):
-        yield f"deepspeed.{key} is {value!r}: it is a section; give a mapping of its keys"
+        yield f"deepspeed.{key} is {value!r}: give a mapping of the section's keys"
     else:
         ours = produced.get(key, {})
         for inner, each in value.items():

@@ -1,4 +1,4 @@
-"""Training of a run whose process groups exist: check, build, resume, train, report."""
+"""Training of a run, after its process groups have been made: check, build, resume, train, report."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from megamult.train.summary import conclude
 
 @dataclass(frozen=True)
 class Run:
-    """Run that has started: its configuration, its processes, and the objects that watch over it."""
+    """Run that has started: its configuration and processes, and the objects for its progress, logs, lock and stop."""
 
     config: Config
     resolved: str
@@ -50,7 +50,7 @@ class Run:
 
 
 def train(run: Run) -> int:
-    """Train the model of a run. Collective over all ranks; a user's mistake ends them all.
+    """Train the model of a run. Collective over all ranks. If one rank finds a user's mistake, all ranks exit.
 
     Returns:
         The exit code.
@@ -118,8 +118,8 @@ def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCh
 def _files(resolved: str, tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) -> dict[str, bytes]:
     """Return the files that every checkpoint stores beside its tensors: contents by name, on rank 0 only.
 
-    If the run continues a checkpoint with the same tokenizer, the checkpoint's Hugging Face tokenizer files, if it has
-    any, are among them."""
+    If the run continues a checkpoint with the same tokenizer, these files include all Hugging Face tokenizer files of
+    that checkpoint."""
     if environment.rank() != 0:
         return {}
     files = {"config.yaml": resolved.encode(), "tokenizer.model": Path(tokenizer.model_path).read_bytes()}
@@ -144,7 +144,7 @@ def _say_what(run: Run, engine: Engine) -> None:
 
 
 def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
-    """Load a checkpoint into the new run, and print how the configuration has changed since the checkpoint."""
+    """Load a checkpoint into `trainer`, and print how the configuration has changed since the checkpoint."""
     config = run.config
     run.progress.at(0, "reading the checkpoint", ON_FILES)
     new = agreed(

@@ -53,7 +53,7 @@ def test_another_tokenizer_of_the_same_size_is_an_error_that_names_both(
     message = f"data source {prefix} was encoded with another tokenizer than {tmp_path / 'other.model'}: {was}"
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         describe(prefix, other)
-    assert f"the given file has {other.sha256[:12]}... and 400 tokens" in str(caught.value)
+    assert f"but the given file has the SHA-256 {other.sha256[:12]}... and 400 tokens" in str(caught.value)
 
 
 def flip(path: str, at: int) -> None:
@@ -122,7 +122,7 @@ def test_all_sources_mistakes_come_together(prefix: str, write_indexed: Write, t
     ("spoil", "message"),
     [
         (lambda text: text[:-9], r"stamp\.json is no JSON file"),
-        (lambda text: "[]", r"stamp\.json has format None, and this version reads 1: rerun"),
+        (lambda text: "[]", r"stamp\.json has format None, but this version of megamult reads format 1: rerun"),
         (lambda text: text.replace('"format": 1', '"format": 2'), r"has format 2"),
         (lambda text: text.replace('"order"', '"disorder"'), r"stamp\.json is damaged \(.*disorder"),
     ],

@@ -246,7 +246,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (change_tensors(**{UP: None}), f"has no tensor {UP}: config.json asks for it, with shape (72, 48)"),
     "bias": (
         change_tensors(**{BIAS: torch.ones(48)}),
-        f"holds {BIAS} (48,), which a LlamaForCausalLM of this config.json",
+        f"holds {BIAS} (48,), which a LlamaForCausalLM with this config.json",
     ),
     "layers": (
         change_config(num_hidden_layers=1),

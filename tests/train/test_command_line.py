@@ -71,7 +71,7 @@ EARLY: list[tuple[list[str], str]] = [
     (["--optimizer.muon.momentu", "0.9"], r"unrecognized arguments: --optimizer\.muon\.momentu 0\.9; --help lists"),
     (["--optimizer.name", "muon", "--optimizer.muon.scale", "rms"], r"'match_rms_adamw', 'spectral'.* Got value: rms"),
     (["--config", "FOLDER/type.yaml"], r"model\.num_layers.*Got value: many; --help lists"),
-    (["--config", "FOLDER/scalar.yaml"], r"model is 3: it is a section; give a mapping"),
+    (["--config", "FOLDER/scalar.yaml"], r"model is 3: give a mapping of the section's keys"),
     (["--config", "FOLDER/list.yaml"], r"Unexpected config: - 1; --help lists"),
     (["--config", "FOLDER/broken.yaml"], r"Problems parsing config: .*line 2"),
     (["--config", "FOLDER/latin.yaml"], r"--config names is not UTF-8 .*0xe9.*: save it as UTF-8"),
@@ -119,7 +119,7 @@ EARLY: list[tuple[list[str], str]] = [
         r"train\.batch_ramp\.increment is 0, train\.batch_ramp\.samples is -1: each must be positive",
     ),
     (["--train.batch_ramp.lr_scaling", "none"], r"lr_scaling is none, which has no effect without a ramp: leave"),
-    (["--config", "FOLDER/ramp.yaml"], r"train\.batch_ramp is None: it is a section; give a mapping"),
+    (["--config", "FOLDER/ramp.yaml"], r"train\.batch_ramp is None: give a mapping of the section's keys"),
     # placements
     (["--multipliers.placement", "everywhere"], r"placement is 'everywhere': use one of all, symmetry_free, scalar"),
     (["--multipliers.placement", "{norm: row}"], r"placement names the role 'norm': use one of q, k, v"),
@@ -232,7 +232,8 @@ LATE: list[tuple[list[str], str]] = [
     (["--checkpoint.load=FOLDER/saved/unlisted"], r"unlisted is no complete checkpoint: SHA256SUMS cannot be read"),
     (
         ["--checkpoint.load=latest", "--train.run_dir=FOLDER/broken"],
-        r"none of the 2 checkpoints in FOLDER/broken/checkpoints is whole; the problem of the oldest: .*step_1/shard_",
+        r"none of the 2 checkpoints in FOLDER/broken/checkpoints is usable: load another checkpoint\. The problem of "
+        r"the oldest \(.*\): .*step_1/shard_",
     ),
     (
         ["--checkpoint.load=FOLDER/saved/whole", "--multipliers.implementation=none"],
@@ -246,8 +247,8 @@ LATE: list[tuple[list[str], str]] = [
     (
         ["--data.tokenizer=FOLDER/other.model"],
         r"data source FOLDER/tiny_train was encoded with another tokenizer than FOLDER/other\.model: FOLDER/tiny_train"
-        rf"\.stamp\.json records one with the SHA-256 \w{{12}}\.\.\. and {VOCAB} tokens, and the given file has "
-        r"\w{12}.*; data source FOLDER/tiny_valid was encoded with another tokenizer",
+        rf"\.stamp\.json records one with the SHA-256 \w{{12}}\.\.\. and {VOCAB} tokens, but the given file has "
+        r"the SHA-256 \w{12}.*; data source FOLDER/tiny_valid was encoded with another tokenizer",
     ),
     (
         ["--data.train=FOLDER/swapped"],

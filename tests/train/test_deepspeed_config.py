@@ -64,7 +64,7 @@ ALONE: list[tuple[dict[str, Any], str]] = [
     ({"gradient_clipping": 1.0}, r"is 1\.0, and this run needs 0\.0: optimizer\.clip_grad_norm clips; remove it$"),
     ({"train_batch_size": 7}, r"is 7, and this run needs 16: train\.global_batch_size decides; remove it$"),
     ({"zero_optimization": {"stage": 3}}, r"is 3, and this run needs 1: parallel\.zero_stage decides; remove it$"),
-    ({"zero_optimization": True}, r"zero_optimization is True: it is a section; give a mapping"),
+    ({"zero_optimization": True}, r"zero_optimization is True: give a mapping of the section's keys"),
     (
         {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}},
         r"offload_optimizer\.device is 'cpu': .*higher parallel\.zero_stage.*recompute full.*; remove it$",
