@@ -224,9 +224,10 @@ def _write_sets(
 
 def _publish(partial: Path, prefix: Path) -> None:
     outputs = _outputs(prefix)
-    for file in partial.iterdir():
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
     with uninterrupted():
         for name, final in outputs.items():
             if name.endswith(SUFFIX):  # an old stamp must not vouch for new files

@@ -46,7 +46,7 @@ class Kind(enum.Enum):
         "object has no field of the given name",
         "objects have no field of the given name",
         Severity.DEFECT,
-        "name the field that holds the text with --json_key",
+        "give --json_key the name of the field that holds the text",
     )
     NO_STRING = _Named("text is no string", "texts are no strings", Severity.DEFECT, "make it a string")
     SURROGATE = _Named(

@@ -18,7 +18,7 @@ def expand(inputs: Sequence[str | Path], outputs: Iterable[Path], report: Report
     pattern's own name is no pattern. A folder and a pattern leave `outputs` out, so that a command that writes into the
     folder that it reads can be repeated. What cannot be read, and a file that is named twice, is added to `report`.
     """
-    own = {os.path.realpath(path) for path in outputs}
+    own = tuple(f"{os.path.realpath(path)}{os.sep}" for path in outputs)  # an output may be a folder
     named: dict[str, str] = {}
     files: list[str] = []
     for each in map(str, inputs):
@@ -46,7 +46,7 @@ def expand(inputs: Sequence[str | Path], outputs: Iterable[Path], report: Report
     return files
 
 
-def _matches(given: str, outputs: set[str]) -> list[str]:
+def _matches(given: str, outputs: tuple[str, ...]) -> list[str]:
     if os.path.isdir(given):
         found = list(_walk(given, ()))
     elif os.path.lexists(given) or not glob.has_magic(given):
@@ -59,7 +59,7 @@ def _matches(given: str, outputs: set[str]) -> list[str]:
                 found.append(match)
             elif "**" not in given:
                 found += _walk(match, ())
-    return [file for file in found if os.path.realpath(file) not in outputs]
+    return [file for file in found if not f"{os.path.realpath(file)}{os.sep}".startswith(outputs)]
 
 
 def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:

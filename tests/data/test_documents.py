@@ -118,7 +118,7 @@ def test_defects_of_rows_and_columns_are_reported(tmp_path: Path) -> None:
     assert list(read_documents([str(path)], "body", report)) == [] and report.count(Kind.NO_STRING) == 5
     report = Report()
     assert list(read_documents([str(path)], "content", report)) == []
-    with pytest.raises(ValueError, match=r"a\.parquet: its columns are 'text', 'body'\): name the field .* --json_key"):
+    with pytest.raises(ValueError, match=r"a\.parquet: its columns are 'text', 'body'\): give --json_key the name"):
         report.refuse()
     path.write_bytes(path.read_bytes()[:-20])
     report = Report()

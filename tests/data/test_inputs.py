@@ -49,6 +49,10 @@ def test_earlier_outputs_in_the_folder_are_not_read(tree: Path) -> None:
         ]
 
 
+def test_an_output_that_is_a_folder_is_not_read(tree: Path) -> None:
+    assert expanded("d", outputs=("d/b", "d/a")) == ["d/a.jsonl", "d/c.jsonl"]
+
+
 def test_all_inputs_that_cannot_be_read_are_in_one_report(tree: Path) -> None:
     (tree / "empty").mkdir()
     os.symlink("nowhere", tree / "empty" / "broken")
