@@ -7,7 +7,7 @@
 # of constraints.txt; afterwards it only checks, in well under a second. pip's own configuration (PIP_INDEX_URL,
 # PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf) says where pip looks for packages. Reads these variables, all optional:
 #
-#     MEGAMULT_EXTRAS       extras of setup.py to install, separated by commas (test, export)
+#     MEGAMULT_EXTRAS       extras of setup.py to install, separated by commas (test, export, corpora)
 #     MEGAMULT_PYTHON       the Python to make the environment with
 #     TORCH_EXTENSIONS_DIR  where compiled operators are kept (default: torch_extensions in the environment)
 #

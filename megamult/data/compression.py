@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from megamult.data.extras import load
 
-# A larger piece would need more memory where a compressed text repeats itself: gzip packs at most 1032 bytes into one.
-_PIECE_BYTES = 1 << 14
+# More at once would need more memory where a compressed text repeats itself: gzip packs at most 1032 bytes into one.
+_READ_BYTES = 1 << 14
 _BUFFER_BYTES = 1 << 20
 
 
@@ -40,6 +40,8 @@ def _zstd() -> _Decompressor:
 _MAGIC: list[tuple[bytes, str, Callable[[], _Decompressor]]] = [
     (b"\x1f\x8b", "gzip", lambda: zlib.decompressobj(wbits=31)),
     (b"\x28\xb5\x2f\xfd", "zstd", _zstd),
+    # pzstd begins its files with a frame that has no content. The last four bits of its mark are free.
+    *((bytes([0x50 + number]) + b"\x2a\x4d\x18", "zstd", _zstd) for number in range(16)),
     # The level, and then the mark of a block, or of the end if there is none.
     *(
         (b"BZh%d" % level + mark, "bzip2", bz2.BZ2Decompressor)
@@ -97,23 +99,23 @@ class _Content(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            piece = self._rest or self._raw.read(_PIECE_BYTES)
+            packed = self._rest or self._raw.read(_READ_BYTES)
             self._rest = b""
-            if not piece:
+            if not packed:
                 if self._part is not None:
                     raise DamagedFile("the compressed content is cut off")
                 return 0
-            self._ready = memoryview(self._decompressed(piece))
+            self._ready = memoryview(self._decompressed(packed))
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
 
-    def _decompressed(self, piece: bytes) -> bytes:
+    def _decompressed(self, packed: bytes) -> bytes:
         try:
             if self._part is None:
                 self._part = self._start()
-            content = self._part.decompress(piece)
+            content = self._part.decompress(packed)
         except Exception as error:  # each library has errors of its own
             raise DamagedFile(f"the compressed content is damaged ({error})") from None
         if self._part.eof:

@@ -91,7 +91,7 @@ class Report:
     def lines(self) -> list[str]:
         """Return a line for each kind that was found: count, name and first places.
 
-        If files have different formats, a first line says which ones: a README in a corpus' folder is read as text.
+        If files have different formats, a first line says which ones: a README in the folder of a corpus is text too.
         """
         formats = [f"{found.count} of {form} ({_places(found)})" for form, found in self._formats.items()]
         mixed = [f"files of different formats: {', '.join(formats)}"] if len(formats) > 1 else []

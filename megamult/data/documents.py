@@ -83,8 +83,8 @@ def format_of(path: str, json_key: str) -> Format | None:
     head = b""
     with stream:
         try:
-            while len(head) < HEAD_BYTES and (piece := stream.read1(HEAD_BYTES - len(head))):
-                head += piece
+            while len(head) < HEAD_BYTES and (more := stream.read1(HEAD_BYTES - len(head))):
+                head += more
         except DamagedFile:
             if not head:
                 raise

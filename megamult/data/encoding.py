@@ -19,52 +19,52 @@ from pathlib import Path
 import numpy as np
 
 from megamult.data.documents import Document
-from megamult.data.pieces import Piece, cut
+from megamult.data.passages import Passage, cut
 from megamult.data.tokenizer import Tokenizer
 
 _BATCH_CHARS = 1 << 18
 _worker_tokenizer: Tokenizer | None = None
 
 
-def encode_piece(piece: Piece, tokenizer: Tokenizer) -> np.ndarray:
-    """Return the ids of a piece, int32[tokens]. The end-of-document token follows the document's last piece.
+def encode_passage(passage: Passage, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the ids of a passage, int32[tokens]. The end-of-document token follows the document's last passage.
 
     Raises:
         ValueError: the text cannot be encoded, or its ids decode to another text, so that training would lose part of
             it.
     """
     try:
-        ids = tokenizer.encode(piece.text)
+        ids = tokenizer.encode(passage.text)
     except ValueError as error:
-        raise ValueError(f"{piece.place}: {error}") from None
+        raise ValueError(f"{passage.place}: {error}") from None
     decoded = tokenizer.decode(ids)
-    if decoded != piece.text:
-        pairs = zip(decoded, piece.text, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded), len(piece.text)))
+    if decoded != passage.text:
+        pairs = zip(decoded, passage.text, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded), len(passage.text)))
         raise ValueError(
-            f"{piece.place}: the tokenizer {tokenizer.model_path} does not keep the text (from character "
-            f"{piece.start + at} of the document on, {piece.text[at : at + 20]!r} is decoded as "
+            f"{passage.place}: the tokenizer {tokenizer.model_path} does not keep the text (from character "
+            f"{passage.start + at} of the document on, {passage.text[at : at + 20]!r} is decoded as "
             f"{decoded[at : at + 20]!r}): use a model with identity normalization and byte fallback, or let "
             "launch/prepare_data.py train one"
         )
-    return np.array([*ids, tokenizer.eod] if piece.last else ids, dtype=np.int32)
+    return np.array([*ids, tokenizer.eod] if passage.last else ids, dtype=np.int32)
 
 
 def encode_in_order(
     documents: Iterable[Document], model_path: str | Path, workers: int
 ) -> Generator[tuple[np.ndarray, bool], None, None]:
-    """Yield the ids of each piece of each document, and whether the piece is the document's last one.
+    """Yield the ids of each passage of each document, and whether the passage is the document's last one.
 
     They come in the order of `documents`, whatever the number of processes.
 
     Raises:
-        ValueError: the ids of a document do not decode to its text (see `encode_piece`).
+        ValueError: the ids of a document do not decode to its text (see `encode_passage`).
     """
     tokenizer = Tokenizer(model_path)
-    pieces = cut(documents, tokenizer)
+    passages = cut(documents, tokenizer)
     if workers == 1:
-        for piece in pieces:
-            yield encode_piece(piece, tokenizer), piece.last
+        for passage in passages:
+            yield encode_passage(passage, tokenizer), passage.last
         return
     resource_tracker.ensure_running()  # start it before signals are held below: its start would unblock them
     pool = ProcessPoolExecutor(
@@ -72,7 +72,7 @@ def encode_in_order(
     )
     pending: collections.deque[Future[list[tuple[np.ndarray, bool]]]] = collections.deque()
     try:
-        for batch in _batches(pieces):
+        for batch in _batches(passages):
             with _signals_held():
                 pending.append(pool.submit(_encode_batch, batch))
             if len(pending) > 4 * workers:
@@ -83,12 +83,12 @@ def encode_in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
+def _batches(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+    batch: list[Passage] = []
     size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
+    for passage in passages:
+        batch.append(passage)
+        size += len(passage.text)
         if size >= _BATCH_CHARS:
             yield batch
             batch, size = [], 0
@@ -132,6 +132,6 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_batch(batch: list[Piece]) -> list[tuple[np.ndarray, bool]]:
+def _encode_batch(batch: list[Passage]) -> list[tuple[np.ndarray, bool]]:
     assert _worker_tokenizer is not None
-    return [(encode_piece(piece, _worker_tokenizer), piece.last) for piece in batch]
+    return [(encode_passage(passage, _worker_tokenizer), passage.last) for passage in batch]

@@ -52,13 +52,10 @@ def _matches(given: str, outputs: tuple[str, ...]) -> list[str]:
     elif os.path.lexists(given) or not glob.has_magic(given):
         return [given]
     else:
-        found = []
-        for match in sorted(glob.glob(given, recursive=True), key=lambda path: Path(path).parts):
-            # `**` matches a folder and also everything below it.
-            if not os.path.isdir(match):
-                found.append(match)
-            elif "**" not in given:
-                found += _walk(match, ())
+        # `**` matches a folder and also what is below it.
+        below = [_walk(match, ()) if os.path.isdir(match) else [match] for match in glob.glob(given, recursive=True)]
+        unique = {os.path.normpath(file): file for files in below for file in files}
+        found = sorted(unique.values(), key=lambda file: Path(file).parts)
     return [file for file in found if not f"{os.path.realpath(file)}{os.sep}".startswith(outputs)]
 
 

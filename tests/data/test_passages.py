@@ -1,4 +1,4 @@
-"""Pieces of long documents: the same token ids as the whole, and memory that does not grow with the text."""
+"""Passages of long documents: the same token ids as the whole, and memory that does not grow with the text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megamult.data import pieces
+from megamult.data import passages
 from megamult.data.documents import Document
-from megamult.data.encoding import encode_in_order, encode_piece
+from megamult.data.encoding import encode_in_order, encode_passage
 from megamult.data.tokenizer import Tokenizer
 from tests.data.conftest import make_documents
 from tests.processes import REPOSITORY, starts_processes
@@ -34,22 +34,22 @@ def mixed_texts() -> list[str]:
     return ["".join(draw.choices(parts, k=draw.randint(1, 30))) for _ in range(60)]
 
 
-def test_pieces_have_the_ids_of_the_whole(model: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE_CHARS", 7)
+def test_passages_have_the_ids_of_the_whole(model: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passages, "PASSAGE_CHARS", 7)
     texts = mixed_texts()
     documents = [Document(f"line {number}", text, 0) for number, text in enumerate(texts)]
-    cut = list(pieces.cut(documents, tokenizer))
+    cut = list(passages.cut(documents, tokenizer))
     assert len(cut) > 1000
     found: list[list[int]] = [[]]
     for ids, last in encode_in_order(documents, model, workers=1):
         found[-1] += ids.tolist()
         found += [[]] if last else []
     assert found == [*([*tokenizer.encode(text), tokenizer.eod] for text in texts), []]
-    assert "".join(piece.text for piece in cut) == "".join(texts)
-    for piece in cut:
-        text = texts[int(piece.place.removeprefix("line "))]
-        assert text[piece.start :].startswith(piece.text)
-        assert piece.last == (piece.start + len(piece.text) == len(text))
+    assert "".join(passage.text for passage in cut) == "".join(texts)
+    for passage in cut:
+        text = texts[int(passage.place.removeprefix("line "))]
+        assert text[passage.start :].startswith(passage.text)
+        assert passage.last == (passage.start + len(passage.text) == len(text))
 
 
 def test_a_cut_within_a_token_would_change_the_ids(tokenizer: Tokenizer) -> None:
@@ -85,20 +85,20 @@ def test_documents_are_not_cut_where_ids_could_depend_on_more_than_tokens(
     )
     tokenizer = Tokenizer(f"{prefix}.model")
     assert tokenizer.neighbours() is None
-    monkeypatch.setattr(pieces, "PIECE_CHARS", 7)
-    assert [piece.text for piece in pieces.cut([Document("", documents[0], 0)], tokenizer)] == [documents[0]]
+    monkeypatch.setattr(passages, "PASSAGE_CHARS", 7)
+    assert [passage.text for passage in passages.cut([Document("", documents[0], 0)], tokenizer)] == [documents[0]]
 
 
-def test_a_text_without_a_place_to_cut_is_one_piece(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE_CHARS", 7)
+def test_a_text_without_a_place_to_cut_is_one_passage(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passages, "PASSAGE_CHARS", 7)
     monkeypatch.setattr(Tokenizer, "neighbours", lambda self: frozenset({"aa"}))
-    assert [piece.text for piece in pieces.cut([Document("", "a" * 50, 0)], tokenizer)] == ["a" * 50]
+    assert [passage.text for passage in passages.cut([Document("", "a" * 50, 0)], tokenizer)] == ["a" * 50]
 
 
 def test_an_error_counts_characters_from_the_document_on(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "decode", lambda ids: "other")
     with pytest.raises(ValueError, match=r"line 3: the tokenizer .* \(from character 100 of the document on, 'text'"):
-        encode_piece(pieces.Piece("line 3", 100, "text", last=True), tokenizer)
+        encode_passage(passages.Passage("line 3", 100, "text", last=True), tokenizer)
 
 
 def test_memory_is_a_few_times_the_longest_document(tmp_path: Path, model: Path) -> None:
@@ -117,5 +117,5 @@ def test_memory_is_a_few_times_the_longest_document(tmp_path: Path, model: Path)
         command = [sys.executable, "-c", program, str(path), str(tmp_path / "out"), str(model)]
         found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
         peaks.append(1024 * int(found.stdout))
-    # Measured: 6 times, of which 2 are a piece within sentencepiece. Without pieces it takes 54 times the text.
+    # Measured: 6 times, of which 2 are a passage within sentencepiece. Without passages it takes 54 times the text.
     assert peaks[1] - peaks[0] < 15 * (sizes[1] - sizes[0])
