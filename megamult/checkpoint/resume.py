@@ -16,14 +16,14 @@ import torch
 
 from megamult.checkpoint import directory, rng
 from megamult.checkpoint.chunks import Chunk
-from megamult.checkpoint.info import INFO, SENTENCEPIECE, CheckpointInfo
+from megamult.checkpoint.info import INFO, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import held
 from megamult.config import SECTIONS, Config, model_section
+from megamult.data.tokenizer_files import TOKENIZER_FOLDER, tokenizer_identities
 from megamult.distributed import process_groups
 from megamult.distributed.agreement import on_every_rank
 from megamult.distributed.mesh import Mesh
-from megamult.huggingface.files import TOKENIZER_FOLDER, tokenizer_identity
 from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.specs import LEAVES
 from megamult.optim.fixed_norm import NORM
@@ -87,9 +87,7 @@ def _opened(path: Path) -> SavedCheckpoint:
     checkpoint = SavedCheckpoint(path)
     if checkpoint.info.tokenizer_sha256 is None:
         files = checkpoint.files(TOKENIZER_FOLDER)
-        found = tokenizer_identity({Path(name).name: content for name, content in files.items()})
-        if found is not None:
-            checkpoint.info.tokenizer_files, checkpoint.info.tokenizer_sha256 = found
+        checkpoint.info.tokenizers = tokenizer_identities({Path(name).name: content for name, content in files.items()})
     return checkpoint
 
 
@@ -147,19 +145,13 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
 
     pairs = pairs_of("function")
     pairs.append(("model.vocab_size", vocab_size, info.vocab_size))
-    known = info.tokenizer_sha256 is not None and tokenizer_sha256 is not None
-    if known and info.tokenizer_files == SENTENCEPIECE:
-        pairs.append(("the SHA-256 of data.tokenizer", tokenizer_sha256, info.tokenizer_sha256))
     if info.samples:
         pairs += pairs_of("samples")
     found = [f"{key} is {mine!r} and the checkpoint's is {its!r}" for key, mine, its in pairs if mine != its]
-    if info.tokenizer_files != SENTENCEPIECE and tokenizer_sha256 != info.tokenizer_sha256:
-        found.append(
-            f"data.tokenizer is {config.data.tokenizer} (SHA-256 {tokenizer_sha256}) and the checkpoint's tokenizer is "
-            f"{info.tokenizer_files} (SHA-256 {info.tokenizer_sha256}), which is no sentencepiece model: training "
-            "reads only sentencepiece models, so this model can be imported and exported, but not trained, because "
-            "with another tokenizer its token ids would mean other texts"
-        )
+    known = info.tokenizers
+    if known and tokenizer_sha256 is not None and tokenizer_sha256 not in known.values():
+        theirs = " or ".join(f"{digest!r} ({files})" for files, digest in known.items())
+        found.append(f"the SHA-256 of data.tokenizer is {tokenizer_sha256!r} and the checkpoint's is {theirs}")
     here = config.multipliers.sides
     for role, sides in multipliers.sides.items():
         lost = sorted(sides - here.get(role, frozenset()))

@@ -13,18 +13,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from megamult.data.defects import Kind, Report
 from megamult.data.documents import Document, read_documents
-from megamult.data.encoding import encode_in_order
+from megamult.data.encoding import Encoded, encode_in_order
 from megamult.data.indexed import unigram_entropy, validate_indexed
 from megamult.data.inputs import expand
+from megamult.data.sentencepiece_tokenizer import train_tokenizer
 from megamult.data.split import ValidSplit
 from megamult.data.splitmix import splitmix
 from megamult.data.stamp import SUFFIX, Stamp
-from megamult.data.tokenizer import Tokenizer, train_tokenizer
+from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER
+from megamult.data.tokenizer_kinds import open_tokenizer
 from megamult.data.writing import IndexedWriter
 from megamult.runtime.console import uninterrupted
 from megamult.runtime.partial import partial_folder
@@ -32,6 +33,8 @@ from megamult.runtime.partial import partial_folder
 # Limit of the text that trains a tokenizer. sentencepiece holds it in memory, and more text hardly changes the merges.
 _TOKENIZER_BYTES = 200_000_000
 _SAMPLE_SEED = 1
+# Names in the partial folder: the sentencepiece model, or the directory of tokenizer files in Hugging Face's format.
+_MODEL, _FOLDER = "model", "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,12 @@ class CorpusSummary:
     vocab_size: int
     unigram_entropy: float
     report: Report
+    tokenizer: Path
+    """The tokenizer that was written, which is the value of data.tokenizer for a run."""
+    changed: int = 0
+    """Number of documents whose token ids decode to another text."""
+    first_change: str | None = None
+    """Description of the first change."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -65,22 +74,25 @@ def prepare_corpus(
     json_key: str = "text",
     workers: int = 1,
     on_error: str = "fail",
+    eod: int | str | None = None,
 ) -> CorpusSummary:
-    """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and OUTPUT.model. Earlier files are replaced at the very end.
+    """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and the tokenizer. Earlier files are replaced at the very end.
 
     `inputs` are files, folders and patterns (see `megamult.data.inputs.expand`) of text, JSON lines and Parquet (see
     `megamult.data.documents.read_documents`). Blank lines, documents without text and files without text are skipped.
     A document that cannot be read is an error; if `on_error` is `skip`, it is dropped. All of this is counted.
 
-    If `vocab_size` is given, a tokenizer of this size is trained on the training documents (on a sample of them if the
-    text exceeds 200 MB). If `tokenizer` is given, this model file is used. The token ids of each document must decode
-    to the document's text. An end-of-document token is written after each document. If `valid_fraction` is 0, there is
-    no valid set, and an earlier valid set under the same name is removed. Unfinished files that a killed call left
-    under the same name are removed first.
+    If `vocab_size` is given, a sentencepiece model of this size is trained on the training documents (on a sample of
+    them if the text exceeds 200 MB). If `tokenizer` is given, this one is used
+    (:func:`megamult.data.tokenizer_kinds.open_tokenizer`). The tokenizer is written to OUTPUT.model if it is a
+    sentencepiece model, and its files to the directory OUTPUT_tokenizer if it is in Hugging Face's format. The
+    end-of-document token, `eod` or the one that the tokenizer names, is written after each document. If
+    `valid_fraction` is 0, there is no valid set, and an earlier valid set under the same name is removed. Unfinished
+    files that a killed call left under the same name are removed first.
 
     Raises:
-        ValueError: inputs are bad (the message has the count and the first places of each kind of mistake), an option
-            is wrong, or the tokenizer does not keep the text of a document.
+        ValueError: inputs are bad (the message has the count and the first places of each kind of mistake), or an
+            option is wrong.
     """
     if (vocab_size is None) == (tokenizer is None):
         raise ValueError(f"vocab_size is {vocab_size} and tokenizer is {tokenizer}: give exactly one of them")
@@ -88,7 +100,7 @@ def prepare_corpus(
         raise ValueError(f"workers is {workers}: give at least 1 process")
     if on_error not in ("fail", "skip"):
         raise ValueError(f"on_error is {on_error!r}: give 'fail' or 'skip'")
-    given = Tokenizer(tokenizer) if tokenizer is not None else None
+    given = open_tokenizer(tokenizer, eod) if tokenizer is not None else None
     prefix = _checked_prefix(output, inputs)
     report = Report()
     files, count, text_bytes = _survey(expand(inputs, _outputs(prefix).values(), report), json_key, report)
@@ -100,20 +112,21 @@ def prepare_corpus(
 
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with _named_in_errors(prefix), partial_folder(prefix) as partial:
-        model = partial / "model"
-        if given is not None:
-            shutil.copyfile(given.model_path, model)
-            encoder = Path(given.model_path)  # error messages then name the user's file
-        else:
-            encoder = model
+        model = partial / _MODEL
+        if given is None:
             assert vocab_size is not None
             texts = _tokenizer_texts(read_documents(files, json_key, Report()), split, text_bytes)
             train_tokenizer(texts, vocab_size, model)
-        used = Tokenizer(model)
+        used = given or open_tokenizer(model, eod)
         size = used.vocab_size
+        for name, content in used.files().items():
+            file = model if name == SENTENCEPIECE else partial / _FOLDER / name.removeprefix(f"{TOKENIZER_FOLDER}/")
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content)
         documents = _with_progress(read_documents(files, json_key, Report()), text_bytes)
-        with contextlib.closing(encode_in_order(documents, encoder, workers)) as encoded:
-            written = _write_sets(encoded, partial, split, size)
+        changes = _Changes()
+        with contextlib.closing(encode_in_order(documents, used.path, eod, workers)) as encoded:
+            written = _write_sets(_noting(encoded, changes), partial, split, size)
         if sum(written.values()) != count:
             raise ValueError(
                 f"the inputs held {count} documents when they were checked and {sum(written.values())} when "
@@ -125,6 +138,7 @@ def prepare_corpus(
             tokens[name] = indexed.tokens
             Stamp.of(indexed, used).write(partial / f"{name}{SUFFIX}")
         entropy = unigram_entropy(partial / "train", size)
+        folder = (partial / _FOLDER).is_dir()
         _publish(partial, prefix)
     return CorpusSummary(
         train_documents=written["train"],
@@ -135,7 +149,28 @@ def prepare_corpus(
         vocab_size=size,
         unigram_entropy=entropy,
         report=report,
+        tokenizer=_outputs(prefix)[_FOLDER if folder else _MODEL],
+        changed=changes.documents,
+        first_change=changes.first,
     )
+
+
+@dataclass
+class _Changes:
+    documents: int = 0
+    first: str | None = None
+
+
+def _noting(encoded: Iterable[Encoded], changes: _Changes) -> Iterator[Encoded]:
+    """Yield all of `encoded`, and note in `changes` which documents' text changes."""
+    changed: str | None = None
+    for each in encoded:
+        changed = changed or each.changed
+        if each.last:
+            changes.documents += changed is not None
+            changes.first = changes.first or changed
+            changed = None
+        yield each
 
 
 @contextlib.contextmanager
@@ -154,7 +189,8 @@ def _outputs(prefix: Path) -> dict[str, Path]:
     Stamps come last, because they vouch for the other files.
     """
     names = [f"{part}{kind}" for kind in (".bin", ".idx", SUFFIX) for part in ("train", "valid")]
-    return {"model": prefix.with_name(f"{prefix.name}.model")} | {
+    tokenizer = {_MODEL: f"{prefix.name}.model", _FOLDER: f"{prefix.name}_tokenizer"}
+    return {name: prefix.with_name(final) for name, final in tokenizer.items()} | {
         name: prefix.with_name(f"{prefix.name}_{name}") for name in names
     }
 
@@ -163,8 +199,8 @@ def _checked_prefix(output: str | Path, inputs: Sequence[str | Path]) -> Path:
     if str(output).endswith(("/", os.sep)) or Path(output).name in ("", ".", ".."):
         raise ValueError(f"output is {str(output)!r}: give a prefix such as data/corpus, not a directory")
     prefix = Path(output)
-    for file in _outputs(prefix).values():
-        if file.is_dir():
+    for name, file in _outputs(prefix).items():
+        if file.is_dir() and name != _FOLDER:
             raise ValueError(f"output file {file} is a directory: choose another prefix or move it")
         for path in inputs:
             if file.exists() and Path(path).exists() and file.samefile(path):
@@ -208,17 +244,15 @@ def _with_progress(documents: Iterable[Document], text_bytes: int) -> Iterator[D
             bar.update(document.size)
 
 
-def _write_sets(
-    encoded: Iterable[tuple[np.ndarray, bool]], partial: Path, split: ValidSplit, vocab_size: int
-) -> dict[str, int]:
+def _write_sets(encoded: Iterable[Encoded], partial: Path, split: ValidSplit, vocab_size: int) -> dict[str, int]:
     """Write the ids of each document to the train or the valid set; return the number of documents per set."""
     names = ["train", "valid"] if split.valid else ["train"]
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(IndexedWriter(partial / name, vocab_size)) for name in names}
         number = 0
-        for ids, last in encoded:
-            writers["valid" if split.is_valid(number) else "train"].add(ids, last)
-            number += last
+        for each in encoded:
+            writers["valid" if split.is_valid(number) else "train"].add(each.ids, each.last)
+            number += each.last
     return {name: writer.documents for name, writer in writers.items()}
 
 
@@ -233,6 +267,8 @@ def _publish(partial: Path, prefix: Path) -> None:
             if name.endswith(SUFFIX):  # an old stamp must not vouch for new files
                 final.unlink(missing_ok=True)
         for name, final in outputs.items():
+            if final.is_dir():  # a directory cannot be replaced by a rename
+                shutil.rmtree(final)
             if (partial / name).exists():
                 os.replace(partial / name, final)
             else:

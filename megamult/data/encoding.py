@@ -15,62 +15,77 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megamult.data.documents import Document
 from megamult.data.passages import Passage, cut
 from megamult.data.tokenizer import Tokenizer
+from megamult.data.tokenizer_kinds import open_tokenizer
 
 _BATCH_CHARS = 1 << 18
 _worker_tokenizer: Tokenizer | None = None
 
 
-def encode_passage(passage: Passage, tokenizer: Tokenizer) -> np.ndarray:
-    """Return the ids of a passage, int32[tokens]. The end-of-document token follows the document's last passage.
+class Encoded(NamedTuple):
+    """Token ids of a passage."""
+
+    ids: np.ndarray
+    """Ids of the text, int32[tokens]. The end-of-document token follows the document's last passage."""
+    changed: str | None
+    """Description of the place where the text of the ids begins to differ from the passage's, or None if it is the
+    same."""
+    last: bool
+    """Whether the passage is the document's last one."""
+
+
+def encode_passage(passage: Passage, tokenizer: Tokenizer) -> Encoded:
+    """Encode a passage.
 
     Raises:
-        ValueError: the text cannot be encoded, or its ids decode to another text, so that training would lose part of
-            it.
+        ValueError: the text cannot be encoded.
     """
+    text = passage.text
     try:
-        ids = tokenizer.encode(passage.text)
+        ids = tokenizer.encode(text)
     except ValueError as error:
         raise ValueError(f"{passage.place}: {error}") from None
-    decoded = tokenizer.decode(ids)
-    if decoded != passage.text:
-        pairs = zip(decoded, passage.text, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded), len(passage.text)))
-        raise ValueError(
-            f"{passage.place}: the tokenizer {tokenizer.model_path} does not keep the text (from character "
-            f"{passage.start + at} of the document on, {passage.text[at : at + 20]!r} is decoded as "
-            f"{decoded[at : at + 20]!r}): use a model with identity normalization and byte fallback, or let "
-            "launch/prepare_data.py train one"
+    decoded, changed = tokenizer.decode(ids), None
+    if decoded != text:
+        pairs = zip(decoded, text, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded), len(text)))
+        changed = (
+            f"{passage.place}, from character {passage.start + at} on, {text[at : at + 20]!r} is decoded as "
+            f"{decoded[at : at + 20]!r}"
         )
-    return np.array([*ids, tokenizer.eod] if passage.last else ids, dtype=np.int32)
+    return Encoded(np.array([*ids, tokenizer.eod] if passage.last else ids, dtype=np.int32), changed, passage.last)
 
 
 def encode_in_order(
-    documents: Iterable[Document], model_path: str | Path, workers: int
-) -> Generator[tuple[np.ndarray, bool], None, None]:
-    """Yield the ids of each passage of each document, and whether the passage is the document's last one.
+    documents: Iterable[Document], path: str | Path, eod: int | str | None, workers: int
+) -> Generator[Encoded, None, None]:
+    """Yield the ids of each passage of each document, in order, whatever the number of processes.
 
-    They come in the order of `documents`, whatever the number of processes.
+    Args:
+        documents: the documents.
+        path, eod: arguments of :func:`megamult.data.tokenizer_kinds.open_tokenizer`.
+        workers: number of processes.
 
     Raises:
-        ValueError: the ids of a document do not decode to its text (see `encode_passage`).
+        ValueError: a document cannot be encoded.
     """
-    tokenizer = Tokenizer(model_path)
+    tokenizer = open_tokenizer(path, eod)
     passages = cut(documents, tokenizer)
     if workers == 1:
         for passage in passages:
-            yield encode_passage(passage, tokenizer), passage.last
+            yield encode_passage(passage, tokenizer)
         return
     resource_tracker.ensure_running()  # start it before signals are held below: its start would unblock them
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(str(model_path),)
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(str(path), eod)
     )
-    pending: collections.deque[Future[list[tuple[np.ndarray, bool]]]] = collections.deque()
+    pending: collections.deque[Future[list[Encoded]]] = collections.deque()
     try:
         for batch in _batches(passages):
             with _signals_held():
@@ -113,7 +128,7 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(model_path: str) -> None:
+def _start_worker(path: str, eod: int | str | None) -> None:
     global _worker_tokenizer
     # Ctrl-C and a hang-up of the terminal reach the whole process group. Only the parent acts on them and cleans up.
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -121,7 +136,7 @@ def _start_worker(model_path: str) -> None:
     # These signals are blocked here, because a worker inherits the mask of `_signals_held`.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker_tokenizer = Tokenizer(model_path)
+    _worker_tokenizer = open_tokenizer(path, eod)
 
 
 def _die_with_parent() -> None:
@@ -132,6 +147,6 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_batch(batch: list[Passage]) -> list[tuple[np.ndarray, bool]]:
+def _encode_batch(batch: list[Passage]) -> list[Encoded]:
     assert _worker_tokenizer is not None
-    return [(encode_passage(passage, _worker_tokenizer), passage.last) for passage in batch]
+    return [encode_passage(passage, _worker_tokenizer) for passage in batch]

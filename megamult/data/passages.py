@@ -32,19 +32,17 @@ class Passage:
 def cut(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Passage]:
     """Yield the passages of all documents.
 
-    A passage ends at the first place, from `PASSAGE_CHARS` characters on, where the two characters around the cut are
-    not neighbours in any token (see `Tokenizer.neighbours`). Where a document has no such place, its rest is one
-    passage, whatever its length.
+    A passage ends at the first place, from `PASSAGE_CHARS` characters on, where a cut does not change the token ids
+    (see `Tokenizer.places_to_cut`). Where a document has no such place, its rest is one passage, whatever its length.
     """
-    known = functools.cache(tokenizer.neighbours)  # most corpora have no long document, and need no table
+    known = functools.cache(tokenizer.places_to_cut)  # most corpora have no long document, and need no table
     for document in documents:
         text, start = document.text, 0
         while len(text) - start > PASSAGE_CHARS:
-            neighbours = known()
-            if neighbours is None:
+            can_cut = known()
+            if can_cut is None:
                 break
-            places = range(start + PASSAGE_CHARS, len(text))
-            end = next((at for at in places if text[at - 1 : at + 1] not in neighbours), None)
+            end = next((at for at in range(start + PASSAGE_CHARS, len(text)) if can_cut(text, at)), None)
             if end is None:
                 break
             yield Passage(document.place, start, text[start:end], last=False)

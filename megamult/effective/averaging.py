@@ -23,11 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamult.checkpoint import directory
-from megamult.checkpoint.info import FORMAT, INFO, SENTENCEPIECE, CheckpointInfo, versions
+from megamult.checkpoint.info import FORMAT, INFO, CheckpointInfo, versions
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.streamed import Streamed, write_streamed
+from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER
 from megamult.effective.reading import EffectiveModel, EffectiveWeight
-from megamult.huggingface.files import TOKENIZER_FOLDER, check_output
+from megamult.huggingface.files import check_output
 from megamult.settings import fixed_values
 
 
@@ -101,7 +102,7 @@ def average(
         shares,
         sum(math.prod(weight.shape) for weight in weights),
         sum(math.prod(shape) for shape in multipliers.values()),
-        f"--checkpoint.load {output}" if source.info.tokenizer_files == SENTENCEPIECE else None,
+        f"--checkpoint.load {output}",
     )
     if newest.sizes.tie_embeddings and not tied:
         result.notes.append(
@@ -234,7 +235,7 @@ def _kept(model: EffectiveModel) -> dict[str, object]:
     return {
         **fixed_values("model", model.sizes, "function"),
         "model.vocab_size": info.vocab_size,
-        "the SHA-256 of the tokenizer": info.tokenizer_sha256,
+        "the SHA-256 of the tokenizer": sorted(info.tokenizers.values()),
     }
 
 

@@ -4,9 +4,9 @@ Both sentencepiece and the library `tokenizers`, which transformers uses, merge 
 The result depends only on the pieces and the order of merges. Four differences are handled here:
 
 * sentencepiece stores a space in a piece as U+2581, and would read this character in a text as a space.
-  :class:`megamult.data.tokenizer.Tokenizer` therefore encodes U+2581 in a text as bytes. The converted pieces contain
-  real spaces, and the converted tokenizer does not normalize text. No converted piece contains U+2581, so `tokenizers`
-  encodes it as bytes too.
+  :class:`megamult.data.sentencepiece_tokenizer.SentencePieceTokenizer` therefore encodes U+2581 in a text as bytes.
+  The converted pieces contain real spaces, and the converted tokenizer does not normalize text. No converted piece
+  contains U+2581, so `tokenizers` encodes it as bytes too.
 * sentencepiece orders merges by the piece that they form, and `tokenizers` orders them by the pair that they join. If
   several pairs form the same piece, the converted list of merges has all of these pairs, one after the other. The ids
   stay the same: a piece can form only if no earlier merge has joined its first or last character with the text outside.
@@ -34,7 +34,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models
 
-from megamult.data.tokenizer import Tokenizer
+from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 _SPACE_MARK = "\u2581"
 _HARD_TEXTS = (
@@ -50,7 +50,7 @@ _HARD_TEXTS = (
 
 def special_ids(model: Path) -> dict[str, int]:
     """Return those of `bos_token_id` and `eos_token_id` that a sentencepiece model has."""
-    processor = sentencepiece.SentencePieceProcessor(model_file=Tokenizer(model).model_path)
+    processor = sentencepiece.SentencePieceProcessor(model_file=SentencePieceTokenizer(model).path)
     found = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
     return {key: value for key, value in found.items() if value >= 0}
 
@@ -67,7 +67,7 @@ def convert(model: Path, max_length: int) -> dict[str, bytes]:
     Raises:
         ValueError: the file is no sentencepiece model, or `tokenizers` cannot reproduce the ids that the model gives.
     """
-    ours = Tokenizer(model)
+    ours = SentencePieceTokenizer(model)
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
     _check_expressible(model, proto)
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -145,7 +145,7 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _check_same_ids(model: Path, ours: Tokenizer, backend: Any, text: dict[int, str]) -> None:
+def _check_same_ids(model: Path, ours: SentencePieceTokenizer, backend: Any, text: dict[int, str]) -> None:
     """Check that the converted tokenizer gives the same ids as the sentencepiece model.
 
     The texts of the check are all pieces, all pairs of pieces with neighbouring ids, and :data:`_HARD_TEXTS`.

@@ -22,7 +22,7 @@ class RunCheckpoints:
     Args:
         run_dir: directory of the run.
         config, vocab_size, mesh: the run's configuration, vocabulary size and processes.
-        tokenizer_sha256: SHA-256 of the run's tokenizer.
+        tokenizers: files that define the run's tokenizer, see :attr:`CheckpointInfo.tokenizers`.
         files: contents of the files that are stored beside the tensors (config.yaml, tokenizer.model), by name.
         drawn: whether the run began with weights that it drew at random.
     """
@@ -33,12 +33,12 @@ class RunCheckpoints:
         config: Config,
         vocab_size: int,
         mesh: Mesh,
-        tokenizer_sha256: str | None = None,
+        tokenizers: Mapping[str, str] | None = None,
         files: Mapping[str, bytes] | None = None,
         drawn: bool = True,
     ) -> None:
         self._drawn = drawn
-        self._config, self._vocab_size, self._tokenizer, self._mesh = config, vocab_size, tokenizer_sha256, mesh
+        self._config, self._vocab_size, self._tokenizers, self._mesh = config, vocab_size, dict(tokenizers or {}), mesh
         self._files = files or {}
         chosen = config.checkpoint
         self._saver = Saver(
@@ -82,7 +82,6 @@ class RunCheckpoints:
             samples=samples,
             config=dataclasses.asdict(self._config),
             vocab_size=self._vocab_size,
-            tokenizer_sha256=self._tokenizer,
             optimizer={
                 "name": self._config.optimizer.name,
                 "updates": state.updates,
@@ -97,6 +96,7 @@ class RunCheckpoints:
             },
             figures=figures,
         )
+        info.tokenizers = self._tokenizers
         return self._saver.save(chunks, info, self._files)
 
     def poll(self) -> Outcome | None:

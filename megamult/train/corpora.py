@@ -10,7 +10,9 @@ from megamult.config import Config
 from megamult.data.config import DataConfig
 from megamult.data.dataset import BlendedDataset
 from megamult.data.described import Described, describe_all, unchecked, validate_all
+from megamult.data.token_ids import TokenIds
 from megamult.data.tokenizer import Tokenizer
+from megamult.data.tokenizer_kinds import open_tokenizer
 from megamult.distributed import environment
 from megamult.distributed.mesh import Mesh
 from megamult.train.command_line import agreed
@@ -22,9 +24,16 @@ def vocabulary(config: Config) -> tuple[Tokenizer, int]:
     Raises:
         ValueError: there is no tokenizer, or it does not fit model.vocab_size.
     """
-    if config.data.tokenizer is None:
-        raise ValueError("data.tokenizer is not set: give the .model file that launch/prepare_data.py wrote")
-    tokenizer = Tokenizer(config.data.tokenizer)
+    given, size, eod = config.data.tokenizer, config.model.vocab_size, config.data.eod
+    if given is None:
+        if size is None or not isinstance(eod, int):
+            raise ValueError(
+                f"data.tokenizer is not set, with model.vocab_size {size} and data.eod {eod!r}: give the tokenizer "
+                "that the corpora were encoded with (launch/prepare_data.py writes it beside them), or, for corpora "
+                "without a tokenizer, model.vocab_size and data.eod, the id of the token that ends a document"
+            )
+        return TokenIds(size, eod), size
+    tokenizer = open_tokenizer(given, eod)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(

@@ -13,6 +13,7 @@ import pytest
 from megamult.data import passages
 from megamult.data.documents import Document
 from megamult.data.encoding import encode_in_order, encode_passage
+from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megamult.data.tokenizer import Tokenizer
 from tests.data.conftest import make_documents
 from tests.processes import REPOSITORY, starts_processes
@@ -41,9 +42,10 @@ def test_passages_have_the_ids_of_the_whole(model: Path, tokenizer: Tokenizer, m
     cut = list(passages.cut(documents, tokenizer))
     assert len(cut) > 1000
     found: list[list[int]] = [[]]
-    for ids, last in encode_in_order(documents, model, workers=1):
-        found[-1] += ids.tolist()
-        found += [[]] if last else []
+    for each in encode_in_order(documents, model, None, workers=1):
+        assert each.changed is None
+        found[-1] += each.ids.tolist()
+        found += [[]] if each.last else []
     assert found == [*([*tokenizer.encode(text), tokenizer.eod] for text in texts), []]
     assert "".join(passage.text for passage in cut) == "".join(texts)
     for passage in cut:
@@ -53,16 +55,18 @@ def test_passages_have_the_ids_of_the_whole(model: Path, tokenizer: Tokenizer, m
 
 
 def test_a_cut_within_a_token_would_change_the_ids(tokenizer: Tokenizer) -> None:
-    neighbours = tokenizer.neighbours()
-    assert neighbours is not None
-    text = mixed_texts()[0]
+    assert_cuts_keep_ids(tokenizer, mixed_texts()[0])
+
+
+def assert_cuts_keep_ids(tokenizer: Tokenizer, text: str) -> None:
+    """Cut a text everywhere: where the ids change, it may not be cut, and there are both kinds of places."""
+    can_cut = tokenizer.places_to_cut()
+    assert can_cut is not None
     whole = tokenizer.encode(text)
-    changed = {
-        text[at - 1 : at + 1]
-        for at in range(1, len(text))
-        if tokenizer.encode(text[:at]) + tokenizer.encode(text[at:]) != whole
-    }
-    assert changed and changed <= neighbours
+    places = range(1, len(text))
+    changed = {at for at in places if tokenizer.encode(text[:at]) + tokenizer.encode(text[at:]) != whole}
+    allowed = {at for at in places if can_cut(text, at)}
+    assert changed and allowed and not changed & allowed
 
 
 @pytest.mark.parametrize(
@@ -83,22 +87,22 @@ def test_documents_are_not_cut_where_ids_could_depend_on_more_than_tokens(
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(documents), model_prefix=prefix, vocab_size=120, minloglevel=2, **options | change
     )
-    tokenizer = Tokenizer(f"{prefix}.model")
-    assert tokenizer.neighbours() is None
+    tokenizer = SentencePieceTokenizer(f"{prefix}.model")
+    assert tokenizer.places_to_cut() is None
     monkeypatch.setattr(passages, "PASSAGE_CHARS", 7)
     assert [passage.text for passage in passages.cut([Document("", documents[0], 0)], tokenizer)] == [documents[0]]
 
 
 def test_a_text_without_a_place_to_cut_is_one_passage(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passages, "PASSAGE_CHARS", 7)
-    monkeypatch.setattr(Tokenizer, "neighbours", lambda self: frozenset({"aa"}))
+    monkeypatch.setattr(type(tokenizer), "places_to_cut", lambda self: lambda text, at: False)
     assert [passage.text for passage in passages.cut([Document("", "a" * 50, 0)], tokenizer)] == ["a" * 50]
 
 
-def test_an_error_counts_characters_from_the_document_on(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "decode", lambda ids: "other")
-    with pytest.raises(ValueError, match=r"line 3: the tokenizer .* \(from character 100 of the document on, 'text'"):
-        encode_passage(passages.Passage("line 3", 100, "text", last=True), tokenizer)
+def test_a_change_of_the_text_is_placed_in_the_document(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "tent")
+    encoded = encode_passage(passages.Passage("a, line 3", 100, "text", last=True), tokenizer)
+    assert encoded.changed == "a, line 3, from character 102 on, 'xt' is decoded as 'nt'"
 
 
 def test_memory_is_a_few_times_the_longest_document(tmp_path: Path, model: Path) -> None:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 
-from megamult.data.tokenizer import train_tokenizer
+from megamult.data.sentencepiece_tokenizer import train_tokenizer
 from megamult.train import command_line, pretrain
 from tests.processes import run_distributed
 from tests.train.command import VOCAB, answers, data_arguments, snapshot, start
