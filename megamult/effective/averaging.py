@@ -235,7 +235,7 @@ def _kept(model: EffectiveModel) -> dict[str, object]:
     return {
         **fixed_values("model", model.sizes, "function"),
         "model.vocab_size": info.vocab_size,
-        "the SHA-256 of the tokenizer": sorted(info.tokenizers.values()),
+        "the SHA-256 of the tokenizer": ", ".join(sorted(info.tokenizers.values())) or None,
     }
 
 

@@ -16,7 +16,7 @@ from megamult.multipliers.config import MultiplierClip, MultipliersConfig
 from megamult.optim import legacy
 from megamult.optim.build import make_optimizer
 from megamult.optim.config import OptimizerConfig, check_used, rule_sections
-from megamult.optim.folded import covers
+from megamult.optim.packed_multipliers import covers
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.initial import Initial
 from megamult.parameters.roles import ROLES, Placement, resolve

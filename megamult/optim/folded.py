@@ -25,40 +25,20 @@ from megamult.distributed import device
 from megamult.multipliers import kernels
 from megamult.multipliers.parametrization import Parametrization
 from megamult.multipliers.scaling import Band, Factors, PackedScaling, bands
-from megamult.multipliers.specs import LEAVES
 from megamult.optim.adamw import AdamW
+from megamult.optim.packed_multipliers import Vector, covers, lay_out
 from megamult.optim.rates import ONE, Rates, Run, apply_by_rate
 from megamult.optim.state import STEP
 from megamult.parameters.initial import Initial
 from megamult.parameters.rectangles import rectangles
 from megamult.parameters.roles import Placement
-from megamult.parameters.spec import ParameterSpec, Role, Segment, Side
+from megamult.parameters.spec import ParameterSpec
 from megamult.zero.partition import Partition
 
 LATENT = "latent_weight"
 """Key of the latent weight W in the optimizer's state."""
 
 _STATES = tuple(state.key for state in AdamW.states)
-
-
-@dataclass(frozen=True)
-class Vector:
-    """Multipliers of one side of one logical matrix."""
-
-    name: str
-    """Logical name of these multipliers. The layer implementation gives them the same name."""
-    module: str
-    """Name of the module that has the matrix; empty if the model itself has it."""
-    role: Role
-    side: Side
-    entries: slice
-    """Positions of these multipliers in the packed vector; the same positions hold their gradient and AdamW state.
-    Vectors that are shared have the same positions."""
-
-
-def covers(spec: ParameterSpec, placement: Placement) -> bool:
-    """Return whether folded multipliers with this placement scale any part of a parameter."""
-    return spec.side is None and any(placement.get(part.role) for part in spec.parts)
 
 
 @dataclass(frozen=True)
@@ -121,8 +101,7 @@ class BoundMultipliers:
     @torch.no_grad()
     def __init__(self, settings: FoldedMultipliers, partition: Partition, state: MutableMapping[Tensor, Any]) -> None:
         self.partition, self._settings, self._state = partition, settings, state
-        self.vectors: list[Vector] = []
-        places = self._lay_out()
+        self.vectors, places = lay_out(partition.cuts, settings.placement, settings.shared_columns)
         here = device.local_device()
         # Vectors that are shared are stored once.
         stored = {(v.entries.start, v.entries.stop): v for v in self.vectors}
@@ -169,31 +148,6 @@ class BoundMultipliers:
             for tensor in self._slices_of:
                 self._write(tensor)
             partition.publish()
-
-    def _lay_out(self) -> dict[str, dict[tuple[int, Side], list[Segment]]]:
-        """Fill `vectors`, and return where the packed vector holds the multipliers of each parameter.
-
-        Returns:
-            {name of the parameter: {(index of the part, side): segments}}. The `start` of a segment is a position in
-            the packed vector.
-        """
-        position = 0
-        places: dict[str, dict[tuple[int, Side], list[Segment]]] = {}
-        for cut in self.partition.cuts:
-            if not self._settings.covers(cut.spec):
-                continue
-            module = cut.name.rpartition(".")[0]
-            for side, leaf in LEAVES.items():
-                parts = cut.spec.parts_with(self._settings.placement, side)
-                for p in parts:
-                    part = cut.spec.parts[p]
-                    length = {"row": part.shape[0], "col": part.shape[1], "scalar": 1}[side]
-                    name = cut.spec.logical_name(f"{module}.{leaf}" if module else leaf, part)
-                    self.vectors.append(Vector(name, module, part.role, side, slice(position, position + length)))
-                    places.setdefault(cut.name, {})[p, side] = [Segment(position, p, 0, length)]
-                    if not (side == "col" and self._settings.shared_columns and p != parts[-1]):
-                        position += length
-        return places
 
     @torch.no_grad()
     def chain_rule(self, gradients: list[Tensor]) -> None:
@@ -322,7 +276,7 @@ class BoundMultipliers:
         return {"values": self.values, **self._kept}
 
     def load_state_dict(self, state: dict[str, Tensor], optimizer_state: MutableMapping[Tensor, Any]) -> None:
-        """Load a result of :meth:`state_dict`, made with the same model and placement.
+        """Load a result of :meth:`state_dict`, made with the same model and placement, and recompute W_eff.
 
         Args:
             state: the result of :meth:`state_dict`.
@@ -342,6 +296,10 @@ class BoundMultipliers:
             tensor.copy_(state[name])
         self._check()
         self._present = None
+        # The model's own state dict has W_eff. If it was loaded before the optimizer was bound, W_eff was taken for the
+        # initial weights then, and scaled by the initial multipliers.
+        for tensor in self._slices_of:
+            self._write(tensor)
 
     @torch.no_grad()
     def _write(self, tensor: Tensor) -> None:

@@ -155,8 +155,8 @@ class ViewedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a result of :meth:`state_dict`.
 
-        Of folded matrices, it has the latent weights W (without multipliers). This method does not compute W_eff from
-        them. The model's own state dict has W_eff, so load both.
+        Of folded matrices, it has the latent weights W (without multipliers), from which this method computes W_eff.
+        The model's own state dict has W_eff too, and all other weights, so load both, in any order.
 
         Raises:
             ValueError: the state dict has folded multipliers and this optimizer has none, or the reverse; the state

@@ -204,11 +204,14 @@ LATE: list[tuple[list[str], str]] = [
         ["--model.seq_length=100000"],
         r"tiny_train has \d+ tokens, but one sample takes 100001 .*shorten model\.seq_length",
     ),
-    (["--data.tokenizer=null"], r"data\.tokenizer is not set: give the \.model file"),
+    (
+        ["--data.tokenizer=null"],
+        r"data\.tokenizer is not set, with model\.vocab_size None and data\.eod None: give the",
+    ),
     (["--data.tokenizer=FOLDER/none.model"], r"cannot read the tokenizer FOLDER/none\.model \(No such file.*: give"),
     (
         ["--data.tokenizer=FOLDER/damaged.model"],
-        r"damaged\.model \(\d+ bytes\) is not a sentencepiece model.*: copy it",
+        r"damaged\.model \(\d+ bytes\) is neither a sentencepiece model nor a tokenizer\.json, .*: copy it",
     ),
     (
         ["--model.vocab_size=399"],
@@ -239,15 +242,16 @@ LATE: list[tuple[list[str], str]] = [
         ["--checkpoint.load=FOLDER/saved/whole", "--multipliers.implementation=none"],
         r"does not fit this run: model\.num_layers is 4 and the checkpoint's is 3; model\.hidden_size is 256 and the "
         r"checkpoint's is 128; model\.num_query_groups is 8 and the checkpoint's is 4; model\.tie_embeddings is False "
-        rf"and the checkpoint's is True; model\.vocab_size is {VOCAB} and the checkpoint's is 500; the SHA-256 of "
-        r"data\.tokenizer is '\w{64}' and the checkpoint's is '0{64}'; train\.seed \(the data's order\) is 1234 and "
-        r"the checkpoint's is 7; multipliers\.placement gives q no col and row multipliers, .*; optimizer\.name is "
+        rf"and the checkpoint's is True; model\.vocab_size is {VOCAB} and the checkpoint's is 500; train\.seed "
+        r"\(the data's order\) is 1234 and the checkpoint's is 7; the SHA-256 of data\.tokenizer is '\w{64}' and the "
+        r"checkpoint's is '0{64}' \(tokenizer\.model\); multipliers\.placement gives q no col and row multipliers, .*; "
+        r"optimizer\.name is "
         r"'adamw' and the checkpoint's is 'muon' \(.*\): set them back",
     ),
     (
         ["--data.tokenizer=FOLDER/other.model"],
         r"data source FOLDER/tiny_train was encoded with another tokenizer than FOLDER/other\.model: FOLDER/tiny_train"
-        rf"\.stamp\.json records one with the SHA-256 \w{{12}}\.\.\. and {VOCAB} tokens, but the given file has "
+        rf"\.stamp\.json records one with the SHA-256 \w{{12}}\.\.\. and {VOCAB} tokens, but the given one has "
         r"the SHA-256 \w{12}.*; data source FOLDER/tiny_valid was encoded with another tokenizer",
     ),
     (
@@ -260,12 +264,12 @@ LATE: list[tuple[list[str], str]] = [
     ),
     (
         ["--checkpoint.load=FOLDER/saved/imported"],
-        r"does not fit this run: data\.tokenizer is FOLDER/tiny\.model \(SHA-256 \w{64}\) and the checkpoint's "
-        r"tokenizer is hf_tokenizer/tokenizer\.json \(SHA-256 0{64}\), which is no sentencepiece model: training reads",
+        r"does not fit this run: the SHA-256 of data\.tokenizer is '\w{64}' and the checkpoint's is '0{64}' "
+        r"\(hf_tokenizer/tokenizer\.json\): set them back",
     ),
     (
         ["--checkpoint.load=FOLDER/saved/imported_before"],
-        rf"tokenizer is hf_tokenizer/tokenizer\.json \(SHA-256 {hashlib.sha256(b'{}').hexdigest()}\), which is no",
+        rf"the checkpoint's is '{hashlib.sha256(b'{}').hexdigest()}' \(hf_tokenizer/tokenizer\.json\): set them back",
     ),
     (
         ["--deepspeed={zero_optimization: {stagee: 1, overlap_comm: perhaps}}"],
