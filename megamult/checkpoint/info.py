@@ -67,7 +67,7 @@ class CheckpointInfo:
 
     @property
     def tokenizers(self) -> dict[str, str]:
-        """All files that define the tokenizer: SHA-256 by their names; empty if it is unknown."""
+        """{file name: SHA-256} of all files that define the tokenizer; empty if the tokenizer is unknown."""
         known = {} if self.tokenizer_sha256 is None else {self.tokenizer_files: self.tokenizer_sha256}
         return known | self.tokenizer_also
 

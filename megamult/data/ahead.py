@@ -1,4 +1,4 @@
-"""Building of index files, which fix Megatron's order of an epoch's samples, before a run needs the epoch.
+"""Building of an epoch's index files, which determine the order of its samples, before a run needs the epoch.
 
 A background process of global rank 0 builds them. Without it, all ranks would wait while rank 0 builds.
 """

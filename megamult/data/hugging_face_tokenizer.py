@@ -55,7 +55,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the id of the end-of-document token.
 
         Raises:
-            ValueError: it is given and no token, or neither given nor in the files.
+            ValueError: `given` is no token of this tokenizer, or it is None and the files name no such token.
         """
         token = _eos_token(self._files) if given is None else given
         found = token if isinstance(token, int) else None if token is None else self._backend.token_to_id(token)
@@ -73,7 +73,7 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, without tokens at its beginning and end.
+        """Return the token ids of `text`. No token that marks its beginning or end is added.
 
         The text of a special token in `text` gives this token, as in `transformers`.
 

@@ -154,7 +154,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Return the id of the end-of-document token.
 
         Raises:
-            ValueError: it is given and no token, or neither given nor in the model.
+            ValueError: `given` is no token of this tokenizer, or it is None and the model names no such token.
         """
         if given is None:
             found: int = self._processor.eos_id()

@@ -34,7 +34,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, without tokens at its beginning and end.
+        """Return the token ids of `text`. No token that marks its beginning or end is added.
 
         Raises:
             ValueError: `text` holds a lone surrogate, which is not a Unicode character.

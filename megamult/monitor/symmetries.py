@@ -25,10 +25,10 @@ Pairs = tuple[Tensor, Tensor]
 def query_key(query: Tensor, key: Tensor, head_dim: int) -> Pairs:
     """Return ln|a| and ln|b| of factors a of W_Q and b of W_K of which only the product matters.
 
-    There is one a and one b, each [groups * head_dim / 2], for rows i and i + head_dim / 2 of a key head: rotary
-    positions turn these two rows together. All query heads of a group meet the same key head, so a is a factor of the
-    same two rows in all of them. ln|b| is the mean of ln|multiplier| over the two rows of the key head, and ln|a| the
-    mean over the two rows of all query heads of its group.
+    a and b are vectors [groups * head_dim / 2], with one element for every two rows i and i + head_dim / 2 of a key
+    head, because rotary positions turn these two rows together. All query heads of a group meet the same key head, so
+    an element of a scales the same two rows in all of them. ln|b| is the mean of ln|multiplier| over the two rows of
+    the key head, and ln|a| the mean over the two rows of all query heads of its group.
 
     Args:
         query: [heads * head_dim] ln|row multiplier| of W_Q.

@@ -150,8 +150,9 @@ has no column multipliers. index [rows] says which row of kappa scales each row 
 
 
 def _compiled(weight: Tensor, spans: tuple[Span, ...], piece: bool) -> bool:
-    """Return whether to call a compiled kernel. The answer is yes on CUDA, except for a small band of one span, such as
-    a single row, for which two or three plain calls cost less."""
+    """Return whether to call a compiled kernel. On CUDA the answer is yes, unless `weight` is a small piece of a weight
+    (`piece`) with only one entry in `spans`, such as a single row. Two or three uncompiled torch calls then cost
+    less."""
     return weight.is_cuda and (not piece or weight.numel() >= 1 << 16 or len(spans) > 1)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megamult.multipliers.config import MultiplierClip
-from megamult.optim.rates import Rates, runs_of_slice
+from megamult.optim.rates import Rates, stretches_of_slice
 from megamult.parameters.rectangles import rectangles
 from megamult.zero.partition import Partition, Slice
 
@@ -109,13 +109,13 @@ def _changing(piece: Slice, partition: Partition, rates: Rates) -> Iterator[tupl
     one copy (:meth:`Partition.counted`). Of a vector that is stored once for each part (`ParameterSpec.shared`), they
     include only the first part.
     """
-    runs = runs_of_slice(piece, partition, rates)
-    changing = [(run.start, run.stop) for run in runs if run.rate.lr != 0]
+    stretches = stretches_of_slice(piece, partition, rates)
+    changing = [(stretch.start, stretch.stop) for stretch in stretches if stretch.rate.lr != 0]
     if piece.spec.shared:
         held = rectangles(piece.spec, partition.mesh.coordinates, piece.start, piece.length)
         firsts = [(r.offset, r.offset + r.numel) for r in held if r.part == 0]
         changing = firsts if changing else []  # all parts have the same rate
-    elif len(changing) == len(runs):
+    elif len(changing) == len(stretches):
         yield from partition.counted(piece)
         return
     for first, length in partition.counted(piece):

@@ -27,7 +27,7 @@ from megamult.multipliers.parametrization import Parametrization
 from megamult.multipliers.scaling import Band, Factors, PackedScaling, bands
 from megamult.optim.adamw import AdamW
 from megamult.optim.packed_multipliers import Vector, covers, lay_out
-from megamult.optim.rates import ONE, Rates, Run, apply_by_rate
+from megamult.optim.rates import ONE, Rates, Stretch, apply_by_rate
 from megamult.optim.state import STEP
 from megamult.parameters.initial import Initial
 from megamult.parameters.rectangles import rectangles
@@ -117,9 +117,9 @@ class BoundMultipliers:
         self._rule = AdamW(settings.betas, settings.eps)
         self._kept = {STEP: torch.zeros((), device=here), **{key: torch.zeros_like(self.values) for key in _STATES}}
         rates = settings.rates.multipliers
-        runs = [Run(start, stop, rates.get((v.role, v.side), ONE)) for (start, stop), v in stored.items()]
-        self._runs = {self.values: runs} if any(run.rate != ONE for run in runs) else {}
-        self._constant = [run for run in runs if run.rate.lr == 0]
+        stretches = [Stretch(start, stop, rates.get((v.role, v.side), ONE)) for (start, stop), v in stored.items()]
+        self._stretches = {self.values: stretches} if any(stretch.rate != ONE for stretch in stretches) else {}
+        self._constant = [stretch for stretch in stretches if stretch.rate.lr == 0]
         self._slices_of: dict[Tensor, list[int]] = {}  # indices of the slices of each folded tensor
         self._bands_of: dict[int, range] = {}  # range of the bands of each folded slice, by the slice's index
         found: list[Band] = []
@@ -186,8 +186,8 @@ class BoundMultipliers:
         mesh.sum_over(self.gradient)
         if self._settings.parametrization is not None:
             self.gradient.mul_(self._settings.parametrization.slope(self.values))
-        for run in self._constant:
-            self.gradient[run.start : run.stop] = 0
+        for stretch in self._constant:
+            self.gradient[stretch.start : stretch.stop] = 0
 
     @torch.no_grad()
     def update(self, factor: float, schedule: float) -> None:
@@ -203,7 +203,7 @@ class BoundMultipliers:
         kept = {key: [value] for key, value in self._kept.items()}
         parametrization = settings.parametrization
         with parametrization.variables([self.values]) if parametrization else contextlib.nullcontext():
-            apply_by_rate(self._rule, group, [self.values], [self.gradient * factor], kept, self._runs)
+            apply_by_rate(self._rule, group, [self.values], [self.gradient * factor], kept, self._stretches)
         self._present = None
 
     @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 One parameter can store matrices of several roles, such as Q, K and V, and under ZeRO one tensor of masters can hold
 many parameters. Factors therefore do not belong to param groups, but to intervals of elements that have the same
-factors (:class:`Run`). Update rules work elementwise and do not know of these intervals. A rule is called once for all
-intervals that have the same factors, and gets them as views.
+factors (:class:`Stretch`). Update rules work elementwise and do not know of these intervals. A rule is called once for
+all intervals that have the same factors, and gets them as views.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Rates:
         return self.multipliers.get((part.role, spec.side), ONE)
 
 
-class Run(NamedTuple):
+class Stretch(NamedTuple):
     """Elements [start, stop) of a flattened tensor, and their rate."""
 
     start: int
@@ -62,38 +62,42 @@ class Run(NamedTuple):
     rate: Rate
 
 
-def runs_of_slice(piece: Slice, partition: Partition, rates: Rates) -> list[Run]:
-    """Return the runs of a slice; positions count from the slice's first element.
+def stretches_of_slice(piece: Slice, partition: Partition, rates: Rates) -> list[Stretch]:
+    """Divide a slice into stretches. Positions count from the slice's first element.
 
-    If all rates are :data:`ONE`, the whole slice is one run. If not, padding is in no run, because it belongs to no
-    logical tensor and so has no rate.
+    If all rates are :data:`ONE`, the whole slice is one stretch. If not, padding is in no stretch, because it belongs to
+    no logical tensor and so has no rate.
     """
     if not rates:
-        return [Run(0, piece.length, ONE)]
-    runs: list[Run] = []
+        return [Stretch(0, piece.length, ONE)]
+    stretches: list[Stretch] = []
     for r in rectangles(piece.spec, partition.mesh.coordinates, piece.start, piece.length):
-        _extend(runs, Run(r.offset, r.offset + r.numel, rates.of(piece.spec, piece.spec.parts[r.part])))
-    return runs
+        _extend(stretches, Stretch(r.offset, r.offset + r.numel, rates.of(piece.spec, piece.spec.parts[r.part])))
+    return stretches
 
 
-def runs_of_tensors(partition: Partition, rates: Rates) -> dict[Tensor, list[Run]]:
-    """Return {tensor: its runs} for the tensors that the optimizer updates.
+def stretches_of_tensors(partition: Partition, rates: Rates) -> dict[Tensor, list[Stretch]]:
+    """Return {tensor: its stretches} for the tensors that the optimizer updates.
 
     A tensor is left out if all of its elements have the rate :data:`ONE`.
     """
-    found: dict[Tensor, list[Run]] = defaultdict(list)
+    found: dict[Tensor, list[Stretch]] = defaultdict(list)
     for piece in sorted(partition.slices, key=lambda piece: piece.offset):
-        for run in runs_of_slice(piece, partition, rates):
-            _extend(found[piece.tensor], Run(piece.offset + run.start, piece.offset + run.stop, run.rate))
-    return {tensor: runs for tensor, runs in found.items() if any(run.rate != ONE for run in runs)}
+        for stretch in stretches_of_slice(piece, partition, rates):
+            _extend(
+                found[piece.tensor], Stretch(piece.offset + stretch.start, piece.offset + stretch.stop, stretch.rate)
+            )
+    return {
+        tensor: stretches for tensor, stretches in found.items() if any(stretch.rate != ONE for stretch in stretches)
+    }
 
 
-def _extend(runs: list[Run], run: Run) -> None:
-    """Append `run` to `runs`, or lengthen the last run if it has the same rate and ends where `run` starts."""
-    if runs and runs[-1].stop == run.start and runs[-1].rate == run.rate:
-        runs[-1] = runs[-1]._replace(stop=run.stop)
+def _extend(stretches: list[Stretch], stretch: Stretch) -> None:
+    """Append a stretch, or lengthen the last one if it has the same rate and ends where `stretch` starts."""
+    if stretches and stretches[-1].stop == stretch.start and stretches[-1].rate == stretch.rate:
+        stretches[-1] = stretches[-1]._replace(stop=stretch.stop)
     else:
-        runs.append(run)
+        stretches.append(stretch)
 
 
 def apply_by_rate(
@@ -102,16 +106,16 @@ def apply_by_rate(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
     state: Mapping[str, Sequence[Tensor]],
-    runs: Mapping[Tensor, Sequence[Run]],
+    stretches: Mapping[Tensor, Sequence[Stretch]],
 ) -> None:
     """Update tensors of one param group with a rule, each element at its own learning rate and weight decay.
 
     Args:
         rule, group, parameters, gradients, state: see :meth:`megamult.optim.rule.UpdateRule.apply`.
-        runs: runs of tensors. A tensor that is not a key has the rate :data:`ONE` in all elements. If a tensor is a
-            key, its elements that are in no run do not change.
+        stretches: stretches of tensors. A tensor that is not a key has the rate :data:`ONE` in all elements. If a
+            tensor is a key, its elements that are in no stretch do not change.
     """
-    whole = [i for i, parameter in enumerate(parameters) if parameter not in runs]
+    whole = [i for i, parameter in enumerate(parameters) if parameter not in stretches]
     if whole:
         rule.apply(
             group,
@@ -119,11 +123,11 @@ def apply_by_rate(
             [gradients[i] for i in whole],
             {key: [values[i] for i in whole] for key, values in state.items()},
         )
-    cut = [i for i, parameter in enumerate(parameters) if parameter in runs]
+    cut = [i for i, parameter in enumerate(parameters) if parameter in stretches]
     by_rate: dict[Rate, list[tuple[int, slice]]] = defaultdict(list)
     for i in cut:
-        for run in runs[parameters[i]]:
-            by_rate[run.rate].append((i, slice(run.start, run.stop)))
+        for stretch in stretches[parameters[i]]:
+            by_rate[stretch.rate].append((i, slice(stretch.start, stretch.stop)))
     for rate, pieces in by_rate.items():
         if rate.lr == 0:
             continue
@@ -133,8 +137,8 @@ def apply_by_rate(
             [parameters[i].detach().view(-1)[at] for i, at in pieces],
             [gradients[i].view(-1)[at] for i, at in pieces],
             {
-                # The number of updates belongs to the tensor. A rule would increase it once per run, so each run gets a
-                # copy.
+                # The number of updates belongs to the tensor. A rule would increase it once per stretch, so each
+                # stretch gets a copy.
                 key: [values[i].clone() if key == STEP else values[i].view(-1)[at] for i, at in pieces]
                 for key, values in state.items()
             },

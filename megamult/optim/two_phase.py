@@ -27,7 +27,7 @@ from megamult.optim.fixed_norm import FixedNorms
 from megamult.optim.folded import BoundMultipliers, FoldedMultipliers
 from megamult.optim.param_groups import check_groups
 from megamult.optim.qk_clip import QKClip
-from megamult.optim.rates import Rates, Run, apply_by_rate, runs_of_tensors
+from megamult.optim.rates import Rates, Stretch, apply_by_rate, stretches_of_tensors
 from megamult.optim.reduction import GlobalNorms, sum_partial_gradients
 from megamult.optim.rule import UpdateRule
 from megamult.optim.state import STEP, StateStore
@@ -138,7 +138,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         self._bound: Partition | None = None
         self._own: WholePartition | None = None  # the partition in a loop without DeepSpeed
         self._norms: GlobalNorms | None = None  # computes norms of the bound partition
-        self._runs: dict[Tensor, list[Run]] = {}  # of the bound partition; see `runs_of_tensors`
+        self._stretches: dict[Tensor, list[Stretch]] = {}  # of the bound partition; see `stretches_of_tensors`
 
     def rule_of(self, kind: str) -> UpdateRule:
         """Return the rule that updates the parameters of this kind."""
@@ -191,7 +191,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         if self.qk_clip is not None:
             self.qk_clip.bind(partition, self.rates, self.folded)
         self._norms = GlobalNorms(partition, self.rates)
-        self._runs = runs_of_tensors(partition, self.rates)
+        self._stretches = stretches_of_tensors(partition, self.rates)
         for rule in self._every_rule():
             rule.bind(partition, self._selected_by(rule))
         self._store.claim_rows(self._every_rule(), device.local_device())
@@ -200,9 +200,10 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         self._bound = partition
 
     def begin(self) -> None:
-        """Set the model's weights to the effective weights W_eff, in a loop without DeepSpeed.
+        """Set the model's weights to the effective weights W_eff.
 
-        Call this before the first forward pass if a folded multiplier does not start at 1.
+        A training loop without DeepSpeed calls this before the first forward pass if a folded multiplier does not start
+        at 1.
         """
         self.bind(self._own_partition())
 
@@ -311,7 +312,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         rule = self.rule_of(group["kind"])
         gradients = [p.grad for p in parameters if p.grad is not None]
         if rule.prepares:
-            apply_by_rate(rule, group, parameters, gradients, {}, self._runs)
+            apply_by_rate(rule, group, parameters, gradients, {}, self._stretches)
             return
         clip = decision.clip[group["kind"] == "multiplier"]
         if clip != 1.0:
@@ -319,7 +320,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         kept = [self._store.of_tensor(rule, p) for p in parameters]
         keys = [state.key for state in rule.states] + [STEP] * rule.counts_steps
         states = {key: [each[key] for each in kept] for key in keys}
-        apply_by_rate(rule, group, parameters, gradients, states, self._runs)
+        apply_by_rate(rule, group, parameters, gradients, states, self._stretches)
 
     def finish(self) -> None:
         """End the step: discard the decision of `prepare`, so that the next step needs a new call of `prepare`."""

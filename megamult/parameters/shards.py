@@ -163,8 +163,8 @@ def check_shardings(
         for block in each.blocks:
             if block.pieces is not None and (block.pieces < 1 or block.size % block.pieces):
                 raise ValueError(
-                    f"{what} has a block of size {block.size} with pieces={block.pieces}, the largest number of pieces "
-                    "that it can be cut into: this number must be at least 1 and divide the size"
+                    f"{what} has a block of size {block.size} with pieces={block.pieces}: pieces, the largest number "
+                    "of pieces into which the block may be cut, must be at least 1 and divide the size"
                 )
         if len(shape) > 1 and each.dim == len(shape) - 1 and len(each.blocks) > 1:
             raise ValueError(

@@ -41,7 +41,7 @@ def _is_bf16_optimizer(config: Config) -> bool:
 
 
 def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
-    """Return the configuration that the run's own keys make."""
+    """Return the DeepSpeed configuration that follows from the run's own keys, without those that the user gave."""
     stage, train = config.parallel.zero_stage, config.train
     bf16, accumulation = train.dtype == "bf16", train.accumulation_dtype
     zero: dict[str, Any] = {"stage": stage}
@@ -154,8 +154,8 @@ def _without_effect(zero: Any, config: Config) -> list[str]:
     """Return a message for each of the user's `zero_optimization` keys that has no effect in this run.
 
     At ZeRO 0 these are all keys but `stage`. With DeepSpeed's BF16_Optimizer these are the keys in `_OF_BUCKETS`. In
-    other runs there are none: keys that belong to another stage (such as stage3_...) are accepted, because one file may
-    serve several stages.
+    other runs there are no messages. Keys that belong to another stage (such as stage3_...) have no effect either, but
+    are accepted, because one file may serve several stages.
     """
     names = zero.keys() - {"stage"} if isinstance(zero, dict) else set()
     where, remedy = "at parallel.zero_stage 0", "raise parallel.zero_stage"

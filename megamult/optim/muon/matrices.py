@@ -62,7 +62,7 @@ class Matrices:
         return {name: matrix.rows for name, matrix, owner in owned if owner == self.partition.mesh.rank}
 
     def exchange(self, dtype: torch.dtype) -> Exchange:
-        """Return a new exchange that sends slices to the owners of matrices, and updates back, in `dtype`."""
+        """Return a new exchange that sends slices to the owners of matrices and returns the updates, all in `dtype`."""
         index_of = {piece.name: k for k, piece in enumerate(self.slices)}
         slice_of_cut = {c: index_of[cut.name] for c, cut in enumerate(self._cuts) if cut.name in index_of}
         return Exchange(self.plan, self.partition.mesh, slice_of_cut, dtype, device.local_device())
