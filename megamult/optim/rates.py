@@ -65,8 +65,8 @@ class Stretch(NamedTuple):
 def stretches_of_slice(piece: Slice, partition: Partition, rates: Rates) -> list[Stretch]:
     """Divide a slice into stretches. Positions count from the slice's first element.
 
-    If all rates are :data:`ONE`, the whole slice is one stretch. If not, padding is in no stretch, because it belongs to
-    no logical tensor and so has no rate.
+    If all rates are :data:`ONE`, the whole slice is one stretch. If not, padding is in no stretch, because it belongs
+    to no logical tensor and so has no rate.
     """
     if not rates:
         return [Stretch(0, piece.length, ONE)]

@@ -48,7 +48,7 @@ def test_a_good_pair_is_described(write_indexed: Write) -> None:
         (".idx", lambda b: b[:34] + b"\xff" * 4 + b[38:], NEGATIVE),
         (".idx", lambda b: b[:42] + b"\2" + b[43:], LATE),
         (".idx", lambda b: b[:38] + b"\xff" * 4 + b[42:], r"good\.idx is damaged: its last sequence \(number 1\) has"),
-        (".idx", lambda b: b[:-8] + b"\1" + b[-7:], r"good\.idx is damaged: 3 document bounds"),
+        (".idx", lambda b: b[:-8] + b"\1" + b[-7:], r"good\.idx is damaged: the last of its 3 document bounds"),
     ],
 )
 def test_damage_is_named(

@@ -11,8 +11,8 @@ its number of columns at the base width. The matrices of the blocks get
   by e at the base width.
 
 The output layer (role `head`) gets a constant factor of 1 / m in the forward pass. The settings of the embedding and
-the norms are kept. If the size of an attention head differs from that at the base width, attention logits are divided by
-this size instead of its square root (up to a constant).
+the norms are kept. If the size of an attention head differs from that at the base width, attention logits are divided
+by this size instead of its square root (up to a constant).
 
 Sources: Yang et al., arXiv 2203.03466, table 8 (Adam); Yang, Simon and Bernstein, arXiv 2310.17813 (spectral
 condition). The module does no communication.
