@@ -98,7 +98,7 @@ class CheckpointInfo:
             )
         config = loaded.get("config", {})
         if not isinstance(config, dict) or not isinstance(config.get("optimizer", {}), dict):
-            raise ValueError("its configuration is no mapping of sections")
+            raise ValueError("the checkpoint's configuration is not a mapping of sections")
         if "optimizer" in config:
             config["optimizer"] = modern(config["optimizer"])
         multipliers = config.get("multipliers")

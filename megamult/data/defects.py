@@ -105,7 +105,7 @@ class Report:
         return f"{line}: {named.remedy}" if remedy and named.remedy else line
 
     def refuse(self, skip_defects: bool = False) -> None:
-        """Raise an error that has all kinds in it, if there are mistakes, or defects that may not be skipped.
+        """Raise one error that lists everything found, if there are mistakes, or defects that may not be skipped.
 
         Raises:
             ValueError: there are mistakes, or there are defects and `skip_defects` is false.

@@ -17,7 +17,8 @@ class NoColumn(Exception):
 
 
 def column_values(path: str, column: str) -> Generator[object, None, None]:
-    """Yield the values of a column: strings, bytes if a string is not UTF-8, None for null, or anything else.
+    """Yield the values of a column: a string as str, or as bytes if it is not UTF-8; null as None; a value of another
+    type as pyarrow converts it to Python.
 
     Raises:
         MissingLibrary: pyarrow is not installed.

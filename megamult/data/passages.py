@@ -17,7 +17,7 @@ class Passage:
     """A part of a document.
 
     Attributes:
-        place: place of the document.
+        place: where the document is, for messages: its file and line.
         start: number of the document's characters before the passage.
         text: the text.
         last: whether it is the document's last passage.

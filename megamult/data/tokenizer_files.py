@@ -42,9 +42,9 @@ def tokenizer_identities(files: Mapping[str, bytes]) -> dict[str, str]:
         files: contents of the files in a Hugging Face directory, by name.
 
     Returns:
-        {names of the files in a checkpoint: SHA-256} of each group of files that could define the tokenizer alone. The
-        first is the one that `transformers` reads. If one file is the group, the SHA-256 is that of its content. If
-        several are, it is that of a text with one line "name SHA-256" for each file.
+        A mapping with one entry for each group of files that could define the tokenizer alone; the group that
+        `transformers` reads comes first. The key lists the paths of the files in a checkpoint, joined by ", ". The
+        value is the SHA-256 of the file if the group has one, else of a text with one line "name SHA-256" for each.
     """
     identities = {}
     for names in _DEFINING:

@@ -182,9 +182,10 @@ def _whole(matrix: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tupl
 
 
 def _rows_to_cols(spans: tuple[Span, ...], rows: int, device: torch.device) -> Tensor:
-    """Return, for each row of the weight, the index of the row of kappa that scales it, [rows].
+    """Return which row of kappa scales the elements of each row of the weight, [rows].
 
-    A row without column multipliers has index -1: the kernels' kappa (`_Factors`) then ends with a row of ones.
+    Each row of kappa [vectors, in] is one vector of column multipliers. A row of the weight without column multipliers
+    gets -1: the kernels' kappa (`_Factors`) then ends with a row of ones.
     """
     key = (spans, rows, device)
     if key not in _INDICES:

@@ -176,8 +176,8 @@ class PackedScaling:
     look up all multipliers.
 
     Args:
-        bands: bands in the order in which they are processed. They must have been made with `one` equal to the number
-            of multipliers, which is the index of the 1 at the end of the packed vector.
+        bands: bands in the order in which they are processed. The packed vector of n multipliers ends with an
+            additional element, 1, at index n. :func:`bands` must have made the bands with n as its argument `one`.
         here: device on which the entries are needed.
     """
 

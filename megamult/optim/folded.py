@@ -272,7 +272,8 @@ class BoundMultipliers:
             self._settings.parametrization.check(int((self.values <= 0).sum()))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the packed multipliers and their AdamW state. The optimizer's own state has the latent weights."""
+        """Return the packed multipliers and their AdamW state. The latent weights W are not included: they are in the
+        state dict of the optimizer that trains the matrices."""
         return {"values": self.values, **self._kept}
 
     def load_state_dict(self, state: dict[str, Tensor], optimizer_state: MutableMapping[Tensor, Any]) -> None:

@@ -1,7 +1,8 @@
 """Hidden folders that hold results until they are complete, and removal of folders that killed processes left behind.
 
-A folder `.NAME.RANDOM.partial` belongs to the process that holds the lock on the file `owner` in it. The kernel
-releases the lock in whatever way the process ends, so an unlocked folder of this machine belongs to a dead process.
+A folder `.NAME.RANDOM.partial` belongs to the process that holds the lock on the file `owner` in it. However
+the process ends, the kernel releases the lock. A folder of this machine that is not locked therefore belongs to a dead
+process.
 """
 
 from __future__ import annotations

@@ -310,5 +310,5 @@ def test_a_crash_while_a_checkpoint_is_replaced_leaves_the_old_one(tmp_path: Pat
 
 @pytest.mark.parametrize("config", ["null", "[]", '{"optimizer": 3}', '{"optimizer": null}'])
 def test_a_configuration_that_is_no_mapping_is_damage_and_no_crash(config: str) -> None:
-    with pytest.raises(ValueError, match="its configuration is no mapping of sections"):
+    with pytest.raises(ValueError, match="configuration is not a mapping of sections"):
         CheckpointInfo.from_json(f'{{"format": 1, "step": 1, "samples": 0, "vocab_size": 2, "config": {config}}}')
