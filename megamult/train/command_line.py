@@ -57,7 +57,8 @@ def parser() -> Any:
         type=dict[str, Any] | str | None,
         default=None,
         help="DeepSpeed configuration (a mapping or a JSON file) to merge into the one that the run's own keys "
-        "produce. docs/deepspeed.md lists the keys that it may have. A key with the value auto keeps megamult's value",
+        "produce. docs/deepspeed.md lists the keys that it may have. A key with the value auto keeps megamult's value. "
+        "Its optimizer, scheduler and gradient_clipping are read as keys of the sections optimizer and train",
     )
     made.add_argument("--local_rank", type=int, default=None, help="set by launchers, and ignored: LOCAL_RANK is used")
     return made
