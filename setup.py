@@ -26,6 +26,7 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "numpy>=1.26",
         "sentencepiece>=0.2,<0.3",
+        "tokenizers>=0.21,<0.24",
         "jsonargparse[signatures]>=4.49,<5",
         "PyYAML>=6",
         "safetensors>=0.5",

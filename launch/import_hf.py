@@ -45,8 +45,7 @@ def main() -> None:
     for note in done.notes:
         print(f"note: {note}")
     print(f"{args.output}: {done.parameters} parameters and {done.multipliers} multipliers, {done.dtype}")
-    if done.trainable:
-        print(f"to continue from it: --checkpoint.load {args.output}")
+    print(f"to continue from it: launch/pretrain.py --config {args.output}/config.yaml --data.train PREFIX_train")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Print the keys with which muP transfers settings from the base width at which they were tuned to this run's width."""
+"""Print configuration keys that adapt settings tuned at a base width to the width of this run, as muP prescribes."""
 
 import argparse
 
@@ -23,14 +23,14 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=int,
         metavar="N",
-        help="hidden_size of the model whose settings were tuned. Its other widths are smaller or larger in "
-        "proportion, and its heads have the same size",
+        help="hidden_size of the base model, whose settings were tuned. Its num_attention_heads, num_query_groups and "
+        "ffn_hidden_size are those of this run times N / model.hidden_size, so its heads have the same size",
     )
     parser.add_argument(
         "--learned",
         action="store_true",
-        help="train the factors of the forward pass as multipliers, from the same initial values; without it, they are "
-        "constants",
+        help="train the factor N / model.hidden_size, by which muP multiplies the head in the forward pass, as a "
+        "multiplier with this initial value; without --learned, the factor is a constant",
     )
     return parser
 

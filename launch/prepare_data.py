@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from concurrent.futures.process import BrokenProcessPool
 
 from megamult.data.corpus import prepare_corpus
@@ -13,7 +14,8 @@ from megamult.runtime.console import whole_or_nothing
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Writes PREFIX_{train,valid}.{bin,idx,stamp.json} and PREFIX.model; on an error it writes nothing.",
+        epilog="Writes PREFIX_{train,valid}.{bin,idx,stamp.json} and the tokenizer, PREFIX.model or the directory "
+        "PREFIX_tokenizer; on an error it writes nothing.",
     )
     parser.add_argument(
         "--input",
@@ -26,7 +28,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--vocab_size", type=int, metavar="N", help="train a tokenizer of N tokens on this corpus")
-    tokenizer.add_argument("--tokenizer", metavar="FILE.model", help="use this sentencepiece model")
+    tokenizer.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="use this tokenizer: a sentencepiece model, a tokenizer.json, or the directory of one of them",
+    )
+    parser.add_argument(
+        "--eod",
+        metavar="TOKEN",
+        help="token that ends a document, as text or as id (default: the one that the tokenizer's files call eos)",
+    )
     parser.add_argument(
         "--valid_fraction",
         type=float,
@@ -63,10 +74,18 @@ def main() -> None:
                 valid_fraction=args.valid_fraction,
                 json_key=args.json_key,
                 workers=args.workers,
+                eod=int(args.eod) if args.eod is not None and args.eod.isdecimal() else args.eod,
             )
         except BrokenProcessPool:
             raise ValueError("an encoding process died, perhaps out of memory: try fewer --workers") from None
-    print(f"{args.output}.model: {summary.vocab_size} tokens in the vocabulary")
+    if summary.first_change is not None:
+        documents = summary.train_documents + summary.valid_documents
+        print(
+            f"warning: the tokenizer changes the text of {summary.changed} of {documents} documents, and a model can "
+            f"learn only what it keeps; the first: {summary.first_change}",
+            file=sys.stderr,
+        )
+    print(f"{summary.tokenizer}: {summary.vocab_size} tokens in the vocabulary")
     print(f"{args.output}_train: {summary.train_documents} documents, {summary.train_tokens} tokens")
     if summary.valid_documents:
         print(f"{args.output}_valid: {summary.valid_documents} documents, {summary.valid_tokens} tokens")

@@ -66,7 +66,8 @@ def fixed_values(name: str, section: Any, why: Why) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Key whose values in two configurations, `mine` and `its`, differ. ABSENT is the value of a missing key."""
+    """Key with different values in two configurations: `mine` in the first, `its` in the second. The value of a missing
+    key is ABSENT."""
 
     key: str
     mine: Any
@@ -100,7 +101,8 @@ def run_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(mine: Mapping[str, Any], its: Mapping[str, Any]) -> list[Difference]:
-    """List the keys whose values in two flat configurations differ: first those of `mine`, then those only in `its`."""
+    """List the keys whose values differ between a first flat configuration, `mine`, and a second one, `its`: first the
+    keys of `mine`, then the keys that only `its` has."""
     keys = [*mine, *(key for key in its if key not in mine)]
     pairs = [Difference(key, mine.get(key, ABSENT), its.get(key, ABSENT)) for key in keys]
     # In Python True == 1, but they are different settings; 1 and 1.0 are the same setting.

@@ -35,7 +35,7 @@ _INT32 = 4
 class Tokenizer:
     """Stand-in for a tokenizer: the attributes that a dataset reads, without a file."""
 
-    vocab_size, eod, sha256, model_path = 128_256, 2, "0" * 64, "none"
+    vocab_size, eod, sha256, path = 128_256, 2, "0" * 64, "none"
     unique_identifiers: ClassVar = {"class": "none"}
 
 

@@ -50,7 +50,7 @@ def replace(made: Path, path: Path) -> None:
 
 
 def undo_interrupted_replacements(parent: Path) -> None:
-    """Undo interrupted calls of :func:`replace`: if no new checkpoint has the name yet, give it back to the old one."""
+    """Undo interrupted calls of :func:`replace`: rename an old checkpoint back if no new one has taken its name."""
     for old in parent.glob(f"*{_OLD}"):
         path = old.with_name(old.name.removesuffix(_OLD))
         if not path.exists():

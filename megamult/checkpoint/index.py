@@ -19,7 +19,7 @@ INDEX = "index.json"
 
 
 def key_of(index: MetadataIndex) -> str:
-    """Return the name of a chunk in its file, such as `model.x.weight@128,0`."""
+    """Return the name of a chunk in its file, `tensor@offsets`, such as `model.x.weight@128,0`."""
     assert index.offset is not None
     return f"{index.fqn}@{','.join(map(str, index.offset))}"
 
@@ -29,7 +29,7 @@ def to_json(metadata: Metadata, stored: Mapping[MetadataIndex, tuple[str, str]])
 
     Args:
         metadata: torch's metadata of the chunks of all ranks.
-        stored: for each chunk, (name of its file, a value that is not used).
+        stored: for each chunk, (name of its file, SHA-256 of this file). The SHA-256 is not written to index.json.
     """
     tensors = {}
     for name, tensor in sorted(metadata.state_dict_metadata.items()):

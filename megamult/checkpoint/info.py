@@ -9,6 +9,7 @@ import platform
 from dataclasses import dataclass, field
 from typing import Any
 
+from megamult.data.tokenizer_files import SENTENCEPIECE
 from megamult.multipliers.config import CLIP_OF_BOOL
 from megamult.optim.legacy import modern
 
@@ -16,9 +17,6 @@ FORMAT = 1
 """Number of the format of a checkpoint. It increases when older versions of megamult can no longer read the files."""
 
 INFO = "checkpoint.json"
-
-SENTENCEPIECE = "tokenizer.model"
-"""Name of a file in a checkpoint: the sentencepiece model with which the run's data was encoded."""
 
 _PACKAGES = ("megamult", "torch", "deepspeed", "megatron-core", "numpy", "safetensors", "sentencepiece")
 
@@ -49,7 +47,9 @@ class CheckpointInfo:
     tokenizer_sha256: str | None = None
     """SHA-256 of the files that define the tokenizer, or None if it is unknown."""
     tokenizer_files: str = SENTENCEPIECE
-    """Names of the tokenizer's files in the checkpoint. Training can read only a sentencepiece model."""
+    """Names of these files in the checkpoint, joined by ", "."""
+    tokenizer_also: dict[str, str] = field(default_factory=dict)
+    """Further files in the checkpoint that define the same tokenizer in another format: SHA-256 by their names."""
     optimizer: dict[str, Any] | None = None
     """`name`, `updates` (steps applied) and `skipped_steps`, or None if there is no optimizer state."""
     data: dict[str, Any] | None = None
@@ -64,6 +64,18 @@ class CheckpointInfo:
     """Versions of the software that wrote the checkpoint."""
     format: int = FORMAT
     """Format of the checkpoint, see `FORMAT`."""
+
+    @property
+    def tokenizers(self) -> dict[str, str]:
+        """All files that define the tokenizer: SHA-256 by their names; empty if it is unknown."""
+        known = {} if self.tokenizer_sha256 is None else {self.tokenizer_files: self.tokenizer_sha256}
+        return known | self.tokenizer_also
+
+    @tokenizers.setter
+    def tokenizers(self, found: dict[str, str]) -> None:
+        first = next(iter(found), None)
+        self.tokenizer_files, self.tokenizer_sha256 = (SENTENCEPIECE, None) if first is None else (first, found[first])
+        self.tokenizer_also = {files: digest for files, digest in found.items() if files != first}
 
     def to_json(self) -> bytes:
         """Return the content of checkpoint.json."""

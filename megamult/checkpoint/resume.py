@@ -16,14 +16,14 @@ import torch
 
 from megamult.checkpoint import directory, rng
 from megamult.checkpoint.chunks import Chunk
-from megamult.checkpoint.info import INFO, SENTENCEPIECE, CheckpointInfo
+from megamult.checkpoint.info import INFO, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import held
 from megamult.config import SECTIONS, Config, model_section
+from megamult.data.tokenizer_files import TOKENIZER_FOLDER, tokenizer_identities
 from megamult.distributed import process_groups
 from megamult.distributed.agreement import on_every_rank
 from megamult.distributed.mesh import Mesh
-from megamult.huggingface.files import TOKENIZER_FOLDER, tokenizer_identity
 from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.specs import LEAVES
 from megamult.optim.fixed_norm import NORM
@@ -74,27 +74,28 @@ def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], 
     if len(candidates) == 1:
         raise ValueError(f"{problem}; load another checkpoint")
     raise ValueError(
-        f"none of the {len(candidates)} checkpoints in {candidates[0].parent} is whole; the problem of the oldest: "
-        f"{problem}"
+        f"none of the {len(candidates)} checkpoints in {candidates[0].parent} is usable: load another checkpoint. "
+        f"The problem of the oldest (warnings name those of the others): {problem}"
     )
 
 
 def _opened(path: Path) -> SavedCheckpoint:
-    """Open a checkpoint. If it does not record the digest of its tokenizer, compute the digest from its files.
+    """Open a checkpoint. If it does not record the SHA-256 of its tokenizer, compute it from the tokenizer's files.
 
-    Checkpoints that older versions of megamult imported do not record the digest.
+    Imported checkpoints lack this SHA-256 if an older version of megamult imported them.
     """
     checkpoint = SavedCheckpoint(path)
     if checkpoint.info.tokenizer_sha256 is None:
         files = checkpoint.files(TOKENIZER_FOLDER)
-        found = tokenizer_identity({Path(name).name: content for name, content in files.items()})
-        if found is not None:
-            checkpoint.info.tokenizer_files, checkpoint.info.tokenizer_sha256 = found
+        checkpoint.info.tokenizers = tokenizer_identities({Path(name).name: content for name, content in files.items()})
     return checkpoint
 
 
 def _listed(mesh: Mesh, load: str, run_dir: Path) -> list[Path]:
-    """List the checkpoints that `load` may mean, as rank 0 sees them after undoing interrupted renames. Collective."""
+    """List the checkpoints that :func:`find` tries, best first. Collective.
+
+    Rank 0 undoes interrupted renames, lists the checkpoints, and sends the list to all ranks.
+    """
     found: list[Any] = [[], None]
     if mesh.rank == 0:
         try:
@@ -113,7 +114,7 @@ def _listed(mesh: Mesh, load: str, run_dir: Path) -> list[Path]:
 
 
 def _candidates(load: str, run_dir: Path) -> list[Path]:
-    """List the checkpoints that `load` may mean, best first."""
+    """List the checkpoints to try for the value `load` of `checkpoint.load`, best first."""
     if load == "latest":
         return directory.candidates(run_dir / "checkpoints")
     path = Path(load)
@@ -144,19 +145,13 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
 
     pairs = pairs_of("function")
     pairs.append(("model.vocab_size", vocab_size, info.vocab_size))
-    known = info.tokenizer_sha256 is not None and tokenizer_sha256 is not None
-    if known and info.tokenizer_files == SENTENCEPIECE:
-        pairs.append(("the SHA-256 of data.tokenizer", tokenizer_sha256, info.tokenizer_sha256))
     if info.samples:
         pairs += pairs_of("samples")
     found = [f"{key} is {mine!r} and the checkpoint's is {its!r}" for key, mine, its in pairs if mine != its]
-    if info.tokenizer_files != SENTENCEPIECE and tokenizer_sha256 != info.tokenizer_sha256:
-        found.append(
-            f"data.tokenizer is {config.data.tokenizer} (SHA-256 {tokenizer_sha256}) and the checkpoint's tokenizer is "
-            f"{info.tokenizer_files} (SHA-256 {info.tokenizer_sha256}), which is no sentencepiece model: training "
-            "reads only sentencepiece models, so this model can be imported and exported, but not trained, because "
-            "with another tokenizer its token ids would mean other texts"
-        )
+    known = info.tokenizers
+    if known and tokenizer_sha256 is not None and tokenizer_sha256 not in known.values():
+        theirs = " or ".join(f"{digest!r} ({files})" for files, digest in known.items())
+        found.append(f"the SHA-256 of data.tokenizer is {tokenizer_sha256!r} and the checkpoint's is {theirs}")
     here = config.multipliers.sides
     for role, sides in multipliers.sides.items():
         lost = sorted(sides - here.get(role, frozenset()))
@@ -182,14 +177,14 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
 
 
 def _fixed_sections(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those sections of a saved configuration that have settings which a run must keep when it resumes.
+    """Return the sections of a saved configuration that contain settings which a resumed run must not change.
 
-    A key that the saved configuration lacks gets its default. This version must know every saved key of `model`,
-    because an unknown one may change the function that the model computes. From the other sections, only the settings
-    that a run must keep are read.
+    The section `model` is read whole. This version must know all its keys, because an unknown one may change the
+    function that the model computes. From each other section, only the settings that must not change are read. All
+    other keys, and keys that the saved configuration lacks, get their defaults.
 
     Raises:
-        KeyError, TypeError: this version does not know the keys of a section, or a section is missing.
+        KeyError, TypeError: a section is missing, or `model` has a key that this version does not know.
     """
     sections: dict[str, Any] = {"model": model_section(configuration)}
     for name, section in SECTIONS.items():
@@ -241,7 +236,9 @@ def restore(
 
 
 def _check_defined(partition: Partition) -> None:
-    """Check that no weight is NaN. If a model is built for a checkpoint, its weights are NaN before loading.
+    """Check that no weight is NaN.
+
+    A model that is built to be loaded starts with NaN weights, so those that the checkpoint does not cover stay NaN.
 
     Raises:
         ValueError: a weight is NaN.

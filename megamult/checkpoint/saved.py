@@ -80,7 +80,10 @@ class SavedCheckpoint:
             )
 
     def files(self, folder: str) -> dict[str, bytes]:
-        """Return {`folder/name`: content} of the files in a folder of the checkpoint, which may have no such folder."""
+        """Return {`folder/name`: content} of the files in a folder of the checkpoint, or {} if it has no such folder.
+
+        If `folder` is the name of a file, return {name: content} of this file.
+        """
         return {name: (self.path / name).read_bytes() for name in self._sums if Path(name).parts[0] == folder}
 
     def load(self, chunks: Sequence[Chunk], group: ProcessGroup | None = None) -> None:
@@ -151,9 +154,9 @@ def write(
 
 @contextlib.contextmanager
 def _plainly(group: ProcessGroup | None) -> Iterator[None]:
-    """Raise the error of the lowest-numbered rank that failed, instead of torch's collection of errors.
+    """Context for torch's save and load: raise one error, that of the lowest rank that failed, and not torch's list.
 
-    Also suppress torch's warning about saving or loading in a single process.
+    Without a group, also suppress torch's warning about saving or loading in a single process.
     """
     with contextlib.ExitStack() as stack:
         if group is None:  # filters hold for all threads: a background thread must not change them
@@ -167,4 +170,4 @@ def _plainly(group: ProcessGroup | None) -> Iterator[None]:
                 raise cause from None  # KeyboardInterrupt and SystemExit, which torch catches too
             kind = next((kind for kind in (ValueError, OSError) if isinstance(cause, kind)), RuntimeError)
             where = "" if group is None else f"rank {rank}: "
-            raise kind(f"{where}{cause or type(cause).__name__}") from cause
+            raise kind(f"{where}{str(cause) or type(cause).__name__}") from cause

@@ -74,8 +74,8 @@ class Saver:
             files: {name: content} of further files. Only the first rank's are written.
 
         Returns:
-            If the saver is asynchronous, the outcome of the previous save, or None if there was no previous save or an
-            earlier call has returned its outcome. Otherwise the outcome of this save.
+            If the saver is not asynchronous, the outcome of this save. If it is, the outcome of the previous save, or
+            None if there was no previous save or :meth:`poll` or :meth:`wait` has already returned its outcome.
         """
         began = time.perf_counter()
         before = self.wait()
@@ -97,7 +97,10 @@ class Saver:
         return self.poll()
 
     def poll(self) -> Outcome | None:
-        """Return the outcome of a save that has ended since the last call, or None if none has."""
+        """Return the outcome of the latest save, or None if it is still running or there was none.
+
+        Each outcome is returned once. After :meth:`poll`, :meth:`wait` or :meth:`save` has returned it, return None.
+        """
         if self._thread is not None and self._thread.is_alive():
             return None
         self._thread, outcome, self._outcome = None, self._outcome, None
@@ -171,7 +174,7 @@ def _places(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _failing(chunk: Chunk, error: Exception) -> Chunk:
-    """Return a copy of the chunk whose `load` raises the error."""
+    """Return a copy of the chunk, with a `load` that raises `error`."""
 
     def load() -> Tensor:
         raise error

@@ -21,7 +21,12 @@ from megamult.zero.partition import Partition, Slice, even_intervals
 
 
 def full_name(what: str, logical_name: str) -> str:
-    """Return the name that a tensor has in a checkpoint. Any `what` but `weight` is a state of the optimizer."""
+    """Return the name that a tensor has in a checkpoint.
+
+    Args:
+        what: `weight` for a weight or a multiplier, otherwise the name of the optimizer state, such as `exp_avg`.
+        logical_name: name of the weight or multiplier itself, or of the one that the state belongs to.
+    """
     return f"model.{logical_name}" if what == "weight" else f"optimizer.{what}.{logical_name}"
 
 

@@ -36,7 +36,7 @@ tensors."""
 
 
 class ShardWriter(StorageWriter):
-    """Storage writer with which every rank writes its chunks, and the first rank completes the directory.
+    """Storage writer with which every rank writes its chunks, and the first rank then adds all other files.
 
     Args:
         directory: directory to write to. It has a temporary name, which `complete` changes.
@@ -68,7 +68,7 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Put each rank's number into that rank's plan."""
+        """Put each rank's number into that rank's plan: :meth:`write_data` names its files by this number."""
         return [SavePlan(plan.items, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -94,7 +94,7 @@ class ShardWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index, the other files and the checksums on the first rank, then complete the directory."""
+        """Write the index, the other files and the checksums on the first rank, then call `complete`."""
         stored = {result.index: result.storage_data for rank in results for result in rank}
         sums = dict(stored.values())
         for name, content in {**self._files, INDEX: to_json(metadata, stored)}.items():
@@ -148,7 +148,7 @@ class ShardReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill the planner's tensors with the parts of stored chunks that the plan lists."""
+        """Read the regions of stored chunks that the plan lists into the planner's tensors."""
         assert self._metadata.storage_data is not None
         by_file = defaultdict(list)
         for item in plan.items:
@@ -191,7 +191,7 @@ def read_sums(directory: Path) -> dict[str, str]:
         for line in path.read_text(encoding="utf-8").splitlines():
             value, _, name = line.partition("  ")
             if len(value) != 64 or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"it has the line {line[:80]!r}")
+                raise ValueError(f"the line {line[:80]!r} is not a SHA-256 and a path inside the directory")
             sums[name] = value
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory} is no complete checkpoint: {SUMS} cannot be read ({error})") from None

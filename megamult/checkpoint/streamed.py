@@ -37,7 +37,10 @@ class Streamed:
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of consecutive blocks of rows, each of at most :data:`BLOCK_BYTES`, or of one larger row."""
+    """Yield (start, stop) of consecutive blocks of rows, each of at most :data:`BLOCK_BYTES`.
+
+    A row that is larger is a block by itself.
+    """
     step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])

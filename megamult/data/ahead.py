@@ -1,4 +1,7 @@
-"""Building of index files before a run needs them, by a background process of global rank 0, so that no rank waits."""
+"""Building of index files, which fix Megatron's order of an epoch's samples, before a run needs the epoch.
+
+A background process of global rank 0 builds them. Without it, all ranks would wait while rank 0 builds.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ class BuildsAhead:
             self._end()
 
     def close(self) -> None:
-        """End the background process, if there is one. Epochs that it has not built stay unbuilt."""
+        """End the background process, if there is one. Epochs that it has not built are built when a run needs them."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -18,7 +18,11 @@ class DataConfig:
     valid: str | dict[str, float] | list[str] | None = None
     """Corpora to evaluate on, given as in data.train; null: no evaluation."""
     tokenizer: str | None = None
-    """The sentencepiece model that the corpora were encoded with."""
+    """Tokenizer that the corpora were encoded with: a sentencepiece model, a tokenizer.json, or the directory of one of
+    them. null: the corpora come without a tokenizer, as from Megatron's own tools. data.eod and model.vocab_size must
+    then be set."""
+    eod: int | str | None = None
+    """End-of-document token, as id or as text. null: the one that the tokenizer's files call eos."""
     validate: Literal["stamp", "full"] = "stamp"
     """Check of the corpora at start-up. With `stamp`, sizes, headers and samples of the files are compared with the
     stamp that launch/prepare_data.py wrote. With `full`, every byte is read too, and all processes share the work."""

@@ -19,17 +19,21 @@ import numpy as np
 from tqdm import tqdm
 
 from megamult.data.documents import Document, read_documents
-from megamult.data.encoding import encode_in_order
+from megamult.data.encoding import Encoded, encode_in_order
 from megamult.data.indexed import unigram_entropy, validate_indexed
+from megamult.data.sentencepiece_tokenizer import train_tokenizer
 from megamult.data.split import ValidSplit
 from megamult.data.splitmix import splitmix
 from megamult.data.stamp import SUFFIX, Stamp
-from megamult.data.tokenizer import Tokenizer, train_tokenizer
+from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER
+from megamult.data.tokenizer_kinds import open_tokenizer
 from megamult.runtime.partial import partial_folder
 
 # Limit of the text that trains a tokenizer. sentencepiece holds it in memory, and more text hardly changes the merges.
 _TOKENIZER_BYTES = 200_000_000
 _SAMPLE_SEED = 1
+# Names in the partial folder: the sentencepiece model, or the directory of tokenizer files in Hugging Face's format.
+_MODEL, _FOLDER = "model", "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class CorpusSummary:
     text_bytes: int
     vocab_size: int
     unigram_entropy: float
+    tokenizer: Path
+    """The tokenizer that was written, which is the value of data.tokenizer for a run."""
+    changed: int = 0
+    """Number of documents whose token ids decode to another text."""
+    first_change: str | None = None
+    """Description of the first change."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -58,44 +68,48 @@ def prepare_corpus(
     valid_fraction: float = 0.01,
     json_key: str = "text",
     workers: int = 1,
+    eod: int | str | None = None,
 ) -> CorpusSummary:
-    """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and OUTPUT.model. Earlier files are replaced at the very end.
+    """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and the tokenizer. Earlier files are replaced at the very end.
 
-    If `vocab_size` is given, a tokenizer of this size is trained on the training documents (on a sample of them if the
-    text exceeds 200 MB). If `tokenizer` is given, this model file is used. The token ids of each document must decode
-    to the document's text. An end-of-document token is written after each document. If `valid_fraction` is 0, there is
-    no valid set, and an earlier valid set under the same name is removed. Unfinished files that a killed call left
-    under the same name are removed first.
+    If `vocab_size` is given, a sentencepiece model of this size is trained on the training documents (on a sample of
+    them if the text exceeds 200 MB). If `tokenizer` is given, this one is used
+    (:func:`megamult.data.tokenizer_kinds.open_tokenizer`). The tokenizer is written to OUTPUT.model if it is a
+    sentencepiece model, and its files to the directory OUTPUT_tokenizer if it is in Hugging Face's format. The
+    end-of-document token, `eod` or the one that the tokenizer names, is written after each document. If
+    `valid_fraction` is 0, there is no valid set, and an earlier valid set under the same name is removed. Unfinished
+    files that a killed call left under the same name are removed first.
 
     Raises:
-        ValueError: an input is bad (the message names the first mistake in each file and its line), an option is wrong,
-            or the tokenizer does not keep the text of a document.
+        ValueError: an input is bad (the message names the first mistake in each file and its line), or an option is
+            wrong.
     """
     if (vocab_size is None) == (tokenizer is None):
         raise ValueError(f"vocab_size is {vocab_size} and tokenizer is {tokenizer}: give exactly one of them")
     if workers < 1:
         raise ValueError(f"workers is {workers}: give at least 1 process")
-    given = Tokenizer(tokenizer) if tokenizer is not None else None
+    given = open_tokenizer(tokenizer, eod) if tokenizer is not None else None
     prefix = _checked_prefix(output, inputs)
     count, text_bytes = _survey(inputs, json_key)
     split = ValidSplit.of(count, valid_fraction)
 
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with partial_folder(prefix) as partial:
-        model = partial / "model"
-        if given is not None:
-            shutil.copyfile(given.model_path, model)
-            encoder = Path(given.model_path)  # error messages then name the user's file
-        else:
-            encoder = model
+        model = partial / _MODEL
+        if given is None:
             assert vocab_size is not None
             texts = _tokenizer_texts(read_documents(inputs, json_key), split, text_bytes)
             train_tokenizer(texts, vocab_size, model)
-        used = Tokenizer(model)
+        used = given or open_tokenizer(model, eod)
         size = used.vocab_size
+        for name, content in used.files().items():
+            file = model if name == SENTENCEPIECE else partial / _FOLDER / name.removeprefix(f"{TOKENIZER_FOLDER}/")
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content)
         documents = _with_progress(read_documents(inputs, json_key), text_bytes)
-        with contextlib.closing(encode_in_order(documents, encoder, workers)) as encoded:
-            written = _write_sets(encoded, partial, split, size)
+        with contextlib.closing(encode_in_order(documents, used.path, eod, workers)) as encoded:
+            changes: list[str] = []
+            written = _write_sets(_noting(encoded, changes), partial, split, size)
         if sum(written.values()) != count:
             raise ValueError(
                 f"the inputs held {count} documents when they were checked and {sum(written.values())} when "
@@ -107,6 +121,7 @@ def prepare_corpus(
             tokens[name] = files.tokens
             Stamp.of(files, used).write(partial / f"{name}{SUFFIX}")
         entropy = unigram_entropy(partial / "train", size)
+        folder = (partial / _FOLDER).is_dir()
         _publish(partial, prefix)
     return CorpusSummary(
         train_documents=written["train"],
@@ -116,7 +131,18 @@ def prepare_corpus(
         text_bytes=text_bytes,
         vocab_size=size,
         unigram_entropy=entropy,
+        tokenizer=_outputs(prefix)[_FOLDER if folder else _MODEL],
+        changed=len(changes),
+        first_change=changes[0] if changes else None,
     )
+
+
+def _noting(encoded: Iterable[Encoded], changes: list[str]) -> Iterator[np.ndarray]:
+    """Yield the ids of each document, and append a description of each change of a document's text to `changes`."""
+    for each in encoded:
+        if each.changed is not None:
+            changes.append(each.changed if not changes else "")
+        yield each.ids
 
 
 def _outputs(prefix: Path) -> dict[str, Path]:
@@ -125,7 +151,8 @@ def _outputs(prefix: Path) -> dict[str, Path]:
     Stamps come last, because they vouch for the other files.
     """
     names = [f"{part}{kind}" for kind in (".bin", ".idx", SUFFIX) for part in ("train", "valid")]
-    return {"model": prefix.with_name(f"{prefix.name}.model")} | {
+    tokenizer = {_MODEL: f"{prefix.name}.model", _FOLDER: f"{prefix.name}_tokenizer"}
+    return {name: prefix.with_name(final) for name, final in tokenizer.items()} | {
         name: prefix.with_name(f"{prefix.name}_{name}") for name in names
     }
 
@@ -134,8 +161,8 @@ def _checked_prefix(output: str | Path, inputs: Sequence[str | Path]) -> Path:
     if str(output).endswith(("/", os.sep)) or Path(output).name in ("", ".", ".."):
         raise ValueError(f"output is {str(output)!r}: give a prefix such as data/corpus, not a directory")
     prefix = Path(output)
-    for file in _outputs(prefix).values():
-        if file.is_dir():
+    for name, file in _outputs(prefix).items():
+        if file.is_dir() and name != _FOLDER:
             raise ValueError(f"output file {file} is a directory: choose another prefix or move it")
         for path in inputs:
             if file.exists() and Path(path).exists() and file.samefile(path):
@@ -210,10 +237,13 @@ def _publish(partial: Path, prefix: Path) -> None:
     for name in outputs:
         if name.endswith(SUFFIX):  # an old stamp must not vouch for new files
             outputs[name].unlink(missing_ok=True)
-        if (partial / name).exists():
-            with open(partial / name, "rb") as stream:
-                os.fsync(stream.fileno())
+        for file in [partial / name, *(partial / name).glob("*")]:
+            if file.is_file():
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
     for name, final in outputs.items():
+        if final.is_dir():  # a directory cannot be replaced by a rename
+            shutil.rmtree(final)
         if (partial / name).exists():
             os.replace(partial / name, final)
         else:

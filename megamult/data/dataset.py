@@ -94,8 +94,8 @@ class BlendedDataset:
 
         Args:
             end: sample before which the run will end. If it is given, the index files of each source's next epoch are
-                built in the background, provided that the run needs this epoch. Otherwise they are built when they are
-                needed.
+                built in the background, provided that a sample before `end` needs this epoch. If it is None, index
+                files are built only when an epoch is opened, and all ranks wait for them.
 
         Raises:
             RuntimeError: rank 0's index files do not appear on this rank, for example because cache_dir is not shared.
@@ -166,7 +166,7 @@ class BlendedDataset:
         return self._sources[position].sample(self._first[position] + k)
 
     def _positions(self, i: int) -> list[int]:
-        """Return, for each source, its next sample at the time when global sample `i` is read."""
+        """Return, for each source, how many of its samples the run reads before global sample `i`."""
         return [first + count for first, count in zip(self._first, self.blend.counts(i - self._origin), strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class _Source:
     def __init__(
         self, described: Described, twin: int, tokenizer: Tokenizer, seq_length: int, seed: int, cache_dir: Path
     ) -> None:
-        """Check the numbers of tokens and documents, without opening a file. `twin` is passed to `draw_as`."""
+        """Check the numbers of tokens and documents, without opening a file. See :meth:`draw_as` for `twin`."""
         files = described.files
         prefix = files.prefix
         if files.tokens < seq_length + 1:
@@ -260,7 +260,10 @@ class _Source:
         self.draw_as(twin)
 
     def draw_as(self, twin: int) -> None:
-        """Set this source's twin number (see `megamult.data.names`). Each twin number gives another shuffle."""
+        """Set this source's twin number, which distinguishes it from sources with the same `Identity.order`.
+
+        The number is part of the seed, so that each of these sources shuffles differently (see `megamult.data.names`).
+        """
         order, contents = self.identity.order, self.identity.contents
         key = repr((order, contents, self._tokenizer.sha256, self._seq_length, self._seed, twin))
         self.epochs = EpochFiles(

@@ -1,4 +1,7 @@
-"""Descriptions of a run's sources. One rank of each node makes them from the files, and every rank needs them."""
+"""Descriptions of a run's sources, which one rank of each node makes from the files.
+
+:func:`megamult.train.corpora.open_datasets` then sends rank 0's descriptions to all ranks.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class Described:
 def describe(prefix: str, tokenizer: Tokenizer) -> Described:
     """Describe a source by its stamp, the header of its .idx, and the sizes and a few blocks of its .bin and .idx.
 
-    If there is no stamp, pointers in the .idx are also read.
+    If there is no stamp, the .idx is also read for the positions where documents start, to compute `Identity.order`.
 
     Raises:
         ValueError: a file is missing or damaged, does not fit its stamp, or was encoded with another tokenizer.
@@ -46,7 +49,7 @@ def describe(prefix: str, tokenizer: Tokenizer) -> Described:
 
 
 def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Described]:
-    """Describe each source. For sources without a stamp, also check samples of both files (see `validate_sample`).
+    """Describe each source. If it has no stamp, also check a few blocks of its .bin and .idx (see `validate_sample`).
 
     Raises:
         ValueError: `describe` or `validate_sample` failed. One message lists the mistakes of all sources.
@@ -64,7 +67,7 @@ def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Des
 def validate_all(
     prefixes: Sequence[str], tokenizer: Tokenizer, share: tuple[int, int], note: Callable[[int], None] = lambda n: None
 ) -> None:
-    """Read this rank's share of all bytes of the sources, and compare checksums of sources that have a stamp.
+    """Check this rank's share of all bytes of the sources. If a source has a stamp, compare checksums with the stamp's.
 
     Args:
         share: (k, n) if this is rank k of the n ranks that divide the work.

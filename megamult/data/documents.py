@@ -107,8 +107,8 @@ def _json_documents(path: str, lines: Iterable[tuple[int, str]], json_key: str) 
         if json_key not in record:
             names = ", ".join(map(repr, list(record)[:8])) or "none"
             raise ValueError(
-                f"{where}: the object has no field {json_key!r} (its fields: {names}): name the field that holds the "
-                "text with --json_key"
+                f"{where}: the object has no field {json_key!r} (its fields: {names}): give --json_key the name of "
+                "the field that holds the text"
             )
         text = record[json_key]
         if not isinstance(text, str):

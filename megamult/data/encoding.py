@@ -15,58 +15,72 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megamult.data.documents import Document
 from megamult.data.tokenizer import Tokenizer
+from megamult.data.tokenizer_kinds import open_tokenizer
 
 _BATCH_CHARS = 1 << 18
 _worker_tokenizer: Tokenizer | None = None
 
 
-def encode_document(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-    """Return the ids of a document, followed by the end-of-document token, int32[tokens + 1].
+class Encoded(NamedTuple):
+    """Token ids of a document."""
+
+    ids: np.ndarray
+    """Ids of the text, followed by the end-of-document token, int32[tokens + 1]."""
+    changed: str | None
+    """Description of the place where the text of the ids begins to differ from the document's, or None if it is the
+    same."""
+
+
+def encode_document(document: Document, tokenizer: Tokenizer) -> Encoded:
+    """Encode a document.
 
     Raises:
-        ValueError: the text cannot be encoded, or its ids decode to another text, so that training would lose part of
-            it.
+        ValueError: the text cannot be encoded.
     """
     where = f"{document.path}, line {document.line}"
     try:
         ids = tokenizer.encode(document.text)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    decoded = tokenizer.decode(ids)
+    decoded, changed = tokenizer.decode(ids), None
     if decoded != document.text:
         pairs = zip(decoded, document.text, strict=False)
         at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(decoded), len(document.text)))
-        raise ValueError(
-            f"{where}: the tokenizer {tokenizer.model_path} does not keep the text (from character {at} of the "
-            f"document on, {document.text[at : at + 20]!r} is decoded as {decoded[at : at + 20]!r}): use "
-            "a model with identity normalization and byte fallback, or let launch/prepare_data.py train one"
+        changed = (
+            f"{where}, from character {at} on, {document.text[at : at + 20]!r} is decoded as {decoded[at : at + 20]!r}"
         )
-    return np.array([*ids, tokenizer.eod], dtype=np.int32)
+    return Encoded(np.array([*ids, tokenizer.eod], dtype=np.int32), changed)
 
 
 def encode_in_order(
-    documents: Iterable[Document], model_path: str | Path, workers: int
-) -> Generator[np.ndarray, None, None]:
+    documents: Iterable[Document], path: str | Path, eod: int | str | None, workers: int
+) -> Generator[Encoded, None, None]:
     """Yield the ids of each document, in the order of `documents`, whatever the number of processes.
 
+    Args:
+        documents: the documents.
+        path, eod: arguments of :func:`megamult.data.tokenizer_kinds.open_tokenizer`.
+        workers: number of processes.
+
     Raises:
-        ValueError: the ids of a document do not decode to its text (see `encode_document`).
+        ValueError: a document cannot be encoded.
     """
     if workers == 1:
-        tokenizer = Tokenizer(model_path)
+        tokenizer = open_tokenizer(path, eod)
         for document in documents:
             yield encode_document(document, tokenizer)
         return
     resource_tracker.ensure_running()  # start it before signals are held below: its start would unblock them
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(str(model_path),)
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(str(path), eod)
     )
-    pending: collections.deque[Future[list[np.ndarray]]] = collections.deque()
+    pending: collections.deque[Future[list[Encoded]]] = collections.deque()
     try:
         for batch in _batches(documents):
             with _signals_held():
@@ -109,7 +123,7 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(model_path: str) -> None:
+def _start_worker(path: str, eod: int | str | None) -> None:
     global _worker_tokenizer
     # Ctrl-C and a hang-up of the terminal reach the whole process group. Only the parent acts on them and cleans up.
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -117,7 +131,7 @@ def _start_worker(model_path: str) -> None:
     # These signals are blocked here, because a worker inherits the mask of `_signals_held`.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker_tokenizer = Tokenizer(model_path)
+    _worker_tokenizer = open_tokenizer(path, eod)
 
 
 def _die_with_parent() -> None:
@@ -128,6 +142,6 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_batch(batch: list[Document]) -> list[np.ndarray]:
+def _encode_batch(batch: list[Document]) -> list[Encoded]:
     assert _worker_tokenizer is not None
     return [encode_document(document, _worker_tokenizer) for document in batch]

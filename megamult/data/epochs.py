@@ -1,8 +1,9 @@
 """Epochs of a source: Megatron's `GPTDataset` of each epoch, and the index files that fix the order of its samples.
 
 As a program (`python -m megamult.data.epochs DESCRIPTOR`), this module reads descriptions of epochs from the open file
-descriptor DESCRIPTOR (a number), one JSON object per line, and builds the index files of these epochs. If its standard
-input closes before that, the program ends at once. `megamult.data.ahead` starts it.
+descriptor DESCRIPTOR (a number), one JSON object per line, and builds the index files of these epochs. A run starts the
+program (`megamult.data.ahead`) with a pipe as standard input. If the run ends first, the pipe closes, and the program
+ends at once.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ _NO_PADDING = -(1 << 40)
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Attributes of a tokenizer that a GPTDataset reads. There is no `pad`: Megatron would zero tokens equal to it."""
+    """Attributes of a tokenizer that a GPTDataset reads.
+
+    There is no `pad`: a GPTDataset would replace each token id equal to it by 0, and leave this token out of the loss.
+    """
 
     vocab_size: int
     eod: int
@@ -120,7 +124,8 @@ class EpochFiles:
 
 
 def open_indexed(prefix: str) -> Any:
-    """Return Megatron's `IndexedDataset` of a source, with its .idx memory-mapped and its .bin read by position."""
+    """Return Megatron's `IndexedDataset` of a source. It maps the .idx into memory, and reads the .bin by a
+    :class:`PositionedReader`."""
     with quiet_megatron():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 

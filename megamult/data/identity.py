@@ -28,7 +28,10 @@ class Identity:
 
 
 def order_digest(files: IndexedFiles) -> str:
-    """Compute `Identity.order` of an indexed dataset. This reads some or all pointers of the .idx."""
+    """Compute `Identity.order` of an indexed dataset.
+
+    This reads all pointers of the .idx if there are fewer than 65,536, and evenly spaced ones otherwise.
+    """
     digest = hashlib.sha256(f"{files.dtype.__name__} {files.tokens} {files.sequences}".encode())
     digest.update(files.pointers()[:: 1 + files.sequences // _STARTS].tobytes())
     return digest.hexdigest()

@@ -73,7 +73,8 @@ class IndexedFiles:
         return np.memmap(self.idx, dtype, "r", offset=_HEADER.size + at, shape=(count,))
 
     def chunks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the tokens [first, last) of the .bin in chunks (position of the first token, token ids)."""
+        """Yield the tokens [first, last) of the .bin, at most `_CHUNK_TOKENS` at a time, as (number of the first of
+        them in the .bin, token ids)."""
         last = self.tokens if last is None else min(last, self.tokens)
         itemsize = np.dtype(self.dtype).itemsize
         # The file is read, not mapped: the pages of a mapped file would count as this process's memory.
@@ -237,12 +238,13 @@ def validate_indexed(
     """Check a whole indexed dataset: what `read_index` checks, where each sequence begins, each token id against the
     vocabulary, and the checksums of both files if they are known.
 
-    The files are read in chunks, so that memory does not grow with their size.
+    At most a few million tokens or sequences are read at a time, so that memory does not grow with the files' size.
 
     Args:
         share: (k, n) to check only share k (from 0) of n shares, as rank k of n ranks does in a distributed run.
         checksums: results of `piece_checksums` for the .bin and for the .idx.
-        checked: function that is called after each piece of the files.
+        checked: function that is called after each `_CHUNK_SEQUENCES` sequences, and after each piece
+            (`PIECE_BYTES`) of the .bin and, if there are checksums, of the .idx.
 
     Raises:
         ValueError: the files do not fit each other, a token id lies outside [0, vocab_size), or a file has changed

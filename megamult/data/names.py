@@ -20,7 +20,7 @@ class Names:
     """Names of the sources of a blend, in the order of the blend.
 
     Attributes:
-        twins: twin number of each source: it numbers, from 0, the sources that share an `Identity.order`.
+        twins: twin number of each source, from 0. Sources that share an `Identity.order` have different ones.
         names: name of each source.
         contents: mapping from name to `Identity.contents`, for these sources and all that the run had before.
     """
@@ -31,7 +31,8 @@ class Names:
 
     @staticmethod
     def fresh(identities: Sequence[Identity]) -> Names:
-        """Name a new run's sources. Those with the same `Identity.order` get twin numbers in the order of the blend."""
+        """Name a new run's sources. Those with the same `Identity.order` are twins, and are numbered in the order of
+        the blend to tell them apart."""
         return Names.resumed(identities, [], {})
 
     @staticmethod
@@ -44,9 +45,9 @@ class Names:
                 the checkpoint.
 
         Returns:
-            Names in which each source keeps the name that the run has used for the source's contents. A known name that
-            `contents` lacks is given to a source with the same `Identity.order`. A new source gets a twin number that
-            no source with its `Identity.order` has had.
+            Names of the sources. A source whose contents the run has read before keeps its name. A known name that
+            `contents` lacks is given to a source whose `Identity.order` is the one in the name. A new source gets a
+            twin number that no earlier source with its `Identity.order` has had.
         """
         taken: dict[int, str] = {}
         for sure in (True, False):

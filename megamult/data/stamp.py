@@ -16,7 +16,8 @@ from megamult.data.indexed import PIECE_BYTES, IndexedFiles, piece_checksums
 from megamult.data.tokenizer import Tokenizer
 
 SUFFIX = ".stamp.json"
-_FORMAT = 1
+_FORMAT = 2
+_READ = (1, _FORMAT)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Stamp:
         dtype, tokens, documents, bin_bytes, idx_bytes: token type, numbers of tokens and documents, and file sizes.
         order, contents: the digests of the corpus's `Identity`.
         piece_bytes, bin_sha256, idx_sha256: size of a piece, and checksums of the consecutive pieces of each file.
+        eod: id of the token that ends each document, or None if an older version of megamult wrote the stamp.
         format: number of the stamp's format. It changes when older versions of megamult can no longer read the stamp.
     """
 
@@ -43,11 +45,13 @@ class Stamp:
     piece_bytes: int
     bin_sha256: list[str]
     idx_sha256: list[str]
+    eod: int | None = None
     format: int = _FORMAT
 
     @staticmethod
     def of(files: IndexedFiles, tokenizer: Tokenizer) -> Stamp:
         """Make the stamp of two files that were encoded with `tokenizer`. This reads both files whole."""
+        assert tokenizer.sha256 is not None
         return Stamp(
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
@@ -61,6 +65,7 @@ class Stamp:
             piece_bytes=PIECE_BYTES,
             bin_sha256=piece_checksums(files.bin),
             idx_sha256=piece_checksums(files.idx),
+            eod=tokenizer.eod,
         )
 
     @staticmethod
@@ -78,9 +83,11 @@ class Stamp:
             return None
         except ValueError as error:
             raise ValueError(f"{path} is no JSON file ({error}): {remedy}") from None
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        if not isinstance(content, dict) or content.get("format") not in _READ:
             found = content.get("format") if isinstance(content, dict) else None
-            raise ValueError(f"{path} has format {found!r}, and this version reads {_FORMAT}: {remedy}")
+            raise ValueError(
+                f"{path} has format {found!r}, but this version of megamult reads formats up to {_FORMAT}: {remedy}"
+            )
         try:
             stamp = Stamp(**content)
         except TypeError as error:
@@ -94,7 +101,9 @@ class Stamp:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def check_files(self, files: IndexedFiles) -> Identity:
-        """Check that sizes and samples of two files agree with this stamp; return the identity of the corpus.
+        """Check that the .bin and the .idx agree with this stamp, and return the `Identity` that the stamp records.
+
+        The check compares the token type, the numbers of tokens and documents, both sizes, and `Identity.contents`.
 
         Raises:
             ValueError: the stamp was written for other files.
@@ -120,15 +129,28 @@ class Stamp:
         return Identity(self.order, self.contents)
 
     def check_tokenizer(self, prefix: str, tokenizer: Tokenizer) -> None:
-        """Check that `tokenizer` is the one with which the corpus was encoded.
+        """Check that `tokenizer` is the one with which the corpus was encoded, with the same end-of-document token.
 
         Raises:
-            ValueError: the corpus was encoded with another tokenizer.
+            ValueError: the corpus was encoded with another tokenizer, or its documents end with another token.
         """
+        theirs = (
+            f"{prefix}{SUFFIX} records one with the SHA-256 {self.tokenizer_sha256[:12]}... and {self.vocab_size} "
+            "tokens"
+        )
+        if tokenizer.sha256 is None:
+            raise ValueError(
+                f"data.tokenizer is not set, and data source {prefix} was encoded with a tokenizer: {theirs}; set "
+                "data.tokenizer to it"
+            )
         if tokenizer.sha256 != self.tokenizer_sha256:
             raise ValueError(
-                f"data source {prefix} was encoded with another tokenizer than {tokenizer.model_path}: "
-                f"{prefix}{SUFFIX} records one with the SHA-256 {self.tokenizer_sha256[:12]}... and {self.vocab_size} "
-                f"tokens, and the given file has {tokenizer.sha256[:12]}... and {tokenizer.vocab_size} tokens: give "
-                "the .model file that the corpus was prepared with, or prepare the corpus again with the given one"
+                f"data source {prefix} was encoded with another tokenizer than {tokenizer.path}: {theirs}, but the "
+                f"given one has the SHA-256 {tokenizer.sha256[:12]}... and {tokenizer.vocab_size} tokens: give the "
+                "tokenizer that the corpus was prepared with, or prepare the corpus again with the given one"
+            )
+        if self.eod not in (None, tokenizer.eod):
+            raise ValueError(
+                f"the documents of data source {prefix} end with the token {self.eod}, and the end-of-document token "
+                f"of {tokenizer.path} is {tokenizer.eod}: set data.eod to {self.eod}"
             )

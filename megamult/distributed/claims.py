@@ -43,7 +43,7 @@ class Claim:
         return f"rank {self.rank} on {self.host} (process {self.pid}: {short})"
 
     def starts(self, rank: int) -> bool:
-        """Return whether the launcher of this process starts the rank with this number."""
+        """Return whether the launcher of this process also starts the process with rank `rank`."""
         first, count = self.siblings
         return first <= rank < first + count
 
@@ -92,12 +92,13 @@ def judge(claim: Claim, rank_0: Claim, taken: Mapping[int, Claim], configuration
 
 
 def unlike(claims: Sequence[Claim], configurations: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Return a text that names every key whose value differs between processes, with the values and the ranks, or None
-    if no value differs.
+    """Return a text that names every configuration key whose value differs between processes, with the values and the
+    ranks, or None if no value differs. The number of processes (`Claim.size`) is compared like a key.
 
     Args:
         claims: claims of the processes; the first is rank 0's.
-        configurations: flat configurations by digest.
+        configurations: mapping from each digest in the claims (`Claim.configuration`) to the flat configuration
+            (:func:`megamult.settings.flat`) with this digest.
     """
     groups: dict[tuple[int, str], list[Claim]] = {}
     for claim in claims:

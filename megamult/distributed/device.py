@@ -32,8 +32,10 @@ def local_device() -> torch.device:
 
 
 def upload(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a CPU tensor to the device of this process without waiting. If that device is the CPU, return the tensor
-    itself."""
+    """Copy a CPU tensor to the GPU of this process, or return the tensor itself if this process computes on the CPU.
+
+    The call returns before the copy is done. Kernels that are queued later on the current stream run after the copy.
+    """
     return tensor.pin_memory().to(local_device(), non_blocking=True) if has_cuda() else tensor
 
 
@@ -74,10 +76,11 @@ def install_cpu_shim() -> None:
 
 
 def prepare(tensor: int = 1) -> torch.device:
-    """Select this process's device, install the CPU shim if it is needed, and return the device.
+    """Select this process's device, install the CPU shim if there is no CUDA, and return the device.
 
     Args:
-        tensor: tensor-parallel size.
+        tensor: tensor-parallel size. If it is above 1 and there is CUDA, CUDA_DEVICE_MAX_CONNECTIONS is set to 1,
+            unless it is already set.
     """
     device = local_device()
     if has_cuda():

@@ -66,8 +66,8 @@ _SLURM_PORTS = (20000, 10000)
 def _from_slurm() -> dict[str, str]:
     """Return the variables for this process, which is a task of a Slurm job step.
 
-    Only `srun` sets SLURM_STEP_NUM_TASKS above 1. The process that runs the batch script itself is not a task of
-    `srun`, however many tasks the job asked for.
+    SLURM_STEP_NUM_TASKS is above 1 only in tasks of `srun`, so :func:`set_defaults` recognizes them by it. The process
+    that runs the batch script itself is not such a task, however many tasks the job asked for.
     """
     first, count = _SLURM_PORTS
     # Steps of one job that run at the same time get different ports.

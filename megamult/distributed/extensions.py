@@ -1,8 +1,9 @@
 """Locks in torch's cache of compiled extensions: wait for locks that are held, remove locks whose process has ended.
 
 While torch compiles an extension, the extension's folder holds a file ``lock``, and every other process waits until the
-file is removed. If the process that made the file was killed, the others wait for ever. A run loads DeepSpeed's
-shared-memory collectives from this cache.
+file is removed. If the process that made the file was killed, the others wait for ever. On CPUs every run loads
+DeepSpeed's shared-memory collectives from this cache, so without this module such a lock would stop every run at its
+start.
 
 The module imports only the standard library and nothing of the package, so that launch/setup_env.sh can run it before
 anything is installed: ``python megamult/distributed/extensions.py FOLDER``.
@@ -51,8 +52,8 @@ def release(
         say: function that shows one line to the user.
         name: glob pattern for the names of the extensions whose locks are checked.
         waits_aloud: whether to say for which lock this process waits; false if another rank of the node says it.
-        patience: seconds; see `PATIENCE`.
-        limit: seconds; see `LIMIT`.
+        patience: seconds that a folder must stay unchanged before its lock is removed (see `PATIENCE`).
+        limit: longest time in seconds to wait for a lock that a process of this machine holds (see `LIMIT`).
 
     Raises:
         TimeoutError: a live process of this machine has held a lock for longer than `limit`.
@@ -81,7 +82,7 @@ def _release(lock: Path, say: Callable[[str], None], waits_aloud: bool, patience
             )
         if not told:
             by = f"{_name(holders[0])} is" if holders else "another machine may be"
-            say(f"waiting for {lock}: {by} compiling in that folder")
+            say(f"waiting for {lock}: {by} compiling in its folder")
             told = True
         time.sleep(0.5)
 
@@ -109,7 +110,7 @@ def _holders(lock: Path) -> list[int]:
 
 
 def _last_change(lock: Path) -> float:
-    """Return the time at which a file in the locked folder was last written, in seconds since the epoch.
+    """Return the time of the latest write to any file in the locked folder, in seconds since the epoch.
 
     Raises:
         FileNotFoundError: the lock has been removed.

@@ -43,8 +43,9 @@ def launchers() -> list[int]:
     """Return the ids of the launcher processes above this rank. If one of them ends, the run must end too.
 
     The first id is that of the process that started this rank. If that process is DeepSpeed's launcher for one node and
-    its parent is the `deepspeed` command, the second id is that of the parent, which passes no signals on. The list is
-    empty if no known launcher started this rank.
+    its parent is the `deepspeed` command, the second id is that of the command. The command passes no signals on, so a
+    rank learns that the command was stopped only from the command's end. The list is empty if no known launcher started
+    this rank.
     """
     parent = os.getppid()
     command = _command(parent)

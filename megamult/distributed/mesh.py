@@ -58,7 +58,7 @@ class Mesh:
     def sum_over(self, tensor: torch.Tensor, axis: Axis | None = None) -> torch.Tensor:
         """Sum a tensor in place over the processes along an axis, or over all processes if `axis` is None.
 
-        Collective over the processes of the sum.
+        Collective over these processes.
 
         Returns:
             The same tensor.
@@ -120,7 +120,8 @@ def current_mesh() -> Mesh:
     torch.distributed the mesh has one process.
 
     Raises:
-        ValueError: Megatron's groups have other axes than tensor and data, or are not in Megatron's order.
+        ValueError: Megatron's groups have axes other than tensor and data, or the ranks of a tensor-parallel group are
+            not consecutive. (In Megatron's default order they are.)
     """
     world = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     if world is None:
@@ -133,12 +134,13 @@ def current_mesh() -> Mesh:
     coordinates = Coordinates(grid, tensor=tensor.rank(), data=data.rank())
     if (experts := parallel_state.get_expert_model_parallel_world_size()) > 1:
         raise ValueError(
-            f"Megatron's expert-parallel size is {experts}: megamult knows data x tensor parallelism; leave it at 1"
+            f"Megatron's expert-parallel size is {experts}: megamult supports only data x tensor parallelism; leave it "
+            "at 1"
         )
     if (coordinates.rank, grid.size) != (world.rank(), world.size()):
         raise ValueError(
             f"rank {world.rank()} of {world.size()} is data-parallel rank {data.rank()} of {data.size()} and "
-            f"tensor-parallel rank {tensor.rank()} of {tensor.size()}: megamult knows data x tensor parallelism in "
-            "Megatron's order; leave pipeline, context and expert parallelism at 1"
+            f"tensor-parallel rank {tensor.rank()} of {tensor.size()}: megamult supports only data x tensor "
+            "parallelism in Megatron's order; leave pipeline, context and expert parallelism at 1"
         )
     return Mesh(coordinates, {"tensor": tensor, "data": data}, world)

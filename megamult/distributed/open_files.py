@@ -20,13 +20,15 @@ def raise_limit() -> None:
 
 
 def sockets(rank: int, processes: int, tensor: int, gloo: bool) -> int:
-    """Return the number of sockets from one rank to others. gloo connects every two ranks of a group.
+    """Return the number of sockets from one rank to others. gloo connects every pair of ranks of a group.
 
     Args:
-        rank: number of the rank. Rank 0 serves the store and the watchdog, and every rank connects to both.
+        rank: number of the rank. Rank 0 serves the store of the rendezvous and the watchdog, which notices dead ranks
+            (:mod:`megamult.runtime.watchdog`). Every rank connects to both.
         processes: number of processes of the run.
         tensor: tensor-parallel size.
-        gloo: whether training itself communicates over gloo, as on CPUs. Connections of NCCL are not counted.
+        gloo: whether training communicates over gloo, as on CPUs. The process group for reading and writing files uses
+            gloo in any case. Connections of NCCL are not counted.
     """
     meshes = [processes]  # the group for work on files
     if gloo:

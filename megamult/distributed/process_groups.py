@@ -32,8 +32,9 @@ read the addresses that the earlier group left in the store."""
 def create(tensor: int, timeout: datetime.timedelta) -> None:
     """Make the groups of a grid in which tensor-parallel ranks are consecutive, and register them with Megatron.
 
-    Collective over all ranks. If the default group is not bound to a device, the members of a new group make it without
-    the other ranks. All members must then already be in the same number of groups.
+    Collective over all ranks. If the default group is not bound to a device, each new group is made by its members
+    alone. torch then derives the group's name from the number of groups that a process already has, so this number must
+    be the same in all members.
 
     Args:
         tensor: tensor-parallel size; must divide the number of ranks.
@@ -90,7 +91,7 @@ def _member(partition: Sequence[range], description: str, timeout: datetime.time
 
 def _is_bound(default: ProcessGroup) -> bool:
     """Return whether the default group is bound to a device. If it is, NCCL connected all ranks when the group was
-    made."""
+    made, and new groups can be split off from it."""
     return default.bound_device_id is not None
 
 

@@ -1,5 +1,5 @@
-"""Rank 0's part of the rendezvous: read the claims of processes, refuse processes of other launches, announce who takes
-part."""
+"""Rank 0's part of the rendezvous: read the claims by which processes ask for their ranks, refuse processes of other
+launches, announce who takes part."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def answer_key(number: int) -> str:
 
 
 def heard_key(number: int) -> str:
-    """Return the store's key by which the process of an accepted claim confirms that it has read MET."""
+    """Return the store's key by which the process of an accepted claim confirms that it has read the result (`MET`)."""
     return f"heard/{number}"
 
 
 def configuration_key(digest: str) -> str:
-    """Return the store's key of the flat configuration with this digest."""
+    """Return the store's key of the flat configuration (:func:`megamult.settings.flat`) with this digest."""
     return f"configuration/{digest}"
 
 
@@ -66,8 +66,8 @@ def refusal(claim: str, by: str, why: str, configuration: bool = False) -> str:
         claim: text that describes the process.
         by: text that describes rank 0.
         why: reason for the refusal.
-        configuration: whether the reason is the process's configuration, its version of megamult or a problem that it
-            reported, and not that it belongs to another launch.
+        configuration: true if the reason is the process's configuration, its version of megamult or a problem that it
+            reported; false if the process belongs to another launch. The message ends with the remedy for that case.
     """
     return f"{claim} came to the port of {by}, which refuses it: {why}. {REMEDY if configuration else _PORT}"
 
@@ -78,7 +78,7 @@ class Reception:
     Args:
         store: store to which the processes submit their claims.
         claim: rank 0's own claim.
-        configuration: rank 0's flat configuration.
+        configuration: rank 0's flat configuration (:func:`megamult.settings.flat`).
     """
 
     def __init__(self, store: Store, claim: Claim, configuration: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ class Reception:
         """Wait for all ranks until the deadline, and announce which processes take part.
 
         Args:
-            seconds: length of the whole wait, for messages.
+            seconds: length of the whole wait. Only the texts of errors use it.
             deadline: time at which the wait ends, as a value of time.monotonic().
 
         Returns:

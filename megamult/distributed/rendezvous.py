@@ -82,7 +82,7 @@ class Meeting:
                 raise ValueError(
                     f"parallel.tensor is {tensor}: ranks {first} to {first + tensor - 1} run on {', '.join(names)}, "
                     f"and every layer's collectives would cross the network; choose parallel.tensor {fit}, which stays "
-                    "inside a node, or allow it by parallel.tensor_across_nodes true"
+                    "inside a node, or allow groups that span nodes with parallel.tensor_across_nodes true"
                 )
 
 
@@ -192,8 +192,8 @@ def _store(seconds: float) -> Store:
 
 
 def _of_this_start(store: Store) -> Store:
-    """Return the store with keys that are prefixed by the number of restarts, because torchrun's store outlives the
-    processes that torchrun restarts."""
+    """Return the store with the number of restarts as prefix of every key. torchrun's store outlives the processes that
+    torchrun restarts, so without the prefix a restarted process would read the keys of the earlier start."""
     return PrefixStore(f"megamult/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -276,7 +276,7 @@ def _answer(store: Store, claim: Claim, number: int, deadline: float) -> dict[st
                 break
             if time.monotonic() > deadline:
                 raise RanksMissingError(
-                    "rank 0 came, and has not answered since: see its output", rank_0_is_missing=True
+                    "the store was reached, but rank 0 has not answered: see rank 0's output", rank_0_is_missing=True
                 )
             time.sleep(0.4)  # not shorter, because thousands of ranks ask the same store
         if store.check([answer]):

@@ -1,4 +1,4 @@
-"""Start and end of communication: torch.distributed, Megatron's groups, and what DeepSpeed needs of both."""
+"""Start and end of communication over torch.distributed, with the process groups that Megatron and DeepSpeed use."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def initialize(
         meeting: result of the rendezvous of all processes. If it is None, they meet now.
 
     Raises:
-        ValueError: the sizes do not fit, a tensor-parallel group would span nodes, or the limit of open files is too
-            low for the connections between ranks.
+        ValueError: the number of processes is not a multiple of `tensor`, a tensor-parallel group would span nodes, or
+            the limit of open files is too low for the connections between ranks.
         megamult.distributed.rendezvous.RanksMissingError: processes are missing.
         megamult.distributed.rendezvous.RefusedError: this process has connected to the port of another launch.
-        TimeoutError: another process has been compiling DeepSpeed's operator for too long.
+        TimeoutError: on CPUs, another process has been compiling DeepSpeed's shared-memory collectives for longer than
+            `megamult.distributed.extensions.LIMIT` seconds.
     """
     environment.set_defaults()
     open_files.raise_limit()

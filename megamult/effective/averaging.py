@@ -23,11 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamult.checkpoint import directory
-from megamult.checkpoint.info import FORMAT, INFO, SENTENCEPIECE, CheckpointInfo, versions
+from megamult.checkpoint.info import FORMAT, INFO, CheckpointInfo, versions
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.streamed import Streamed, write_streamed
+from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER
 from megamult.effective.reading import EffectiveModel, EffectiveWeight
-from megamult.huggingface.files import TOKENIZER_FOLDER, check_output
+from megamult.huggingface.files import check_output
 from megamult.settings import fixed_values
 
 
@@ -101,7 +102,7 @@ def average(
         shares,
         sum(math.prod(weight.shape) for weight in weights),
         sum(math.prod(shape) for shape in multipliers.values()),
-        f"--checkpoint.load {output}" if source.info.tokenizer_files == SENTENCEPIECE else None,
+        f"--checkpoint.load {output}",
     )
     if newest.sizes.tie_embeddings and not tied:
         result.notes.append(
@@ -117,7 +118,9 @@ def _check_kind(kind: str, decay: float | None) -> None:
     if kind not in ("uniform", "ema"):
         raise ValueError(f"kind is {kind!r}: use uniform or ema")
     if decay is not None and kind != "ema":
-        raise ValueError(f"decay is {decay} and the shares are uniform: use --weights ema, or leave out the decay")
+        raise ValueError(
+            f"decay is {decay}, and --weights uniform has no decay: use --weights ema, or leave out the decay"
+        )
     if decay is not None and not 0 < decay < 1:
         raise ValueError(f"decay is {decay}: give a number between 0 and 1, such as 0.9")
 
@@ -140,7 +143,8 @@ def _named(paths: Sequence[Path]) -> list[SavedCheckpoint]:
         found = [] if (path / INFO).exists() else directory.of_run(path)
         if found:
             raise ValueError(
-                f"{path} is a directory of {len(found)} checkpoints: give only it, with --last N, or name checkpoints"
+                f"{path} is a directory of {len(found)} checkpoints: give only this directory, with --last N, or name "
+                "single checkpoints"
             )
     checkpoints = [SavedCheckpoint(path) for path in paths]
     again = [path for path, times in Counter(path.resolve() for path in paths).items() if times > 1]
@@ -165,8 +169,8 @@ def _last(paths: Sequence[Path], count: int) -> list[SavedCheckpoint]:
         raise ValueError(f"last is {count}: an average needs two checkpoints or more")
     if len(paths) != 1 or (paths[0] / INFO).exists():
         raise ValueError(
-            f"last is {count} and {', '.join(map(str, paths))} is given: give one run directory with --last, or "
-            "checkpoints without it"
+            f"--last {count} needs one run directory, and these paths are given: {', '.join(map(str, paths))}; give "
+            "one run directory with --last, or checkpoints without it"
         )
     (run,) = paths
     found: list[SavedCheckpoint] = []
@@ -183,8 +187,8 @@ def _last(paths: Sequence[Path], count: int) -> list[SavedCheckpoint]:
             if len(found) == count:
                 return found
     raise ValueError(
-        f"{run} has {len(found)} whole checkpoints and last is {count}: lower --last, or give a directory with "
-        "checkpoints/step_N"
+        f"{run} has {len(found)} complete checkpoints, fewer than --last {count}: lower --last, or give the directory "
+        "of a run that has enough in checkpoints/"
     )
 
 
@@ -225,12 +229,13 @@ def _check_same_model(models: Sequence[EffectiveModel]) -> None:
 
 
 def _kept(model: EffectiveModel) -> dict[str, object]:
-    """Return {name for messages: value} of the settings that decide what the weights of a model mean."""
+    """Return {name for messages: value} of the settings in which averaged models must agree: those of the function that
+    a model computes with its weights, the vocabulary size, and the tokenizer."""
     info = model.saved.info
     return {
         **fixed_values("model", model.sizes, "function"),
         "model.vocab_size": info.vocab_size,
-        "the SHA-256 of the tokenizer": info.tokenizer_sha256,
+        "the SHA-256 of the tokenizer": ", ".join(sorted(info.tokenizers.values())) or None,
     }
 
 

@@ -19,7 +19,7 @@ from megamult.parameters.spec import Side
 
 @dataclass(frozen=True)
 class EffectiveWeight:
-    """One weight of a model without multipliers, and the tensors of a checkpoint from which it is computed."""
+    """One weight of a model with its multipliers merged, and the checkpoint's tensors from which it is computed."""
 
     saved: SavedCheckpoint
     weight: Weight

@@ -19,10 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamult.checkpoint.saved import SavedCheckpoint
+from megamult.data.hugging_face_tokenizer import special_ids
+from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER, read_files
 from megamult.effective.reading import EffectiveModel, EffectiveWeight
 from megamult.huggingface import model_card as hf_card
 from megamult.huggingface import tokenizer as hf_tokenizer
-from megamult.huggingface.files import TOKENIZER_FILES, TOKENIZER_FOLDER, check_output
+from megamult.huggingface.files import check_output
 from megamult.models.architectures import architecture_of
 from megamult.models.common.hugging_face import DTYPES
 from megamult.runtime.partial import partial_folder
@@ -132,7 +134,7 @@ def _read(weight: EffectiveWeight, dtype: torch.dtype) -> Tensor:
     """Read a weight, merge the multipliers into it in fp32, and cast the result to `dtype`.
 
     Raises:
-        ValueError: a finite value is not finite in `dtype`.
+        ValueError: a finite value overflows in `dtype`.
     """
     effective = weight.exported()
     tensor = effective.to(dtype)
@@ -151,15 +153,20 @@ def _tokenizer(saved: SavedCheckpoint, max_length: int) -> tuple[dict[str, bytes
         saved: the checkpoint.
         max_length: sequence length of the model.
     """
-    folder, model = saved.path / TOKENIZER_FOLDER, saved.path / "tokenizer.model"
+    folder, model = saved.path / TOKENIZER_FOLDER, saved.path / SENTENCEPIECE
     files: dict[str, bytes] = {}
     ids: dict[str, Any] = hf_tokenizer.special_ids(model) if model.is_file() else {}
     if folder.is_dir():
-        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        files = read_files(folder)
+        ids |= special_ids(files)
         generation = json.loads(files.get("generation_config.json", b"{}"))
         ids |= {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
     elif model.is_file():
-        files = {**hf_tokenizer.convert(model, max_length), "tokenizer.model": model.read_bytes()}
+        files = {SENTENCEPIECE: model.read_bytes()}
+        try:
+            files |= hf_tokenizer.convert(model, max_length)
+        except ValueError as error:
+            return files, ids, [f"the export has tokenizer.model and no tokenizer.json: {error}"]
     if any(name.startswith("tokenizer") for name in files):
         return files, ids, []
     return (

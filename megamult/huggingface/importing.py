@@ -1,27 +1,32 @@
 """Import of a Hugging Face model as a checkpoint from which a run can continue training.
 
-The imported model computes the same function, and all of its multipliers are 1. Weights are streamed.
+The imported model computes the same function as the Hugging Face model, and all of its multipliers are 1. Weights are
+streamed: memory holds one file of the checkpoint at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megamult.checkpoint.info import SENTENCEPIECE, CheckpointInfo
+from megamult.checkpoint.info import CheckpointInfo
 from megamult.checkpoint.streamed import Streamed, blocks, write_streamed
 from megamult.config import Config, ModelConfig
-from megamult.data.tokenizer import Tokenizer
-from megamult.huggingface.files import TOKENIZER_FILES, TOKENIZER_FOLDER, check_output, tokenizer_identity
+from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER, read_files, tokenizer_identities
+from megamult.huggingface.files import check_output
 from megamult.models.architectures import architecture_of, architecture_of_hugging_face
 from megamult.models.common.hugging_face import Weight
 from megamult.multipliers.config import MultipliersConfig
@@ -46,8 +51,6 @@ class Imported:
     """Number of multipliers."""
     dtype: str
     """Dtype in which a run will compute, as in `train.dtype`."""
-    trainable: bool = True
-    """Whether a run can train from the checkpoint; False if runs cannot read its tokenizer."""
     notes: list[str] = field(default_factory=list)
     """Texts for the user about possibly unexpected properties of the result."""
 
@@ -90,7 +93,7 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
     except ValueError as error:
         raise ValueError(f"{source}/{error}") from None
     assert model.vocab_size is not None
-    files, tokenizer, notes = _tokenizer(source, described)
+    files, tokenizers, notes = _tokenizer(source, described)
     resolved: Placement = resolve(placement) if placement != "none" else {}
     with contextlib.ExitStack() as stack:
         stored = _open(source, stack)
@@ -105,12 +108,11 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
             vocab_size=model.vocab_size,
             drawn=False,
         )
-        if tokenizer is not None:
-            info.tokenizer_files, info.tokenizer_sha256 = tokenizer
+        info.tokenizers = tokenizers
+        files["config.yaml"] = _run_configuration(info.config, output, files)
         weights = [Streamed(weight.logical, found.shape, found.rows) for weight, found in matched]
         write_streamed(output, weights, multipliers, info, files, "importing")
-    trainable = tokenizer is None or info.tokenizer_files == SENTENCEPIECE
-    return Imported(parameters, sum(math.prod(shape) for shape in multipliers.values()), dtype, trainable, notes)
+    return Imported(parameters, sum(math.prod(shape) for shape in multipliers.values()), dtype, notes)
 
 
 def _configuration(model: ModelConfig, placement: str, dtype: Any) -> dict[str, Any]:
@@ -121,6 +123,29 @@ def _configuration(model: ModelConfig, placement: str, dtype: Any) -> dict[str, 
     config = dataclasses.asdict(Config(model=model, multipliers=multipliers, train=TrainConfig(dtype=dtype)))
     plain: dict[str, Any] = json.loads(json.dumps(config))  # turns tuples into lists, as in a file
     return plain
+
+
+def _run_configuration(config: dict[str, Any], output: Path, files: Mapping[str, bytes]) -> bytes:
+    """Return the configuration file of a run that continues from the checkpoint, in which only data.train is missing.
+
+    Args:
+        config: the checkpoint's whole configuration.
+        output: directory of the checkpoint.
+        files: files of the checkpoint.
+    """
+    where = output.resolve()
+    chosen: dict[str, Any] = {
+        "model": config["model"],
+        "multipliers": {key: config["multipliers"][key] for key in ("implementation", "placement")},
+        "train": {"dtype": config["train"]["dtype"]},
+        "checkpoint": {"load": str(where)},
+    }
+    if f"{TOKENIZER_FOLDER}/tokenizer.json" in files:
+        chosen["data"] = {"tokenizer": str(where / TOKENIZER_FOLDER)}
+    elif SENTENCEPIECE in files:
+        chosen["data"] = {"tokenizer": str(where / SENTENCEPIECE)}
+    head = "# A run that continues from this imported model: add --data.train PREFIX_train.\n"
+    return (head + yaml.safe_dump(chosen, sort_keys=False)).encode()
 
 
 def _open(source: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
@@ -139,7 +164,7 @@ def _open(source: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
             if name.endswith(_DERIVED):
                 continue
             if name in found:
-                raise ValueError(f"{path} holds {name}, and so does another file of the model: remove one of them")
+                raise ValueError(f"{path} holds {name}, and so does another file of the model: keep it in only one")
             part = file.get_slice(name)
             found[name] = _Stored(file, name, tuple(part.get_shape()), part.get_dtype())
     return found
@@ -194,9 +219,9 @@ def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list
     if left:
         first = left[min(left)]
         raise ValueError(
-            f"{source} holds {first.name} {first.shape}, which a {architecture.hugging_face_class} of this config.json "
-            f"does not have ({len(left)} such tensors): megamult's model has no such tensor, so this model cannot be "
-            "imported"
+            f"{source} holds {first.name} {first.shape}, which a {architecture.hugging_face_class} with this "
+            f"config.json does not have (number of such tensors: {len(left)}): megamult's model has no place for them, "
+            "so this model cannot be imported"
         )
     return matched
 
@@ -214,40 +239,41 @@ def _check_equal(source: Path, head: _Stored, embedding: _Stored) -> None:
         )
 
 
-def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes], tuple[str, str] | None, list[str]]:
-    """Return the tokenizer's files, its identity (file names, SHA-256), and notes for the user.
+def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, str], list[str]]:
+    """Return the tokenizer's files, what defines it, and notes on the tokenizer for the user.
 
     Args:
         source: directory of the model to import.
         described: content of its config.json.
 
     Returns:
-        Unchanged contents of the files by their paths in the checkpoint; the identity, or None if there is no
-        tokenizer; and the notes.
+        Unchanged contents of the files by their paths in the checkpoint; the files that define the token ids
+        (:attr:`megamult.checkpoint.info.CheckpointInfo.tokenizers`); and the notes.
     """
-    found = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
-    identity = tokenizer_identity(found)
+    found = read_files(source)
+    identities = tokenizer_identities(found)
     files = {f"{TOKENIZER_FOLDER}/{name}": content for name, content in found.items()}
     notes = []
-    try:
-        # A model with a sentencepiece file was trained with this file. Its other tokenizer files have the same content.
-        identity = (SENTENCEPIECE, Tokenizer(source / "tokenizer.model").sha256)
-        files[SENTENCEPIECE] = found["tokenizer.model"]
-    except ValueError:
-        if identity is None:
-            notes.append(
-                "the input has no tokenizer: the checkpoint has none either, nor will an export of the checkpoint"
-            )
-        else:
-            names = identity[0].replace(f"{TOKENIZER_FOLDER}/", "")
-            notes.append(
-                f"the tokenizer ({names}) is no sentencepiece model, and training reads no other kind yet: its files "
-                "are kept for export, and training from this checkpoint is refused"
-            )
+    with contextlib.suppress(ValueError):
+        # Other files of this name, such as those of tiktoken, are not in sentencepiece's format.
+        SentencePieceTokenizer(source / SENTENCEPIECE)
+        identities.pop(f"{TOKENIZER_FOLDER}/{SENTENCEPIECE}", None)
+        identities = {SENTENCEPIECE: hashlib.sha256(found[SENTENCEPIECE]).hexdigest(), **identities}
+        files[SENTENCEPIECE] = found[SENTENCEPIECE]
+    readable = {SENTENCEPIECE, f"{TOKENIZER_FOLDER}/tokenizer.json"}
+    if not identities:
+        notes.append("the input has no tokenizer: the checkpoint has none either, nor will an export of the checkpoint")
+    elif not readable & identities.keys():
+        names = next(iter(identities)).replace(f"{TOKENIZER_FOLDER}/", "")
+        notes.append(
+            f"the tokenizer ({names}) is neither a tokenizer.json nor a sentencepiece model, and nothing else can be "
+            "read: its files are kept for export; to prepare a corpus, load it once with "
+            "transformers.AutoTokenizer.from_pretrained and write a tokenizer.json with save_pretrained"
+        )
     # Store the ids of special tokens from config.json, because the checkpoint does not store config.json itself.
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in described}
     files.setdefault(f"{TOKENIZER_FOLDER}/generation_config.json", (json.dumps(ids, indent=2) + "\n").encode())
-    return files, identity, notes
+    return files, identities, notes
 
 
 def _read_json(path: Path) -> dict[str, Any]:

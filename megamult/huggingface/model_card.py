@@ -99,7 +99,10 @@ def render(info: CheckpointInfo, exported: Mapping[str, Any], parameters: int, m
 
 
 def _batch(train: Mapping[str, Any]) -> Any:
-    """Return the batch size, and how it grew at the beginning. Older checkpoints do not have `batch_ramp`."""
+    """Return the batch size, and how it grew at the beginning, if it did.
+
+    Older checkpoints do not have `batch_ramp`, because the batch size could not grow yet.
+    """
     ramp, full = train.get("batch_ramp", {}), train["global_batch_size"]
     if not ramp.get("start"):
         return full

@@ -4,20 +4,21 @@ Both sentencepiece and the library `tokenizers`, which transformers uses, merge 
 The result depends only on the pieces and the order of merges. Four differences are handled here:
 
 * sentencepiece stores a space in a piece as U+2581, and would read this character in a text as a space.
-  :class:`megamult.data.tokenizer.Tokenizer` therefore encodes U+2581 in a text as bytes. The converted pieces contain
-  real spaces, and the converted tokenizer does not normalize text. No converted piece contains U+2581, so `tokenizers`
-  encodes it as bytes too.
+  :class:`megamult.data.sentencepiece_tokenizer.SentencePieceTokenizer` therefore encodes U+2581 in a text as bytes.
+  The converted pieces contain real spaces, and the converted tokenizer does not normalize text. No converted piece
+  contains U+2581, so `tokenizers` encodes it as bytes too.
 * sentencepiece orders merges by the piece that they form, and `tokenizers` orders them by the pair that they join. If
   several pairs form the same piece, the converted list of merges has all of these pairs, one after the other. The ids
-  stay the same: a piece can form only if no earlier merge has crossed its ends. The merges inside the piece then do not
-  depend on the surrounding text, so the last of them always joins the same pair, and the other pairs never occur.
+  stay the same: a piece can form only if no earlier merge has joined its first or last character with the text outside.
+  The merges inside the piece then do not depend on this text, so the last of them always joins the same pair, and the
+  other pairs never occur.
 * Text that looks like a special token, such as "</s>", is plain text in training data. transformers would read it as a
   special token, so the conversion sets `split_special_tokens`.
 * transformers can put a bos token before a text. Training data has no such token, so the conversion sets
   `add_bos_token` to false.
 
-One difference remains, in the decoding of byte tokens that are not valid UTF-8. Encoding a text never gives such byte
-tokens. `tokenizers` decodes every byte token of such a sequence as U+FFFD, and sentencepiece only the invalid ones.
+One difference remains, in the decoding of a sequence of byte tokens that is not valid UTF-8. Encoding a text never
+gives such a sequence. `tokenizers` decodes each of its byte tokens as U+FFFD, and sentencepiece only the invalid ones.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models
 
-from megamult.data.tokenizer import Tokenizer
+from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 _SPACE_MARK = "\u2581"
 _HARD_TEXTS = (
@@ -49,7 +50,7 @@ _HARD_TEXTS = (
 
 def special_ids(model: Path) -> dict[str, int]:
     """Return those of `bos_token_id` and `eos_token_id` that a sentencepiece model has."""
-    processor = sentencepiece.SentencePieceProcessor(model_file=Tokenizer(model).model_path)
+    processor = sentencepiece.SentencePieceProcessor(model_file=SentencePieceTokenizer(model).path)
     found = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
     return {key: value for key, value in found.items() if value >= 0}
 
@@ -66,7 +67,7 @@ def convert(model: Path, max_length: int) -> dict[str, bytes]:
     Raises:
         ValueError: the file is no sentencepiece model, or `tokenizers` cannot reproduce the ids that the model gives.
     """
-    ours = Tokenizer(model)
+    ours = SentencePieceTokenizer(model)
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
     _check_expressible(model, proto)
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -144,7 +145,7 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _check_same_ids(model: Path, ours: Tokenizer, backend: Any, text: dict[int, str]) -> None:
+def _check_same_ids(model: Path, ours: SentencePieceTokenizer, backend: Any, text: dict[int, str]) -> None:
     """Check that the converted tokenizer gives the same ids as the sentencepiece model.
 
     The texts of the check are all pieces, all pairs of pieces with neighbouring ids, and :data:`_HARD_TEXTS`.

@@ -16,7 +16,7 @@ from megamult.multipliers.config import MultiplierClip, MultipliersConfig
 from megamult.optim import legacy
 from megamult.optim.build import make_optimizer
 from megamult.optim.config import OptimizerConfig, check_used, rule_sections
-from megamult.optim.folded import covers
+from megamult.optim.packed_multipliers import covers
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.initial import Initial
 from megamult.parameters.roles import ROLES, Placement, resolve
@@ -47,10 +47,11 @@ def fold(
 
     `settings` needs ``"zero_allow_untested_optimizer": true`` and ``"gradient_clipping": 0.0``. DeepSpeed's default for
     the latter is 1.0, but the optimizer already clips by its own `clip_grad_norm`. At ZeRO 0 in bf16, call
-    ``deepspeed.initialize`` within ``optimizer.paused()``.
+    ``deepspeed.initialize`` within ``optimizer.paused()``: it calls ``optimizer.step()``, which would count as Adam's
+    first step and apply weight decay.
 
     In a loop without DeepSpeed, average gradients over data-parallel ranks and call ``optimizer.step()``. If `initial`
-    is not 1, call ``optimizer.begin()`` before the first forward pass.
+    is not 1, call ``optimizer.begin()`` before the first forward pass: it sets the model's parameters to W_eff.
 
     A vector to which no rule applies, such as the weight of a norm or a bias, gets the role `norm`: AdamW updates it
     without weight decay. A parameter that already has a spec, such as a parameter of megamult's own modules, needs no
@@ -107,7 +108,7 @@ def fold(
             value, positive = start(role, side), settings.parametrization != "direct"
             if not math.isfinite(value) or (positive and value <= 0):
                 needed = f"positive with parametrization {settings.parametrization}" if positive else "finite"
-                raise ValueError(f"initial of {role} {side} is {value}: it must be {needed}")
+                raise ValueError(f"initial gives {role} (side {side}) the value {value}: it must be {needed}")
     specs = _specs(model, rules, resolved)
     reached = {part.role for spec in specs.values() if covers(spec, resolved) for part in spec.parts}
     unreached = [role for role in resolved if role not in reached]
@@ -117,7 +118,9 @@ def fold(
             "it, or leave it out of placement"
         )
     if not reached:
-        raise ValueError(f"placement is {placement!r}: it gives multipliers to no role; choose one that does")
+        raise ValueError(
+            f"placement is {placement!r}, which gives multipliers to no role: give them to at least one role"
+        )
     for parameter, spec in specs.items():
         set_spec(parameter, spec)
     return make_optimizer(model, chosen, settings, Initial(start))
@@ -135,7 +138,8 @@ def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerCo
     """Return the optimizer's configuration.
 
     Raises:
-        ValueError: a key or value is one that the command line refuses too, or a key of the schedule is set.
+        ValueError: a key is unknown, of an earlier version, of the schedule, or not used by this optimizer; or a value
+            has the wrong type or is not among the allowed ones.
     """
     if isinstance(given, OptimizerConfig):
         chosen = given
@@ -165,7 +169,7 @@ def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
         ValueError: a key is not a field of the dataclass, or a value does not have the field's type.
     """
     if not isinstance(given, Mapping):
-        raise ValueError(f"{section} is {given!r}: it is a section; give a mapping of its keys")
+        raise ValueError(f"{section} is {given!r}: give a mapping of the section's keys")
     hints, values = get_type_hints(dataclass), dict(given)
     for key, value in values.items():
         if key not in hints:
@@ -305,8 +309,8 @@ def _check_tie(known: list[str], stated: dict[str, ParameterSpec], spec: Paramet
     if scaled and len(known) > 1 and ("no rule" in roles.values() or len(set(roles.values())) > 1):
         listed = ", ".join(f"{name} ({role})" for name, role in roles.items())
         raise ValueError(
-            f"{known[0]} is shared under several names: {listed}; multipliers of one role would reach the others: "
-            "untie them, leave the role out of placement, or give all names the same role"
+            f"{known[0]} is shared under several names: {listed}; multipliers for one name would scale it under the "
+            "others too: untie it, leave its roles out of placement, or give all names the same role"
         )
 
 

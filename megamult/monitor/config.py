@@ -9,7 +9,10 @@ from megamult.validation import not_negative
 
 @dataclass
 class MonitorConfig:
-    """Figures of weights, multipliers, updates and activations (docs/monitoring.md lists them)."""
+    """Settings of the monitor, which records figures of weights, multipliers, updates and activations.
+
+    docs/monitoring.md lists the figures.
+    """
 
     every: int = 50
     """Steps between records of these figures; 0 turns the records off. A record costs less than half a step, so records

@@ -23,7 +23,10 @@ _SHORT = 1 / 3
 def decay_warnings(
     optimizer: OptimizerConfig, multipliers: MultipliersConfig, lr_factors: Sequence[float]
 ) -> list[str]:
-    """Return a warning for each weight decay that does nothing in a run, or not what a user expects of it.
+    """Return a warning for each weight decay that is not 0 but too weak to take effect within a run.
+
+    The decay of multipliers is too weak if it hardly moves the imbalance of two multipliers. The decay of weights is
+    too weak if the run ends before the RMS of the weights comes near its equilibrium.
 
     Args:
         optimizer, multipliers: sections of the run's configuration.

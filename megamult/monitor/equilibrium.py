@@ -33,7 +33,8 @@ _ADAMW_GAINS = ((0.95, 0.965), (0.999, 0.98))
 def adamw_gain(betas: tuple[float, float]) -> float:
     """Return the standard deviation per step, in units of lr, of the random walk that AdamW makes of pure noise.
 
-    Interpolated in ln(1 - beta2) between two simulated values, and constant outside them.
+    The result is interpolated in ln(1 - beta2) between two values of beta2 that were simulated. Below the smaller and
+    above the larger beta2 it is constant.
     """
     (low, of_low), (high, of_high) = _ADAMW_GAINS
     x = math.log((1 - low) / (1 - min(max(betas[1], low), high))) / math.log((1 - low) / (1 - high))

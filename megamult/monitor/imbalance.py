@@ -39,7 +39,10 @@ class Imbalance:
         ]
 
     def pairs(self, vectors: Mapping[str, Tensor]) -> list[tuple[str, int | None, Tensor]]:
-        """Return (symmetry, layer, imbalance of each pair) for every symmetry of which both sides have multipliers.
+        """Return (symmetry, layer, imbalance of each pair) for every symmetry in the model.
+
+        A symmetry is absent if one of the two factors of its pairs is absent from the model, for example because K has
+        neither row multipliers nor a scalar.
 
         Args:
             vectors: values of all vectors of the model by name.

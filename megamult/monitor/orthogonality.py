@@ -32,7 +32,10 @@ def orthogonality_error(matrices: Tensor) -> Tensor:
 
 
 class Orthogonality:
-    """Errors of all matrices that Muon or NorMuon updates. Every rank calls every method together."""
+    """Measurement of how far the result of Newton-Schulz for each matrix of Muon or NorMuon is from orthogonal.
+
+    All ranks must call each method together.
+    """
 
     def __init__(self, partition: Partition, optimizer: TwoPhaseOptimizer) -> None:
         rule = optimizer.rules.get("matrix")
@@ -44,7 +47,7 @@ class Orthogonality:
         self._errors: dict[str, Tensor] = {}
 
     def arm(self) -> None:
-        """Measure the updates of the next step."""
+        """Start to measure what Newton-Schulz returns, from the next step until :meth:`figures` is called."""
         self._errors = {}
         if self._rule is not None:
             self._rule.watch = self._measure

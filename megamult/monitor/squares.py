@@ -1,8 +1,8 @@
-"""Sums of squares of the rows and columns of matrices, from blocks that many processes hold, and figures from the sums.
+"""Sums of squares of the rows and columns of matrices whose blocks lie on several processes, and figures from them.
 
 The sum of squares of a row or a column is the sum over the blocks that the row or column crosses. Each process adds the
-blocks that it holds, and one sum over all processes gives the squared norm of every row and column of every matrix. RMS
-and spread follow from these norms, and are therefore the same for every sharding.
+squares of the elements that it holds, and one sum over all processes gives the squared norm of every row and column of
+every matrix. RMS and spread follow from these norms, and are therefore the same for every sharding.
 
 Pure functions, without I/O or communication.
 """
@@ -18,7 +18,11 @@ from torch import Tensor
 
 
 class Squares(NamedTuple):
-    """Sums of squares of one block of a matrix W, and of its effective matrix diag(rho) W diag(kappa)."""
+    """Sums of squares of one block of a matrix W, and of the same block of W's effective weight.
+
+    The effective weight is diag(rho) W diag(kappa), where rho is the row multipliers times the scalar, and kappa the
+    column multipliers.
+    """
 
     rows: Tensor
     """Sum over the columns of the block for each row, [height]."""

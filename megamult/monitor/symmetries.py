@@ -2,8 +2,8 @@
 
 A symmetry of the model is that such a pair (a, b) may become (t a, b / t) without any change of the model's output. The
 imbalance of a pair is ln|a| - ln|b|. It is 0 if both multipliers start at 1, and changes when they drift along the
-symmetry. A symmetry has many pairs, for example one for each row of W_up with the same column of W_down. The mean and
-the standard deviation of their imbalances are recorded.
+symmetry. A symmetry has many pairs, for example one for each i: the multipliers of row i of W_up and
+column i of W_down. The mean and the standard deviation of the imbalances of these pairs are recorded.
 
 Pure functions, without I/O or communication.
 """
@@ -23,11 +23,12 @@ Pairs = tuple[Tensor, Tensor]
 
 
 def query_key(query: Tensor, key: Tensor, head_dim: int) -> Pairs:
-    """Return ln|a| of W_Q and ln|b| of W_K for all pairs (a, b) of the symmetry, each [groups * head_dim / 2].
+    """Return ln|a| and ln|b| of factors a of W_Q and b of W_K of which only the product matters.
 
-    Rotary positions turn rows i and i + head_dim / 2 of a head together, and all query heads of a group meet the same
-    key head. The symmetry therefore has one (a, b) for every two such rows of a key head: b stands for these two rows,
-    and a for the same two rows of all query heads of the group. ln|a| and ln|b| are the means of the rows' logarithms.
+    There is one a and one b, each [groups * head_dim / 2], for rows i and i + head_dim / 2 of a key head: rotary
+    positions turn these two rows together. All query heads of a group meet the same key head, so a is a factor of the
+    same two rows in all of them. ln|b| is the mean of ln|multiplier| over the two rows of the key head, and ln|a| the
+    mean over the two rows of all query heads of its group.
 
     Args:
         query: [heads * head_dim] ln|row multiplier| of W_Q.
@@ -56,9 +57,9 @@ def value_out(value: Tensor, out: Tensor, head_dim: int) -> Pairs:
 
 
 def pairs(logs: Logs, head_dim: int) -> dict[str, Pairs]:
-    """Return the pairs of a layer, by the name of the symmetry.
+    """Return ln|a| and ln|b| of all pairs (a, b) in a layer, by the name of the symmetry.
 
-    A symmetry is absent if one of its sides has no multipliers.
+    A symmetry is absent if the layer has no multipliers for a or for b.
 
     Args:
         logs: logarithms of the layer's multipliers.
@@ -99,9 +100,9 @@ def norm_columns(norm: Tensor, columns: Sequence[Tensor | None]) -> Tensor | Non
 
 
 def redundant_pairs(sides: Mapping[str, frozenset[str]]) -> list[str]:
-    """Return, in words, the symmetries that multipliers of these sides have.
+    """Return the symmetries that multipliers of these sides have, each in words, such as "rows of q and k".
 
-    A symmetry is returned if both of its sides have multipliers of their own or a scalar.
+    A symmetry is returned if each of its two matrices has multipliers on the side that the words name, or a scalar.
 
     Args:
         sides: sides that have multipliers, by role.

@@ -27,7 +27,7 @@ class Entry:
 
 
 class Vectors:
-    """Vectors of the model on this rank, and the collective that completes them.
+    """All vectors of the model, and the collective that gives every rank their complete values.
 
     Attributes:
         entries: the vectors by logical name, in the same order on every rank.

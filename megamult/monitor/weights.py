@@ -45,8 +45,8 @@ class Matrix:
 
     @property
     def lengths(self) -> list[int]:
-        """Number of sums of each kind, in packed order: one per row, one per column, and if the matrix has multipliers,
-        the same two numbers for the effective matrix."""
+        """Lengths of the packed vectors of sums: the number of rows and the number of columns, and, if the matrix has
+        multipliers, both again for the effective matrix."""
         return [self.rows, self.cols] * (2 if self.multipliers else 1)
 
     def log_factor(self, side: Side, vectors: Mapping[str, Tensor]) -> Tensor | None:
@@ -69,10 +69,10 @@ class Weights:
     """Sums of squares of all matrices of a model. Every rank calls every method together.
 
     Each rank adds the squares of the elements that it holds to one packed vector, which has the sums over each row and
-    each column of each logical matrix. One all-reduce completes the vector.
+    each column of each logical matrix. One all-reduce sums this vector over all ranks.
 
     Args:
-        partition, optimizer: the partition of this rank, and the optimizer that is bound to it.
+        partition, optimizer: the partition of this rank, and the optimizer that updates the weights in it.
         vectors: names of the model's logical vectors, among which each matrix's multipliers are found.
 
     Attributes:
@@ -114,8 +114,8 @@ class Weights:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Copy the weights that this rank counts, unless they were copied since the last :meth:`figures`. The next
-        :meth:`figures` then includes the RMS of their change since the copy."""
+        """Copy the weights whose squares this rank adds to the sums, unless there is a copy since the last
+        :meth:`figures`. The next :meth:`figures` then includes the RMS of the weights' change since the copy."""
         if self._before is None:
             self._before = [self._optimizer.weight(self._partition.slices[i]).clone() for i, _ in self._blocks]
 
@@ -169,7 +169,11 @@ class Weights:
         return rho, held.get("col")
 
     def _spread(self, sums: Tensor) -> dict[str, float]:
-        """Return the figures of W and of W_eff that follow from the complete sums."""
+        """Return the RMS of W and of W_eff, and the coefficients of variation of their row and column norms.
+
+        Args:
+            sums: sums of squares over all ranks, in packed order.
+        """
         if not self.matrices:
             return {}
         table = iter(totals(sums, [length for matrix in self.matrices for length in matrix.lengths]))
@@ -204,7 +208,10 @@ def _of(r: Rectangle, values: Tensor) -> Tensor:
 
 
 def _bounded(r: Rectangle) -> Iterator[Rectangle]:
-    """Split a rectangle by rows into blocks that are processed one at a time."""
+    """Split a rectangle by rows into blocks of at most `_ELEMENTS` elements, or of one row if a row is longer.
+
+    Blocks are processed one at a time, which bounds temporary memory.
+    """
     step = max(1, _ELEMENTS[device.local_device().type] // r.width)
     for row in range(0, r.height, step):
         height = min(step, r.height - row)

@@ -83,7 +83,7 @@ class Writers:
             why = f"the gradient norm {record['grad_norm']:.4g} is above optimizer.skip_grad_norm"
             if not all(math.isfinite(record[key]) for key in ("grad_norm", "multiplier_grad_norm")):
                 why = "a gradient is not finite"
-            self.say(f"step {step}: {why}, so the step is skipped ({self._skipped} skipped so far)")
+            self.say(f"step {step}: {why}, so the step changes no weight ({self._skipped} steps skipped so far)")
         self._scalars("train", {k: v for k, v in {**record, **extra}.items() if k != "step"}, step)
         text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
         if self._interactive:

@@ -122,10 +122,11 @@ class MultipliersConfig:
         return {} if self.implementation == "none" else resolve(self.placement)
 
     def by_side(self, key: Literal["lr_factors", "weight_decay_factors", "initial"]) -> dict[tuple[Role, Side], float]:
-        """Return the numbers under one of these keys, by (role, side)."""
+        """Return the numbers that the user gave under `multipliers.<key>`, by (role, side)."""
         return resolve_by_side(f"multipliers.{key}", getattr(self, key), resolve(self.placement))
 
     def initial_values(self) -> Initial:
-        """Return the initial values of the multipliers, and whether initial weights are divided by them."""
+        """Return the initial values of the multipliers, and whether initial weights are divided by them so that the
+        effective weights begin as with multipliers of 1."""
         values = self.by_side("initial")
         return Initial(lambda role, side: values.get((role, side), 1.0), self.divide_weights)

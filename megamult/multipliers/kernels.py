@@ -3,8 +3,9 @@
 W_eff[i, j] = rho[i] kappa[m(i), j] W[i, j]. rho[out] is the product of row multiplier and scalar of each row,
 kappa[vectors, in] holds one vector of column multipliers per logical matrix, and m(i) is the matrix that row i belongs
 to. :class:`Span` says which rows belong to one matrix. On CUDA, :func:`scale` and :func:`scale_backward` each run one
-compiled kernel; the second also multiplies by one narrow matrix. On a CPU nothing is compiled, because compilation
-would take longer than a whole test. Instead rows are processed in blocks that stay in the cache.
+compiled kernel. For the gradient of kappa, :func:`scale_backward` then sums over rows, in one product with a matrix of
+zeros and ones, [vectors, out]. On a CPU nothing is compiled, because compilation would take longer than a whole test.
+Instead rows are processed in blocks that stay in the cache.
 
 Both functions scale the weights of layers or, if `piece` is True, bands: the groups of rows that folded multipliers
 scale in a slice (:class:`megamult.multipliers.scaling.Band`). For a layer, the effective weight is a new tensor, and
@@ -180,8 +181,10 @@ def _whole(matrix: Tensor, rho: Tensor | None, kappa: Tensor | None, spans: tupl
 
 
 def _rows_to_cols(spans: tuple[Span, ...], rows: int, device: torch.device) -> Tensor:
-    """Return, for each row of the weight, the index of the row of kappa that scales it, [rows]. Index -1 is the row of
-    ones at the end of kappa."""
+    """Return, for each row of the weight, the index of the row of kappa that scales it, [rows].
+
+    A row without column multipliers has index -1: the kernels' kappa (`_Factors`) then ends with a row of ones.
+    """
     key = (spans, rows, device)
     if key not in _INDICES:
         index = torch.empty(rows, dtype=torch.long)

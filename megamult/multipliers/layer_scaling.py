@@ -60,7 +60,7 @@ class LayerScaling:
         self._rows_of_scalar = [rows[band.scalar == i] for i in range(len(weight.parts_with(placement, "scalar")))]
 
     def _at(self, key: str, device: torch.device) -> Tensor:
-        """Return the index `key` on `device`. Later calls return the same copy."""
+        """Return the tensor of indices `_index[key]` on `device`, and keep it there for later calls."""
         if self._index[key].device != device:
             self._index[key] = self._index[key].to(device)
         return self._index[key]
@@ -82,7 +82,8 @@ class LayerScaling:
 
         Args:
             weight: the local weight, [out, in].
-            row: the layer's `row_multiplier`, [row multipliers]; entries at its end may be unused.
+            row: the layer's `row_multiplier`, [row multipliers]. It has the same length on all processes, so its last
+                elements are unused on a process with fewer row multipliers.
             col: the layer's `col_multiplier`, one vector after the other, [matrices * in].
             scalar: the layer's `scalar_multiplier`, [matrices].
         """

@@ -139,7 +139,8 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
         input_size, output_size: global sizes.
         spec: spec of the weight. For a weight that consists of several matrices, functions such as
             :func:`megamult.parameters.megatron.fused_qkv` and :func:`~megamult.parameters.megatron.fused_gate_up` make
-            it. Default: the spec of one matrix of role `role`.
+            it. Default: the spec of one matrix, of role `role`.
+        role: role of the matrix if `spec` is not given; otherwise not used.
         placement: sides that have multipliers, by role; default: row and column multipliers on every matrix.
         grad_sync: when the gradients of replicated multipliers are summed over tensor-parallel ranks
             (:mod:`megamult.multipliers.parameters`).

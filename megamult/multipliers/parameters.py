@@ -1,4 +1,4 @@
-"""Create a layer's multipliers with their specs, and complete the gradients of replicated multipliers.
+"""Create a layer's multipliers with their specs, and sum the partial gradients of replicated multipliers.
 
 A rank computes with only its shard of a weight, so it gets only a partial gradient of a replicated multiplier.
 :data:`GradSync` says when the partial gradients are summed over tensor-parallel ranks:
@@ -50,7 +50,7 @@ def register_multipliers(
         weight: the module's weight; the multipliers get its dtype and device.
         spec: spec of the weight, which must have two dimensions.
         placement: the sides on which each role is scaled.
-        grid: the process grid; it decides the local shapes of the multipliers.
+        grid: number of processes along each axis, which decides the local shapes of the multipliers.
         partial: whether the optimizer step must still sum the gradients of replicated multipliers over tensor-parallel
             ranks.
         shared_columns: whether the logical matrices of the weight have the same column multipliers.

@@ -4,8 +4,8 @@ Layers, checkpoints and exports always hold the multipliers r. Only an update us
 f'(u) dL/dr, AdamW updates u = f^-1(r) and applies weight decay to it, and r becomes f(u). A run is therefore the
 same, up to rounding, as one whose parameters are u.
 
-Sources: log-parametrization is in arXiv 2601.04890, gains through softplus in arXiv 2606.25971. The module does
-no communication.
+Sources: arXiv 2601.04890 for r = exp(u); arXiv 2606.25971 for r = softplus(u), where multipliers are called gains. The
+module does no communication.
 """
 
 from __future__ import annotations

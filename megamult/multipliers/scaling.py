@@ -33,9 +33,12 @@ band fit into the cache of a CPU."""
 
 @dataclass(frozen=True)
 class Band:
-    """Rows of an interval, and the indices of their multipliers in the vectors of multipliers.
+    """Rows of a weight that are consecutive in memory, and for each row and column the index of its multiplier.
 
-    Such an index is called an *entry*. If a row has no multiplier, its entry is the argument `one` of :func:`band_of`.
+    Such an index is called an *entry*. For a layer it is an index into `row_multiplier`, `col_multiplier` or
+    `scalar_multiplier`. For the optimizer it is an index into the single vector of all folded multipliers
+    (:class:`PackedScaling`). A row without a multiplier has an entry at which the number 1 is stored: the argument
+    `one` of :func:`band_of`.
     """
 
     offset: int
@@ -70,7 +73,7 @@ def bands(found: Iterable[Rectangle], places: Places, one: int, device_type: str
 
     Args:
         found: the rectangles of one slice, in the order of their offsets.
-        places: segments of the multipliers of each (part, side).
+        places: where the vectors of multipliers hold the multipliers of each (part, side) (:data:`Places`).
         one: the entry that stands for "no multiplier".
         device_type: type of the slice's device, cpu or cuda.
     """
@@ -83,7 +86,9 @@ def _together(found: Iterable[Rectangle], elements: int) -> Iterator[list[Rectan
 
     A group has at most `elements` elements. Larger rectangles are split by rows. A row with more elements is a group of
     its own.
-    A sum over processes includes either a whole group or none of it.
+
+    All rectangles of a group have the same value of `Rectangle.counted`: a sum over processes includes this process's
+    copy of the whole group, or of none of its rows.
     """
     together: list[Rectangle] = []
     for r in itertools.chain.from_iterable(_bounded(r, elements) for r in found):
@@ -231,7 +236,8 @@ class PackedScaling:
                 of rows without multipliers.
             dots: row sums [height] of each band, or None for a band that adds nothing: its rows have neither a row
                 multiplier nor a scalar, or a sum over processes does not include this process's copy of them.
-            factors: the multipliers with which the row sums were taken.
+            factors: the multipliers of the weights in the backward pass. The gradient of a row multiplier is its row
+                sum times the scalar; the gradient of a scalar is the sum of row multiplier times row sum.
         """
         if all(dot is None for dot in dots):
             return

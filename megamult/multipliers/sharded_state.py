@@ -25,7 +25,8 @@ def multiplier_sharded_tensors(
     """Put a ShardedTensorFactory for each multiplier of `module` into Megatron's `sharded` state dict, in place.
 
     For a save, a factory cuts the local vector into the segments of its logical vectors. In a load it joins them. A
-    checkpoint therefore does not depend on the tensor-parallel size, even if a shard cuts through fused rows.
+    checkpoint can therefore be loaded at another tensor-parallel size, even if a shard of a fused weight begins or ends
+    within a part.
     """
     dp_rank = get_pg_rank(metadata["dp_cp_group"])
     for leaf in LEAVES.values():

@@ -16,8 +16,8 @@ class AdamW(UpdateRule):
     """AdamW (arXiv 1711.05101), bias-corrected.
 
     It uses torch's fused kernels on CUDA and on the CPU. These kernels count steps per parameter. NVIDIA Apex's
-    FusedAdam is not used, because it counts steps per param group: ZeRO 3 calls `step` once per sub-group, so that
-    count would advance several times in one optimizer step.
+    FusedAdam is not used, because it counts steps per param group. ZeRO 3 calls `step` once per sub-group, which would
+    advance the count of a param group several times in one optimizer step.
 
     Args:
         betas: decay rates of the first and the second moment.

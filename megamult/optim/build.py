@@ -131,11 +131,12 @@ def rates_of(model: torch.nn.Module, chosen: OptimizerConfig, multipliers: Multi
 
 
 def _check_shared_columns(model: torch.nn.Module, multipliers: MultipliersConfig) -> None:
-    """Check that the model has matrices that can share column multipliers, and that no key tells these apart.
+    """Check that the model has matrices that can share column multipliers, and that the configuration gives the column
+    multipliers of these matrices equal initial values and equal factors of learning rate and weight decay.
 
     Raises:
         ValueError: no parameter stores two matrices with column multipliers, or a key has different values for the
-            columns of two matrices of one parameter. The message has all of these.
+            columns of two matrices of one parameter. The message names all such keys.
     """
     weights = [spec for _, _, spec in named_specs(model) if spec.side is None]
     found = [[spec.parts[i].role for i in spec.parts_with(multipliers.sides, "col")] for spec in weights]

@@ -74,7 +74,7 @@ class LocalSquares:
     Args:
         partition: the slices that this process holds.
         device: the device of the slices.
-        rates: rates of the model. Elements whose learning-rate factor is 0 are left out.
+        rates: factors of learning rate and weight decay. Elements whose learning-rate factor is 0 are left out.
     """
 
     def __init__(self, partition: Partition, device: torch.device, rates: Rates) -> None:
@@ -105,8 +105,9 @@ class LocalSquares:
 def _changing(piece: Slice, partition: Partition, rates: Rates) -> Iterator[tuple[int, int]]:
     """Yield (start, length) of each interval of a slice that gradient norms include.
 
-    Norms do not include copies that a sum over processes leaves out, the further copies of a shared vector
-    (`ParameterSpec.shared`), and elements whose learning-rate factor is 0.
+    Norms leave out elements whose learning-rate factor is 0. Of an element that several processes hold, they include
+    one copy (:meth:`Partition.counted`). Of a vector that is stored once for each part (`ParameterSpec.shared`), they
+    include only the first part.
     """
     runs = runs_of_slice(piece, partition, rates)
     changing = [(run.start, run.stop) for run in runs if run.rate.lr != 0]

@@ -200,7 +200,8 @@ class OptimizerConfig:
         return OptimizerConfig(**{**settings, **sections})
 
     def keys_of(self, section: str) -> dict[str, Any]:
-        """Return the keys and values of a rule's section. The optimizer must use this section."""
+        """Return the keys and values of a rule's section. The optimizer must be one that uses this rule; for others the
+        section is None."""
         return {field.name: getattr(getattr(self, section), field.name) for field in fields(rule_sections()[section])}
 
 

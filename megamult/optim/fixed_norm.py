@@ -43,8 +43,8 @@ class FixedNorms:
 
     Attributes:
         names: names of the logical matrices, in the same order on every rank.
-        norms: [matrices] the norms to keep, in fp32, the same on every rank. If a matrix is NaN because a checkpoint
-            will replace it, its norm is NaN until the checkpoint is loaded.
+        norms: [matrices] the norms to keep, in fp32, the same on every rank. If initial weights are not drawn,
+            because a checkpoint will replace them, weights and norms are NaN until the checkpoint is loaded.
     """
 
     def __init__(

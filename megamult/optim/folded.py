@@ -25,40 +25,20 @@ from megamult.distributed import device
 from megamult.multipliers import kernels
 from megamult.multipliers.parametrization import Parametrization
 from megamult.multipliers.scaling import Band, Factors, PackedScaling, bands
-from megamult.multipliers.specs import LEAVES
 from megamult.optim.adamw import AdamW
+from megamult.optim.packed_multipliers import Vector, covers, lay_out
 from megamult.optim.rates import ONE, Rates, Run, apply_by_rate
 from megamult.optim.state import STEP
 from megamult.parameters.initial import Initial
 from megamult.parameters.rectangles import rectangles
 from megamult.parameters.roles import Placement
-from megamult.parameters.spec import ParameterSpec, Role, Segment, Side
+from megamult.parameters.spec import ParameterSpec
 from megamult.zero.partition import Partition
 
 LATENT = "latent_weight"
 """Key of the latent weight W in the optimizer's state."""
 
 _STATES = tuple(state.key for state in AdamW.states)
-
-
-@dataclass(frozen=True)
-class Vector:
-    """Multipliers of one side of one logical matrix."""
-
-    name: str
-    """Logical name of these multipliers. The layer implementation gives them the same name."""
-    module: str
-    """Name of the module that has the matrix; empty if the model itself has it."""
-    role: Role
-    side: Side
-    entries: slice
-    """Positions of these multipliers in the packed vector; the same positions hold their gradient and AdamW state.
-    Vectors that are shared have the same positions."""
-
-
-def covers(spec: ParameterSpec, placement: Placement) -> bool:
-    """Return whether folded multipliers with this placement scale any part of a parameter."""
-    return spec.side is None and any(placement.get(part.role) for part in spec.parts)
 
 
 @dataclass(frozen=True)
@@ -91,16 +71,16 @@ class FoldedMultipliers:
     def bind(self, partition: Partition, state: MutableMapping[Tensor, Any]) -> BoundMultipliers:
         """Create the multipliers of a partition.
 
-        On entry the masters must hold the initial weights. Compute W from these and write it to `state`; then set the
-        masters to W_eff.
+        On entry the fp32 masters, which are the tensors that the optimizer updates, must hold the initial weights.
+        Compute W from these and write it to `state`; then set the masters to W_eff.
 
         Args:
             partition: the partition, before the first step and after :meth:`Partition.check`.
             state: the optimizer's state, by tensor.
 
         Raises:
-            ValueError: a master is not in fp32; or the settings have a parametrization, and an initial multiplier is
-                not positive.
+            ValueError: a master is not in fp32; or an initial multiplier is not positive, and the settings have a
+                :class:`Parametrization`, which allows only positive multipliers.
         """
         return BoundMultipliers(self, partition, state)
 
@@ -120,8 +100,7 @@ class BoundMultipliers:
     @torch.no_grad()
     def __init__(self, settings: FoldedMultipliers, partition: Partition, state: MutableMapping[Tensor, Any]) -> None:
         self.partition, self._settings, self._state = partition, settings, state
-        self.vectors: list[Vector] = []
-        places = self._lay_out()
+        self.vectors, places = lay_out(partition.cuts, settings.placement, settings.shared_columns)
         here = device.local_device()
         # Vectors that are shared are stored once.
         stored = {(v.entries.start, v.entries.stop): v for v in self.vectors}
@@ -167,26 +146,6 @@ class BoundMultipliers:
             for tensor in self._slices_of:
                 self._write(tensor)
             partition.publish()
-
-    def _lay_out(self) -> dict[str, dict[tuple[int, Side], list[Segment]]]:
-        """Fill `vectors`, and return the segments of the packed vector, by parameter name, then by (part, side)."""
-        position = 0
-        places: dict[str, dict[tuple[int, Side], list[Segment]]] = {}
-        for cut in self.partition.cuts:
-            if not self._settings.covers(cut.spec):
-                continue
-            module = cut.name.rpartition(".")[0]
-            for side, leaf in LEAVES.items():
-                parts = cut.spec.parts_with(self._settings.placement, side)
-                for p in parts:
-                    part = cut.spec.parts[p]
-                    length = {"row": part.shape[0], "col": part.shape[1], "scalar": 1}[side]
-                    name = cut.spec.logical_name(f"{module}.{leaf}" if module else leaf, part)
-                    self.vectors.append(Vector(name, module, part.role, side, slice(position, position + length)))
-                    places.setdefault(cut.name, {})[p, side] = [Segment(position, p, 0, length)]
-                    if not (side == "col" and self._settings.shared_columns and p != parts[-1]):
-                        position += length
-        return places
 
     @torch.no_grad()
     def chain_rule(self, gradients: list[Tensor]) -> None:
@@ -250,10 +209,12 @@ class BoundMultipliers:
 
     @contextlib.contextmanager
     def latent_weights(self, tensors: list[Tensor]) -> Iterator[None]:
-        """Make folded tensors hold W inside the context, for an update. At its end, write W_eff of the new W to them.
+        """Make tensors with folded multipliers hold W inside the context, so that the optimizer can update W there.
+
+        When the context ends, these tensors get W_eff of the new W.
 
         Args:
-            tensors: tensors that the optimizer updates. Those that are not folded are ignored.
+            tensors: tensors that the optimizer updates. Those without folded multipliers are ignored.
         """
         folded = [tensor for tensor in tensors if tensor in self._slices_of]
         effective = [tensor.data for tensor in folded]
@@ -267,15 +228,18 @@ class BoundMultipliers:
                 self._write(tensor)
 
     def latent(self, tensor: Tensor, offset: int, length: int) -> Tensor:
-        """Return a [length] view that begins at `offset`: of W if the tensor is folded, else of the tensor's values."""
+        """Return a [length] view of W for the elements [offset, offset + length) of a flattened tensor.
+
+        For a tensor without folded multipliers, the tensor itself is W.
+        """
         values = self._state[tensor][LATENT] if tensor in self._slices_of else tensor.detach()
         return values.view(-1)[offset : offset + length]
 
     def views(self) -> Iterator[tuple[str, Vector, Tensor]]:
         """Yield (name, vector, values) three times for each vector of multipliers.
 
-        With the name `weight` the values are the multipliers; with `exp_avg` and `exp_avg_sq` they are AdamW's moments.
-        They are a view with one value for each multiplier, the same on every rank, and may be written to.
+        The values named `weight` are the multipliers; those named `exp_avg` and `exp_avg_sq` are AdamW's moments.
+        `values` is a view with one element for each multiplier, the same on every rank, and may be written to.
         """
         for vector in self.vectors:
             for name, packed in (("weight", self.values), *((key, self._kept[key]) for key in _STATES)):
@@ -288,7 +252,8 @@ class BoundMultipliers:
             updates: number of applied steps in the loaded state; AdamW continues to count from it.
 
         Raises:
-            ValueError: the settings have a parametrization, and a loaded multiplier is not positive.
+            ValueError: a loaded multiplier is not positive, and the settings have a :class:`Parametrization`, which
+                allows only positive multipliers.
         """
         self._kept[STEP].fill_(updates)
         self._present = None
@@ -297,12 +262,12 @@ class BoundMultipliers:
             self._write(tensor)
 
     def _check(self) -> None:
-        """Check that all multipliers are positive if the settings have a parametrization.
+        """Check that all multipliers are positive if the settings have a parametrization r = f(u).
 
         All ranks hold the same multipliers, so either all ranks raise or none does.
 
         Raises:
-            ValueError: a multiplier is not positive, so that it has no variable that AdamW could train.
+            ValueError: a multiplier r is not positive. There is then no variable u = f^-1(r) that AdamW could train.
         """
         if self._settings.parametrization is not None:
             self._settings.parametrization.check(int((self.values <= 0).sum()))
@@ -312,15 +277,15 @@ class BoundMultipliers:
         return {"values": self.values, **self._kept}
 
     def load_state_dict(self, state: dict[str, Tensor], optimizer_state: MutableMapping[Tensor, Any]) -> None:
-        """Load a result of :meth:`state_dict`, made with the same model and placement.
+        """Load a result of :meth:`state_dict`, made with the same model and placement, and recompute W_eff.
 
         Args:
             state: the result of :meth:`state_dict`.
             optimizer_state: the optimizer's state, already loaded, which holds the latent weights.
 
         Raises:
-            ValueError: the state has a different number of multipliers; or the settings have a parametrization, and a
-                loaded multiplier is not positive.
+            ValueError: the state has a different number of multipliers; or a loaded multiplier is not positive, and
+                the settings have a :class:`Parametrization`, which allows only positive multipliers.
         """
         if state["values"].shape != self.values.shape:
             raise ValueError(
@@ -332,6 +297,10 @@ class BoundMultipliers:
             tensor.copy_(state[name])
         self._check()
         self._present = None
+        # The model's own state dict has W_eff. If it was loaded before the optimizer was bound, W_eff was taken for the
+        # initial weights then, and scaled by the initial multipliers.
+        for tensor in self._slices_of:
+            self._write(tensor)
 
     @torch.no_grad()
     def _write(self, tensor: Tensor) -> None:
@@ -341,12 +310,12 @@ class BoundMultipliers:
         self._scale(tensor, flat, self._factors())
 
     def _scale(self, tensor: Tensor, values: Tensor, factors: Factors) -> None:
-        """Scale the rows and columns of all slices of a folded tensor, in place.
+        """Multiply `values` in place by the factors of the rows and columns to which they belong.
 
         Args:
-            tensor: the folded tensor.
-            values: [numel] values to scale, one for each element of `tensor`.
-            factors: factors of all bands.
+            tensor: a folded tensor, which does not change.
+            values: [numel] one value for each element of `tensor`.
+            factors: factors of the rows and columns of all bands (:class:`Band`).
         """
         for i in self._slices_of[tensor]:
             piece = self.partition.slices[i]
@@ -356,7 +325,7 @@ class BoundMultipliers:
                 kernels.scale(rows, rho, kappa, band.spans, piece=True)
 
     def _factors(self) -> Factors:
-        """Return the factors of every band from the present multipliers; they are computed once per update."""
+        """Return the present multipliers of all bands (:class:`Band`), computed anew only if they have changed."""
         if self._present is None:
             self._present = self._scaling.factors(torch.cat([self.values, self.values.new_ones(1)]))
         return self._present

@@ -1,9 +1,9 @@
 """Translation of optimizer configurations of earlier versions to today's keys.
 
-Earlier versions had one flat list of keys for all rules. They also gave two names another meaning than Megatron and
-Emerging-Optimizers do; today's meaning is that of Megatron. Coefficients that were called `quintic` are called `simple`
-today, and a factor that was called `spectral` is called `unit_rms_norm`. If the value of an old key is one of the two
-names, it is replaced by today's name of the same coefficients or factor.
+Earlier versions had one flat list of keys for all rules. They also named Newton-Schulz coefficients `quintic` and
+an update scale `spectral`, although these names mean something else in Megatron and Emerging-Optimizers. Today both
+names have Megatron's meaning; what they named in earlier versions is called `simple` and `unit_rms_norm`. If the value
+of an old key is `quintic` or `spectral`, it is therefore replaced by `simple` or `unit_rms_norm`.
 """
 
 from __future__ import annotations

@@ -70,10 +70,11 @@ def head_factors(largest: Tensor, threshold: float, groups: int, share: bool) ->
 
 
 class QKClip:
-    """QK-clip on the row multipliers of Q and K. It belongs to one optimizer.
+    """QK-clip on the row multipliers of Q and K.
 
-    K takes a share of each factor if it has trained row multipliers in all attention layers. If not, the whole factor
-    goes to Q.
+    K takes a share of each factor if K has trained row multipliers in all attention layers. If not, the whole factor
+    goes to Q. Each optimizer needs its own object, because :meth:`bind` stores where the optimizer's tensors hold the
+    multipliers.
 
     Args:
         threshold: largest attention logit that is not clipped.
@@ -94,7 +95,8 @@ class QKClip:
 
         Args:
             partition: partition of this rank.
-            rates: rates of the multipliers. Multipliers whose learning-rate factor is 0 are not scaled.
+            rates: factors of learning rate and weight decay, by role and side. Multipliers whose learning-rate factor
+                is 0 are not trained, and QK-clip does not scale them.
             folded: the folded multipliers, already bound, or None if there are none.
 
         Raises:

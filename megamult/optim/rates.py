@@ -1,9 +1,9 @@
 """Factors of learning rate and weight decay for single roles, and their application to slices of parameters.
 
 One parameter can store matrices of several roles, such as Q, K and V, and under ZeRO one tensor of masters can hold
-many parameters. Factors therefore do not belong to param groups, but to runs: intervals of elements with the same
-factors. Update rules work elementwise and do not know of runs. A rule is called once for all runs that have the same
-factors, and gets these runs as views.
+many parameters. Factors therefore do not belong to param groups, but to intervals of elements that have the same
+factors (:class:`Run`). Update rules work elementwise and do not know of these intervals. A rule is called once for all
+intervals that have the same factors, and gets them as views.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Run(NamedTuple):
 def runs_of_slice(piece: Slice, partition: Partition, rates: Rates) -> list[Run]:
     """Return the runs of a slice; positions count from the slice's first element.
 
-    If all rates are :data:`ONE`, the whole slice is one run. If not, padding is in no run.
+    If all rates are :data:`ONE`, the whole slice is one run. If not, padding is in no run, because it belongs to no
+    logical tensor and so has no rate.
     """
     if not rates:
         return [Run(0, piece.length, ONE)]
@@ -76,7 +77,10 @@ def runs_of_slice(piece: Slice, partition: Partition, rates: Rates) -> list[Run]
 
 
 def runs_of_tensors(partition: Partition, rates: Rates) -> dict[Tensor, list[Run]]:
-    """Return the runs of each tensor that the optimizer updates, unless all its elements have the rate :data:`ONE`."""
+    """Return {tensor: its runs} for the tensors that the optimizer updates.
+
+    A tensor is left out if all of its elements have the rate :data:`ONE`.
+    """
     found: dict[Tensor, list[Run]] = defaultdict(list)
     for piece in sorted(partition.slices, key=lambda piece: piece.offset):
         for run in runs_of_slice(piece, partition, rates):
@@ -103,7 +107,7 @@ def learning_rates(of_kind: Mapping[str, float], partition: Partition, rates: Ra
 
 
 def _extend(runs: list[Run], run: Run) -> None:
-    """Append a run, or lengthen the last one if it has the same rate and ends where `run` starts."""
+    """Append `run` to `runs`, or lengthen the last run if it has the same rate and ends where `run` starts."""
     if runs and runs[-1].stop == run.start and runs[-1].rate == run.rate:
         runs[-1] = runs[-1]._replace(stop=run.stop)
     else:

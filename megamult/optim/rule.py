@@ -54,7 +54,7 @@ class UpdateRule(ABC):
     defaults: Mapping[str, Any] = {}
 
     def __init_subclass__(cls) -> None:
-        """Check that a new rule whose state has one value per row sets `prepares` to True.
+        """Check that a subclass with per-row state (:attr:`State.per`) sets `prepares` to True.
 
         Raises:
             TypeError: a state has one value per row, but `prepares` is False. Such state is stored by the owner of a

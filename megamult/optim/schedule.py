@@ -8,11 +8,17 @@ from megamult.optim.config import OptimizerConfig
 
 
 def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of update `step` (counted from 0) divided by the peak, in a run of `steps` updates.
+    """Return the learning rate of one step, divided by the peak learning rate.
 
     The ratio rises linearly over `warmup_steps`, stays at 1, falls over `decay_steps` to min_lr / lr, and stays there
-    for `final_steps`, to the end of the run. With `exponential`, each step of the fall multiplies the ratio by the
-    same factor. With `inverse_sqrt`, the ratio is 1 / sqrt(y), and y rises linearly from 1.
+    for `final_steps`, to the end of the run. The fall is a line (`linear`), half a period of a cosine (`cosine`), a
+    multiplication by the same factor in each step (`exponential`), or 1 / sqrt(y), where y rises linearly from 1 to
+    (lr / min_lr)^2 (`inverse_sqrt`).
+
+    Args:
+        step: index of the step, counted from 0.
+        steps: number of steps of the run.
+        config: `lr`, which is the peak, and the other settings named above.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

@@ -36,7 +36,8 @@ class StateStore:
     def of_tensor(self, rule: UpdateRule, tensor: Tensor) -> dict[str, Tensor]:
         """Return the state of one tensor that `rule` updates, by key.
 
-        A state with one value per element has the tensor's shape and dtype. The number of updates is a scalar.
+        A state with one value per element has the tensor's shape and dtype. If `rule` counts updates, their number is
+        a scalar under the key :data:`STEP`.
         """
         kept: dict[str, Tensor] = self._optimizer.state[tensor]
         if rule.counts_steps and STEP not in kept:
@@ -49,10 +50,12 @@ class StateStore:
     def of_slice(self, rule: UpdateRule, state: State, piece: Slice) -> Tensor:
         """Return one state of a slice that `rule` updates, as a [length] view.
 
-        If the slice is shared (:attr:`Slice.shared`), the state is in fp32, and only this rank stores it.
+        If every data-parallel rank holds the slice's whole tensor (:attr:`Slice.shared`), the state is in fp32 and
+        covers only the slice that this rank works on. Each rank then stores the state of its own slice.
 
         Raises:
-            RuntimeError: the loaded state belongs to another interval of the parameter, because another rank saved it.
+            RuntimeError: the slice is shared, and the loaded state belongs to another interval of the parameter,
+                because another rank saved it.
         """
         if not piece.shared:
             whole = self.of_tensor(rule, piece.tensor)[state.key].view(-1)

@@ -63,8 +63,9 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         rules: update rules by kind of parameter, such as `matrix`.
         clip_grad_norm: global norm to which larger gradients are scaled down; 0 means no clipping. It is the norm over
             all parameters except multipliers, or over all parameters if `clip_multipliers` is `joint`.
-        clip_multipliers: clipping of the multipliers' gradient, as in
-            :data:`megamult.multipliers.config.MultiplierClip`; False means `out`, and True means `own`.
+        clip_multipliers: norm that clips the multipliers' gradients: none (`out` or False), that of the gradients of
+            all multipliers (`own` or True), or that of all gradients (`joint`); see
+            :data:`megamult.multipliers.config.MultiplierClip`.
         skip_grad_norm: a step is skipped if the norm that `clip_grad_norm` limits is above this value before clipping;
             0 means no limit.
         rates: factors of learning rate and weight decay of single roles; None if there are none.
@@ -79,8 +80,8 @@ class TwoPhaseOptimizer(ViewedOptimizer):
             along the data axis if Megatron has none.
 
     Attributes:
-        folding: settings of the folded multipliers; None if there are none.
-        folded: the folded multipliers; None before the optimizer is bound to a partition, or if there are none.
+        folding: the argument `folded`.
+        folded: the folded multipliers themselves; None before :meth:`bind`, or if there are none.
         norms: norms of the last prepared gradients, before clipping.
         qk_clip: QK-clip; None if there is none.
         updates: number of steps that were applied, which is also AdamW's count for every tensor.
@@ -184,9 +185,10 @@ class TwoPhaseOptimizer(ViewedOptimizer):
             self._decision = None
 
     def bind(self, partition: Partition) -> None:
-        """Prepare folded multipliers, norms, rules and per-row state for a partition whose gradients will be read.
+        """Make the optimizer work on a partition; does nothing if it already does.
 
-        All ranks must call this together.
+        This creates folded multipliers, fixed norms and new per-row state, and gives the partition to QK-clip, the
+        gradient norms and the update rules. All ranks must call this together.
 
         Raises:
             ValueError: the multipliers have a parametrization, and one of them is not positive; a matrix whose norm is
@@ -305,8 +307,8 @@ class TwoPhaseOptimizer(ViewedOptimizer):
     def _trained(self, kind: str, parameters: list[Tensor]) -> contextlib.AbstractContextManager[None]:
         """Return a context in which these parameters hold the values that their rule updates.
 
-        These values are the latent weights of folded matrices and, under a parametrization, the variables of
-        multipliers. Other parameters do not change.
+        These values are the latent weights of folded matrices (W, without multipliers) and, under a parametrization,
+        the variables of multipliers. All other parameters keep the values that they have outside the context.
 
         Args:
             kind: kind of the parameters.

@@ -42,11 +42,11 @@ class ViewedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def bind(self, partition: Partition) -> None:
-        """Prepare everything that depends on the partition."""
+        """Make the optimizer work on a partition: create all that depends on it, such as folded multipliers."""
 
     @abstractmethod
     def begin(self) -> None:
-        """Bind the optimizer to the partition of a loop without DeepSpeed."""
+        """Bind the optimizer in a training loop without DeepSpeed, in which every rank holds its parameters whole."""
 
     @abstractmethod
     def _every_rule(self) -> list[UpdateRule]:
@@ -92,7 +92,10 @@ class ViewedOptimizer(torch.optim.Optimizer):
         yield from self._store.all_rows()
 
     def restored(self, partition: Partition, updates: int, skipped_steps: int) -> None:
-        """Continue from the weights and state that were written to the views. All ranks must call this together.
+        """Finish a load, after weights and state have been written to :meth:`views` and :meth:`row_views`.
+
+        This sets the numbers of steps, computes W_eff of folded matrices, measures fixed norms that were not loaded,
+        and copies the weights to the model. All ranks must call this together.
 
         Args:
             updates: number of steps that were applied before the save. AdamW's count becomes this number for every
@@ -150,7 +153,10 @@ class ViewedOptimizer(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a result of :meth:`state_dict`, which has the latent weights W. The model's own state dict has W_eff.
+        """Load a result of :meth:`state_dict`.
+
+        Of folded matrices, it has the latent weights W (without multipliers), from which this method computes W_eff.
+        The model's own state dict has W_eff too, and all other weights, so load both, in any order.
 
         Raises:
             ValueError: the state dict has folded multipliers and this optimizer has none, or the reverse; the state
@@ -188,7 +194,7 @@ class ViewedOptimizer(torch.optim.Optimizer):
 
     def _begin_if_needed(self) -> None:
         """Call :meth:`begin` if no partition is bound and the optimizer has folded multipliers, fixed norms or per-row
-        state, which exist only after it."""
+        state. These exist only after :meth:`begin`."""
         rows = any(state.per == "row" for rule in self._every_rule() for state in rule.states)
         if self._bound is None and (self.folding is not None or self._fixed_norm or rows):
             self.begin()

@@ -60,7 +60,7 @@ class Grid:
 
     def shards(self) -> Iterator[Coordinates]:
         """Yield the coordinates of the processes whose data and pipeline coordinates are 0, in the order of their
-        ranks. There is one such process for each shard of the model."""
+        ranks: one process for each combination of tensor, context and expert coordinates, which is one shard."""
         for rank in range(self.size):
             found = self.coordinates(rank)
             if found.data == found.pipeline == 0:

@@ -16,7 +16,7 @@ def _one(role: Role, side: Side) -> float:
 
 @dataclass(frozen=True)
 class Initial:
-    """Initial values of multipliers, and what becomes of the weights that they scale."""
+    """Initial values of multipliers, and whether the weights that they scale are divided by them."""
 
     value: Callable[[Role, Side], float] = _one
     """Function from (role, side) to the initial value of all multipliers on this side of matrices of this role."""

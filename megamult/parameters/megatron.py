@@ -11,7 +11,10 @@ from megamult.parameters.spec import ParameterSpec, Part, Role, Segment
 
 
 def tensor_parallel(dim: int, *sizes: int) -> tuple[Sharding, ...]:
-    """Return the sharding of dimension `dim` over the tensor axis. Blocks of the sizes `sizes` fill the dimension."""
+    """Return the sharding of dimension `dim` over the tensor axis.
+
+    The dimension consists of consecutive blocks of the sizes `sizes`. A process holds an equal piece of every block.
+    """
     return (Sharding("tensor", dim, tuple(Block(size) for size in sizes)),)
 
 

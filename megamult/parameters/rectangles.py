@@ -19,8 +19,9 @@ from megamult.parameters.spec import ParameterSpec
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Elements [row, row + height) x [col, col + width) of a logical tensor, read as rows and columns.
+    """Elements [row, row + height) x [col, col + width) of a logical tensor.
 
+    The last dimension of the tensor counts as its columns, and all others together as its rows. A vector is one column.
     The elements are contiguous in a flat interval of a shard, row by row. The first one is `offset` elements after the
     start of the interval.
     """
@@ -75,12 +76,12 @@ def rectangles(spec: ParameterSpec, coordinates: Coordinates, start: int, length
 
 
 def counted_intervals(spec: ParameterSpec, coordinates: Coordinates, start: int, length: int) -> list[tuple[int, int]]:
-    """Return the pieces of an interval that a sum over processes includes.
+    """Return the pieces of an interval that count in a sum over processes: of several copies, only the first counts.
 
     The interval is elements [start, start + length) of a process's flattened shard. Each piece is (start, length), and
-    its start is counted from the beginning of the interval. The unused end of a compact parameter's shard is included
-    if all used rows of the shard are included. Padding in a parameter that is not compact is treated like any other
-    row.
+    its start is relative to the beginning of the interval. If a parameter is compact (:attr:`ParameterSpec.compact`),
+    its shard can end with unused rows, which are zero. These are counted if every used row of the shard is counted, and
+    left out otherwise. If a parameter is not compact, padding is treated like any other row.
     """
     cols = spec.local_cols(coordinates)[1]
     if spec.compact:  # a compact parameter stores only the rows of its segments

@@ -21,7 +21,7 @@ NONE: frozenset[Side] = frozenset()
 
 @dataclass(frozen=True)
 class Role:
-    """The purpose of a logical tensor in its model, and what follows from it."""
+    """Role of logical tensors in a model: the multipliers that they can have, and how they are trained."""
 
     name: str
     sides: frozenset[Side] = NONE
@@ -44,7 +44,8 @@ def register(*roles: Role) -> None:
     """Add roles to the table; adding the same role again changes nothing.
 
     Raises:
-        ValueError: another role has that name, or `symmetry_free` has a side that `sides` lacks.
+        ValueError: another role has the name of a given one, or the `symmetry_free` of a given role has a side that its
+            `sides` lacks.
     """
     for role in roles:
         if ROLES.get(role.name, role) != role:
@@ -96,7 +97,8 @@ def placements() -> tuple[str, ...]:
 
     `all`: row and column multipliers on every matrix of every block and on the embedding (the paper's choice).
     `symmetry_free`: `all` without redundant multipliers. A multiplier is redundant if it acts only in a product
-    with another factor, and that factor remains.
+    with another factor that the model keeps, as the row multipliers of V do with the column multipliers of the
+    attention output.
     `scalar`: one scalar for each matrix of `all`.
     """
     return ("all", "symmetry_free", "scalar")

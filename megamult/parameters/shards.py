@@ -71,8 +71,8 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Interval:
-    """Indices [start, start + length) of a global dimension, or of the global rows. A process holds them at
-    local indices from `local` on."""
+    """Indices [start, start + length) along one dimension of the global tensor, or along its rows, which are all
+    dimensions but the last, flattened. A process holds them at local indices from `local` on."""
 
     start: int
     length: int
@@ -92,7 +92,8 @@ def rows_of(shape: Sequence[int]) -> int:
 def joined(found: Iterable[tuple[int, int, bool]]) -> list[Interval]:
     """Convert triples (start, length, counted), given in local order, to intervals.
 
-    Consecutive triples become one interval if they are also adjacent globally and have the same `counted`.
+    Consecutive triples become one interval if they are also adjacent globally and have the same `counted`
+    (:attr:`Interval.counted`).
     """
     joined: list[Interval] = []
     local = 0
@@ -120,7 +121,8 @@ def check_shardings(
             raise ValueError(f"{what} names the axis {axis!r}: use one of {', '.join(AXES)}")
         if axis not in MODEL_AXES:
             raise ValueError(
-                f"{what} names the axis {axis}, over which specs shard no parameter: use {', '.join(MODEL_AXES)}"
+                f"{what} names the axis {axis}, over which ZeRO or the pipeline divides parameters, so no spec may "
+                f"name it: use {', '.join(MODEL_AXES)}"
             )
     axes, dims = [each.axis for each in shardings], [each.dim for each in shardings]
     if len(set(axes)) != len(axes) or len(set(dims)) != len(dims):
@@ -132,10 +134,10 @@ def check_shardings(
         blocks = next(each.blocks for each in shardings if each.axis == both[0])
         if copied := next((block for block in blocks if block.pieces is not None), None):
             raise ValueError(
-                f"{what} is sharded over {both[0]} with copies of a block of size {copied.size}, and reduce_over names "
-                "the same axis: the step sums only gradients of wholly replicated parameters; sum the gradients of the "
-                f"copies in the layer's backward pass and leave {both[0]} out of reduce_over, or store the block as "
-                "a parameter of its own"
+                f"{what} is sharded over {both[0]}, and its reduce_over names {both[0]} too: several ranks hold copies "
+                f"of a block of size {copied.size}, and the optimizer step sums gradients only of parameters that are "
+                "replicated as a whole; sum the gradients of the copies in the layer's backward pass and leave "
+                f"{both[0]} out of reduce_over, or store the block as a parameter of its own"
             )
         raise ValueError(
             f"{what} is sharded over {both[0]}, and reduce_over names the same axis: gradients of different shards "
@@ -148,7 +150,10 @@ def check_shardings(
                 f"{len(shape) - 1}"
             )
         if not each.blocks or min(block.size for block in each.blocks) < 1:
-            raise ValueError(f"{what} has no blocks over {each.axis}, or an empty block: give blocks of size 1 or more")
+            raise ValueError(
+                f"{what} has a sharding over {each.axis} without blocks or with an empty block: give it blocks of size "
+                "1 or more"
+            )
         total = sum(block.size for block in each.blocks)
         if total != shape[each.dim]:
             raise ValueError(
@@ -158,11 +163,11 @@ def check_shardings(
         for block in each.blocks:
             if block.pieces is not None and (block.pieces < 1 or block.size % block.pieces):
                 raise ValueError(
-                    f"{what} has a block of size {block.size} in at most {block.pieces} pieces: this number must "
-                    "divide the size"
+                    f"{what} has a block of size {block.size} with pieces={block.pieces}, the largest number of pieces "
+                    "that it can be cut into: this number must be at least 1 and divide the size"
                 )
         if len(shape) > 1 and each.dim == len(shape) - 1 and len(each.blocks) > 1:
             raise ValueError(
-                f"{what} has {len(each.blocks)} blocks along its columns, and columns can be sharded only as one "
-                "block: lay out blocks along the rows, or make each a parameter of its own"
+                f"{what} has {len(each.blocks)} blocks along its columns, that is in the last dimension, which can "
+                "have only one: divide another dimension into blocks, or make each block a parameter of its own"
             )

@@ -110,7 +110,8 @@ class ParameterSpec:
         return "+".join(dict.fromkeys(part.role for part in self.parts)) if self.decay else "undecayed"
 
     def parts_with(self, sides: dict[Role, frozenset[Side]], side: Side) -> list[int]:
-        """Return the indices of the parts whose role has multipliers on `side` in the placement `sides`."""
+        """Return the indices of the parts that have multipliers on `side`. `sides` is the placement: it maps each role
+        to the sides on which matrices of that role have multipliers."""
         return [i for i, part in enumerate(self.parts) if side in sides.get(part.role, frozenset())]
 
     @cached_property
@@ -167,8 +168,8 @@ class ParameterSpec:
         return self._local(coordinates)[0]
 
     def counted_segments(self, coordinates: Coordinates) -> tuple[bool, ...]:
-        """Return, for each segment of :meth:`local_segments`, whether a sum over processes includes this process's
-        copy of it. Of several copies the sum includes one (:meth:`row_intervals`)."""
+        """Return, for each segment of :meth:`local_segments`, whether a sum over processes, such as a norm's sum of
+        squares, includes this process's copy of it. Of several copies the sum includes one (:meth:`row_intervals`)."""
         return self._local(coordinates)[1]
 
     def local_cols(self, coordinates: Coordinates) -> tuple[int, int]:
@@ -181,8 +182,8 @@ class ParameterSpec:
     def row_intervals(self, coordinates: Coordinates) -> list[Interval]:
         """Return the global rows that a process holds, including padding, in local order.
 
-        Only this method decides which copy a sum over processes includes. If several processes hold the same rows,
-        the sum includes the copy of the process that comes first along each axis.
+        Only this method decides which copy a sum over processes, such as a norm's sum of squares, includes. If several
+        processes hold the same rows, the sum includes the copy of the process that comes first along each axis.
 
         Raises:
             ValueError: the grid cannot shard the parameter.
@@ -289,12 +290,13 @@ def _check(spec: ParameterSpec) -> None:
         )
     if spec.shared and len({part.shape for part in spec.parts}) > 1:
         raise ValueError(
-            f"{what} is shared and has parts of shape {', '.join(str(part.shape) for part in spec.parts)}: parts that "
-            "are one vector have one shape; state shared=False"
+            f"{what} is shared and has parts of shape {', '.join(str(part.shape) for part in spec.parts)}: shared "
+            "parts are copies of the same vector; give all parts the same shape, or state shared=False"
         )
     if (spec.side is not None or spec.compact) and (len(spec.shape) != 1 or spec.orthogonalize):
         raise ValueError(
-            f"{what} has a side or compact=True: such a parameter must be a vector that is not orthogonalized"
+            f"{what} has compact=True or a side, which only multipliers have, and a multiplier is a vector with "
+            "orthogonalize=False: give it one dimension and orthogonalize=False, or leave out compact and side"
         )
 
 

@@ -30,7 +30,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Make Ctrl-C end the program with exit code 130 and one word from rank 0, without a traceback.
+    """Make Ctrl-C end the program with exit code 130, without a traceback. Rank 0 prints "interrupted".
 
     Enter this context before slow imports, so that it covers them too.
     """

@@ -23,16 +23,17 @@ CONNECT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Deadlines of the watchdog in seconds without progress, all within the run's timeout.
+    """Deadlines of the watchdog in seconds, for a run without progress. All are within the run's timeout.
 
-    A stopped process can only be ended by another rank on its host. If it is the only rank there, the launcher must end
-    the process."""
+    A process stopped by a signal (SIGSTOP) does not end itself: another rank on its host must kill it. If no other rank
+    is there, the launcher must end the process."""
 
     timeout: float
 
     @property
     def answer(self) -> float:
-        """Seconds within which a live rank must send its stack when asked, and rank 0 must send its verdict."""
+        """Seconds that a live rank has to send its stack when asked. Rank 0 then has as many seconds to send its
+        verdict: the message that ends all ranks and says why."""
         return min(5.0, self.timeout / 6)
 
     @property

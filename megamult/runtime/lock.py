@@ -237,7 +237,8 @@ def _record(text: str) -> dict[str, Any]:
 
 
 def _is_here(text: str) -> bool:
-    """Return whether the record's process ran on this node. If so, this node's kernel knows of that process's flock.
+    """Return whether the record's process ran on this node. If so, this node's kernel knows of that process's flock,
+    and a flock that is free means that the process has ended.
 
     A record of an older version does not have the key `machine`. For such a record the host's name decides."""
     found = _record(text)

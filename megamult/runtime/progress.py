@@ -59,7 +59,10 @@ class Progress:
         return time.monotonic() - self._since
 
     def report(self) -> dict[str, Any]:
-        """Return the main thread's place, its seconds without progress and its Python stack, ready for JSON."""
+        """Return what the main thread does (:class:`Place`), its seconds without progress, and its Python stack.
+
+        All are values that JSON has.
+        """
         frame = sys._current_frames().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         return {"place": asdict(self._place), "stalled": self.seconds_stalled(), "stack": stack}

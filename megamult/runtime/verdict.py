@@ -30,7 +30,8 @@ class Peer:
 def died(
     lost: Sequence[Peer], failed: Mapping[int, str], peers: Mapping[int, Peer], here: Place
 ) -> tuple[str, list[int]]:
-    """Return one line that says which rank's death ended the run, and the numbers of the ranks at fault.
+    """Return (line, numbers). The line says which rank's death ended the run. The numbers are those of the ranks at
+    fault.
 
     Args:
         lost: ranks whose connections closed without a last message (as happens when a process is killed), in the order

@@ -74,8 +74,9 @@ class Watchdog:
         self._thread.start()
         if not self._connected.wait(CONNECT_SECONDS / 2) or self._problem is not None:
             raise ConnectionError(
-                f"rank {self._rank} on {environment.host()} met rank 0 at port {os.environ['MASTER_PORT']}, but "
-                f"cannot reach {self._address}:{self._port} ({self._problem}): allow connections on all ports"
+                f"rank {self._rank} on {environment.host()} reached the rendezvous at port "
+                f"{os.environ['MASTER_PORT']}, but cannot reach rank 0's watchdog at {self._address}:{self._port} "
+                f"({self._problem}): allow connections between the run's hosts on all ports"
             )
         return self
 
@@ -239,10 +240,10 @@ class Watchdog:
 
 
 def _address(meeting: Meeting) -> str:
-    """Return the address of rank 0's host.
+    """Return the address of rank 0's host, which is this host.
 
-    It is MASTER_ADDR, unless torchrun's agent serves the rendezvous and the run has several nodes: MASTER_ADDR is then
-    the agent's host, which may be another one."""
+    The address is MASTER_ADDR, unless torchrun's agent serves the rendezvous and the run has several nodes. Then
+    MASTER_ADDR is the agent's host, perhaps a different one, so the address is this host's full name."""
     elsewhere = environment.has_agent_store() and len(set(meeting.machines)) > 1
     return socket.getfqdn() if elsewhere else os.environ["MASTER_ADDR"]
 

@@ -39,15 +39,16 @@ class Samples(Readable, Protocol):
         """Return the state of the samples that a checkpoint must contain."""
 
     def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
-        """Continue the run that saved `state`, with sample `samples` as the next one. Return lines for the user."""
+        """Continue the run that saved `state`, with the sample of index `samples` as the next one. Return lines about
+        the data sources for the user to read."""
 
 
 class MicroBatches:
     """Micro-batches of this data-parallel rank in order, each of consecutive samples.
 
     Tensor-parallel ranks train on the same tokens. The first rank of each tensor-parallel group reads them. When
-    the group takes a micro-batch, this rank sends it to the others. All ranks call each method together. The
-    micro-batches depend on `starts` only, and not on when they are read.
+    the group takes a micro-batch, its first rank sends the tokens to its other ranks. All ranks call each method
+    together. The micro-batches depend on `starts` only, and not on when they are read.
 
     Args:
         samples: the samples to read.

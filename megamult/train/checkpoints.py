@@ -22,7 +22,7 @@ class RunCheckpoints:
     Args:
         run_dir: directory of the run.
         config, vocab_size, mesh: the run's configuration, vocabulary size and processes.
-        tokenizer_sha256: SHA-256 of the run's tokenizer.
+        tokenizers: files that define the run's tokenizer, see :attr:`CheckpointInfo.tokenizers`.
         files: contents of the files that are stored beside the tensors (config.yaml, tokenizer.model), by name.
         drawn: whether the run began with weights that it drew at random.
     """
@@ -33,12 +33,12 @@ class RunCheckpoints:
         config: Config,
         vocab_size: int,
         mesh: Mesh,
-        tokenizer_sha256: str | None = None,
+        tokenizers: Mapping[str, str] | None = None,
         files: Mapping[str, bytes] | None = None,
         drawn: bool = True,
     ) -> None:
         self._drawn = drawn
-        self._config, self._vocab_size, self._tokenizer, self._mesh = config, vocab_size, tokenizer_sha256, mesh
+        self._config, self._vocab_size, self._tokenizers, self._mesh = config, vocab_size, dict(tokenizers or {}), mesh
         self._files = files or {}
         chosen = config.checkpoint
         self._saver = Saver(
@@ -72,7 +72,8 @@ class RunCheckpoints:
             figures: latest figures of the run, such as losses, which are stored in the checkpoint.
 
         Returns:
-            The outcome of a save that has ended by now, or None if none has (see :meth:`Saver.save`).
+            The outcome of this save or, if checkpoint.asynchronous is set, of the previous one. None if the previous
+            one does not exist or its outcome has already been returned.
         """
         prefix, state = rng.prefix(self._mesh.rank), engine.state()
         chunks = [*state.chunks, *(Chunk.whole(prefix + key, value) for key, value in rng.states().items())]
@@ -81,7 +82,6 @@ class RunCheckpoints:
             samples=samples,
             config=dataclasses.asdict(self._config),
             vocab_size=self._vocab_size,
-            tokenizer_sha256=self._tokenizer,
             optimizer={
                 "name": self._config.optimizer.name,
                 "updates": state.updates,
@@ -96,6 +96,7 @@ class RunCheckpoints:
             },
             figures=figures,
         )
+        info.tokenizers = self._tokenizers
         return self._saver.save(chunks, info, self._files)
 
     def poll(self) -> Outcome | None:
@@ -103,5 +104,6 @@ class RunCheckpoints:
         return self._saver.poll()
 
     def wait(self, seconds: float | None = None) -> Outcome | None:
-        """Wait, for at most `seconds`, until the last save ends. Return its outcome, or None if no save has ended."""
+        """Wait, for at most `seconds`, until the save that was started last ends. Return its outcome, or None if it is
+        still running, or if its outcome has been returned before."""
         return self._saver.wait(seconds)

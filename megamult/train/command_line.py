@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
         namespace = made.parse_args([*(f"--{key}={_argument(value)}" for key, value in read.items()), *arguments])
         for name in _section_names():  # jsonargparse accepts `model: 3`
             if not hasattr(namespace[name], "keys"):
-                raise ValueError(f"{name} is {namespace[name]!r}: it is a section; give a mapping of its keys")
+                raise ValueError(f"{name} is {namespace[name]!r}: give a mapping of the section's keys")
         sections = made.instantiate(namespace)
     except ArgumentError as error:
         raise ValueError(f"{str(error).strip()}; --help lists every key with its unit") from None
@@ -233,7 +233,9 @@ def fail(message: str) -> NoReturn:
 
 
 def fail_alone(message: str) -> NoReturn:
-    """Exit, before the rendezvous, because of a mistake that other ranks may not have found."""
+    """Exit, before the rendezvous, because of a mistake that other ranks may not have found.
+
+    Only rank 0 prints, so any other rank first reports the message to rank 0."""
     if environment.rank() != 0:
         from megamult.distributed import rendezvous
 
@@ -244,7 +246,8 @@ def fail_alone(message: str) -> NoReturn:
 def agreed(mesh: Mesh, check: Callable[[], _Result]) -> _Result:
     """Call `check` on every rank, and return its result on this rank. Collective over all ranks.
 
-    If `check` raises ValueError or OSError on any rank, all ranks exit with the first message."""
+    If `check` raises ValueError or OSError on any rank, all ranks exit. Rank 0 prints one message, the one of the
+    lowest rank on which `check` raised."""
     from megamult.distributed import start
     from megamult.distributed.agreement import on_every_rank
 

@@ -10,7 +10,9 @@ from megamult.config import Config
 from megamult.data.config import DataConfig
 from megamult.data.dataset import BlendedDataset
 from megamult.data.described import Described, describe_all, unchecked, validate_all
+from megamult.data.token_ids import TokenIds
 from megamult.data.tokenizer import Tokenizer
+from megamult.data.tokenizer_kinds import open_tokenizer
 from megamult.distributed import environment
 from megamult.distributed.mesh import Mesh
 from megamult.train.command_line import agreed
@@ -22,14 +24,21 @@ def vocabulary(config: Config) -> tuple[Tokenizer, int]:
     Raises:
         ValueError: there is no tokenizer, or it does not fit model.vocab_size.
     """
-    if config.data.tokenizer is None:
-        raise ValueError("data.tokenizer is not set: give the .model file that launch/prepare_data.py wrote")
-    tokenizer = Tokenizer(config.data.tokenizer)
+    given, size, eod = config.data.tokenizer, config.model.vocab_size, config.data.eod
+    if given is None:
+        if size is None or not isinstance(eod, int):
+            raise ValueError(
+                f"data.tokenizer is not set, with model.vocab_size {size} and data.eod {eod!r}: give the tokenizer "
+                "that the corpora were encoded with (launch/prepare_data.py writes it beside them), or, for corpora "
+                "without a tokenizer, model.vocab_size and data.eod, the id of the token that ends a document"
+            )
+        return TokenIds(size, eod), size
+    tokenizer = open_tokenizer(given, eod)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"model.vocab_size is {vocab_size} and the tokenizer {config.data.tokenizer} has "
-            f"{tokenizer.vocab_size} tokens: leave vocab_size null, or make it at least that"
+            f"{tokenizer.vocab_size} tokens: leave vocab_size null, or set it to at least the number of tokens"
         )
     return tokenizer, vocab_size
 
@@ -37,8 +46,8 @@ def vocabulary(config: Config) -> tuple[Tokenizer, int]:
 def open_datasets(
     config: Config, tokenizer: Tokenizer, run_dir: Path, mesh: Mesh, note: Callable[[int], None] = lambda pieces: None
 ) -> tuple[BlendedDataset, BlendedDataset | None]:
-    """Open the samples of data.train and, if it is set, of data.valid. Collective over all ranks; a user's mistake ends
-    them all.
+    """Open the samples of data.train and, if it is set, of data.valid. Collective over all ranks: if one rank finds a
+    user's mistake, all ranks exit.
 
     One rank of each node reads headers, sizes, time stamps and a few bytes of the files. Rank 0 sends its findings to
     all ranks, and the reading rank of each node compares them with its own findings. If data.validate is full, every

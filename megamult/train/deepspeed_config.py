@@ -42,8 +42,8 @@ def without_translated(overrides: dict[str, Any], config: Config) -> dict[str, A
 def _is_bf16_optimizer(config: Config) -> bool:
     """Return whether DeepSpeed wraps the optimizer in its BF16_Optimizer.
 
-    DeepSpeed does so at ZeRO 1 if the model is bf16 and gradients are accumulated in fp32. None of DeepSpeed's keys
-    chooses another class.
+    DeepSpeed does so at ZeRO 1 if the model is bf16 and gradients are accumulated in fp32. The run's own keys decide
+    this alone: no DeepSpeed key that the user may set changes the choice.
     """
     train = config.train
     return config.parallel.zero_stage == 1 and train.dtype == "bf16" and train.accumulation_dtype == "fp32"
@@ -129,7 +129,7 @@ def _problems(overrides: Mapping[str, Any], produced: Mapping[str, Any], path: s
         elif isinstance(value, dict):
             yield from _problems(value, ours or {}, f"{name}.")
         else:
-            yield f"deepspeed.{name} is {value!r}: it is a section; give a mapping of its keys"
+            yield f"deepspeed.{name} is {value!r}: give a mapping of the section's keys"
 
 
 def _problem(name: str, value: Any, ours: Any) -> Iterator[str]:
@@ -146,7 +146,7 @@ def _problem(name: str, value: Any, ours: Any) -> Iterator[str]:
     elif wanted := key.wanted(value):
         yield f"deepspeed.{name} is {shown}: {key.text}; {wanted}, or remove it"
     elif key.keys and not isinstance(value, dict):
-        yield f"deepspeed.{name} is {shown}: it is a section; give a mapping of its keys"
+        yield f"deepspeed.{name} is {shown}: give a mapping of the section's keys"
     elif isinstance(value, dict):
         yield from (
             _unknown(f"{name}.{each}", [f"{name}.{known}" for known in key.keys])

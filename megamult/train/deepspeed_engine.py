@@ -40,8 +40,8 @@ from megamult.zero.partition import Partition
 
 @dataclass
 class DeepSpeedEngine:
-    """Implementation of :class:`megamult.train.engine.Engine` with DeepSpeed, which reduces gradients and shards by
-    ZeRO."""
+    """Implementation of :class:`megamult.train.engine.Engine` with DeepSpeed. DeepSpeed reduces gradients over
+    ranks, and its ZeRO divides the training state over ranks."""
 
     deepspeed: Any
     model: torch.nn.Module
@@ -76,7 +76,7 @@ class DeepSpeedEngine:
 
     @property
     def further_figures(self) -> dict[str, float]:
-        """Figures of the last step that only some configurations have."""
+        """Figures of QK-clip in the last step, by name; empty without QK-clip."""
         return {} if self.optimizer.qk_clip is None else self.optimizer.qk_clip.figures()
 
     def set_lr_factor(self, factor: float) -> None:
@@ -130,7 +130,7 @@ class DeepSpeedEngine:
         return loss / count
 
     def multipliers(self) -> Iterator[Logical]:
-        """Yield all multipliers, each complete on global rank 0."""
+        """Yield all multipliers. Their values are complete on global rank 0 only. All ranks iterate together."""
         return trained(self.model, self.partition, self.optimizer, kinds=("multiplier",))
 
     def state(self) -> EngineState:

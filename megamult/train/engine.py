@@ -56,7 +56,8 @@ class Engine(Protocol):
 
     @property
     def further_figures(self) -> dict[str, float]:
-        """Figures of the last step that only some configurations have, by name, the same on every rank."""
+        """Figures of the last step that only some configurations have, such as those of QK-clip, by name. They are the
+        same on every rank."""
 
     def set_lr_factor(self, factor: float) -> None:
         """Set all learning rates to `factor` times their peaks, from the next step on."""
@@ -86,10 +87,10 @@ class Engine(Protocol):
         There may be any number of micro-batches above 0."""
 
     def multipliers(self) -> Iterable[Logical]:
-        """Yield all multipliers, each complete on global rank 0."""
+        """Yield all multipliers. Their values are complete on global rank 0 only. All ranks iterate together."""
 
     def state(self) -> EngineState:
-        """Return the state to save; its chunks are views of live memory."""
+        """Return the state to save. Its chunks are views of live memory: copy or write them before the next step."""
 
     def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> list[str]:
         """Replace the engine's state by a checkpoint's, before the first step.

@@ -77,8 +77,8 @@ class Trainer:
     def _taken(self, batches: MicroBatches, accumulation: int, step: int, of: str = "") -> Iterator[MicroBatch]:
         """Yield this rank's `accumulation` micro-batches of one global batch, and take each only when it is asked for.
 
-        Also record the progress of `step`, for the watchdog. While this rank waits for a micro-batch, the
-        watchdog allows the extra time of work on files. While this rank computes, the watchdog allows no extra time.
+        Also record the progress of `step`, for the watchdog. While this rank waits for a micro-batch, the watchdog
+        allows `ON_FILES` more seconds, because files may be slow. While this rank computes, the limit is as usual.
         """
         for micro in range(accumulation):
             which = f"micro-batch {micro + 1} of {accumulation}{of}"
@@ -157,7 +157,8 @@ class Trainer:
         return mean_loss
 
     def multipliers(self) -> dict[str, Tensor]:
-        """Return all multipliers by "role/side", complete on global rank 0. Collective over all ranks."""
+        """Return the values of all multipliers by "role/side", such as "q/row". They are complete on global rank 0
+        only. Collective over all ranks."""
         return by_role((item.role, item.side or "", item.tensor.cpu()) for item in self.engine.multipliers())
 
     def close(self) -> None:
@@ -185,7 +186,7 @@ class Trainer:
 
         Raises:
             CheckpointFailed: the last checkpoint could not be written. Every rank raises this.
-            Diverged: `train.max_bad_steps` steps in a row were bad. Every rank raises this.
+            Diverged: `train.max_bad_steps` steps in a row were bad (see :class:`Diverged`). Every rank raises this.
         """
         steps, reason, outcome, unsaved = self.config.train.steps, None, None, False
         total = self._schedule.samples_after(self.samples, max(0, steps - self.step_count))
@@ -264,7 +265,8 @@ class Trainer:
             records.evaluation(step, self.figures["valid_loss"])
 
     def _save(self, checkpoints: RunCheckpoints) -> Outcome | None:
-        """Begin to save a checkpoint. Return the outcome of a save, this or an earlier one, that has ended, or None."""
+        """Begin to save a checkpoint. Return the outcome of this save or the previous one, or None, as
+        :meth:`RunCheckpoints.save` does."""
         self._progress.at(self.step_count, "checkpoint", ON_FILES)
         data, figures = self._train.state_dict(), dict(self.figures)
         return checkpoints.save(self.engine, self.step_count, self.samples, data, figures)
@@ -276,7 +278,8 @@ vain, because other ranks may be gone."""
 
 
 class Diverged(Exception):
-    """Error: too many bad steps in a row."""
+    """Error: `train.max_bad_steps` steps in a row were bad. In a bad step, the loss or a gradient is not finite, or the
+    gradient norm is above optimizer.skip_grad_norm."""
 
     def __init__(self, step: int, bad: int, record: dict[str, float]) -> None:
         self.last_good_step = step - bad

@@ -29,15 +29,16 @@ from megamult.zero.partition import Partition
 class RunMonitor:
     """Figures of a run. Every rank calls every method together, and gets the same figures.
 
-    Between two records nothing is measured: hooks are on the model only in the first micro-batch of a monitored step,
-    and on the optimizer only in that step.
+    Only monitored steps are measured: hooks are on the model only in the first micro-batch of a monitored step, and on
+    the optimizer only in that step.
 
     Args:
         config: configuration of the run.
         model, partition, optimizer: the model, its partition, and the optimizer that is bound to the partition.
         vocab_size: exact number of tokens.
-        drawn: whether the run began with weights that it drew itself. If it began with imported weights, no trajectory
-            of noise and decay is predicted, because the prediction starts from the RMS of drawn weights.
+        drawn: whether the run began with weights that it drew itself. If it began with imported weights, there is no
+            figure `predicted_rms`, because a :class:`megamult.monitor.equilibrium.Trajectory` starts from the RMS of
+            drawn weights.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class RunMonitor:
         return every > 0 and step % every == 0
 
     def begin(self) -> None:
-        """Measure the next step. Call this before its first forward pass."""
+        """Add the hooks that measure the next step. Call this before the first forward pass of that step."""
         self._activations.arm()
         self._orthogonality.arm()
         if self._config.monitor.updates:
@@ -74,7 +75,11 @@ class RunMonitor:
             self._copying = self._optimizer.register_step_pre_hook(lambda *_: self._weights.remember())
 
     def figures(self, step: int) -> dict[str, float]:
-        """Return the figures of the measured step, whose number `step` counts from 1. Collective over all ranks."""
+        """Return the figures of the step that followed :meth:`begin`. Collective over all ranks.
+
+        Args:
+            step: number of that step, counted from 1.
+        """
         if self._copying is not None:
             self._copying.remove()
             self._copying = None
@@ -130,7 +135,9 @@ class RunMonitor:
         return found | by_place("attention_logit_max", each, max)
 
     def _references(self, partition: Partition, drawn: bool) -> tuple[dict[str, float], dict[str, Trajectory]]:
-        """Return, by role, the RMS of matrices at which noise and decay balance, and the trajectory to this RMS."""
+        """Return two references for the RMS of matrices, both by role: the equilibrium RMS, at which gradient noise and
+        weight decay balance, and the predicted trajectory of the RMS from its initial value. If `drawn` is False, there
+        are no trajectories."""
         config, schedule = self._config.optimizer, Schedule(self._config)
         groups = {group["kind"]: group for group in self._optimizer.param_groups}
         initial = architecture_of(self._config.model).standard_deviations(self._config.model) if drawn else {}

@@ -1,6 +1,7 @@
-"""Start of a run: parse the keys, meet the other processes, start the watchdog, train.
+"""Start of a run: parse the command line, meet the other processes, start the watchdog, train.
 
-Modules that are slow to import are imported only after the keys have been checked.
+Megatron and DeepSpeed, which are slow to import, are imported last. A mistake in the configuration or a host that is
+down is therefore reported soon, and the watchdog ends ranks that hang in an import.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(config: Config, resolved: str) -> None:
     """Start a run with the configuration `config`, and train. `resolved` is the configuration's text for config.yaml.
 
-    Modules that are slow to import are imported only after all processes have met and the watchdog runs.
+    Megatron and DeepSpeed are imported only after all processes have met and the watchdog runs; see the module's
+    docstring.
     """
     meeting = _meet(config)
     from megamult.runtime.lock import RunLock
@@ -93,7 +95,10 @@ def run(config: Config, resolved: str) -> None:
 
 
 def _meet(config: Config) -> Meeting:
-    """Meet all other processes, or exit. Import few modules before that, so that a host that is down is named soon."""
+    """Meet all other processes, or exit.
+
+    Few modules are imported before the meeting, so that the message that names a host that is down comes soon.
+    """
     from megamult.distributed import device, open_files, rendezvous
 
     open_files.raise_limit()

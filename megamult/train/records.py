@@ -1,4 +1,5 @@
-"""Records of a run: global rank 0 completes the figures of each step, and writes them to the run directory."""
+"""Records of a run: global rank 0 adds memory and utilization to each step's figures, and writes all figures of the run
+to the run directory."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ class Records:
 
     Args:
         run_dir: directory that the figures are written to.
-        train: the run's section `train`.
+        train: section `train` of the run's configuration.
         flops: floating-point operations per token, forward and backward.
         mesh: mesh of the processes.
         done: number of steps that earlier starts of the run have taken.
-        skipped: number of these steps that were skipped.
+        skipped: number of these steps whose update the optimizer skipped, because a gradient was not finite or its norm
+            was above `optimizer.skip_grad_norm`.
         samples: (number of sequences that the whole run reads, number of sequences that it has read so far).
         report: function that takes figures by name and writes them to the engine's own monitors.
     """

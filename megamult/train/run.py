@@ -1,4 +1,4 @@
-"""Training of a run whose process groups exist: check, build, resume, train, report."""
+"""Training of a run, after its process groups have been made: check, build, resume, train, report."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from megamult.checkpoint import resume
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import Config
 from megamult.data.tokenizer import Tokenizer
+from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER
 from megamult.distributed import environment
 from megamult.distributed.mesh import Mesh
-from megamult.huggingface.files import TOKENIZER_FOLDER
 from megamult.monitor.decay import decay_warnings
 from megamult.runtime import exit_codes
 from megamult.runtime.console import say_error
@@ -36,7 +36,7 @@ from megamult.train.summary import conclude
 
 @dataclass(frozen=True)
 class Run:
-    """Run that has started: its configuration, its processes, and the objects that watch over it."""
+    """Run that has started: its configuration and processes, and the objects for its progress, logs, lock and stop."""
 
     config: Config
     resolved: str
@@ -50,7 +50,7 @@ class Run:
 
 
 def train(run: Run) -> int:
-    """Train the model of a run. Collective over all ranks; a user's mistake ends them all.
+    """Train the model of a run. Collective over all ranks. If one rank finds a user's mistake, all ranks exit.
 
     Returns:
         The exit code.
@@ -72,6 +72,7 @@ def train(run: Run) -> int:
         run.mesh,
         lambda pieces: progress.at(0, f"checking the data, piece {pieces}", ON_FILES),
     )
+    tokenizers = _tokenizers(tokenizer, checkpoint)
     files = agreed(run.mesh, lambda: _files(run.resolved, tokenizer, checkpoint))
     first_step = 0 if checkpoint is None else checkpoint.info.step
     agreed(run.mesh, lambda: run_dirs.begin(run.run_dir, run.resolved, ours, first_step, run.lock))
@@ -88,7 +89,7 @@ def train(run: Run) -> int:
         _resume(run, trainer, checkpoint)
     elif config.checkpoint.load and environment.rank() == 0:
         print(f"no checkpoint in {run.run_dir / 'checkpoints'} yet: starting anew", flush=True)
-    checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, run.mesh, tokenizer.sha256, files, drawn)
+    checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, run.mesh, tokenizers, files, drawn)
     code, reason, error = _train(run, trainer, checkpoints)
     samples.close()
     if environment.rank() == 0:
@@ -115,16 +116,32 @@ def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCh
     )
 
 
+def _same_tokenizer(tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) -> bool:
+    """Return whether a run's checkpoints keep the tokenizer files of the checkpoint that the run continues.
+
+    They do if the run has the same tokenizer, perhaps in another format, or none of its own.
+    """
+    return checkpoint is not None and tokenizer.sha256 in (None, *checkpoint.info.tokenizers.values())
+
+
+def _tokenizers(tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) -> dict[str, str]:
+    """Return the files that define the run's tokenizer in its checkpoints: SHA-256 by their names."""
+    own = {} if tokenizer.sha256 is None else {tokenizer.defined_by: tokenizer.sha256}
+    if checkpoint is None or not _same_tokenizer(tokenizer, checkpoint):
+        return own
+    return own | checkpoint.info.tokenizers
+
+
 def _files(resolved: str, tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) -> dict[str, bytes]:
     """Return the files that every checkpoint stores beside its tensors: contents by name, on rank 0 only.
 
-    If the run continues a checkpoint with the same tokenizer, the checkpoint's Hugging Face tokenizer files, if it has
-    any, are among them."""
+    If the run continues a checkpoint with the same tokenizer, all tokenizer files of that checkpoint are among them.
+    """
     if environment.rank() != 0:
         return {}
-    files = {"config.yaml": resolved.encode(), "tokenizer.model": Path(tokenizer.model_path).read_bytes()}
-    if checkpoint is not None and checkpoint.info.tokenizer_sha256 == tokenizer.sha256:
-        files = checkpoint.files(TOKENIZER_FOLDER) | files
+    files = {"config.yaml": resolved.encode(), **tokenizer.files()}
+    if checkpoint is not None and _same_tokenizer(tokenizer, checkpoint):
+        files = checkpoint.files(TOKENIZER_FOLDER) | checkpoint.files(SENTENCEPIECE) | files
     return files
 
 
@@ -144,7 +161,7 @@ def _say_what(run: Run, engine: Engine) -> None:
 
 
 def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
-    """Load a checkpoint into the new run, and print how the configuration has changed since the checkpoint."""
+    """Load a checkpoint into `trainer`, and print how the configuration has changed since the checkpoint."""
     config = run.config
     run.progress.at(0, "reading the checkpoint", ON_FILES)
     new = agreed(
@@ -160,9 +177,13 @@ def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
     changed = changes(checkpoint.info.config, config) if checkpoint.info.data is not None else None
     if changed is not None:
         print(changed, flush=True)
-    if checkpoint.info.tokenizer_sha256 is None:
+    if not checkpoint.info.tokenizers:
         notes.append(
             "the checkpoint does not say which tokenizer it was trained with: make sure that data.tokenizer is the same"
+        )
+    elif config.data.tokenizer is None:
+        notes.append(
+            "data.tokenizer is not set: make sure that the corpora were encoded with the checkpoint's tokenizer"
         )
     for note in notes:
         print(f"note: {note}", flush=True)

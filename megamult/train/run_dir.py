@@ -86,8 +86,8 @@ def claim(run_dir: Path, resumes: bool) -> None:
     # A run that did not reach its first step leaves an empty file.
     if environment.rank() == 0 and not resumes and metrics.exists() and metrics.stat().st_size > 0:
         raise ValueError(
-            f"train.run_dir {run_dir} holds another run (metrics.jsonl): continue it with --checkpoint.load latest, "
-            "choose another with --train.run_dir, or remove it"
+            f"train.run_dir {run_dir} holds another run (metrics.jsonl): continue that run with --checkpoint.load "
+            "latest, choose another directory with --train.run_dir, or remove this one"
         )
 
 
@@ -104,13 +104,13 @@ def begin(run_dir: Path, resolved: str, checkpoint: Path | None, step: int, lock
     Args:
         resolved: text of the configuration, for config.yaml and config_step_N.yaml, where N is `step`. A later start
             from another step overwrites only config.yaml.
-        checkpoint: the checkpoint of this run to continue from, or None. If there is one, `latest` is made to name it,
-            and checkpoints of later steps do not count any more.
+        checkpoint: the checkpoint of this run to continue from, or None. If there is one, its name is written into the
+            file `latest`, so that the next start does not resume from checkpoints of later steps.
         step: the step that the run continues from.
         lock: the lock of the directory, which this run takes unless it holds it already.
 
     Raises:
-        ValueError: the directory cannot be written, or another run has used it meanwhile.
+        ValueError: the directory cannot be written, or another live run held the lock when this run tried to take it.
     """
     if environment.rank() == 0:
         try:

@@ -29,8 +29,8 @@ class Schedule:
     def batch_at(self, samples: int) -> int:
         """Return the number of sequences in the batch of the step that begins with sample `samples`.
 
-        It is Megatron's rule, in integers: the batch has grown once for every share of the ramp's samples that has
-        been read.
+        As in Megatron, the ramp's samples are divided into equal shares, one for each increment of the batch, and the
+        batch grows by one increment whenever a share has been read. All arithmetic is in integers.
         """
         return self._start + self._increment * min(self._growths, samples * self._growths // self._samples)
 

@@ -1,4 +1,7 @@
-"""Attach a two-phase optimizer to a DeepSpeed engine: `prepare` then runs before DeepSpeed's first per-group step."""
+"""Attachment of a two-phase optimizer to a DeepSpeed engine.
+
+After it, `prepare` runs once in every optimizer step, before DeepSpeed steps the first param group.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,13 @@ class TwoPhase(Protocol):
         """Store the partition for later calls. Called once, after the partition was checked."""
 
     def prepare(self, partition: Partition) -> None:
-        """Read all reduced gradients and decide on the update. Called once per optimizer step, before the first
-        `step`."""
+        """Read all reduced gradients, and compute what needs all of them: norms, clip factors, whether to skip.
+
+        Called once per optimizer step, before the first `step`.
+        """
 
     def finish(self) -> None:
-        """End the optimizer step. Called once per optimizer step, after the last `step`."""
+        """Discard what `prepare` decided for this step. Called once per optimizer step, after the last `step`."""
 
 
 def partition_of(engine: Any, optimizer: TwoPhase, mesh: Mesh) -> Partition:

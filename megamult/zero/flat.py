@@ -68,7 +68,7 @@ class FlatPartition(Partition):
         address = mapping.lp_fragment_address
         if (address.start, address.numel) != (piece.start, piece.length):
             raise self._mismatch(
-                piece, f"are those of elements [{address.start}:{address.start + address.numel}] in DeepSpeed"
+                piece, f"belong to elements [{address.start}:{address.start + address.numel}] according to DeepSpeed"
             )
         return mapping.get_hp_fragment()
 

@@ -1,8 +1,8 @@
 """fp32 values of a bf16 model's multipliers, complete on every data-parallel rank. Forward passes scale by them.
 
 DeepSpeed gives all parameters of a model one dtype and shards their fp32 masters. A matrix tolerates bf16, because each
-of its elements is rounded independently. A bf16 multiplier would change a whole row at once, in steps of 2^-8 to 2^-7
-of its value.
+of its elements is rounded independently. A bf16 multiplier would change a whole row or column at once, in steps of 2^-8
+to 2^-7 of its value, so forward passes need the fp32 value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class FullPrecision:
-    """Packed buffer with the masters of all multipliers, from all ranks. Each parameter has a view of its part.
+    """Packed buffer with the fp32 masters of all multipliers in `narrow`, from all ranks.
+
+    Each of these parameters gets a view of its elements in the buffer as its attribute `full_precision_value`.
 
     Args:
         partition: partition that holds the masters.

@@ -124,8 +124,8 @@ class Partition(ABC):
         """
 
     def counted(self, piece: Slice) -> list[tuple[int, int]]:
-        """Return the parts of a slice that a sum over all processes includes, as (start, length) from the beginning of
-        the slice. If several processes hold copies of a part, the sum includes only the first copy."""
+        """Return those intervals of a slice that this process adds to a sum over all processes, as (start, length) from
+        the beginning of the slice. If several processes hold copies of an element, only the first of them adds it."""
         coordinates = self.mesh.coordinates
         if not (self.sharded or piece.shared) and coordinates.data != 0:
             return []
@@ -162,7 +162,8 @@ class Partition(ABC):
         return 0
 
     def release(self) -> None:  # noqa: B027
-        """Undo what `gradients` has changed on the parameters. Called at the end of an optimizer step."""
+        """Clear each `.grad` that :meth:`gradients` has set to a view of `main_grad`. Called at the end of an optimizer
+        step."""
 
     def read_back(self, piece: Slice) -> Tensor | None:
         """Return the masters of the slice as DeepSpeed's own accessor finds them, or None if DeepSpeed has no accessor

@@ -58,8 +58,10 @@ class Zero3Partition(Partition):
         return self._zero.get_local_fp32_param(self.parameters[piece.name]).view(-1)[: piece.length]
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradient of each slice, as a view into DeepSpeed's `averaged_gradients`, which has one
-        tensor per parameter for each sub-group."""
+        """Return the gradient of each slice, as a view into DeepSpeed's `averaged_gradients`.
+
+        `averaged_gradients` has a list of tensors for each sub-group, one for each parameter of the sub-group.
+        """
         averaged = self._zero.averaged_gradients
         return [
             averaged[sub_group][i].view(-1)[: piece.length]

@@ -1,7 +1,7 @@
 """Division of parameters over data-parallel ranks at ZeRO 0, where each rank holds all parameters.
 
-Each rank then does only its share of the work, and stores only its share of the state, that need not be repeated on
-every rank.
+Work and optimizer state that need not be repeated on every rank are thus divided: each rank does and stores only its
+share.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ def kept_once(partition: Partition, select: Callable[[ParameterSpec], bool]) -> 
 
 
 class VirtualPartition(Partition):
-    """Selected parameters of a partition in which every data-parallel rank holds all elements (ZeRO 0).
+    """Partition that cuts selected parameters evenly over the data-parallel ranks, each of which holds all of their
+    elements (ZeRO 0).
 
-    This partition cuts them evenly over the data-parallel ranks.
+    Args:
+        whole: partition in which every data-parallel rank holds all elements.
+        select: function that takes a parameter's spec and returns whether this partition includes the parameter.
     """
 
     sharded = True

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megamult.data.dataset import BlendedDataset
-from megamult.data.tokenizer import Tokenizer, train_tokenizer
+from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
@@ -40,8 +40,8 @@ def model(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Pat
 
 
 @pytest.fixture(scope="session")
-def tokenizer(model: Path) -> Tokenizer:
-    return Tokenizer(model)
+def tokenizer(model: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(model)
 
 
 @pytest.fixture

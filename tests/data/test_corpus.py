@@ -12,8 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megamult.data import corpus, encoding
 from megamult.data.corpus import prepare_corpus
 from megamult.data.documents import read_documents
+from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megamult.data.split import ValidSplit
-from megamult.data.tokenizer import Tokenizer
 
 SUFFIXES = ["_train.bin", "_train.idx", "_valid.bin", "_valid.idx", ".model"]
 
@@ -55,7 +55,7 @@ def test_train_and_valid_hold_each_document_once_with_its_end(
 ) -> None:
     source = write_text(tmp_path / "c.txt", documents)
     summary = prepare_corpus([source], tmp_path / "out", tokenizer=model, valid_fraction=0.1)
-    tokenizer = Tokenizer(tmp_path / "out.model")
+    tokenizer = SentencePieceTokenizer(tmp_path / "out.model")
     texts = {}
     for part in ("train", "valid"):
         data = IndexedDataset(str(tmp_path / f"out_{part}"))

@@ -16,8 +16,8 @@ from megamult.data.corpus import prepare_corpus
 from megamult.data.described import describe, describe_all, unchecked, validate_all
 from megamult.data.identity import contents_digest, order_digest
 from megamult.data.indexed import read_index
+from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megamult.data.stamp import Stamp
-from megamult.data.tokenizer import Tokenizer
 
 Write = Callable[..., str]
 
@@ -29,7 +29,7 @@ def prefix(tmp_path: Path, documents: list[str], model: Path) -> str:
     return str(tmp_path / "c_train")
 
 
-def test_the_stamp_says_what_the_files_are(prefix: str, tokenizer: Tokenizer) -> None:
+def test_the_stamp_says_what_the_files_are(prefix: str, tokenizer: SentencePieceTokenizer) -> None:
     stamp, files = Stamp.read(prefix), read_index(prefix)
     assert stamp is not None
     assert (stamp.tokenizer_sha256, stamp.vocab_size) == (tokenizer.sha256, tokenizer.vocab_size)
@@ -42,18 +42,18 @@ def test_the_stamp_says_what_the_files_are(prefix: str, tokenizer: Tokenizer) ->
 
 
 def test_another_tokenizer_of_the_same_size_is_an_error_that_names_both(
-    prefix: str, tokenizer: Tokenizer, documents: list[str], tmp_path: Path
+    prefix: str, tokenizer: SentencePieceTokenizer, documents: list[str], tmp_path: Path
 ) -> None:
-    from megamult.data.tokenizer import train_tokenizer
+    from megamult.data.sentencepiece_tokenizer import train_tokenizer
 
     train_tokenizer([text.upper() for text in documents], tokenizer.vocab_size, tmp_path / "other.model")
-    other = Tokenizer(tmp_path / "other.model")
+    other = SentencePieceTokenizer(tmp_path / "other.model")
     assert other.vocab_size == tokenizer.vocab_size
     was = f"{prefix}.stamp.json records one with the SHA-256 {tokenizer.sha256[:12]}... and 400 tokens"
     message = f"data source {prefix} was encoded with another tokenizer than {tmp_path / 'other.model'}: {was}"
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         describe(prefix, other)
-    assert f"the given file has {other.sha256[:12]}... and 400 tokens" in str(caught.value)
+    assert f"but the given one has the SHA-256 {other.sha256[:12]}... and 400 tokens" in str(caught.value)
 
 
 def flip(path: str, at: int) -> None:
@@ -62,7 +62,9 @@ def flip(path: str, at: int) -> None:
     Path(path).write_bytes(content)
 
 
-def test_files_that_the_stamp_was_not_written_for_are_found_at_the_start(prefix: str, tokenizer: Tokenizer) -> None:
+def test_files_that_the_stamp_was_not_written_for_are_found_at_the_start(
+    prefix: str, tokenizer: SentencePieceTokenizer
+) -> None:
     flip(f"{prefix}.bin", 0)
     with pytest.raises(ValueError, match=r"are not those that .*stamp\.json was written for: contents '"):
         describe(prefix, tokenizer)
@@ -76,7 +78,7 @@ def test_files_that_the_stamp_was_not_written_for_are_found_at_the_start(prefix:
 
 
 def test_a_change_between_the_samples_is_found_on_request(
-    write_indexed: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    write_indexed: Write, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexed, "PIECE_BYTES", 1 << 16)  # several pieces, of which each rank has its own
     prefix = write_indexed("long", [[i % 300 for i in range(500)]] * 400)
@@ -99,7 +101,9 @@ def test_a_change_between_the_samples_is_found_on_request(
         validate_all([prefix], tokenizer, (0, 1))
 
 
-def test_without_a_stamp_samples_are_checked_and_that_is_said(write_indexed: Write, tokenizer: Tokenizer) -> None:
+def test_without_a_stamp_samples_are_checked_and_that_is_said(
+    write_indexed: Write, tokenizer: SentencePieceTokenizer
+) -> None:
     good, bad = write_indexed("good", [[1, 2, 3]] * 9), write_indexed("bad", [[1, 2, 3], [4, 60_000]])
     found = describe_all([good], tokenizer)
     assert not found[good].stamped
@@ -111,7 +115,9 @@ def test_without_a_stamp_samples_are_checked_and_that_is_said(write_indexed: Wri
         describe_all([good, bad], tokenizer)
 
 
-def test_all_sources_mistakes_come_together(prefix: str, write_indexed: Write, tokenizer: Tokenizer) -> None:
+def test_all_sources_mistakes_come_together(
+    prefix: str, write_indexed: Write, tokenizer: SentencePieceTokenizer
+) -> None:
     bad = write_indexed("bad", [[60_000]])
     flip(f"{prefix}.bin", 0)
     with pytest.raises(ValueError, match=r"are not those that .*; .*bad\.bin: token id 60000 .*; data file none\.idx"):
@@ -122,12 +128,14 @@ def test_all_sources_mistakes_come_together(prefix: str, write_indexed: Write, t
     ("spoil", "message"),
     [
         (lambda text: text[:-9], r"stamp\.json is no JSON file"),
-        (lambda text: "[]", r"stamp\.json has format None, and this version reads 1: rerun"),
-        (lambda text: text.replace('"format": 1', '"format": 2'), r"has format 2"),
+        (lambda text: "[]", r"stamp\.json has format None, but this version of megamult reads formats up to 2: rerun"),
+        (lambda text: text.replace('"format": 2', '"format": 3'), r"has format 3"),
         (lambda text: text.replace('"order"', '"disorder"'), r"stamp\.json is damaged \(.*disorder"),
     ],
 )
-def test_a_damaged_stamp_is_named(prefix: str, tokenizer: Tokenizer, spoil: Callable[[str], str], message: str) -> None:
+def test_a_damaged_stamp_is_named(
+    prefix: str, tokenizer: SentencePieceTokenizer, spoil: Callable[[str], str], message: str
+) -> None:
     path = Path(prefix + ".stamp.json")
     path.write_text(spoil(path.read_text()))
     with pytest.raises(ValueError, match=message):
@@ -150,7 +158,7 @@ def test_the_digest_of_order_is_the_one_that_older_runs_drew_from(write_indexed:
 
 
 def test_what_is_read_at_the_start_does_not_grow_with_the_corpus(
-    write_indexed: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    write_indexed: Write, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the kernel's count of this process's reads; the files have 1 and 8 million bytes."""
 

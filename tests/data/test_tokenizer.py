@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megamult.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer, train_tokenizer
+from megamult.data.sentencepiece_tokenizer import BOS_ID, EOS_ID, UNK_ID, SentencePieceTokenizer, train_tokenizer
 
 NASTY = [
     "",
@@ -32,11 +32,11 @@ NASTY = [
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_decode_inverts_encode(tokenizer: Tokenizer, text: str) -> None:
+def test_decode_inverts_encode(tokenizer: SentencePieceTokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_decode_inverts_encode_on_random_unicode(tokenizer: Tokenizer) -> None:
+def test_decode_inverts_encode_on_random_unicode(tokenizer: SentencePieceTokenizer) -> None:
     draw = random.Random(1)
     valid = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     for _ in range(300):
@@ -45,8 +45,8 @@ def test_decode_inverts_encode_on_random_unicode(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_special_ids_are_fixed_and_never_come_from_text(tokenizer: Tokenizer) -> None:
-    processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer.model_path)
+def test_special_ids_are_fixed_and_never_come_from_text(tokenizer: SentencePieceTokenizer) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer.path)
     assert (processor.unk_id(), processor.bos_id(), processor.eos_id()) == (UNK_ID, BOS_ID, EOS_ID) == (0, 1, 2)
     assert processor.pad_id() == -1
     assert tokenizer.eod == 2 and tokenizer.vocab_size == 400
@@ -56,12 +56,12 @@ def test_special_ids_are_fixed_and_never_come_from_text(tokenizer: Tokenizer) ->
 
 
 def test_training_is_deterministic_and_the_digest_is_of_the_contents(
-    documents: list[str], tokenizer: Tokenizer, tmp_path: Path
+    documents: list[str], tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     for name, size in (("again", 400), ("other", 390)):
         train_tokenizer(documents, size, tmp_path / name)
-    assert (tmp_path / "again").read_bytes() == Path(tokenizer.model_path).read_bytes()
-    again, other = Tokenizer(tmp_path / "again"), Tokenizer(tmp_path / "other")
+    assert (tmp_path / "again").read_bytes() == Path(tokenizer.path).read_bytes()
+    again, other = SentencePieceTokenizer(tmp_path / "again"), SentencePieceTokenizer(tmp_path / "other")
     assert again.unique_identifiers == tokenizer.unique_identifiers != other.unique_identifiers
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "other"]
 
@@ -71,7 +71,7 @@ def test_no_training_text_is_dropped(tmp_path: Path, mark: str) -> None:
     """sentencepiece skips sentences that are long or hold its own marks; the rest of them must count."""
     text = mark + " Quizzical Quizzical"
     train_tokenizer([text] * 3 + ["some other words"], 284, tmp_path / "m", character_coverage=1.0)
-    assert len(Tokenizer(tmp_path / "m").encode("Quizzical")) < len("Quizzical")
+    assert len(SentencePieceTokenizer(tmp_path / "m").encode("Quizzical")) < len("Quizzical")
 
 
 def test_an_impossible_vocabulary_size_names_the_possible_one(documents: list[str], tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_an_impossible_vocabulary_size_names_the_possible_one(documents: list[st
         possible = [int(n) for n in re.findall(r"ask for (?:at least )?(\d+)", str(caught.value))]
         if asked > 259:
             train_tokenizer(documents, possible[0], tmp_path / "m")
-            assert Tokenizer(tmp_path / "m").vocab_size == possible[0]
+            assert SentencePieceTokenizer(tmp_path / "m").vocab_size == possible[0]
         else:
             assert possible == [260]
     with pytest.raises(ValueError, match="no text"):
@@ -90,11 +90,11 @@ def test_an_impossible_vocabulary_size_names_the_possible_one(documents: list[st
 
 def test_missing_and_damaged_files(tmp_path: Path, model: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.model \(No such file"):
-        Tokenizer(tmp_path / "nowhere.model")
+        SentencePieceTokenizer(tmp_path / "nowhere.model")
     for content in (b"", b"\x00garbage" * 40, model.read_bytes()[:1000]):
         (tmp_path / "damaged.model").write_bytes(content)
         with pytest.raises(ValueError, match=rf"damaged\.model \({len(content)} bytes\)"):
-            Tokenizer(tmp_path / "damaged.model")
+            SentencePieceTokenizer(tmp_path / "damaged.model")
 
 
 def test_a_model_without_eos_is_refused(tmp_path: Path, documents: list[str]) -> None:
@@ -104,4 +104,4 @@ def test_a_model_without_eos_is_refused(tmp_path: Path, documents: list[str]) ->
     )
     (tmp_path / "m.model").write_bytes(writer.getvalue())
     with pytest.raises(ValueError, match="no eos token"):
-        Tokenizer(tmp_path / "m.model")
+        SentencePieceTokenizer(tmp_path / "m.model")

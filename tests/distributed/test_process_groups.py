@@ -97,7 +97,7 @@ def test_megatron_answers_as_with_groups_of_its_own(size: int, tensor: int) -> N
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"expert_model_parallel_size": 2}, r"expert-parallel size is 2: megamult knows .*; leave it at 1"),
+        ({"expert_model_parallel_size": 2}, r"expert-parallel size is 2: megamult supports .*; leave it at 1"),
         ({"context_parallel_size": 2}, r"in Megatron's order; leave pipeline, context and expert parallelism at 1"),
         ({"pipeline_model_parallel_size": 2}, r"leave pipeline, context and expert parallelism at 1"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from megamult.data.tokenizer import train_tokenizer
+from megamult.data.sentencepiece_tokenizer import train_tokenizer
 
 VOCAB = 400
 

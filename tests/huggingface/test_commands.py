@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamult.checkpoint.saved import SavedCheckpoint
+from megamult.data.tokenizer_kinds import open_tokenizer
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.hf_config import to_hugging_face
 from megamult.models.llama.hf_names import weights
+from tests.data.conftest import make_documents
+from tests.data.test_tokenizer_kinds import byte_level
 from tests.train.command import data_arguments, run, start
 
 MODEL = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=12, vocab_size=20)
@@ -33,7 +37,8 @@ def test_import_then_export(source: Path, tmp_path: Path) -> None:
     done = run("import_hf.py", "--input", source, "--output", tmp_path / "checkpoint", "--placement", "symmetry_free")
     assert (done.returncode, done.stderr) == (0, "")
     assert "note: the input has no tokenizer" in done.stdout
-    assert done.stdout.endswith(f"to continue from it: --checkpoint.load {tmp_path / 'checkpoint'}\n")
+    configuration = tmp_path / "checkpoint" / "config.yaml"
+    assert done.stdout.endswith(f"launch/pretrain.py --config {configuration} --data.train PREFIX_train\n")
     done = run(
         "export_hf.py", "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "hf", "--dtype", "bfloat16"
     )
@@ -99,3 +104,38 @@ def test_an_imported_model_trains_on_and_leaves_with_its_own_tokenizer_files(cor
     moved = [float((after[name] - before[name]).norm() / before[name].norm()) for name in before]
     # Two steps at 4e-3 move weights of 0.02; fresh ones, of another seed, would be off by sqrt(2) of their norm.
     assert 0 < max(moved) < 1, "it went on from the imported weights"
+
+
+def test_a_model_with_a_byte_level_tokenizer_goes_through_five_commands_and_no_file_is_edited(tmp_path: Path) -> None:
+    """import_hf, prepare_data with the model's own tokenizer.json, pretrain, export_hf, generate."""
+    hub = byte_level(tmp_path / "hub")
+    files = {path.name: path.read_bytes() for path in hub.iterdir()}
+    sizes = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=2, ffn_hidden_size=64, seq_length=32)
+    tensors = {weight.hugging_face: 0.05 * torch.randn(weight.shape) for weight in weights(sizes, 512)}
+    save_file(tensors, hub / "model.safetensors")
+    described = to_hugging_face(sizes, 512, tied=False, dtype="float32", token_ids={"eos_token_id": 0})
+    (hub / "config.json").write_text(json.dumps(described))
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(80)))
+
+    start_at, corpus = tmp_path / "run" / "checkpoints" / "step_0", tmp_path / "corpus"
+    assert run("import_hf.py", "--input", hub, "--output", start_at).returncode == 0
+    prepared = run("prepare_data.py", "--input", tmp_path / "d.jsonl", "--output", corpus, "--tokenizer", hub)
+    assert (prepared.returncode, prepared.stderr) == (0, ""), prepared.stderr
+    trained = start(
+        [
+            *("--config", str(start_at / "config.yaml"), "--data.train", f"{corpus}_train", "--train.steps", "5"),
+            *("--train.run_dir", str(tmp_path / "run"), "--train.global_batch_size", "8"),
+        ]
+    )
+    assert trained.code == 0, trained.text
+    assert f"going on from {start_at}: step 0, 0 sequences" in trained.stdout
+    last = tmp_path / "run" / "checkpoints" / "step_5"
+    assert run("export_hf.py", "--checkpoint", last, "--output", tmp_path / "out").returncode == 0
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files, "as they came"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = tokenizer("document number", return_tensors="pt").input_ids
+    assert ids[0].tolist() == open_tokenizer(f"{corpus}_tokenizer").encode("document number")
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
+    assert text.startswith("document number")

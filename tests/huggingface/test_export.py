@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.saved import SavedCheckpoint, write
-from megamult.data.tokenizer import Tokenizer
+from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megamult.huggingface import exporting as hf_export
 from megamult.huggingface.exporting import export
 from megamult.huggingface.importing import import_
@@ -107,7 +107,7 @@ def test_an_imported_model_computes_what_it_did(trained: dict[str, dict[str, Any
 def test_the_tokenizer_beside_the_model_is_the_run_s(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> None:
     export(checkpoint, tmp_path / "hf")
     theirs, text = AutoTokenizer.from_pretrained(tmp_path / "hf"), "  a </s>\n\u2581 \U0001f917"
-    assert theirs(text)["input_ids"] == Tokenizer(tokenizer).encode(text)
+    assert theirs(text)["input_ids"] == SentencePieceTokenizer(tokenizer).encode(text)
     assert theirs.model_max_length == CASES["all"].config.model.seq_length
 
 
@@ -324,13 +324,13 @@ def test_tokenizer_files_beside_the_checkpoint_count(checkpoint: Path, tmp_path:
     copy = edited(checkpoint, tmp_path / "checkpoint")
     (copy / "hf_tokenizer").mkdir()
     for name, content in {
-        "tokenizer.json": "mine",
+        "vocab.json": "mine",
         "generation_config.json": '{"eos_token_id": [7, 9], "temperature": 0.5}',
         "model.safetensors": "not copied",
     }.items():
         (copy / "hf_tokenizer" / name).write_text(content)
     export(copy, tmp_path / "hf")
-    assert (tmp_path / "hf" / "tokenizer.json").read_text() == "mine"
+    assert (tmp_path / "hf" / "vocab.json").read_text() == "mine"
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == [7, 9]
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["temperature"] == 0.5
     assert len(load_file(tmp_path / "hf" / "model.safetensors")) == 21

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from megamult.data.tokenizer import Tokenizer
+from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megamult.huggingface import tokenizer as hf_tokenizer
 from megamult.huggingface.tokenizer import convert, special_ids
 from tests.huggingface.corpus import VOCAB, make_tokenizer, texts
@@ -27,8 +27,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours(model: Path) -> Tokenizer:
-    return Tokenizer(model)
+def ours(model: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(model)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def random_texts() -> Iterator[str]:
         yield from ("a" * n, "=" * n, " " * n, "ab" * n, "aba" * n, "b" + "ab" * n + "a")
 
 
-def test_ids_are_the_same_and_decoding_gives_the_text_back(ours: Tokenizer, theirs: Any) -> None:
+def test_ids_are_the_same_and_decoding_gives_the_text_back(ours: SentencePieceTokenizer, theirs: Any) -> None:
     samples = ["", *texts(), *random_texts()]
     for text, ids in zip(samples, theirs(samples)["input_ids"], strict=True):
         assert ids == ours.encode(text), repr(text)
@@ -86,7 +86,7 @@ def test_ids_are_the_same_and_decoding_gives_the_text_back(ours: Tokenizer, thei
         assert theirs.decode(ids, skip_special_tokens=True) == text, repr(text)
 
 
-def test_no_token_is_put_around_a_text_whatever_is_asked(ours: Tokenizer, theirs: Any) -> None:
+def test_no_token_is_put_around_a_text_whatever_is_asked(ours: SentencePieceTokenizer, theirs: Any) -> None:
     for text in ("", "ab", "</s>"):
         expected = ours.encode(text)
         assert theirs(text)["input_ids"] == theirs.encode(text, add_special_tokens=False) == expected
@@ -100,7 +100,7 @@ def test_programs_that_look_for_these_fields_find_them(model: Path) -> None:
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
 
 
-def test_special_tokens_have_their_ids(ours: Tokenizer, theirs: Any) -> None:
+def test_special_tokens_have_their_ids(ours: SentencePieceTokenizer, theirs: Any) -> None:
     assert (theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, ours.eod)
     assert theirs.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<0x00>"]) == [0, 1, 2, 3]
     assert len(theirs) == theirs.vocab_size == VOCAB
@@ -108,7 +108,7 @@ def test_special_tokens_have_their_ids(ours: Tokenizer, theirs: Any) -> None:
     assert theirs.decode([1, *ours.encode("ab"), 2], skip_special_tokens=True) == "ab"
 
 
-def test_bytes_that_are_no_text_are_marked_as_such(ours: Tokenizer, theirs: Any) -> None:
+def test_bytes_that_are_no_text_are_marked_as_such(ours: SentencePieceTokenizer, theirs: Any) -> None:
     (start,) = theirs.convert_tokens_to_ids(["<0xE4>"])
     (a,) = ours.encode("a")
     assert theirs.decode([a, start, a]) == ours.decode([a, start, a]) == "a\ufffda"

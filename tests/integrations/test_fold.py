@@ -348,7 +348,7 @@ def without(key: str) -> dict[str, Any]:
         (untouched, {".*": "norm"}, {"placement": {"up": "row"}}, "the role up, and no parameter has this role"),
         (untouched, {".*": "norm"}, {}, "the role q, and no parameter has this role"),
         (untouched, megamult.LLAMA_RULES, {"multiplier_lr": -1.0}, "multipliers.lr is -1.0"),
-        (untouched, megamult.LLAMA_RULES, {"initial": float("nan")}, "initial of .* is nan"),
+        (untouched, megamult.LLAMA_RULES, {"initial": float("nan")}, "initial gives q .* the value nan: it must be"),
     ],
 )
 def test_a_mistake_is_an_error_that_names_it(
@@ -369,7 +369,7 @@ def test_a_mistake_is_an_error_that_names_it(
         ({"lr": -1.0}, "optimizer.lr is -1.0"),
         ({"name": "muon", "muon": {"ns_dtype": "fp8"}}, "optimizer.muon.ns_dtype is 'fp8'"),
         ({"name": "muon", "muon": {"ns_dtypes": "fp8"}}, "optimizer.muon has no key 'ns_dtypes': use one of momentum,"),
-        ({"name": "muon", "muon": 0.9}, "optimizer.muon is 0.9: it is a section; give a mapping"),
+        ({"name": "muon", "muon": 0.9}, "optimizer.muon is 0.9: give a mapping of the section's keys"),
         ({"adamw": {"eps": "1"}}, "optimizer.adamw.eps is '1': give a number"),
         (
             {"muon": {"momentum": 0.9, "ns_steps": 5}},

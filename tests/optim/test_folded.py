@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megamult import TwoPhaseAdamW, param_groups
-from megamult.distributed.mesh import Mesh
+from megamult.distributed.mesh import ALONE, Mesh
 from megamult.multipliers import scaling
 from megamult.multipliers.reference import effective_weight
 from megamult.optim.folded import LATENT, FoldedMultipliers
@@ -272,3 +273,35 @@ def test_a_block_that_two_ranks_hold_copies_of_counts_once_in_the_multipliers_gr
         torch.testing.assert_close(sums[f"{part}.row_multiplier"], (w * g).sum(1), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(sums[f"{part}.col_multiplier"], (w * g).sum(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(sums["b.scalar_multiplier"], (b[0] * b[1]).sum()[None], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_a_loop_that_loads_both_states_goes_on_where_it_was(order: str) -> None:
+    """With initial multipliers, which a fresh optimizer applies to the weights that it finds."""
+
+    def make() -> tuple[torch.nn.Module, TwoPhaseAdamW]:
+        model = torch.nn.Linear(6, 4, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
+        set_spec(model.weight, megatron.single_matrix("up", 4, 6, None))
+        initial = Initial(lambda role, side: {"row": 2.0, "col": 0.25}[side])
+        settings = FoldedMultipliers(resolve("all"), lr=0.01, initial=initial)
+        return model, TwoPhaseAdamW(
+            param_groups(model, lr=0.01, weight_decay=0.0), folded=settings, mesh=ALONE, model=model
+        )
+
+    def step(model: torch.nn.Module, optimizer: TwoPhaseAdamW, seed: int) -> None:
+        model.weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+
+    model, optimizer = make()
+    for seed in (2, 3):
+        step(model, optimizer, seed)
+    saved = {name: copy.deepcopy(each.state_dict()) for name, each in (("model", model), ("optimizer", optimizer))}
+    again = dict(zip(("model", "optimizer"), make(), strict=True))
+    for name in ("model", "optimizer") if order == "model first" else ("optimizer", "model"):
+        again[name].load_state_dict(saved[name])
+    assert torch.equal(again["model"].weight, model.weight), "the next forward pass computes with it"
+    for each in ((model, optimizer), (again["model"], again["optimizer"])):
+        step(*each, 4)
+    assert torch.equal(again["model"].weight, model.weight)

@@ -324,9 +324,9 @@ GOOD = ParameterSpec(
         ({"shardings": (Sharding("rows", 0, (Block(8),)),)}, r"names the axis 'rows': use one of tensor, context"),
         (
             {"shardings": (Sharding("data", 0, (Block(8),)),)},
-            r"names the axis data, over which specs shard no parameter: use tensor",
+            r"names the axis data, over which ZeRO .* no spec may name it: use tensor",
         ),
-        ({"shardings": (Sharding("tensor", 0, (Block(8, 3),)),)}, r"block of size 8 in at most 3 pieces: .*divide"),
+        ({"shardings": (Sharding("tensor", 0, (Block(8, 3),)),)}, r"block of size 8 with pieces=3, .*: .*divide"),
         ({"shardings": (Sharding("tensor", 1, (Block(3), Block(3))),)}, r"2 blocks along its columns"),
         (
             {"shardings": (Sharding("tensor", 0, (Block(8),)), Sharding("expert", 0, (Block(8),)))},
@@ -335,17 +335,17 @@ GOOD = ParameterSpec(
         ({"reduce_over": ("tensor",)}, r"sharded over tensor, and reduce_over names the same axis: gradients of"),
         (
             {"shardings": (Sharding("tensor", 0, (Block(4), Block(4, 1))),), "reduce_over": ("tensor",)},
-            r"copies of a block of size 4, .*: .*; sum .* copies .* pass and leave tensor out of reduce_over, or",
+            r"copies of a block of size 4, .*; sum .* copies .* pass and leave tensor out of reduce_over, or",
         ),
         (
             {"shardings": (Sharding("tensor", 0, (Block(8, 2),)),), "reduce_over": ("tensor",)},
-            r"copies of a block of size 8, .* or store the block as a parameter of its own",
+            r"copies of a block of size 8, .*; .* or store the block as a parameter of its own",
         ),
         (
             {"shape": (9, 6), "shardings": ()},
             r"hold only 8 of its 9 rows: padding cannot be orthogonalized; add a part",
         ),
-        ({"side": "row"}, r"has a side or compact=True: such a parameter must be a vector"),
+        ({"side": "row"}, r"has compact=True or a side, which .*, and a multiplier is a vector"),
         ({"parts": (), "segments": ()}, r"has no part: name the logical tensors"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 
-from megamult.data.tokenizer import train_tokenizer
+from megamult.data.sentencepiece_tokenizer import train_tokenizer
 from megamult.train import command_line, pretrain
 from tests.processes import run_distributed
 from tests.train.command import VOCAB, answers, data_arguments, snapshot, start
@@ -71,7 +71,7 @@ EARLY: list[tuple[list[str], str]] = [
     (["--optimizer.muon.momentu", "0.9"], r"unrecognized arguments: --optimizer\.muon\.momentu 0\.9; --help lists"),
     (["--optimizer.name", "muon", "--optimizer.muon.scale", "rms"], r"'match_rms_adamw', 'spectral'.* Got value: rms"),
     (["--config", "FOLDER/type.yaml"], r"model\.num_layers.*Got value: many; --help lists"),
-    (["--config", "FOLDER/scalar.yaml"], r"model is 3: it is a section; give a mapping"),
+    (["--config", "FOLDER/scalar.yaml"], r"model is 3: give a mapping of the section's keys"),
     (["--config", "FOLDER/list.yaml"], r"Unexpected config: - 1; --help lists"),
     (["--config", "FOLDER/broken.yaml"], r"Problems parsing config: .*line 2"),
     (["--config", "FOLDER/latin.yaml"], r"--config names is not UTF-8 .*0xe9.*: save it as UTF-8"),
@@ -119,7 +119,7 @@ EARLY: list[tuple[list[str], str]] = [
         r"train\.batch_ramp\.increment is 0, train\.batch_ramp\.samples is -1: each must be positive",
     ),
     (["--train.batch_ramp.lr_scaling", "none"], r"lr_scaling is none, which has no effect without a ramp: leave"),
-    (["--config", "FOLDER/ramp.yaml"], r"train\.batch_ramp is None: it is a section; give a mapping"),
+    (["--config", "FOLDER/ramp.yaml"], r"train\.batch_ramp is None: give a mapping of the section's keys"),
     # placements
     (["--multipliers.placement", "everywhere"], r"placement is 'everywhere': use one of all, symmetry_free, scalar"),
     (["--multipliers.placement", "{norm: row}"], r"placement names the role 'norm': use one of q, k, v"),
@@ -204,11 +204,14 @@ LATE: list[tuple[list[str], str]] = [
         ["--model.seq_length=100000"],
         r"tiny_train has \d+ tokens, but one sample takes 100001 .*shorten model\.seq_length",
     ),
-    (["--data.tokenizer=null"], r"data\.tokenizer is not set: give the \.model file"),
+    (
+        ["--data.tokenizer=null"],
+        r"data\.tokenizer is not set, with model\.vocab_size None and data\.eod None: give the",
+    ),
     (["--data.tokenizer=FOLDER/none.model"], r"cannot read the tokenizer FOLDER/none\.model \(No such file.*: give"),
     (
         ["--data.tokenizer=FOLDER/damaged.model"],
-        r"damaged\.model \(\d+ bytes\) is not a sentencepiece model.*: copy it",
+        r"damaged\.model \(\d+ bytes\) is neither a sentencepiece model nor a tokenizer\.json, .*: copy it",
     ),
     (
         ["--model.vocab_size=399"],
@@ -232,22 +235,24 @@ LATE: list[tuple[list[str], str]] = [
     (["--checkpoint.load=FOLDER/saved/unlisted"], r"unlisted is no complete checkpoint: SHA256SUMS cannot be read"),
     (
         ["--checkpoint.load=latest", "--train.run_dir=FOLDER/broken"],
-        r"none of the 2 checkpoints in FOLDER/broken/checkpoints is whole; the problem of the oldest: .*step_1/shard_",
+        r"none of the 2 checkpoints in FOLDER/broken/checkpoints is usable: load another checkpoint\. The problem of "
+        r"the oldest \(.*\): .*step_1/shard_",
     ),
     (
         ["--checkpoint.load=FOLDER/saved/whole", "--multipliers.implementation=none"],
         r"does not fit this run: model\.num_layers is 4 and the checkpoint's is 3; model\.hidden_size is 256 and the "
         r"checkpoint's is 128; model\.num_query_groups is 8 and the checkpoint's is 4; model\.tie_embeddings is False "
-        rf"and the checkpoint's is True; model\.vocab_size is {VOCAB} and the checkpoint's is 500; the SHA-256 of "
-        r"data\.tokenizer is '\w{64}' and the checkpoint's is '0{64}'; train\.seed \(the data's order\) is 1234 and "
-        r"the checkpoint's is 7; multipliers\.placement gives q no col and row multipliers, .*; optimizer\.name is "
+        rf"and the checkpoint's is True; model\.vocab_size is {VOCAB} and the checkpoint's is 500; train\.seed "
+        r"\(the data's order\) is 1234 and the checkpoint's is 7; the SHA-256 of data\.tokenizer is '\w{64}' and the "
+        r"checkpoint's is '0{64}' \(tokenizer\.model\); multipliers\.placement gives q no col and row multipliers, .*; "
+        r"optimizer\.name is "
         r"'adamw' and the checkpoint's is 'muon' \(.*\): set them back",
     ),
     (
         ["--data.tokenizer=FOLDER/other.model"],
         r"data source FOLDER/tiny_train was encoded with another tokenizer than FOLDER/other\.model: FOLDER/tiny_train"
-        rf"\.stamp\.json records one with the SHA-256 \w{{12}}\.\.\. and {VOCAB} tokens, and the given file has "
-        r"\w{12}.*; data source FOLDER/tiny_valid was encoded with another tokenizer",
+        rf"\.stamp\.json records one with the SHA-256 \w{{12}}\.\.\. and {VOCAB} tokens, but the given one has "
+        r"the SHA-256 \w{12}.*; data source FOLDER/tiny_valid was encoded with another tokenizer",
     ),
     (
         ["--data.train=FOLDER/swapped"],
@@ -259,12 +264,12 @@ LATE: list[tuple[list[str], str]] = [
     ),
     (
         ["--checkpoint.load=FOLDER/saved/imported"],
-        r"does not fit this run: data\.tokenizer is FOLDER/tiny\.model \(SHA-256 \w{64}\) and the checkpoint's "
-        r"tokenizer is hf_tokenizer/tokenizer\.json \(SHA-256 0{64}\), which is no sentencepiece model: training reads",
+        r"does not fit this run: the SHA-256 of data\.tokenizer is '\w{64}' and the checkpoint's is '0{64}' "
+        r"\(hf_tokenizer/tokenizer\.json\): set them back",
     ),
     (
         ["--checkpoint.load=FOLDER/saved/imported_before"],
-        rf"tokenizer is hf_tokenizer/tokenizer\.json \(SHA-256 {hashlib.sha256(b'{}').hexdigest()}\), which is no",
+        rf"the checkpoint's is '{hashlib.sha256(b'{}').hexdigest()}' \(hf_tokenizer/tokenizer\.json\): set them back",
     ),
     (
         ["--deepspeed={csv_monitor: {enabled: perhaps}, comet: {samples_log_interval: often}}"],

@@ -93,10 +93,10 @@ ALONE: list[tuple[dict[str, Any], str]] = [
     ({"timers": {"throughput": {"enabeld": True}}}, r"did you mean timers\.throughput\.enabled$"),
     ({"timers": {"throughput": {"enabled": True}}}, r"prints nothing without steps_per_print: give it too, or remove"),
     ({"steps_per_print": 0}, r"is 0: .*; give a positive whole number, or remove it$"),
-    ({"csv_monitor": True}, r"csv_monitor is True: it is a section; give a mapping of its keys$"),
+    ({"csv_monitor": True}, r"csv_monitor is True: give a mapping of the section's keys$"),
     ({"train_batch_size": 7}, r"is 7, and this run needs 16: train\.global_batch_size decides; remove it$"),
     ({"zero_optimization": {"stage": 3}}, r"is 3, and this run needs 1: parallel\.zero_stage decides; remove it$"),
-    ({"zero_optimization": True}, r"zero_optimization is True: it is a section; give a mapping"),
+    ({"zero_optimization": True}, r"zero_optimization is True: give a mapping of the section's keys"),
     (
         {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}},
         r"offload_optimizer\.device is 'cpu': .*higher parallel\.zero_stage.*recompute full.*; remove it$",

@@ -24,7 +24,7 @@ class Activations:
 
     Args:
         model: the model.
-        vocab_size: exact number of tokens; logits from this id on are padding and not counted.
+        vocab_size: exact number of tokens. Logits of ids from `vocab_size` on are padding and not counted.
 
     Attributes:
         sums: (sum of squares as a float64 scalar, number of elements) of this rank, by (metric, index of the layer).

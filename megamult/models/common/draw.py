@@ -5,14 +5,15 @@ key that is a hash of seed and name. A rank therefore draws only the elements th
 sharding and device gives the same model, bit by bit.
 
 Equal bits need care. The computation uses integers, and additions, subtractions and multiplications in fp64, for which
-IEEE 754 prescribes the rounding. Each of these is a separate tensor operation, which a compiler must not fuse with
-others. Transcendental functions are not rounded in the same way by all libraries; they occur only in a table whose
-values are computed in decimal arithmetic.
+IEEE 754 prescribes the rounding. Each of these is a tensor operation of its own. A compiler must not fuse two of them,
+because a fused multiply-add rounds only once. Transcendental functions are not rounded in the same way by all
+libraries; they occur only in a table whose values are computed in decimal arithmetic.
 
-The inverse is a function of the probability of the tail, between 2^-54 and 1/2. Each octave of this probability is
-divided into 64 equal pieces, and on each piece a cubic polynomial approximates the inverse. The absolute error is below
-5e-10, a hundredth of the error of rounding to fp32 at 1. All numbers are between -8.3 and 8.3. Source of the generator:
-Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+One bit of the generator's output gives the sign of the number, and 52 bits give p, between 2^-54 and 1/2. The absolute
+value of the number is z(p), which a normal random number exceeds with probability p (the upper tail). Each octave of p
+is divided into 64 equal pieces, and on each piece a cubic polynomial approximates z. The absolute error is below 5e-10;
+rounding a number near 1 to fp32 has an error a hundred times as large. All numbers are between -8.3 and 8.3. Source of
+the generator: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """
 
 from __future__ import annotations
@@ -147,10 +148,12 @@ def _coefficients() -> list[tuple[float, ...]]:
 
 
 def _upper_tail(z: Decimal, density: Decimal) -> Decimal:
-    """Return the probability of the upper tail, 1/2 - phi(z) (z + z^3/3 + z^5/(3 5) + ...), with an error below 1e-39.
+    """Return the probability that a normal random number exceeds z, with an error below 1e-39.
+
+    The probability is 1/2 - phi(z) (z + z^3/3 + z^5/(3 * 5) + z^7/(3 * 5 * 7) + ...).
 
     Args:
-        z: where the tail begins.
+        z: number that is exceeded, not negative.
         density: phi(z).
     """
     term = total = z

@@ -108,9 +108,9 @@ def products(query: Tensor, key: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
     Yields:
         (products, future) for a few consecutive positions. `products` is [batch, heads, positions, keys], where the
-        keys are those from the first token to the last of these positions. `future` [positions, positions] belongs to
-        the last keys, which are those of the same positions. It is True where a key comes after the query, which must
-        not attend to it.
+        keys are those from the first token to the last of these positions. `future` [positions, positions] is a
+        mask of the last keys, those at the positions of the queries. It is True where a key comes after the query, so
+        that the query must not attend to the key. A query may attend to all earlier keys.
     """
     seq, batch, heads, dim = query.shape
     groups = key.shape[2]

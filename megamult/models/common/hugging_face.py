@@ -31,7 +31,7 @@ class Weight:
 
     @property
     def stored_shape(self) -> tuple[int, ...] | None:
-        """Shape in our model, or None if our model does not have this weight, because it is frozen at 1."""
+        """Shape in our model. None if the weight is frozen at 1, because our model does not store such a weight."""
         return {"vector": self.shape, "scalar": (1,), "frozen": None}[self.norm]
 
     def multiplier(self, side: Side) -> tuple[str, tuple[int, ...]]:

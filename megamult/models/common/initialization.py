@@ -31,18 +31,18 @@ def initialize(
     placement: Placement | None = None,
     initial: Initial | None = None,
 ) -> None:
-    """Set this rank's part of every trainable parameter, on the parameter's own device.
+    """Set the elements that this rank holds of every trainable parameter, on the parameter's own device.
 
-    Parts whose role is in `std` are drawn from N(0, std^2), rounded to fp32 and then cast to the parameter's dtype.
-    If `initial.divide_weights` is True, std is first divided by the part's initial multipliers. Padding is zero.
-    Multipliers get their initial values, and all other parameters (norms) are set to 1. If `deepspeed.zero.Init` has
-    partitioned a parameter, this rank's partition is set, and nothing is gathered.
+    Logical matrices whose role is in `std` are drawn from N(0, std^2), rounded to fp32 and then cast to the parameter's
+    dtype. If `initial.divide_weights` is True, their std is divided by the product of their initial multipliers.
+    Padding is zero. Multipliers get their initial values, and all other parameters (norms) are set to 1. If
+    `deepspeed.zero.Init` has partitioned a parameter, this rank's partition is set, and nothing is gathered.
 
     Args:
         model: a model whose trainable parameters all have specs.
         std: standard deviations by role of the logical matrix.
         seed: seed of the weights. If None, the elements that would be drawn are NaN until a checkpoint is loaded.
-        coordinates: coordinates of this process in the grid.
+        coordinates: coordinates of this process on the mesh.
         note: function that is called with a text before each parameter is drawn, because large ones take seconds.
         placement: placement of the multipliers in the model; None if it has none.
         initial: initial values of the multipliers; None means ones.
@@ -76,8 +76,8 @@ def initialize(
 
 
 def _held(parameter: Parameter, name: str) -> tuple[Tensor, int]:
-    """Return the part that this rank holds of a parameter's flattened tensor-parallel shard, and the offset of this
-    part in the shard."""
+    """Return the elements that this rank holds of a parameter's flattened tensor-parallel shard, and the index of the
+    first of these elements within the shard. Under ZeRO 3 a rank holds a piece of the shard, otherwise all of it."""
     partition = getattr(parameter, "ds_tensor", None)
     if partition is None:
         return parameter.detach().view(-1), 0

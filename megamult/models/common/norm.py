@@ -1,4 +1,7 @@
-"""RMSNorm whose weight is a vector, one scalar or absent. The weight is replicated, and has a spec."""
+"""RMSNorm whose weight is a vector, one scalar or absent.
+
+Every tensor-parallel rank holds the whole weight, and the weight's spec states this.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class RMSNorm(torch.nn.Module):
         config: Megatron's configuration of the transformer.
         hidden_size: number of features.
         eps: number added to the mean square.
-        weight: kind of weight.
+        weight: kind of the weight w (:mod:`megamult.models.common.norm_weight`). If `frozen`, there is no w.
         role: role of the weight.
     """
 

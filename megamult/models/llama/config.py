@@ -102,7 +102,7 @@ class ModelConfig:
             sequence: whether sequence parallelism is on.
 
         Raises:
-            ValueError: a size cannot be divided in this way.
+            ValueError: a size cannot be sharded over `tensor` ranks.
         """
         require(
             not sequence or self.seq_length % tensor == 0,

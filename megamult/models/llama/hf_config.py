@@ -97,7 +97,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
             raise ValueError(f"config.json: {field} is {config.get(field)!r}, not {allowed[0]!r}: {remedy}")
     layers = config.get("layer_types")
     if layers is not None and any(kind != "full_attention" for kind in layers):
-        raise ValueError(f"config.json: layer_types is {layers!r}: attention here is full everywhere; {_TRAIN_WITHOUT}")
+        raise ValueError(f"config.json: layer_types is {layers!r}: megamult has only full attention; {_TRAIN_WITHOUT}")
     sizes = {ours: _positive_integer(config, *theirs) for ours, theirs in _SIZES.items()}
     numbers = {ours: _number(config, *theirs) for ours, theirs in _NUMBERS.items()}
     heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
@@ -105,8 +105,9 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
     head = _positive_integer(config, "head_dim", hidden // heads)
     if head * heads != hidden or head % 2:
         raise ValueError(
-            f"config.json: head_dim is {head} with num_attention_heads {heads} and hidden_size {hidden}: here the "
-            "size of a head is even and num_attention_heads * head_dim is hidden_size, so this model cannot be imported"
+            f"config.json: head_dim is {head} with num_attention_heads {heads} and hidden_size {hidden}: "
+            "megamult needs an even head_dim, and num_attention_heads * head_dim equal to hidden_size, so this model "
+            "cannot be imported"
         )
     if heads % groups:
         raise ValueError(

@@ -59,8 +59,9 @@ def gpt_layer_spec(
 
     Args:
         config: Megatron's configuration, from which sizes of heads, groups and MLP are read.
-        placement: placement of multipliers: `all`, `symmetry_free`, `scalar`, or a mapping from role to row, col or
-            scalar. `{}` means no multipliers.
+        placement: sides that have multipliers: `all`, `symmetry_free` or `scalar` (explained in
+            :func:`megamult.parameters.roles.placements`), or a mapping from role to row, col or scalar. `{}` means no
+            multipliers.
         shared_columns: whether Q, K and V have the same column multipliers, and gate and up too.
         grad_sync: when the gradients of replicated multipliers are summed over tensor-parallel ranks
             (:mod:`megamult.multipliers.parameters`). "step" needs an optimizer of this package.

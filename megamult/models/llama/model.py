@@ -33,8 +33,9 @@ class GPT(GPTModel):
         vocab_size: exact number of tokens, without padding.
         seed: seed of the weights. The same seed gives the same model for every sharding. If None, weights are NaN until
             a checkpoint is loaded.
-        placement: placement of multipliers in the layers: `all`, `symmetry_free`, `scalar`, or a mapping from role to
-            row, col or scalar. `{}` means no multipliers.
+        placement: sides that have multipliers in the layers: `all`, `symmetry_free` or `scalar` (explained in
+            :func:`megamult.parameters.roles.placements`), or a mapping from role to row, col or scalar. `{}` means no
+            multipliers.
         shared_columns: whether Q, K and V have the same column multipliers, and gate and up too.
         dtype: dtype of parameters and activations.
         tensor_parallel: size of the tensor-parallel groups that :func:`megamult.distributed.start.initialize` made.
@@ -45,8 +46,8 @@ class GPT(GPTModel):
         note: function that is called with a text before each parameter is drawn.
 
     Raises:
-        ValueError: `sizes` cannot be sharded in this way, the tensor-parallel group has another size than
-            `tensor_parallel`, or a head that is tied to the embedding would get multipliers.
+        ValueError: `sizes` cannot be sharded over `tensor_parallel` ranks, the tensor-parallel group has another size
+            than `tensor_parallel`, or a head that is tied to the embedding would get multipliers.
     """
 
     def __init__(
@@ -161,7 +162,10 @@ class GPT(GPTModel):
 def head(
     vocab_size: int, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup, placement: Placement
 ) -> MultiplierColumnParallelLinear:
-    """Return the LM head [padded vocabulary, hidden]. Rows of padding are 0 and have no multipliers."""
+    """Return the LM head, a linear layer. Its weight over all tensor-parallel ranks is [padded vocabulary, hidden].
+
+    Rows of padding are 0 and have no multipliers.
+    """
     return MultiplierColumnParallelLinear(
         config.hidden_size,
         padded_vocab_size(vocab_size),
@@ -177,7 +181,10 @@ def head(
 
 
 def _nothing(weight: Tensor) -> Tensor:
-    """Return a weight unchanged. Layers get this function as init method, because `initialize` sets weights later."""
+    """Return a weight unchanged.
+
+    Layers get this function as init method, because :class:`GPT` sets all weights after it has built the layers.
+    """
     return weight
 
 

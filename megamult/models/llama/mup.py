@@ -45,23 +45,25 @@ class Mup:
     def overrides(
         self, model: ModelConfig, optimizer: OptimizerConfig, multipliers: MultipliersConfig, learned: bool = False
     ) -> dict[str, dict[str, Any]]:
-        """Return the keys, by section, that add these factors to a run's own settings.
+        """Return the keys of a run's configuration, by section, that put muP's factors into effect.
+
+        If the run has its own factors in these keys, the result is the product of its own factors and muP's.
 
         Args:
-            model, optimizer, multipliers: sections of the run. The factors in them are multiplied by these factors.
+            model, optimizer, multipliers: sections of the run's configuration.
             learned: whether the factors of the forward pass are trained. If so, they are initial values of multipliers,
                 and the learning rates of these multipliers are set so that the multipliers change, relative to their
                 values, as fast as without muP. If not, the factors are constants.
 
         Raises:
-            ValueError: the run divides weights by their initial multipliers, but weights must not be divided by muP's
-                factors of the forward pass.
+            ValueError: the run has initial multipliers and divides the weights by them. muP's factors of the forward
+                pass become initial multipliers too, but the weights must not be divided by muP's factors.
         """
         if multipliers.initial and multipliers.divide_weights and self.forward:
             raise ValueError(
                 "multipliers.initial is given with divide_weights true, but weights must not be divided by the "
-                "factors that muP adds: set divide_weights to false, and instead divide the entries of "
-                "model.init_std_factors by the run's own initial values"
+                "factors that muP adds: set divide_weights to false, and divide each entry of "
+                "model.init_std_factors by the value that multipliers.initial gives to the same role"
             )
         decay = {} if multipliers.norm == "fixed" else self.weight_decay
         found: dict[str, dict[str, Any]] = {
@@ -98,7 +100,7 @@ def _product(own: Mapping[Role, float], factors: Mapping[Role, float]) -> dict[R
 
 
 def _nested(values: Mapping[tuple[Role, Side], float]) -> dict[Role, dict[Side, float]]:
-    """Return numbers by (role, side) as the configuration has them: by role, then by side."""
+    """Convert a mapping from (role, side) to the form of the configuration, {role: {side: number}}."""
     found: dict[Role, dict[Side, float]] = {}
     for (role, side), value in values.items():
         found.setdefault(role, {})[side] = value
@@ -112,7 +114,8 @@ def mup(sizes: ModelConfig, base: ModelConfig, update_norm: Callable[[int, int],
         sizes: sizes of the model. Its embedding and head are not tied.
         base: sizes of the model whose settings were tuned.
         update_norm: function from the shape (rows, columns) of a matrix to the spectral norm of its update at learning
-            rate 1, up to a constant, for optimizers such as Muon, which have such a function. None for AdamW.
+            rate 1, up to a constant (:func:`megamult.optim.build.update_norm`). It is known for Muon and NorMuon. None
+            for AdamW, whose updates have no known norm.
 
     Raises:
         ValueError: the embedding is tied to the head, whose factor would reach the embedding too.

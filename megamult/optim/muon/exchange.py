@@ -59,8 +59,8 @@ class Exchange:
     Args:
         plan: the plan, the same on every rank.
         mesh: the mesh of the processes, with the same grid as the plan.
-        slice_of_cut: index of this rank's slice of each parameter, by the parameter's index in `Plan.cuts`. A parameter
-            of which this rank has no slice has no key.
+        slice_of_cut: mapping from the index of a parameter in `Plan.cuts` to the index of this rank's slice of the
+            parameter in the `values` of :meth:`run`. A parameter of which this rank has no slice has no key.
         dtype: dtype in which pieces travel, both ways.
         device: the device of the slices.
     """
@@ -89,8 +89,9 @@ class Exchange:
 
             Args:
                 elements: [matrices, ranks] number of elements that are sent between each rank and the matrix's owner.
-                counted: what takes part if several ranks hold copies of a piece. If True (to owners), only the copy
-                    that counts in sums (:attr:`Rectangle.counted`); if False (back to holders), all copies.
+                counted: which copies to return if several ranks hold copies of a piece. True, for the way to the
+                    owners, returns only the copy that counts in sums (:attr:`Rectangle.counted`). False, for the way
+                    back to the holders, returns all copies.
             """
             found = _Direction()
             for other in range(self._ranks):

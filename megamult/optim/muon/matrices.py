@@ -193,7 +193,8 @@ class MatrixRule(UpdateRule):
 
         Returns:
             [length] values of each slice. They are sent to the owners, where they form the whole matrices that
-            :meth:`update` gets. The returned tensors must be those of `gradients` or of `state`, not copies.
+            :meth:`update` gets. The returned tensors must be those of `gradients` or of `state`, because copies would
+            take more temporary memory.
         """
 
     @abstractmethod

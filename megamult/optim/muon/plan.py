@@ -236,9 +236,9 @@ def _buckets(
 ) -> list[tuple[int, ...]]:
     """Divide the matrices into buckets, and return the indices of the matrices in each.
 
-    In one bucket, no rank owns more than `bucket_elements` elements, and no rank holds more than `bucket_elements`
-    elements of matrices that other ranks own, unless a single matrix has more. Elements that a rank owns count once for
-    each replica, because each replica receives the results.
+    A bucket keeps two limits, unless it is a single matrix that exceeds them. No rank sends more than `bucket_elements`
+    elements of results, where an element that it owns counts once for each rank that holds a copy of the element. And
+    no rank holds more than `bucket_elements` elements of matrices that other ranks own.
     """
     queues: dict[int, list[int]] = {}
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].rows, i)):

@@ -2,8 +2,9 @@
 
 On CUDA, in bf16 and fp16, a Triton kernel computes the tiles on and below the diagonal of products whose size suits it
 (:mod:`megamult.optim.muon.symmetric_triton`). These tiles are little more than half of a large product. In all other
-cases, torch computes block rows up to the diagonal, which are five eighths of all but small products. MEGAMULT_TRITON=0
-in the environment selects torch on CUDA too. The functions do not change their operands, and have no gradients.
+cases, torch computes block rows up to the diagonal: five eighths of a product with 256 or more rows, and more of a
+smaller one. MEGAMULT_TRITON=0 in the environment selects torch on CUDA too. The functions do not change their operands,
+and have no gradients.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ def block_rows(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alp
 def computed(n: int) -> int:
     """Return how many elements of an [n, n] product :func:`block_rows` computes.
 
-    Costs on every device are computed from this number. The Triton kernel computes fewer elements, but this lowers all
-    costs by nearly the same factor.
+    The costs of matrices (:func:`megamult.optim.muon.newton_schulz.flops`) are computed from this number on every
+    device. The Triton kernel computes fewer elements, but this lowers the costs of all matrices by nearly the same
+    factor, so that owners chosen by these costs remain balanced.
     """
     return sum((hi - lo) * hi for lo, hi in _bounds(n))
 
