@@ -40,7 +40,9 @@ class Config:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     deepspeed: dict[str, Any] | str | None = None
     """DeepSpeed configuration (a mapping, or the path of a JSON file) to merge into the one that the other keys
-    produce. docs/deepspeed.md lists the keys of a DeepSpeed configuration."""
+    produce. docs/deepspeed.md lists the keys of a DeepSpeed configuration. On the command line, its optimizer,
+    scheduler and gradient_clipping are read as keys of the sections `optimizer` and `train`; here they must say the
+    same."""
 
     def __post_init__(self) -> None:
         optimizer, train = self.optimizer, self.train

@@ -77,7 +77,12 @@ class ShardWriter(StorageWriter):
         for number, items in enumerate(_batches(plan.items, self._file_bytes)):
             name = f"shard_{plan.storage_data:05d}_{number:04d}.safetensors"
             path = self._directory / name
-            tensors = {key_of(item.index): _values(planner, item) for item in items}
+            tensors: dict[str, torch.Tensor] = {}
+            memory: set[int] = set()  # safetensors refuses tensors that share memory, as columns that are shared do
+            for item in items:
+                values = _values(planner, item)
+                tensors[key_of(item.index)] = values.clone() if values.data_ptr() in memory else values
+                memory.add(values.data_ptr())
             try:
                 save_file(tensors, path, metadata={"format": "pt"})
             except SafetensorError as error:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -29,10 +29,17 @@ class Writers:
         skipped: number of skipped steps among those that are done.
         samples: (number of sequences that the whole run reads, number that it has read so far). The bar counts
             sequences and not steps, because the remaining time follows from sequences even if batches grow.
+        report: function that gets every figure that TensorBoard gets, by name, for further monitors.
     """
 
     def __init__(
-        self, run_dir: Path, steps: int, done: int = 0, skipped: int = 0, samples: tuple[int, int] = (0, 0)
+        self,
+        run_dir: Path,
+        steps: int,
+        done: int = 0,
+        skipped: int = 0,
+        samples: tuple[int, int] = (0, 0),
+        report: Callable[[dict[str, float]], None] = lambda figures: None,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_after(run_dir / "metrics.jsonl", done)
@@ -49,6 +56,7 @@ class Writers:
         )
         self._report_every = max(1, steps // 20)
         self._steps = steps
+        self._report = report
         self._skipped = skipped
         self._failed: set[str] = set()
 
@@ -95,9 +103,7 @@ class Writers:
         """Record the monitor's figures of a step: one line of metrics.jsonl, and a point of each figure's curve in
         TensorBoard."""
         self._line({"step": step, **figures})
-        with self._going_on("tensorboard"):
-            for name, value in figures.items():
-                self._tensorboard.add_scalar(name, value, step)
+        self._points(figures, step)
 
     def histograms(self, values: dict[str, Tensor], step: int) -> None:
         """Write histograms of the multipliers of each role and side."""
@@ -116,9 +122,15 @@ class Writers:
             self._bar.write(text, file=sys.stdout) if self._interactive else print(text, flush=True)
 
     def _scalars(self, section: str, values: dict[str, float], step: int) -> None:
+        # A figure with a section in its name keeps it: lr/matrix.
+        self._points({key if "/" in key else f"{section}/{key}": value for key, value in values.items()}, step)
+
+    def _points(self, figures: dict[str, float], step: int) -> None:
         with self._going_on("tensorboard"):
-            for key, value in values.items():
-                self._tensorboard.add_scalar(f"{section}/{key}", value, step)
+            for name, value in figures.items():
+                self._tensorboard.add_scalar(name, value, step)
+        with self._going_on("a monitor of the section deepspeed"):
+            self._report(figures)
 
     def _line(self, record: dict[str, float]) -> None:
         # JSON has no NaN and no infinity.

@@ -95,7 +95,6 @@ class BoundMultipliers:
         values: [entries] all multipliers, packed, in fp32; the same on every rank.
         gradient: [entries] gradient of the last step, in fp32, summed over ranks, before clipping. It is the gradient
             of `values`, or of the variables that AdamW trains in their place if the settings have a parametrization.
-        last_lr: learning rate of the last update, without the factors of single roles; 0 before the first update.
     """
 
     @torch.no_grad()
@@ -113,7 +112,6 @@ class BoundMultipliers:
         # Rows and columns without a multiplier share the last entry. Its sum is not used.
         self._sums = self.values.new_zeros(len(self.values) + 1)
         self.gradient = self._sums[:-1]
-        self.last_lr = 0.0
         self._rule = AdamW(settings.betas, settings.eps)
         self._kept = {STEP: torch.zeros((), device=here), **{key: torch.zeros_like(self.values) for key in _STATES}}
         rates = settings.rates.multipliers
@@ -189,6 +187,10 @@ class BoundMultipliers:
         for stretch in self._constant:
             self.gradient[stretch.start : stretch.stop] = 0
 
+    def lr(self, schedule: float) -> float:
+        """Return the learning rate, without the factors of single roles, of a step whose schedule is at `schedule`."""
+        return self._settings.lr * (1.0 if self._settings.constant_lr else schedule)
+
     @torch.no_grad()
     def update(self, factor: float, schedule: float) -> None:
         """Update the multipliers by one AdamW step.
@@ -198,8 +200,7 @@ class BoundMultipliers:
             schedule: learning rate of this step as a fraction of its peak.
         """
         settings = self._settings
-        self.last_lr = settings.lr * (1.0 if settings.constant_lr else schedule)
-        group = {**self._rule.defaults, "lr": self.last_lr, "weight_decay": settings.weight_decay}
+        group = {**self._rule.defaults, "lr": self.lr(schedule), "weight_decay": settings.weight_decay}
         kept = {key: [value] for key, value in self._kept.items()}
         parametrization = settings.parametrization
         with parametrization.variables([self.values]) if parametrization else contextlib.nullcontext():

@@ -92,6 +92,24 @@ def stretches_of_tensors(partition: Partition, rates: Rates) -> dict[Tensor, lis
     }
 
 
+def learning_rates(of_kind: Mapping[str, float], partition: Partition, rates: Rates) -> dict[str, float]:
+    """Return learning rates by kind of parameter, and of each role, or role and side (`q_row`), with its own factors.
+
+    Args:
+        of_kind: learning rate of each kind of parameter.
+        partition: partition of the model's parameters.
+        rates: factors of single roles.
+    """
+    found = dict(of_kind)
+    for cut in partition.cuts:
+        for part in cut.spec.parts if cut.spec.side is None else ():
+            if part.role in rates.weights:
+                found[part.role] = of_kind[cut.spec.kind] * rates.weights[part.role].lr
+    for (role, side), rate in rates.multipliers.items():
+        found[f"{role}_{side}"] = of_kind["multiplier"] * rate.lr
+    return found
+
+
 def _extend(stretches: list[Stretch], stretch: Stretch) -> None:
     """Append a stretch, or lengthen the last one if it has the same rate and ends where `stretch` starts."""
     if stretches and stretches[-1].stop == stretch.start and stretches[-1].rate == stretch.rate:

@@ -27,7 +27,7 @@ from megamult.optim.fixed_norm import FixedNorms
 from megamult.optim.folded import BoundMultipliers, FoldedMultipliers
 from megamult.optim.param_groups import check_groups
 from megamult.optim.qk_clip import QKClip
-from megamult.optim.rates import Rates, Stretch, apply_by_rate, stretches_of_tensors
+from megamult.optim.rates import Rates, Stretch, apply_by_rate, learning_rates, stretches_of_tensors
 from megamult.optim.reduction import GlobalNorms, sum_partial_gradients
 from megamult.optim.rule import UpdateRule
 from megamult.optim.state import STEP, StateStore
@@ -158,6 +158,18 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         None before the first call of :meth:`prepare`.
         """
         return None if self.norms is None else self.norms.main
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates of the present step by kind of parameter, and of each role or role and side with own factors.
+
+        The optimizer must be bound to a partition.
+        """
+        of_kind = {group["kind"]: group["lr"] for group in self.param_groups}
+        if self.folded is not None:
+            of_kind["multiplier"] = self.folded.lr(self._schedule())
+        assert self._bound is not None
+        return learning_rates(of_kind, self._bound, self.rates)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

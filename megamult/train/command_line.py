@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from megamult.optim import legacy
 from megamult.optim.config import OPTIMIZERS, OptimizerConfig, check_used, rule_sections
 from megamult.runtime import exit_codes
 from megamult.runtime.console import say_error
+from megamult.train.deepspeed_config import without_auto, without_translated
+from megamult.train.deepspeed_translation import adopted, echo
 
 if TYPE_CHECKING:
     from megamult.distributed.mesh import Mesh
@@ -54,7 +57,8 @@ def parser() -> Any:
         type=dict[str, Any] | str | None,
         default=None,
         help="DeepSpeed configuration (a mapping or a JSON file) to merge into the one that the run's own keys "
-        "produce. docs/deepspeed.md lists the keys that it may have. A key with the value auto keeps megamult's value",
+        "produce. docs/deepspeed.md lists the keys that it may have. A key with the value auto keeps megamult's value. "
+        "Its optimizer, scheduler and gradient_clipping are read as keys of the sections optimizer and train",
     )
     made.add_argument("--local_rank", type=int, default=None, help="set by launchers, and ignored: LOCAL_RANK is used")
     return made
@@ -74,7 +78,12 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
         # Parse only the keys that the command line and its files give, without defaults.
         given = made.parse_args([each for each in arguments if not each.startswith("--print_config")], defaults=False)
         _check_used(given)
-        namespace = made.parse_args(arguments)
+        # Read DeepSpeed's file once. It may be a pipe, it may change, and it may be missing on another host.
+        file = Config(deepspeed=given.get("deepspeed")).deepspeed_overrides()
+        # Keys that DeepSpeed's file says come first: the user's own keys, which follow, overrule them here, and
+        # `deepspeed_config` names the conflict.
+        read = adopted(without_auto(file), given, made.get_defaults())
+        namespace = made.parse_args([*(f"--{key}={_argument(value)}" for key, value in read.items()), *arguments])
         for name in _section_names():  # jsonargparse accepts `model: 3`
             if not hasattr(namespace[name], "keys"):
                 raise ValueError(f"{name} is {namespace[name]!r}: give a mapping of the section's keys")
@@ -85,10 +94,18 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
         raise ValueError(f"the file that --config names is not UTF-8 ({error}): save it as UTF-8") from None
     del namespace["config"], namespace["local_rank"]
     sections["optimizer"] = OptimizerConfig.of(_used(namespace)["optimizer"].as_dict())
-    config = Config(**{name: sections[name] for name in SECTIONS}, deepspeed=sections["deepspeed"])
-    # Put the contents of DeepSpeed's file into the configuration: the file may change, or be missing on another host.
-    config.deepspeed = namespace["deepspeed"] = config.deepspeed_overrides() or None
+    config = Config(**{name: sections[name] for name in SECTIONS})
+    kept = without_translated(file, config)
+    said = echo(without_auto(file), config)
+    if said is not None and kept != file and environment.rank() == 0:
+        print(f"note: {said}", file=sys.stderr, flush=True)
+    config.deepspeed = namespace["deepspeed"] = kept or None
     return config, made.dump(namespace, skip_validation=True, skip_unset=False)
+
+
+def _argument(value: Any) -> str:
+    """Return a value as text that the parser reads back."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _section_names() -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megamult.config import Config
 from megamult.distributed import device
-from megamult.train.deepspeed_keys import CHECKED_BY_DEEPSPEED, KEYS, SECTIONS, TOP_LEVEL
+from megamult.train.deepspeed_keys import KEYS, SECTIONS, TRANSLATED
+from megamult.train.deepspeed_translation import conflicts
 
 _BUCKET_ELEMENTS = 50_000_000
 """Elements of a ZeRO communication bucket: 100 MB in bf16, enough to fill a link, and small compared with a model."""
@@ -23,11 +24,19 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
             keys. The message names all of them.
     """
     produced, overrides = _produced(config, data_parallel), without_auto(config.deepspeed_overrides())
-    problems = [problem for key, value in overrides.items() for problem in _problems(key, value, produced)]
-    problems += _without_effect(overrides.get("zero_optimization"), config)
+    problems = [*_problems(overrides, produced), *conflicts(overrides, config), *_without_effect(overrides, config)]
     if problems:
         raise ValueError("; ".join(problems))
-    return _overlaid(produced, overrides)
+    return _overlaid(produced, {key: value for key, value in overrides.items() if key not in TRANSLATED})
+
+
+def without_translated(overrides: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Return `overrides` without the keys that say what the run's own keys say too. If some of these keys are wrong,
+    return `overrides` as they are, so that :func:`deepspeed_config` names the mistakes beside all others."""
+    asked = without_auto({key: value for key, value in overrides.items() if key in TRANSLATED})
+    if [*_problems(asked, {}), *conflicts(asked, config)]:
+        return overrides
+    return {key: value for key, value in overrides.items() if key not in TRANSLATED}
 
 
 def _is_bf16_optimizer(config: Config) -> bool:
@@ -85,13 +94,13 @@ def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
 def without_auto(overrides: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Return `overrides` without the keys that ask for nothing.
 
-    These are keys with the value "auto" (which means megamult's value), keys that megamult would refuse but whose
-    value switches them off, and mappings that become empty when such keys are removed. `path` is the dotted prefix of
-    the keys."""
+    These are keys with the value "auto" or null (which mean megamult's value), keys that megamult would refuse but
+    whose value switches them off, and mappings that become empty when such keys are removed. `path` is the dotted
+    prefix of the keys."""
     kept = {}
     for key, value in overrides.items():
         name = f"{path}{key}"
-        if value == "auto" or (name in KEYS and KEYS[name].use == "refused" and KEYS[name].off(value)):
+        if value is None or value == "auto" or (name in KEYS and KEYS[name].use == "refused" and KEYS[name].off(value)):
             continue
         if isinstance(value, dict) and value:
             value = without_auto(value, f"{name}.")
@@ -101,43 +110,48 @@ def without_auto(overrides: dict[str, Any], path: str = "") -> dict[str, Any]:
     return kept
 
 
-def _problems(key: str, value: Any, produced: dict[str, Any]) -> Iterator[str]:
-    """Yield a message for each mistake in one of the user's top-level keys."""
-    if key not in TOP_LEVEL:
-        yield _unknown(key, TOP_LEVEL)
-    elif key not in SECTIONS:
-        yield from _problem(key, value, produced.get(key, value))
-    elif not isinstance(value, dict):
-        yield f"deepspeed.{key} is {value!r}: give a mapping of the section's keys"
-    else:
-        ours = produced.get(key, {})
-        for inner, each in value.items():
-            yield from _problem(f"{key}.{inner}", each, ours.get(inner, each))
+def _problems(overrides: Mapping[str, Any], produced: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Yield a message for each mistake in the user's keys.
+
+    Args:
+        overrides: the user's keys, or those of one section.
+        produced: the same part of the configuration that the run's own keys make.
+        path: dotted prefix of the keys.
+    """
+    for key, value in overrides.items():
+        name, ours = f"{path}{key}", produced.get(key)
+        if name in KEYS:
+            yield from _problem(name, value, ours)
+        elif name not in SECTIONS:
+            depth = name.count(".")
+            near = [each for each in (*KEYS, *SECTIONS) if each.startswith(path) and each.count(".") == depth]
+            yield _unknown(name, near)
+        elif isinstance(value, dict):
+            yield from _problems(value, ours or {}, f"{name}.")
+        else:
+            yield f"deepspeed.{name} is {value!r}: give a mapping of the section's keys"
 
 
 def _problem(name: str, value: Any, ours: Any) -> Iterator[str]:
     """Yield a message for each mistake in one key. `ours` is the key's value in the configuration made from the run's
-    keys."""
-    section = name.rpartition(".")[0]
-    if name not in KEYS:
-        if section not in CHECKED_BY_DEEPSPEED:
-            yield _unknown(name, [each for each in KEYS if each.startswith(f"{section}.")])
-        return
+    keys, or None if that configuration leaves the key to DeepSpeed."""
     key = KEYS[name]
     shown = repr(value) if len(repr(value)) < 80 else "set"
     if key.use == "refused":
         if isinstance(value, dict) and key.switch in value:
             name, shown = f"{name}.{key.switch}", repr(value[key.switch])
         yield f"deepspeed.{name} is {shown}: {key.text}; remove it"
-    elif key.use == "decided" and value != ours:
+    elif key.use == "decided" and ours is not None and value != ours:
         yield f"deepspeed.{name} is {shown}, and this run needs {ours!r}: {key.text}; remove it"
-    elif key.values and str(value).lower() not in key.values:
-        yield f"deepspeed.{name} is {shown}: {key.text}; use {' or '.join(key.values)}, or remove it"
+    elif wanted := key.wanted(value):
+        yield f"deepspeed.{name} is {shown}: {key.text}; {wanted}, or remove it"
+    elif key.keys and not isinstance(value, dict):
+        yield f"deepspeed.{name} is {shown}: give a mapping of the section's keys"
     elif isinstance(value, dict):
         yield from (
             _unknown(f"{name}.{each}", [f"{name}.{known}" for known in key.keys])
             for each in value
-            if key.keys and each not in key.keys
+            if each not in key.keys
         )
         if key.package and value.get("enabled") and importlib.util.find_spec(key.package) is None:
             yield (
@@ -146,31 +160,42 @@ def _problem(name: str, value: Any, ours: Any) -> Iterator[str]:
             )
 
 
-_OF_BUCKETS = {"overlap_comm", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"}
+_OF_BUCKETS = {
+    *("overlap_comm", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+    "parameter_alignment",
+}
 """Keys of `zero_optimization` that DeepSpeed's BF16_Optimizer ignores."""
 
 
-def _without_effect(zero: Any, config: Config) -> list[str]:
-    """Return a message for each of the user's `zero_optimization` keys that has no effect in this run.
+def _without_effect(overrides: Mapping[str, Any], config: Config) -> Iterator[str]:
+    """Yield a message for each of the user's keys that has no effect in this run, and would have one in other runs.
 
-    At ZeRO 0 these are all keys but `stage`. With DeepSpeed's BF16_Optimizer these are the keys in `_OF_BUCKETS`. In
-    other runs there are no messages. Keys that belong to another stage (such as stage3_...) have no effect either, but
-    are accepted, because one file may serve several stages.
+    At ZeRO 0 these are all keys of `zero_optimization` but `stage`. With DeepSpeed's BF16_Optimizer these are the keys
+    in `_OF_BUCKETS`. Keys that belong to another stage (such as stage3_...) have no effect either, but are accepted,
+    because one file may serve several stages. DeepSpeed's timer prints nothing without `steps_per_print`.
     """
-    names = zero.keys() - {"stage"} if isinstance(zero, dict) else set()
+    zero, timers = overrides.get("zero_optimization"), overrides.get("timers")
+    names = {name for name in zero if name != "stage"} if isinstance(zero, dict) else set()
     where, remedy = "at parallel.zero_stage 0", "raise parallel.zero_stage"
     if config.parallel.zero_stage:
         names &= _OF_BUCKETS if _is_bf16_optimizer(config) else set()
         where = "at parallel.zero_stage 1 in bf16, where gradients are reduced once, after the last backward pass"
         remedy = "use parallel.zero_stage 2"
-    return [
-        f"deepspeed.zero_optimization.{name} has no effect {where}: {remedy}, or remove it" for name in sorted(names)
-    ]
+    for name in sorted(names):
+        yield f"deepspeed.zero_optimization.{name} has no effect {where}: {remedy}, or remove it"
+    timer = timers.get("throughput") if isinstance(timers, dict) else None
+    if isinstance(timer, dict) and timer.get("enabled") and not overrides.get("steps_per_print"):
+        yield (
+            "deepspeed.timers.throughput is enabled, and prints nothing without steps_per_print: give it too, or "
+            "remove the timer"
+        )
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"deepspeed.{name} is not a DeepSpeed key: " + (f"did you mean {near[0]}" if near else "remove it")
+def _unknown(name: str, known: Sequence[str]) -> str:
+    section, _, last = name.rpartition(".")
+    near = difflib.get_close_matches(last, [each.rpartition(".")[2] for each in known], n=1, cutoff=0.8)
+    meant = ".".join(filter(None, (section, *near)))
+    return f"deepspeed.{name} is not a DeepSpeed key: " + (f"did you mean {meant}" if near else "remove it")
 
 
 def _overlaid(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

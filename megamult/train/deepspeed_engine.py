@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.logging import set_log_level_from_string
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -69,6 +70,11 @@ class DeepSpeedEngine:
         return self.optimizer.skipped_steps
 
     @property
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates of the last step by param group, and of each role that has factors of its own."""
+        return self.optimizer.learning_rates
+
+    @property
     def further_figures(self) -> dict[str, float]:
         """Figures of QK-clip in the last step, by name; empty without QK-clip."""
         return {} if self.optimizer.qk_clip is None else self.optimizer.qk_clip.figures()
@@ -76,6 +82,11 @@ class DeepSpeedEngine:
     def set_lr_factor(self, factor: float) -> None:
         """Set the learning rates to `factor` times their peaks, from the next step on."""
         set_lr_factor(self.optimizer.param_groups, factor)
+
+    def report(self, figures: Mapping[str, float], samples: int) -> None:
+        """Write figures to DeepSpeed's monitors (tensorboard, csv_monitor, wandb, comet) that are enabled."""
+        if self.deepspeed.monitor.enabled:
+            self.deepspeed.monitor.write_events([(name, value, samples) for name, value in figures.items()])
 
     def train_batch(self, micro_batches: Iterator[MicroBatch], accumulation: int) -> Tensor:
         """Take one optimizer step by the mean gradient of `accumulation` micro-batches, and return the mean cross
@@ -129,6 +140,8 @@ class DeepSpeedEngine:
 
     def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> list[str]:
         """Load a checkpoint into model and optimizer (see :func:`megamult.checkpoint.resume.restore`)."""
+        # DeepSpeed's own figures are over its count of sequences, which is not in our checkpoints.
+        self.deepspeed.global_samples = checkpoint.info.samples
         return resume.restore(checkpoint, self.partition, self.optimizer, reset_optimizer=reset_optimizer)
 
 
@@ -200,6 +213,7 @@ def build(
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=mesh.mpu, dist_init_required=False
         )
-    deepspeed_logger.setLevel(logging.WARNING)
+    # The lines that steps_per_print asks for are of the level INFO.
+    set_log_level_from_string("info" if settings["steps_per_print"] else "warning")
     note("checking the partition")
     return DeepSpeedEngine(engine, model, optimizer, attach(engine, optimizer, mesh))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,12 +51,24 @@ class Engine(Protocol):
         """Number of steps so far that changed nothing, because the gradient was not finite or was too large."""
 
     @property
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates of the last step by param group, and of each role that has factors of its own."""
+
+    @property
     def further_figures(self) -> dict[str, float]:
         """Figures of the last step that only some configurations have, such as those of QK-clip, by name. They are the
         same on every rank."""
 
     def set_lr_factor(self, factor: float) -> None:
         """Set all learning rates to `factor` times their peaks, from the next step on."""
+
+    def report(self, figures: Mapping[str, float], samples: int) -> None:
+        """Write figures of the run to the engine's own monitors, if it has any. Global rank 0 calls this alone.
+
+        Args:
+            figures: the figures by name.
+            samples: number of sequences that the run has trained on.
+        """
 
     def train_batch(self, micro_batches: Iterator[MicroBatch], accumulation: int) -> Tensor:
         """Take one optimizer step by the mean gradient of all micro-batches.

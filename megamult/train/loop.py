@@ -123,6 +123,7 @@ class Trainer:
             "tokens_per_second": batch * config.model.seq_length / seconds,
             "seconds": seconds,
             "skipped_steps": self.engine.skipped_steps,
+            **{f"lr/{group}": lr for group, lr in self.engine.learning_rates.items()},
             **self.engine.further_figures,
         }
 
@@ -202,6 +203,7 @@ class Trainer:
                     self.step_count,
                     self.engine.skipped_steps,
                     (total, self.samples),
+                    lambda figures: self.engine.report(figures, self.samples),
                 )
             )
             while self.step_count < steps and reason is None:

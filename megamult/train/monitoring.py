@@ -60,13 +60,6 @@ class RunMonitor:
         self._activations = Activations(model, vocab_size)
         self._copying: RemovableHandle | None = None
         self._equilibria, self._trajectories = self._references(partition, drawn)
-        weights = optimizer.rates.weights
-        self._rates = {
-            (part.role, cut.spec.kind): weights[part.role]
-            for cut in partition.cuts
-            for part in cut.spec.parts
-            if cut.spec.side is None and part.role in weights
-        }
 
     def due(self, step: int) -> bool:
         """Return whether `step`, counted from 1, is a monitored step."""
@@ -103,7 +96,7 @@ class RunMonitor:
         }
 
     def _of_optimizer(self) -> dict[str, float]:
-        """Return gradient norms, clip factors and the learning rates of the last step."""
+        """Return gradient norms and clip factors of the last step."""
         optimizer, norms = self._optimizer, self._optimizer.norms
         found: dict[str, float] = {}
         if norms is not None:
@@ -113,14 +106,6 @@ class RunMonitor:
             ):
                 found[key("grad_norm", subject)] = norm
                 found[key("clip_factor", subject)] = factor
-        lr_of_kind = {group["kind"]: group["lr"] for group in optimizer.param_groups}
-        if optimizer.folded is not None:
-            lr_of_kind["multiplier"] = optimizer.folded.last_lr
-        found |= {key("lr", kind): lr for kind, lr in lr_of_kind.items()}
-        for (role, kind), rate in self._rates.items():
-            found[key("lr", role)] = lr_of_kind[kind] * rate.lr
-        for (role, side), rate in optimizer.rates.multipliers.items():
-            found[key("lr", f"{role}_{side}")] = lr_of_kind["multiplier"] * rate.lr
         return found
 
     def _of_activations(self) -> dict[str, float]:

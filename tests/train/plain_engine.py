@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,15 @@ class PlainEngine:
         self.factor = math.nan
         self.further_figures: dict[str, float] = {}
 
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        return {"embedding": LR * self.factor}
+
     def set_lr_factor(self, factor: float) -> None:
         self.factor = factor
+
+    def report(self, figures: Mapping[str, float], samples: int) -> None:
+        pass
 
     def train_batch(self, micro_batches: Iterator[MicroBatch], accumulation: int) -> Tensor:
         losses = []

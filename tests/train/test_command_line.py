@@ -142,8 +142,8 @@ EARLY: list[tuple[list[str], str]] = [
         r"deepspeed\.wall_clok_breakdown is not a DeepSpeed key: did you mean wall_clock_breakdown",
     ),
     (
-        ["--deepspeed", "{gradient_clipping: 1.0}"],
-        r"gradient_clipping is 1\.0, .*: optimizer\.clip_grad_norm clips; rem",
+        ["--deepspeed", "{gradient_clipping: 1.0}", "--optimizer.clip_grad_norm", "2"],
+        r"gradient_clipping is 1\.0, which means optimizer\.clip_grad_norm 1\.0, and this run has 2\.0: change one",
     ),
     (["--deepspeed", "{tensor_parallel: {autotp_size: 2}}"], r"tensor_parallel is .*: use parallel\.tensor; remove it"),
 ]
@@ -272,8 +272,8 @@ LATE: list[tuple[list[str], str]] = [
         rf"the checkpoint's is '{hashlib.sha256(b'{}').hexdigest()}' \(hf_tokenizer/tokenizer\.json\): set them back",
     ),
     (
-        ["--deepspeed={zero_optimization: {stagee: 1, overlap_comm: perhaps}}"],
-        r"deepspeed: DeepSpeed refuses these keys \(overlap_comm: .*; stagee: Extra inputs.*\); correct",
+        ["--deepspeed={csv_monitor: {enabled: perhaps}, comet: {samples_log_interval: often}}"],
+        r"deepspeed: DeepSpeed refuses these keys \(comet\.samples_log_interval: .*; csv_monitor\.enabled: .*\); corr",
     ),
 ]
 

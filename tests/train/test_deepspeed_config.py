@@ -60,8 +60,40 @@ ALONE: list[tuple[dict[str, Any], str]] = [
     ({"gradient_allreduce_op": "sum"}, r"is 'sum', and this run needs 'mean': gradients are averaged.*; remove it$"),
     ({"amp": {"enabled": True}}, r"amp\.enabled is True: .*train\.dtype decides; remove it$"),
     ({"fp16": {"enabled": True}}, r"fp16\.enabled is True: train\.dtype decides"),
-    ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, r"optimizer is .*: optimizer\.\* and multipliers\.\*"),
-    ({"gradient_clipping": 1.0}, r"is 1\.0, and this run needs 0\.0: optimizer\.clip_grad_norm clips; remove it$"),
+    ({"optimizer": {"type": "Lamb"}}, r"is 'Lamb': .*optimizer\.name muon.*; use AdamW or Adam, or remove it$"),
+    ({"optimizer": {"params": {"lrr": 1}}}, r"not a DeepSpeed key: did you mean optimizer\.params\.lr$"),
+    (
+        {"optimizer": {"params": {"adam_w_mode": False}}},
+        r"is False: weight decay is decoupled.*; use true, or remove it",
+    ),
+    ({"optimizer": {"params": {"max_grad_norm": 1.0}}}, r"is 1\.0: use optimizer\.clip_grad_norm; remove it$"),
+    (
+        {"optimizer": {"params": {"betas": 0.9}}},
+        r"betas is 0\.9: optimizer\.adamw\.betas; give two numbers, or remove it$",
+    ),
+    ({"scheduler": {"type": "OneCycle"}}, r"is 'OneCycle': .*; use WarmupLR or WarmupDecayLR or WarmupCosineLR, or"),
+    (
+        {"gradient_clipping": 2.0},
+        r"is 2\.0, which means optimizer\.clip_grad_norm 2\.0, and this run has 1\.0: change one of them, or remove",
+    ),
+    ({"zero_optimization": {"reduce_bucket_siz": 7}}, r"did you mean zero_optimization\.reduce_bucket_size$"),
+    (
+        {"zero_optimization": {"allgather_bucket_size": "many"}},
+        r"'many': .*; give a positive whole number, or remove it$",
+    ),
+    ({"zero_optimization": {"zero_quantized_gradients": True}}, r"is True: it rounds gradients.*; remove it$"),
+    ({"zero_optimization": {"round_robin_gradients": True}}, r"is True: it is for offloading.*; remove it$"),
+    ({"zero_optimization": {"leaf_module": {"names": ["layers"]}}}, r"is .*: ZeRO 3 partitions.*; remove it$"),
+    (
+        {"zero_optimization": {"allgather_partitions": False}},
+        r"is False: DeepSpeed reads it and does nothing.*; remove",
+    ),
+    ({"bf16": {"enabld": True}}, r"did you mean bf16\.enabled$"),
+    ({"tensorboard": {"outptu_path": "x"}}, r"did you mean tensorboard\.output_path$"),
+    ({"timers": {"throughput": {"enabeld": True}}}, r"did you mean timers\.throughput\.enabled$"),
+    ({"timers": {"throughput": {"enabled": True}}}, r"prints nothing without steps_per_print: give it too, or remove"),
+    ({"steps_per_print": 0}, r"is 0: .*; give a positive whole number, or remove it$"),
+    ({"csv_monitor": True}, r"csv_monitor is True: give a mapping of the section's keys$"),
     ({"train_batch_size": 7}, r"is 7, and this run needs 16: train\.global_batch_size decides; remove it$"),
     ({"zero_optimization": {"stage": 3}}, r"is 3, and this run needs 1: parallel\.zero_stage decides; remove it$"),
     ({"zero_optimization": True}, r"zero_optimization is True: give a mapping of the section's keys"),
@@ -91,6 +123,26 @@ def test_a_key_that_does_not_do_what_it_says_is_refused_with_its_remedy(
     assert re.search(says, said), said
 
 
+def test_mistakes_of_every_kind_are_in_one_error() -> None:
+    """Eleven: misspelt at the top and inside, without effect, of another value, of a wrong type, and untranslatable."""
+    file = {
+        "gradient_acumulation_steps": 4,
+        "train_batch_size": 7,
+        "wall_clock_breakdown": "yes",
+        "activation_checkpointing": {"partition_activations": True},
+        "zero_optimization": {"reduce_bucket_siz": 7, "zero_quantized_gradients": True, "overlap_comm": "yes"},
+        "optimizer": {"type": "Lamb", "params": {"lr": 3.0}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}},
+    }
+    said = [each.removeprefix("deepspeed.").split(" ")[0] for each in refusals(file, stage=2)]
+    assert sorted(said) == [
+        *("activation_checkpointing", "gradient_acumulation_steps", "optimizer.params.lr", "optimizer.type"),
+        *("scheduler.params.warmup_num_steps", "scheduler.params.warmup_type", "train_batch_size"),
+        *("wall_clock_breakdown", "zero_optimization.overlap_comm", "zero_optimization.reduce_bucket_siz"),
+        "zero_optimization.zero_quantized_gradients",
+    ]
+
+
 def test_all_mistakes_are_in_one_error() -> None:
     """A Hugging Face file with its autos resolved, of which every conflict is named at once."""
     file = {
@@ -98,7 +150,7 @@ def test_all_mistakes_are_in_one_error() -> None:
         "scheduler": {"type": "WarmupLR"},
         "fp16": {"enabled": True},
         "gradient_accumulation_steps": 7,
-        "gradient_clipping": 1.0,
+        "gradient_clipping": 2.0,
         "train_batch_size": 7,
         "train_micro_batch_size_per_gpu": 7,
         "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "sub_group_size": 7},
@@ -108,7 +160,7 @@ def test_all_mistakes_are_in_one_error() -> None:
     said = refusals(file)
     named = {each.removeprefix("deepspeed.").split(" ")[0] for each in said}
     assert named == {
-        *("optimizer", "scheduler", "fp16.enabled", "gradient_accumulation_steps", "gradient_clipping"),
+        *("optimizer.params.lr", "fp16.enabled", "gradient_accumulation_steps", "gradient_clipping"),
         *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_acumulation_steps"),
         *("zero_optimization.stage", "zero_optimization.stage3_gather_16bit_weights_on_model_save"),
     }
@@ -149,14 +201,21 @@ def test_what_is_switched_off_or_equal_asks_for_nothing() -> None:
         "fp16": {"enabled": False, "loss_scale": 0},
         "amp": {"enabled": False},  # DeepSpeed refuses the section by its mere presence
         "elasticity": {"enabled": False},
-        "activation_checkpointing": {},
         "sequence_parallel_size": 1,
         "gradient_predivide_factor": 1.0,
         "prescale_gradients": False,
         "dump_state": False,
-        "gradient_clipping": 0,
+        "gradient_clipping": 1,  # as optimizer.clip_grad_norm
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "adam_w_mode": True}},
         "train_batch_size": 16,
-        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}, "cpu_offload": False},
+        "train_micro_batch_size_per_gpu": None,
+        "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
+        "zero_optimization": {
+            "stage": 1,
+            "allgather_partitions": True,
+            "offload_optimizer": {"device": "none"},
+            "cpu_offload": False,
+        },
         "wandb": {"enabled": False},
     }
     assert {k: v for k, v in made(file).items() if k != "wandb"} == made({})
@@ -165,7 +224,7 @@ def test_what_is_switched_off_or_equal_asks_for_nothing() -> None:
 def test_free_keys_are_handed_on() -> None:
     file = {
         "communication_data_type": "BF16",
-        "zero_optimization": {"reduce_bucket_size": 7, "round_robin_gradients": True},
+        "zero_optimization": {"reduce_bucket_size": 7, "parameter_alignment": True},
         "steps_per_print": 3,
         "timers": {"throughput": {"synchronized": False}},
         "tensorboard": {"enabled": True, "output_path": "x"},
@@ -174,7 +233,7 @@ def test_free_keys_are_handed_on() -> None:
     result = made(file, stage=2)
     assert result["communication_data_type"] == "BF16"
     assert result["zero_optimization"]["reduce_bucket_size"] == 7
-    assert result["zero_optimization"]["round_robin_gradients"] is True
+    assert result["zero_optimization"]["parameter_alignment"] is True
     assert result["zero_optimization"]["allgather_bucket_size"] == 50_000_000
     assert result["timers"] == {"throughput": {"enabled": False, "synchronized": False}}
     assert result["flops_profiler"]["profile_step"] == 2 and result["tensorboard"]["enabled"]
@@ -223,6 +282,32 @@ def test_the_table_has_every_key_that_deepspeed_reads() -> None:
     # zero.Init's and initialize's are read elsewhere.
     assert _Recording.asked <= TOP_LEVEL, _Recording.asked - TOP_LEVEL
     assert ours.keys() <= TOP_LEVEL
+
+
+def test_the_table_has_exactly_the_keys_of_deepspeeds_sections() -> None:
+    """DeepSpeed refuses other keys in these sections, but only after the start, and each section by itself."""
+    from deepspeed.monitor import config as monitors
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    from megamult.train.deepspeed_keys import KEYS
+    from megamult.train.deepspeed_zero_keys import BF16_KEYS, ZERO_KEYS
+
+    removed = {"zeropp_loco_param", "mics_shard_size", "mics_hierarchical_params_gather"}
+    fields = DeepSpeedZeroConfig.model_fields
+    assert ZERO_KEYS.keys() - removed == {*fields, *(field.alias for field in fields.values() if field.alias)}
+    assert BF16_KEYS.keys() == set(DeepSpeedBF16Config.model_fields)
+    for name, section in {
+        "tensorboard": monitors.TensorBoardConfig,
+        "csv_monitor": monitors.CSVConfig,
+        "wandb": monitors.WandbConfig,
+        "comet": monitors.CometConfig,
+        "timers.throughput": DeepSpeedThroughputTimerConfig,
+    }.items():
+        assert set(KEYS[name].keys) == set(section.model_fields), name
+    assert set(KEYS["flops_profiler"].keys) == set(vars(DeepSpeedFlopsProfilerConfig({})))
 
 
 def test_the_document_is_the_table() -> None:

@@ -70,6 +70,7 @@ def test_the_losses_are_those_of_a_loop_by_hand(folder: Path, driven: dict[str, 
     assert [r["lr"] for r in written] == pytest.approx([LR * factor for factor in FACTORS], rel=1e-15)
     assert [r["batch_size"] for r in written] == list(BATCHES)
     assert [r["skipped_steps"] for r in written] == [0, 1, 1, 1]
+    assert [r["lr/embedding"] for r in written] == [r["lr"] for r in written]
     assert [r["tokens"] for r in written] == [sum(BATCHES[: i + 1]) * SEQ for i in range(STEPS)]
     assert [r["tokens_per_second"] * r["seconds"] for r in written] == pytest.approx([b * SEQ for b in BATCHES])
     found = [(r["step"], r["valid_loss"]) for r in metrics(folder / "whole") if "valid_loss" in r]
