@@ -64,7 +64,7 @@ class _Found:
 
 
 class Report:
-    """Counts and first places of all kinds that one pass over the inputs finds."""
+    """What one pass over the inputs finds: how often each kind of defect or note occurs, and its first places."""
 
     def __init__(self) -> None:
         self._found: dict[Kind, _Found] = {}

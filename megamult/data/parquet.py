@@ -13,7 +13,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 class NoColumn(Exception):
-    """A file does not have the column; the message names its columns."""
+    """A file does not have the column. The text of the exception lists the columns that the file has."""
 
 
 def column_values(path: str, column: str) -> Generator[object, None, None]:

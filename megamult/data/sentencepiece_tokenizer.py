@@ -1,4 +1,5 @@
-"""Training of a sentencepiece BPE tokenizer that keeps every text, decode(encode(text)) = text, and use of any other.
+"""Training of a sentencepiece BPE tokenizer that keeps every text (decode(encode(text)) is the text), and use of this
+and of any other sentencepiece model.
 
 Identity normalization, byte fallback, no dummy prefix and no whitespace removal make sentencepiece keep every
 character, including newlines and tabs. Two characters have a special meaning in the library and are handled here:

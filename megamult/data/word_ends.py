@@ -2,8 +2,9 @@
 
 A tokenizer.json divides a text in stages (its `pre_tokenizer`), and merges bytes only within the resulting words. The
 patterns of GPT-2, Llama 3, Qwen, GPT-4 and GPT-4o are searched from left to right. None of their alternatives matches a
-letter and then one of `ENDS`, and what follows a letter does not matter for what is matched before it. So a word ends
-between the two wherever they stand, and the text can be cut there: the words on both sides stay what they are.
+letter together with a following character of `ENDS`, and the text after a letter never changes how the text up to this
+letter is matched. So a word always ends between a letter and a following character of `ENDS`, and the text can be cut
+there: the words on both sides stay the same.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ _OTHERS = {
 
 
 def is_word_end(text: str, at: int) -> bool:
-    """Tell whether character `at` of a text, from 1 on, follows the last letter of a word."""
+    """Return whether character number `at` of a text directly follows the last letter of a word. `at` must be 1 or
+    more."""
     before = text[at - 1]
     # A library of other age may not know the newest letters, and NFC makes a letter and a mark of some letters.
     return text[at] in ENDS and _OLD.category(before)[0] == "L" and unicodedata.is_normalized("NFC", before)
 
 
 def words_end(tokenizer: Mapping[str, Any]) -> bool:
-    """Tell whether a tokenizer.json surely ends a word at every place that `is_word_end` finds in a text."""
+    """Return whether the tokenizer of a tokenizer.json is known to end a word wherever `is_word_end` says so."""
     normalizer = tokenizer.get("normalizer") or {"type": "NFC"}
     model: Mapping[str, Any] = tokenizer.get("model") or {}
     if normalizer.get("type") != "NFC" or model.get("type") != "BPE" or model.get("dropout"):

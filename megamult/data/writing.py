@@ -39,7 +39,7 @@ class IndexedWriter:
             if self._length >= 2**31:
                 raise ValueError(
                     f"document number {self.documents} (from 0) of {self._idx.stem} has {self._length} tokens, and an "
-                    ".idx can hold lengths below 2**31: divide it, in plain text by blank lines"
+                    ".idx can hold only lengths below 2**31: split the document (in plain text, insert blank lines)"
                 )
             self._lengths.write(np.int32(self._length).tobytes())
             self.documents += 1

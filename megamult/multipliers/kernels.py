@@ -24,8 +24,8 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """Rows [start, stop) of the weight. Row number `col` of kappa scales them. If `col` is None, they have no column
-    multipliers."""
+    """Rows [start, stop) of the weight. They have the same vector of column multipliers, kappa[col], or none if `col`
+    is None."""
 
     start: int
     stop: int

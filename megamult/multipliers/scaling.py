@@ -235,7 +235,7 @@ class PackedScaling:
             sums: gradients of all multipliers, [multipliers + 1], changed in place. The last element collects the sums
                 of rows without multipliers.
             dots: row sums [height] of each band, or None for a band that adds nothing: its rows have neither a row
-                multiplier nor a scalar, or a sum over processes does not include this process's copy of them.
+                multiplier nor a scalar, or this process has only copies of rows that another process already counts.
             factors: the multipliers of the weights in the backward pass. The gradient of a row multiplier is its row
                 sum times the scalar; the gradient of a scalar is the sum of row multiplier times row sum.
         """

@@ -46,7 +46,8 @@ class ViewedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def begin(self) -> None:
-        """Bind the optimizer in a training loop without DeepSpeed, in which every rank holds its parameters whole."""
+        """Prepare for the first step of a training loop without DeepSpeed, in which every rank holds its parameters
+        whole."""
 
     @abstractmethod
     def _every_rule(self) -> list[UpdateRule]:
@@ -125,7 +126,7 @@ class ViewedOptimizer(torch.optim.Optimizer):
         All ranks must call this together.
 
         Raises:
-            ValueError: a multiplier is not positive, so that it has no variable that the optimizer could train.
+            ValueError: a multiplier is not positive. The parametrization has no such multipliers.
         """
         if self._parametrization is None:
             return
@@ -155,8 +156,9 @@ class ViewedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a result of :meth:`state_dict`.
 
-        Of folded matrices, it has the latent weights W (without multipliers), from which this method computes W_eff.
-        The model's own state dict has W_eff too, and all other weights, so load both, in any order.
+        For folded matrices, the state dict has the latent weights W (without multipliers), from which this method
+        computes W_eff. All other weights are only in the model's own state dict, so load both state dicts, in any
+        order.
 
         Raises:
             ValueError: the state dict has folded multipliers and this optimizer has none, or the reverse; the state

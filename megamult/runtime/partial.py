@@ -29,9 +29,10 @@ def partial_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder beside `final`, in which to write the contents of `final`. The caller renames this
     folder, or the files in it, to the final names. At the end, remove everything that the caller has not renamed.
 
-    Folders for the same `final` that dead processes left are removed first, and a line on standard error names each. If
-    it is unknown whether a folder's process still lives, the folder stays, and a line names it: a folder of another
-    machine, of this machine before a reboot, or of an unknown process, and any folder if the file system has no locks.
+    Folders for the same `final` that dead processes left are removed first, and a line on standard error names each. A
+    folder stays, and a line names it, if it cannot be told whether its process still lives. This is so for a folder of
+    another machine, of this machine before a reboot, or of an unknown process, and for every folder if the file system
+    has no locks.
     """
     _remove_leftovers(final)
     folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
