@@ -24,6 +24,9 @@ class CheckpointConfig:
     """Directory of the checkpoint to resume from, or `latest`, or null. With `latest`, the run resumes from the newest
     checkpoint of train.run_dir, or starts anew if there is none. If the newest is damaged, the run says so and takes
     the one before it. null: start anew."""
+    start: str | None = None
+    """Directory of a checkpoint, such as an imported model, from which a run without a checkpoint of its own starts. It
+    is read if `load` is null, and if `load` is `latest` and train.run_dir has no checkpoint."""
     reset_optimizer: bool = False
     """Load weights, multipliers, step and position in the data, but start with fresh optimizer state."""
 
@@ -34,6 +37,16 @@ class CheckpointConfig:
             f"checkpoint.load is {self.load!r}: name a directory, or latest",
         )
         require(
-            self.load is not None or not self.reset_optimizer,
-            "checkpoint.reset_optimizer is true and checkpoint.load is not set: give a checkpoint",
+            self.start is None or bool(self.start.strip()),
+            f"checkpoint.start is {self.start!r}: name the directory of a checkpoint",
+        )
+        require(
+            self.start is None or self.load in (None, "latest"),
+            f"checkpoint.start is {self.start!r} and checkpoint.load is {self.load!r}: the run resumes from load, and "
+            "start has no effect; leave one of them out",
+        )
+        require(
+            (self.load or self.start) is not None or not self.reset_optimizer,
+            "checkpoint.reset_optimizer is true, and neither checkpoint.load nor checkpoint.start is set: give a "
+            "checkpoint",
         )

@@ -50,6 +50,8 @@ class CheckpointInfo:
     """Names of these files in the checkpoint, joined by ", "."""
     tokenizer_also: dict[str, str] = field(default_factory=dict)
     """Further files in the checkpoint that define the same tokenizer in another format: SHA-256 by their names."""
+    eod: int | None = None
+    """Id of the token that ends a document in the run's corpora, or None if it is unknown."""
     optimizer: dict[str, Any] | None = None
     """`name`, `updates` (steps applied) and `skipped_steps`, or None if there is no optimizer state."""
     data: dict[str, Any] | None = None

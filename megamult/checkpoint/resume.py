@@ -32,7 +32,9 @@ from megamult.settings import Why, fixed_keys, fixed_values
 from megamult.zero.partition import Partition
 
 
-def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None]) -> SavedCheckpoint | None:
+def find(
+    mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None], key: str = "checkpoint.load"
+) -> SavedCheckpoint | None:
     """Find and verify the checkpoint that `checkpoint.load` asks for. Collective: each rank verifies some of the files.
 
     Args:
@@ -42,6 +44,7 @@ def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], 
         run_dir: directory of this run.
         fits: function that raises ValueError if the run cannot resume from a checkpoint with this info. It is called
             before the large files are read.
+        key: name of the setting that has the value `load`, for messages.
 
     Returns:
         The checkpoint, or None if `load` is `latest` and `run_dir` has no checkpoint yet.
@@ -50,12 +53,12 @@ def find(mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], 
         ValueError: there is no checkpoint, the checkpoint does not fit the run, or all checkpoints are damaged.
     """
     first = mesh.rank == 0
-    candidates = _listed(mesh, load, run_dir)
+    candidates = _listed(mesh, load, run_dir, key)
     if not candidates:
         if load == "latest":
             return None
         raise ValueError(
-            f"checkpoint.load is {load!r}: no checkpoint is there; name a directory that holds {INFO}, or one with "
+            f"{key} is {load!r}: no checkpoint is there; name a directory that holds {INFO}, or one with "
             "step_N directories"
         )
     share = (mesh.rank, mesh.size)
@@ -91,7 +94,7 @@ def _opened(path: Path) -> SavedCheckpoint:
     return checkpoint
 
 
-def _listed(mesh: Mesh, load: str, run_dir: Path) -> list[Path]:
+def _listed(mesh: Mesh, load: str, run_dir: Path, key: str) -> list[Path]:
     """List the checkpoints that :func:`find` tries, best first. Collective.
 
     Rank 0 undoes interrupted renames, lists the checkpoints, and sends the list to all ranks.
@@ -104,7 +107,7 @@ def _listed(mesh: Mesh, load: str, run_dir: Path) -> list[Path]:
         except OSError as error:
             found = [
                 [],
-                f"checkpoint.load is {load[:200]!r}, which cannot be read ({error.strerror}): check its permissions",
+                f"{key} is {load[:200]!r}, which cannot be read ({error.strerror}): check its permissions",
             ]
     mesh.broadcast_objects(found)
     candidates, problem = found
@@ -159,11 +162,15 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
             found.append(
                 f"multipliers.placement gives {role} no {' and '.join(lost)} multipliers, which the checkpoint has"
             )
-    own = any("col" in sides for sides in multipliers.sides.values()) and not multipliers.shared_columns
-    if config.multipliers.shared_columns and own and info.step > 0:
-        found.append(
-            "multipliers.shared_columns is True and the checkpoint's is False, so that its column multipliers differ"
-        )
+    for roles in config.multipliers.sharing(config.model.fused) if info.optimizer is not None else ():
+        trained = [role for role in roles if "col" in multipliers.sides.get(role, ())]
+        apart = len(trained) > 1 and not multipliers.shared_columns
+        if trained and (apart or len(trained) < len(roles)):
+            what = "has trained them apart" if apart else f"has only those of {', '.join(trained)}"
+            found.append(
+                f"multipliers.shared_columns is True, so that {', '.join(roles)} would have the same column "
+                f"multipliers, and the checkpoint {what}"
+            )
     name = None if info.optimizer is None else info.optimizer["name"]
     if name not in (None, config.optimizer.name) and not config.checkpoint.reset_optimizer:
         found.append(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from megamult.data.sentencepiece_tokenizer import train_tokenizer
 from megamult.data.split import ValidSplit
 from megamult.data.splitmix import splitmix
 from megamult.data.stamp import SUFFIX, Stamp
-from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER
+from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FILES, TOKENIZER_FOLDER
 from megamult.data.tokenizer_kinds import open_tokenizer
 from megamult.data.writing import IndexedWriter
 from megamult.runtime.console import uninterrupted
@@ -205,10 +204,27 @@ def _checked_prefix(output: str | Path, inputs: Sequence[str | Path]) -> Path:
         for path in inputs:
             if file.exists() and Path(path).exists() and file.samefile(path):
                 raise ValueError(f"input {path} is also the output file {file}: choose another prefix")
+    _check_folder(_outputs(prefix)[_FOLDER])
     existing = next(parent for parent in prefix.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"cannot write under {existing}: choose an output prefix in a directory that you may write to")
     return prefix
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that the directory of the tokenizer's files does not exist, or that an earlier call has written it.
+
+    Raises:
+        ValueError: it holds something else, or is a symbolic link.
+    """
+    if folder.is_symlink():
+        raise ValueError(f"output directory {folder} is a symbolic link: choose another prefix, or remove the link")
+    others = [path.name for path in folder.iterdir() if path.name not in TOKENIZER_FILES] if folder.is_dir() else []
+    if others:
+        raise ValueError(
+            f"output directory {folder} holds {', '.join(sorted(others)[:8])}, which are no files of a tokenizer: "
+            "choose another prefix, or move the directory"
+        )
 
 
 def _survey(files: Sequence[str], json_key: str, report: Report) -> tuple[list[str], int, int]:
@@ -268,7 +284,9 @@ def _publish(partial: Path, prefix: Path) -> None:
                 final.unlink(missing_ok=True)
         for name, final in outputs.items():
             if final.is_dir():  # a directory cannot be replaced by a rename
-                shutil.rmtree(final)
+                for earlier in TOKENIZER_FILES:
+                    (final / earlier).unlink(missing_ok=True)
+                final.rmdir()
             if (partial / name).exists():
                 os.replace(partial / name, final)
             else:

@@ -134,5 +134,5 @@ def unchecked(described: Sequence[Described], full: bool) -> str | None:
     )
     return (
         f"{len(bare)} of {len(described)} data sources have no stamp of launch/prepare_data.py ({names}): whether "
-        f"they were encoded with data.tokenizer is not checked{ids}"
+        f"they were encoded with the run's tokenizer is not checked{ids}"
     )

@@ -45,19 +45,24 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"read ({error}): copy it again, or update the library"
             ) from None
         # A file may ask for batches of equal length, which would cut documents or fill them up.
+        config = _json(self._files.get("tokenizer_config.json", b""))
+        self._backend.encode_special_tokens = config.get("split_special_tokens") is True
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         ((self.defined_by, self.sha256),) = tokenizer_identities({TOKENIZER_JSON: self._files[TOKENIZER_JSON]}).items()
-        self.eod = self._end_of_document(eod)
+        self.eod = self._end_of_document(eod, directory)
 
-    def _end_of_document(self, given: int | str | None) -> int:
+    def _end_of_document(self, given: int | str | None, directory: Path) -> int:
         """Return the id of the end-of-document token.
 
         Raises:
             ValueError: `given` is no token of this tokenizer, or it is None and the files name no such token.
         """
         token = _eos_token(self._files) if given is None else given
+        if token is None:
+            configurations = self._files.get("generation_config.json", b""), _bytes(directory / "config.json")
+            token = next((number for each in configurations if (number := _eos_id(each)) is not None), None)
         found = token if isinstance(token, int) else None if token is None else self._backend.token_to_id(token)
         if found is not None and 0 <= found < self.vocab_size:
             return found
@@ -66,16 +71,19 @@ class HuggingFaceTokenizer(Tokenizer):
         if token is None:
             raise ValueError(
                 f"the tokenizer {self.path} does not say which token ends a document (no eos_token in "
-                f"tokenizer_config.json or special_tokens_map.json beside it){some}: give this token as eod"
+                f"tokenizer_config.json or special_tokens_map.json beside it){some}: give the token that ends a "
+                "document as eod"
             )
+        whose = "eod" if given is not None else "the eos_token of the files beside it"
         raise ValueError(
-            f"eod is {token!r}, which is no token of the tokenizer {self.path}{some}: give one of its tokens"
+            f"{whose} is {token!r}, which is no token of the tokenizer {self.path}{some}: give one of its tokens as eod"
         )
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`. No token that marks its beginning or end is added.
 
-        The text of a special token in `text` gives this token, as in `transformers`.
+        The text of a special token in `text` gives this token, unless tokenizer_config.json has `split_special_tokens`,
+        as in `transformers`.
 
         Raises:
             ValueError: `text` holds a lone surrogate, which is not a Unicode character.
@@ -109,6 +117,17 @@ def _eos_token(files: Mapping[str, bytes]) -> str | None:
         if isinstance(token, str):
             return token
     return None
+
+
+def _eos_id(content: bytes) -> int | None:
+    """Return the first `eos_token_id` of a configuration file, or None if it has none."""
+    found = _json(content).get("eos_token_id")
+    found = found[0] if isinstance(found, list) and found else found
+    return found if isinstance(found, int) else None
+
+
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
 def special_ids(files: Mapping[str, bytes]) -> dict[str, int]:

@@ -29,7 +29,7 @@ class TokenIds(Tokenizer):
     @property
     def unique_identifiers(self) -> dict[str, str]:
         """Values that Megatron's dataset configuration hashes to name its caches."""
-        return {"class": "megamult.TokenIds", "vocab_size": str(self.vocab_size), "eod": str(self.eod)}
+        return {"class": "megamult.TokenIds", "vocab_size": str(self.vocab_size)}
 
     def encode(self, text: str) -> list[int]:
         """Raise a ValueError, because without a tokenizer no text can be encoded."""

@@ -30,7 +30,7 @@ class Tokenizer(ABC):
     @property
     def unique_identifiers(self) -> dict[str, str]:
         """Values that Megatron's dataset configuration hashes to name its caches."""
-        return {"class": "megamult.Tokenizer", "sha256": str(self.sha256), "eod": str(self.eod)}
+        return {"class": "megamult.Tokenizer", "sha256": str(self.sha256)}
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

@@ -167,6 +167,9 @@ def _tokenizer(saved: SavedCheckpoint, max_length: int) -> tuple[dict[str, bytes
             files |= hf_tokenizer.convert(model, max_length)
         except ValueError as error:
             return files, ids, [f"the export has tokenizer.model and no tokenizer.json: {error}"]
+    known, trained = ids.get("eos_token_id"), saved.info.eod
+    if trained is not None and trained not in (known if isinstance(known, list) else [known]):
+        ids["eos_token_id"] = trained  # generation stops where documents ended in training
     if any(name.startswith("tokenizer") for name in files):
         return files, ids, []
     return (

@@ -138,7 +138,7 @@ def _run_configuration(config: dict[str, Any], output: Path, files: Mapping[str,
         "model": config["model"],
         "multipliers": {key: config["multipliers"][key] for key in ("implementation", "placement")},
         "train": {"dtype": config["train"]["dtype"]},
-        "checkpoint": {"load": str(where)},
+        "checkpoint": {"start": str(where)},
     }
     if f"{TOKENIZER_FOLDER}/tokenizer.json" in files:
         chosen["data"] = {"tokenizer": str(where / TOKENIZER_FOLDER)}
@@ -256,7 +256,7 @@ def _tokenizer(source: Path, described: dict[str, Any]) -> tuple[dict[str, bytes
     notes = []
     with contextlib.suppress(ValueError):
         # Other files of this name, such as those of tiktoken, are not in sentencepiece's format.
-        SentencePieceTokenizer(source / SENTENCEPIECE)
+        SentencePieceTokenizer(source / SENTENCEPIECE, eod=0)  # any token will do to see that it can be read
         identities.pop(f"{TOKENIZER_FOLDER}/{SENTENCEPIECE}", None)
         identities = {SENTENCEPIECE: hashlib.sha256(found[SENTENCEPIECE]).hexdigest(), **identities}
         files[SENTENCEPIECE] = found[SENTENCEPIECE]

@@ -50,7 +50,7 @@ _HARD_TEXTS = (
 
 def special_ids(model: Path) -> dict[str, int]:
     """Return those of `bos_token_id` and `eos_token_id` that a sentencepiece model has."""
-    processor = sentencepiece.SentencePieceProcessor(model_file=SentencePieceTokenizer(model).path)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     found = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
     return {key: value for key, value in found.items() if value >= 0}
 
@@ -67,7 +67,7 @@ def convert(model: Path, max_length: int) -> dict[str, bytes]:
     Raises:
         ValueError: the file is no sentencepiece model, or `tokenizers` cannot reproduce the ids that the model gives.
     """
-    ours = SentencePieceTokenizer(model)
+    ours = SentencePieceTokenizer(model, eod=0)  # only its encoding is needed
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
     _check_expressible(model, proto)
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -15,6 +16,8 @@ from megamult.validation import not_negative, positive, require
 MultiplierClip = Literal["out", "own", "joint"]
 """Clipping of the multipliers' gradients. `out`: they are not clipped. `own`: they are clipped by one norm of the
 gradients of all multipliers. `joint`: all gradients, those of multipliers included, are clipped by one norm."""
+_Key = Literal["lr_factors", "weight_decay_factors", "initial"]
+_BY_SIDE: tuple[_Key, ...] = get_args(_Key)
 CLIP_OF_BOOL: dict[bool, MultiplierClip] = {False: "out", True: "own"}
 """Meaning of false and true as values of `clip`. Earlier versions had these values, and they are still accepted."""
 
@@ -116,12 +119,57 @@ class MultipliersConfig:
             "leave qk_clip out",
         )
 
+    def sharing(self, fused: Iterable[Sequence[Role]]) -> list[tuple[Role, ...]]:
+        """Return the roles of each group of matrices that share column multipliers.
+
+        Args:
+            fused: the roles of the matrices that each parameter of the model stores.
+        """
+        with_columns = [
+            tuple(role for role in dict.fromkeys(roles) if "col" in self.sides.get(role, ())) for roles in fused
+        ]
+        return sorted({roles for roles in with_columns if len(roles) > 1}) if self.shared_columns else []
+
+    def check_shared_columns(self, fused: Iterable[Sequence[Role]]) -> None:
+        """Check, if `shared_columns` is true, that the model has matrices that can share column multipliers.
+
+        No key may give the column multipliers of these matrices different values.
+
+        Args:
+            fused: the roles of the matrices that each parameter of the model stores.
+
+        Raises:
+            ValueError: no parameter stores two matrices with column multipliers, or a key has different values for the
+                columns of two matrices of one parameter. The message names all such keys.
+        """
+        if not self.shared_columns:
+            return
+        groups = self.sharing(fused)
+        require(
+            bool(groups),
+            "multipliers.shared_columns is true, and no parameter of the model stores two matrices that have column "
+            "multipliers: give the side col to q, k and v or to gate and up in multipliers.placement, or leave "
+            "multipliers.shared_columns out",
+        )
+        apart = []
+        for key in _BY_SIDE:
+            given = self.by_side(key)
+            for roles in groups:
+                values = [given.get((role, "col"), 1.0) for role in roles]
+                if len(set(values)) > 1:
+                    apart.append(f"multipliers.{key} is {values} for the columns of {', '.join(roles)}")
+        require(
+            not apart,
+            f"multipliers.shared_columns is true, and {'; '.join(apart)}: give the matrices that share columns one "
+            "value, or leave multipliers.shared_columns out",
+        )
+
     @property
     def sides(self) -> Placement:
         """Sides on which the run has multipliers, by role; empty if it has none."""
         return {} if self.implementation == "none" else resolve(self.placement)
 
-    def by_side(self, key: Literal["lr_factors", "weight_decay_factors", "initial"]) -> dict[tuple[Role, Side], float]:
+    def by_side(self, key: _Key) -> dict[tuple[Role, Side], float]:
         """Return the numbers that the user gave under `multipliers.<key>`, by (role, side)."""
         return resolve_by_side(f"multipliers.{key}", getattr(self, key), resolve(self.placement))
 

@@ -65,7 +65,8 @@ def make_optimizer(
     )
     rates = rates_of(model, chosen, multipliers)
     if multipliers.shared_columns:
-        _check_shared_columns(model, multipliers)
+        weights = [spec for _, _, spec in named_specs(model) if spec.side is None]
+        multipliers.check_shared_columns([[part.role for part in spec.parts] for spec in weights])
     parametrization, folded = PARAMETRIZATIONS[multipliers.parametrization], None
     if multipliers.implementation == "folded":
         folded = FoldedMultipliers(
@@ -128,37 +129,6 @@ def rates_of(model: torch.nn.Module, chosen: OptimizerConfig, multipliers: Multi
         },
         {side: Rate(lr.get(side, 1.0), decay.get(side, 1.0)) for side in {**lr, **decay}},
     )
-
-
-def _check_shared_columns(model: torch.nn.Module, multipliers: MultipliersConfig) -> None:
-    """Check that the model has matrices that can share column multipliers, and that the configuration gives the column
-    multipliers of these matrices equal initial values and equal factors of learning rate and weight decay.
-
-    Raises:
-        ValueError: no parameter stores two matrices with column multipliers, or a key has different values for the
-            columns of two matrices of one parameter. The message names all such keys.
-    """
-    weights = [spec for _, _, spec in named_specs(model) if spec.side is None]
-    found = [[spec.parts[i].role for i in spec.parts_with(multipliers.sides, "col")] for spec in weights]
-    groups = sorted({tuple(dict.fromkeys(roles)) for roles in found if len(roles) > 1})
-    if not groups:
-        raise ValueError(
-            "multipliers.shared_columns is true, and no parameter of the model stores two matrices that have column "
-            "multipliers: give the side col to q, k and v or to gate and up in multipliers.placement, or leave "
-            "multipliers.shared_columns out"
-        )
-    apart = []
-    for key, usual in (("lr_factors", 1.0), ("weight_decay_factors", 1.0), ("initial", 1.0)):
-        given = multipliers.by_side(key)  # type: ignore[arg-type]
-        for roles in groups:
-            values = [given.get((role, "col"), usual) for role in roles]
-            if len(set(values)) > 1:
-                apart.append(f"multipliers.{key} is {values} for the columns of {', '.join(roles)}")
-    if apart:
-        raise ValueError(
-            f"multipliers.shared_columns is true, and {'; '.join(apart)}: give the matrices that share columns one "
-            "value, or leave multipliers.shared_columns out"
-        )
 
 
 def matrix_rules(chosen: OptimizerConfig) -> dict[str, UpdateRule]:

@@ -25,6 +25,7 @@ class RunCheckpoints:
         tokenizers: files that define the run's tokenizer, see :attr:`CheckpointInfo.tokenizers`.
         files: contents of the files that are stored beside the tensors (config.yaml, tokenizer.model), by name.
         drawn: whether the run began with weights that it drew at random.
+        eod: id of the token that ends a document in the run's corpora.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class RunCheckpoints:
         tokenizers: Mapping[str, str] | None = None,
         files: Mapping[str, bytes] | None = None,
         drawn: bool = True,
+        eod: int | None = None,
     ) -> None:
-        self._drawn = drawn
+        self._drawn, self._eod = drawn, eod
         self._config, self._vocab_size, self._tokenizers, self._mesh = config, vocab_size, dict(tokenizers or {}), mesh
         self._files = files or {}
         chosen = config.checkpoint
@@ -89,6 +91,7 @@ class RunCheckpoints:
             },
             data=data,
             drawn=self._drawn,
+            eod=self._eod,
             layout={
                 "processes": self._mesh.size,
                 "tensor": self._config.parallel.tensor,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megamult.checkpoint import resume
+from megamult.checkpoint.info import CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import Config
 from megamult.data.tokenizer import Tokenizer
@@ -79,7 +82,8 @@ def train(run: Run) -> int:
     agreed(run.mesh, lambda: run_dirs.check_shared(run.run_dir))
     agreed(run.mesh, lambda: run.log.open(run.run_dir / "logs"))
     progress.at(0, "building the model")
-    engine = build(config, vocab_size, run.mesh, draw=checkpoint is None, note=lambda doing: progress.at(0, doing))
+    note: Callable[[str], None] = partial(progress.at, 0)
+    engine = agreed(run.mesh, lambda: build(config, vocab_size, run.mesh, draw=checkpoint is None, note=note))
     _say_what(run, engine)
     # Earlier versions wrote imported checkpoints without `drawn`; these have no state of the data.
     drawn = checkpoint is None or (checkpoint.info.drawn and checkpoint.info.data is not None)
@@ -89,7 +93,7 @@ def train(run: Run) -> int:
         _resume(run, trainer, checkpoint)
     elif config.checkpoint.load and environment.rank() == 0:
         print(f"no checkpoint in {run.run_dir / 'checkpoints'} yet: starting anew", flush=True)
-    checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, run.mesh, tokenizers, files, drawn)
+    checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, run.mesh, tokenizers, files, drawn, tokenizer.eod)
     code, reason, error = _train(run, trainer, checkpoints)
     samples.close()
     if environment.rank() == 0:
@@ -104,16 +108,19 @@ def train(run: Run) -> int:
 
 def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCheckpoint | None:
     """Return the checkpoint that the run resumes from, or None if the run starts anew."""
-    config, load = run.config, run.config.checkpoint.load
-    if not load:
-        return None
+    config = run.config
     run.progress.at(0, "looking for a checkpoint", ON_FILES)
-    return agreed(
-        run.mesh,
-        lambda: resume.find(
-            run.mesh, load, run.run_dir, lambda info: resume.check_fits(info, config, vocab_size, tokenizer.sha256)
-        ),
-    )
+
+    def fits(info: CheckpointInfo) -> None:
+        resume.check_fits(info, config, vocab_size, tokenizer.sha256)
+
+    for key in ("load", "start"):
+        place = getattr(config.checkpoint, key)
+        if place is not None:
+            found = agreed(run.mesh, partial(resume.find, run.mesh, place, run.run_dir, fits, f"checkpoint.{key}"))
+            if found is not None:
+                return found
+    return None
 
 
 def _same_tokenizer(tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) -> bool:

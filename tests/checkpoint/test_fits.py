@@ -118,15 +118,27 @@ def test_a_key_that_the_checkpoints_version_did_not_have_is_the_default() -> Non
     assert "train.seed (the data's order) is 7 and the checkpoint's is 1234" in message(found, config)
 
 
-def test_columns_that_were_trained_apart_cannot_be_shared() -> None:
+def trained(**multipliers: Any) -> CheckpointInfo:
+    """A checkpoint with optimizer state, of a run with these settings of multipliers."""
+    found = info()
+    found.config["multipliers"] |= multipliers
+    return dataclasses.replace(found, optimizer={"name": "adamw", "updates": 1, "skipped_steps": 0})
+
+
+def test_columns_that_differ_cannot_be_shared() -> None:
     shared = Config(multipliers=MultipliersConfig(shared_columns=True))
-    said = message(info(), shared)
-    assert "multipliers.shared_columns is True and the checkpoint's is False, so that its column multip" in said
-    assert message(dataclasses.replace(info(), step=0), shared) == "", "all multipliers of an imported model are 1"
-    scalars, kept = info(), info()
-    scalars.config["multipliers"]["placement"] = "scalar"
-    columns = {role: ["scalar", "col"] for role in (*"qkv", "attention_out", "gate", "up", "down", "embedding")}
-    both = Config(multipliers=MultipliersConfig(placement=columns, shared_columns=True))
-    assert message(scalars, both) == "", "columns that are new start at 1"
-    kept.config["multipliers"]["shared_columns"] = True
-    assert message(kept, shared) == "" and message(kept) == ""
+    assert (
+        "multipliers.shared_columns is True, so that q, k, v would have the same column multipliers, and the checkpoint "
+        "has trained them apart" in message(trained(), shared)
+    )
+    assert message(info(), shared) == "", "an imported or averaged model: all multipliers are 1"
+    for own in ({"placement": "scalar"}, {"placement": {"attention_out": "col", "q": "row"}}):
+        wider = {
+            role: ["scalar", "row", "col"] for role in (*"qkv", "attention_out", "gate", "up", "down", "embedding")
+        }
+        both = Config(multipliers=MultipliersConfig(placement=wider, shared_columns=True))
+        assert message(trained(**own), both) == "", "columns that are new start at 1"
+    some = {"placement": {"q": ["row", "col"], "k": ["row", "col"], "v": "row"}, "shared_columns": True}
+    assert "same column multipliers, and the checkpoint has only those of q, k" in message(trained(**some), shared)
+    assert message(trained(**some), Config(multipliers=MultipliersConfig(**some))) == ""
+    assert message(trained(shared_columns=True), shared) == "" and message(trained(shared_columns=True)) == ""

@@ -20,6 +20,7 @@ from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megamult.data.token_ids import TokenIds
 from megamult.data.tokenizer_files import tokenizer_identities
 from megamult.data.tokenizer_kinds import open_tokenizer
+from megamult.huggingface.tokenizer import convert
 from megamult.train.corpora import vocabulary
 from tests.data.conftest import make_documents
 from tests.data.test_tokenizer import NASTY
@@ -80,7 +81,7 @@ def test_ids_are_those_of_transformers_without_special_tokens_at_the_ends(tmp_pa
     for text, ids in zip(texts, expected, strict=True):
         assert ours.encode(text) == ids, text
         assert more.get("normalized") or ours.decode(ids) == text
-    assert {ours.eod, *ours.encode(f"a{EOS}b")} >= {0} and ours.vocab_size == 501 and ours.eod == 0
+    assert 0 in ours.encode(f"a{EOS}b") and ours.vocab_size == 501 and ours.eod == 0
     assert not hasattr(ours, "pad")
     with pytest.raises(ValueError, match="is not valid Unicode: remove lone surrogates"):
         ours.encode("half \ud83d")
@@ -101,6 +102,45 @@ def test_a_directory_or_its_file_is_opened_by_its_content(folder: Path, model: P
     (both / "tokenizer.json").unlink()
     opened = open_tokenizer(both)
     assert opened.files() == {"tokenizer.model": model.read_bytes()} and opened.eod == 2
+
+
+def test_an_export_of_ours_gives_the_ids_of_the_model_it_was_made_from(model: Path, tmp_path: Path) -> None:
+    """Its tokenizer_config.json says that the text of a special token in a document is no special token."""
+    for name, content in convert(model, 64).items():
+        (tmp_path / name).write_bytes(content)
+    theirs, ours = SentencePieceTokenizer(model), open_tokenizer(tmp_path)
+    assert isinstance(ours, HuggingFaceTokenizer) and ours.eod == theirs.eod
+    for text in hard_strings(200) + ["a</s>b", "<s>x", "<unk>"]:
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+def test_index_files_of_earlier_versions_keep_their_names(model: Path) -> None:
+    """Megatron hashes these values into the names, and a run that resumes must find its files."""
+    tokenizer = SentencePieceTokenizer(model)
+    assert tokenizer.unique_identifiers == {"class": "megamult.Tokenizer", "sha256": tokenizer.sha256}
+    assert SentencePieceTokenizer(model, eod=5).unique_identifiers == tokenizer.unique_identifiers
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_the_id_of_a_models_configuration_ends_documents_if_no_token_is_named(
+    folder: Path, tmp_path: Path, file: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / file).write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert open_tokenizer(tmp_path).eod == 7
+
+
+def test_a_directory_that_holds_something_else_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("\n\n".join(make_documents(9)))
+    kept = tmp_path / "c_tokenizer"
+    kept.mkdir()
+    (kept / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"c_tokenizer holds notes\.txt, which are no files of a tokenizer: choose"):
+        prepare_corpus([tmp_path / "d.txt"], tmp_path / "c", vocab_size=300)
+    assert (kept / "notes.txt").read_text() == "mine"
+    (tmp_path / "l_tokenizer").symlink_to(kept)
+    with pytest.raises(ValueError, match="l_tokenizer is a symbolic link"):
+        prepare_corpus([tmp_path / "d.txt"], tmp_path / "l", tokenizer=folder)
 
 
 def test_the_end_of_document_token_is_the_files_or_the_given_one(folder: Path, tmp_path: Path, model: Path) -> None:

@@ -117,19 +117,19 @@ def test_a_model_with_a_byte_level_tokenizer_goes_through_five_commands_and_no_f
     (hub / "config.json").write_text(json.dumps(described))
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(80)))
 
-    start_at, corpus = tmp_path / "run" / "checkpoints" / "step_0", tmp_path / "corpus"
+    start_at, corpus = tmp_path / "imported", tmp_path / "corpus"
     assert run("import_hf.py", "--input", hub, "--output", start_at).returncode == 0
     prepared = run("prepare_data.py", "--input", tmp_path / "d.jsonl", "--output", corpus, "--tokenizer", hub)
     assert (prepared.returncode, prepared.stderr) == (0, ""), prepared.stderr
-    trained = start(
-        [
-            *("--config", str(start_at / "config.yaml"), "--data.train", f"{corpus}_train", "--train.steps", "5"),
-            *("--train.run_dir", str(tmp_path / "run"), "--train.global_batch_size", "8"),
-        ]
-    )
+    common = ["--config", str(start_at / "config.yaml"), "--data.train", f"{corpus}_train"]
+    common += ["--train.run_dir", str(tmp_path / "run"), "--train.global_batch_size", "8"]
+    trained = start([*common, "--train.steps", "5"])
     assert trained.code == 0, trained.text
     assert f"going on from {start_at}: step 0, 0 sequences" in trained.stdout
-    last = tmp_path / "run" / "checkpoints" / "step_5"
+    # The same file starts the run again where it was, once it has a checkpoint of its own.
+    again = [*common, "--train.steps", "7", "--checkpoint.load", "latest"]
+    assert f"going on from {tmp_path / 'run' / 'checkpoints' / 'step_5'}" in start(again).stdout
+    last = tmp_path / "run" / "checkpoints" / "step_7"
     assert run("export_hf.py", "--checkpoint", last, "--output", tmp_path / "out").returncode == 0
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files, "as they came"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0

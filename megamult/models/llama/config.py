@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import ClassVar, get_args
 
 from megamult.models.common.norm_weight import NormWeight
 from megamult.models.common.vocabulary import VOCABULARY_MULTIPLE
@@ -15,6 +15,9 @@ from megamult.validation import not_negative, positive, require
 @dataclass
 class ModelConfig:
     """Sizes and constants of a Llama model."""
+
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q", "k", "v"), ("gate", "up"))
+    """Roles of the matrices that are stored in one parameter."""
 
     num_layers: int = fixed(4, "function")
     """Number of transformer layers."""
