@@ -57,8 +57,7 @@ def main() -> None:
         print(f"note: {note}")
     shares = ", ".join(f"{share:.4g} of step {step}" for step, share in zip(done.steps, done.shares, strict=True))
     print(f"{args.output}: {done.parameters} parameters and {done.multipliers} multipliers, {shares}")
-    if done.resume is not None:
-        print(f"to continue from it: {done.resume}")
+    print(f"to continue from it: {done.resume}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
+from megamult.checkpoint.config import CheckpointConfig
 from megamult.checkpoint.info import CheckpointInfo
 from megamult.config import Config
 from megamult.data.config import DataConfig
@@ -24,6 +25,7 @@ from megamult.train.config import BatchRamp, TrainConfig
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = sorted((REPOSITORY / "examples" / "configs").glob("*.yaml"))
 SECTIONS: dict[str, type] = {
+    "checkpoint": CheckpointConfig,
     "model": ModelConfig,
     "multipliers": MultipliersConfig,
     "optimizer": OptimizerConfig,
@@ -121,6 +123,14 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     (
         {"model": {"tie_embeddings": True}, "multipliers": {"initial": {"embedding": {"row": 4.0}}}},
         r"initial\.embedding is given with model\.tie_embeddings .*: the head has the divided weights too, .*; set div",
+    ),
+    (
+        {"multipliers": {"shared_columns": True, "placement": "symmetry_free"}},
+        r"shared_columns is true, and no parameter of the model stores two matrices that have column multipliers: give",
+    ),
+    (
+        {"checkpoint": {"start": "imported", "load": "runs/a"}},
+        r"checkpoint\.start is 'imported' and checkpoint\.load is 'runs/a': .* leave one of them out",
     ),
     (
         {"multipliers": {"shared_columns": True, "implementation": "none"}},

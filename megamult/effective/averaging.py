@@ -44,8 +44,8 @@ class Averaged:
     """Number of parameters, without multipliers."""
     multipliers: int
     """Number of multipliers."""
-    resume: str | None
-    """Arguments with which a run continues from the result, or None if runs cannot read its tokenizer."""
+    resume: str
+    """Arguments with which a run continues from the result."""
     notes: list[str] = field(default_factory=list)
     """Texts for the user about possibly unexpected properties of the result."""
 
@@ -109,8 +109,7 @@ def average(
             "the embedding is tied to the head, and only the embedding has multipliers: in the average, the two are "
             "separate matrices (model.tie_embeddings false)"
         )
-        if result.resume is not None:
-            result.resume += " --model.tie_embeddings false"
+        result.resume += " --model.tie_embeddings false"
     return result
 
 
