@@ -46,5 +46,5 @@ def test_its_death_is_said_with_rank_host_process_and_step_and_once_more_at_the_
     assert "killed" in line and "at step " in line
     again = Launch([*arguments, "--train.steps", "10"], processes=2).wait()
     assert again.code == 0, again.text
-    (line,) = [line for line in again.stdout.splitlines() if line.startswith("an earlier part of this run")]
+    (line,) = [line for line in again.stdout.splitlines() if line.startswith("in an earlier part of this run")]
     assert line.endswith(name)

@@ -41,7 +41,7 @@ EARLY: list[tuple[list[str], str]] = [
     (["--checkpoint.load", " "], r"checkpoint\.load is ' ': name a directory, or latest"),
     (
         ["--checkpoint.reset_optimizer", "true"],
-        r"checkpoint\.reset_optimizer is true and checkpoint\.load is not set: give",
+        r"checkpoint\.reset_optimizer is true, and neither checkpoint\.load nor checkpoint\.start is set: give",
     ),
     (["--checkpoint.save_every", "-1"], r"checkpoint\.save_every is -1: it must be 0 or more"),
     (["--checkpoint.keep", "-1"], r"checkpoint\.keep is -1: it must be 0 or more"),
