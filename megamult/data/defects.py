@@ -9,7 +9,11 @@ _PLACES = 5
 
 
 class Severity(enum.Enum):
-    """Severity of a kind: `NOTE` loses no text, `DEFECT` loses text if the user allows it, `MISTAKE` is an error."""
+    """What a kind of defect does to the corpus, and whether it is an error.
+
+    `NOTE`: only reported, because no text is lost. `DEFECT`: an error, unless the user allows that the text at this
+    place is left out. `MISTAKE`: always an error.
+    """
 
     NOTE = enum.auto()
     DEFECT = enum.auto()

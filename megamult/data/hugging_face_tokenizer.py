@@ -100,7 +100,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return text
 
     def places_to_cut(self) -> Callable[[str, int], bool] | None:
-        """Return a function that tells whether a text can be cut before its character `at`, from 1 on."""
+        """Return a function (text, at) -> whether the text can be cut before its character `at`, or None if nowhere."""
         return is_word_end if words_end(_json(self._files[TOKENIZER_JSON])) else None
 
     def files(self) -> dict[str, bytes]:

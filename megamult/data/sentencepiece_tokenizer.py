@@ -196,11 +196,11 @@ class SentencePieceTokenizer(Tokenizer):
         return text
 
     def places_to_cut(self) -> Callable[[str, int], bool] | None:
-        """Return a function that tells whether a text can be cut before its character `at`, from 1 on.
+        """Return a function (text, at) -> whether the text can be cut before its character `at`, or None if nowhere.
 
-        It can be cut between two characters that are not neighbours in any token: merges of byte-pair encoding form
-        only tokens, so none of them crosses the cut. This holds if nothing else is done to a text. Unigram models are
-        excluded, because they add up rounded scores along the whole text.
+        A text can be cut between two characters that stand side by side in no token: byte-pair encoding only ever joins
+        characters into tokens, so it joins nothing across the cut. None means that the tokenizer changes texts before
+        it encodes them, or that the model is a unigram model, which compares rounded sums of scores over whole texts.
         """
         from sentencepiece import sentencepiece_model_pb2  # a worker process does not need it
 

@@ -45,10 +45,10 @@ class Tokenizer(ABC):
         """Return the text of token ids."""
 
     def places_to_cut(self) -> Callable[[str, int], bool] | None:
-        """Return a function that tells whether a text can be cut before its character `at`, from 1 on.
+        """Return a function (text, at) -> whether the text can be cut before its character `at`, which is at least 1.
 
-        A text that is cut has the token ids that it has as a whole. None means that no such place is known, so that
-        texts are encoded whole.
+        The pieces of a text that was cut at such places have, one after the other, the same token ids as the whole
+        text. None means that no such place is known, so that texts are encoded whole.
         """
         return None
 

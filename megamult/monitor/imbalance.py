@@ -63,7 +63,10 @@ class Imbalance:
         return found
 
     def figures(self, vectors: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return `imbalance_mean` and `imbalance_std` by symmetry and layer."""
+        """Return mean and standard deviation of the imbalance over the pairs of each symmetry, by symmetry and layer.
+
+        Keys begin with `imbalance_mean` and `imbalance_std`.
+        """
         pairs = self.pairs(vectors)
         if not pairs:
             return {}

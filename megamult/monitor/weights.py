@@ -114,8 +114,10 @@ class Weights:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Copy the weights whose squares this rank adds to the sums, unless there is a copy since the last
-        :meth:`figures`. The next :meth:`figures` then includes the RMS of the weights' change since the copy."""
+        """Copy the weights that this rank measures, so that the next :meth:`figures` includes the RMS of their change.
+
+        If :meth:`figures` has not been called since the last copy, that copy stays.
+        """
         if self._before is None:
             self._before = [self._optimizer.weight(self._partition.slices[i]).clone() for i, _ in self._blocks]
 

@@ -229,7 +229,10 @@ class PackedScaling:
         sums.index_add_(0, self.bands[k].col.view(-1), cols.view(-1))
 
     def add_rows(self, sums: Tensor, dots: Sequence[Tensor | None], factors: Factors) -> None:
-        """Add the row sums sum_j W kappa G of each band to the gradients of its row multipliers and scalars.
+        """Add each band's share to the gradients of its row multipliers and scalars.
+
+        A band's share comes from its row sums, sum_j W[i, j] kappa[j] G[i, j], where kappa are its columns' factors
+        and G is the gradient of its effective weights.
 
         Args:
             sums: gradients of all multipliers, [multipliers + 1], changed in place. The last element collects the sums

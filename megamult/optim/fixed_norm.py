@@ -109,7 +109,10 @@ class FixedNorms:
 
     @torch.no_grad()
     def restored(self) -> None:
-        """Measure the norms that are NaN, after weights have been loaded. All ranks must call this together."""
+        """Measure the norms that no checkpoint gave, which are NaN until then.
+
+        All ranks must call this together, after weights have been loaded.
+        """
         self.norms = torch.where(self.norms.isnan(), self._measured(), self.norms)
         self._check()
 

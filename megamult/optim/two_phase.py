@@ -161,7 +161,8 @@ class TwoPhaseOptimizer(ViewedOptimizer):
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """Learning rates of the present step by kind of parameter, and of each role or role and side with own factors.
+        """Learning rates of the present step: one for each kind of parameter, and one for each role, or side of a role,
+        that has a factor of its own.
 
         The optimizer must be bound to a partition.
         """

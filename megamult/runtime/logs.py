@@ -150,7 +150,10 @@ _RUNNING = ".running"
 
 
 def left_without_a_word(folder: Path) -> list[str]:
-    """Return the names of killed processes of earlier starts of the run, sorted by rank, and remove their marks."""
+    """Return the names of processes of earlier starts of the run that were killed, sorted by rank.
+
+    Their .running files, by which they are known, are removed.
+    """
     marks = list(folder.glob(f"rank_*{_RUNNING}"))
     names = {}
     for mark in sorted(marks, key=lambda each: (len(each.name), each.name)):

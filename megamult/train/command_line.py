@@ -58,7 +58,8 @@ def parser() -> Any:
         default=None,
         help="DeepSpeed configuration (a mapping or a JSON file) to merge into the one that the run's own keys "
         "produce. docs/deepspeed.md lists the keys that it may have. A key with the value auto keeps megamult's value. "
-        "Its optimizer, scheduler and gradient_clipping are read as keys of the sections optimizer and train",
+        "The DeepSpeed keys optimizer, scheduler and gradient_clipping are translated to megamult's keys optimizer.* "
+        "and train.*",
     )
     made.add_argument("--local_rank", type=int, default=None, help="set by launchers, and ignored: LOCAL_RANK is used")
     return made
@@ -175,7 +176,10 @@ def _modern(arguments: Sequence[str]) -> list[str]:
 
 
 def _given(arguments: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-    """Yield (key, i, value) of each `--key value` and `--key=value`; arguments[i] ends in the value."""
+    """Yield (key, i, value) of each `--key value` and `--key=value`, where arguments[i] holds the value.
+
+    In the second form arguments[i] is `--key=value`, so only its end is the value.
+    """
     for i, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
         if not key.startswith("--"):

@@ -47,7 +47,7 @@ class Key:
         return value is None or value == self.neutral
 
     def wanted(self, value: Any) -> str | None:
-        """Return which values the key takes, if `value` is none of them, or None if it is one."""
+        """Return None if the key takes `value`, else a text that says which values it takes."""
         if self.values and str(value).lower() not in map(str.lower, self.values):
             return f"use {' or '.join(self.values)}"
         return f"give {self.takes}" if self.takes is not None and not _fits(value, self.takes) else None

@@ -116,7 +116,10 @@ def begin(run_dir: Path, resolved: str, checkpoint: Path | None, step: int, lock
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             if lock.acquire(run_dir):
-                raise ValueError(f"another run began in {run_dir} at the same time: start the same command again")
+                raise ValueError(
+                    f"another run took {run_dir} while this one was starting: give train.run_dir another directory, "
+                    "or start this command again when that run has ended"
+                )
             _tell_who_left(run_dir)
             directory.clean(run_dir / "checkpoints")
             if checkpoint is not None:

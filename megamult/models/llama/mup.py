@@ -61,9 +61,9 @@ class Mup:
         """
         if multipliers.initial and multipliers.divide_weights and self.forward:
             raise ValueError(
-                "multipliers.initial is given with divide_weights true, but weights must not be divided by the "
-                "factors that muP adds: set divide_weights to false, and divide each entry of "
-                "model.init_std_factors by the value that multipliers.initial gives to the same role"
+                "multipliers.divide_weights is true and multipliers.initial is given: muP's factors become initial "
+                "multipliers too, and dividing the weights by them would undo muP. Set multipliers.divide_weights to "
+                "false, and divide each role's entry of model.init_std_factors by its value in multipliers.initial"
             )
         decay = {} if multipliers.norm == "fixed" else self.weight_decay
         found: dict[str, dict[str, Any]] = {
