@@ -346,7 +346,8 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
     from megamult.distributed import device
     from megamult.distributed.mesh import current_mesh
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // torch.distributed.get_world_size()))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // torch.distributed.get_world_size()))
     peers_dtype = arguments.peers_dtype or ("bf16" if bf16_is_fast() else "fp32")
     if peers_dtype == "fp32":
         peers_in_fp32()
