@@ -212,10 +212,10 @@ def _checked_prefix(output: str | Path, inputs: Sequence[str | Path]) -> Path:
 
 
 def _check_folder(folder: Path) -> None:
-    """Check that the directory of the tokenizer's files does not exist, or that an earlier call has written it.
+    """Check that the directory for the tokenizer's files does not exist, or holds only files of a tokenizer.
 
     Raises:
-        ValueError: it holds something else, or is a symbolic link.
+        ValueError: it holds other files, or is a symbolic link.
     """
     if folder.is_symlink():
         raise ValueError(f"output directory {folder} is a symbolic link: choose another prefix, or remove the link")

@@ -2,8 +2,8 @@
 
 As a program (`python -m megamult.data.epochs DESCRIPTOR`), this module reads descriptions of epochs from the open file
 descriptor DESCRIPTOR (a number), one JSON object per line, and builds the index files of these epochs. A run starts the
-program (`megamult.data.ahead`) with a pipe as standard input. If the run ends first, the pipe closes, and the program
-ends at once.
+program (`megamult.data.ahead`) with DESCRIPTOR open on a temporary file. Its standard input is a pipe to which nothing
+is written: if the run ends before the program, the pipe closes, and the program ends at once.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def special_ids(files: Mapping[str, bytes]) -> dict[str, int]:
-    """Return those of `bos_token_id` and `eos_token_id` whose tokens tokenizer_config.json names."""
+    """Return `bos_token_id` and `eos_token_id`, each only if tokenizer_config.json gives the text of its token."""
     config = _json(files.get("tokenizer_config.json", b""))
     if TOKENIZER_JSON not in files:
         return {}

@@ -314,7 +314,7 @@ class BoundMultipliers:
         """Multiply `values` in place by the factors of the rows and columns to which they belong.
 
         Args:
-            tensor: a folded tensor, which does not change.
+            tensor: the folded tensor whose slices and bands tell the position of each value.
             values: [numel] one value for each element of `tensor`.
             factors: factors of the rows and columns of all bands (:class:`Band`).
         """

@@ -1,4 +1,6 @@
-"""Views of a two-phase optimizer's weights and state, for checkpoints, and the optimizer's torch state dict."""
+"""Views by name of a two-phase optimizer's weights and state, which checkpoints read and write.
+
+The module also has the optimizer's `state_dict` in torch's format."""
 
 from __future__ import annotations
 
@@ -126,7 +128,7 @@ class ViewedOptimizer(torch.optim.Optimizer):
         All ranks must call this together.
 
         Raises:
-            ValueError: a multiplier is not positive. The parametrization has no such multipliers.
+            ValueError: a multiplier is not positive, so no value of the trained variable gives it.
         """
         if self._parametrization is None:
             return
@@ -195,8 +197,11 @@ class ViewedOptimizer(torch.optim.Optimizer):
                 group["weight_decay"] = 0.0
 
     def _begin_if_needed(self) -> None:
-        """Call :meth:`begin` if no partition is bound and the optimizer has folded multipliers, fixed norms or per-row
-        state. These exist only after :meth:`begin`."""
+        """Call :meth:`begin` if it is needed and no partition is bound.
+
+        It is needed if the configuration asks for folded multipliers, fixed norms or per-row state, which only
+        :meth:`begin` creates.
+        """
         rows = any(state.per == "row" for rule in self._every_rule() for state in rule.states)
         if self._bound is None and (self.folding is not None or self._fixed_norm or rows):
             self.begin()

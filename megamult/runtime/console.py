@@ -67,7 +67,7 @@ def whole_or_nothing() -> Iterator[None]:
 def uninterrupted() -> Iterator[None]:
     """Ignore Ctrl-C, SIGTERM and SIGHUP for a moment in which work must not be left half done.
 
-    Only the main thread can change what signals do, and only in the main thread do they interrupt Python code.
+    In other threads than the main one it does nothing, because signals interrupt only the main thread's Python code.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -114,8 +114,8 @@ def _problems(overrides: Mapping[str, Any], produced: Mapping[str, Any], path: s
     """Yield a message for each mistake in the user's keys.
 
     Args:
-        overrides: the user's keys, or those of one section.
-        produced: the same part of the configuration that the run's own keys make.
+        overrides: keys of the user's DeepSpeed configuration, or of one section in it.
+        produced: the same section of the DeepSpeed configuration that megamult makes from the run's other settings.
         path: dotted prefix of the keys.
     """
     for key, value in overrides.items():

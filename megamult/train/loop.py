@@ -66,8 +66,8 @@ class Trainer:
     def _batches(self, samples: Samples, first: int) -> MicroBatches:
         """Return this rank's micro-batches of all samples from `first` on.
 
-        Data-parallel ranks take micro-batches in turn. A global batch is a whole number of turns, so its size does not
-        matter here.
+        Micro-batches are dealt to the data-parallel ranks in rotation. A global batch is a whole number of rounds, each
+        of one micro-batch for every rank, so its size does not matter here.
         """
         data_rank, data_size = self._mesh.coordinates.on("data")
         size = self.config.train.micro_batch_size

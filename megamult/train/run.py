@@ -132,7 +132,7 @@ def _same_tokenizer(tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) ->
 
 
 def _tokenizers(tokenizer: Tokenizer, checkpoint: SavedCheckpoint | None) -> dict[str, str]:
-    """Return the files that define the run's tokenizer in its checkpoints: SHA-256 by their names."""
+    """Return {name: SHA-256} of the files that define the run's tokenizer, as its checkpoints record them."""
     own = {} if tokenizer.sha256 is None else {tokenizer.defined_by: tokenizer.sha256}
     if checkpoint is None or not _same_tokenizer(tokenizer, checkpoint):
         return own

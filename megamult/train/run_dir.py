@@ -92,8 +92,9 @@ def claim(run_dir: Path, resumes: bool) -> None:
 
 
 def wait_for(lock: RunLock, run_dir: Path) -> None:
-    """Wait until no earlier launch of this run holds the directory's lock, and take the lock, if the directory has one.
-    Only rank 0 does so."""
+    """If the run directory has a lock file, wait until no earlier launch of this run holds the lock, and take it.
+
+    On other ranks than 0 this does nothing."""
     if environment.rank() == 0 and (run_dir / LOCK).exists():
         lock.acquire(run_dir)
 

@@ -197,9 +197,9 @@ def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:
 def held_elements(
     cuts: Sequence[Cut], matrices: Sequence[Matrix], grid: Grid
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return how many elements of each matrix each rank holds, and how many of these count in sums.
+    """Return how many elements of each matrix each rank holds, and how many of these it sends to the owner.
 
-    Both results are [matrices, ranks].
+    Where several ranks hold copies of an element, only one of them sends it. Both results are [matrices, ranks].
     """
     first: dict[int, int] = {}
     for i, matrix in enumerate(matrices):
