@@ -29,7 +29,10 @@ class _Named:
 
 
 class Kind(enum.Enum):
-    """Kinds of what is left out of a corpus, or changed in it. A place can have a remedy of its own in its detail."""
+    """Kinds of defects: what is left out of a corpus, or changed in it.
+
+    A kind has at most one remedy. A remedy that is for one place only is in the `detail` given to :meth:`Report.add`.
+    """
 
     MISSING = _Named("input cannot be opened", "inputs cannot be opened", Severity.MISTAKE)
     FORMAT = _Named("file has a format that is not read", "files have formats that are not read", Severity.DEFECT)

@@ -214,5 +214,5 @@ class SentencePieceTokenizer(Tokenizer):
         return lambda text, at: text[at - 1 : at + 1] not in neighbours
 
     def files(self) -> dict[str, bytes]:
-        """Return the model for a checkpoint: its content by path in the checkpoint."""
+        """Return what a checkpoint stores of this tokenizer: the sentencepiece model's bytes by their path in it."""
         return {SENTENCEPIECE: self._proto}

@@ -82,7 +82,7 @@ def _release(lock: Path, say: Callable[[str], None], waits_aloud: bool, patience
             )
         if not told:
             by = f"{_name(holders[0])} is" if holders else "another machine may be"
-            say(f"waiting for {lock}: {by} compiling in its folder")
+            say(f"waiting until {lock} is gone: {by} compiling the extension in this folder")
             told = True
         time.sleep(0.5)
 

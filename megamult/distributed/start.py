@@ -87,9 +87,9 @@ def _say(line: str) -> None:
 
 
 def _forget_shared_memory() -> None:
-    """Remove the names of the buffers that DeepSpeed's operator for CPUs has made in /dev/shm.
+    """Remove the names in /dev/shm of the buffers that DeepSpeed makes for its shared-memory all-reduce on CPUs.
 
-    The operator never removes its buffer of 64 MB per rank. Once all ranks have mapped the buffers, the names can be
+    DeepSpeed never removes them, 64 MB per rank. Once all ranks have mapped the buffers, the names can be
     removed: the memory is then freed when the processes end.
     """
     torch.distributed.barrier()

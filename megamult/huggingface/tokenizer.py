@@ -107,7 +107,7 @@ def _check_expressible(model: Path, proto: Any) -> None:
     """Check that a sentencepiece model has only features that the conversion can reproduce.
 
     Raises:
-        ValueError: the model has another feature.
+        ValueError: the model has other features. The message names all of them.
     """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -116,18 +116,18 @@ def _check_expressible(model: Path, proto: Any) -> None:
     found = {
         "model_type": (trainer.ModelType.Name(trainer.model_type), "BPE"),
         "byte_fallback": (trainer.byte_fallback, True),
-        "byte pieces": (count[kinds.BYTE], 256),
-        "unused and user-defined pieces": (sum(n for kind, n in count.items() if kind not in known), 0),
+        "number of byte pieces": (count[kinds.BYTE], 256),
+        "number of unused and user-defined pieces": (sum(n for kind, n in count.items() if kind not in known), 0),
         "treat_whitespace_as_suffix": (trainer.treat_whitespace_as_suffix, False),
-        "bytes of normalization rules": (len(normalizer.precompiled_charsmap), 0),
-        "bytes of denormalization rules": (len(proto.denormalizer_spec.precompiled_charsmap), 0),
+        "size of the normalization rules": (len(normalizer.precompiled_charsmap), 0),
+        "size of the denormalization rules": (len(proto.denormalizer_spec.precompiled_charsmap), 0),
         "add_dummy_prefix": (normalizer.add_dummy_prefix, False),
         "remove_extra_whitespaces": (normalizer.remove_extra_whitespaces, False),
         "escape_whitespaces": (normalizer.escape_whitespaces, True),
     }
-    for what, (is_, must) in found.items():
-        if is_ != must:
-            raise ValueError(f"the tokenizer {model} has {what} {is_}, but only {must} can be converted: {_REMEDY}")
+    others = [f"its {what} is {is_}, not {must}" for what, (is_, must) in found.items() if is_ != must]
+    if others:
+        raise ValueError(f"the tokenizer {model} cannot be converted, because {', and '.join(others)}: {_REMEDY}")
 
 
 _REMEDY = (

@@ -82,8 +82,8 @@ def full_precision(parameter: Parameter) -> Tensor:
 
 
 class _FullPrecision(torch.autograd.Function):
-    """Replacement of a parameter by its fp32 value. Backward passes the gradient on to the parameter, in the
-    parameter's dtype."""
+    """Replacement of a parameter by its fp32 value. In backward, the gradient is cast to the parameter's dtype and
+    goes to the parameter."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, value: Tensor) -> Tensor:

@@ -176,8 +176,8 @@ class PackedScaling:
     look up all multipliers.
 
     Args:
-        bands: bands in the order in which they are processed. The packed vector of n multipliers ends with an
-            additional element, 1, at index n. :func:`bands` must have made the bands with n as its argument `one`.
+        bands: bands in the order in which they are processed. The packed vector holds n multipliers and then, at index
+            n, a 1, which rows and columns without multipliers use. So the argument `one` of :func:`bands` must be n.
         here: device on which the entries are needed.
     """
 

@@ -36,8 +36,9 @@ class MeasuredLogits(Protocol):
     """Number of query heads of each attention layer, over all tensor-parallel ranks."""
 
     def take(self) -> Tensor:
-        """Return the largest logit of each head on this rank since the last call, [layers, heads] in fp32. It is -inf
-        for a head that this rank has not measured."""
+        """Return, for each head of the model, the largest logit that this rank has measured since the last call.
+
+        The result is [layers, heads] in fp32. It is -inf for a head that this rank has not measured."""
 
 
 def head_factors(largest: Tensor, threshold: float, groups: int, share: bool) -> tuple[Tensor, Tensor, Tensor]:

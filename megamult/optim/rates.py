@@ -2,8 +2,8 @@
 
 One parameter can store matrices of several roles, such as Q, K and V, and under ZeRO one tensor of masters can hold
 many parameters. Factors therefore do not belong to param groups, but to intervals of elements that have the same
-factors (:class:`Stretch`). Update rules work elementwise and do not know of these intervals. A rule is called once for
-all intervals that have the same factors, and gets them as views.
+factors (:class:`Stretch`). The method `apply` of an update rule works elementwise and does not know of these
+intervals: it is called once for all intervals that have the same factors, and gets them as views.
 """
 
 from __future__ import annotations

@@ -62,10 +62,11 @@ class Sharding:
         for block in self.blocks:
             cuts = block.cuts(processes)
             if block.size % cuts or processes % cuts:
-                pieces = "" if block.pieces is None else f" of at most {block.pieces} pieces"
+                pieces = "" if block.pieces is None else f", which can be cut into at most {block.pieces} pieces"
                 raise ValueError(
                     f"dimension {self.dim} of {what} has a block of size {block.size}{pieces}, and the {self.axis} "
-                    f"axis has {processes} processes: choose a {self.axis}-parallel size that cuts the block equally"
+                    f"axis has {processes} processes: choose a {self.axis}-parallel size with which all pieces "
+                    "are equal and equally many processes hold each of them"
                 )
 
 

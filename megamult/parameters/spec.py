@@ -271,8 +271,9 @@ def _check(spec: ParameterSpec) -> None:
         fits = len(part.shape) > 0 and min(part.shape) > 0 and cols_of(part.shape) == spec.cols
         if not fits or (len(part.shape) == 1) != (len(spec.shape) == 1):
             raise ValueError(
-                f"{what} has the part {part.name!r} of shape {part.shape}: its last dimension must equal the "
-                "parameter's last dimension; if the parameter is a vector, its parts must be vectors of any length"
+                f"{what} has the part {part.name!r} of shape {part.shape}: the parts of a matrix must have "
+                "the parameter's last dimension and at least one row, and the parts of a vector must be vectors, of "
+                "any length above 0"
             )
     _check_segments(spec, what)
     check_shardings(spec.shape, spec.shardings, spec.reduce_over, what)

@@ -150,9 +150,9 @@ _RUNNING = ".running"
 
 
 def left_without_a_word(folder: Path) -> list[str]:
-    """Return the names of processes of earlier starts of the run that were killed, sorted by rank.
+    """Return the names of the processes that were killed in earlier starts of the run, sorted by rank.
 
-    Their .running files, by which they are known, are removed.
+    Each of them left a .running file behind. These files are removed.
     """
     marks = list(folder.glob(f"rank_*{_RUNNING}"))
     names = {}

@@ -35,7 +35,7 @@ class Progress:
         self._since = time.monotonic()
 
     def at(self, step: int, doing: str, grace: float = 0.0) -> None:
-        """Note that the main thread begins new work, which counts as progress.
+        """Record that the main thread begins new work, which counts as progress.
 
         Args:
             step: the optimizer step that the work belongs to.

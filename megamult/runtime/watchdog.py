@@ -73,10 +73,11 @@ class Watchdog:
         self._hear_sigterm()
         self._thread.start()
         if not self._connected.wait(CONNECT_SECONDS / 2) or self._problem is not None:
+            problem = self._problem or f"no answer within {CONNECT_SECONDS / 2:.0f} s"
             raise ConnectionError(
                 f"rank {self._rank} on {environment.host()} reached the rendezvous at port "
                 f"{os.environ['MASTER_PORT']}, but cannot reach rank 0's watchdog at {self._address}:{self._port} "
-                f"({self._problem}): allow connections between the run's hosts on all ports"
+                f"({problem}): allow connections between the run's hosts on all ports"
             )
         return self
 

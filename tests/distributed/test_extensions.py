@@ -61,7 +61,9 @@ def test_a_lock_is_waited_for_until_its_process_has_compiled(tmp_path: Path) -> 
         thread.start()
         thread.join(1.0)
         assert thread.is_alive() and lock.exists()
-        assert len(said) == 1 and said[0].startswith(f"waiting for {lock}: process {process.pid} ({sys.executable} ")
+        assert len(said) == 1 and said[0].startswith(
+            f"waiting until {lock} is gone: process {process.pid} ({sys.executable} "
+        )
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()

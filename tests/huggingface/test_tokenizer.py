@@ -138,18 +138,20 @@ def trained(**settings: Any) -> bytes:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "unigram"}, "model_type UNIGRAM, but only BPE"),
-        ({"byte_fallback": False}, "byte_fallback False, but only True"),
-        ({"add_dummy_prefix": True}, "add_dummy_prefix True, but only False"),
-        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces True"),
-        ({"normalization_rule_name": "nmt_nfkc"}, r"bytes of normalization rules \d+"),
-        ({"user_defined_symbols": ["<x>"]}, "unused and user-defined pieces 1"),
-        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix True"),
+        ({"model_type": "unigram"}, "model_type is UNIGRAM, not BPE"),
+        ({"byte_fallback": False}, "byte_fallback is False, not True, and its number of byte pieces is 0, not 256"),
+        ({"add_dummy_prefix": True}, "add_dummy_prefix is True, not False"),
+        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces is True"),
+        ({"normalization_rule_name": "nmt_nfkc"}, r"size of the normalization rules is \d+, not 0"),
+        ({"user_defined_symbols": ["<x>"]}, "number of unused and user-defined pieces is 1"),
+        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix is True"),
     ],
 )
 def test_a_model_that_cannot_be_converted_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     (tmp_path / "m.model").write_bytes(trained(**settings))
-    with pytest.raises(ValueError, match=rf"m\.model has {message}.*: put the files of this tokenizer"):
+    with pytest.raises(
+        ValueError, match=rf"m\.model cannot be converted, because its .*{message}.*: put the files of this tokenizer"
+    ):
         convert(tmp_path / "m.model", MAX_LENGTH)
 
 

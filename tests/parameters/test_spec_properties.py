@@ -312,7 +312,10 @@ GOOD = ParameterSpec(
             r"a segment of part 2, but has 2 parts: give a part's number from 0 to 1",
         ),
         ({"parts": (Part("a", "up", (4, 6)), Part("a", "up", (4, 6)))}, r"names \['a', 'a'\]: give each part a"),
-        ({"parts": (Part("a", "up", (4, 6)), Part("b", "up", (4, 5)))}, r"shape \(4, 5\): its last dimension"),
+        (
+            {"parts": (Part("a", "up", (4, 6)), Part("b", "up", (4, 5)))},
+            r"shape \(4, 5\): the parts of a matrix must have the parameter's last dimension",
+        ),
         (
             {"shardings": (Sharding("tensor", 0, (Block(4), Block(3))),)},
             r"blocks of total size 7 along dimension 0, whose size is 8",
@@ -358,7 +361,11 @@ def test_a_spec_that_describes_no_parameter_is_refused(change: dict[str, object]
     ("blocks", "tensor", "said"),
     [
         ((Block(8),), 3, r"dimension 0 .*role up has a block of size 8, and the tensor axis has 3 processes: choose"),
-        ((Block(8, 4),), 6, r"a block of size 8 of at most 4 pieces, and the tensor axis has 6 processes"),
+        (
+            (Block(8, 4),),
+            6,
+            r"a block of size 8, which can be cut into at most 4 pieces, and the tensor axis has 6",
+        ),
     ],
 )
 def test_a_size_that_an_axis_does_not_divide_is_refused_when_the_grid_is_known(

@@ -83,8 +83,8 @@ def _held(parameter: Parameter, name: str) -> tuple[Tensor, int]:
         return parameter.detach().view(-1), 0
     if parameter.ds_secondary_tensor is not None or not partition.is_floating_point():  # type: ignore[attr-defined]
         raise ValueError(
-            f"DeepSpeed keeps {name} quantized, or keeps a second partition of it within a node: megamult can set only "
-            "the usual partition; remove zero_quantized_weights and zero_hpz_partition_size from "
+            f"DeepSpeed keeps {name} quantized, or keeps a second partition of it within a node: megamult cannot write "
+            "initial values to either; remove zero_quantized_weights and zero_hpz_partition_size from "
             "deepspeed.zero_optimization"
         )
     size = partition.numel()

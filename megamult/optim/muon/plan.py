@@ -236,9 +236,9 @@ def _buckets(
 ) -> list[tuple[int, ...]]:
     """Divide the matrices into buckets, and return the indices of the matrices in each.
 
-    A bucket keeps two limits, unless it is a single matrix that exceeds them. No rank sends more than `bucket_elements`
-    elements of results, where an element that it owns counts once for each rank that holds a copy of the element. And
-    no rank holds more than `bucket_elements` elements of matrices that other ranks own.
+    Two numbers are at most `bucket_elements` on every rank, unless a single matrix exceeds the limit there: the
+    elements of results that the rank sends as an owner, where an element counts once for each rank that holds a copy of
+    it, and the elements that the rank holds of other owners' matrices.
     """
     queues: dict[int, list[int]] = {}
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].rows, i)):
