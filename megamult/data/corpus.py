@@ -174,7 +174,7 @@ def _noting(encoded: Iterable[Encoded], changes: _Changes) -> Iterator[Encoded]:
 
 @contextlib.contextmanager
 def _named_in_errors(prefix: Path) -> Iterator[None]:
-    """Name the output in an error of a file that has no name, as on a full disk."""
+    """Name the output in an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:

@@ -184,7 +184,7 @@ def _without_mark(line: bytes, number: int) -> bytes:
 
 
 def _decoded(content: bytes, place: str, report: Report) -> str | None:
-    """Return bytes as text, or None if they are not UTF-8. Lines are split before, so that an error names its line."""
+    """Return bytes as text. If they are not UTF-8, report this with `place`, their file and line, and return None."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:

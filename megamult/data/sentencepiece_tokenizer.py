@@ -162,7 +162,7 @@ class SentencePieceTokenizer(Tokenizer):
             if found < 0:
                 raise ValueError(
                     f"the tokenizer {self.path} has no eos token to end documents with (eos_id is "
-                    f"{found}): give one of its tokens as eod, or let launch/prepare_data.py train a model"
+                    f"{found}): give one of its tokens as eod, or let launch/prepare_data.py train a tokenizer"
                 )
             return found
         token = given if isinstance(given, int) else self._processor.piece_to_id(given)

@@ -67,8 +67,7 @@ def refusal(claim: str, by: str, why: str, configuration: bool = False) -> str:
         by: text that describes rank 0.
         why: reason for the refusal.
         configuration: true if the reason is the process's configuration, its version of megamult or a problem that it
-            reported; false if the process belongs to another launch. Each of the two has a remedy, with which the
-            message ends.
+            reported; false if the process belongs to another launch. It selects the remedy at the end of the message.
     """
     return f"{claim} came to the port of {by}, which refuses it: {why}. {REMEDY if configuration else _PORT}"
 

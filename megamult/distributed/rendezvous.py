@@ -289,6 +289,6 @@ def _answer(store: Store, claim: Claim, number: int, deadline: float) -> dict[st
             f"rank 0 left before all processes had come ({why}): see its output", rank_0_is_missing=True
         ) from None
     if number not in met["numbers"]:
-        raise RefusedError(refusal(str(claim), met["by"], "all processes of that launch have come already"), False)
+        raise RefusedError(refusal(str(claim), met["by"], "rank 0's launch already has all of its processes"), False)
     store.set(heard_key(number), "")
     return met

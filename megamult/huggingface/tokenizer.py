@@ -8,10 +8,10 @@ The result depends only on the pieces and the order of merges. Four differences 
   The converted pieces contain real spaces, and the converted tokenizer does not normalize text. No converted piece
   contains U+2581, so `tokenizers` encodes it as bytes too.
 * sentencepiece orders merges by the piece that they form, and `tokenizers` orders them by the pair that they join. If
-  several pairs form the same piece, the converted list of merges has all of these pairs, one after the other. The ids
-  stay the same: a piece can form only if no earlier merge has joined its first or last character with the text outside.
-  The merges inside the piece then do not depend on this text, so the last of them always joins the same pair, and the
-  other pairs never occur.
+  several pairs form the same piece, the converted list has a merge for each of these pairs, one after the other. Their
+  order does not change the ids: a piece can form only if no earlier merge has crossed its borders. The merges inside
+  the piece then depend only on its own characters, so the last one always joins the same pair. The merges of the other
+  pairs are never used.
 * Text that looks like a special token, such as "</s>", is plain text in training data. transformers would read it as a
   special token, so the conversion sets `split_special_tokens`.
 * transformers can put a bos token before a text. Training data has no such token, so the conversion sets

@@ -188,7 +188,11 @@ class BoundMultipliers:
             self.gradient[stretch.start : stretch.stop] = 0
 
     def lr(self, schedule: float) -> float:
-        """Return the learning rate, without the factors of single roles, of a step whose schedule is at `schedule`."""
+        """Return the multipliers' learning rate of a step, before the factors of single roles.
+
+        Args:
+            schedule: the global learning rate of the step as a fraction of its peak.
+        """
         return self._settings.lr * (1.0 if self._settings.constant_lr else schedule)
 
     @torch.no_grad()

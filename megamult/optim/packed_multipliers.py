@@ -38,7 +38,8 @@ def lay_out(cuts: Iterable[Cut], placement: Placement, shared_columns: bool) -> 
     Args:
         cuts: the model's parameters.
         placement: the sides on which each role is scaled.
-        shared_columns: whether all logical matrices of one parameter that have column multipliers have the same ones.
+        shared_columns: whether the logical matrices of a parameter share one vector of column multipliers. Matrices to
+            which `placement` gives no column multipliers are left out.
 
     Returns:
         The vectors, in the order of their positions, and {name of the parameter: {(index of the part, side):

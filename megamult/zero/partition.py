@@ -141,8 +141,10 @@ class Partition(ABC):
         self.stepped()
 
     def stepped(self) -> None:
-        """Make the forward passes of all ranks use the changed masters of the multipliers. Collective over all
-        ranks."""
+        """Refresh the fp32 copies of the multipliers, which forward passes read, from the changed masters.
+
+        It does nothing if the model's own multipliers are fp32. Collective over all ranks.
+        """
         if self.full_precision is not None:
             self.full_precision.refresh()
 

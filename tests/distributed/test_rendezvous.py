@@ -220,7 +220,7 @@ def test_who_comes_when_all_have_met_is_told_so() -> None:
     assert first.stdout is not None and second.stdout is not None
     assert first.stdout.readline() == second.stdout.readline() == MET
     said = come(1, 2, port, *meet(60)).communicate(timeout=60)[0]
-    assert said.startswith("RefusedError: rank 1 on ") and "all processes of that launch have come already" in said
+    assert said.startswith("RefusedError: rank 1 on ") and "rank 0's launch already has all of its processes" in said
     for process in (first, second):
         process.kill()
 
