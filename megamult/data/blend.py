@@ -40,7 +40,7 @@ class Blend:
         return len(self._bounds) - 1
 
     def _left(self, first: int, last: int, i: int) -> int:
-        """Return how many of the first `i` samples of the sources [first, last) go to the left half of the sources."""
+        """Return how many of the first `i` samples of the node of sources [first, last) go to its left half."""
         middle = (first + last) // 2
         left, both = self._bounds[middle] - self._bounds[first], self._bounds[last] - self._bounds[first]
         return -(-i * left // both)

@@ -230,7 +230,7 @@ def _check_folder(folder: Path) -> None:
 def _survey(files: Sequence[str], json_key: str, report: Report) -> tuple[list[str], int, int]:
     """Return the files that are not damaged, and the numbers of their documents and UTF-8 bytes.
 
-    What is left out of all files is added to `report`.
+    What is skipped in any file, damaged or not, is added to `report`.
     """
     whole, count, size = [], 0, 0
     for file in files:

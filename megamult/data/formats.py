@@ -1,4 +1,7 @@
-"""Formats of input files, known by their first bytes: JSON lines, text, Parquet, and formats to convert before use.
+"""Formats of input files, recognized by their first bytes.
+
+JSON lines, text and Parquet are read. Other known formats are refused, with a message that says how to convert the
+file.
 
 A file's name counts only if its content fits several formats. For example, a file that could be plain text is read as
 JSON lines if its name ends in `.jsonl`, and refused if its name ends in `.csv` or `.json`.

@@ -14,9 +14,10 @@ def expand(inputs: Sequence[str | Path], outputs: Iterable[Path], report: Report
     """Return the files that `inputs` name, in the order of `inputs`.
 
     A folder stands for all files in it and below it, sorted by name folder by folder, without hidden ones. A pattern
-    stands for what matches it, sorted in the same way (`**` matches any number of folders). What exists under the
-    pattern's own name is no pattern. A folder and a pattern leave `outputs` out, so that a command that writes into the
-    folder that it reads can be repeated. What cannot be read, and a file that is named twice, is added to `report`.
+    stands for what matches it, sorted in the same way (`**` matches any number of folders). An input that is the path
+    of a file or folder is taken literally, even if it contains `*`, `?` or `[`. A folder and a pattern leave `outputs`
+    out, so that a command that writes into the folder that it reads can be repeated. What cannot be read, and a file
+    that is named twice, is added to `report`.
     """
     own = tuple(f"{os.path.realpath(path)}{os.sep}" for path in outputs)  # an output may be a folder
     named: dict[str, str] = {}

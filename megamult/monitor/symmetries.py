@@ -79,7 +79,7 @@ def pairs(logs: Logs, head_dim: int) -> dict[str, Pairs]:
 
 
 def imbalances(logs: Logs, head_dim: int) -> dict[str, Tensor]:
-    """Return the imbalance of every pair of :func:`pairs`, by the name of the symmetry."""
+    """Return the imbalances of all pairs of multipliers in a layer (:func:`pairs`), by the name of the symmetry."""
     return {symmetry: a - b for symmetry, (a, b) in pairs(logs, head_dim).items()}
 
 

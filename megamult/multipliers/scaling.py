@@ -62,8 +62,9 @@ class Band:
     """Whether a sum over processes includes this process's copy of the rows (`ParameterSpec.row_intervals`)."""
 
     def of(self, values: Tensor) -> Tensor:
-        """Return the values of this band as a view [height, width]. `values` [length] has one value for each element of
-        the interval."""
+        """Return this band's part of `values`, as a view [height, width].
+
+        `values` [length] has one value for each element of the layer's shard or of the slice, in memory order."""
         return values[self.offset : self.offset + self.height * self.width].view(self.height, self.width)
 
 
@@ -148,8 +149,9 @@ def band_of(together: Sequence[Rectangle], places: Places, one: int) -> Band:
 
 
 def _entry(places: Places, part: int, side: Side, position: int) -> int | None:
-    """Return the entry of the multiplier of row or column `position` of a part, or None if the part has no multipliers
-    on this side."""
+    """Return the entry of a multiplier: its index in the packed vector, or None if the part has none on this side.
+
+    It is the multiplier of the row or column `position` of the part. For the side scalar, `position` is 0."""
     for segment in places.get((part, side), ()):
         if segment.part_start <= position < segment.part_start + segment.length:
             return segment.start + position - segment.part_start

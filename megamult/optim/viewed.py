@@ -1,4 +1,4 @@
-"""Views by name of a two-phase optimizer's weights and state, which checkpoints read and write.
+"""Named views of a two-phase optimizer's weights and state, through which checkpoints read and write them.
 
 The module also has the optimizer's `state_dict` in torch's format."""
 

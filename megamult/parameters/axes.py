@@ -59,8 +59,10 @@ class Grid:
         return Coordinates(self, **found)
 
     def shards(self) -> Iterator[Coordinates]:
-        """Yield the coordinates of the processes whose data and pipeline coordinates are 0, in the order of their
-        ranks: one process for each combination of tensor, context and expert coordinates, which is one shard."""
+        """Yield the coordinates of one process for each shard of a parameter, in the order of the processes' ranks.
+
+        There is a shard for each combination of tensor, context and expert coordinates. The process is the one whose
+        data and pipeline coordinates are 0."""
         for rank in range(self.size):
             found = self.coordinates(rank)
             if found.data == found.pipeline == 0:

@@ -152,8 +152,8 @@ def check_shardings(
             )
         if not each.blocks or min(block.size for block in each.blocks) < 1:
             raise ValueError(
-                f"{what} has a sharding over {each.axis} without blocks or with an empty block: give it blocks of size "
-                "1 or more"
+                f"the sharding of {what} over the {each.axis} axis has no blocks, or an empty block: give it blocks of "
+                "size 1 or more"
             )
         total = sum(block.size for block in each.blocks)
         if total != shape[each.dim]:

@@ -2,8 +2,8 @@
 
 A thread of every rank keeps one TCP connection to rank 0, independent of the collectives, which may hang. When a
 process dies, its connection closes, so rank 0 knows at once, under any launcher and backend. A rank that makes no
-progress for too long tells rank 0, which then asks all ranks for their stacks. Every rank reports its place every ten
-seconds.
+progress for too long tells rank 0, which then asks all ranks for their stacks. Every ten seconds, each rank
+reports its step and what it is doing in it.
 """
 
 from __future__ import annotations

@@ -120,10 +120,10 @@ def conflicts(file: Mapping[str, Any], config: Config) -> Iterator[str]:
 
 
 def adopted(file: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of megamult's keys that DeepSpeed's keys say and that the user did not give.
+    """Translate DeepSpeed's keys, and return the values of those of megamult's keys that the user did not give.
 
     Args:
-        file: DeepSpeed's configuration without "auto".
+        file: the user's DeepSpeed configuration, without the entries that are "auto".
         given: megamult's keys that the user gave, and their values, by dotted name.
         defaults: values of keys that are not given, by dotted name.
     """

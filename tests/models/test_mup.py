@@ -117,7 +117,7 @@ def test_at_the_base_width_only_a_head_factor_of_1_is_added() -> None:
 def test_matrices_of_fixed_norm_get_no_decay_and_divided_starts_are_refused() -> None:
     keys = mup(WIDE, BASE).overrides(WIDE, OptimizerConfig(), MultipliersConfig(norm="fixed"))
     assert keys["optimizer"]["weight_decay_factors"] == {}
-    with pytest.raises(ValueError, match=r"divide_weights true, .*: set divide_weights to false"):
+    with pytest.raises(ValueError, match=r"divide_weights is true and .*Set multipliers\.divide_weights to false"):
         mup(WIDE, BASE).overrides(WIDE, OptimizerConfig(), MultipliersConfig(initial={"q": {"row": 2.0}}))
 
 

@@ -162,8 +162,9 @@ def at_width(sizes: ModelConfig, base_hidden_size: int) -> ModelConfig:
     wrong = [name for name, rest in names.items() if rest]
     if base_hidden_size < 1 or wrong:
         raise ValueError(
-            f"base_hidden_size is {base_hidden_size} with model.hidden_size {sizes.hidden_size}: it must be positive, "
-            f"and the products of base_hidden_size / model.hidden_size with {', '.join(wrong or names)} must be whole"
+            f"base_hidden_size is {base_hidden_size} with model.hidden_size {sizes.hidden_size}: base_hidden_size must "
+            "be positive, and each of these sizes times base_hidden_size / model.hidden_size must be a whole number: "
+            f"{', '.join(wrong or names)}"
         )
     heads, groups, ffn = (size * base_hidden_size // sizes.hidden_size for size in widths.values())
     return replace(

@@ -236,9 +236,9 @@ def _buckets(
 ) -> list[tuple[int, ...]]:
     """Divide the matrices into buckets, and return the indices of the matrices in each.
 
-    Two numbers are at most `bucket_elements` on every rank, unless a single matrix exceeds the limit there: the
-    elements of results that the rank sends as an owner, where an element counts once for each rank that holds a copy of
-    it, and the elements that the rank holds of other owners' matrices.
+    In each bucket, two counts of each rank are at most `bucket_elements`, unless a single matrix alone exceeds it:
+    elements of results that the rank sends as an owner, counted once for each rank that holds a copy, and elements that
+    the rank holds of matrices that other ranks own.
     """
     queues: dict[int, list[int]] = {}
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].rows, i)):
