@@ -74,9 +74,9 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"tokenizer_config.json or special_tokens_map.json beside it){some}: give the token that ends a "
                 "document as eod"
             )
-        whose = "eod" if given is not None else "the eos_token of the files beside it"
+        whose = "is given as eod" if given is not None else "the files beside it name as eos_token"
         raise ValueError(
-            f"{whose} is {token!r}, which is no token of the tokenizer {self.path}{some}: give one of its tokens as eod"
+            f"the tokenizer {self.path} has no token {token!r}, which {whose}{some}: give one of its tokens as eod"
         )
 
     def encode(self, text: str) -> list[int]:

@@ -71,7 +71,11 @@ def _stages(stage: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 def _divides(stage: Mapping[str, Any]) -> bool | None:
-    """Tell whether a stage divides at every end of a word. None means that it may even match across one."""
+    """Return whether a stage divides the text at every end of a word.
+
+    False: it does not, but no match of it contains an end of a word. None: a match may contain one, or the stage is not
+    known.
+    """
     kind = stage.get("type")
     if kind == "ByteLevel" and not stage.get("add_prefix_space", True):
         return bool(stage.get("use_regex", True))

@@ -222,8 +222,10 @@ def _scaled(weight: Tensor, rho: Tensor | None, kappa: Tensor | None, index: Ten
 def _backward(
     grad: Tensor, weight: Tensor, rho: Tensor | None, kappa: Tensor | None, index: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Turn `grad` into dL/dW in place, and return (sum_j W kappa G, rho W G). The caller sums the second over rows; it
-    is None if there is no kappa."""
+    """Turn `grad` from G = dL/dW_eff into dL/dW in place, and return (sum_j W kappa G, rho W G).
+
+    The first is dL/drho. The caller sums the second over rows, which gives dL/dkappa; it is None if there is no kappa.
+    """
     g = grad.float()
     h = g * weight.float()
     products = None

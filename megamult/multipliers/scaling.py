@@ -149,9 +149,9 @@ def band_of(together: Sequence[Rectangle], places: Places, one: int) -> Band:
 
 
 def _entry(places: Places, part: int, side: Side, position: int) -> int | None:
-    """Return the entry of a multiplier: its index in the packed vector, or None if the part has none on this side.
+    """Return the index in the packed vector of the multiplier of row or column `position` of a part.
 
-    It is the multiplier of the row or column `position` of the part. For the side scalar, `position` is 0."""
+    For the side scalar, `position` is 0. The result is None if the part has no multipliers on this side."""
     for segment in places.get((part, side), ()):
         if segment.part_start <= position < segment.part_start + segment.length:
             return segment.start + position - segment.part_start

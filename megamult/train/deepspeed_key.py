@@ -74,7 +74,7 @@ def translated(text: str, **more: Any) -> Key:
 
 
 def decided(text: str) -> Key:
-    """Return the treatment of a key that megamult's own keys set."""
+    """Return the treatment of a DeepSpeed key whose value follows from megamult's own keys."""
     return Key("decided", text)
 
 

@@ -21,8 +21,9 @@ def kept_once(partition: Partition, select: Callable[[ParameterSpec], bool]) -> 
 
 
 class VirtualPartition(Partition):
-    """Partition that cuts selected parameters evenly over the data-parallel ranks, each of which holds all of their
-    elements (ZeRO 0).
+    """Partition at ZeRO 0, where every data-parallel rank holds all elements of all parameters.
+
+    It cuts selected parameters evenly over the data-parallel ranks: the slices of a rank are its share.
 
     Args:
         whole: partition in which every data-parallel rank holds all elements.

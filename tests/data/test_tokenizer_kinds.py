@@ -159,7 +159,7 @@ def test_the_end_of_document_token_is_the_files_or_the_given_one(folder: Path, t
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": OTHER}))
     assert open_tokenizer(bare).eod == 500
     for path, eod in ((folder, "<nothing>"), (folder, 501), (folder, -1), (model, "<nothing>"), (model, 400)):
-        with pytest.raises(ValueError, match=rf"eod is {re.escape(repr(eod))}, which is no token of the tokenizer"):
+        with pytest.raises(ValueError, match=rf"has no token {re.escape(repr(eod))}, which is given as eod"):
             open_tokenizer(path, eod)
 
 

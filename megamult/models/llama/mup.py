@@ -163,8 +163,8 @@ def at_width(sizes: ModelConfig, base_hidden_size: int) -> ModelConfig:
     if base_hidden_size < 1 or wrong:
         raise ValueError(
             f"base_hidden_size is {base_hidden_size} with model.hidden_size {sizes.hidden_size}: base_hidden_size must "
-            "be positive, and each of these sizes times base_hidden_size / model.hidden_size must be a whole number: "
-            f"{', '.join(wrong or names)}"
+            f"be positive, and {' and '.join(wrong or names)}, multiplied by base_hidden_size / model.hidden_size, "
+            "must give whole numbers"
         )
     heads, groups, ffn = (size * base_hidden_size // sizes.hidden_size for size in widths.values())
     return replace(

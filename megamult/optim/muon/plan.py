@@ -236,9 +236,9 @@ def _buckets(
 ) -> list[tuple[int, ...]]:
     """Divide the matrices into buckets, and return the indices of the matrices in each.
 
-    In each bucket, two counts of each rank are at most `bucket_elements`, unless a single matrix alone exceeds it:
-    elements of results that the rank sends as an owner, counted once for each rank that holds a copy, and elements that
-    the rank holds of matrices that other ranks own.
+    In each bucket, each rank sends at most `bucket_elements` elements of results as an owner, where an element counts
+    once for each rank that holds a copy of it, and it holds at most `bucket_elements` elements of matrices that other
+    ranks own. A single matrix may exceed both limits.
     """
     queues: dict[int, list[int]] = {}
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].rows, i)):
