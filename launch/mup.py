@@ -29,8 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--learned",
         action="store_true",
-        help="train the factor N / model.hidden_size, by which muP multiplies the head in the forward pass, as a "
-        "multiplier with this initial value; without --learned, the factor is a constant",
+        help="muP multiplies the head by N / model.hidden_size in the forward pass. With --learned, this factor is a "
+        "trained multiplier that starts at this value; without, it is a constant",
     )
     return parser
 

@@ -75,8 +75,10 @@ class IndexedFiles:
         return np.memmap(self.idx, dtype, "r", offset=HEADER.size + at, shape=(count,))
 
     def chunks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the tokens [first, last) of the .bin, at most `_CHUNK_TOKENS` at a time, as (number of the first of
-        them in the .bin, token ids)."""
+        """Yield the tokens [first, last) of the .bin in chunks of at most `_CHUNK_TOKENS`.
+
+        A chunk is (position of its first token in the .bin, token ids).
+        """
         last = self.tokens if last is None else min(last, self.tokens)
         itemsize = np.dtype(self.dtype).itemsize
         # The file is read, not mapped: the pages of a mapped file would count as this process's memory.
@@ -99,8 +101,8 @@ def read_index(prefix: str | Path) -> IndexedFiles:
     for file in (idx, bin_):
         if not file.is_file():
             raise ValueError(
-                f"data file {file} does not exist: give a prefix without .bin or .idx, as "
-                "launch/prepare_data.py wrote it"
+                f"data file {file} does not exist: give the prefix, without .bin or .idx, of files that "
+                "launch/prepare_data.py wrote"
             )
     size = idx.stat().st_size
     with open(idx, "rb") as stream:

@@ -169,8 +169,8 @@ class SentencePieceTokenizer(Tokenizer):
         known = isinstance(given, int) or self._processor.id_to_piece(token) == given
         if not known or not 0 <= token < self.vocab_size:
             raise ValueError(
-                f"eod is {given!r}, which is no token of the tokenizer {self.path} with {self.vocab_size} tokens: give "
-                "one of its tokens"
+                f"the tokenizer {self.path} has no token {given!r}, which is given as eod; it has {self.vocab_size} "
+                "tokens: give one of them as eod"
             )
         return int(token)
 

@@ -123,7 +123,10 @@ class Weights:
 
     @torch.no_grad()
     def figures(self, vectors: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return RMS and coefficients of variation by role and layer. Collective over all ranks: one all-reduce.
+        """Return the RMS of W and of W_eff, and the coefficients of variation of their row and column norms.
+
+        They are by role and layer. After :meth:`remember`, the RMS of the change of W is among them. Collective over
+        all ranks: one all-reduce.
 
         Args:
             vectors: values of all multipliers by name, complete on every rank.

@@ -85,9 +85,10 @@ def scale_backward(
         row, col: whether to compute dL/drho and dL/dkappa.
 
     Returns:
-        (dL/drho, dL/dkappa). dL/drho is sum_j W kappa G, [out], or None if not `row`. dL/dkappa is sum_i rho W G over
-        the rows i that each row of kappa scales, [vectors, in], or None if not `col` or if there is no kappa. On CUDA
-        dL/dkappa is a matrix product in the weight's dtype, and uses TF32 if torch is told to allow it.
+        (dL/drho, dL/dkappa). dL/drho is sum_j W kappa G, [out], or None if not `row`. Row v of dL/dkappa,
+        [vectors, in], is the sum of rho W G over the rows i of W that kappa[v] scales. dL/dkappa is None if not `col`
+        or if there is no kappa. On CUDA it is a matrix product in the weight's dtype, and uses TF32 if torch is told to
+        allow it.
     """
     if _compiled(weight, spans, piece):
         back = _backward_piece_compiled if piece else _backward_compiled

@@ -28,8 +28,9 @@ class LayerScaling:
         weight: spec of the weight, which must have two dimensions.
         placement: the sides on which each role is scaled.
         coordinates: coordinates of the process.
-        shared_columns: whether all logical matrices that have column multipliers have the same ones. Each has its own
-            copy of them. The first copy scales the rows of all matrices, and all copies get the sum of the gradients.
+        shared_columns: whether the logical matrices that have column multipliers share one vector of them. The layer
+            still stores a copy of this vector for each matrix. Only the first copy is used, for all matrices, and every
+            copy gets the sum of the matrices' gradients, so that the copies stay equal.
     """
 
     def __init__(

@@ -241,8 +241,8 @@ class PackedScaling:
                 of rows without multipliers.
             dots: row sums [height] of each band, or None for a band that adds nothing: its rows have neither a row
                 multiplier nor a scalar, or this process has only copies of rows that another process already counts.
-            factors: the multipliers of the weights in the backward pass. The gradient of a row multiplier is its row
-                sum times the scalar; the gradient of a scalar is the sum of row multiplier times row sum.
+            factors: the multipliers in the effective weights for which G was computed. The gradient of a row
+                multiplier is its row sum times the scalar. That of a scalar is the sum of row multipliers times row sums.
         """
         if all(dot is None for dot in dots):
             return

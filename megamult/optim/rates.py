@@ -93,7 +93,7 @@ def stretches_of_tensors(partition: Partition, rates: Rates) -> dict[Tensor, lis
 
 
 def learning_rates(of_kind: Mapping[str, float], partition: Partition, rates: Rates) -> dict[str, float]:
-    """Return learning rates by kind of parameter, and of each role, or role and side (`q_row`), with its own factors.
+    """Return {name: learning rate} of kinds of parameters, and of roles (`q`) or sides of roles (`q_row`) with factors.
 
     Args:
         of_kind: learning rate of each kind of parameter.

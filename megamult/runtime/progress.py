@@ -61,7 +61,7 @@ class Progress:
     def report(self) -> dict[str, Any]:
         """Return what the main thread does (:class:`Place`), its seconds without progress, and its Python stack.
 
-        All are values that JSON has.
+        The result can be written as JSON.
         """
         frame = sys._current_frames().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame else ""

@@ -23,11 +23,10 @@ class Key:
     """Explanation. free: what the key does. translated: which of megamult's keys says the same. decided: which of
     megamult's keys sets it. refused: why it is refused, and what to use instead."""
     neutral: Any = False
-    """Value by which a refused key asks for nothing. It is accepted, as null is, and a section in which every value is
-    false, null or 0."""
+    """Value that switches a refused key off, and is therefore accepted. null, and a section in which every value is
+    false, null or 0, are accepted too."""
     switch: str | None = None
-    """Key of a section that switches the section on. If it is null, false, "none" or "auto", the section asks for
-    nothing."""
+    """Key of a section that switches the section on. If it is null, false, "none" or "auto", the section is off."""
     values: tuple[str, ...] = ()
     """Values that the key accepts, in any case of letters; empty if they are not a short list."""
     takes: str | None = None
@@ -39,7 +38,10 @@ class Key:
     """Package that the section needs when it is enabled; its module has the same name."""
 
     def off(self, value: Any) -> bool:
-        """Return whether `value` asks for nothing, so that the key may be left out."""
+        """Return whether `value` switches the key off (see `neutral` and `switch`).
+
+        The key then has no effect, and megamult drops it instead of refusing it.
+        """
         if self.switch is not None and isinstance(value, dict) and self.switch in value:
             return value[self.switch] in (None, False, "none", "auto")
         if isinstance(value, dict):
