@@ -98,7 +98,8 @@ class Report:
     def lines(self) -> list[str]:
         """Return a line for each kind that was found: count, name and first places.
 
-        If files have different formats, a first line says which ones: a README in the folder of a corpus is text too.
+        If files were read in more than one format, a first line says which files in which format. It shows, for
+        example, that a README in the folder of a corpus was read as text.
         """
         formats = [f"{found.count} of {form} ({_places(found)})" for form, found in self._formats.items()]
         mixed = [f"files of different formats: {', '.join(formats)}"] if len(formats) > 1 else []

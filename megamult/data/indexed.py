@@ -190,7 +190,7 @@ def check_sequences(files: IndexedFiles, first: int, last: int) -> None:
             elif before + n == 0:
                 fact += ", and the first sequence must begin at byte 0"
             else:
-                fact += f", which does not follow sequence {before + n - 1}"
+                fact += f", which is not where sequence {before + n - 1} ends"
             raise ValueError(f"{files.idx} is damaged: {fact}: {_REMEDY}")
 
 

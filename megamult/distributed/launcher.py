@@ -1,4 +1,4 @@
-"""The launcher that started this process: its processes, the hosts of its ranks, and the name of the launch."""
+"""What a rank can learn of its launcher: the launcher's own processes, the ranks' hosts, and the launch's name."""
 
 from __future__ import annotations
 

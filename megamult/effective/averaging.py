@@ -165,7 +165,7 @@ def _last(paths: Sequence[Path], count: int) -> list[SavedCheckpoint]:
             undamaged checkpoints.
     """
     if count < 2:
-        raise ValueError(f"last is {count}: an average needs two checkpoints or more")
+        raise ValueError(f"--last is {count}: an average needs two checkpoints or more")
     if len(paths) != 1 or (paths[0] / INFO).exists():
         raise ValueError(
             f"--last {count} needs one run directory, and these paths are given: {', '.join(map(str, paths))}; give "

@@ -242,7 +242,7 @@ class PackedScaling:
             dots: row sums [height] of each band, or None for a band that adds nothing: its rows have neither a row
                 multiplier nor a scalar, or this process has only copies of rows that another process already counts.
             factors: the multipliers in the effective weights for which G was computed. The gradient of a row
-                multiplier is its row sum times the scalar. That of a scalar is the sum of row multipliers times row sums.
+                multiplier is its row sum times the scalar. That of a scalar is the sum of row multiplier times row sum.
         """
         if all(dot is None for dot in dots):
             return

@@ -139,8 +139,10 @@ def adopted(file: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping
 
 
 def echo(file: Mapping[str, Any], config: Config) -> str | None:
-    """Return a line that tells how DeepSpeed's keys were read, and what megamult's own keys decide besides; None if
-    the configuration has none of these keys."""
+    """Return a line that says how the DeepSpeed keys optimizer, scheduler and gradient_clipping were read.
+
+    It also says which of megamult's values apply where these keys leave something out. It is None if `file`, the user's
+    DeepSpeed configuration, has none of them."""
     names = [name for name in TRANSLATED if name in file]
     if not names:
         return None

@@ -136,8 +136,8 @@ class RunMonitor:
 
     def _references(self, partition: Partition, drawn: bool) -> tuple[dict[str, float], dict[str, Trajectory]]:
         """Return two references for the RMS of matrices, both by role: the equilibrium RMS, at which gradient noise and
-        weight decay balance, and the predicted trajectory of the RMS from its initial value. If `drawn` is False, there
-        are no trajectories."""
+        weight decay balance, and the predicted trajectory of the RMS from its initial value. If `drawn` is
+        False, the run did not draw its initial weights, so there are no trajectories."""
         config, schedule = self._config.optimizer, Schedule(self._config)
         groups = {group["kind"]: group for group in self._optimizer.param_groups}
         initial = architecture_of(self._config.model).standard_deviations(self._config.model) if drawn else {}

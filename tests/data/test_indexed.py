@@ -14,7 +14,7 @@ from megamult.data import indexed
 from megamult.data.indexed import read_index, unigram_entropy, validate_indexed
 
 Write = Callable[..., str]
-DEEP = r"good\.idx is damaged: sequence 1 has length 1 at byte 6, which does not follow sequence 0"
+DEEP = r"good\.idx is damaged: sequence 1 has length 1 at byte 6, which is not where sequence 0 ends"
 NEGATIVE = r"good\.idx is damaged: sequence 0 has the negative length -1"
 LATE = r"good\.idx is damaged: sequence 0 has length 3 at byte 2, and the first sequence must begin at byte 0"
 """What only a check of every sequence finds."""

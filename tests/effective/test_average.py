@@ -263,7 +263,7 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None], list[str]]] = {
     "none there": ([*TWO, "nowhere"], nothing, ["there is no checkpoint ", "nowhere: give a directory that holds"]),
     "no checkpoint": ([*TWO, "empty"], nothing, ["empty is no complete checkpoint"]),
     "a run": (["run"], nothing, ["run is a directory of 2 checkpoints: give only this directory, with --last N, or"]),
-    "last 1": (["run", "--last", "1"], nothing, ["last is 1: an average needs two checkpoints or more"]),
+    "last 1": (["run", "--last", "1"], nothing, ["--last is 1: an average needs two checkpoints or more"]),
     "last of two": (
         [*TWO, "--last", "2"],
         nothing,

@@ -12,7 +12,7 @@ def norms_and_readers(model: torch.nn.Module) -> Iterator[tuple[str, str, str]]:
     """Yield (subject, name of the norm's weight, name of the module that reads the norm's output) for each norm whose
     output only one module reads.
 
-    The subject is the norm's name in figures, `attention_norm` or `mlp_norm`.
+    The subject is what metrics call the norm (:mod:`megamult.monitor.names`): `attention_norm` or `mlp_norm`.
     """
     for name, module in model.named_modules():
         if isinstance(module, TransformerLayer):

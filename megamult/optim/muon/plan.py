@@ -97,7 +97,10 @@ class Plan:
 
     @cached_property
     def sent(self) -> NDArray[np.int64]:
-        """Number of elements that each rank sends to others in one optimizer step, to owners and back: [ranks]."""
+        """Number of elements that each rank sends to other ranks in one optimizer step, [ranks].
+
+        A rank sends its pieces to the owners and, as an owner, results to the ranks that hold the pieces.
+        """
         sent = np.zeros(self.ranks, dtype=np.int64)
         for bucket in self.buckets:
             sent += self._travels(bucket, self.given)[0] + self._travels(bucket, self.held)[1]
