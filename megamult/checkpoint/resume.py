@@ -212,7 +212,8 @@ def restore(
         reset_optimizer: whether to leave out the saved state of the optimizer.
 
     Returns:
-        Names of multipliers that the checkpoint does not have. They start at 1, so they change nothing at first.
+        Names of the model's multipliers that the checkpoint does not have, the same on all ranks. They start at 1, so
+        they change nothing at first.
 
     Raises:
         ValueError: the checkpoint lacks a tensor or has it with another shape, or a weight is NaN after loading.
@@ -224,6 +225,7 @@ def restore(
     if optimizer.fixed is not None:
         optimizer.fixed.norms.fill_(torch.nan)  # norms that the checkpoint lacks are measured after loading
         new |= {c.name for c in chunks if c.name not in checkpoint.shapes and c.name.startswith(f"optimizer.{NORM}.")}
+    absent = {name for found in partition.mesh.gather_objects(new) for name in found}  # type: ignore[attr-defined]
     for chunk in chunks:
         if chunk.name in new and chunk.name.startswith("model."):
             chunk.load().fill_(1.0)  # not multipliers.initial, which would change the loaded model's function
@@ -239,13 +241,14 @@ def restore(
         saved = {key: state for key, state in states.items() if prefix + key in checkpoint.shapes}
         checkpoint.load([Chunk.whole(prefix + key, state) for key, state in saved.items()])
         rng.restore(states)
-    return sorted(name for name in new if name.startswith("model."))
+    return sorted(name for name in absent if name.startswith("model."))
 
 
 def _check_defined(partition: Partition) -> None:
-    """Check that no weight is NaN.
+    """Check that no weight of this rank is NaN.
 
-    A model that is built to be loaded starts with NaN weights, so those that the checkpoint does not cover stay NaN.
+    The matrices of a model that is built to be loaded start as NaN, so those that the checkpoint does not cover stay
+    NaN. Other weights are NaN if they were when the checkpoint was saved.
 
     Raises:
         ValueError: a weight is NaN.

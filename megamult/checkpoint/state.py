@@ -68,7 +68,10 @@ def _chunks(partition: Partition, optimizer: TwoPhaseOptimizer, once: bool) -> I
 def _of_interval(
     what: str, piece: Slice, coordinates: Coordinates, start: int, values: Tensor, once: bool
 ) -> Iterator[Chunk]:
-    """Yield chunks of the elements [start, start + len(values)) of a process's shard of a parameter."""
+    """Yield chunks of the elements [start, start + len(values)) of a process's shard of a parameter, without padding.
+
+    If `once` is true, elements of which another process counts its copy are left out.
+    """
     spec, name = piece.spec, piece.name
     for r in rectangles(spec, coordinates, start, values.numel()):
         if once and not r.counted:

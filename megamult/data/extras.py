@@ -18,8 +18,10 @@ def load(module: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except ModuleNotFoundError as error:
         library = module.partition(".")[0]
+        if (error.name or "").partition(".")[0] != library:
+            raise  # the library is there, and lacks one of its own
         raise MissingLibrary(
             f"needs the library {library}, which is not installed: install the extra `corpora`, with "
             'pip install -c constraints.txt -e ".[corpora]"'

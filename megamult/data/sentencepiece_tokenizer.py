@@ -199,8 +199,9 @@ class SentencePieceTokenizer(Tokenizer):
         """Return a function (text, at) -> whether the text can be cut before its character `at`, or None if nowhere.
 
         A text can be cut between two characters that stand side by side in no token: byte-pair encoding only ever joins
-        characters into tokens, so it joins nothing across the cut. None means that the tokenizer changes texts before
-        it encodes them, or that the model is a unigram model, which compares rounded sums of scores over whole texts.
+        characters into tokens, so it joins nothing across the cut. The result is None
+        if the tokenizer changes texts before it encodes them, if it has no pieces for the bytes of U+2581, or if its
+        model is not BPE: a unigram model, for example, compares rounded sums of scores over whole texts.
         """
         from sentencepiece import sentencepiece_model_pb2  # a worker process does not need it
 

@@ -37,8 +37,11 @@ _OTHERS = {
 
 
 def is_word_end(text: str, at: int) -> bool:
-    """Return whether character number `at` of a text directly follows the last letter of a word. `at` must be 1 or
-    more."""
+    """Return whether character number `at` of a text is one of `ENDS` and directly follows a letter.
+
+    Then a word surely ends between the two. False does not mean that no word ends there. `at` must be at least 1 and
+    less than the text's length.
+    """
     before = text[at - 1]
     # A library of other age may not know the newest letters, and NFC makes a letter and a mark of some letters.
     return text[at] in ENDS and _OLD.category(before)[0] == "L" and unicodedata.is_normalized("NFC", before)

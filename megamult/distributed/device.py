@@ -24,8 +24,11 @@ def has_cuda() -> bool:
 
 
 def local_device() -> torch.device:
-    """Return the device of this process: the only GPU that it sees, or the GPU with number LOCAL_RANK if it sees
-    several, or the CPU."""
+    """Return the device of this process.
+
+    It is the CPU if the process does not compute on CUDA (:func:`has_cuda`). Otherwise it is the only GPU that the
+    process sees, or, if it sees several, the one with number LOCAL_RANK.
+    """
     if not has_cuda():
         return torch.device("cpu")
     return torch.device("cuda", environment.local_rank() if torch.cuda.device_count() > 1 else 0)

@@ -38,7 +38,8 @@ def create(tensor: int, timeout: datetime.timedelta) -> None:
 
     Args:
         tensor: tensor-parallel size; must divide the number of ranks.
-        timeout: time after which a collective of these groups fails.
+        timeout: time after which a collective of a group that this call makes fails. The default group, and groups that
+            an earlier call made, keep theirs.
     """
     size = torch.distributed.get_world_size()
     tensor_group = _member(

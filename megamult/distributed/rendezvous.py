@@ -42,7 +42,7 @@ minute, counted from the start of the launcher."""
 
 
 class RefusedError(Exception):
-    """Rank 0 refused this process: it belongs to another launch or has another configuration."""
+    """Rank 0 refused this process, which belongs to another launch, or has another configuration or version."""
 
     def __init__(self, message: str, configuration: bool) -> None:
         super().__init__(message)

@@ -141,7 +141,7 @@ def _read(weight: EffectiveWeight, dtype: torch.dtype) -> Tensor:
     if not tensor.isfinite().all() and effective.isfinite().all():
         raise ValueError(
             f"{weight.weight.hugging_face} holds {effective.abs().max().item():g}, and the largest value of {dtype} "
-            f"is {torch.finfo(dtype).max:g}: export with --dtype bfloat16 or float32"
+            f"is {torch.finfo(dtype).max:g}: export with --dtype {'bfloat16 or ' * (dtype == torch.float16)}float32"
         )
     return tensor.contiguous()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -170,7 +171,8 @@ def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"{section} is {given!r}: give a mapping of the section's keys")
-    hints, values = get_type_hints(dataclass), dict(given)
+    types = get_type_hints(dataclass)  # of class variables too, which are no keys
+    hints, values = {key.name: types[key.name] for key in fields(dataclass)}, dict(given)
     for key, value in values.items():
         if key not in hints:
             raise ValueError(f"{section} has no key {key!r}: use one of {', '.join(hints)}")

@@ -107,7 +107,10 @@ class MultiplierVocabParallelEmbedding(VocabParallelEmbedding):
         self._sum_in_backward = scattered and grad_sync == "backward"
 
     def forward(self, input_: Tensor) -> Tensor:
-        """Look up rows, scale them, reduce over tensor-parallel ranks, and scale columns. For shapes see the class."""
+        """Look up rows, apply row multipliers, reduce over tensor-parallel ranks, apply column multipliers and scalar.
+
+        For shapes see the class.
+        """
         elsewhere = None
         ids = input_
         if self.tp_group.size() > 1:

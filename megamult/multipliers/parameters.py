@@ -4,14 +4,14 @@ A rank computes with only its shard of a weight, so it gets only a partial gradi
 :data:`GradSync` says when the partial gradients are summed over tensor-parallel ranks:
 
 - ``"backward"`` (default of the layers, for any training loop): backward all-reduces the gradients of a layer's
-  multipliers together, in one small collective per layer and micro-batch.
+  replicated multipliers together, in one small collective per layer and micro-batch.
 - ``"step"`` (for megamult's optimizers): the spec of the multiplier names the axis in `reduce_over`, and the optimizer
   sums the gradients of all replicated multipliers in one packed collective per *optimizer step*. Micro-batches have no
   collective for multipliers, with or without sequence parallelism.
 
 A bf16 multiplier near 1 could only change in steps of 0.4 to 0.8 %. If an optimizer has fp32 masters,
-:mod:`megamult.zero.full_precision` brings the masters of the multipliers to every rank after each step. Forward passes
-scale by these fp32 values, and backward leaves the gradient on the bf16 parameter.
+:mod:`megamult.zero.full_precision` brings the masters of a rank's multipliers to all of its data-parallel ranks after
+each step. Forward passes scale by these fp32 values, and backward leaves the gradient on the bf16 parameter.
 """
 
 from __future__ import annotations

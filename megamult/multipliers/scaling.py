@@ -149,9 +149,11 @@ def band_of(together: Sequence[Rectangle], places: Places, one: int) -> Band:
 
 
 def _entry(places: Places, part: int, side: Side, position: int) -> int | None:
-    """Return the index in the packed vector of the multiplier of row or column `position` of a part.
+    """Return the entry (:class:`Band`) of the multiplier of row or column `position` of a part.
 
-    For the side scalar, `position` is 0. The result is None if the part has no multipliers on this side."""
+    It is the index in the vector that `places` describes: the packed vector, or the multipliers of a layer. For the
+    side scalar, `position` is 0. The result is None if the part has no multipliers on this side.
+    """
     for segment in places.get((part, side), ()):
         if segment.part_start <= position < segment.part_start + segment.length:
             return segment.start + position - segment.part_start

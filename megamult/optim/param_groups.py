@@ -1,6 +1,6 @@
 """Param groups, one for each kind of parameter.
 
-The spec of a parameter states its kind, so each parameter is in exactly one group.
+The spec of a parameter states its kind, so each trainable parameter is in exactly one group.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class UpdateRule(ABC):
             )
 
     def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:  # noqa: B027
-        """Remember the partition whose gradients :meth:`prepare` will read.
+        """Get ready for :meth:`prepare` on the gradients of a partition. Rules that need it override this method.
 
         Args:
             partition: the partition of all parameters of the model.

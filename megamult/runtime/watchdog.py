@@ -252,8 +252,9 @@ def _address(meeting: Meeting) -> str:
 def _listen(address: str) -> socket.socket:
     """Return a socket that listens at a free port of this host.
 
-    `address` is the name by which all ranks know this host. If it is a loopback address, the socket listens on loopback
-    only."""
+    `address` is the name by which all ranks know this host. If it is `localhost` or begins with `127.`, the socket
+    listens at 127.0.0.1 only.
+    """
     if address == "localhost" or address.startswith("127."):
         return socket.create_server(("127.0.0.1", 0), backlog=1024)
     if socket.has_dualstack_ipv6():

@@ -80,7 +80,10 @@ class DeepSpeedEngine:
         return {} if self.optimizer.qk_clip is None else self.optimizer.qk_clip.figures()
 
     def set_lr_factor(self, factor: float) -> None:
-        """Set the learning rates to `factor` times their peaks, from the next step on."""
+        """Set all learning rates to `factor` times their peaks, from the next step on.
+
+        Those of multipliers stay at their peaks if `multipliers.schedule` is `constant`.
+        """
         set_lr_factor(self.optimizer.param_groups, factor)
 
     def report(self, figures: Mapping[str, float], samples: int) -> None:

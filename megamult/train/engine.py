@@ -60,7 +60,10 @@ class Engine(Protocol):
         same on every rank."""
 
     def set_lr_factor(self, factor: float) -> None:
-        """Set all learning rates to `factor` times their peaks, from the next step on."""
+        """Set all learning rates to `factor` times their peaks, from the next step on.
+
+        Those of multipliers stay at their peaks if `multipliers.schedule` is `constant`.
+        """
 
     def report(self, figures: Mapping[str, float], samples: int) -> None:
         """Write figures of the run to the engine's own monitors, if it has any. Global rank 0 calls this alone.

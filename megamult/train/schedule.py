@@ -35,7 +35,10 @@ class Schedule:
         return self._start + self._increment * min(self._growths, samples * self._growths // self._samples)
 
     def batches(self, samples: int = 0) -> Iterator[tuple[int, int]]:
-        """Yield (first sample, number of sequences) of every batch. The first one begins with sample `samples`."""
+        """Yield (first sample, number of sequences) of one batch after another, without end.
+
+        The first one begins with sample `samples`.
+        """
         while True:
             batch = self.batch_at(samples)
             yield samples, batch

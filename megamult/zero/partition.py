@@ -133,8 +133,10 @@ class Partition(ABC):
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy changed masters into the model and spread them, as DeepSpeed does after a step. Collective over all
-        ranks."""
+        """Copy the masters, which have changed, into the model, and spread them, as DeepSpeed does after a step.
+
+        Collective over all ranks.
+        """
         for piece in self.slices:
             piece.source.copy_(piece.master)
         self.spread()

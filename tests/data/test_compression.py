@@ -84,7 +84,7 @@ def test_compressed_files_in_compressed_files_are_refused(tmp_path: Path) -> Non
 
 def test_a_missing_library_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
-        raise ModuleNotFoundError(name)
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(importlib, "import_module", fail)
     path, parquet, report = tmp_path / "a.txt", tmp_path / "b", Report()

@@ -369,6 +369,7 @@ def test_a_mistake_is_an_error_that_names_it(
         ({"lr": -1.0}, "optimizer.lr is -1.0"),
         ({"name": "muon", "muon": {"ns_dtype": "fp8"}}, "optimizer.muon.ns_dtype is 'fp8'"),
         ({"name": "muon", "muon": {"ns_dtypes": "fp8"}}, "optimizer.muon has no key 'ns_dtypes': use one of momentum,"),
+        ({"name": "muon", "muon": {"section": "adamw"}}, "optimizer.muon has no key 'section': use one of momentum,"),
         ({"name": "muon", "muon": 0.9}, "optimizer.muon is 0.9: give a mapping of the section's keys"),
         ({"adamw": {"eps": "1"}}, "optimizer.adamw.eps is '1': give a number"),
         (

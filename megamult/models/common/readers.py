@@ -9,8 +9,7 @@ from megatron.core.transformer import TransformerLayer
 
 
 def norms_and_readers(model: torch.nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Yield (subject, name of the norm's weight, name of the module that reads the norm's output) for each norm whose
-    output only one module reads.
+    """Yield (subject, name of the norm's weight, name of the module that reads its output) for each norm of a layer.
 
     The subject is what metrics call the norm (:mod:`megamult.monitor.names`): `attention_norm` or `mlp_norm`.
     """

@@ -128,7 +128,8 @@ def coefficients(name: str, steps: int) -> Coefficients:
         steps: number of steps.
 
     Raises:
-        ValueError: the name is unknown, `steps` is less than 1, or the set is for another number of steps.
+        ValueError: the name is unknown, `steps` is less than 1, or the set is for one number of steps only and `steps`
+            is another (:attr:`CoefficientSet.after` is `nothing`).
     """
     if steps < 1:
         raise ValueError(f"Newton-Schulz with {steps} steps does nothing: use at least 1 (5 is usual)")

@@ -160,7 +160,7 @@ def make_plan(cuts: Sequence[Cut], grid: Grid, steps: int, bucket_elements: int 
         cuts: cuts of the parameters, which say what each data-parallel rank holds.
         grid: the grid of the processes.
         steps: number of Newton-Schulz steps, from which FLOPs are computed.
-        bucket_elements: see :data:`BUCKET_ELEMENTS`.
+        bucket_elements: limit for one rank in one bucket, see :data:`BUCKET_ELEMENTS`.
     """
     matrices = tuple(Matrix(i, p, *part.shape) for i, cut in enumerate(cuts) for p, part in enumerate(cut.spec.parts))
     if not matrices:
