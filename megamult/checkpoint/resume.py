@@ -1,7 +1,8 @@
 """Resume from a checkpoint: find it, check that it fits the run, and load its state into model and optimizer.
 
-The run that wrote the checkpoint may have had any sharding. In the run that resumes, only the model's sizes and
-vocabulary, the optimizer, and the order of the data must be the same.
+The run that wrote the checkpoint may have had any sharding. What must agree (:func:`check_fits`) is the function that
+the model computes, the tokenizer, the order of the data, and the optimizer's name unless its state is reset. The run
+must have all multipliers that the checkpoint has.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
     """Check that a run with this configuration can resume from the checkpoint.
 
     Raises:
-        ValueError: the run cannot. The message lists every difference.
+        ValueError: the run cannot. The message lists every difference, or says why the saved configuration cannot be
+            read.
     """
     try:
         sections, multipliers = _fixed_sections(info.config), MultipliersConfig(**info.config["multipliers"])

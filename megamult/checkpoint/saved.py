@@ -72,7 +72,9 @@ class SavedCheckpoint:
         try:
             found = digest(path)
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}): the checkpoint is damaged") from None
+            raise ValueError(
+                f"{path} cannot be read ({error.strerror}): the checkpoint is damaged, or this user may not read it"
+            ) from None
         if found != expected:
             raise ValueError(
                 f"{path} has another checksum than when it was written (now {found[:12]}..., {path.stat().st_size} "

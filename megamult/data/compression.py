@@ -116,6 +116,8 @@ class _Content(io.RawIOBase):
             if self._part is None:
                 self._part = self._start()
             content = self._part.decompress(packed)
+        except MemoryError:
+            raise
         except Exception as error:  # each library has errors of its own
             raise DamagedFile(f"the compressed content is damaged ({error})") from None
         if self._part.eof:

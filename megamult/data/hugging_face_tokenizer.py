@@ -22,7 +22,8 @@ class HuggingFaceTokenizer(Tokenizer):
     Args:
         path: a tokenizer.json or its directory. Other files of the tokenizer beside it, such as tokenizer_config.json,
             are kept in checkpoints and exports.
-        eod: end-of-document token, as id or as text. None means the token that the files call `eos_token`.
+        eod: end-of-document token, as id or as text. None means the token that the tokenizer's files call
+            `eos_token`, or else the `eos_token_id` of generation_config.json or config.json.
 
     Raises:
         ValueError: the file is missing or damaged, or there is no end-of-document token.

@@ -98,8 +98,10 @@ def _guarded(folder: Path) -> Iterator[None]:
 
 
 def _holders(lock: Path) -> list[int]:
-    """Return the ids of the processes of this machine that compile in a lock's folder: the process that has the lock
-    open, and ninja, whose working directory is the folder."""
+    """Return the ids of the processes of this machine that seem to compile in a lock's folder.
+
+    They are the process that has the lock open, and those whose working directory is the folder, as ninja's is.
+    """
     found = []
     for pattern, target in (("[0-9]*/fd/*", lock), ("[0-9]*/cwd", lock.parent)):
         for link in Path("/proc").glob(pattern):

@@ -11,7 +11,7 @@ extensions."""
 
 
 def raise_limit() -> None:
-    """Raise this process's soft limit of open files to the hard limit, which any user may do."""
+    """Raise this process's soft limit of open files to the hard limit, if the kernel allows it."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     # Some containers inherit a hard limit above the kernel's own. The kernel refuses to set such a value, so the soft
     # limit stays as it is.

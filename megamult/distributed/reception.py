@@ -95,7 +95,7 @@ class Reception:
         """Wait for all ranks until the deadline, and announce which processes take part.
 
         Args:
-            seconds: length of the whole wait. Only the texts of errors use it.
+            seconds: length of the whole wait, for messages.
             deadline: time at which the wait ends, as a value of time.monotonic().
 
         Returns:

@@ -18,8 +18,7 @@ class Imbalance:
     Args:
         matrices: all logical matrices.
         head_dim: rows of one attention head.
-        readers: (subject of the figure, name of a norm's weight, name of the module that reads the norm's output) of
-            each norm.
+        readers: for each norm, (its name in metrics, name of its weight, name of the module that reads its output).
     """
 
     def __init__(self, matrices: Sequence[Matrix], head_dim: int, readers: Iterable[tuple[str, str, str]]) -> None:

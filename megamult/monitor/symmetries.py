@@ -57,7 +57,9 @@ def value_out(value: Tensor, out: Tensor, head_dim: int) -> Pairs:
 
 
 def pairs(logs: Logs, head_dim: int) -> dict[str, Pairs]:
-    """Return ln|a| and ln|b| of all pairs (a, b) in a layer, by the name of the symmetry.
+    """Return ln|a| and ln|b| of all pairs of multipliers (a, b) in a layer, by the name of the symmetry.
+
+    Pairs of a norm's weight and columns that read it are not among them (see :func:`norm_columns`).
 
     A symmetry is absent if the layer has no multipliers for a or for b.
 

@@ -226,9 +226,10 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         driven = self._bound is not None and self._bound is not self._own
         if driven or not all(has_spec(p) for p in parameters):
             raise RuntimeError(
-                "step() without prepare(), on tensors that are not the model's own parameters: under DeepSpeed call "
-                "megamult.attach(engine, optimizer) after deepspeed.initialize; in your own loop, make the optimizer "
-                "from the model's parameters"
+                "this call is for a loop without DeepSpeed, but the optimizer is attached to an engine, or its param "
+                "groups hold other tensors than the model's parameters: under DeepSpeed call megamult.attach(engine, "
+                "optimizer) after deepspeed.initialize, and leave step() to the engine; in your own loop, make the "
+                "optimizer from the model's parameters"
             )
         if self._own is None or len(self._own.slices) != len(parameters):
             self._own = WholePartition(self.param_groups, self._names, self.mesh)

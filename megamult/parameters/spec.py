@@ -3,7 +3,7 @@
 Megatron stores several logical tensors in one parameter (Q, K and V interleaved per query group; gate and up; Mamba-2's
 z, x, B, C and dt; a stack of experts) and shards the stored tensor over mesh axes. The code that creates a parameter
 states its :class:`ParameterSpec` on it, once. Param groups, Muon, clipping, checkpoints, export and monitoring read the
-spec, and guess nothing from names or local shapes.
+spec, and guess no shape, sharding or role from names or local shapes.
 
 A stored tensor of n dimensions is read as rows and columns. Its last dimension gives the columns, and all other
 dimensions together give the rows, in row-major order. A vector has one column. The spec maps global rows to logical
@@ -323,17 +323,17 @@ def _check_segments(spec: ParameterSpec, what: str) -> None:
             raise ValueError(
                 f"{what} has the part {part.name!r} and no segment of it: add segments of its rows, or remove the part"
             )
+        each_once = f"the segments of this part must hold each of its {part.rows} rows once"
         expected = 0
-        for start, length in held:
+        for start, length in [*held, (part.rows, 0)]:
+            if start < 0 or start + length > part.rows:
+                raise ValueError(
+                    f"{what} has a segment of rows [{start}:{start + length}] of the part {part.name!r}, which has "
+                    f"only rows [0:{part.rows}]: {each_once}"
+                )
             if start != expected:
                 fact = "twice" if start < expected else "nowhere"
                 raise ValueError(
-                    f"{what} holds row {min(start, expected)} of the part {part.name!r} {fact}: the segments of "
-                    f"this part must hold each of its {part.rows} rows once"
+                    f"{what} holds row {min(start, expected)} of the part {part.name!r} {fact}: {each_once}"
                 )
             expected = start + length
-        if expected != part.rows:
-            raise ValueError(
-                f"{what} holds {expected} rows of the part {part.name!r}, which has {part.rows}: the segments of "
-                "this part must hold each of its rows once"
-            )

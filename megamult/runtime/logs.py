@@ -67,10 +67,11 @@ class _Both(io.TextIOBase):
 
 
 class RankLog:
-    """Context that directs this process's output and errors. They go to the screen until :meth:`open` is called. Then
-    those of rank 0 go to the screen and to a file, and those of other ranks go to a file only.
+    """Context that directs this process's output and errors. They go to the screen until :meth:`open` is called.
 
-    Rank 0's file contains what Python prints. The files of other ranks also contain what C libraries print.
+    Then what Python prints on rank 0 goes to the screen and to a file, except lines that are overwritten, such as
+    progress bars. What C libraries print there goes to the screen only. Everything that other ranks print goes to a
+    file only.
     """
 
     def __enter__(self) -> RankLog:

@@ -228,7 +228,7 @@ def _modern_file(path: str, loaded: dict[str, Any], name: str) -> str:
 
 
 def fail(message: str) -> NoReturn:
-    """Exit because of a mistake that every rank has found. Rank 0 prints the message in one line."""
+    """Exit because of a mistake of the user. Every rank that knows of it calls this, and rank 0 prints the message."""
     if environment.rank() == 0:
         say_error(message)
     else:

@@ -157,8 +157,8 @@ class Trainer:
         return mean_loss
 
     def multipliers(self) -> dict[str, Tensor]:
-        """Return the values of all multipliers by "role/side", such as "q/row". They are complete on global rank 0
-        only. Collective over all ranks."""
+        """Return the values of all multipliers by "role/side", such as "q/row". Only on global rank 0 are they
+        certain to be complete. Collective over all ranks."""
         return by_role((item.role, item.side or "", item.tensor.cpu()) for item in self.engine.multipliers())
 
     def close(self) -> None:

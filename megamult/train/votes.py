@@ -1,4 +1,4 @@
-"""The mean of a loss and the ranks' votes on stopping, in one collective."""
+"""Mean of a loss over data-parallel ranks and, in the same collective, the sums of all ranks' votes on stopping."""
 
 from __future__ import annotations
 

@@ -303,9 +303,10 @@ GOOD = ParameterSpec(
         ),
         (
             {"segments": (Segment(0, 0, 0, 4), Segment(4, 1, 0, 3))},
-            r"holds 3 rows of the part 'b', which has 4",
+            r"holds row 3 of the part 'b' nowhere: the segments of this part must hold each of its 4 rows once",
         ),
         ({"segments": (Segment(0, 0, 0, 4), Segment(4, 0, 0, 4))}, r"row 0 of the part 'a' twice"),
+        ({"segments": (Segment(0, 0, -1, 5),)}, r"a segment of rows \[-1:4\] of the part 'a', which has only rows"),
         ({"segments": (Segment(0, 0, 0, 4),)}, r"has the part 'b' and no segment of it: add segments"),
         (
             {"segments": (Segment(0, 0, 0, 4), Segment(4, 2, 0, 4))},

@@ -1,4 +1,7 @@
-"""Logical names and Hugging Face names of weights, and names of dtypes, for conversion from and to Hugging Face."""
+"""Description of one weight for conversion from and to Hugging Face: names, shape, role and multipliers.
+
+The list of a model's weights is in the model's own folder. The names of dtypes in config.json are here.
+"""
 
 from __future__ import annotations
 
