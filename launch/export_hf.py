@@ -37,7 +37,7 @@ def main() -> None:
         try:
             from megamult.huggingface.exporting import export  # slow to import; --help must not wait for it
         except ImportError as error:
-            raise ValueError(f"{error.name} is not installed: pip install megamult[export]") from None
+            raise ValueError(f"the export cannot start ({error}): pip install -U megamult[export]") from None
         done = export(args.checkpoint, args.output, args.dtype, args.max_shard_size)
     for note in done.notes:
         print(f"note: {note}")

@@ -170,8 +170,14 @@ class Config:
         try:
             loaded = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no JSON file: {error}") from None
-        require(isinstance(loaded, dict), f"{path} holds no JSON object: give a mapping of DeepSpeed's keys")
+            raise ValueError(
+                f"deepspeed is {self.deepspeed!r}, and this file is not JSON ({error}): give a JSON file with "
+                "DeepSpeed's keys"
+            ) from None
+        require(
+            isinstance(loaded, dict),
+            f"deepspeed is {self.deepspeed!r}, and this file holds no JSON object: give a mapping of DeepSpeed's keys",
+        )
         return loaded
 
 

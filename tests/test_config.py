@@ -323,7 +323,7 @@ def test_a_deepspeed_file_is_read_and_a_bad_one_named(tmp_path: Path) -> None:
     assert Config(deepspeed=str(file)).deepspeed_overrides() == {"zero_optimization": {"overlap_comm": True}}
     assert Config(deepspeed={"a": 1}).deepspeed_overrides() == {"a": 1}
     assert Config().deepspeed_overrides() == {}
-    for text, message in (("[1]", "holds no JSON object: give a mapping"), ("{", "is no JSON file")):
+    for text, message in (("[1]", "holds no JSON object: give a mapping"), ("{", "this file is not JSON")):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=f"ds.json {message}"):
             Config(deepspeed=str(file)).deepspeed_overrides()

@@ -67,7 +67,7 @@ def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Des
 def validate_all(
     prefixes: Sequence[str], tokenizer: Tokenizer, share: tuple[int, int], note: Callable[[int], None] = lambda n: None
 ) -> None:
-    """Check this rank's share of all bytes of the sources. If a source has a stamp, compare checksums with the stamp's.
+    """Check this rank's share of all sequences and token ids, and checksums of both files if a source has a stamp.
 
     Args:
         share: (k, n) if this is rank k of the n ranks that divide the work.
@@ -75,7 +75,7 @@ def validate_all(
             grown.
 
     Raises:
-        ValueError: `validate_indexed` failed. One message lists the mistakes of all sources.
+        ValueError: a stamp cannot be read, or `validate_indexed` failed. One message lists the mistakes of all sources.
     """
 
     checked: list[str] = []  # one entry, the source, for each checked piece; several threads append to it

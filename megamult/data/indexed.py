@@ -126,10 +126,8 @@ def read_index(prefix: str | Path) -> IndexedFiles:
     itemsize = np.dtype(dtype).itemsize
     files = IndexedFiles(prefix, dtype, 0, sequences, max(bounds - 1, 0))
     if bounds == 0 or _number(idx, "<i8", 12 * sequences + 8 * (bounds - 1)) != sequences:
-        raise ValueError(
-            f"{idx} is damaged: the last of its {bounds} document bounds is not its number of sequences, {sequences}: "
-            f"{_REMEDY}"
-        )
+        fact = f"the last of its {bounds} document bounds is not its number of sequences, {sequences}"
+        raise ValueError(f"{idx} is damaged: {fact if bounds else 'it has no document bounds'}: {_REMEDY}")
     expected = 0
     if sequences:
         length, pointer = _number(idx, "<i4", 4 * (sequences - 1)), _number(idx, "<i8", 12 * sequences - 8)

@@ -135,15 +135,15 @@ def _named(paths: Sequence[Path]) -> list[SavedCheckpoint]:
     """Open the checkpoints at `paths`. Each path must name one checkpoint.
 
     Raises:
-        ValueError: a path has no checkpoint, is a directory of several checkpoints, or is given twice; or there are
-            fewer than two paths.
+        ValueError: a path has no checkpoint, is a run directory or a directory of checkpoints, or is given twice; or
+            there are fewer than two paths.
     """
     for path in paths:
         found = [] if (path / INFO).exists() else directory.of_run(path)
         if found:
             raise ValueError(
-                f"{path} is a directory of {len(found)} checkpoints: give only this directory, with --last N, or name "
-                "single checkpoints"
+                f"{path} is not a checkpoint but a directory with checkpoints ({len(found)}): give only this "
+                "directory, with --last N, or name single checkpoints"
             )
     checkpoints = [SavedCheckpoint(path) for path in paths]
     again = [path for path, times in Counter(path.resolve() for path in paths).items() if times > 1]

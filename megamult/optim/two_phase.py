@@ -176,8 +176,8 @@ class TwoPhaseOptimizer(ViewedOptimizer):
     def paused(self) -> Iterator[None]:
         """Make `step` do nothing inside the context.
 
-        At ZeRO 0 in bf16, DeepSpeed's constructor calls `step` with zero gradients. Without this context, that call
-        would count as Adam's first step and apply weight decay.
+        At ZeRO 0 in bf16, DeepSpeed's constructor calls `step` with zero gradients. Outside this context, that call
+        raises an error, because no gradients have been prepared.
         """
         self._decision = _Decision(skip=True)
         try:

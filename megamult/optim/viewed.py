@@ -69,8 +69,10 @@ class ViewedOptimizer(torch.optim.Optimizer):
         return piece.master if self.folded is None else self.folded.latent(piece.tensor, piece.offset, piece.length)
 
     def views(self, partition: Partition) -> Iterator[tuple[str, Slice, Tensor]]:
-        """Yield, for each of this rank's slices, a view of its weights and a view of each state that has one value per
-        element. The views may be written to.
+        """Yield views of the weights of this rank's slices, and of each state that has one value per element.
+
+        State can have other slices than weights: at ZeRO 0, that of Muon is divided over the data-parallel ranks. The
+        views may be written to.
 
         Yields:
             (name, slice, values): name is `weight` (see :meth:`weight`) or the name of a state; values is a [length]

@@ -262,7 +262,11 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None], list[str]]] = {
     "twice": ([*TWO, TWO[0]], nothing, ["step_1 is given more than once: name every checkpoint once"]),
     "none there": ([*TWO, "nowhere"], nothing, ["there is no checkpoint ", "nowhere: give a directory that holds"]),
     "no checkpoint": ([*TWO, "empty"], nothing, ["empty is no complete checkpoint"]),
-    "a run": (["run"], nothing, ["run is a directory of 2 checkpoints: give only this directory, with --last N, or"]),
+    "a run": (
+        ["run"],
+        nothing,
+        ["run is not a checkpoint but a directory with checkpoints (2): give only this directory, with"],
+    ),
     "last 1": (["run", "--last", "1"], nothing, ["--last is 1: an average needs two checkpoints or more"]),
     "last of two": (
         [*TWO, "--last", "2"],

@@ -134,8 +134,8 @@ EARLY: list[tuple[list[str], str]] = [
     (["--multipliers.placement", "{q: diagonal}"], r"placement gives q the side 'diagonal': use row, col or scalar"),
     # DeepSpeed file
     (["--deepspeed", "FOLDER/none.json"], r"deepspeed is '.*none\.json': there is no such file; give a path"),
-    (["--deepspeed", "FOLDER/list.json"], r"list\.json holds no JSON object: give a mapping"),
-    (["--deepspeed", "FOLDER/broken.json"], r"broken\.json is no JSON file: .*line 1"),
+    (["--deepspeed", "FOLDER/list.json"], r"list\.json', and this file holds no JSON object: give a mapping"),
+    (["--deepspeed", "FOLDER/broken.json"], r"broken\.json', and this file is not JSON .*line 1"),
     (
         ["--deepspeed", "FOLDER/conflict.json"],
         r"deepspeed\.train_batch_size is 7, and this run needs 32: train\.global_batch_size decides; remove it; "
