@@ -1,4 +1,6 @@
-"""Saving of checkpoints while training continues: each rank copies its state, and a thread writes the copy.
+"""Saving of checkpoints.
+
+By default each rank copies its state, and a thread writes the copy while training continues.
 
 A save is collective: every rank calls it at the same step. Its collectives run between CPUs, in a process group that is
 only for work on files, so that they never mix with the collectives of training.

@@ -62,7 +62,7 @@ class BuildsAhead:
             )
 
     def wait_for(self, files: EpochFiles, epoch: int) -> None:
-        """Wait until the index files of an epoch are complete, if the background process is writing them now.
+        """Wait until an epoch's index files are complete, or the background process that is writing them has ended.
 
         If the epoch is still queued, return at once, because this process can build it sooner.
         """

@@ -182,10 +182,15 @@ def _store(seconds: float) -> Store:
                 f"port {port} on {environment.host()} is in use{_by_whom(address, port)} ({why}): choose another one "
                 "by the launcher's --master_port, or MASTER_PORT"
             ) from None
+        if serves:
+            raise RanksMissingError(
+                f"rank 0 on {environment.host()} cannot serve {address}:{port} ({why}): let --master_addr or "
+                "MASTER_ADDR name this host"
+            ) from None
         raise RanksMissingError(
-            f"rank {environment.rank()} on {environment.host()} did not reach rank 0 at {address}:{port} within "
-            f"{seconds:.0f} s ({why}): see whether rank 0's host is up, whether its address is the one that "
-            "--master_addr or MASTER_ADDR names, and whether a firewall closes the port",
+            f"rank {environment.rank()} on {environment.host()} did not reach {_server()} at {address}:{port} within "
+            f"{seconds:.0f} s ({why}): see whether its host is up, whether its address is the one that --master_addr "
+            "or MASTER_ADDR names, and whether a firewall closes the port",
             rank_0_is_missing=True,
         ) from None
     return _of_this_start(store)
@@ -257,9 +262,12 @@ def _reach(address: str, port: int, deadline: float) -> None:
                 raise
         if time.monotonic() > tell:
             tell = math.inf
-            whom = "torchrun's store" if environment.has_agent_store() else "rank 0"
-            print(f"waiting for {whom} at {address}:{port}", file=sys.stderr, flush=True)
+            print(f"waiting for {_server()} at {address}:{port}", file=sys.stderr, flush=True)
         time.sleep(0.2)
+
+
+def _server() -> str:
+    return "torchrun's store" if environment.has_agent_store() else "rank 0"
 
 
 def _answer(store: Store, claim: Claim, number: int, deadline: float) -> dict[str, Any]:

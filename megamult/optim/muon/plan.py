@@ -138,7 +138,7 @@ class Plan:
 
         Args:
             bucket: indices of the matrices in the bucket.
-            elements: [matrices, ranks] number of elements that travel between each rank and the matrix's owner.
+            elements: [matrices, ranks] number of elements of each rank. Those of a matrix's owner do not travel.
 
         Returns:
             Two arrays [ranks]. The first counts elements that the rank holds and other ranks own. The second counts
