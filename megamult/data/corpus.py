@@ -78,8 +78,9 @@ def prepare_corpus(
     """Write OUTPUT_{train,valid}.{bin,idx,stamp.json} and the tokenizer. Earlier files are replaced at the very end.
 
     `inputs` are files, folders and patterns (see `megamult.data.inputs.expand`) of text, JSON lines and Parquet (see
-    `megamult.data.documents.read_documents`). Blank lines, documents without text and files without text are skipped.
-    A document that cannot be read is an error; if `on_error` is `skip`, it is dropped. All of this is counted.
+    `megamult.data.documents.read_documents`). Blank lines of JSON lines, documents without text and files without text
+    are skipped and counted. A document that cannot be read is an error; if `on_error` is `skip`, it is dropped and
+    counted.
 
     If `vocab_size` is given, a sentencepiece model of this size is trained on the training documents (on a sample of
     them if the text exceeds 200 MB). If `tokenizer` is given, this one is used
@@ -87,7 +88,7 @@ def prepare_corpus(
     sentencepiece model, and its files to the directory OUTPUT_tokenizer if it is in Hugging Face's format. The
     end-of-document token, `eod` or the one that the tokenizer names, is written after each document. If
     `valid_fraction` is 0, there is no valid set, and an earlier valid set under the same name is removed. Unfinished
-    files that a killed call left under the same name are removed first.
+    files that a killed call left under the same name are removed when writing begins.
 
     Raises:
         ValueError: inputs are bad (the message has the count and the first places of each kind of mistake), or an

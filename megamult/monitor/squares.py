@@ -35,10 +35,11 @@ class Squares(NamedTuple):
 
 
 def squares_of(block: Tensor, rho: Tensor | None, kappa: Tensor | None) -> Squares:
-    """Return the sums of squares of a block of W and of the same block of W_eff = diag(rho) W diag(kappa), in fp32.
+    """Return the sum of squares of each row and of each column of a block of W, in fp32.
 
-    The sums of W_eff are products of the elementwise square W * W with vectors: sum_j (rho_i W_ij kappa_j)^2 is
-    rho_i^2 ((W * W) kappa^2)_i. So W_eff itself is not computed.
+    If W has multipliers, also return those of the same block of W_eff = diag(rho) W diag(kappa). They are products of
+    the elementwise square W * W with vectors: the sum of row i is rho_i^2 ((W * W) kappa^2)_i. So W_eff itself is not
+    computed.
 
     Args:
         block: [height, width] block of W.

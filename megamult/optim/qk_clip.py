@@ -73,8 +73,8 @@ def head_factors(largest: Tensor, threshold: float, groups: int, share: bool) ->
 class QKClip:
     """QK-clip on the row multipliers of Q and K.
 
-    K takes a share of each factor if K has trained row multipliers in all attention layers. If not, the whole factor
-    goes to Q. Each optimizer needs its own object, because :meth:`bind` stores where the optimizer's tensors hold the
+    K can take a share of a factor (:func:`head_factors`) only if it has trained row multipliers in all attention
+    layers. If not, the whole factor goes to Q. Each optimizer needs its own object, because :meth:`bind` stores where the optimizer's tensors hold the
     multipliers.
 
     Args:

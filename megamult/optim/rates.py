@@ -93,7 +93,8 @@ def stretches_of_tensors(partition: Partition, rates: Rates) -> dict[Tensor, lis
 
 
 def learning_rates(of_kind: Mapping[str, float], partition: Partition, rates: Rates) -> dict[str, float]:
-    """Return {name: learning rate} of kinds of parameters, and of roles (`q`) or sides of roles (`q_row`) with factors.
+    """Return {name: learning rate} of each kind of parameter, and of each role (`q`) or side of a role (`q_row`) that
+    has its own factor of the learning rate or weight decay.
 
     Args:
         of_kind: learning rate of each kind of parameter.

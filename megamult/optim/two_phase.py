@@ -162,7 +162,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
     @property
     def learning_rates(self) -> dict[str, float]:
         """Learning rates of the present step: one for each kind of parameter, and one for each role, or side of a role,
-        that has a factor of its own.
+        that has its own factor of the learning rate or weight decay.
 
         The optimizer must be bound to a partition.
         """
