@@ -22,10 +22,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="INPUT",
-        help="files, folders (all files below them, in sorted order) or quoted patterns such as 'data/*.jsonl.gz'. A "
-        "file holds JSON lines, with one document per line, Parquet, with one document per row, or UTF-8 text, with "
-        "one document per block between blank lines; it may be compressed with gzip, zstd, bzip2 or xz. The content "
-        "decides, not the name",
+        help="files, folders (all files below them, in sorted order, except hidden ones and earlier outputs) or quoted "
+        "patterns such as 'data/*.jsonl.gz'. A file holds Parquet, with one document per row, or JSON lines, with one "
+        "document per line, or UTF-8 text, with one document per block between blank lines. JSON lines and text may be "
+        "compressed with gzip, zstd, bzip2 or xz. The content decides; the name counts only where the content leaves a "
+        "doubt",
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
     tokenizer = parser.add_mutually_exclusive_group(required=True)

@@ -89,7 +89,7 @@ class Muon(MatrixRule):
         return gradients
 
     def update(self, matrices: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Return the momentum, [batch, rows, cols], orthogonalized and scaled."""
+        """Return the matrices that :meth:`accumulate` gave, [batch, rows, cols], orthogonalized and scaled."""
         rows, cols = matrices.shape[1:]
         return self.orthogonalized(matrices).mul_(scale_factor(rows, cols, self.scale))
 
