@@ -323,9 +323,9 @@ def test_a_deepspeed_file_is_read_and_a_bad_one_named(tmp_path: Path) -> None:
     assert Config(deepspeed=str(file)).deepspeed_overrides() == {"zero_optimization": {"overlap_comm": True}}
     assert Config(deepspeed={"a": 1}).deepspeed_overrides() == {"a": 1}
     assert Config().deepspeed_overrides() == {}
-    for text, message in (("[1]", "holds no JSON object: give a mapping"), ("{", "this file is not JSON")):
+    for text, message in (("[1]", "this file holds no JSON object: give a mapping"), ("{", "this file is not JSON")):
         file.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match=f"ds.json {message}"):
+        with pytest.raises(ValueError, match=rf"ds\.json', and {message}"):
             Config(deepspeed=str(file)).deepspeed_overrides()
     with pytest.raises(ValueError, match=r"deepspeed is '.*none\.json': there is no such file; give a path"):
         Config(deepspeed=str(tmp_path / "none.json")).deepspeed_overrides()

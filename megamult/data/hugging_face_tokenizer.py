@@ -68,12 +68,13 @@ class HuggingFaceTokenizer(Tokenizer):
         if found is not None and 0 <= found < self.vocab_size:
             return found
         special = [each.content for _, each in sorted(self._backend.get_added_tokens_decoder().items()) if each.special]
-        some = f"; its special tokens are {', '.join(map(repr, special[:12]))}" if special else ""
+        shown = ", ".join(map(repr, special[:12])) + (", ..." if len(special) > 12 else "")
+        some = f"; its special tokens are {shown}" if special else ""
         if token is None:
             raise ValueError(
                 f"the tokenizer {self.path} does not say which token ends a document (no eos_token in "
-                f"tokenizer_config.json or special_tokens_map.json beside it){some}: give the token that ends a "
-                "document as eod"
+                f"tokenizer_config.json or special_tokens_map.json beside it){some}: give as eod "
+                "the token that ends a document, by its id or its text"
             )
         whose = "is given as eod" if given is not None else "the files beside it name as eos_token"
         raise ValueError(

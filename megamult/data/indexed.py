@@ -206,7 +206,7 @@ def check_ids(files: IndexedFiles, vocab_size: int, start: int, ids: np.ndarray)
     # starts where its successor starts.
     sequence = int(np.searchsorted(files.pointers(), byte, side="right")) - 1
     raise ValueError(
-        f"{files.bin}: token id {int(ids[position - start])} at token {position} (document {sequence}) "
+        f"{files.bin}: token id {int(ids[position - start])} at token {position} (sequence {sequence}) "
         f"is outside the vocabulary of {vocab_size}: use the tokenizer that the corpus was prepared "
         "with, or prepare it again"
     )

@@ -81,7 +81,10 @@ def launch() -> str:
 
 
 def siblings() -> tuple[int, int]:
-    """Return (first rank, number of ranks) of the ranks that this rank's launcher starts on its node."""
+    """Return (first rank, number of ranks) of the ranks that this rank's launcher starts on its node.
+
+    The result is (this rank, 1) if the launcher does not say which these are.
+    """
     rank, hosts = environment.rank(), hosts_of_ranks()
     if rank in hosts:
         here = [each for each, host in hosts.items() if host == hosts[rank]]

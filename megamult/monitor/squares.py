@@ -18,10 +18,10 @@ from torch import Tensor
 
 
 class Squares(NamedTuple):
-    """Sums of squares of one block of a matrix W, and of the same block of W's effective weight.
+    """Sums of squares of each row and each column of one block of a matrix W, and of the same block of W_eff.
 
-    The effective weight is diag(rho) W diag(kappa), where rho is the row multipliers times the scalar, and kappa the
-    column multipliers.
+    The effective weight W_eff is diag(rho) W diag(kappa), where rho is the row multipliers times the scalar, and kappa
+    the column multipliers.
     """
 
     rows: Tensor

@@ -274,7 +274,7 @@ class BoundMultipliers:
             ValueError: a multiplier r is not positive. There is then no variable u = f^-1(r) that AdamW could train.
         """
         if self._settings.parametrization is not None:
-            self._settings.parametrization.check(int((self.values <= 0).sum()))
+            self._settings.parametrization.check(int((~(self.values > 0)).sum()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the packed multipliers and their AdamW state. The latent weights W are not included: they are in the

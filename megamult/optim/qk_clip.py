@@ -74,8 +74,8 @@ class QKClip:
     """QK-clip on the row multipliers of Q and K.
 
     K can take a share of a factor (:func:`head_factors`) only if it has trained row multipliers in all attention
-    layers. If not, the whole factor goes to Q. Each optimizer needs its own object, because :meth:`bind` stores where the
-    optimizer's tensors hold the multipliers.
+    layers. If not, the whole factor goes to Q. Each optimizer needs its own object, because :meth:`bind` stores where
+    the optimizer's tensors hold the multipliers.
 
     Args:
         threshold: largest attention logit that is not clipped.

@@ -138,7 +138,7 @@ class ViewedOptimizer(torch.optim.Optimizer):
         for piece in partition.slices:
             if piece.spec.side is not None:
                 for start, length in partition.counted(piece):
-                    negative += (self.weight(piece)[start : start + length] <= 0).sum()
+                    negative += (~(self.weight(piece)[start : start + length] > 0)).sum()  # of NaN too
         self._parametrization.check(int(partition.mesh.sum_over(negative)))
 
     def state_dict(self) -> dict[str, Any]:

@@ -166,8 +166,11 @@ class Partition(ABC):
         return 0
 
     def release(self) -> None:  # noqa: B027
-        """Clear each `.grad` that :meth:`gradients` has set to a view of `main_grad`. Called at the end of an optimizer
-        step."""
+        """Set each `.grad` to None that :meth:`gradients` has made a view of the parameter's `main_grad`.
+
+        Megatron's DistributedDataParallel leaves gradients in `main_grad`. This is called at the end of an optimizer
+        step.
+        """
 
     def read_back(self, piece: Slice) -> Tensor | None:
         """Return the masters of the slice as DeepSpeed's own accessor finds them, or None if DeepSpeed has no accessor

@@ -45,8 +45,8 @@ class WholePartition(Partition):
         neither.
 
         Raises:
-            RuntimeError: no parameter has a gradient, or a `main_grad` that is used (where there is no `.grad`) has another
-                dtype than its parameter.
+            RuntimeError: no parameter has a gradient, or a `main_grad` that is used, because there is no `.grad`, has
+                another dtype than its parameter.
         """
         if all(p.grad is None and getattr(p, "main_grad", None) is None for p in self.parameters.values()):
             raise RuntimeError(

@@ -74,10 +74,10 @@ def test_a_token_outside_the_vocabulary_is_located(
     monkeypatch.setattr(indexed, "_CHUNK_TOKENS", chunk)
     prefix = write_indexed("c", [[0, 1], [], [2, 3, 9, 1], [9]], np.int32)
     assert validate_indexed(prefix, 10).tokens == 7
-    with pytest.raises(ValueError, match=re.escape("c.bin: token id 9 at token 4 (document 2)")):
+    with pytest.raises(ValueError, match=re.escape("c.bin: token id 9 at token 4 (sequence 2)")):
         validate_indexed(prefix, 9)
     prefix = write_indexed("c", [[0, 1], [-1, 3]], np.int32)
-    with pytest.raises(ValueError, match=re.escape("c.bin: token id -1 at token 2 (document 1)")):
+    with pytest.raises(ValueError, match=re.escape("c.bin: token id -1 at token 2 (sequence 1)")):
         validate_indexed(prefix, 9)
 
 

@@ -111,7 +111,7 @@ def test_without_a_stamp_samples_are_checked_and_that_is_said(
     assert said is not None and rest is not None
     assert said.removeprefix(rest).startswith("; only a sample of the token ids is checked now")
     assert said.startswith(f"1 of 1 data sources have no stamp of launch/prepare_data.py ({good}): whether they were")
-    with pytest.raises(ValueError, match=r"bad\.bin: token id 60000 at token 4 \(document 1\)"):
+    with pytest.raises(ValueError, match=r"bad\.bin: token id 60000 at token 4 \(sequence 1\)"):
         describe_all([good, bad], tokenizer)
 
 

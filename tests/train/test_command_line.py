@@ -191,9 +191,9 @@ def test_ranks_other_than_0_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys:
 
 # What only the data, the directory or DeepSpeed can tell: further arguments (FOLDER as made below), and the line.
 LATE: list[tuple[list[str], str]] = [
-    (["--data.train=FOLDER/none_train"], r"FOLDER/none_train\.idx does not exist: give a prefix"),
+    (["--data.train=FOLDER/none_train"], r"FOLDER/none_train\.idx does not exist: give the prefix"),
     (["--data.train=null"], r"data\.train is not set: give a prefix"),
-    (["--data.valid=FOLDER/none_valid"], r"FOLDER/none_valid\.idx does not exist: give a prefix"),
+    (["--data.valid=FOLDER/none_valid"], r"FOLDER/none_valid\.idx does not exist: give the prefix"),
     (["--data.train=FOLDER/cut"], r"FOLDER/cut\.bin has \d+ bytes, but .*cut\.idx describes \d+: .*cut off: .*rerun"),
     (
         ["--data.train=FOLDER/foreign"],

@@ -147,5 +147,5 @@ class DistributedMuon(TwoPhaseOptimizer):
 
     @property
     def bytes_sent(self) -> int:
-        """Number of bytes that this rank has sent to others since the partition was bound."""
+        """Number of bytes that this rank has sent to others for Muon's updates since the partition was bound."""
         return self.muon.bytes_sent
