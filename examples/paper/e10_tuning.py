@@ -208,12 +208,17 @@ def plot(results: Results, file: Path) -> None:
             dots, over_steps = panels[2 * number : 2 * number + 2]
             for position, tuning in enumerate(TUNINGS):
                 try:
-                    runs = [results.all_curves(arm(results, optimizer, tuning, each)) for each in (False, True)]
+                    pair = [arm(results, optimizer, tuning, each) for each in (False, True)]
+                    losses = [results.valid(each) for each in pair]
                 except NotRun:
                     continue
                 drawn = True
-                for offset, colour, curves in zip((-0.12, 0.12), ("tab:gray", "tab:blue"), runs, strict=True):
-                    dots.scatter([position + offset] * len(curves), [each.result for each in curves], color=colour)
+                for offset, colour, values in zip((-0.12, 0.12), ("tab:gray", "tab:blue"), losses, strict=True):
+                    dots.scatter([position + offset] * len(values), values, color=colour)
+                try:
+                    runs = [results.all_curves(each) for each in pair]
+                except NotRun:
+                    continue  # only final losses are kept
                 steps = sorted(runs[0][0].train)
                 gaps = [[b.train[step] - a.train[step] for step in steps] for a, b in zip(*runs, strict=True)]
                 plots.smoothed(over_steps, steps, np.asarray(gaps), tuning)
@@ -250,4 +255,5 @@ EXPERIMENT = Experiment(
     _decided,
     seeds=1,
     package=False,
+    losses_only=True,
 )

@@ -103,4 +103,5 @@ EXPERIMENT = Experiment(
     lambda setting: [EVERYWHERE, SYMMETRY_FREE, SCALAR, NO_EMBEDDING],
     plot,
     lambda setting: [HEAD_ROWS, SHARED, faster(setting)],
+    losses_only=True,
 )

@@ -105,4 +105,5 @@ EXPERIMENT = Experiment(
     ],
     plot,
     package=False,
+    losses_only=True,
 )

@@ -6,7 +6,6 @@ are constants at the top of the module, and are committed before a run is made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from examples.paper.grid import Arm, Grid, Run, make_run
-from examples.paper.paired import LAST_STEPS, Estimate, Verdict, mean_of_last, paired, paired_over_steps
+from examples.paper.kept import DIVERGED, Line, Losses, final
+from examples.paper.paired import LAST_STEPS, Estimate, Verdict, paired, paired_over_steps
 from examples.paper.setting import Setting
 from examples.running.curves import Curves, DivergedError, read_curves, read_records
 from megamult.checkpoint.saved import SavedCheckpoint
@@ -71,6 +71,8 @@ class Experiment:
     """Number of seeds of `arms` in the package, the first of those given; None means all. `--full` runs all."""
     package: bool = True
     """Whether the package trains the arms. If not, only `--full` and `--only` do."""
+    losses_only: bool = False
+    """Whether the claims need only final losses of runs, so that kept ones are enough (`examples/paper/kept.py`)."""
 
 
 class Results:
@@ -80,16 +82,18 @@ class Results:
         setting: the setting.
         grid: folder with the runs.
         seeds: seeds that every claim needs.
+        kept: kept losses by the runs' names (`examples/paper/kept.py`), for runs that are not in the folder.
     """
 
-    def __init__(self, setting: Setting, grid: Grid, seeds: Sequence[int]) -> None:
-        self.setting, self.grid, self.seeds = setting, grid, tuple(seeds)
+    def __init__(self, setting: Setting, grid: Grid, seeds: Sequence[int], kept: Mapping[str, Line] = {}) -> None:
+        self.setting, self.grid, self.seeds, self.kept = setting, grid, tuple(seeds), kept
+        self._kept_read: set[str] = set()
         self._curves: dict[str, Curves] = {}
         self._records: dict[str, list[dict[str, Any]]] = {}
 
     def first_seeds(self, count: int) -> Results:
         """Return the same runs, of which only the first seeds count."""
-        return Results(self.setting, self.grid, self.seeds[:count])
+        return self._with(self.seeds[:count])
 
     def later_seeds(self) -> Results:
         """Return the same runs, of which the first seed does not count.
@@ -99,7 +103,17 @@ class Results:
         """
         if len(self.seeds) < 2:
             raise NotRun("the first seed has chosen the runs, and there is no other: give more --seeds")
-        return Results(self.setting, self.grid, self.seeds[1:])
+        return self._with(self.seeds[1:])
+
+    def _with(self, seeds: Sequence[int]) -> Results:
+        """Return the same runs, of which only these seeds count."""
+        other = Results(self.setting, self.grid, seeds, self.kept)
+        other._kept_read = self._kept_read
+        return other
+
+    def kept_lines_read(self) -> list[Line]:
+        """List the kept losses that were read so far."""
+        return [self.kept[name] for name in sorted(self._kept_read)]
 
     def run(self, arm: Arm, seed: int) -> Run:
         """Return a run.
@@ -129,18 +143,30 @@ class Results:
                 raise NotRun(str(error)) from error
         return self._curves[run.name]
 
+    def losses(self, arm: Arm, seed: int) -> Losses:
+        """Return the final losses of a run: of its directory, or else the kept ones. They are infinite if it diverged.
+
+        Raises:
+            NotRun: the run is not complete, and no losses of it are kept.
+        """
+        run = make_run(self.setting, arm, seed)
+        if run.name in self.kept and self.grid.state(run) not in ("complete", "diverged"):
+            self._kept_read.add(run.name)
+            return self.kept[run.name].losses
+        try:
+            return final(self.curves(arm, seed))
+        except NotRun as error:
+            if isinstance(error.__cause__, DivergedError):
+                return DIVERGED
+            raise
+
     def loss(self, arm: Arm, seed: int) -> float:
         """Return the valid loss of a run after the last step; infinity if it diverged.
 
         Raises:
             NotRun: the run is not complete.
         """
-        try:
-            return self.curves(arm, seed).result
-        except NotRun as error:
-            if isinstance(error.__cause__, DivergedError):
-                return math.inf
-            raise
+        return self.losses(arm, seed).valid
 
     def first_loss(self, arm: Arm) -> float:
         """Return the valid loss of an arm with the first seed (:meth:`loss`)."""
@@ -152,11 +178,23 @@ class Results:
 
     def valid(self, arm: Arm) -> list[float]:
         """Return the valid losses after the last step, seed by seed."""
-        return [curves.result for curves in self.all_curves(arm)]
+        return [losses.valid for losses in self._finite(arm)]
 
     def train(self, arm: Arm) -> list[float]:
         """Return the training losses over the last steps, seed by seed (:func:`mean_of_last`)."""
-        return [mean_of_last(curves.train) for curves in self.all_curves(arm)]
+        return [losses.train for losses in self._finite(arm)]
+
+    def _finite(self, arm: Arm) -> list[Losses]:
+        """Return the final losses of an arm's runs, seed by seed.
+
+        Raises:
+            NotRun: a run is not complete, or has no result because it diverged.
+        """
+        found = [self.losses(arm, seed) for seed in self.seeds]
+        for seed, losses in zip(self.seeds, found, strict=True):
+            if losses == DIVERGED:
+                raise NotRun(f"{make_run(self.setting, arm, seed).label}: diverged") from DivergedError()
+        return found
 
     def gap(self, kind: Loss, without: Arm, with_it: Arm) -> Estimate:
         """Return the paired difference of a loss, `with_it` - `without`.

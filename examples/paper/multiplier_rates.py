@@ -129,4 +129,5 @@ EXPERIMENT = Experiment(
     ],
     seeds=1,
     package=False,
+    losses_only=True,
 )

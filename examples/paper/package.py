@@ -29,6 +29,7 @@ from examples.paper import (
     e14_gradient_snr,
     e15_log,
     headline,
+    kept,
     multiplier_rates,
     report,
     scales,
@@ -87,7 +88,8 @@ def chosen_runs(
 ) -> list[Run]:
     """Return the runs that experiments need, as far as they are decided, each configuration once.
 
-    Runs that the results of others decide come last, so that the numbers of those before them stay.
+    Runs that the results of others decide come last, so that the numbers of those before them stay. Runs whose losses
+    are kept are left out where losses are enough.
 
     Args:
         results: setting, seeds, and the runs that are complete.
@@ -95,14 +97,19 @@ def chosen_runs(
         named: whether the experiments were named, so that those outside the package count too.
         full: whether to add what is outside the package.
     """
-    setting, seeds, first, later = results.setting, results.seeds, [], []
+    setting, seeds = results.setting, results.seeds
+    first: list[Run] = []
+    later: list[Run] = []
     for each in experiments:
         if not (each.package or named or full):
             continue
         arms = [*each.arms(setting), *(each.full_arms(setting) if full else ())]
-        first += plan(setting, arms, seeds if full else seeds[: each.seeds])
+        wanted = plan(setting, arms, seeds if full else seeds[: each.seeds])
+        decided: list[Run] = []
         with contextlib.suppress(NotRun):
-            later += plan(setting, each.decided(results), seeds)
+            decided = plan(setting, each.decided(results), seeds)
+        for found, runs in ((first, wanted), (later, decided)):
+            found += [run for run in runs if not (each.losses_only and run.name in results.kept)]
     return list({run.name: run for run in [*first, *later]}.values())
 
 
@@ -161,6 +168,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--workers", type=int, default=2, help="number of runs side by side, with one thread each (2)")
     made.add_argument("--output", type=Path, default=ROOT / "runs" / "paper", help="directory of results (runs/paper)")
     made.add_argument("--corpus", metavar="PREFIX", help="corpus instead of the State of the Union speeches")
+    made.add_argument(
+        "--kept",
+        type=Path,
+        metavar="FILE",
+        help="losses of runs, one JSON line for each: runs in it are not trained again where claims need only losses, "
+        "and complete runs are added. examples/paper/results has those of this project",
+    )
     mode = made.add_mutually_exclusive_group()
     mode.add_argument("--list", action="store_true", help="print number, name and state of every run, and end")
     mode.add_argument(
@@ -182,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         setting, experiments = chosen_setting(chosen.gpu, chosen.corpus), chosen_experiments(chosen.only)
         grid = Grid(chosen.output.resolve() / setting.name)
-        results, named = Results(setting, grid, chosen.seeds), bool(chosen.only)
+        known = kept.read(chosen.kept) if chosen.kept else {}
+        results, named = Results(setting, grid, chosen.seeds, known), bool(chosen.only)
         runs = chosen_runs(results, experiments, named, chosen.full)
         if chosen.list:
             for position, run in enumerate(runs, 1):
@@ -197,6 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 failures = train(results, experiments, named, chosen.full, chosen.workers)
             else:
                 failures = grid.train([runs[number - 1]], chosen.workers)
+        if chosen.kept:
+            added = kept.add(chosen.kept, grid, chosen_runs(results, experiments, named, chosen.full))
+            print(f"{added} {'run' if added == 1 else 'runs'} added to {chosen.kept}")
         if number is None:
             words = shlex.join([made.prog, *(sys.argv[1:] if arguments is None else arguments)])
             name = "-".join(["report", *(each.name.lower() for each in experiments if chosen.only)])

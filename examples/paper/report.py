@@ -5,15 +5,13 @@ from __future__ import annotations
 import collections
 import datetime
 import math
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
 from examples.paper.paired import Estimate
 from examples.running.attempts import attempts
-from examples.running.children import ROOT
-from examples.running.machine import duration, machine, versions
+from examples.running.machine import commit, duration, machine, versions
 
 EXPLANATION = """\
 Verdicts: **reproduced**: the figures meet the threshold, which was committed before the runs. **not reproduced**: they
@@ -97,9 +95,9 @@ def write(results: Results, experiments: Sequence[Experiment], command: str, fil
 {", ".join(map(str, results.seeds))}; the same seed means the same initial weights and the same order of the data.
 - Learning rate and weight decay: {_rates(results)}. They were not tuned.
 - Machine: {machine()}.
-- Software: {versions()}{_commit()}.
+- Software: {versions()}{f", commit {commit()}" if commit() else ""}.
 - {_time(results)}
-- Written {datetime.datetime.now(datetime.UTC):%d %B %Y}.
+{_kept(results)}- Written {datetime.datetime.now(datetime.UTC):%d %B %Y}.
 """
     file.write_text(text, encoding="utf-8")
     return text
@@ -134,7 +132,13 @@ def _time(results: Results) -> str:
     return f"All runs here: {len(made)} in {sum(map(len, made))} starts, {duration(seconds)} one after the other."
 
 
-def _commit() -> str:
-    """Return the commit of this checkout, in words; nothing if it is none."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return f", commit {found.stdout.strip()}" if found.returncode == 0 else ""
+def _kept(results: Results) -> str:
+    """Describe the runs of which only kept losses were read; nothing if there are none."""
+    if not (lines := results.kept_lines_read()):
+        return ""
+    sources = collections.Counter((line.machine, line.software, line.commit, line.date) for line in lines)
+    return "".join(
+        f"- {count} {'run' if count == 1 else 'runs'} read from kept losses: {machine}; {software}, commit {commit}, "
+        f"{date}.\n"
+        for (machine, software, commit, date), count in sorted(sources.items())
+    )

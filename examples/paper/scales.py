@@ -174,4 +174,5 @@ EXPERIMENT = Experiment(
     decided=_best_arms,
     seeds=1,
     package=False,
+    losses_only=True,
 )

@@ -199,4 +199,5 @@ EXPERIMENT = Experiment(
     lambda setting: _arms(setting, "muon"),
     seeds=1,
     package=False,
+    losses_only=True,
 )

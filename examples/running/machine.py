@@ -8,6 +8,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from examples.running.children import ROOT
+
 
 def machine() -> str:
     """Describe this machine."""
@@ -30,6 +32,12 @@ def versions() -> str:
     """List the versions of Python and of the libraries that the results depend on."""
     found = [f"{name} {metadata.version(name)}" for name in ("megamult", "torch", "deepspeed", "megatron-core")]
     return ", ".join([*found, f"Python {platform.python_version()}"])
+
+
+def commit() -> str:
+    """Return the short name of this checkout's commit; an empty string if it is no checkout."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def duration(seconds: float) -> str:
