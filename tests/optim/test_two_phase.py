@@ -111,8 +111,9 @@ def test_two_phases_are_torchs_adamw_after_clip_grad_norm(one: dict[str, Any], c
     assert max(differences.values()) < 2e-6, differences
 
 
-def test_a_step_that_was_not_prepared_says_how_to_prepare_it(one: dict[str, Any]) -> None:
-    assert "prepare" in one["unprepared"] and "attach" in one["unprepared"]
+def test_a_step_that_was_not_prepared_says_what_prepares_it(one: dict[str, Any]) -> None:
+    assert "call megamult.attach(engine, optimizer) after deepspeed.initialize" in one["unprepared"]
+    assert "in your own loop, make the optimizer from the model's parameters" in one["unprepared"]
 
 
 def test_the_reported_norms_are_from_before_clipping(one: dict[str, Any]) -> None:
