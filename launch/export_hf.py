@@ -25,7 +25,10 @@ def _parser() -> argparse.ArgumentParser:
         help="dtype of the weights (default auto: float32 for an fp32 run, bfloat16 for a bf16 run)",
     )
     parser.add_argument(
-        "--max_shard_size", default="5GB", metavar="SIZE", help="largest size of one file (default 5GB)"
+        "--max_shard_size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest size of one file (default 5GB); a larger tensor is not cut, and gets a file of its own",
     )
     return parser
 

@@ -63,7 +63,10 @@ def _lock(owner: IO[str]) -> bool | None:
 
 
 def is_being_written(final: Path) -> bool:
-    """Return whether a process of this machine is writing `final` in a partial folder now."""
+    """Return whether a process is writing `final` in a partial folder now, as far as the folder's lock tells.
+
+    Many file systems show a lock on one machine only, and some have none: False does not mean that nobody writes.
+    """
     for folder in _unfinished(final):
         with contextlib.suppress(OSError), open(folder / _OWNER, "r+", encoding="utf-8") as file:
             if _lock(file) is False:

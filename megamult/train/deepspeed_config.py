@@ -20,8 +20,8 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run over `data_parallel` ranks, with the user's DeepSpeed keys merged in.
 
     Raises:
-        ValueError: some of the user's keys are unknown to DeepSpeed, have no effect here, or contradict the run's own
-            keys. The message names all of them.
+        ValueError: the file cannot be read; or some of the user's keys are unknown to DeepSpeed, have no effect here,
+            would change results, or contradict the run's own keys. The message names all of these.
     """
     produced, overrides = _produced(config, data_parallel), without_auto(config.deepspeed_overrides())
     problems = [*_problems(overrides, produced), *conflicts(overrides, config), *_without_effect(overrides, config)]

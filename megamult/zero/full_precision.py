@@ -1,4 +1,6 @@
-"""fp32 values of a bf16 model's multipliers, complete on every data-parallel rank. Forward passes scale by them.
+"""fp32 values of a bf16 model's multipliers, by which forward passes scale.
+
+Every rank has those of its tensor-parallel shard, whole, however ZeRO shards the masters over data-parallel ranks.
 
 DeepSpeed gives all parameters of a model one dtype and shards their fp32 masters. A matrix tolerates bf16, because each
 of its elements is rounded independently. A bf16 multiplier would change a whole row or column at once, in steps of 2^-8
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class FullPrecision:
-    """Packed buffer with the fp32 masters of all multipliers in `narrow`, from all ranks.
+    """Packed buffer with the fp32 masters of all multipliers in `narrow`, from all data-parallel ranks.
 
     Each of these parameters gets a view of its elements in the buffer as its attribute `full_precision_value`.
 

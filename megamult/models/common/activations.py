@@ -97,7 +97,7 @@ class Activations:
 
 @torch.no_grad()
 def sum_of_squares(values: Tensor) -> Tensor:
-    """Return the sum of the squares of values [..., features] as a float64 scalar. No copy of the values is made."""
+    """Return the sum of the squares of values [..., features] as a float64 scalar, summed in fp32 over the features."""
     if values.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=values.device)
     return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32).double().square().sum()
