@@ -11,11 +11,14 @@ megamult[export].
 
 import argparse
 
+import megamult  # before the others: it keeps off the screen what they say and nobody can act on
+
+# isort: split
 import deepspeed
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import megamult
+from megamult import noise
 from megamult.distributed import environment, start
 
 SEQUENCES, TOKENS, VOCAB = 8, 32, 1000
@@ -25,7 +28,8 @@ parser.add_argument("--stage", type=int, default=1, help="ZeRO stage")
 parser.add_argument("--local_rank", help="DeepSpeed's launcher adds it")
 arguments = parser.parse_args()
 environment.set_defaults()  # a process without a launcher is the only rank
-deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+with noise.unprinted():  # on CPUs DeepSpeed prints a line in every process
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
 settings = {
     "train_micro_batch_size_per_gpu": SEQUENCES // ranks,

@@ -9,13 +9,15 @@ tokens. `start.initialize` sets up Megatron's process groups and, if there is no
 
 import argparse
 
+import megamult  # before the others: it keeps off the screen what they say and nobody can act on
+
+# isort: split
 import deepspeed
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 
-import megamult
 from megamult.distributed import device, start
 from megamult.distributed.mesh import current_mesh
 

@@ -6,10 +6,12 @@ Every parameter must have a spec. The modules of megamult.layers and megamult.mo
 parameters. For your own module, state the specs with `megamult.parameters.stated.set_spec`.
 """
 
+import megamult  # before the others: it keeps off the screen what they say and nobody can act on
+
+# isort: split
 import deepspeed
 import torch
 
-import megamult
 from megamult.distributed import device, start
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.model import GPT
@@ -33,11 +35,15 @@ with optimizer.paused():  # DeepSpeed may call step() while the engine is constr
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mesh.mpu)
 attach(engine, optimizer)  # now engine.step() first clips gradients, by one norm over all groups but multipliers
 
-text = torch.randint(0, VOCAB, (4, 65), device=device.local_device())
+ranks = torch.distributed.get_world_size()
+torch.manual_seed(1 + torch.distributed.get_rank())  # other data on each rank, and the same in each start
+text = torch.randint(0, VOCAB, (4, 65)).to(device.local_device())  # drawn on the CPU, so that a GPU gets the same
 for step in range(10):
     objective, cross_entropy = engine(text[:, :-1], text[:, 1:].contiguous())
     engine.backward(objective)
     engine.step()
+    mean = cross_entropy.detach().clone()
+    torch.distributed.all_reduce(mean)
     if torch.distributed.get_rank() == 0:
-        print(f"step {step}: cross entropy {cross_entropy.item():.4f}, gradient norm {optimizer.norms.main:.4f}")
+        print(f"step {step}: cross entropy {mean.item() / ranks:.4f}, gradient norm {optimizer.norms.main:.4f}")
 start.destroy()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from megamult.noise import quiet
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -21,6 +23,9 @@ _PUBLIC = {
 }
 
 __all__ = ["__version__", *_PUBLIC]
+
+
+quiet()  # before Megatron and DeepSpeed are imported, which warn at their import
 
 
 def __getattr__(name: str) -> Any:

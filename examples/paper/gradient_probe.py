@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -202,7 +201,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--output", type=Path, required=True)
     made.add_argument("--batches", type=int, default=64, help="number of micro-batches (64)")
     chosen = made.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     found = probe(chosen.checkpoint, chosen.batches)
     partial = chosen.output.with_name(chosen.output.name + ".partial")
     partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -82,16 +82,16 @@ def prepare(tensor: int = 1) -> torch.device:
     """Select this process's device, install the CPU shim if there is no CUDA, and return the device.
 
     Args:
-        tensor: tensor-parallel size. If it is above 1 and there is CUDA, CUDA_DEVICE_MAX_CONNECTIONS is set to 1,
-            unless it is already set.
+        tensor: tensor-parallel size. If it is above 1, CUDA_DEVICE_MAX_CONNECTIONS is set to 1, unless it is already
+            set.
     """
     device = local_device()
+    # The variable must be set before CUDA starts. Megatron overlaps tensor-parallel collectives with matrix products by
+    # the order in which kernels are queued, which needs a single queue. Without tensor parallelism a single queue only
+    # delays ZeRO's collectives. Without CUDA the variable does nothing, but Megatron warns if it is missing.
+    if tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda():
-        # The variable must be set before CUDA starts. Megatron overlaps tensor-parallel collectives with matrix
-        # products by the order in which kernels are queued, which needs a single queue. Without tensor parallelism a
-        # single queue only delays ZeRO's collectives.
-        if tensor > 1:
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megamult import noise
 from megamult.distributed import device, environment, extensions, open_files, process_groups, rendezvous
 from megamult.distributed.mesh import Mesh, current_mesh
 
@@ -67,7 +68,8 @@ def initialize(
         if here.type == "cpu":  # DeepSpeed loads an operator, and would wait for ever for the lock of a killed process
             first_here = environment.local_rank() == 0
             extensions.release(extensions.build_root(), _say, name="deepspeed_shm_comm*", waits_aloud=first_here)
-        deepspeed.init_distributed(dist_backend=device.backend(), timeout=timeout, verbose=False)
+        with noise.unprinted():
+            deepspeed.init_distributed(dist_backend=device.backend(), timeout=timeout, verbose=False)
         if here.type == "cpu":
             _forget_shared_memory()
     if parallel_state.model_parallel_is_initialized():

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from megamult import noise
 from megamult.distributed import environment
 
 
@@ -71,7 +72,7 @@ class RankLog:
 
     Then what Python prints on rank 0 goes to the screen and to a file, except lines that are overwritten, such as
     progress bars. What C libraries print there goes to the screen only. Everything that other ranks print goes to a
-    file only.
+    file only. So does noise (:mod:`megamult.noise`), that of the time before :meth:`open` included.
     """
 
     def __enter__(self) -> RankLog:
@@ -86,6 +87,7 @@ class RankLog:
     ) -> None:
         if self._file is None:
             return
+        noise.log_to(None)
         if error is not None and not isinstance(error, SystemExit):
             self.say("".join(traceback.format_exception(kind, error, trace)).rstrip(), on_screen=False)
         faulthandler.disable()
@@ -115,6 +117,7 @@ class RankLog:
         faulthandler.enable(self._file)
         self._mark = path.with_suffix(_RUNNING)
         self._mark.write_text(f"rank {environment.rank()} on {environment.host()} (process {os.getpid()})\n")
+        noise.log_to(lambda text: self.say(text, on_screen=False))
         if environment.rank() == 0:
             sys.stdout, sys.stderr = _Both(sys.stdout, self._file), _Both(sys.stderr, self._file)
             return

@@ -210,8 +210,7 @@ def build(
         model.to(device.local_device())
     note("building the optimizer")
     optimizer = optimizer_of(config, model, mesh)
-    # DeepSpeed warns about optimizers that are not its own, and its BF16_Optimizer prints memory figures per group.
-    deepspeed_logger.setLevel(logging.ERROR)
+    # DeepSpeed's BF16_Optimizer prints memory figures per group.
     with optimizer.paused(), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=mesh.mpu, dist_init_required=False

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -62,8 +61,6 @@ def run(config: Config, resolved: str) -> None:
             watchdog = Watchdog(meeting, 60 * config.parallel.timeout_minutes, log)
             progress = stack.enter_context(watchdog).progress
         progress.at(0, "importing", ON_FILES)
-        # Megatron warns at import, on every rank, about optional packages that are missing.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
         from megamult.distributed import extensions, process_groups, start
         from megamult.runtime.signals import StopRequests
 
