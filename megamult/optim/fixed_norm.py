@@ -7,7 +7,7 @@ weight decay, because scaling W back would undo its effect on the norm.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -124,9 +124,12 @@ class FixedNorms:
     def _squares(self, pieces: Sequence[tuple[Tensor, _Piece]]) -> Tensor:
         """Return the sums of squares of the matrices over all processes, [matrices] in fp64."""
         squares = torch.zeros(len(self.names), dtype=torch.float64, device=self._here)
-        counted = [(values, piece.matrix) for values, piece in pieces if piece.counted]
+        # Sorted and summed segment by segment, not with index_add_, which on a GPU adds in no fixed order.
+        counted = sorted(((p.matrix, values) for values, p in pieces if p.counted), key=lambda each: each[0])
         if counted:
-            norms = torch._foreach_norm([values for values, _ in counted], dtype=torch.float32)
-            index = torch.tensor([matrix for _, matrix in counted], device=self._here)
-            squares.index_add_(0, index, torch.stack(norms).to(self._here).double().square())
+            norms = torch.stack(torch._foreach_norm([values for _, values in counted], dtype=torch.float32))
+            number_of_pieces = Counter(matrix for matrix, _ in counted)
+            lengths = torch.tensor(list(number_of_pieces.values()), device=norms.device)
+            sums = torch.segment_reduce(norms.double().square(), "sum", lengths=lengths)
+            squares[torch.tensor(list(number_of_pieces), device=self._here)] = sums.to(self._here)
         return self._partition.mesh.sum_over(squares)
