@@ -218,4 +218,7 @@ def build(
     # The lines that steps_per_print asks for are of the level INFO.
     set_log_level_from_string("info" if settings["steps_per_print"] else "warning")
     note("checking the partition")
-    return DeepSpeedEngine(engine, model, optimizer, attach(engine, optimizer, mesh))
+    partition = attach(engine, optimizer, mesh)
+    if draw and partition.full_precision is not None:
+        partition.full_precision.start_at(config.multipliers.initial_values())
+    return DeepSpeedEngine(engine, model, optimizer, partition)

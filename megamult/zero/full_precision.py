@@ -17,6 +17,8 @@ from torch.nn import Parameter
 
 from megamult.distributed import device
 from megamult.multipliers.parameters import FULL_PRECISION
+from megamult.parameters.initial import Initial
+from megamult.parameters.rectangles import rectangles
 
 if TYPE_CHECKING:
     from megamult.zero.partition import Partition, Slice
@@ -36,6 +38,7 @@ class FullPrecision:
         self._sharded = partition.sharded
         grid = partition.mesh.grid
         self._group = partition.group
+        self._coordinates = partition.mesh.coordinates
         cuts = [cut for cut in partition.cuts if cut.name in set(narrow)]
         sizes = [torch.Size(cut.spec.local_shape(grid)).numel() for cut in cuts]
         self._values = torch.zeros(sum(sizes), dtype=torch.float32, device=device.local_device())
@@ -54,6 +57,20 @@ class FullPrecision:
         """Return the fp32 values of a partition's multipliers, or None if the model's own multipliers are fp32."""
         narrow = [c.name for c in partition.cuts if c.spec.fp32 and c.dtype.itemsize < 4]
         return FullPrecision(partition, narrow) if narrow else None
+
+    @torch.no_grad()
+    def start_at(self, initial: Initial) -> None:
+        """Set the masters to the initial values, which DeepSpeed has rounded to the model's dtype before it copied
+        them. All data-parallel ranks must call this together.
+
+        Weights that are divided by their initial multipliers are divided by the values before rounding.
+        """
+        for piece, _ in self._held:
+            for rectangle in rectangles(piece.spec, self._coordinates, piece.start, piece.length):
+                assert piece.spec.side is not None
+                value = initial.value(piece.spec.parts[rectangle.part].role, piece.spec.side)
+                piece.master[rectangle.offset : rectangle.offset + rectangle.numel] = value
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 from unittest import mock
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from megamult.models.common import draw
 from megamult.models.common.initialization import initialize
+from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.merge import LEAVES
+from megamult.multipliers.parameters import FULL_PRECISION
 from megamult.parameters import megatron
 from megamult.parameters.axes import tensor_shard
 from megamult.parameters.stated import set_spec
@@ -140,6 +143,46 @@ def test_a_model_that_waits_for_a_checkpoint_draws_nothing_and_shows_what_stays_
         assert any(name.rpartition(".")[2] in LEAVES.values() for name, *_ in waiting["pieces"])
         # No checkpoint brings it.
         assert all(total == 0 for what in ("drawn", "to be loaded") for total in found[index][what]["padding"])
+
+
+START = {"q": {"row": 0.3, "col": 1.7}, "k": {"row": 0.7}, "down": {"row": 1.1}}
+"""Initial multipliers that are no bf16 numbers."""
+
+
+def bf16_multipliers() -> list[dict[tuple[str, int], tuple[float, float]]]:
+    """Masters of the multipliers of bf16 runs, and the fp32 values that forward passes use, by parameter and row."""
+    from megamult.distributed import start
+    from megamult.train.deepspeed_engine import build
+
+    found = []
+    for zero in (1, 3):
+        case = Case(world=2, tensor=1, zero=zero, dtype="bf16")
+        config = dataclasses.replace(case.config(), multipliers=MultipliersConfig(initial=START))
+        engine = build(config, VOCAB, start.initialize(1))
+        seen: dict[tuple[str, int], tuple[float, float]] = {}
+        for piece in engine.partition.slices:
+            if piece.spec.side is not None and piece.name.startswith("decoder.layers.0."):
+                whole = getattr(engine.partition.parameters[piece.name], FULL_PRECISION).flatten().tolist()
+                rows = enumerate(piece.master.tolist(), piece.start)
+                seen |= {(piece.name, row): (value, whole[row]) for row, value in rows}
+        found.append(seen)
+        engine.deepspeed.destroy()
+    return found
+
+
+def test_multipliers_of_a_bf16_run_start_at_the_values_that_weights_were_divided_by() -> None:
+    ranks = run_distributed(2, bf16_multipliers)
+    query, down = "decoder.layers.0.self_attention.linear_qkv", "decoder.layers.0.mlp.linear_fc2"
+    for one, other in zip(*ranks, strict=True):
+        found = one | other
+        for name, values in (
+            (f"{query}.row_multiplier", {0.3, 0.7, 1.0}),
+            (f"{query}.col_multiplier", {1.7, 1.0}),
+            (f"{down}.row_multiplier", {1.1}),
+        ):
+            exact = {torch.tensor(value, dtype=torch.float32).item() for value in values}
+            masters, used = zip(*(pair for (of, _), pair in found.items() if of == name), strict=True)
+            assert set(masters) == exact and masters == used, name
 
 
 def left_undefined() -> str:
