@@ -1,4 +1,4 @@
-"""Import a Hugging Face model (LlamaForCausalLM) as a checkpoint to continue from, with all multipliers at 1."""
+"""Import a Hugging Face model (Llama, Mistral, Qwen2, Qwen3, SmolLM3) as a checkpoint, with all multipliers at 1."""
 
 import argparse
 from pathlib import Path
@@ -9,8 +9,8 @@ from megamult.runtime.console import whole_or_nothing
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="If config.json asks for something that megamult's model does not have, such as biases, an error names "
-        "the field. On an error it writes nothing.",
+        epilog="If config.json asks for something that megamult's model does not have, such as a sliding window, an "
+        "error names the field. On an error it writes nothing.",
     )
     parser.add_argument(
         "--input",

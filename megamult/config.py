@@ -98,15 +98,27 @@ class Config:
             f"multipliers.norm is fixed, and then {', '.join(of_fixed)} has no effect, because matrices of fixed norm "
             "have no weight decay: leave it out",
         )
-        frozen = {"norm": model.norms, "final_norm": model.final_norm}
+        absent = {
+            "norm": ("model.norms is frozen", model.norms == "frozen"),
+            "final_norm": ("model.final_norm is frozen", model.final_norm == "frozen"),
+            "q_norm": ("model.qk_norm is false", not model.qk_norm),
+            "k_norm": ("model.qk_norm is false", not model.qk_norm),
+            "bias": (
+                "model.attention_bias is none and model.mlp_bias false",
+                model.attention_bias == "none" and not model.mlp_bias,
+            ),
+        }
         useless = [
-            f"optimizer.lr_factors.{role}"
-            for role, kind in frozen.items()
-            if kind == "frozen" and role in optimizer.lr_factors
+            f"optimizer.lr_factors.{role} has no effect, because {why}"
+            for role, (why, lacking) in absent.items()
+            if lacking and role in optimizer.lr_factors
         ]
+        require(not useless, f"{'; '.join(useless)}: leave it out")
         require(
-            not useless,
-            f"{', '.join(useless)} has no effect, because model.norms or model.final_norm is frozen: leave it out",
+            self.multipliers.qk_clip is None or "q_k" not in model.broken_symmetries,
+            f"multipliers.qk_clip is {self.multipliers.qk_clip} with model.qk_norm {str(model.qk_norm).lower()} and "
+            f"model.attention_bias {model.attention_bias}: QK-clip scales the row multipliers of Q and K, which with "
+            "QK-norm or a bias does not scale the attention logits; leave qk_clip out",
         )
         require(
             not (self.parallel.sequence and tensor == 1),

@@ -32,6 +32,18 @@ KNOBS: dict[str, dict[str, dict[str, Any]]] = {
     "": {},
     "initial": {"multipliers": {"initial": {"q": {"row": 2.0, "col": 0.5}, "down": {"row": 4.0, "col": 1.0}}}},
     "fixed": {"multipliers": {"norm": "fixed", "parametrization": "softplus", "shared_columns": True}},
+    # Every option of the published decoders. With QK-norm the gradients of K's biases are not 0 in any layer.
+    "decoder": {
+        "model": {
+            "head_dim": 10,
+            "attention_bias": "all",
+            "mlp_bias": True,
+            "qk_norm": True,
+            "no_rope_layers": [1],
+            "rotary_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+        "optimizer": {"lr_factors": {"bias": 2.0, "q_norm": 0.5, "k_norm": 3.0}},
+    },
     # Below the largest logits of some heads in every step, and above those of others in most.
     "qk_clip": {"multipliers": {"qk_clip": 0.05}},
     "hyperball": {"multipliers": {"norm": "fixed", "placement": {}}},

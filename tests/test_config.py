@@ -162,7 +162,34 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ),
     (
         {"model": {"norms": "frozen"}, "optimizer": {"lr_factors": {"norm": 2.0}}},
-        r"optimizer\.lr_factors\.norm has no effect, because model\.norms or model\.final_norm is frozen: leave it out",
+        r"optimizer\.lr_factors\.norm has no effect, because model\.norms is frozen: leave it out",
+    ),
+    (
+        {"optimizer": {"lr_factors": {"bias": 2.0, "q_norm": 0.5}}},
+        r"q_norm has no effect, because model\.qk_norm is false; .*bias has no effect, because model\.attention_bias",
+    ),
+    (
+        {"multipliers": {"qk_clip": 9.0}, "model": {"qk_norm": True}},
+        r"qk_clip is 9\.0 with model\.qk_norm true and model\.attention_bias none: .*leave qk_clip out",
+    ),
+    ({"multipliers": {"qk_clip": 9.0}, "model": {"attention_bias": "qkv"}}, r"qk_clip is 9\.0 with .*_bias qkv: "),
+    ({"model": {"head_dim": 0}}, r"model\.head_dim is 0: it must be positive"),
+    ({"model": {"attention_bias": True}}, r"model\.attention_bias is True: use one of none, qkv, all"),
+    (
+        {
+            "model": {
+                "head_dim": 7,
+                "no_rope_layers": [0, 0, 4],
+                "rotary_scaling": {"rope_type": "llama3", "factor": -1, "low_freq_factor": 4.0, "mscale": 1.0},
+            }
+        },
+        r"factor is -1: give a positive.*high_freq_factor is None.*original_max_position_embeddings is None.*"
+        r"mscale has no effect.*head_dim is 7: .*even.*no_rope_layers has 4: .* 0 to 3.*name each layer once",
+    ),
+    ({"model": {"rotary_scaling": {"rope_type": "yarn"}}}, r"rope_type is 'yarn': use one of linear, llama3"),
+    (
+        {"model": {"rotary_scaling": {"rope_type": "linear", "factor": 2}, "no_rope_layers": [0, 1, 2, 3]}},
+        r"rotary_scaling has no effect, because no layer has rotary positions",
     ),
     (
         {

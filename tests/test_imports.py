@@ -20,6 +20,7 @@ DATA_FLOW = [
     ["megamult"],  # imports nothing else at import time; its public names are looked up when asked for
     [
         "megamult.models.common.norm_weight",
+        "megamult.models.common.rotary",
         "megamult.models.common.vocabulary",
         "megamult.runtime.exit_codes",
         "megamult.runtime.patience",
@@ -147,6 +148,7 @@ PURE = [
     "megamult.multipliers.specs",
     "megamult.models.common.draw",
     "megamult.models.common.norm_weight",
+    "megamult.models.common.rotary",
     "megamult.models.common.vocabulary",
     "megamult.models.llama.mup",
     "megamult.optim.clip",

@@ -86,7 +86,7 @@ def log_pairs(saved: SavedCheckpoint) -> dict[str, list[Pairs]]:
             values = held[layer][role].multipliers.get(cast(Side, side))
             return None if values is None else values.double().abs().log()
 
-        for symmetry, each in pairs(logs, model.hidden_size // model.num_attention_heads).items():
+        for symmetry, each in pairs(logs, model.head_size, model.broken_symmetries).items():
             found[symmetry].append(each)
     return dict(found)
 

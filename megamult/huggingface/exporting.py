@@ -62,7 +62,7 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
 
     Raises:
         ValueError: there is no checkpoint, the checkpoint is damaged, the output exists and is not empty, an argument
-            is wrong, or a weight overflows in `dtype`.
+            is wrong, no class of transformers can express the model, or a weight overflows in `dtype`.
     """
     check_output(output)
     if dtype not in ("auto", *DTYPES):
@@ -85,10 +85,11 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
                 "the embedding is tied to the head, but only the embedding has multipliers: lm_head.weight is written "
                 "separately, with tie_word_embeddings false"
             )
-        shards, parameters = _write_tensors(weights, DTYPES[dtype], max_shard_size, partial)
+        # Before the tensors: no family of Hugging Face models may have this combination of options.
         described = architecture_of(model.sizes).to_hugging_face(
             model.sizes, saved.info.vocab_size, tied=tied, dtype=dtype, token_ids=token_ids
         )
+        shards, parameters = _write_tensors(weights, DTYPES[dtype], max_shard_size, partial)
         files["config.json"] = _json(described)
         files.setdefault("generation_config.json", _json(token_ids))
         files["README.md"] = hf_card.render(saved.info, described, parameters, bool(model.placement)).encode()

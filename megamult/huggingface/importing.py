@@ -97,7 +97,7 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
     resolved: Placement = resolve(placement) if placement != "none" else {}
     with contextlib.ExitStack() as stack:
         stored = _open(source, stack)
-        matched = _match(source, stored, model)
+        matched = _match(source, stored, model, described)
         parameters = sum(math.prod(weight.shape) for weight, _ in matched)
         multipliers = {name: shape for weight, _ in matched for name, shape in weight.multipliers(resolved).items()}
         dtype = "bf16" if all(found.dtype == "BF16" for _, found in matched) else "fp32"
@@ -188,42 +188,78 @@ def _files(source: Path) -> list[Path]:
     raise ValueError(f"{source} holds neither model.safetensors nor {index.name}: give a directory with one of them")
 
 
-def _match(source: Path, stored: dict[str, _Stored], model: ModelConfig) -> list[tuple[Weight, _Stored]]:
+_SHOWN = 5
+"""Number of mistakes of one kind that a message shows."""
+
+
+def _match(
+    source: Path, stored: dict[str, _Stored], model: ModelConfig, described: Mapping[str, Any]
+) -> list[tuple[Weight, _Stored]]:
     """Return pairs of a weight and its tensor in the model's files. A tied head is checked, and not returned.
 
+    Args:
+        source: directory of the model to import.
+        stored: tensors in its files, by name.
+        model: sizes of the model.
+        described: content of its config.json.
+
     Raises:
-        ValueError: a tensor is missing or unknown, has another shape than config.json asks for, is not F32, BF16 or
-            F16, or is a tied head that differs from the embedding.
+        ValueError: tensors are missing or unknown, have another shape than config.json asks for, or are not F32, BF16
+            or F16; or a tied head differs from the embedding. The message lists the mistakes of all tensors.
     """
     assert model.vocab_size is not None
     architecture = architecture_of(model)
     left = dict(stored)
     matched: list[tuple[Weight, _Stored]] = []
+    missing, wrong = [], []
     for weight in architecture.weights(model, model.vocab_size):
         name = weight.hugging_face
+        head_is_tied = weight.role == "head" and model.tie_embeddings
         if name not in left:
-            if weight.role == "head" and model.tie_embeddings:
-                continue
-            raise ValueError(f"{source} has no tensor {name}: config.json asks for it, with shape {weight.shape}")
+            if not head_is_tied:
+                missing.append(weight)
+            continue
         found = left.pop(name)
         if found.shape != weight.shape:
-            raise ValueError(f"{source}: {name} has shape {found.shape}, and config.json asks for {weight.shape}")
-        if found.dtype not in _FLOATS:
-            raise ValueError(
-                f"{source}: {name} is of dtype {found.dtype}: save the model in one of {', '.join(_FLOATS)}"
-            )
-        if weight.role == "head" and model.tie_embeddings:
+            wrong.append(f"{name} has shape {found.shape}, and config.json asks for {weight.shape}")
+        elif found.dtype not in _FLOATS:
+            wrong.append(f"{name} is of dtype {found.dtype}: save the model in one of {', '.join(_FLOATS)}")
+        elif head_is_tied and matched and matched[0][0].role == "embedding":
             _check_equal(source, found, matched[0][1])
-            continue
-        matched.append((weight, found))
-    if left:
-        first = left[min(left)]
-        raise ValueError(
-            f"{source} holds {first.name} {first.shape}, which a {architecture.hugging_face_class} with this "
-            f"config.json does not have (number of such tensors: {len(left)}): megamult's model has no place for them, "
-            "so this model cannot be imported"
+        else:
+            matched.append((weight, found))
+    mistakes = []
+    if missing:
+        mistakes.append(
+            f"has no tensor {_listed([f'{w.hugging_face} {w.shape}' for w in missing])}: config.json asks "
+            f"for {'it' if len(missing) == 1 else 'them'}" + _about_tie(missing, described)
         )
+    if wrong:
+        mistakes.append(_listed(wrong))
+    if left:
+        kind = architecture.hugging_face_classes[described["model_type"]]
+        mistakes.append(
+            f"holds {_listed([f'{name} {left[name].shape}' for name in sorted(left)])}, which a {kind} with this "
+            f"config.json does not have (number of such tensors: {len(left)}): if config.json lacks a field that asks "
+            "for them, such as attention_bias, correct it; otherwise this model cannot be imported"
+        )
+    if mistakes:
+        raise ValueError(f"{source} {'; '.join(mistakes)}")
     return matched
+
+
+def _listed(texts: list[str]) -> str:
+    more = len(texts) - _SHOWN
+    return ", ".join(texts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _about_tie(missing: list[Weight], described: Mapping[str, Any]) -> str:
+    """Return a remedy for a missing head: the model may be tied without saying so in config.json."""
+    if not any(weight.role == "head" for weight in missing):
+        return ""
+    tied = described.get("tie_word_embeddings")
+    fact = "has no tie_word_embeddings, which is probably missing" if tied is None else f"has {tied!r} there"
+    return f'; if the head is tied to the embedding, set "tie_word_embeddings": true in config.json, which {fact}'
 
 
 def _check_equal(source: Path, head: _Stored, embedding: _Stored) -> None:

@@ -32,12 +32,11 @@ def architecture_of_hugging_face(config: Mapping[str, Any]) -> Architecture[Any]
     """Return the architecture that a Hugging Face config.json names in `model_type`.
 
     Raises:
-        ValueError: the `model_type` is not a key of :data:`ARCHITECTURES`.
+        ValueError: no architecture has this `model_type`.
     """
-    found = ARCHITECTURES.get(str(config.get("model_type")))
-    if found is None:
-        known = " or ".join(map(repr, ARCHITECTURES))
-        raise ValueError(
-            f"config.json: model_type is {config.get('model_type')!r}, not {known}: import a model of that architecture"
-        )
-    return found
+    kind = config.get("model_type")
+    for each in ARCHITECTURES.values():
+        if isinstance(kind, str) and kind in each.hugging_face_classes:
+            return each
+    known = " or ".join(repr(name) for each in ARCHITECTURES.values() for name in each.hugging_face_classes)
+    raise ValueError(f"config.json: model_type is {kind!r}, not {known}: import a model of that architecture")

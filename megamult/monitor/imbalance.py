@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +19,17 @@ class Imbalance:
         matrices: all logical matrices.
         head_dim: rows of one attention head.
         readers: for each norm, (its name in metrics, name of its weight, name of the module that reads its output).
+        broken: names of symmetries that the model does not have (:func:`megamult.monitor.symmetries.pairs`).
     """
 
-    def __init__(self, matrices: Sequence[Matrix], head_dim: int, readers: Iterable[tuple[str, str, str]]) -> None:
-        self._head_dim = head_dim
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        head_dim: int,
+        readers: Iterable[tuple[str, str, str]],
+        broken: Container[str] = (),
+    ) -> None:
+        self._head_dim, self._broken = head_dim, broken
         # If a layer has several matrices of one role, such as experts, their multipliers form no pairs.
         by_role: dict[tuple[int, str], list[Matrix]] = {}
         for matrix in matrices:
@@ -53,7 +60,8 @@ class Imbalance:
                 matrix = held.get(role)
                 return None if matrix is None else matrix.log_factor("row" if side == "row" else "col", vectors)
 
-            found += [(symmetry, layer, values) for symmetry, values in imbalances(logs, self._head_dim).items()]
+            of_layer = imbalances(logs, self._head_dim, self._broken)
+            found += [(symmetry, layer, values) for symmetry, values in of_layer.items()]
         for subject, norm, readers in self._norms:
             if norm in vectors:
                 values = norm_columns(vectors[norm], [matrix.log_factor("col", vectors) for matrix in readers])

@@ -10,7 +10,7 @@ Pure functions, without I/O or communication.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 from torch import Tensor
 
@@ -56,16 +56,18 @@ def value_out(value: Tensor, out: Tensor, head_dim: int) -> Pairs:
     return value, out.reshape(groups, -1, head_dim).mean(1).flatten()
 
 
-def pairs(logs: Logs, head_dim: int) -> dict[str, Pairs]:
+def pairs(logs: Logs, head_dim: int, broken: Container[str] = ()) -> dict[str, Pairs]:
     """Return ln|a| and ln|b| of all pairs of multipliers (a, b) in a layer, by the name of the symmetry.
 
     Pairs of a norm's weight and columns that read it are not among them (see :func:`norm_columns`).
 
-    A symmetry is absent if the layer has no multipliers for a or for b.
+    A symmetry is absent if the layer has no multipliers for a or for b, or if it is broken.
 
     Args:
         logs: logarithms of the layer's multipliers.
         head_dim: rows of one attention head.
+        broken: names of symmetries that the model does not have: `q_k` with QK-norm, and those of rows with a bias,
+            which multipliers do not scale.
     """
     found: dict[str, Pairs] = {}
     query, key = logs("q", "row"), logs("k", "row")
@@ -77,12 +79,12 @@ def pairs(logs: Logs, head_dim: int) -> dict[str, Pairs]:
     up, down = logs("up", "row"), logs("down", "col")
     if up is not None and down is not None:
         found["up_down"] = up, down
-    return found
+    return {name: pair for name, pair in found.items() if name not in broken}
 
 
-def imbalances(logs: Logs, head_dim: int) -> dict[str, Tensor]:
+def imbalances(logs: Logs, head_dim: int, broken: Container[str] = ()) -> dict[str, Tensor]:
     """Return the imbalances of all pairs of multipliers in a layer (:func:`pairs`), by the name of the symmetry."""
-    return {symmetry: a - b for symmetry, (a, b) in pairs(logs, head_dim).items()}
+    return {symmetry: a - b for symmetry, (a, b) in pairs(logs, head_dim, broken).items()}
 
 
 def norm_columns(norm: Tensor, columns: Sequence[Tensor | None]) -> Tensor | None:
@@ -101,21 +103,24 @@ def norm_columns(norm: Tensor, columns: Sequence[Tensor | None]) -> Tensor | Non
     return norm.double().abs().log() - sum(present[1:], present[0]) / len(present)
 
 
-def redundant_pairs(sides: Mapping[str, frozenset[str]]) -> list[str]:
+def redundant_pairs(sides: Mapping[str, frozenset[str]], broken: Container[str] = ()) -> list[str]:
     """Return the symmetries that multipliers of these sides have, each in words, such as "rows of q and k".
 
-    A symmetry is returned if each of its two matrices has multipliers on the side that the words name, or a scalar.
+    A symmetry is returned if each of its two matrices has multipliers on the side that the words name, or a scalar, and
+    if it is not broken.
 
     Args:
         sides: sides that have multipliers, by role.
+        broken: names of symmetries that the model does not have, as for :func:`pairs`.
     """
     pairs = {
-        "rows of q and k": (("q", "row"), ("k", "row")),
-        "rows of v and columns of attention_out": (("v", "row"), ("attention_out", "col")),
-        "rows of up and columns of down": (("up", "row"), ("down", "col")),
+        "q_k": ("rows of q and k", ("q", "row"), ("k", "row")),
+        "v_out": ("rows of v and columns of attention_out", ("v", "row"), ("attention_out", "col")),
+        "up_down": ("rows of up and columns of down", ("up", "row"), ("down", "col")),
     }
     return [
         words
-        for words, pair in pairs.items()
-        if all(side in sides.get(role, ()) or "scalar" in sides.get(role, ()) for role, side in pair)
+        for name, (words, *pair) in pairs.items()
+        if name not in broken
+        and all(side in sides.get(role, ()) or "scalar" in sides.get(role, ()) for role, side in pair)
     ]

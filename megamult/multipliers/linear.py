@@ -13,7 +13,7 @@ Megatron's own forward pass, which overlaps communication and computation in the
 
 Scaling the weight is cheaper than scaling the activations if a rank's micro-batch has more than in * out / (in + out)
 tokens. It also lets every matrix of a fused projection have its own column multipliers. W_eff is not saved for
-backward, but computed again from the weight.
+backward, but computed again from the weight. A bias is added after the scaling, y = W_eff x + b, and is not scaled.
 
 Source: arXiv 2601.04890.
 """
@@ -49,11 +49,13 @@ class _MultiplierLinear:
     layer."""
 
     weight: Parameter
+    bias: Parameter | None
     tp_group: torch.distributed.ProcessGroup
 
     def _setup_multipliers(
         self, spec: ParameterSpec, placement: Placement | None, grad_sync: GradSync, shared_columns: bool = False
     ) -> None:
+        """State the specs of weight and bias, and create the multipliers."""
         module: Any = self
         chosen = resolve("all") if placement is None else placement
         coordinates = tensor_shard(self.tp_group.rank(), self.tp_group.size())
@@ -67,6 +69,10 @@ class _MultiplierLinear:
                 f"size {tp_size}, but Megatron made {actual}: pass a spec of the global weight; the global shape in "
                 f"this spec is {spec.shape}"
             )
+        if self.bias is not None:
+            # A row-parallel layer adds its replicated bias to its part of the sequence, if it has only a part of it.
+            split = spec.dim_over("tensor") == 1 and module.config.sequence_parallel
+            set_spec(self.bias, megatron.bias_of(spec, partial=split))
         partial = tp_size > 1 and grad_sync == "step"
         register_multipliers(module, self.weight, spec, chosen, coordinates.grid, partial, shared_columns)
         self._scaling = LayerScaling(spec, chosen, coordinates, shared_columns)
@@ -146,6 +152,8 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
             (:mod:`megamult.multipliers.parameters`).
         shared_columns: whether all logical matrices of the weight have the same column multipliers. Each still has its
             own copy in `col_multiplier`.
+        own_bias: whether the layer has a bias, which it adds itself. None leaves this to Megatron's arguments `bias`
+            and `skip_bias_add`.
 
     Shapes: x: [seq, batch, in]; y: [seq, batch, out/tp]; `row_multiplier`: [out/tp]; `col_multiplier`:
     [matrices * in]; `scalar_multiplier`: [matrices].
@@ -161,9 +169,10 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
         placement: Placement | None = None,
         grad_sync: GradSync = "backward",
         shared_columns: bool = False,
+        own_bias: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(input_size, output_size, **kwargs)
+        super().__init__(input_size, output_size, **_with_bias(kwargs, own_bias))
         if self.weight is None:
             raise ValueError("skip_weight_param_allocation is True: a layer with multipliers needs a weight of its own")
         stated = spec or megatron.single_matrix(role, output_size, input_size, 0)
@@ -173,8 +182,9 @@ class MultiplierColumnParallelLinear(_MultiplierLinear, ColumnParallelLinear):
 class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
     """Y = X W_eff^T with W_eff = s diag(r) W diag(c), whose columns are sharded over tensor-parallel ranks.
 
-    `spec`, `role`, `placement` and `grad_sync` are the same as for :class:`MultiplierColumnParallelLinear`. All other
-    arguments are those of Megatron's `RowParallelLinear`. A bias is added to Y and is not scaled.
+    `spec`, `role`, `placement`, `grad_sync` and `own_bias` are the same as for :class:`MultiplierColumnParallelLinear`.
+    All other arguments are those of Megatron's `RowParallelLinear`. Every rank has the whole bias, which is added once,
+    to the sum over the ranks.
 
     Shapes: x: [seq, batch, in/tp]; y: [seq, batch, out]; `row_multiplier`: [out]; `col_multiplier`: [in/tp].
     """
@@ -188,7 +198,16 @@ class MultiplierRowParallelLinear(_MultiplierLinear, RowParallelLinear):
         role: Role = "down",
         placement: Placement | None = None,
         grad_sync: GradSync = "backward",
+        own_bias: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(input_size, output_size, **kwargs)
+        super().__init__(input_size, output_size, **_with_bias(kwargs, own_bias))
         self._setup_multipliers(spec or megatron.single_matrix(role, output_size, input_size, 1), placement, grad_sync)
+
+
+def _with_bias(arguments: dict[str, Any], own: bool | None) -> dict[str, Any]:
+    """Return the arguments of Megatron's layer with a bias that the layer adds itself, or with none, as `own` says.
+
+    A bias that the layer returns for its caller to add would be empty under ZeRO 3 when the caller adds it.
+    """
+    return arguments if own is None else {**arguments, "bias": own, "skip_bias_add": False}

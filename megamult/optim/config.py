@@ -122,10 +122,10 @@ class OptimizerConfig:
     """Decoupled weight decay of the blocks' matrices, the embedding and the head."""
     lr_factors: ByRole = field(default_factory=dict)
     """Factors of the learning rate by role, such as {head: 0.5, norm: 2.0}. The roles are q, k, v, attention_out, gate,
-    up, down, embedding, head, norm and final_norm. Weights of a role with the factor 0 stay constant, and no gradient
-    norm includes their gradients."""
+    up, down, embedding, head, norm, final_norm, q_norm, k_norm (the norms of model.qk_norm) and bias. Weights of a role
+    with the factor 0 stay constant, and no gradient norm includes their gradients."""
     weight_decay_factors: ByRole = field(default_factory=dict)
-    """Factors of the weight decay by role. Norms have no weight decay."""
+    """Factors of the weight decay by role. Norms and biases have no weight decay."""
     clip_grad_norm: float = 1.0
     """Global L2 norm to which larger gradients are scaled down. It is the norm of the gradients of all parameters
     except multipliers, or of all parameters if `multipliers.clip` is `joint`. 0 means no clipping."""

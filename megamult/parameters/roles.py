@@ -88,6 +88,8 @@ register(
     Role("head", optional=ROW_COL, orthogonalized=False),
     Role("norm", orthogonalized=False, decay=False),
     Role("final_norm", orthogonalized=False, decay=False),
+    Role("q_norm", orthogonalized=False, decay=False),
+    Role("k_norm", orthogonalized=False, decay=False),
     Role("bias", orthogonalized=False, decay=False),
 )
 

@@ -55,7 +55,9 @@ class RunMonitor:
         self._vectors = Vectors(partition, optimizer)
         self._weights = Weights(partition, optimizer, self._vectors.entries)
         transformer: Any = model.config
-        self._imbalance = Imbalance(self._weights.matrices, transformer.kv_channels, norms_and_readers(model))
+        self._imbalance = Imbalance(
+            self._weights.matrices, transformer.kv_channels, norms_and_readers(model), config.model.broken_symmetries
+        )
         self._orthogonality = Orthogonality(partition, optimizer)
         self._activations = Activations(model, vocab_size)
         self._copying: RemovableHandle | None = None

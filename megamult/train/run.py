@@ -163,7 +163,8 @@ def _say_what(run: Run, engine: Engine) -> None:
             flush=True,
         )
         factors = list(itertools.islice(Schedule(run.config).lr_factors(), run.config.train.steps))
-        for warning in decay_warnings(run.config.optimizer, run.config.multipliers, factors):
+        broken = run.config.model.broken_symmetries
+        for warning in decay_warnings(run.config.optimizer, run.config.multipliers, factors, broken):
             print(f"warning: {warning}", flush=True)
 
 

@@ -26,10 +26,16 @@ OTHER: dict[str, Any] = {
     "num_layers": 3,
     "hidden_size": 512,
     "num_attention_heads": 16,
+    "head_dim": 48,
     "num_query_groups": 4,
     "ffn_hidden_size": 700,
     "seq_length": 128,
     "rotary_base": 5e5,
+    "rotary_scaling": {"rope_type": "linear", "factor": 2.0},
+    "no_rope_layers": [3, 1],
+    "attention_bias": "qkv",
+    "mlp_bias": True,
+    "qk_norm": True,
     "norm_eps": 1e-6,
     "norms": "scalar",
     "final_norm": "frozen",
@@ -71,8 +77,12 @@ def test_no_other_section_has_settings_to_keep_but_the_seed_of_the_data() -> Non
 @pytest.mark.parametrize("key", OTHER)
 def test_another_model_is_refused_with_both_values(key: str) -> None:
     its, mine = getattr(ModelConfig(**{key: OTHER[key]}), key), getattr(ModelConfig(), key)
-    if key == "num_query_groups":
-        mine = 8  # null: as many as query heads
+    resolved = {
+        "num_query_groups": (8, 4),  # null: as many as query heads
+        "head_dim": (32, 48),  # null: hidden_size / heads
+        "no_rope_layers": ([], [1, 3]),
+    }
+    mine, its = resolved.get(key, (mine, its))
     assert f"model.{key} is {mine!r} and the checkpoint's is {its!r}" in message(info(**{key: OTHER[key]}))
 
 
@@ -86,7 +96,8 @@ def test_what_is_free_may_change(key: str, value: Any) -> None:
 
 def test_null_query_groups_are_one_for_each_head() -> None:
     assert message(info(num_query_groups=8)) == ""
-    assert message(info(num_attention_heads=16)).count("the checkpoint's is 16") == 2, "heads, and groups with them"
+    said = message(info(num_attention_heads=16, head_dim=32))
+    assert said.count("the checkpoint's is 16") == 2 and "head_dim" not in said, "heads, and groups with them"
 
 
 def test_another_order_of_the_data_is_refused_once_samples_were_seen() -> None:

@@ -35,6 +35,8 @@ BITWISE = [
     Case(world=2, tensor=2, zero=3, optimizer="adamw", knobs="fixed"),
     Case(world=2, zero=2, optimizer="muon", knobs="long ramp", accumulation=2),
     Case(world=2, tensor=2, zero=1, optimizer="adamw", implementation="folded", dtype="bf16", knobs="long ramp"),
+    Case(world=2, zero=3, optimizer="adamw", dtype="bf16", knobs="decoder"),
+    Case(world=2, tensor=2, zero=1, optimizer="muon", implementation="folded", knobs="decoder"),
     Case(world=2, zero=2, optimizer="muon", knobs="qk_clip"),
     Case(world=2, tensor=2, zero=3, optimizer="adamw", implementation="folded", dtype="bf16", knobs="qk_clip"),
 ]

@@ -218,6 +218,14 @@ def change_tensors(**changes: torch.Tensor | None) -> Callable[[Path], None]:
     return change
 
 
+def without_head(source: Path) -> None:
+    change_tensors(**{"lm_head.weight": None})(source)
+    path = source / "config.json"
+    content = json.loads(path.read_text())
+    del content["tie_word_embeddings"]
+    path.write_text(json.dumps(content))
+
+
 def pickled(source: Path) -> None:
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
 
@@ -237,19 +245,31 @@ def twice(source: Path) -> None:
 
 
 UP, BIAS = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.bias"
+BIASES = sorted(f"model.layers.{i}.self_attn.{which}_proj.bias" for i in range(2) for which in "qko")
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "config": (change_config(attention_bias=True), "input/config.json: attention_bias is True, not False"),
+    "config": (change_config(hidden_act="gelu"), "input/config.json: hidden_act is 'gelu', not 'silu'"),
+    "no biases": (change_config(attention_bias=True), "has no tensor model.layers.0.self_attn.q_proj.bias (48,), "),
+    "no tie": (
+        without_head,
+        'set "tie_word_embeddings": true in config.json, which has no tie_word_embeddings, which is',
+    ),
+    "untied": (change_tensors(**{"lm_head.weight": None}), "in config.json, which has False there"),
     "no config": (lambda source: (source / "config.json").unlink(), "config.json cannot be read (No such file"),
     "bad config": (lambda source: (source / "config.json").write_text("{"), "config.json is no JSON file"),
     "a list": (lambda source: (source / "config.json").write_text("[]"), "config.json holds no JSON object"),
-    "missing": (change_tensors(**{UP: None}), f"has no tensor {UP}: config.json asks for it, with shape (72, 48)"),
+    "missing": (change_tensors(**{UP: None}), f"has no tensor {UP} (72, 48): config.json asks for it"),
     "bias": (
         change_tensors(**{BIAS: torch.ones(48)}),
         f"holds {BIAS} (48,), which a LlamaForCausalLM with this config.json",
     ),
+    "biases": (
+        change_tensors(**{bias: torch.ones(48) for bias in BIASES}, **{UP: None}),
+        f"has no tensor {UP} (72, 48): config.json asks for it; holds {', '.join(f'{b} (48,)' for b in BIASES[:5])} "
+        "and 1 more, which a LlamaForCausalLM with this config.json does not have (number of such tensors: 6)",
+    ),
     "layers": (
         change_config(num_hidden_layers=1),
-        "model.layers.1.input_layernorm.weight (48,), which a LlamaForCausalLM",
+        "holds model.layers.1.input_layernorm.weight (48,), model.layers.1.mlp.down_proj.weight (48, 72), ",
     ),
     "shape": (
         change_tensors(**{UP: torch.ones(72, 47)}),

@@ -26,7 +26,7 @@ def test_sizes_of_no_architecture_are_named_with_those_that_there_are() -> None:
         architecture_of({})
 
 
-@pytest.mark.parametrize("described", [{"model_type": "mistral"}, {"model_type": ["llama"]}, {}])
+@pytest.mark.parametrize("described", [{"model_type": "gemma"}, {"model_type": ["llama"]}, {}])
 def test_another_model_type_is_named_with_those_that_there_are(described: dict[str, object]) -> None:
     message = f"model_type is {described.get('model_type')!r}, not 'llama'".replace("[", r"\[").replace("]", r"\]")
     with pytest.raises(ValueError, match=message):

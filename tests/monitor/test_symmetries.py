@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from megamult.models.llama.config import ModelConfig
 from megamult.monitor.symmetries import imbalances, norm_columns, redundant_pairs
 from megamult.parameters.roles import resolve
 
@@ -21,11 +22,14 @@ def rotated(x: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
-def attention(x: Tensor, w: dict[str, Tensor], m: dict[str, Tensor]) -> Tensor:
+def attention(
+    x: Tensor, w: dict[str, Tensor], m: dict[str, Tensor], bias: float = 0.0, qk_norm: bool = False
+) -> Tensor:
     """Grouped-query attention with row multipliers of Q, K, V and column multipliers of the output projection."""
-    q = rotated((x @ (m["q"][:, None] * w["q"]).T).view(SEQ, HEADS, DIM))
-    k = rotated((x @ (m["k"][:, None] * w["k"]).T).view(SEQ, GROUPS, DIM))
-    v = (x @ (m["v"][:, None] * w["v"]).T).view(SEQ, GROUPS, DIM)
+    q, k, v = ((x @ (m[name][:, None] * w[name]).T + bias).view(SEQ, -1, DIM) for name in "qkv")
+    if qk_norm:
+        q, k = (torch.nn.functional.rms_norm(each, (DIM,)) for each in (q, k))
+    q, k = rotated(q), rotated(k)
     k, v = (each.repeat_interleave(HEADS // GROUPS, 1) for each in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k).softmax(-1)
     return torch.einsum("hqk,khd->qhd", scores, v).flatten(1) @ (w["out"] * m["out"]).T
@@ -63,6 +67,10 @@ def test_one_rotary_pair_of_a_group_is_one_pair_of_the_symmetry_of_queries_and_k
     expected[group, pair] = 2 * math.log(t)
     torch.testing.assert_close(moved, expected)
     assert torch.equal(found(after)["v_out"], found(before)["v_out"])
+    # With a bias of Q and K, or with QK-norm, it is none.
+    for bias, qk_norm in ((0.5, False), (0.0, True)):
+        both = (attention(x, weights, m, bias, qk_norm) for m in (after, before))
+        assert not torch.allclose(*both)
     # Half of a rotary pair is no symmetry: the output changes.
     broken = {name: value.clone() for name, value in before.items()}
     broken["q"][[row for row in query_rows if row % DIM == pair]] *= t
@@ -78,6 +86,8 @@ def test_a_value_row_of_a_group_meets_the_same_column_of_all_its_heads() -> None
     for head in range(HEADS // GROUPS):
         after["out"][head * DIM + row] /= t
     torch.testing.assert_close(attention(x, weights, after), attention(x, weights, before))
+    with_bias = attention(x, weights, after, bias=0.5), attention(x, weights, before, bias=0.5)
+    assert not torch.allclose(*with_bias), "a bias of V is not scaled"
     moved = found(after)["v_out"] - found(before)["v_out"]
     expected = torch.zeros_like(moved)
     expected[group * DIM + row] = 2 * math.log(t)
@@ -103,3 +113,14 @@ def test_placements_leave_these_pairs() -> None:
     assert len(redundant_pairs(resolve("all"))) == len(redundant_pairs(resolve("scalar"))) == 3
     assert redundant_pairs(resolve("symmetry_free")) == []
     assert redundant_pairs(resolve({"up": "row", "down": "scalar", "q": "row"})) == ["rows of up and columns of down"]
+
+
+def test_symmetries_that_a_model_does_not_have_are_left_out() -> None:
+    """With a bias or QK-norm a pair's product is not all that matters: the figures would speak of nothing."""
+    broken = ModelConfig(qk_norm=True, mlp_bias=True).broken_symmetries
+    assert broken == {"q_k", "up_down"}
+    assert ModelConfig(attention_bias="qkv").broken_symmetries == {"q_k", "v_out"}
+    assert ModelConfig(head_dim=12).broken_symmetries == set()
+    assert redundant_pairs(resolve("all"), broken) == ["rows of v and columns of attention_out"]
+    ones = torch.zeros(8)
+    assert imbalances(lambda role, side: ones, 4, broken).keys() == {"v_out"}

@@ -65,9 +65,9 @@ class Architecture(Generic[Sizes]):
     """
 
     name: str
-    """Value of `model_type` in Hugging Face's config.json."""
-    hugging_face_class: str
-    """Name of the model's class in transformers."""
+    """Name of the folder."""
+    hugging_face_classes: Mapping[str, str]
+    """Names of the model's classes in transformers, by `model_type` in Hugging Face's config.json."""
     sizes: type[Sizes]
     """Class of the architecture's configuration."""
     model: Callable[[], ModelClass[Sizes]]

@@ -35,7 +35,8 @@ def initialize(
 
     Logical matrices whose role is in `std` are drawn from N(0, std^2), rounded to fp32 and then cast to the parameter's
     dtype. If `initial.divide_weights` is True, their std is divided by the product of their initial multipliers.
-    Padding is zero. Multipliers get their initial values, and all other parameters (norms) are set to 1. If
+    Padding is zero, and so are biases. Multipliers get their initial values, and all other parameters (norms) are set
+    to 1. If
     `deepspeed.zero.Init` has partitioned a parameter, this rank's partition is set, and nothing is gathered.
 
     Args:
@@ -55,7 +56,7 @@ def initialize(
     for name, parameter, spec in named_specs(model):
         values, start = _held(parameter, name)
         if spec.side is not None or not any(part.role in std for part in spec.parts):
-            values.fill_(1.0)
+            values.fill_(0.0 if all(part.role == "bias" for part in spec.parts) else 1.0)
             if spec.side is not None:
                 for rectangle in rectangles(spec, coordinates, start, values.numel()):
                     value = initial.value(spec.parts[rectangle.part].role, spec.side)

@@ -19,7 +19,8 @@ class RMSNorm(torch.nn.Module):
 
     Under sequence parallelism, a rank computes the norm of only its part of the tokens, so the gradient of the weight
     is partial. The attribute `sequence_parallel` of the weight tells this to Megatron's training loop, and the spec
-    tells it to megamult's optimizers.
+    tells it to megamult's optimizers. The gradient is partial too if the norm is applied to each attention head
+    (QK-norm), because a tensor-parallel rank has only some of the heads.
 
     Args:
         config: Megatron's configuration of the transformer.
@@ -27,6 +28,7 @@ class RMSNorm(torch.nn.Module):
         eps: number added to the mean square.
         weight: kind of the weight w (:mod:`megamult.models.common.norm_weight`). If `frozen`, there is no w.
         role: role of the weight.
+        per_head: whether the norm is applied to each attention head.
     """
 
     weight: torch.nn.Parameter | None
@@ -38,6 +40,7 @@ class RMSNorm(torch.nn.Module):
         eps: float = 1e-5,
         weight: NormWeight = "vector",
         role: Role = "norm",
+        per_head: bool = False,
     ) -> None:
         super().__init__()
         self.eps = eps
@@ -47,7 +50,7 @@ class RMSNorm(torch.nn.Module):
         size = hidden_size if weight == "vector" else 1
         where = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=where))
-        set_spec(self.weight, megatron.norm(size, partial=config.sequence_parallel, role=role))
+        set_spec(self.weight, megatron.norm(size, partial=config.sequence_parallel or per_head, role=role))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from megamult.models.common.architecture import Architecture, ModelClass
 from megamult.models.llama.config import ModelConfig
+from megamult.models.llama.families import FAMILIES
 from megamult.models.llama.flops import flops_per_token
 from megamult.models.llama.hf_config import from_hugging_face, to_hugging_face
 from megamult.models.llama.hf_names import weights
@@ -25,7 +26,7 @@ def _standard_deviations(sizes: ModelConfig) -> Mapping[str, float]:
 
 LLAMA = Architecture(
     name="llama",
-    hugging_face_class="LlamaForCausalLM",
+    hugging_face_classes={name: family.hugging_face_class for name, family in FAMILIES.items()},
     sizes=ModelConfig,
     model=_model,
     flops_per_token=flops_per_token,

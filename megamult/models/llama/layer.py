@@ -18,6 +18,7 @@ from megamult.models.common.attention import SdpaAttention
 from megamult.models.common.norm import RMSNorm
 from megamult.models.common.norm_weight import NormWeight
 from megamult.models.llama import parameters
+from megamult.models.llama.config import AttentionBias
 from megamult.multipliers.parameters import GradSync
 from megamult.parameters.roles import resolve
 
@@ -52,10 +53,13 @@ def gpt_layer_spec(
     grad_sync: GradSync = "backward",
     recompute: bool = False,
     norms: NormWeight = "vector",
+    attention_bias: AttentionBias | None = None,
+    mlp_bias: bool | None = None,
 ) -> ModuleSpec:
     """Return the ModuleSpec of a pre-norm transformer layer whose matrices have multipliers.
 
-    The layer consists of RMSNorm, grouped-query attention and a gated MLP.
+    The layer consists of RMSNorm, grouped-query attention and a gated MLP. If `config.qk_layernorm` is True, an RMSNorm
+    normalizes each head's query and key.
 
     Args:
         config: Megatron's configuration, from which sizes of heads, groups and MLP are read.
@@ -66,7 +70,10 @@ def gpt_layer_spec(
         grad_sync: when the gradients of replicated multipliers are summed over tensor-parallel ranks
             (:mod:`megamult.multipliers.parameters`). "step" needs an optimizer of this package.
         recompute: whether a layer saves only its input, and backward runs the layer's forward pass again.
-        norms: kind of the weights of the layer's norms.
+        norms: kind of the weights of the norms before attention and MLP.
+        attention_bias: projections of attention that have a bias; None: as `config.add_bias_linear` and
+            `config.add_qkv_bias` say.
+        mlp_bias: whether the matrices of the MLP have biases; None: as `config.add_bias_linear` says.
 
     Raises:
         ValueError: the placement is unknown, or the configuration's MLP is not gated.
@@ -76,14 +83,24 @@ def gpt_layer_spec(
     resolved = resolve(placement)
     common: dict[str, Any] = {"placement": resolved, "grad_sync": grad_sync}
     fused: dict[str, Any] = {"shared_columns": shared_columns, **common}
+    into: dict[str, Any] = {"own_bias": None if attention_bias is None else attention_bias != "none", **fused}
+    out: dict[str, Any] = {"own_bias": None if attention_bias is None else attention_bias == "all", **common}
+    of_head = ("q", "k") if config.qk_layernorm else ()
     attention = SelfAttentionSubmodules(
-        linear_qkv=partial(MultiplierColumnParallelLinear, spec=parameters.qkv(config), **fused),
+        linear_qkv=partial(MultiplierColumnParallelLinear, spec=parameters.qkv(config), **into),
         core_attention=SdpaAttention,
-        linear_proj=ModuleSpec(MultiplierRowParallelLinear, params={"role": "attention_out", **common}),
+        linear_proj=ModuleSpec(MultiplierRowParallelLinear, params={"role": "attention_out", **out}),
+        **{
+            f"{each}_layernorm": ModuleSpec(RMSNorm, params={"role": f"{each}_norm", "per_head": True})
+            for each in of_head
+        },
     )
     mlp = MLPSubmodules(
-        linear_fc1=ModuleSpec(MultiplierColumnParallelLinear, params={"spec": parameters.gate_up(config), **fused}),
-        linear_fc2=ModuleSpec(MultiplierRowParallelLinear, params={"role": "down", **common}),
+        linear_fc1=ModuleSpec(
+            MultiplierColumnParallelLinear,
+            params={"spec": parameters.gate_up(config), "own_bias": mlp_bias, **fused},
+        ),
+        linear_fc2=ModuleSpec(MultiplierRowParallelLinear, params={"role": "down", "own_bias": mlp_bias, **common}),
     )
     norm = ModuleSpec(RMSNorm, params={"weight": norms})
     return ModuleSpec(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megamult.distributed import device
 from megamult.layers import MultiplierColumnParallelLinear, MultiplierVocabParallelEmbedding
+from megamult.models.common import rotary
 from megamult.models.common.architecture import PlacementSetting
 from megamult.models.common.initialization import initialize
 from megamult.models.common.loss import VocabParallelCrossEntropy
@@ -80,6 +82,8 @@ class GPT(GPTModel):
             grad_sync="step",
             recompute=recompute,
             norms=sizes.norms,
+            attention_bias=sizes.attention_bias,
+            mlp_bias=sizes.mlp_bias,
         )
         final_norm = ModuleSpec(RMSNorm, params={"weight": sizes.final_norm, "role": "final_norm"})
         padded = padded_vocab_size(vocab_size)
@@ -114,11 +118,10 @@ class GPT(GPTModel):
         if not sizes.tie_embeddings:
             self.output_layer = head(vocab_size, transformer, group, resolved)
         self.setup_embeddings_and_output_layer()
-        # `deepspeed.zero.Init` casts tensors that are made under it to the parameters' dtype. Rotary angles need fp32,
-        # so they are computed again.
-        dim = transformer.kv_channels
-        exponents = torch.arange(0, dim, 2, device=device.local_device()).to(torch.float64) / dim
-        self.rotary_pos_emb.inv_freq = (1.0 / sizes.rotary_base**exponents).to(torch.float32)
+        # `deepspeed.zero.Init` casts tensors that torch's factory functions make under it to the parameters' dtype.
+        # Rotary angles need fp32, so they are computed again, and come from an array of numpy.
+        angles = rotary.frequencies(sizes.head_size, sizes.rotary_base, sizes.rotary_scaling)
+        self.rotary_pos_emb.inv_freq = torch.from_numpy(np.array(angles)).to(device.local_device(), torch.float32)
         self.exact_vocab_size = vocab_size
         self.z_loss = sizes.z_loss
         initialize(
@@ -201,6 +204,11 @@ def transformer_config(
         hidden_size=sizes.hidden_size,
         num_attention_heads=sizes.num_attention_heads,
         num_query_groups=sizes.query_groups,
+        kv_channels=sizes.head_size,
+        qk_layernorm=sizes.qk_norm,
+        no_rope_freq=[int(i in sizes.layers_without_rope) for i in range(sizes.num_layers)]
+        if sizes.layers_without_rope
+        else None,
         ffn_hidden_size=sizes.ffn_hidden_size,
         tensor_model_parallel_size=tensor_parallel,
         sequence_parallel=sequence_parallel,

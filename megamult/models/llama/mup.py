@@ -10,9 +10,9 @@ its number of columns at the base width. The matrices of the blocks get
   divided by the norm that the spectral condition asks for, sqrt(rows / columns). Then x is e at this width, divided
   by e at the base width.
 
-The output layer (role `head`) gets a constant factor of 1 / m in the forward pass. The settings of the embedding and
-the norms are kept. If the size of an attention head differs from that at the base width, attention logits are divided
-by this size instead of its square root (up to a constant).
+The output layer (role `head`) gets a constant factor of 1 / m in the forward pass. The settings of the embedding, the
+norms and the biases are kept. If the size of an attention head differs from that at the base width, attention logits
+are divided by this size instead of its square root (up to a constant).
 
 Sources: Yang et al., arXiv 2203.03466, table 8 (Adam); Yang, Simon and Bernstein, arXiv 2310.17813 (spectral
 condition). The module does no communication.
@@ -118,7 +118,8 @@ def mup(sizes: ModelConfig, base: ModelConfig, update_norm: Callable[[int, int],
             for AdamW, whose updates have no known norm.
 
     Raises:
-        ValueError: the embedding is tied to the head, whose factor would reach the embedding too.
+        ValueError: the embedding is tied to the head, whose factor would reach the embedding too; or the models have
+            heads of different sizes, and QK-norm or biases of Q and K.
     """
     if sizes.tie_embeddings:
         raise ValueError(
@@ -132,8 +133,14 @@ def mup(sizes: ModelConfig, base: ModelConfig, update_norm: Callable[[int, int],
     else:
         excess = {role: _excess(update_norm, *now[role]) / _excess(update_norm, *then[role]) for role in now}
     forward: dict[Role, float] = {"head": base.hidden_size / sizes.hidden_size}
-    heads = sizes.hidden_size // sizes.num_attention_heads, base.hidden_size // base.num_attention_heads
+    heads = sizes.head_size, base.head_size
     if heads[0] != heads[1]:
+        if "q_k" in sizes.broken_symmetries:
+            raise ValueError(
+                f"the size of a head is {heads[0]}, and {heads[1]} at the base width: muP's factor of the attention "
+                "logits is a multiplier of Q, which does not scale the logits with model.qk_norm or "
+                "model.attention_bias; give both models the same model.head_dim"
+            )
         forward["q"] = math.sqrt(heads[1] / heads[0])
     return Mup(
         init_std={role: 1 / math.sqrt(m) for role, m in ratio.items()},
@@ -179,12 +186,12 @@ def at_width(sizes: ModelConfig, base_hidden_size: int) -> ModelConfig:
 def _shapes(sizes: ModelConfig) -> dict[Role, tuple[int, int]]:
     """Return [rows, columns] of the matrices of a block."""
     hidden, ffn = sizes.hidden_size, sizes.ffn_hidden_size
-    kv = hidden // sizes.num_attention_heads * sizes.query_groups
+    q, kv = sizes.head_size * sizes.num_attention_heads, sizes.head_size * sizes.query_groups
     return {
-        "q": (hidden, hidden),
+        "q": (q, hidden),
         "k": (kv, hidden),
         "v": (kv, hidden),
-        "attention_out": (hidden, hidden),
+        "attention_out": (hidden, q),
         "gate": (ffn, hidden),
         "up": (ffn, hidden),
         "down": (hidden, ffn),
