@@ -69,6 +69,11 @@ class _MultiplierLinear:
                 f"size {tp_size}, but Megatron made {actual}: pass a spec of the global weight; the global shape in "
                 f"this spec is {spec.shape}"
             )
+        if spec.reduce_over and grad_sync == "backward":
+            raise ValueError(
+                f"the spec of {type(self).__name__} leaves sums over {', '.join(spec.reduce_over)} to the optimizer "
+                "step, and grad_sync is 'backward': give grad_sync='step', and train with an optimizer of megamult"
+            )
         if self.bias is not None:
             # A row-parallel layer adds its replicated bias to its part of the sequence, if it has only a part of it.
             split = spec.dim_over("tensor") == 1 and module.config.sequence_parallel

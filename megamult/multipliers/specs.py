@@ -46,7 +46,8 @@ def row_multiplier(weight: ParameterSpec, selected: Sequence[int], partial: bool
         tuple(Segment(s.start, index[s.part], s.part_start, s.length) for s in weight.segments if s.part in index),
         shardings,
         fp32=True,
-        reduce_over=_reduce_over(shardings, partial),
+        # A process has only a part of the gradient of copied rows of the weight, and so of their multipliers.
+        reduce_over=_reduce_over(shardings, partial) or tuple(a for a in weight.reduce_over if a == "tensor"),
         side="row",
         compact=True,
     )

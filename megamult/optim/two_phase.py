@@ -28,7 +28,7 @@ from megamult.optim.folded import BoundMultipliers, FoldedMultipliers
 from megamult.optim.param_groups import check_groups
 from megamult.optim.qk_clip import QKClip
 from megamult.optim.rates import Rates, Stretch, apply_by_rate, learning_rates, stretches_of_tensors
-from megamult.optim.reduction import GlobalNorms, sum_partial_gradients
+from megamult.optim.reduction import GlobalNorms, PartialGradients
 from megamult.optim.rule import UpdateRule
 from megamult.optim.state import STEP, StateStore
 from megamult.optim.viewed import ViewedOptimizer
@@ -137,6 +137,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         self._decision: _Decision | None = None  # None if no gradients are prepared
         self._bound: Partition | None = None
         self._own: WholePartition | None = None  # the partition in a loop without DeepSpeed
+        self._partial: PartialGradients | None = None  # sums partial gradients of the bound partition
         self._norms: GlobalNorms | None = None  # computes norms of the bound partition
         self._stretches: dict[Tensor, list[Stretch]] = {}  # of the bound partition; see `stretches_of_tensors`
 
@@ -204,6 +205,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         if self.qk_clip is not None:
             self.qk_clip.bind(partition, self.rates, self.folded)
         self._norms = GlobalNorms(partition, self.rates)
+        self._partial = PartialGradients(partition)
         self._stretches = stretches_of_tensors(partition, self.rates)
         for rule in self._every_rule():
             rule.bind(partition, self._selected_by(rule))
@@ -244,14 +246,14 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         """
         self.bind(partition)
         gradients = partition.gradients()
-        sum_partial_gradients(partition, gradients)
+        assert self._partial is not None and self._norms is not None
+        self._partial(gradients)
         if self.folded is not None:
             self.folded.chain_rule(gradients)
         if self._parametrization is not None:
             for piece, gradient in zip(partition.slices, gradients, strict=True):
                 if piece.spec.side is not None:
                     gradient.mul_(self._parametrization.slope(self.weight(piece)))
-        assert self._norms is not None
         self.norms = self._norms(gradients, None if self.folded is None else self.folded.gradient)
         skip = self.clipping.skips(self.norms)
         self.skipped_steps += skip

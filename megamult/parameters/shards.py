@@ -22,7 +22,7 @@ class Block:
     """Largest number of pieces that the block can be cut into, or None if n processes always cut it into n pieces. If n
     is larger than `pieces`, neighbouring processes hold copies: n / pieces of them hold the same piece. If `pieces` is
     1, the block is replicated. Megatron's query groups and Mamba's groups have copies if the tensor-parallel size
-    exceeds the number of groups. All copies must have the same gradient when backward ends
+    exceeds the number of groups. All copies must have the same gradient when backward ends, or each a part of it
     (`ParameterSpec.reduce_over`)."""
 
     def cuts(self, processes: int) -> int:
@@ -114,8 +114,9 @@ def check_shardings(
     """Check that shardings describe shards of a tensor of this shape.
 
     Raises:
-        ValueError: an axis or a dimension is unknown or named twice, an axis is in `shardings` and in `reduce_over`,
-            blocks do not tile their dimension or have unequal pieces, or the columns have several blocks.
+        ValueError: an axis or a dimension is unknown or named twice, an axis is in `shardings` and in `reduce_over`
+            and no block has copies along dimension 0, blocks do not tile their dimension or have unequal pieces, or the
+            columns have several blocks.
     """
     for axis in (*(each.axis for each in shardings), *reduce_over):
         if axis not in AXES:
@@ -132,18 +133,16 @@ def check_shardings(
             "dimension once"
         )
     if both := sorted(set(axes) & set(reduce_over)):
-        blocks = next(each.blocks for each in shardings if each.axis == both[0])
-        if copied := next((block for block in blocks if block.pieces is not None), None):
+        sharding = next(each for each in shardings if each.axis == both[0])
+        copied = any(block.pieces is not None for block in sharding.blocks)
+        if not copied or sharding.dim != 0:
+            why = "gradients of different shards cannot be summed, and it has no block with copies (Block.pieces)"
+            if copied:
+                why = f"gradients of copies are summed only along dimension 0, and this one shards {sharding.dim}"
             raise ValueError(
-                f"{what} is sharded over {both[0]}, and its reduce_over names {both[0]} too: several ranks hold copies "
-                f"of a block of size {copied.size}, and the optimizer step sums gradients only of parameters that are "
-                "replicated as a whole; sum the gradients of the copies in the layer's backward pass and leave "
-                f"{both[0]} out of reduce_over, or store the block as a parameter of its own"
+                f"{what} is sharded over {both[0]}, and reduce_over names the same axis: {why}; name the axis in "
+                "shardings or in reduce_over, not in both"
             )
-        raise ValueError(
-            f"{what} is sharded over {both[0]}, and reduce_over names the same axis: gradients of different shards "
-            "cannot be summed; name the axis in shardings or in reduce_over, not in both"
-        )
     for each in shardings:
         if not 0 <= each.dim < len(shape):
             raise ValueError(

@@ -80,9 +80,9 @@ class ParameterSpec:
     """Whether forward passes read the parameter's fp32 value if the model's dtype is narrower
     (:mod:`megamult.zero.full_precision`)."""
     reduce_over: tuple[Axis, ...] = ()
-    """Axes over which the optimizer step must still sum the gradient that backward leaves. Along these axes the whole
-    parameter is replicated. If a sharded parameter has copies of a block (`Block.pieces`), the step does not sum over
-    the copies; the layer's backward pass must give all of them the same, complete gradient."""
+    """Axes over which the optimizer step must still sum the gradient that backward leaves. Along such an axis the whole
+    parameter is replicated, or blocks of it have copies (`Block.pieces`), over which the step then sums. If a sharded
+    parameter has copies and does not name the axis here, backward must give all copies the same, complete gradient."""
     side: Side | None = None
     """Side of a matrix that the parameter scales, or None if the parameter is no multiplier."""
     shared: bool = False

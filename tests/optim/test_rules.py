@@ -12,7 +12,7 @@ from torch import Tensor
 from megamult import param_groups
 from megamult.distributed.mesh import ALONE, Mesh
 from megamult.optim.adamw import AdamW
-from megamult.optim.reduction import sum_partial_gradients
+from megamult.optim.reduction import PartialGradients
 from megamult.optim.rule import State, UpdateRule
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.axes import Axis, Coordinates, Grid
@@ -72,6 +72,6 @@ def test_gradients_are_summed_over_every_axis_that_their_specs_name() -> None:
     mesh = _Doubling(Coordinates(Grid(tensor=2, expert=2)))
     partition = WholePartition([{"params": list(parameters)}], parameters, mesh)
     gradients = partition.gradients()
-    sum_partial_gradients(partition, gradients)
+    PartialGradients(partition)(gradients)
     assert mesh.axes == ["tensor", "expert"]
     assert [float(g[0]) for g in gradients] == [1.0, 2.0, 2.0, 4.0]
