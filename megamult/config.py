@@ -126,7 +126,7 @@ class Config:
             "parallel.sequence to false, or parallel.tensor above 1",
         )
         require(
-            train.eval_every == 0 or bool(DataConfig.sources(self.data.valid)),
+            train.eval_every == 0 or bool(self.data.validation_sets()),
             f"train.eval_every is {train.eval_every} and data.valid is not set: set data.valid, or "
             "set train.eval_every to 0",
         )

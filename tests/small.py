@@ -54,3 +54,21 @@ class Samples:
     def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
         """None is needed."""
         return []
+
+
+class ValidSamples(Samples):
+    """A validation set of `count` samples, which count alike."""
+
+    def __init__(self, count: int, vocab_size: int, seq_length: int, offset: int = 0) -> None:
+        super().__init__(vocab_size, seq_length, offset=offset)
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def weight(self, index: int) -> float:
+        """Weight of a sample in the loss; 0 for those that only fill a micro-batch."""
+        return 1 / self.count if index < self.count else 0.0
+
+    def prepare(self, barrier: Callable[[], None]) -> None:  # type: ignore[override]
+        """Nothing to open."""

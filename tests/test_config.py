@@ -253,6 +253,21 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"monitor": {"every": -1}}, r"monitor\.every is -1: it must be 0 or more"),
     ({"data": {"train": {"a": 1.0, "b": 0.0}}}, r"data\.train gives b the weight 0\.0: it must be positive"),
     ({"data": {"valid": {"a": float("nan")}}}, r"data\.valid gives a the weight nan"),
+    (
+        {"data": {"train": {"a": -1.0}, "valid": {"x": {"b": 0.0}}}},
+        r"data\.train gives a the weight -1\.0: .*; data\.valid\.x gives b the weight 0\.0: it must be positive",
+    ),
+    (
+        {"data": {"valid": {"a": 1.0, "b": "c"}}},
+        r"data\.valid gives a a weight, as in a blend, and b corpora, as named validation sets: give every name its "
+        r"corpora, or every corpus a weight",
+    ),
+    (
+        {"data": {"valid": {"x/y": "a", "z": True, "u": {"q": "r"}, "v": []}}},
+        r"a set of the name 'x/y': names consist of .*; data\.valid\.z is True: give a prefix, a list of .*; "
+        r"data\.valid\.u is \{'q': 'r'\}: .*; data\.valid\.v is \[\]: ",
+    ),
+    ({"train": {"eval_batches": 0}}, r"train\.eval_batches is 0: it must be positive"),
 ]
 
 
@@ -344,6 +359,20 @@ def test_sources_are_prefixes_with_weights_in_order() -> None:
     assert DataConfig.sources({"b": 0.3, "a": 2.0}) == [("b", 0.3), ("a", 2.0)]
 
 
+def test_a_mapping_of_weights_is_one_set_and_a_mapping_of_corpora_several() -> None:
+    def sets(valid: str) -> dict[str, list[tuple[str, float]]]:
+        return parse([f"--data.valid={valid}"])[0].data.validation_sets()
+
+    assert sets("null") == sets("{}") == {}
+    assert sets("a") == {"": [("a", 1.0)]}
+    assert sets("{a: 1, b: 2.5}") == {"": [("a", 1.0), ("b", 2.5)]}
+    assert sets("{speeches: a, code: [b, c], web: {d: 1, e: 3}}") == {
+        "speeches": [("a", 1.0)],
+        "code": [("b", 1.0), ("c", 1.0)],
+        "web": [("d", 1.0), ("e", 3.0)],
+    }
+
+
 def test_a_deepspeed_file_is_read_and_a_bad_one_named(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimization": {"overlap_comm": true}}', encoding="utf-8")
@@ -381,7 +410,7 @@ UNUSUAL = [
     "--optimizer.decay_steps=10",
     "--parallel.zero_stage=3",
     "--data.train={some/corpus: 0.3, other: 2}",
-    "--data.valid=[a, b]",
+    "--data.valid={speeches: a, code: [b, c], web: {d: 1, e: 0.5}}",
     "--data.tokenizer=t.model",
     "--train.dtype=bf16",
     "--checkpoint.save_every=10",

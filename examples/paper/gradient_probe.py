@@ -151,8 +151,8 @@ def probe(checkpoint: Path, batches: int) -> dict[str, object]:
             occurrences += torch.bincount(tokens.flatten().cpu(), minlength=vocab_size)
     finally:
         samples.close()
-        if valid is not None:
-            valid.close()
+        for each in valid.values():
+            each.close()
     return {"step": saved.info.step, "batches": batches, **summarize(model, moments, occurrences)}
 
 

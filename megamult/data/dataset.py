@@ -9,8 +9,6 @@ A source is identified by the contents of its files, not by their path.
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,11 @@ import torch
 from megamult.data.ahead import BuildsAhead
 from megamult.data.blend import Blend
 from megamult.data.described import Described, describe
-from megamult.data.epochs import MOST_DOCUMENTS, EpochFiles, TokenizerFacts, open_indexed
+from megamult.data.epochs import EpochFiles
 from megamult.data.names import Names
+from megamult.data.source import Source
 from megamult.data.tokenizer import Tokenizer
 from megamult.distributed import environment
-
-# Seconds that a network file system may take to show rank 0's index files to the other ranks.
-_SHARED_FILES_SECONDS = 60
 
 
 class BlendedDataset:
@@ -74,12 +70,17 @@ class BlendedDataset:
         self._names = Names.fresh([one.identity for one in each])
         cache = Path(cache_dir)
         self._sources = [
-            _Source(one, twin, tokenizer, seq_length, seed, cache)
+            Source(one, twin, tokenizer, seq_length, seed, cache)
             for one, twin in zip(each, self._names.twins, strict=True)
         ]
         self._prepared: set[tuple[int, int]] = set()
         self._look_ahead = False
         self._ahead = BuildsAhead()
+
+    @property
+    def weights(self) -> list[float]:
+        """Weight of each source, as given."""
+        return list(self._weights)
 
     @property
     def samples_per_epoch(self) -> list[int]:
@@ -100,7 +101,21 @@ class BlendedDataset:
         Raises:
             RuntimeError: rank 0's index files do not appear on this rank, for example because cache_dir is not shared.
         """
-        needed = self._touched(first, last)
+        self._open(self._touched(first, last), barrier)
+        if self._look_ahead and end is not None and environment.rank() == 0 and not self._ahead.busy:
+            self._look_ahead = False
+            self._ahead.start(self._next_epochs(last, end))
+
+    def prepare_first_epochs(self, barrier: Callable[[], None] | None = None) -> None:
+        """Open the first epoch of every source, and close all other epochs. All ranks must make the same calls.
+
+        Raises:
+            RuntimeError: see :meth:`prepare`.
+        """
+        self._open({(position, 0) for position in range(len(self._sources))}, barrier)
+
+    def _open(self, needed: set[tuple[int, int]], barrier: Callable[[], None] | None) -> None:
+        """Open the needed (position of the source, epoch), and close all others."""
         new = sorted(needed - self._prepared)
         if new:
             # The barrier is called even if building fails, so that rank 0's error is the one that the user sees.
@@ -118,9 +133,6 @@ class BlendedDataset:
             for position, source in enumerate(self._sources):
                 source.keep({epoch for p, epoch in needed if p == position})
             self._prepared, self._look_ahead = needed, True
-        if self._look_ahead and end is not None and environment.rank() == 0 and not self._ahead.busy:
-            self._look_ahead = False
-            self._ahead.start(self._next_epochs(last, end))
 
     def _touched(self, first: int, last: int) -> set[tuple[int, int]]:
         """Return (position of the source, epoch) of every epoch that has some of the samples [first, last)."""
@@ -164,6 +176,16 @@ class BlendedDataset:
             raise IndexError(f"sample {i} does not exist: the present blend begins with sample {self._origin}")
         position, k = self.blend.locate(i - self._origin)
         return self._sources[position].sample(self._first[position] + k)
+
+    def first_epoch_sample(self, position: int, k: int) -> dict[str, torch.Tensor]:
+        """Return sample `k` of the first epoch of the source at `position`, whatever the blend.
+
+        Raises:
+            ValueError: the sample holds a token id outside the tokenizer's vocabulary.
+        """
+        if not 0 <= k < self._sources[position].samples_per_epoch:
+            raise IndexError(f"sample {k} is not in the first epoch")
+        return self._sources[position].sample(k)
 
     def _positions(self, i: int) -> list[int]:
         """Return, for each source, how many of its samples the run reads before global sample `i`."""
@@ -224,105 +246,3 @@ class BlendedDataset:
         self._first = [reached.pop(name, 0) for name in self._names.names]
         self._left = reached
         return notes
-
-
-class _Source:
-    """One indexed dataset and its open epochs."""
-
-    def __init__(
-        self, described: Described, twin: int, tokenizer: Tokenizer, seq_length: int, seed: int, cache_dir: Path
-    ) -> None:
-        """Check the numbers of tokens and documents, without opening a file. See :meth:`draw_as` for `twin`."""
-        files = described.files
-        prefix = files.prefix
-        if files.tokens < seq_length + 1:
-            raise ValueError(
-                f"data source {prefix} has {files.tokens} tokens, but one sample takes "
-                f"{seq_length + 1} (seq_length + 1): prepare more text (for a valid set, a larger "
-                "valid_fraction) or shorten model.seq_length"
-            )
-        if files.sequences > MOST_DOCUMENTS:
-            raise ValueError(
-                f"data source {prefix} has {files.sequences} documents, but Megatron's sample index has numbers for "
-                f"only {MOST_DOCUMENTS}: prepare the source in several parts, and list the parts in data.train, each "
-                "with a weight in proportion to its number of tokens"
-            )
-        self.prefix, self.identity, self._tokenizer, self._seq_length = (
-            prefix,
-            described.identity,
-            tokenizer,
-            seq_length,
-        )
-        self.samples_per_epoch = (files.tokens - 1) // seq_length
-        self._seed, self._cache_dir = seed, cache_dir
-        self._indexed: Any = None
-        self._epochs: dict[int, Any] = {}
-        self.draw_as(twin)
-
-    def draw_as(self, twin: int) -> None:
-        """Set this source's twin number, which distinguishes it from sources with the same `Identity.order`.
-
-        The number is part of the seed, so that each of these sources shuffles differently (see `megamult.data.names`).
-        """
-        order, contents = self.identity.order, self.identity.contents
-        key = repr((order, contents, self._tokenizer.sha256, self._seq_length, self._seed, twin))
-        self.epochs = EpochFiles(
-            prefix=self.prefix,
-            name=order,
-            seed=(self._seed, int(order[:16], 16), twin),
-            seq_length=self._seq_length,
-            tokenizer=TokenizerFacts(
-                self._tokenizer.vocab_size, self._tokenizer.eod, self._tokenizer.unique_identifiers
-            ),
-            directory=str(self._cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16]),
-        )
-        self._epochs = {}
-
-    def keep(self, epochs: set[int]) -> None:
-        """Close all epochs that are not in `epochs`."""
-        # The old dict is not changed, because a thread may be reading from it.
-        self._epochs = {epoch: dataset for epoch, dataset in self._epochs.items() if epoch in epochs}
-
-    def sample(self, k: int) -> dict[str, torch.Tensor]:
-        """Return the source's sample `k`, after a check of its token ids."""
-        epoch, place = divmod(k, self.samples_per_epoch)
-        item = self.open(epoch)[place]
-        tokens, labels = item["tokens"], item["labels"]
-        # A vocabulary-parallel embedding masks ids that no rank holds, so a wrong id would give zeros, not an error.
-        for wrong in (int(torch.min(tokens[0], labels.min())), int(torch.max(tokens[0], labels.max()))):
-            if 0 <= wrong < self._tokenizer.vocab_size:
-                continue
-            raise ValueError(
-                f"data source {self.prefix}, sample {k}: token id {wrong} is outside the vocabulary of "
-                f"{self._tokenizer.vocab_size}: use the tokenizer that the corpus was prepared with"
-            )
-        return {"tokens": tokens, "labels": labels}
-
-    def open(self, epoch: int) -> Any:
-        """Return the GPTDataset of one epoch, loaded from complete index files.
-
-        Global rank 0 builds the files that do not exist. Other ranks wait for them.
-        """
-        if epoch in self._epochs:
-            return self._epochs[epoch]
-        if environment.rank() == 0:
-            self.epochs.build(epoch)
-        else:
-            _wait_for(self.epochs.path(epoch), self._cache_dir)
-        if self._indexed is None:
-            self._indexed = open_indexed(self.prefix)
-        dataset = self.epochs.load(epoch, self._indexed)
-        assert len(dataset) == self.samples_per_epoch, (len(dataset), self.samples_per_epoch)
-        self._epochs[epoch] = dataset
-        return dataset
-
-
-def _wait_for(directory: Path, cache_dir: Path) -> None:
-    deadline = time.monotonic() + _SHARED_FILES_SECONDS
-    while not directory.exists():
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"rank {environment.rank()} does not see {directory}, which rank 0 builds: "
-                f"call prepare() on all ranks, and put {cache_dir} on a file system that all nodes share"
-            )
-        time.sleep(0.1)

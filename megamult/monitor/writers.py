@@ -94,10 +94,12 @@ class Writers:
             self.say(f"step {step}/{self._steps}: {text}")
 
     def evaluation(self, record: dict[str, float]) -> None:
-        """Record an evaluation."""
+        """Record an evaluation: the mean loss `valid_loss`, and `valid/NAME/loss` of each named validation set."""
         self._line(record)
-        self._scalars("valid", {"loss": record["valid_loss"]}, int(record["step"]))
-        self.say(f"step {record['step']}: valid loss {record['valid_loss']:.4f}")
+        named = {key: loss for key, loss in record.items() if key.startswith("valid/")}
+        self._scalars("valid", {"loss": record["valid_loss"], **named}, int(record["step"]))
+        each = ", ".join(f"{key.split('/')[1]} {loss:.4f}" for key, loss in named.items())
+        self.say(f"step {record['step']}: valid loss {record['valid_loss']:.4f}{f' ({each})' if each else ''}")
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
         """Record the monitor's figures of a step: one line of metrics.jsonl, and a point of each figure's curve in

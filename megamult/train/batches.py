@@ -16,6 +16,9 @@ from megamult.distributed.mesh import Mesh
 MicroBatch = tuple[Tensor, Tensor]
 """(tokens, labels): token ids, each tensor [micro-batch, seq], on this process's device."""
 
+WeightedMicroBatch = tuple[Tensor, Tensor, Tensor]
+"""(tokens, labels, weights): a micro-batch and, [micro-batch] in float64, the weight of each of its samples."""
+
 _AHEAD = 4
 """Number of micro-batches to read ahead: enough to hide one slow read."""
 

@@ -100,8 +100,9 @@ class TrainConfig:
     named by the time."""
     eval_every: int = 0
     """Steps between evaluations on data.valid; 0: evaluate only at the end."""
-    eval_batches: int = 8
-    """Global batches per evaluation."""
+    eval_batches: int | None = 8
+    """Global batches per evaluation of a validation set. No sample is read twice: if the set has fewer samples, each of
+    them is read once. null: all samples of the set."""
     log_histograms_every: int = 100
     """Steps between TensorBoard histograms of the multipliers; 0: none."""
     max_bad_steps: int = 20
@@ -128,7 +129,7 @@ class TrainConfig:
             steps=self.steps,
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,
-            eval_batches=self.eval_batches,
+            eval_batches=1 if self.eval_batches is None else self.eval_batches,
         )
         not_negative(
             "train",

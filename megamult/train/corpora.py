@@ -13,6 +13,7 @@ from megamult.data.described import Described, describe_all, unchecked, validate
 from megamult.data.token_ids import TokenIds
 from megamult.data.tokenizer import Tokenizer
 from megamult.data.tokenizer_kinds import open_tokenizer
+from megamult.data.validation_set import ValidationSet
 from megamult.distributed import environment
 from megamult.distributed.mesh import Mesh
 from megamult.train.command_line import agreed
@@ -45,9 +46,9 @@ def vocabulary(config: Config) -> tuple[Tokenizer, int]:
 
 def open_datasets(
     config: Config, tokenizer: Tokenizer, run_dir: Path, mesh: Mesh, note: Callable[[int], None] = lambda pieces: None
-) -> tuple[BlendedDataset, BlendedDataset | None]:
-    """Open the samples of data.train and, if it is set, of data.valid. Collective over all ranks: if one rank finds a
-    user's mistake, all ranks exit.
+) -> tuple[BlendedDataset, dict[str, ValidationSet]]:
+    """Open the samples of data.train and the validation sets of data.valid by their names. Collective over all ranks:
+    if one rank finds a user's mistake, all ranks exit.
 
     One rank of each node reads headers, sizes, time stamps and a few bytes of the files. Rank 0 sends its findings to
     all ranks, and the reading rank of each node compares them with its own findings. If data.validate is full, every
@@ -57,11 +58,11 @@ def open_datasets(
         mesh: mesh of the processes.
         note: function that is called every few seconds with the number of pieces of files that this rank has checked.
     """
-    sources = {key: DataConfig.sources(getattr(config.data, key)) for key in ("train", "valid")}
-    prefixes = list(dict.fromkeys(prefix for blend in sources.values() for prefix, _ in blend))
+    sources, sets = DataConfig.sources(config.data.train), config.data.validation_sets()
+    prefixes = list(dict.fromkeys(prefix for blend in (sources, *sets.values()) for prefix, _ in blend))
 
     def look() -> dict[str, Described] | None:
-        if not sources["train"]:
+        if not sources:
             raise ValueError("data.train is not set: give a prefix that launch/prepare_data.py wrote (PREFIX_train)")
         return describe_all(prefixes, tokenizer) if environment.local_rank() == 0 else None
 
@@ -79,17 +80,20 @@ def open_datasets(
     if doubt is not None and environment.rank() == 0:
         print(f"note: {doubt}", flush=True)
 
-    def opened(key: str) -> BlendedDataset | None:
-        if not sources[key]:
-            return None
-        cache = run_dir / "cache" / key
-        return BlendedDataset(
-            sources[key], tokenizer, config.model.seq_length, config.train.seed, cache, described=described
-        )
+    def opened(blend: list[tuple[str, float]], cache: str) -> BlendedDataset:
+        length, seed = config.model.seq_length, config.train.seed
+        return BlendedDataset(blend, tokenizer, length, seed, run_dir / "cache" / cache, described=described)
 
-    train, valid = agreed(mesh, lambda: (opened("train"), opened("valid")))
-    assert train is not None
-    return train, valid
+    batches = config.train.eval_batches
+    limit = None if batches is None else batches * config.train.global_batch_size
+    return agreed(
+        mesh,
+        lambda: (
+            opened(sources, "train"),
+            # Sets may share a folder: the folders in it are named by sources.
+            {name: ValidationSet(opened(blend, "valid"), limit) for name, blend in sets.items()},
+        ),
+    )
 
 
 def _check_same(mine: Mapping[str, Described] | None, described: Mapping[str, Described]) -> None:

@@ -29,7 +29,7 @@ from megamult.optim.clip import Norms
 from megamult.optim.param_groups import set_lr_factor
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.stated import named_specs
-from megamult.train.batches import MicroBatch
+from megamult.train.batches import MicroBatch, WeightedMicroBatch
 from megamult.train.deepspeed_config import deepspeed_config
 from megamult.train.engine import EngineState
 from megamult.train.model import build_model
@@ -121,16 +121,15 @@ class DeepSpeedEngine:
             engine.optimizer.gradient_accumulation_steps = accumulation
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
-        """Return the mean cross entropy in nats over any number of micro-batches."""
+    def evaluate(self, micro_batches: Iterator[WeightedMicroBatch]) -> Tensor:
+        """Return the sum over all samples of weight x mean cross entropy in nats."""
         self.deepspeed.eval()
-        loss, count = torch.zeros((), device=device.local_device()), 0
-        for tokens, labels in micro_batches:
-            _, entropy = self.deepspeed(tokens, labels)
-            loss += entropy.float()
-            count += 1
+        loss = torch.zeros((), dtype=torch.float64, device=device.local_device())
+        for tokens, labels, weights in micro_batches:
+            _, entropy = self.deepspeed(tokens, labels, weights)
+            loss += entropy
         self.deepspeed.train()
-        return loss / count
+        return loss
 
     def multipliers(self) -> Iterator[Logical]:
         """Yield all multipliers. Their values are complete on global rank 0 only. All ranks iterate together."""

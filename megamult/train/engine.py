@@ -12,7 +12,7 @@ from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.distributed.mesh import Mesh
 from megamult.optim.clip import Norms
-from megamult.train.batches import MicroBatch
+from megamult.train.batches import MicroBatch, WeightedMicroBatch
 from megamult.zero.gather import Logical
 
 
@@ -84,10 +84,15 @@ class Engine(Protocol):
             The mean cross entropy in nats over this data-parallel rank's micro-batches, an fp32 scalar on the device.
         """
 
-    def evaluate(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
-        """Return the mean cross entropy as :meth:`train_batch` does, but change neither model nor optimizer.
+    def evaluate(self, micro_batches: Iterator[WeightedMicroBatch]) -> Tensor:
+        """Compute a weighted sum of the cross entropies of samples, and change neither model nor optimizer.
 
-        There may be any number of micro-batches above 0."""
+        Args:
+            micro_batches: this rank's micro-batches, the same number on every rank.
+
+        Returns:
+            The sum over all samples of weight x mean cross entropy of the sample's tokens, in nats, a float64 scalar on
+            the device. Samples of weight 0 do not count, whatever their cross entropy."""
 
     def multipliers(self) -> Iterable[Logical]:
         """Yield all multipliers. Their values are complete on global rank 0 only. All ranks iterate together."""

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from megamult.runtime.signals import StopRequests
 from megamult.train.batches import MicroBatch, MicroBatches, Samples
 from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.engine import Engine
+from megamult.train.evaluation import Evaluation, EvaluationSamples, record_of
 from megamult.train.monitoring import RunMonitor
 from megamult.train.records import Records
 from megamult.train.schedule import Schedule
@@ -36,7 +37,7 @@ class Trainer:
         config: Config,
         engine: Engine,
         train: Samples,
-        valid: Samples | None,
+        valid: Mapping[str, EvaluationSamples] | None,
         vocab_size: int,
         progress: Progress | None = None,
         monitor: RunMonitor | None = None,
@@ -44,7 +45,8 @@ class Trainer:
         self.config, self.engine = config, engine
         self._progress = progress or Progress()
         self._monitor = monitor
-        self._train, self._valid = train, valid
+        self._train = train
+        self._evaluation = Evaluation(config, engine, valid or {}, self._progress)
         self._mesh = engine.mesh
         self._schedule = Schedule(config)
         self._reading: MicroBatches | None = None
@@ -63,8 +65,8 @@ class Trainer:
         """Return the number of this rank's micro-batches in a global batch of `batch` sequences."""
         return self.config.accumulation(self._mesh.size_of("data"), batch)
 
-    def _batches(self, samples: Samples, first: int) -> MicroBatches:
-        """Return this rank's micro-batches of all samples from `first` on.
+    def _batches(self, first: int) -> MicroBatches:
+        """Return this rank's micro-batches of all training samples from `first` on.
 
         Micro-batches are dealt to the data-parallel ranks in rotation. A global batch is a whole number of rounds, each
         of one micro-batch for every rank, so its size does not matter here.
@@ -72,16 +74,16 @@ class Trainer:
         data_rank, data_size = self._mesh.coordinates.on("data")
         size = self.config.train.micro_batch_size
         starts = itertools.count(first + data_rank * size, data_size * size)
-        return MicroBatches(samples, starts, size, self.config.model.seq_length, self._mesh)
+        return MicroBatches(self._train, starts, size, self.config.model.seq_length, self._mesh)
 
-    def _taken(self, batches: MicroBatches, accumulation: int, step: int, of: str = "") -> Iterator[MicroBatch]:
+    def _taken(self, batches: MicroBatches, accumulation: int, step: int) -> Iterator[MicroBatch]:
         """Yield this rank's `accumulation` micro-batches of one global batch, and take each only when it is asked for.
 
         Also record the progress of `step`, for the watchdog. While this rank waits for a micro-batch, the watchdog
         allows `ON_FILES` more seconds, because files may be slow. While this rank computes, the limit is as usual.
         """
         for micro in range(accumulation):
-            which = f"micro-batch {micro + 1} of {accumulation}{of}"
+            which = f"micro-batch {micro + 1} of {accumulation}"
             self._progress.at(step, f"reading {which}", ON_FILES)
             micro_batch = batches.take()
             self._progress.at(step, which)
@@ -103,7 +105,7 @@ class Trainer:
         ready = min(schedule.samples_after(first, 2), end)
         self._train.prepare(first, ready, self._mesh.barrier, end)
         if self._reading is None:
-            self._reading = self._batches(self._train, first)
+            self._reading = self._batches(first)
         self._reading.allow(ready)
         factor, accumulation = schedule.lr_factor(step, batch), self._accumulation(batch)
         self.engine.set_lr_factor(factor)
@@ -127,34 +129,15 @@ class Trainer:
             **self.engine.further_figures,
         }
 
-    def evaluate(self, ballot: Callable[[], Sequence[float]] = tuple) -> float:
-        """Return the mean cross entropy in nats over the first `train.eval_batches` global batches of data.valid.
+    def evaluate(self, ballot: Callable[[], Sequence[float]] = tuple) -> dict[str, float]:
+        """Evaluate every validation set, and return the record (:func:`megamult.train.evaluation.record_of`).
 
         Args:
             ballot: function that returns this rank's votes on stopping, called at the end. The attribute `votes`
                 then holds their sums over all ranks.
         """
-        assert self._valid is not None
-        train, step = self.config.train, self.step_count
-        batch = train.global_batch_size
-        self._progress.at(step, "samples of the evaluation", ON_FILES)
-        end = train.eval_batches * batch
-        self._valid.prepare(0, end, self._mesh.barrier, end)
-        with contextlib.closing(self._batches(self._valid, 0)) as batches:
-            batches.allow(end)
-            micro_batches = (
-                micro_batch
-                for index in range(train.eval_batches)
-                for micro_batch in self._taken(
-                    batches,
-                    self._accumulation(batch),
-                    step,
-                    f", evaluation's batch {index + 1} of {train.eval_batches}",
-                )
-            )
-            loss = self.engine.evaluate(micro_batches)
-        mean_loss, self.votes = mean_and_votes(self._mesh, loss, ballot())
-        return mean_loss
+        losses, self.votes = self._evaluation.losses(self.step_count, ballot)
+        return record_of(losses)
 
     def multipliers(self) -> dict[str, Tensor]:
         """Return the values of all multipliers by "role/side", such as "q/row". Only on global rank 0 are they
@@ -260,9 +243,10 @@ class Trainer:
             self.last_multipliers = self.multipliers()
             if every:
                 records.histograms(self.last_multipliers, step)
-        if self._valid is not None and (last or (train.eval_every and step % train.eval_every == 0)):
-            self.figures["valid_loss"] = self.evaluate(stop.ballot)
-            records.evaluation(step, self.figures["valid_loss"])
+        if self._evaluation and (last or (train.eval_every and step % train.eval_every == 0)):
+            record = self.evaluate(stop.ballot)
+            self.figures["valid_loss"] = record["valid_loss"]
+            records.evaluation(step, record)
 
     def _save(self, checkpoints: RunCheckpoints) -> Outcome | None:
         """Begin to save a checkpoint. Return the outcome of this save or the previous one, or None, as

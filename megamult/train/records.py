@@ -65,10 +65,10 @@ class Records:
         if self._out is not None:
             self._out.step(record, extra)
 
-    def evaluation(self, step: int, valid_loss: float) -> None:
-        """Record an evaluation."""
+    def evaluation(self, step: int, losses: dict[str, float]) -> None:
+        """Record an evaluation (:func:`megamult.train.evaluation.record_of`)."""
         if self._out is not None:
-            self._out.evaluation({"step": step, "valid_loss": valid_loss})
+            self._out.evaluation({"step": step, **losses})
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
         """Record the monitor's figures of a step."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megamult.distributed.mesh import current_mesh
 from tests.invariance import Case
-from tests.small import VOCAB, Samples
+from tests.small import VOCAB, Samples, ValidSamples
 
 
 class Signalling(Samples):
@@ -30,6 +30,19 @@ class Signalling(Samples):
     def prepare(self, first: int, last: int, barrier: Callable[[], None], end: int) -> None:
         """Samples themselves are read before their step begins."""
         if first == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+class SignallingValid(ValidSamples):
+    """Sends this process a signal when an evaluation begins."""
+
+    def __init__(self, number: signal.Signals | None, seq_length: int) -> None:
+        super().__init__(12, VOCAB, seq_length)
+        self.number = number
+
+    def prepare(self, barrier: Callable[[], None]) -> None:  # type: ignore[override]
+        """Samples themselves are read afterwards."""
+        if self.number is not None:
             os.kill(os.getpid(), self.number)
 
 
@@ -61,7 +74,7 @@ def stopped_runs(folder: Path) -> list[tuple[str | None, int, list[str]]]:
         valid = None
         if at == "evaluation":
             config.train.eval_every, config.train.eval_batches = 2, 1
-            valid = Signalling(0 if second else -1, number or signal.SIGTERM, VOCAB, config.model.seq_length)
+            valid = {"": SignallingValid(number if second else None, config.model.seq_length)}
         at = at if second and at != "evaluation" else -1
         samples = Signalling(at, number or signal.SIGTERM, VOCAB, config.model.seq_length)
         trainer = Trainer(config, engine, samples, valid, VOCAB)

@@ -117,7 +117,7 @@ def test_an_index_that_rank_0_did_not_share_is_named(
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 3)
     monkeypatch.setattr(environment, "rank", lambda: 3)
-    monkeypatch.setattr("megamult.data.dataset._SHARED_FILES_SECONDS", 0)
+    monkeypatch.setattr("megamult.data.source._SHARED_FILES_SECONDS", 0)
     with pytest.raises(RuntimeError, match=r"rank 3 does not see .* file system that all nodes share"):
         make(write_indexed("a", distinct_ids(0, 1))).prepare(0, 4, lambda: None)
 
@@ -139,6 +139,24 @@ def test_a_killed_build_leaves_no_index_behind(
             make(a)[0]
     assert not list(tmp_path.glob("cache/*/epoch_*"))
     assert window(make(a)[0]) == window(make(a, cache_dir=tmp_path / "other")[0])
+
+
+def test_an_index_that_another_version_has_written_is_written_anew(
+    write_indexed: Write, make: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = write_indexed("a", distinct_ids(0, 1))
+    wanted = of(make(a), range(10))
+
+    def spoil() -> None:
+        for file in tmp_path.glob("cache/*/epoch_0/*"):
+            file.rename(file.with_name("of_another_version_" + file.name))
+
+    spoil()
+    assert of(make(a), range(10)) == wanted
+    spoil()
+    monkeypatch.setattr(environment, "rank", lambda: 1)  # only rank 0 may write it
+    with pytest.raises(ValueError, match=r"index files in .*epoch_0 are of 0 samples, and the epoch has \d+: remove"):
+        make(a)[0]
 
 
 def test_a_corpus_prepared_anew_does_not_meet_the_old_index(write_indexed: Write, make: Callable) -> None:
@@ -272,7 +290,7 @@ def test_the_order_of_samples_is_that_of_older_versions(write_indexed: Write, ma
 def test_one_with_more_documents_than_megatron_numbers_is_refused(
     write_indexed: Write, make: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megamult.data.dataset.MOST_DOCUMENTS", 29)
+    monkeypatch.setattr("megamult.data.source.MOST_DOCUMENTS", 29)
     with pytest.raises(
         ValueError, match=r"a has 30 documents, but Megatron's sample index has numbers for only 29: prepare"
     ):

@@ -73,7 +73,8 @@ def run(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
         result: dict[str, Any] = {"before": measured(), "weights before": effective()}
         engine.set_lr_factor(0.0)  # only QK-clip then changes anything
-        engine.evaluate(micro_batches(seed=2))  # its logits must not count
+        # Its logits must not count.
+        engine.evaluate((*micro_batch, torch.ones(MICRO)) for micro_batch in micro_batches(seed=2))
         engine.train_batch(micro_batches(seed=1), COUNT)
         result |= {"figures": engine.further_figures, "after": measured(), "weights after": effective()}
         engine.deepspeed.destroy()

@@ -23,11 +23,10 @@ def valid_loss(checkpoint: Path) -> float:
     tokenizer, vocab_size = corpora.vocabulary(config)
     model = build_model(config, vocab_size, seed=None)
     load(model, SavedCheckpoint(checkpoint))
-    train, valid = corpora.open_datasets(config, tokenizer, run_dir, mesh)
-    assert valid is not None
-    count = config.train.eval_batches * config.train.global_batch_size
-    valid.prepare(0, count, mesh.barrier)
-    items = [valid[index] for index in range(count)]
+    train, sets = corpora.open_datasets(config, tokenizer, run_dir, mesh)
+    valid = sets[""]
+    valid.prepare(mesh.barrier)
+    items = [valid[index] for index in range(len(valid))]
     tokens, labels = (torch.stack([item[key] for item in items]) for key in ("tokens", "labels"))
     _, entropy = model(tokens, labels)
     for samples in (train, valid):

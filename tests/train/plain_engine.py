@@ -20,11 +20,11 @@ from megamult.distributed.mesh import Mesh, current_mesh
 from megamult.optim.clip import Norms
 from megamult.optim.config import OptimizerConfig
 from megamult.runtime.progress import Progress
-from megamult.train.batches import MicroBatch
+from megamult.train.batches import MicroBatch, WeightedMicroBatch
 from megamult.train.config import BatchRamp, TrainConfig
 from megamult.train.engine import Engine, EngineState
 from megamult.zero.gather import Logical
-from tests.small import Samples
+from tests.small import Samples, ValidSamples
 
 VOCAB, SEQ, STEPS, ACCUMULATION, MICRO = 11, 8, 4, 3, 3
 BATCHES = (3, 3, 6, 9)
@@ -43,9 +43,17 @@ def loss_of(model: torch.nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
 
 
-def samples(valid: bool = False) -> Samples:
-    """Those for training, or for evaluations."""
-    return Samples(VOCAB, SEQ, offset=1000 if valid else 0)
+def samples() -> Samples:
+    """Those for training."""
+    return Samples(VOCAB, SEQ)
+
+
+VALID = 2 * ACCUMULATION * MICRO
+
+
+def valid_samples() -> ValidSamples:
+    """Those for evaluations."""
+    return ValidSamples(VALID, VOCAB, SEQ, offset=1000)
 
 
 class PlainEngine:
@@ -88,12 +96,13 @@ class PlainEngine:
         return torch.stack(losses).mean().detach()
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
-        losses = []
-        for tokens, labels in micro_batches:
+    def evaluate(self, micro_batches: Iterator[WeightedMicroBatch]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for tokens, labels, weights in micro_batches:
             self.events.append("evaluate")
-            losses.append(loss_of(self.model, tokens, labels))
-        return torch.stack(losses).mean()
+            for row, row_labels, weight in zip(tokens, labels, weights, strict=True):
+                total += weight * loss_of(self.model, row[None], row_labels[None])
+        return total
 
     def multipliers(self) -> Iterator[Logical]:
         yield Logical("x.row_multiplier", "multiplier", "embedding", "row", self.weights()["0.weight"].sum(1))
@@ -155,7 +164,7 @@ def drive(folder: Path) -> dict[str, Any]:
         events: list[str] = []
         plain = PlainEngine(events, current_mesh())
         engine: Engine = plain
-        trainer = Trainer(config, engine, samples(), samples(valid=True), VOCAB, Noting(events))
+        trainer = Trainer(config, engine, samples(), {"": valid_samples()}, VOCAB, Noting(events))
         if what == "rest":
             checkpoint = SavedCheckpoint(folder / "whole/checkpoints/step_3")
             engine.restore(checkpoint, reset_optimizer=False)

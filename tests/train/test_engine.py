@@ -15,7 +15,19 @@ from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.train import checkpoints, engine, loop, records
 from tests.processes import run_distributed
 from tests.small import Samples
-from tests.train.plain_engine import ACCUMULATION, BATCHES, LR, MICRO, SEQ, STEPS, drive, loss_of, samples, tiny_model
+from tests.train.plain_engine import (
+    BATCHES,
+    LR,
+    MICRO,
+    SEQ,
+    STEPS,
+    VALID,
+    drive,
+    loss_of,
+    samples,
+    tiny_model,
+    valid_samples,
+)
 
 FACTORS = (0.5 / 3**0.5, 1 / 3**0.5, (2 / 3) ** 0.5, 1.0)
 """Of the learning rate: two steps of warm-up, times sqrt(batch / full batch)."""
@@ -34,9 +46,7 @@ def driven(folder: Path) -> dict[str, Any]:
 def by_hand() -> tuple[list[tuple[float, float]], list[float], dict[str, Tensor]]:
     """(loss, gradient norm) of every step, losses of the evaluations, and the weights at the end."""
 
-    full = ACCUMULATION * MICRO
-
-    def batch(source: Samples, first: int, size: int = full) -> tuple[Tensor, Tensor]:
+    def batch(source: Samples, first: int, size: int) -> tuple[Tensor, Tensor]:
         rows = [source[i] for i in range(first, first + size)]
         return torch.stack([row["tokens"] for row in rows]), torch.stack([row["labels"] for row in rows])
 
@@ -51,8 +61,7 @@ def by_hand() -> tuple[list[tuple[float, float]], list[float], dict[str, Tensor]
             for parameter in model.parameters():
                 parameter -= LR * factor * parameter.grad
             if step % 2:
-                both = [loss_of(model, *batch(samples(valid=True), first)) for first in (0, full)]
-                evaluations.append((sum(both) / 2).item())
+                evaluations.append(loss_of(model, *batch(valid_samples(), 0, VALID)).item())
     return steps, evaluations, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -87,10 +96,9 @@ def test_each_micro_batch_is_read_when_the_engine_takes_it(driven: dict[str, Any
     at = events.index("3: samples")
     assert events[at : at + len(step)] == step
     look = ["2: samples of the evaluation"]
-    for batch in (1, 2):
-        for micro in (1, 2, 3):
-            which = f"micro-batch {micro} of 3, evaluation's batch {batch} of 2"
-            look += [f"2: reading {which}", f"2: {which}", "evaluate"]
+    for number in range(1, VALID // MICRO + 1):
+        which = f"evaluation's micro-batch {number} of 6"
+        look += [f"2: reading the {which}", f"2: {which}", "evaluate"]
     at = events.index("2: samples of the evaluation")
     assert events[at : at + len(look)] == look
 

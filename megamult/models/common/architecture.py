@@ -39,8 +39,9 @@ class ModelClass(Protocol[_Sizes]):
         """Build the model. :class:`megamult.models.llama.model.GPT` describes the arguments.
 
         Returns:
-            A module. Its forward takes tokens and labels, both ids [batch, seq], and returns two scalars: the objective
-            to minimize, and the cross entropy in nats per token, which has no gradient.
+            A module. Its forward takes tokens and labels, both ids [batch, seq], and optionally weights of the samples,
+            [batch]. It returns two scalars: the objective to minimize, and the cross entropy in nats per token, which
+            has no gradient: a mean over all tokens or, with weights, the weighted sum of the samples' means.
         """
 
 

@@ -81,6 +81,18 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return grad, None, None, None
 
 
+def weighted(entropy: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum over samples of weight x mean cross entropy, in float64.
+
+    Args:
+        entropy: [seq, batch] cross entropies of tokens.
+        weights: [batch] weights of samples. A sample of weight 0 does not count, even if its cross entropy is not
+            finite.
+    """
+    means = entropy.double().mean(0)
+    return torch.where(weights > 0, weights * means, 0.0).sum()
+
+
 def _chunks(logits: Tensor) -> Iterator[slice]:
     """Yield consecutive ranges of tokens. If one token has more than CHUNK_ELEMENTS logits, a range is one
     token; otherwise a range has at most CHUNK_ELEMENTS logits."""

@@ -16,7 +16,7 @@ from megamult.layers import MultiplierColumnParallelLinear, MultiplierVocabParal
 from megamult.models.common import rotary
 from megamult.models.common.architecture import PlacementSetting
 from megamult.models.common.initialization import initialize
-from megamult.models.common.loss import VocabParallelCrossEntropy
+from megamult.models.common.loss import VocabParallelCrossEntropy, weighted
 from megamult.models.common.norm import RMSNorm
 from megamult.models.common.vocabulary import padded_vocab_size
 from megamult.models.llama import parameters
@@ -134,20 +134,23 @@ class GPT(GPTModel):
             initial,
         )
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the losses of a micro-batch.
 
         Args:
             tokens, labels: [batch, seq] ids.
+            weights: [batch] weights of the samples in the cross entropy; None: 1 / batch each.
 
         Returns:
-            Two scalars, both means over the tokens of the micro-batch, in nats: the objective, which includes z-loss,
-            and the cross entropy, which does not include z-loss and has no gradient.
+            Two scalars in nats: the objective, which includes z-loss, a mean over the tokens of the micro-batch; and
+            the cross entropy without z-loss, the sum over samples of weight x mean over the sample's tokens, which has
+            no gradient. A sample of weight 0 does not count, whatever its cross entropy.
         """
-        return super().forward(tokens, None, None, labels=labels)
+        objective, entropy = super().forward(tokens, None, None, labels=labels)
+        return objective, entropy.mean() if weights is None else weighted(entropy, weights)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two losses that :meth:`forward` returns.
+        """Return the objective, and the cross entropy of each token without gradient, [seq, batch].
 
         Args:
             labels: [batch, seq] ids.
@@ -159,7 +162,7 @@ class GPT(GPTModel):
         objective = entropy.mean()
         if self.z_loss:
             objective = objective + self.z_loss * log_sum_exp.square().mean()
-        return objective, entropy.detach().mean()
+        return objective, entropy.detach()
 
 
 def head(
