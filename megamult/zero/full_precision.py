@@ -1,4 +1,4 @@
-"""fp32 values of a bf16 model's multipliers, by which forward passes scale.
+"""fp32 values of those parameters of a bf16 model that forward passes read in fp32, such as multipliers.
 
 Every rank has those of its tensor-parallel shard, whole, however ZeRO shards the masters over data-parallel ranks.
 
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 
 class FullPrecision:
-    """Packed buffer with the fp32 masters of all multipliers in `narrow`, from all data-parallel ranks.
+    """Packed buffer with the fp32 masters of all parameters in `narrow`, from all data-parallel ranks.
 
     Each of these parameters gets a view of its elements in the buffer as its attribute `full_precision_value`.
 
     Args:
         partition: partition that holds the masters.
-        narrow: names of the multipliers whose dtype is narrower than fp32; the same on every data-parallel rank.
+        narrow: names of the parameters that are read in fp32 and have a narrower dtype; the same on every data-parallel
+            rank.
     """
 
     def __init__(self, partition: Partition, narrow: list[str]) -> None:
@@ -54,20 +55,21 @@ class FullPrecision:
 
     @staticmethod
     def of(partition: Partition) -> FullPrecision | None:
-        """Return the fp32 values of a partition's multipliers, or None if the model's own multipliers are fp32."""
+        """Return the fp32 values of a partition's parameters that are read in fp32, or None if all of them are fp32."""
         narrow = [c.name for c in partition.cuts if c.spec.fp32 and c.dtype.itemsize < 4]
         return FullPrecision(partition, narrow) if narrow else None
 
     @torch.no_grad()
     def start_at(self, initial: Initial) -> None:
-        """Set the masters to the initial values, which DeepSpeed has rounded to the model's dtype before it copied
-        them. All data-parallel ranks must call this together.
+        """Set the masters of multipliers to their initial values, which DeepSpeed has rounded to the model's dtype
+        before it copied them. All data-parallel ranks must call this together.
 
         Weights that are divided by their initial multipliers are divided by the values before rounding.
         """
         for piece, _ in self._held:
+            if piece.spec.side is None:
+                continue
             for rectangle in rectangles(piece.spec, self._coordinates, piece.start, piece.length):
-                assert piece.spec.side is not None
                 value = initial.value(piece.spec.parts[rectangle.part].role, piece.spec.side)
                 piece.master[rectangle.offset : rectangle.offset + rectangle.numel] = value
         self.refresh()

@@ -69,6 +69,16 @@ def test_an_element_is_the_normal_quantile_of_its_index() -> None:
             assert abs(matrix[row, col].item() - want) <= ACCURACY + abs(want) * 2**-24
 
 
+def test_an_element_of_another_distribution_is_its_quantile_at_a_uniform_number() -> None:
+    key = draw.key(7, "mixer.A_log")
+    vector = torch.empty(60, 1)
+    draw.fill_by_quantile(vector, lambda u: (1 + 15 * u).log(), key, 4, 0, 1)
+    for row in range(60):
+        u = ((random_bits(key, row + 4) >> 11) + 0.5) * 2.0**-53
+        # Two roundings of fp64 and one of fp32, of numbers up to log 16.
+        assert abs(vector[row, 0].item() - math.log(1 + 15 * u)) <= 2 * 2**-24
+
+
 def test_the_quantile_is_accurate_in_every_piece_of_every_octave() -> None:
     """At both ends and in the middle of each piece, where a cubic is worst and best."""
     tails = []

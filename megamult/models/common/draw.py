@@ -1,13 +1,13 @@
-"""Normal random numbers that depend only on the seed, the name of a tensor and the index i of an element.
+"""Random numbers that depend only on the seed, the name of a tensor and the index i of an element.
 
-The number is the inverse of the normal distribution function, applied to output i of the generator SplitMix64 with a
-key that is a hash of seed and name. A rank therefore draws only the elements that it holds, in any order, and every
-sharding and device gives the same model, bit by bit.
+A number is the inverse of a distribution function, applied to output i of the generator SplitMix64 with a key that is a
+hash of seed and name. A rank therefore draws only the elements that it holds, in any order, and every sharding and
+device gives the same model, bit by bit.
 
-Equal bits need care. The computation uses integers, and additions, subtractions and multiplications in fp64, for which
-IEEE 754 prescribes the rounding. Each of these is a tensor operation of its own. A compiler must not fuse two of them,
-because a fused multiply-add rounds only once. Transcendental functions are not rounded in the same way by all
-libraries; they occur only in a table whose values are computed in decimal arithmetic.
+For normal numbers, equal bits need care. The computation uses integers, and additions, subtractions and multiplications
+in fp64, for which IEEE 754 prescribes the rounding. Each of these is a tensor operation of its own. A compiler must not
+fuse two of them, because a fused multiply-add rounds only once. Transcendental functions are not rounded in the same
+way by all libraries; they occur only in a table whose values are computed in decimal arithmetic.
 
 One bit of the generator's output gives the sign of the number, and 52 bits give p, between 2^-54 and 1/2. The absolute
 value of the number is z(p), which a normal random number exceeds with probability p (the upper tail). Each octave of p
@@ -19,6 +19,7 @@ the generator: Steele, Lea and Flood, "Fast splittable pseudorandom number gener
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from decimal import Decimal, localcontext
 from functools import lru_cache
 from statistics import NormalDist
@@ -53,6 +54,33 @@ def fill_normal(target: Tensor, std: float, key: int, row: int, col: int, column
         row, col: position of the rectangle's first element in the matrix.
         columns: number of columns of the whole matrix, in which element (r, c) has index r * columns + c.
     """
+    _fill(target, lambda bits: _normal(bits).mul_(std), key, row, col, columns)
+
+
+@torch.no_grad()
+def fill_by_quantile(
+    target: Tensor, quantile: Callable[[Tensor], Tensor], key: int, row: int, col: int, columns: int
+) -> None:
+    """Fill a rectangle with random numbers whose distribution is given by its quantile function.
+
+    Args:
+        target, key, row, col, columns: the same as for :func:`fill_normal`.
+        quantile: elementwise function from u in (0, 1), in fp64, to the number that a random number of the
+            distribution is below with probability u. It gets uniformly distributed u.
+    """
+    # The 53 highest bits, and half a unit, so that u is neither 0 nor 1.
+    _fill(
+        target,
+        lambda bits: quantile(_shifted(bits, 11).to(torch.float64).add_(0.5).mul_(2.0**-53)),
+        key,
+        row,
+        col,
+        columns,
+    )
+
+
+def _fill(target: Tensor, numbers: Callable[[Tensor], Tensor], key: int, row: int, col: int, columns: int) -> None:
+    """Fill a rectangle with `numbers(bits)`, where `bits` are the generator's 64 bits for each element."""
     height, width = target.shape
     block = _BLOCK[target.device.type]
     # If the rectangle consists of whole rows, its indices are consecutive, and it is drawn as one long row.
@@ -68,7 +96,7 @@ def fill_normal(target: Tensor, std: float, key: int, row: int, col: int, column
             piece = target[top : top + tall, left : left + wide]
             first = key + ((row + top) * columns + col + left + 1) * _GOLDEN
             state = steps[: piece.shape[1]] + _signed(first) + rows[: piece.shape[0]]
-            piece.copy_(_normal(_mixed(state)).mul_(std).to(torch.float32))
+            piece.copy_(numbers(_mixed(state)).to(torch.float32))
 
 
 def _signed(value: int) -> int:

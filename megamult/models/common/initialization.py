@@ -17,6 +17,7 @@ from megamult.parameters.axes import Coordinates
 from megamult.parameters.initial import Initial
 from megamult.parameters.rectangles import rectangles
 from megamult.parameters.roles import Placement
+from megamult.parameters.shards import cols_of
 from megamult.parameters.spec import Role
 from megamult.parameters.stated import named_specs
 
@@ -30,13 +31,14 @@ def initialize(
     note: Callable[[str], None] = lambda doing: None,
     placement: Placement | None = None,
     initial: Initial | None = None,
+    quantiles: Mapping[Role, Callable[[Tensor], Tensor]] = {},
 ) -> None:
     """Set the elements that this rank holds of every trainable parameter, on the parameter's own device.
 
     Logical matrices whose role is in `std` are drawn from N(0, std^2), rounded to fp32 and then cast to the parameter's
     dtype. If `initial.divide_weights` is True, their std is divided by the product of their initial multipliers.
-    Padding is zero, and so are biases. Multipliers get their initial values, and all other parameters (norms) are set
-    to 1. If
+    Roles in `quantiles` are drawn from their distributions. Padding is zero, and so are biases. Multipliers get their
+    initial values, and all other parameters (norms) are set to 1. If
     `deepspeed.zero.Init` has partitioned a parameter, this rank's partition is set, and nothing is gathered.
 
     Args:
@@ -47,6 +49,8 @@ def initialize(
         note: function that is called with a text before each parameter is drawn, because large ones take seconds.
         placement: placement of the multipliers in the model; None if it has none.
         initial: initial values of the multipliers; None means ones.
+        quantiles: quantile functions by role of logical tensors that are not drawn from a normal distribution
+            (:func:`megamult.models.common.draw.fill_by_quantile`).
 
     Raises:
         ValueError: a parameter has no spec, or DeepSpeed quantizes a parameter's partition or keeps a second partition
@@ -55,7 +59,7 @@ def initialize(
     initial = initial or Initial()
     for name, parameter, spec in named_specs(model):
         values, start = _held(parameter, name)
-        if spec.side is not None or not any(part.role in std for part in spec.parts):
+        if spec.side is not None or not any(part.role in std or part.role in quantiles for part in spec.parts):
             values.fill_(0.0 if all(part.role == "bias" for part in spec.parts) else 1.0)
             if spec.side is not None:
                 for rectangle in rectangles(spec, coordinates, start, values.numel()):
@@ -71,9 +75,12 @@ def initialize(
                 piece.fill_(torch.nan)
                 continue
             key = draw.key(seed, spec.logical_name(name, part))
-            piece = piece.view(rectangle.height, rectangle.width)
+            piece, columns = piece.view(rectangle.height, rectangle.width), cols_of(part.shape)
+            if part.role in quantiles:
+                draw.fill_by_quantile(piece, quantiles[part.role], key, rectangle.row, rectangle.col, columns)
+                continue
             drawn_std = std[part.role] * initial.weight_factor(part.role, placement or {})
-            draw.fill_normal(piece, drawn_std, key, rectangle.row, rectangle.col, part.shape[1])
+            draw.fill_normal(piece, drawn_std, key, rectangle.row, rectangle.col, columns)
 
 
 def _held(parameter: Parameter, name: str) -> tuple[Tensor, int]:
