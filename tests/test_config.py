@@ -267,6 +267,12 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
         r"a set of the name 'x/y': names consist of .*; data\.valid\.z is True: give a prefix, a list of .*; "
         r"data\.valid\.u is \{'q': 'r'\}: .*; data\.valid\.v is \[\]: ",
     ),
+    (
+        {"data": {"skip": [[5, 3], [1], [-1, 2], [10, 20], [20, 30], [31, 31], [8, 9]]}},
+        r"data\.skip has \[5, 3\]: give \[first, last\] with 0 <= first <= last; data\.skip has \[1\]: .*; "
+        r"data\.skip has \[-1, 2\]: .*; data\.skip has \[20, 30\] after a range up to 20: sort the ranges, and join "
+        r"those that overlap; data\.skip has \[8, 9\] after a range up to 31",
+    ),
     ({"train": {"eval_batches": 0}}, r"train\.eval_batches is 0: it must be positive"),
 ]
 
@@ -412,6 +418,7 @@ UNUSUAL = [
     "--data.train={some/corpus: 0.3, other: 2}",
     "--data.valid={speeches: a, code: [b, c], web: {d: 1, e: 0.5}}",
     "--data.tokenizer=t.model",
+    "--data.skip=[[160, 319], [400, 400]]",
     "--train.dtype=bf16",
     "--checkpoint.save_every=10",
     "--monitor.every=7",

@@ -39,7 +39,7 @@ class CheckpointInfo:
     step: int
     """Number of optimizer steps done so far."""
     samples: int
-    """Number of sequences trained on so far. Sequences are numbered from 0, so the next one has this number."""
+    """Number of sequences trained on so far. Those that `data.skip` leaves out are not among them."""
     config: dict[str, Any]
     """The run's resolved configuration. `from_json` replaces keys and values of earlier versions by present ones."""
     vocab_size: int

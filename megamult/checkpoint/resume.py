@@ -21,6 +21,7 @@ from megamult.checkpoint.info import INFO, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import held
 from megamult.config import SECTIONS, Config, model_section
+from megamult.data.skip import Skip, changes_of_the_past
 from megamult.data.tokenizer_files import TOKENIZER_FOLDER, tokenizer_identities
 from megamult.distributed import process_groups
 from megamult.distributed.agreement import on_every_rank
@@ -153,6 +154,9 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
     if info.samples:
         pairs += pairs_of("samples")
     found = [f"{key} is {mine!r} and the checkpoint's is {its!r}" for key, mine, its in pairs if mine != its]
+    if info.data is not None:
+        saved = Skip.of(info.data.get("skip", ()))
+        found += changes_of_the_past(Skip.of(config.data.skip), saved, info.samples)
     known = info.tokenizers
     if known and tokenizer_sha256 is not None and tokenizer_sha256 not in known.values():
         theirs = " or ".join(f"{digest!r} ({files})" for files, digest in known.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megamult.validation import require
@@ -29,6 +29,11 @@ class DataConfig:
     then be set."""
     eod: int | str | None = None
     """End-of-document token, as id or as text. null: the one that the tokenizer's files call eos."""
+    skip: list[list[int]] = field(default_factory=list)
+    """Ranges of training samples to leave out: `[[first, last], ...]`, both included, sorted. Samples are numbered from
+    0 in the data's order, whether or not they are left out: with train.global_batch_size 16 and nothing left out
+    before, step 11 begins with sample 160. A run that resumes must keep the ranges that it has passed, and may add
+    others that it has not reached."""
     validate: Literal["stamp", "full"] = "stamp"
     """Check of the corpora at start-up. With `stamp`, sizes, headers and samples of the files are compared with the
     stamp that launch/prepare_data.py wrote. With `full`, every byte is read too, and all processes share the work."""
@@ -55,13 +60,26 @@ class DataConfig:
     def __post_init__(self) -> None:
         if isinstance(self.valid, dict):
             self._check_mapping(self.valid)
-        mistakes = []
+        mistakes = self._mistakes_of_skip()
         sets = {f"data.valid{f'.{name}' if name else ''}": sources for name, sources in self.validation_sets().items()}
         for key, sources in {"data.train": self.sources(self.train), **sets}.items():
             for prefix, weight in sources:
                 if not weight > 0:
                     mistakes.append(f"{key} gives {prefix} the weight {weight}: it must be positive")
         require(not mistakes, "; ".join(mistakes))
+
+    def _mistakes_of_skip(self) -> list[str]:
+        mistakes, reached = [], -1
+        for each in self.skip:
+            if not (len(each) == 2 and 0 <= each[0] <= each[1]):
+                mistakes.append(f"data.skip has {each}: give [first, last] with 0 <= first <= last")
+                continue
+            if each[0] <= reached:
+                mistakes.append(
+                    f"data.skip has {each} after a range up to {reached}: sort the ranges, and join those that overlap"
+                )
+            reached = max(reached, each[1])
+        return mistakes
 
     @staticmethod
     def _check_mapping(valid: Mapping[str, Any]) -> None:

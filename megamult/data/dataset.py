@@ -20,6 +20,7 @@ from megamult.data.blend import Blend
 from megamult.data.described import Described, describe
 from megamult.data.epochs import EpochFiles
 from megamult.data.names import Names
+from megamult.data.skip import NOTHING, Skip, changes_of_the_past
 from megamult.data.source import Source
 from megamult.data.tokenizer import Tokenizer
 from megamult.distributed import environment
@@ -33,7 +34,7 @@ class BlendedDataset:
     `Blend.locate` maps sample i to sample k of a source, which is sample k % samples_per_epoch of the source's epoch
     k // samples_per_epoch. Each epoch shuffles the documents, cuts them into samples of seq_length tokens (one more
     token is read for the last label) and shuffles the samples. The last, incomplete sample of an epoch is left out. No
-    sample is padded or masked.
+    sample is padded or masked. With `skip`, sample i is the one at position `skip.position(i)` of this order.
 
     In a distributed run, call `prepare` on all ranks before reading. A single process may skip it. A thread may read
     prepared samples while another thread prepares further samples.
@@ -42,6 +43,7 @@ class BlendedDataset:
         sources: (prefix of .bin and .idx, positive weight) of each source. Weights are relative.
         cache_dir: directory for the index files of GPTDataset, on a file system that all ranks see. Files are keyed by
             source contents, seed, seq_length and tokenizer, so several runs may use the same directory.
+        skip: ranges of positions that are left out.
         described: the result of `describe` for each prefix, if it is known already.
 
     Raises:
@@ -56,13 +58,15 @@ class BlendedDataset:
         seq_length: int,
         seed: int,
         cache_dir: str | Path,
+        skip: Skip = NOTHING,
         described: Mapping[str, Described] | None = None,
     ) -> None:
         if seq_length < 1:
             raise ValueError(f"seq_length is {seq_length}: give at least 1 token")
         self._weights = [float(weight) for _, weight in sources]
         self.blend = Blend(self._weights)
-        self._origin = 0  # the present blend began with this global sample
+        self._skip = skip
+        self._origin = 0  # the present blend began with the sample at this position
         self._first = [0] * len(sources)  # for each source, its next sample when the present blend began
         self._left: dict[str, int] = {}  # name of a source that only earlier blends had -> its next sample
         found = described or {prefix: describe(prefix, tokenizer) for prefix, _ in sources}
@@ -101,10 +105,11 @@ class BlendedDataset:
         Raises:
             RuntimeError: rank 0's index files do not appear on this rank, for example because cache_dir is not shared.
         """
-        self._open(self._touched(first, last), barrier)
+        spans = self._skip.spans(first, last)
+        self._open({each for span in spans for each in self._touched(*span)}, barrier)
         if self._look_ahead and end is not None and environment.rank() == 0 and not self._ahead.busy:
             self._look_ahead = False
-            self._ahead.start(self._next_epochs(last, end))
+            self._ahead.start(self._next_epochs(self._skip.reached(last), self._skip.reached(end)))
 
     def prepare_first_epochs(self, barrier: Callable[[], None] | None = None) -> None:
         """Open the first epoch of every source, and close all other epochs. All ranks must make the same calls.
@@ -135,7 +140,7 @@ class BlendedDataset:
             self._prepared, self._look_ahead = needed, True
 
     def _touched(self, first: int, last: int) -> set[tuple[int, int]]:
-        """Return (position of the source, epoch) of every epoch that has some of the samples [first, last)."""
+        """Return (index of the source, epoch) of every epoch with some of the samples at positions [first, last)."""
         touched: set[tuple[int, int]] = set()
         counts = zip(self._positions(first), self._positions(last), self._sources, strict=True)
         for position, (start, stop, source) in enumerate(counts):
@@ -172,9 +177,10 @@ class BlendedDataset:
         Raises:
             ValueError: the sample holds a token id outside the tokenizer's vocabulary.
         """
-        if i < self._origin:
-            raise IndexError(f"sample {i} does not exist: the present blend begins with sample {self._origin}")
-        position, k = self.blend.locate(i - self._origin)
+        at = self._skip.position(i)
+        if at < self._origin:
+            raise IndexError(f"sample {at} does not exist: the present blend begins with sample {self._origin}")
+        position, k = self.blend.locate(at - self._origin)
         return self._sources[position].sample(self._first[position] + k)
 
     def first_epoch_sample(self, position: int, k: int) -> dict[str, torch.Tensor]:
@@ -188,7 +194,7 @@ class BlendedDataset:
         return self._sources[position].sample(k)
 
     def _positions(self, i: int) -> list[int]:
-        """Return, for each source, how many of its samples the run reads before global sample `i`."""
+        """Return, for each source, how many of its samples come before position `i`, left out or not."""
         return [first + count for first, count in zip(self._first, self.blend.counts(i - self._origin), strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,10 +208,11 @@ class BlendedDataset:
             "sources": [{"source": name, "weight": w, "first": first} for name, w, first in sources],
             "left": self._left,
             "contents": self._names.contents,
+            "skip": [list(each) for each in self._skip.ranges],
         }
 
     def load_state_dict(self, state: dict[str, Any], samples: int) -> list[str]:
-        """Continue the run that saved `state`, from global sample `samples` on. Call this before preparing or reading.
+        """Continue the run that saved `state` after its first `samples` samples. Call this before preparing or reading.
 
         If the sources and weights are the same, the blend continues. Otherwise a new blend begins at this sample. In
         the new blend, sources from before continue with their next sample, and new sources begin with their first.
@@ -213,7 +220,14 @@ class BlendedDataset:
         Returns:
             Lines for the user: which sources are new to the run, how many of its earlier sources are left out from here
             on, and whether the checkpoint lacks digests of tokens, as checkpoints of older versions of megamult do.
+
+        Raises:
+            ValueError: this run leaves out samples that it has trained on, or has left out other ones before.
         """
+        old = Skip.of(state.get("skip", ()))
+        if changed := changes_of_the_past(self._skip, old, samples):
+            raise ValueError(f"{'; '.join(changed)}: set data.skip back")
+        samples = old.reached(samples)
         saved = state["sources"]
         known = [*(each["source"] for each in saved), *state["left"]]
         contents: dict[str, str] = state.get("contents", {})

@@ -10,6 +10,7 @@ from megamult.config import Config
 from megamult.data.config import DataConfig
 from megamult.data.dataset import BlendedDataset
 from megamult.data.described import Described, describe_all, unchecked, validate_all
+from megamult.data.skip import NOTHING, Skip
 from megamult.data.token_ids import TokenIds
 from megamult.data.tokenizer import Tokenizer
 from megamult.data.tokenizer_kinds import open_tokenizer
@@ -80,16 +81,16 @@ def open_datasets(
     if doubt is not None and environment.rank() == 0:
         print(f"note: {doubt}", flush=True)
 
-    def opened(blend: list[tuple[str, float]], cache: str) -> BlendedDataset:
+    def opened(blend: list[tuple[str, float]], cache: str, skip: Skip = NOTHING) -> BlendedDataset:
         length, seed = config.model.seq_length, config.train.seed
-        return BlendedDataset(blend, tokenizer, length, seed, run_dir / "cache" / cache, described=described)
+        return BlendedDataset(blend, tokenizer, length, seed, run_dir / "cache" / cache, skip, described)
 
     batches = config.train.eval_batches
     limit = None if batches is None else batches * config.train.global_batch_size
     return agreed(
         mesh,
         lambda: (
-            opened(sources, "train"),
+            opened(sources, "train", Skip.of(config.data.skip)),
             # Sets may share a folder: the folders in it are named by sources.
             {name: ValidationSet(opened(blend, "valid"), limit) for name, blend in sets.items()},
         ),

@@ -14,6 +14,7 @@ from torch import Tensor
 from megamult.checkpoint.info import CheckpointInfo
 from megamult.checkpoint.saver import Outcome
 from megamult.config import Config
+from megamult.data.skip import Skip
 from megamult.models.architectures import architecture_of
 from megamult.monitor.statistics import by_role
 from megamult.runtime.patience import ON_FILES
@@ -45,7 +46,7 @@ class Trainer:
         self.config, self.engine = config, engine
         self._progress = progress or Progress()
         self._monitor = monitor
-        self._train = train
+        self._train, self._skip = train, Skip.of(config.data.skip)
         self._evaluation = Evaluation(config, engine, valid or {}, self._progress)
         self._mesh = engine.mesh
         self._schedule = Schedule(config)
@@ -220,6 +221,7 @@ class Trainer:
             Diverged: there are now `train.max_bad_steps` bad steps in a row.
         """
         skipped, limit = self.engine.skipped_steps, self.config.train.max_bad_steps
+        samples = self.samples
         monitor = self._monitor if self._monitor is not None and self._monitor.due(self.step_count + 1) else None
         if monitor is not None:
             monitor.begin()
@@ -229,6 +231,8 @@ class Trainer:
         self.figures |= {key: record[key] for key in ("tokens", "loss")} | {"bad_steps": float(self.bad_steps)}
         self._progress.at(self.step_count, "records", ON_FILES)
         records.step(record)
+        for first, last in self._skip.passed(samples, self.samples):
+            records.say(f"step {self.step_count}: samples {first} to {last} are left out (data.skip)")
         if monitor is not None:
             self._progress.at(self.step_count, "the monitor's figures", ON_FILES)
             records.figures(self.step_count, monitor.figures(self.step_count))

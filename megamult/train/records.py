@@ -80,6 +80,11 @@ class Records:
         if self._out is not None:
             self._out.histograms(values, step)
 
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if self._out is not None:
+            self._out.say(text)
+
     def checkpoint(self, outcome: Outcome | None) -> None:
         """Record the outcome of a checkpoint's save. Do nothing if it is None, which means that no save has ended."""
         if self._out is None or outcome is None:
