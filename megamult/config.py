@@ -61,11 +61,13 @@ class Config:
             "checkpoint.load is latest and train.run_dir is not set: name the run directory that holds the checkpoints",
         )
         tensor, model, placement = self.parallel.tensor, self.model, resolve(self.multipliers.placement)
+        without = {role: sorted(sides) for role, sides in placement.items() if role != "embedding"}
+        flow = ", ".join(f"{role}: [{', '.join(sides)}]" for role, sides in without.items())
         require(
             not (self.multipliers.implementation == "folded" and model.tie_embeddings and placement.get("embedding")),
             "model.tie_embeddings is true with multipliers.implementation folded and multipliers.placement "
-            f"{self.multipliers.placement!r}: the embedding's multipliers would reach the head too; set tie_embeddings "
-            "to false, or placement to a mapping without the role embedding",
+            f"{self.multipliers.placement!r}: the embedding's multipliers would reach the head too; use the same "
+            f"placement without the embedding, multipliers.placement {{{flow}}}, or implementation layer",
         )
         require(
             not (model.tie_embeddings and self.multipliers.divide_weights and "embedding" in self.multipliers.initial),

@@ -67,7 +67,8 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ),
     (
         {"model": {"tie_embeddings": True}, "multipliers": {"implementation": "folded"}},
-        r"tie_embeddings is true with multipliers\.implementation folded .*'all': .*reach the head too; set",
+        r"tie_embeddings is true with multipliers\.implementation folded .*'all': .*reach the head too; "
+        r"use .* multipliers\.placement \{q: \[col, row\], k: .*down: \[col, row\]\}, or implementation layer",
     ),
     (
         {"optimizer": {"name": "muon", "muon": {"momentum": 1.0}}},

@@ -2,7 +2,7 @@
 
 The run that wrote the checkpoint may have had any sharding. What must agree (:func:`check_fits`) is the function that
 the model computes, the tokenizer, the order of the data, and the optimizer's name unless its state is reset. The run
-must have all multipliers that the checkpoint has.
+must have all multipliers that the checkpoint has, except those that are all 1, which change nothing.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.specs import LEAVES
 from megamult.optim.fixed_norm import NORM
 from megamult.optim.two_phase import TwoPhaseOptimizer
+from megamult.parameters.spec import Role, Side
 from megamult.settings import Why, fixed_keys, fixed_values
 from megamult.zero.partition import Partition
 
 
 def find(
-    mesh: Mesh, load: str, run_dir: Path, fits: Callable[[CheckpointInfo], None], key: str = "checkpoint.load"
+    mesh: Mesh, load: str, run_dir: Path, fits: Callable[[SavedCheckpoint], None], key: str = "checkpoint.load"
 ) -> SavedCheckpoint | None:
     """Find and verify the checkpoint that `checkpoint.load` asks for. Collective: each rank verifies some of the files.
 
@@ -44,8 +45,8 @@ def find(
         load: the directory of a checkpoint; the directory of a run or of several checkpoints, which means the newest of
             them; or `latest`, which means the newest checkpoint of `run_dir`.
         run_dir: directory of this run.
-        fits: function that raises ValueError if the run cannot resume from a checkpoint with this info. It is called
-            before the large files are read.
+        fits: function that raises ValueError if the run cannot resume from a checkpoint. It is called before the large
+            files are verified.
         key: name of the setting that has the value `load`, for messages.
 
     Returns:
@@ -68,7 +69,7 @@ def find(
     for path in candidates:
         checkpoint, problem = on_every_rank(mesh, partial(_opened, path))
         if checkpoint is not None:
-            _, unfit = on_every_rank(mesh, partial(fits, checkpoint.info))
+            _, unfit = on_every_rank(mesh, partial(fits, checkpoint))
             if unfit is not None:
                 raise ValueError(unfit)
             _, problem = on_every_rank(mesh, partial(checkpoint.verify, share))
@@ -128,8 +129,30 @@ def _candidates(load: str, run_dir: Path) -> list[Path]:
     return directory.of_run(path)
 
 
-def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_sha256: str | None) -> None:
+def lost_multipliers(info: CheckpointInfo, config: Config) -> dict[Role, list[Side]]:
+    """Return the sides, by role, on which the checkpoint has multipliers and a run with this configuration has none."""
+    here = config.multipliers.sides
+    its = MultipliersConfig(**info.config["multipliers"]).sides
+    lost = {role: sorted(sides - here.get(role, frozenset())) for role, sides in its.items()}
+    return {role: sides for role, sides in lost.items() if sides}
+
+
+def check_fits(
+    info: CheckpointInfo,
+    config: Config,
+    vocab_size: int,
+    tokenizer_sha256: str | None,
+    all_ones: Callable[[Role, Side], bool] = lambda role, side: False,
+) -> None:
     """Check that a run with this configuration can resume from the checkpoint.
+
+    Args:
+        info: what the checkpoint says of itself.
+        config: configuration of the run.
+        vocab_size: exact number of tokens.
+        tokenizer_sha256: SHA-256 of the run's tokenizer, or None if it has none.
+        all_ones: function that returns whether all multipliers of a role on a side are 1 in the checkpoint. It is
+            called only for those that the run does not have.
 
     Raises:
         ValueError: the run cannot. The message lists every difference, or says why the saved configuration cannot be
@@ -161,18 +184,17 @@ def check_fits(info: CheckpointInfo, config: Config, vocab_size: int, tokenizer_
     if known and tokenizer_sha256 is not None and tokenizer_sha256 not in known.values():
         theirs = " or ".join(f"{digest!r} ({files})" for files, digest in known.items())
         found.append(f"the SHA-256 of data.tokenizer is {tokenizer_sha256!r} and the checkpoint's is {theirs}")
-    here = config.multipliers.sides
-    for role, sides in multipliers.sides.items():
-        lost = sorted(sides - here.get(role, frozenset()))
-        if lost:
+    for role, sides in lost_multipliers(info, config).items():
+        trained = [side for side in sides if not all_ones(role, side)]
+        if trained:
             found.append(
-                f"multipliers.placement gives {role} no {' and '.join(lost)} multipliers, which the checkpoint has"
+                f"multipliers.placement gives {role} no {' and '.join(trained)} multipliers, which the checkpoint has"
             )
     for roles in config.multipliers.sharing(config.model.fused) if info.optimizer is not None else ():
-        trained = [role for role in roles if "col" in multipliers.sides.get(role, ())]
-        apart = len(trained) > 1 and not multipliers.shared_columns
-        if trained and (apart or len(trained) < len(roles)):
-            what = "has trained them apart" if apart else f"has only those of {', '.join(trained)}"
+        its = [role for role in roles if "col" in multipliers.sides.get(role, ())]
+        apart = len(its) > 1 and not multipliers.shared_columns
+        if its and (apart or len(its) < len(roles)):
+            what = "has trained them apart" if apart else f"has only those of {', '.join(its)}"
             found.append(
                 f"multipliers.shared_columns is True, so that {', '.join(roles)} would have the same column "
                 f"multipliers, and the checkpoint {what}"

@@ -14,7 +14,7 @@ from megamult.models.common.hugging_face import Weight
 from megamult.multipliers.reference import effective_weight
 from megamult.multipliers.specs import LEAVES
 from megamult.parameters.roles import Placement, resolve
-from megamult.parameters.spec import Side
+from megamult.parameters.spec import Role, Side
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,16 @@ class EffectiveModel:
         """
         names = self._embedding.multipliers(self.placement) if self.sizes.tie_embeddings else {}
         return any(bool((self.saved.read(f"model.{name}") != 1).any()) for name in names)
+
+    def all_ones(self, role: Role, side: Side) -> bool:
+        """Return whether all multipliers of a role on one side are 1, so that the model is the same without them."""
+        names = [
+            name
+            for weight in self._stored
+            if weight.role == role
+            for name in weight.multipliers({role: frozenset([side])})
+        ]
+        return all(bool((self.saved.read(f"model.{name}") == 1).all()) for name in names)
 
     def weights(self, tied: bool) -> list[EffectiveWeight]:
         """Return the weights in Hugging Face's order.

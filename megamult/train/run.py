@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from megamult.checkpoint import resume
-from megamult.checkpoint.info import CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import Config
 from megamult.data.tokenizer import Tokenizer
 from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER
 from megamult.distributed import environment
 from megamult.distributed.mesh import Mesh
+from megamult.effective.reading import EffectiveModel
 from megamult.monitor.decay import decay_warnings
+from megamult.parameters.spec import Role, Side
 from megamult.runtime import exit_codes
 from megamult.runtime.console import say_error
 from megamult.runtime.lock import RunLock
@@ -111,8 +112,11 @@ def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCh
     config = run.config
     run.progress.at(0, "looking for a checkpoint", ON_FILES)
 
-    def fits(info: CheckpointInfo) -> None:
-        resume.check_fits(info, config, vocab_size, tokenizer.sha256)
+    def fits(checkpoint: SavedCheckpoint) -> None:
+        def all_ones(role: Role, side: Side) -> bool:
+            return EffectiveModel(checkpoint).all_ones(role, side)
+
+        resume.check_fits(checkpoint.info, config, vocab_size, tokenizer.sha256, all_ones)
 
     for key in ("load", "start"):
         place = getattr(config.checkpoint, key)
@@ -176,6 +180,10 @@ def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
         run.mesh, lambda: trainer.engine.restore(checkpoint, reset_optimizer=config.checkpoint.reset_optimizer)
     )
     notes = trainer.resume(checkpoint.info)
+    lost = resume.lost_multipliers(checkpoint.info, config)
+    if lost:
+        listed = ", ".join(f"{role} ({', '.join(sides)})" for role, sides in lost.items())
+        notes.append(f"multipliers that the checkpoint has and this run does not are dropped; they are all 1: {listed}")
     if environment.rank() != 0:
         return
     fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""

@@ -163,7 +163,7 @@ def found_checkpoints(folder: Path) -> list[str]:
             saved.write(path, [Chunk.whole("model.x", torch.ones(3))], CheckpointInfo(step, 0, {}, 10), {})
         directory.point(parent, directory.of_step(parent, 2))
 
-    def find(fits: Any = lambda info: None) -> str:
+    def find(fits: Any = lambda checkpoint: None) -> str:
         torch.distributed.barrier()
         try:
             checkpoint = resume.find(current_mesh(), "latest", folder, fits)
@@ -171,7 +171,7 @@ def found_checkpoints(folder: Path) -> list[str]:
         except ValueError as error:
             return str(error)
 
-    def refuse(info: CheckpointInfo) -> None:
+    def refuse(checkpoint: saved.SavedCheckpoint) -> None:
         if rank == 1:
             raise ValueError("it does not fit rank 1")
 
@@ -183,9 +183,9 @@ def found_checkpoints(folder: Path) -> list[str]:
         description = (parent / "step_2" / INFO).read_text()
         (parent / "step_2" / INFO).write_text(description.replace('"vocab_size": 10', '"vocab_size": 11'))
 
-    def fits_ten(info: CheckpointInfo) -> None:
-        if info.vocab_size != 10:
-            raise ValueError(f"vocab_size {info.vocab_size} does not fit")
+    def fits_ten(checkpoint: saved.SavedCheckpoint) -> None:
+        if checkpoint.info.vocab_size != 10:
+            raise ValueError(f"vocab_size {checkpoint.info.vocab_size} does not fit")
 
     answers.append(find(fits_ten))
     return answers

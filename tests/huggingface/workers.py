@@ -94,7 +94,7 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     local = GPTModel.forward(model, ids, None, None)
     shards = [torch.empty_like(local) for _ in range(current_mesh().groups["tensor"].size())]
     torch.distributed.all_gather(shards, local.contiguous(), group=current_mesh().groups["tensor"])
-    return torch.cat(shards, dim=-1)[0, :, :VOCAB]
+    return torch.cat(shards, dim=-1)[0, :, : model.exact_vocab_size]
 
 
 def greedy(model: Any, prompt: Tensor) -> list[int]:
