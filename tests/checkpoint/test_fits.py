@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megamult.checkpoint.info import CheckpointInfo
-from megamult.checkpoint.resume import check_fits
+from megamult.checkpoint.resume import check_fits, lost_multipliers
 from megamult.config import SECTIONS, Config, ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.settings import fixed_keys
@@ -127,6 +127,24 @@ def test_a_key_that_the_checkpoints_version_did_not_have_is_the_default() -> Non
     config = Config()
     config.train.seed = 7
     assert "train.seed (the data's order) is 7 and the checkpoint's is 1234" in message(found, config)
+
+
+def test_multipliers_that_are_all_1_may_be_dropped_and_no_others() -> None:
+    config = Config(multipliers=MultipliersConfig("folded", {"q": "row", "k": ["row", "col"]}))
+    asked: list[tuple[str, str]] = []
+
+    def all_ones(role: str, side: str) -> bool:
+        asked.append((role, side))
+        return role != "down" and (role, side) != ("v", "col")
+
+    with pytest.raises(ValueError) as refused:
+        check_fits(info(), config, VOCAB, None, all_ones)
+    assert "gives v no col multipliers, which" in str(refused.value)
+    assert "gives down no col and row multipliers, which" in str(refused.value)
+    assert "gives q" not in str(refused.value) and "gives embedding" not in str(refused.value)
+    assert ("q", "col") in asked and ("q", "row") not in asked and ("k", "col") not in asked
+    assert lost_multipliers(info(), config)["q"] == ["col"]
+    check_fits(info(), config, VOCAB, None, lambda role, side: True)
 
 
 def trained(**multipliers: Any) -> CheckpointInfo:

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.data.tokenizer_kinds import open_tokenizer
+from megamult.huggingface.importing import import_
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.hf_config import to_hugging_face
 from megamult.models.llama.hf_names import weights
+from megamult.train.command_line import parse
 from tests.data.conftest import make_documents
 from tests.data.test_tokenizer_kinds import byte_level
 from tests.train.command import data_arguments, run, start
@@ -104,6 +106,34 @@ def test_an_imported_model_trains_on_and_leaves_with_its_own_tokenizer_files(cor
     moved = [float((after[name] - before[name]).norm() / before[name].norm()) for name in before]
     # Two steps at 4e-3 move weights of 0.02; fresh ones, of another seed, would be off by sqrt(2) of their norm.
     assert 0 < max(moved) < 1, "it went on from the imported weights"
+
+
+def test_a_tied_import_is_trained_folded_without_the_multipliers_of_the_embedding(corpus: Path, tmp_path: Path) -> None:
+    """As the refusal of `folded` with the import's own placement advises: the others are all 1, and may be dropped."""
+    sizes = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, seq_length=16)
+    vocab_size = open_tokenizer(f"{corpus}.model").vocab_size
+    tensors = {each.hugging_face: 0.05 * torch.randn(each.shape) for each in weights(sizes, vocab_size)}
+    del tensors["lm_head.weight"]
+    (tmp_path / "hub").mkdir()
+    save_file(tensors, tmp_path / "hub" / "model.safetensors")
+    described = to_hugging_face(sizes, vocab_size, tied=True, dtype="float32", token_ids={})
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(described))
+    import_(tmp_path / "hub", tmp_path / "imported")
+    common = ["--config", str(tmp_path / "imported" / "config.yaml"), *data_arguments(corpus), "--train.steps", "1"]
+    folded = ["--multipliers.implementation", "folded", "--train.global_batch_size", "8"]
+    with pytest.raises(ValueError, match="would reach the head too") as refused:
+        parse([*common, *folded])
+    placement = str(refused.value).partition("multipliers.placement {")[2].partition("}")[0]
+    trained = start(
+        [*common, *folded, "--multipliers.placement", f"{{{placement}}}", "--train.run_dir", str(tmp_path / "run")]
+    )
+    assert trained.code == 0, trained.text
+    assert "note: multipliers that the checkpoint has and this run does not are dropped; they are all 1: embedding" in (
+        trained.stdout
+    )
+    saved = SavedCheckpoint(tmp_path / "run" / "checkpoints" / "step_1")
+    assert "model.decoder.layers.0.mlp.linear_fc2.row_multiplier" in saved.shapes
+    assert not any("embedding" in name and name.endswith("multiplier") for name in saved.shapes)
 
 
 def test_a_model_with_a_byte_level_tokenizer_goes_through_five_commands_and_no_file_is_edited(tmp_path: Path) -> None:

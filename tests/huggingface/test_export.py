@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.saved import SavedCheckpoint, write
 from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megamult.effective.reading import EffectiveModel
 from megamult.huggingface import exporting as hf_export
 from megamult.huggingface.exporting import export
 from megamult.huggingface.importing import import_
@@ -102,6 +103,11 @@ def test_an_imported_model_computes_what_it_did(trained: dict[str, dict[str, Any
     expected = original(tokens()).logits[0]
     assert expected.std() > 0.5 and expected.abs().max() < 6
     torch.testing.assert_close(trained["imported"]["logits"], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_multipliers_that_a_run_trained_are_not_all_1(checkpoint: Path) -> None:
+    model = EffectiveModel(SavedCheckpoint(checkpoint))
+    assert not any(model.all_ones(role, side) for role, sides in resolve("all").items() for side in sides)
 
 
 def test_the_tokenizer_beside_the_model_is_the_run_s(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> None:

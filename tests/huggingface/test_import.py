@@ -20,6 +20,7 @@ from megamult.checkpoint import streamed
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import Config
 from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megamult.effective.reading import EffectiveModel
 from megamult.huggingface import importing as hf_import
 from megamult.huggingface.exporting import export
 from megamult.huggingface.importing import import_
@@ -117,12 +118,14 @@ def test_the_checkpoint_is_one_to_begin_from(make: Callable[..., Path], tmp_path
     implementation = "none" if placement == "none" else "layer"
     assert info.config["multipliers"]["implementation"] == implementation
     expected: dict[str, tuple[int, ...]] = {}
+    sides = {} if placement == "none" else resolve(placement)
     for weight in weights(model, VOCAB):
-        multipliers = {} if placement == "none" else weight.multipliers(resolve(placement))
+        multipliers = weight.multipliers(sides)
         expected |= {weight.logical: weight.shape, **multipliers}
     assert saved.shapes == {f"model.{name}": shape for name, shape in expected.items()}
     multipliers = {name: saved.read(name) for name in saved.shapes if name.endswith("multiplier")}
     assert all((values == 1).all() for values in multipliers.values())
+    assert all(EffectiveModel(saved).all_ones(each, side) for each in ("q", "down") for side in sides.get(each, ()))
     assert done.multipliers == sum(values.numel() for values in multipliers.values())
 
 
