@@ -56,7 +56,7 @@ def fold(
 
     A vector to which no rule applies, such as the weight of a norm or a bias, gets the role `norm`: AdamW updates it
     without weight decay. A parameter that already has a spec, such as a parameter of megamult's own modules, needs no
-    rule.
+    rule. A frozen parameter, whose `requires_grad` is False, gets no multipliers and no update, whatever its role.
 
     Args:
         optimizer: keys of the section `optimizer` of a run, such as ``{"name": "muon", "muon": {"momentum": 0.9}}``,
@@ -65,7 +65,8 @@ def fold(
         model: the complete model, which may be built under `deepspeed.zero.Init`. A Megatron model needs Megatron's
             process groups.
         rules: mapping from a regular expression to a role, a spec, or a function from a parameter to its spec. A
-            rule applies to the parameters in whose names the expression is found. :data:`megamult.LLAMA_RULES` and
+            rule applies to the parameters in whose names the expression is found. :data:`megamult.LLAMA_RULES`,
+            :data:`~megamult.MISTRAL_RULES`, :data:`~megamult.QWEN2_RULES`, :data:`~megamult.QWEN3_RULES` and
             :func:`megamult.megatron_rules` are such mappings.
         placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to `row`, `col` or `scalar`, or to a list of
             these.
@@ -85,8 +86,9 @@ def fold(
 
     Raises:
         ValueError: a key or value is unknown; a rule finds no parameter; two rules find the same parameter; the model
-            has a trainable matrix with neither rule nor spec; a frozen parameter, or a parameter that is shared by
-            several roles, would get multipliers; or no parameter would get multipliers.
+            has a trainable matrix with neither rule nor spec; a parameter that is shared by several roles would get
+            multipliers; a placement that is a mapping names a role that no trainable parameter has; or no parameter
+            would get multipliers.
     """
     chosen = _optimizer_config(optimizer)
     sides: Any = placement if isinstance(placement, str) else {r: _listed(s) for r, s in placement.items()}
@@ -115,8 +117,8 @@ def fold(
     unreached = [role for role in resolved if role not in reached]
     if unreached and (not isinstance(placement, str) or not reached):
         raise ValueError(
-            f"placement gives multipliers to the role {unreached[0]}, and no parameter has this role: add a rule for "
-            "it, or leave it out of placement"
+            f"placement gives multipliers to the role {unreached[0]}, and no parameter has this role"
+            f"{_frozen(model)}: add a rule for it, or leave it out of placement"
         )
     if not reached:
         raise ValueError(
@@ -129,6 +131,11 @@ def fold(
 
 _FURTHER = ("lr_factors", "weight_decay_factors", "parametrization")
 """Keys of the section `multipliers` that :func:`fold` accepts in its argument `multipliers`."""
+
+
+def _frozen(model: torch.nn.Module) -> str:
+    count = sum(not parameter.requires_grad for parameter in model.parameters())
+    return f" among those that are not frozen ({count} are)" if count else ""
 
 
 def _listed(sides: str | Sequence[str]) -> list[str]:
@@ -212,13 +219,8 @@ def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placeme
                 f"{known[0]} is a multiplier: fold needs a model without multipliers; build one, or train "
                 "this one without fold"
             )
-        if covers(spec, placement) and not parameter.requires_grad:
-            raise ValueError(
-                f"{known[0]} is frozen, and placement gives multipliers to its role {_roles(spec)}: set its "
-                "requires_grad to True, or leave the role out of placement"
-            )
-        _check_tie(known, stated, spec, placement)
         if parameter.requires_grad:
+            _check_tie(known, stated, spec, placement)
             specs[parameter] = spec
     return specs
 

@@ -56,11 +56,13 @@ def megatron_rules(config: TransformerConfig, vocab_size: int) -> dict[str, Rule
 
         return make
 
+    proj = megatron.single_matrix("attention_out", hidden, heads * head_dim, 1)
+    fc2 = megatron.single_matrix("down", hidden, ffn, 1)
     rules: dict[str, Rule] = {
         r"\blinear_qkv\.weight$": qkv,
-        r"\blinear_proj\.weight$": megatron.single_matrix("attention_out", hidden, heads * head_dim, 1),
+        r"\blinear_proj\.weight$": proj,
         r"\blinear_fc1\.weight$": fc1,
-        r"\blinear_fc2\.weight$": megatron.single_matrix("down", hidden, ffn, 1),
+        r"\blinear_fc2\.weight$": fc2,
         r"\bword_embeddings\.weight$": vocabulary("embedding"),
         r"\boutput_layer\.weight$": vocabulary("head"),
         r"\bfinal_layernorm\.weight$": "final_norm",
@@ -69,8 +71,17 @@ def megatron_rules(config: TransformerConfig, vocab_size: int) -> dict[str, Rule
         rules[r"\blinear_qkv\.bias$"] = megatron.bias_of(qkv)
     if config.add_bias_linear:
         rules[r"\blinear_fc1\.bias$"] = megatron.bias_of(fc1)
+        rules[r"\blinear_proj\.bias$"] = megatron.bias_of(proj, partial=config.sequence_parallel)
+        rules[r"\blinear_fc2\.bias$"] = megatron.bias_of(fc2, partial=config.sequence_parallel)
     if config.qk_layernorm:
-        # These weights are replicated, and each rank applies them to its own heads, so their gradients are partial.
-        # Megatron does not mark these weights, so the rule states it.
-        rules[r"\b[qk]_layernorm\.(weight|bias)$"] = lambda parameter: megatron.norm(stored_shape(parameter)[0], True)
+        rules[r"\bq_layernorm\.(weight|bias)$"] = lambda parameter: _of_heads("q_norm", parameter)
+        rules[r"\bk_layernorm\.(weight|bias)$"] = lambda parameter: _of_heads("k_norm", parameter)
     return rules
+
+
+def _of_heads(role: Role, parameter: Parameter) -> ParameterSpec:
+    """Return the spec of the weight of a norm that each rank applies to its own attention heads.
+
+    The weight is replicated, and its gradients are partial. Megatron does not mark it, so the rule states it.
+    """
+    return megatron.norm(stored_shape(parameter)[0], True, role)

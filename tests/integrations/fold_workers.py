@@ -49,15 +49,16 @@ def build(tensor: int, style: dict[str, Any], **gpt: Any) -> tuple[Any, Any]:
 
 
 def layouts_of_both(tensor: int) -> tuple[dict[str, ParameterSpec], dict[str, ParameterSpec]]:
-    """By name, of an unmodified GPTModel by its rules, and of megamult's own GPT of the same sizes."""
+    """By name, of an unmodified GPTModel by its rules, and of megamult's own GPT of the same sizes and options."""
     import megamult
     from megamult.models.llama.config import ModelConfig
     from megamult.models.llama.model import GPT
     from megamult.parameters.stated import named_specs
 
-    config, model = build(tensor, LLAMA_LIKE)
+    config, model = build(tensor, GATED_WITH_BIAS | {"qk_layernorm": True, "kv_channels": 10})
     megamult.fold({}, model, megamult.megatron_rules(config, VOCAB))
-    sizes = ModelConfig(**SIZES, seq_length=SEQ)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"head_dim": 10, "attention_bias": "all", "mlp_bias": True, "qk_norm": True}
+    sizes = ModelConfig(**SIZES, **options, seq_length=SEQ)
     own = GPT(sizes, VOCAB, seed=1, placement={}, tensor_parallel=tensor)
     by_rules, stated = ({name: spec for name, _, spec in named_specs(each)} for each in (model, own))
     return by_rules, stated

@@ -65,6 +65,37 @@ def llama(**settings: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | settings))
 
 
+def published(family: str, **settings: Any) -> Any:
+    """Return a small model of another family, whose biases are no zeros."""
+    like: Any = llama().config
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {key: getattr(like, key) for key in (*same, "num_key_value_heads")} | {"initializer_range": 0.1}
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes | settings))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+class Wrapped(torch.nn.Module):
+    """A model within a model, as trainers and adapters have it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
+def partly_frozen() -> Any:
+    """Return a model whose embedding and first layer are frozen."""
+    model = llama(initializer_range=0.1)
+    for part in (model.model.embed_tokens, model.model.layers[0]):
+        part.requires_grad_(False)
+    return model
+
+
 def batch(step: int) -> Tensor:
     return torch.randint(0, VOCAB, (BATCH, SEQ), generator=torch.Generator().manual_seed(step))
 
@@ -74,11 +105,13 @@ class Explicit:
 
     def __init__(self, model: Any, placement: str, initial: float) -> None:
         self.model = model
-        self.weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        self.weights = {
+            name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in model.named_parameters()
+        }
         self.multipliers: dict[str, Tensor] = {}
         for name, w in self.weights.items():
             module = name.removesuffix(".weight")
-            role = ROLES.get(module.rpartition(".")[2], "")
+            role = ROLES.get(module.rpartition(".")[2], "") if w.requires_grad else ""
             for side in SIDES[placement].get(role, "").split():
                 size = {"row": w.shape[0], "col": w.shape[-1], "scalar": 1}[side]
                 self.multipliers[f"{module}.{side}_multiplier"] = torch.full((size,), initial, requires_grad=True)
@@ -94,8 +127,8 @@ class Explicit:
         return found
 
     def train(self, steps: int, lr: float, multiplier_lr: float, eps: float, clip: float) -> list[float]:
-        decayed = [w for w in self.weights.values() if w.ndim == 2]
-        norms = [w for w in self.weights.values() if w.ndim == 1]
+        decayed = [w for w in self.weights.values() if w.ndim == 2 and w.requires_grad]
+        norms = [w for w in self.weights.values() if w.ndim == 1 and w.requires_grad]
         groups = [
             {"params": decayed, "weight_decay": 0.1},
             {"params": norms, "weight_decay": 0.0},
@@ -117,18 +150,38 @@ class Explicit:
         return losses
 
 
+MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "llama": (lambda: llama(initializer_range=0.1), megamult.LLAMA_RULES),
+    "mistral": (lambda: published("Mistral", sliding_window=None, head_dim=12), megamult.MISTRAL_RULES),
+    "qwen2": (lambda: published("Qwen2"), megamult.QWEN2_RULES),
+    "qwen3, wrapped": (lambda: Wrapped(published("Qwen3", head_dim=12)), megamult.QWEN3_RULES),
+    "frozen": (partly_frozen, megamult.LLAMA_RULES),
+}
+
+
 @pytest.mark.parametrize(
-    ("placement", "initial"), [("all", 1.0), ("all", 0.7), ("symmetry_free", 1.0), ("scalar", 1.5)]
+    ("name", "placement", "initial"),
+    [
+        ("llama", "all", 1.0),
+        ("llama", "all", 0.7),
+        ("llama", "symmetry_free", 1.0),
+        ("llama", "scalar", 1.5),
+        ("mistral", "all", 0.7),
+        ("qwen2", "all", 0.7),
+        ("qwen3, wrapped", "symmetry_free", 1.2),
+        ("frozen", "all", 0.7),
+    ],
 )
-def test_a_folded_llama_trains_as_one_with_explicit_multipliers(placement: str, initial: float) -> None:
+def test_a_folded_model_trains_as_one_with_explicit_multipliers(name: str, placement: str, initial: float) -> None:
     steps, lr, multiplier_lr, eps, clip = 8, 5e-3, 2e-2, 1e-5, 0.05
-    reference = Explicit(llama(initializer_range=0.1), placement, initial)
+    make, rules = MODELS[name]
+    reference = Explicit(make(), placement, initial)
     expected = reference.train(steps, lr, multiplier_lr, eps, clip)
-    model = llama(initializer_range=0.1)
+    model = make()
     optimizer = megamult.fold(
         {"name": "adamw", "lr": lr, "adamw": {"eps": eps}, "clip_grad_norm": clip},
         model,
-        megamult.LLAMA_RULES,
+        rules,
         placement=placement,
         multiplier_lr=multiplier_lr,
         initial=initial,
@@ -153,6 +206,9 @@ def test_a_folded_llama_trains_as_one_with_explicit_multipliers(placement: str, 
     assert losses == pytest.approx(expected, rel=1e-5)
     effective = reference.effective()
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, reference.weights[name]), "frozen"
+            continue
         latent = folded.latent(parameter, 0, parameter.numel()).view_as(parameter)
         for actual, wanted in ((latent, reference.weights[name]), (parameter, effective[name])):
             assert torch.linalg.vector_norm(actual - wanted) < 1e-5 * torch.linalg.vector_norm(wanted), name
@@ -291,8 +347,14 @@ def test_a_vector_is_sharded_and_partial_as_megatron_says() -> None:
     assert (stated["norm.weight"].shardings, stated["norm.weight"].reduce_over) == ((), ("tensor",))
 
 
-def frozen(name: str) -> Callable[[Any], None]:
-    return lambda model: model.get_parameter(name).requires_grad_(False)
+def frozen(part: str) -> Callable[[Any], None]:
+    """Return a function that freezes the parameters of a model whose names contain `part`."""
+
+    def freeze(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part not in name)
+
+    return freeze
 
 
 def untouched(model: Any) -> None:
@@ -320,11 +382,12 @@ def without(key: str) -> dict[str, Any]:
             r"layers\.0\.mlp\.up_proj\.weight has the shape \(56, 32\), and no rule names it",
         ),
         (
-            frozen("model.layers.1.mlp.down_proj.weight"),
+            frozen("down_proj"),
             megamult.LLAMA_RULES,
-            {},
-            r"model\.layers\.1\.mlp\.down_proj\.weight is frozen, and placement gives multipliers to its role down",
+            {"placement": {"q": "row", "down": "row"}},
+            r"the role down, and no parameter has this role among those that are not frozen \(2 are\): add a rule",
         ),
+        (frozen(""), megamult.LLAMA_RULES, {}, r"the role q, and no parameter .* not frozen \(21 are\)"),
         (untouched, {**without("up_proj"), "up_proj": "upper"}, {}, r"up_proj\.weight gives the role 'upper'"),
         (untouched, {**without("embed"), "embed(": "embedding"}, {}, "rule 'embed.' is no regular expression"),
         (untouched, {**megamult.LLAMA_RULES, r"^model\.norm": "q"}, {}, r"model\.norm\.weight has the shape \(32,\)"),
@@ -396,6 +459,16 @@ def test_multipliers_on_an_embedding_that_is_the_head_are_an_error(rules: dict[s
         megamult.fold({}, llama(tie_word_embeddings=True), rules)
 
 
+def test_rules_give_biases_and_norms_of_heads_roles_of_their_own() -> None:
+    for model, rules, expected in (
+        (published("Qwen2"), megamult.QWEN2_RULES, {"bias": 6, "norm": 5}),
+        (published("Qwen3", attention_bias=True), megamult.QWEN3_RULES, {"q_norm": 2, "k_norm": 2, "norm": 5 + 8}),
+    ):
+        megamult.fold({"lr_factors": {"norm": 0.5}}, model, rules)
+        roles = [spec.parts[0].role for _, _, spec in named_specs(model) if len(spec.shape) == 1]
+        assert {role: roles.count(role) for role in roles} == expected
+
+
 def test_a_frozen_parameter_without_multipliers_is_left_alone() -> None:
     model = llama()
     model.lm_head.weight.requires_grad_(False)
@@ -414,7 +487,8 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
 def test_megatron_rules_state_the_layouts_of_our_own_gpt(tensor: int) -> None:
     for by_rules, own in run_distributed(tensor, fold_workers.layouts_of_both, tensor):
         assert by_rules == own
-        assert all(isinstance(each, ParameterSpec) for each in own.values()) and len(own) == 15
+        assert all(isinstance(each, ParameterSpec) for each in own.values())
+        assert len(own) == 15 + 2 * 6, "and in each layer four biases and the norms of queries and keys"
 
 
 @pytest.mark.parametrize(
