@@ -193,6 +193,18 @@ class BlendedDataset:
             raise IndexError(f"sample {k} is not in the first epoch")
         return self._sources[position].sample(k)
 
+    def samples_read(self, last: int) -> list[int]:
+        """Return, for each source, how many of its samples the run has read when it has read `last` samples in all.
+
+        Samples of earlier blends of a resumed run count too, except that those that they left out count as read.
+        """
+        end = max(self._skip.reached(last), self._origin)
+        read = self._positions(end)
+        for first, stop in ((first, final + 1) for first, final in self._skip.ranges if self._origin <= first < end):
+            for source, (before, after) in enumerate(zip(self._positions(first), self._positions(stop), strict=True)):
+                read[source] -= after - before
+        return read
+
     def _positions(self, i: int) -> list[int]:
         """Return, for each source, how many of its samples come before position `i`, left out or not."""
         return [first + count for first, count in zip(self._first, self.blend.counts(i - self._origin), strict=True)]

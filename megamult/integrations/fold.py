@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch.nn import Parameter
 
+from megamult.distributed import environment
 from megamult.distributed.mesh import current_mesh
 from megamult.integrations.rules import Rule, one_tensor
 from megamult.multipliers.config import MultiplierClip, MultipliersConfig
@@ -82,13 +83,14 @@ def fold(
 
     Returns:
         The optimizer: AdamW for all parameters, or another update rule for matrices and AdamW for the rest. Its
-        attribute `folded` has the multipliers.
+        attribute `folded` has the multipliers. Its attribute `ownership` says how many tensors and elements each rule
+        trains, which rank 0 also prints in one line.
 
     Raises:
         ValueError: a key or value is unknown; a rule finds no parameter; two rules find the same parameter; the model
             has a trainable matrix with neither rule nor spec; a parameter that is shared by several roles would get
-            multipliers; a placement that is a mapping names a role that no trainable parameter has; or no parameter
-            would get multipliers.
+            multipliers; a placement that is a mapping names a role that no trainable parameter has; no parameter would
+            get multipliers; or Muon would train no matrix.
     """
     chosen = _optimizer_config(optimizer)
     sides: Any = placement if isinstance(placement, str) else {r: _listed(s) for r, s in placement.items()}
@@ -126,7 +128,10 @@ def fold(
         )
     for parameter, spec in specs.items():
         set_spec(parameter, spec)
-    return make_optimizer(model, chosen, settings, Initial(start))
+    made = make_optimizer(model, chosen, settings, Initial(start))
+    if environment.rank() == 0:
+        print(f"megamult: {made.ownership}", flush=True)
+    return made
 
 
 _FURTHER = ("lr_factors", "weight_decay_factors", "parametrization")

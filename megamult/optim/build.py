@@ -20,7 +20,7 @@ from megamult.optim.rates import Rate, Rates
 from megamult.optim.rule import UpdateRule
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.initial import Initial
-from megamult.parameters.roles import resolve
+from megamult.parameters.roles import ROLES, resolve
 from megamult.parameters.stated import named_specs
 
 _DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +46,8 @@ def make_optimizer(
         logits: measured attention logits of the model, if `multipliers.qk_clip` is set; None if not.
 
     Raises:
-        ValueError: `multipliers.qk_clip` is set without `logits`, or the reverse. For other errors see
+        ValueError: `multipliers.qk_clip` is set without `logits`, or the reverse; or the optimizer is Muon or NorMuon,
+            and would train no matrix. For other errors see
             :func:`rates_of`, :func:`megamult.param_groups` and :class:`TwoPhaseOptimizer`.
     """
     threshold = multipliers.qk_clip
@@ -80,7 +81,7 @@ def make_optimizer(
             parametrization=parametrization,
             **chosen.keys_of("adamw"),
         )
-    return TwoPhaseOptimizer(
+    made = TwoPhaseOptimizer(
         groups,
         AdamW(**chosen.keys_of("adamw")),
         matrix_rules(chosen),
@@ -95,6 +96,14 @@ def make_optimizer(
         folded=folded,
         mesh=mesh,
     )
+    idle = [name for name, share in made.ownership.matrices.items() if name != "AdamW" and not share.tensors]
+    if idle:
+        roles = ", ".join(role for role, each in ROLES.items() if each.orthogonalized)
+        raise ValueError(
+            f"optimizer.name is {chosen.name}, and no trainable parameter is a matrix that {idle[0]} trains (roles "
+            f"{roles}): use optimizer.name adamw, or give the matrices of the blocks one of these roles"
+        )
+    return made
 
 
 def rates_of(model: torch.nn.Module, chosen: OptimizerConfig, multipliers: MultipliersConfig) -> Rates:

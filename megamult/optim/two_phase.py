@@ -25,6 +25,7 @@ from megamult.multipliers.parametrization import Parametrization
 from megamult.optim.clip import Clipping, Norms
 from megamult.optim.fixed_norm import FixedNorms
 from megamult.optim.folded import BoundMultipliers, FoldedMultipliers
+from megamult.optim.ownership import ownership
 from megamult.optim.param_groups import check_groups
 from megamult.optim.qk_clip import QKClip
 from megamult.optim.rates import Rates, Stretch, apply_by_rate, learning_rates, stretches_of_tensors
@@ -33,7 +34,7 @@ from megamult.optim.rule import UpdateRule
 from megamult.optim.state import STEP, StateStore
 from megamult.optim.viewed import ViewedOptimizer
 from megamult.parameters.spec import ParameterSpec
-from megamult.parameters.stated import check_complete, has_spec, names_of
+from megamult.parameters.stated import check_complete, has_spec, names_of, spec_of
 from megamult.zero.partition import Partition
 from megamult.zero.whole import WholePartition
 
@@ -80,6 +81,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
             along the data axis if Megatron has none.
 
     Attributes:
+        ownership: number of tensors and elements that each rule trains.
         folding: the argument `folded`.
         folded: the folded multipliers themselves; None before :meth:`bind`, or if there are none.
         norms: norms of the last prepared gradients, before clipping.
@@ -116,6 +118,7 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         held = {parameter for group in groups for parameter in group["params"]}
         check_complete({name for p, name in self._names.items() if p in held}, self._names.values())
         self.rule, self.rules = rule, dict(rules or {})
+        self.ownership = ownership([spec_of(p) for g in groups for p in g["params"]], rule, self.rules, folded)
         # Each group gets its rule's defaults. torch's `defaults` hold for all groups, but two rules may have settings
         # of the same name.
         groups = [{**self.rule_of(group["kind"]).defaults, **group} for group in groups]

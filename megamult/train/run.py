@@ -11,6 +11,7 @@ from pathlib import Path
 from megamult.checkpoint import resume
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import Config
+from megamult.data.dataset import BlendedDataset
 from megamult.data.tokenizer import Tokenizer
 from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER
 from megamult.distributed import environment
@@ -30,11 +31,11 @@ from megamult.train import run_dir as run_dirs
 from megamult.train.changes import changes
 from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.command_line import agreed
-from megamult.train.deepspeed_engine import build, check_deepspeed
-from megamult.train.engine import Engine
+from megamult.train.deepspeed_engine import DeepSpeedEngine, build, check_deepspeed
 from megamult.train.loop import CheckpointFailed, Diverged, Trainer
 from megamult.train.monitoring import RunMonitor
 from megamult.train.schedule import Schedule
+from megamult.train.startup import summary
 from megamult.train.summary import conclude
 
 
@@ -85,13 +86,14 @@ def train(run: Run) -> int:
     progress.at(0, "building the model")
     note: Callable[[str], None] = partial(progress.at, 0)
     engine = agreed(run.mesh, lambda: build(config, vocab_size, run.mesh, draw=checkpoint is None, note=note))
-    _say_what(run, engine)
     # Earlier versions wrote imported checkpoints without `drawn`; these have no state of the data.
     drawn = checkpoint is None or (checkpoint.info.drawn and checkpoint.info.data is not None)
     monitor = RunMonitor(config, engine.model, engine.partition, engine.optimizer, vocab_size, drawn=drawn)
     trainer = Trainer(config, engine, samples, valid, vocab_size, progress, monitor)
+    notes = [] if checkpoint is None else agreed(run.mesh, partial(trainer.resume, checkpoint.info))
+    _say_what(run, trainer, engine, samples)
     if checkpoint is not None:
-        _resume(run, trainer, checkpoint)
+        _restore(run, trainer, checkpoint, notes)
     elif config.checkpoint.load and environment.rank() == 0:
         print(f"no checkpoint in {run.run_dir / 'checkpoints'} yet: starting anew", flush=True)
     checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, run.mesh, tokenizers, files, drawn, tokenizer.eod)
@@ -156,30 +158,28 @@ def _files(resolved: str, tokenizer: Tokenizer, checkpoint: SavedCheckpoint | No
     return files
 
 
-def _say_what(run: Run, engine: Engine) -> None:
-    """Print what is trained, and on which processes."""
+def _say_what(run: Run, trainer: Trainer, engine: DeepSpeedEngine, samples: BlendedDataset) -> None:
+    """Print what is trained, and warnings about it. Collective over all ranks."""
+    said = summary(run.config, engine, samples, run.run_dir, (trainer.step_count, trainer.samples))
     if environment.rank() == 0:
-        parallel = run.config.parallel
-        print(
-            f"{engine.parameter_count:,} parameters, {run.mesh.size} processes (tensor parallel "
-            f"{parallel.tensor}, data parallel {run.mesh.size_of('data')}), ZeRO {parallel.zero_stage}, "
-            f"{run.config.train.dtype}; writing {run.run_dir}",
-            flush=True,
-        )
+        print(said, flush=True)
         factors = list(itertools.islice(Schedule(run.config).lr_factors(), run.config.train.steps))
         broken = run.config.model.broken_symmetries
         for warning in decay_warnings(run.config.optimizer, run.config.multipliers, factors, broken):
             print(f"warning: {warning}", flush=True)
 
 
-def _resume(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint) -> None:
-    """Load a checkpoint into `trainer`, and print how the configuration has changed since the checkpoint."""
+def _restore(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint, notes: list[str]) -> None:
+    """Load a checkpoint into the engine, and print how the configuration has changed since the checkpoint.
+
+    Args:
+        notes: lines about the data for the user to read, to which others are added.
+    """
     config = run.config
     run.progress.at(0, "reading the checkpoint", ON_FILES)
     new = agreed(
         run.mesh, lambda: trainer.engine.restore(checkpoint, reset_optimizer=config.checkpoint.reset_optimizer)
     )
-    notes = trainer.resume(checkpoint.info)
     lost = resume.lost_multipliers(checkpoint.info, config)
     if lost:
         listed = ", ".join(f"{role} ({', '.join(sides)})" for role, sides in lost.items())

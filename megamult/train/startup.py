@@ -1,0 +1,173 @@
+"""Summary of a run at its start: what will be trained, on what, with what, and where."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+from pathlib import Path
+
+import torch
+
+import megamult
+from megamult.config import Config
+from megamult.data.config import DataConfig
+from megamult.data.dataset import BlendedDataset
+from megamult.distributed import device, environment
+from megamult.distributed.mesh import Mesh
+from megamult.models.architectures import architecture_of
+from megamult.monitor import screen
+from megamult.optim.memory import state_bytes
+from megamult.optim.ownership import Share
+from megamult.train.deepspeed_engine import DeepSpeedEngine
+from megamult.train.schedule import Schedule
+from megamult.zero.memory import gradient_bytes, master_bytes, weight_bytes
+
+KINDS = ("weights", "fp32 masters", "gradients", "optimizer state")
+"""Kinds of a rank's memory, in the order of :func:`memory`."""
+
+
+def memory(config: Config, engine: DeepSpeedEngine) -> dict[str, int]:
+    """Return the bytes that each kind of a rank's memory takes from the first step on, the largest over all ranks.
+
+    Activations, DeepSpeed's communication buckets and parameters that it gathers are not included. Collective over all
+    ranks.
+    """
+    partition, train = engine.partition, config.train
+    stage, accumulation = config.parallel.zero_stage, config.accumulation(engine.mesh.size_of("data"))
+    mine = [
+        weight_bytes(partition),
+        master_bytes(partition),
+        gradient_bytes(partition, stage, train.accumulation_dtype, train.dtype, accumulation),
+        state_bytes(engine.optimizer, partition),
+    ]
+    largest = engine.mesh.max_over(torch.tensor(mine, dtype=torch.float64, device=device.local_device()))
+    return {kind: int(value) for kind, value in zip(KINDS, largest.tolist(), strict=True)}
+
+
+def summary(
+    config: Config,
+    engine: DeepSpeedEngine,
+    samples: BlendedDataset,
+    run_dir: Path,
+    done: tuple[int, int],
+) -> str:
+    """Return the lines that say what will run, at most `screen.LINES`. Collective over all ranks.
+
+    Args:
+        samples: the training data, at the place from which the run continues.
+        done: number of steps and of sequences that earlier starts of the run have trained on.
+    """
+    train, mesh = config.train, engine.mesh
+    held = memory(config, engine)
+    kinds = ", ".join(f"{kind} {screen.size(count)}" for kind, count in held.items() if count)
+    owned = engine.optimizer.ownership
+    everything = sum(owned.matrices.values(), Share())
+    scaled = f" and {owned.multipliers.elements:,} multipliers ({config.multipliers.implementation})"
+    total = Schedule(config).samples_after(done[1], max(0, train.steps - done[0]))
+    rows = [
+        (
+            "model",
+            f"{architecture_of(config.model).name}, {config.model.num_layers} layers of width "
+            f"{config.model.hidden_size}: {everything.elements + owned.vectors.elements:,} parameters in "
+            f"{everything.tensors} matrices and {owned.vectors.tensors} vectors"
+            + (scaled if owned.multipliers.tensors else ""),
+        ),
+        ("optimizer", str(owned)),
+        ("learning rate", _schedule(config)),
+        ("sharding", _sharding(config, mesh)),
+        ("batch", _batch(config, mesh)),
+        ("training", _training(config, done, total)),
+    ]
+    after = [
+        ("memory", f"{screen.size(sum(held.values()))} per rank without activations: {kinds}"),
+        ("directory", str(run_dir)),
+        ("here", f"{environment.host()}, {_devices(mesh)}"),
+        ("versions", _versions()),
+    ]
+    read = _sources(config, samples, done[1], total)
+    data = screen.sources(read, screen.LINES - len(rows) - len(after))
+    return screen.table([*rows, *zip(["data", *[""] * len(data)], data, strict=False), *after])
+
+
+def _schedule(config: Config) -> str:
+    optimizer, steps = config.optimizer, config.train.steps
+    warmup = f" after {optimizer.warmup_steps:,} steps of warm-up" if optimizer.warmup_steps else ""
+    parts = [f"{optimizer.lr:g}{warmup}"]
+    if optimizer.decay_steps:
+        first = steps - optimizer.final_steps - optimizer.decay_steps
+        parts.append(f"constant to step {first:,}")
+        parts.append(f"{optimizer.decay} to {optimizer.min_lr:g} in {optimizer.decay_steps:,} steps")
+    else:
+        parts.append(f"constant to step {steps:,}")
+    if optimizer.final_steps:
+        parts.append(f"constant for {optimizer.final_steps:,}")
+    return ", ".join(parts)
+
+
+def _sharding(config: Config, mesh: Mesh) -> str:
+    processes = "1 process" if mesh.size == 1 else f"{mesh.size} processes"
+    sequence = ", sequence parallel" if config.parallel.sequence else ""
+    return (
+        f"{processes} (tensor parallel {config.parallel.tensor}, data parallel {mesh.size_of('data')}), ZeRO "
+        f"{config.parallel.zero_stage}, {config.train.dtype}, gradients in {config.train.accumulation_dtype}{sequence}"
+    )
+
+
+def _batch(config: Config, mesh: Mesh) -> str:
+    train, data = config.train, mesh.size_of("data")
+    text = (
+        f"{train.global_batch_size} sequences of {config.model.seq_length:,} tokens = micro-batch "
+        f"{train.micro_batch_size} x accumulation {config.accumulation(data)} x data parallel {data}"
+    )
+    ramp = train.batch_ramp
+    return text if ramp.start is None else f"{text}; {ramp.start} at the start, growing for {ramp.samples:,} sequences"
+
+
+def _training(config: Config, done: tuple[int, int], total: int) -> str:
+    """Return the text about steps and tokens: those of the whole run, or what is left of it."""
+    steps, length = config.train.steps, config.model.seq_length
+    if done[0] == 0:
+        return f"{steps:,} steps, {total * length:,} tokens"
+    left = max(0, steps - done[0])
+    return f"{left:,} of {steps:,} steps, {(total - done[1]) * length:,} of {total * length:,} tokens, are left"
+
+
+def _sources(config: Config, samples: BlendedDataset, read: int, total: int) -> list[tuple[str, int, float]]:
+    """Return (prefix, tokens, epochs) that the run takes from each source, in all of its starts."""
+    prefixes = [prefix for prefix, _ in DataConfig.sources(config.data.train)]
+    counts = samples.samples_read(max(read, total))
+    each = zip(prefixes, counts, samples.samples_per_epoch, strict=True)
+    return [(prefix, count * config.model.seq_length, count / epoch) for prefix, count, epoch in each]
+
+
+def _devices(mesh: Mesh) -> str:
+    name = torch.cuda.get_device_name() if device.has_cuda() else f"CPU, {torch.get_num_threads()} threads"
+    return name if mesh.size == 1 else f"{mesh.size} x {name}"
+
+
+def _versions() -> str:
+    """Return the versions of megamult and what it stands on, with the commit if megamult is in a Git repository."""
+    names = ("torch", "deepspeed", "megatron-core")
+    ours = f"megamult {megamult.__version__}"
+    if commit := _commit():
+        ours += f" ({commit})"
+    return ", ".join([ours, *(f"{name} {importlib.metadata.version(name)}" for name in names)])
+
+
+def _commit() -> str | None:
+    """Return the commit of the Git repository that has megamult's files, or None if there is none, or no Git."""
+    here = Path(megamult.__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty=, changed", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+        tracked = subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() if tracked.returncode == 0 else None  # not that of a folder with an environment in it
