@@ -46,10 +46,13 @@ class Config:
 
     def __post_init__(self) -> None:
         optimizer, train = self.optimizer, self.train
+        spans = ("warmup_steps", "decay_steps", "final_steps")
+        trial = " ".join(f"--optimizer.{key} 0" for key in spans if getattr(optimizer, key))
         require(
             optimizer.warmup_steps + optimizer.decay_steps + optimizer.final_steps <= train.steps,
             f"optimizer.warmup_steps {optimizer.warmup_steps} + optimizer.decay_steps {optimizer.decay_steps} + "
-            f"optimizer.final_steps {optimizer.final_steps} exceed train.steps {train.steps}: shorten them",
+            f"optimizer.final_steps {optimizer.final_steps} exceed train.steps {train.steps}: shorten them (for a "
+            f"trial of a few steps: {trial})",
         )
         require(
             not (train.dtype == "bf16" and self.parallel.zero_stage == 0 and train.accumulation_dtype == "fp32"),

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -14,13 +15,23 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megamult.monitor import screen
+
 _FLUSH_SECONDS = 10
 """Seconds between flushes of TensorBoard's figures. A crash can lose the figures of this time, and a viewer sees
 figures with this delay."""
 
 
+_PAUSE = (5.0, 120.0)
+"""Shortest and longest time in seconds between two lines of steps where the screen is no terminal. In between, a line
+comes whenever a tenth of the time since the start has passed since the last line."""
+
+
 class Writers:
-    """Writer of one record per step to `metrics.jsonl` and `tensorboard/`, and of a progress bar to standard error.
+    """Writer of one record per step to `metrics.jsonl` and `tensorboard/`, and of the run's progress to the screen.
+
+    On a terminal the progress is a bar on standard error. Elsewhere it is lines on standard output: for the first and
+    the last step, and in between every 5 seconds at first and every 2 minutes later.
 
     Args:
         run_dir: run directory, which may hold earlier figures of the same run.
@@ -30,6 +41,7 @@ class Writers:
         samples: (number of sequences that the whole run reads, number that it has read so far). The bar counts
             sequences and not steps, because the remaining time follows from sequences even if batches grow.
         report: function that gets every figure that TensorBoard gets, by name, for further monitors.
+        clock: function that returns the time, in seconds since 1970.
     """
 
     def __init__(
@@ -40,6 +52,7 @@ class Writers:
         skipped: int = 0,
         samples: tuple[int, int] = (0, 0),
         report: Callable[[dict[str, float]], None] = lambda figures: None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_after(run_dir / "metrics.jsonl", done)
@@ -54,8 +67,10 @@ class Writers:
             dynamic_ncols=True,
             disable=not self._interactive,
         )
-        self._report_every = max(1, steps // 20)
-        self._steps = steps
+        self._steps, (self._total, self._read) = steps, samples
+        self._clock = clock
+        self._began: tuple[float, int] | None = None  # (time, samples read by then) after this start's first step
+        self._told = -math.inf
         self._report = report
         self._skipped = skipped
         self._failed: set[str] = set()
@@ -80,18 +95,37 @@ class Writers:
         step = int(record["step"])
         if record["skipped_steps"] > self._skipped:
             self._skipped = int(record["skipped_steps"])
-            why = f"the gradient norm {record['grad_norm']:.4g} is above optimizer.skip_grad_norm"
+            why = (
+                f"the gradient norm is above optimizer.skip_grad_norm ({record['grad_norm']:.4g} without multipliers, "
+                f"{record['multiplier_grad_norm']:.4g} of multipliers)"
+            )
             if not all(math.isfinite(record[key]) for key in ("grad_norm", "multiplier_grad_norm")):
                 why = "a gradient is not finite"
             self.say(f"step {step}: {why}, so the step changes no weight ({self._skipped} steps skipped so far)")
         self._scalars("train", {k: v for k, v in {**record, **extra}.items() if k != "step"}, step)
-        text = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
+        mfu = extra.get("mfu")
+        self._read += int(record["batch_size"])
         if self._interactive:
             self._bar.set_description_str(f"step {step}/{self._steps}", refresh=False)
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {screen.speed(record, mfu)}", refresh=False)
             self._bar.update(record["batch_size"])
-        elif step % self._report_every == 0 or step == self._steps:
-            self.say(f"step {step}/{self._steps}: {text}")
+        else:
+            self._tell(record, mfu)
+
+    def _tell(self, record: dict[str, float], mfu: float | None) -> None:
+        """Print the line of a step, if one is due."""
+        now, left = self._clock(), None
+        if self._began is None:
+            # The first step also compiles, allocates and opens files: the pace is that of the steps after it.
+            self._began = now, self._read
+        elif self._read > self._began[1]:
+            left = (now - self._began[0]) * (self._total - self._read) / (self._read - self._began[1])
+        shortest, longest = _PAUSE
+        pause = min(longest, max(shortest, (now - self._began[0]) / 10))
+        if now - self._told >= pause or record["step"] == self._steps:
+            self._told = now
+            clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+            self.say(screen.step_line(record, self._steps, clock, left, mfu))
 
     def evaluation(self, record: dict[str, float]) -> None:
         """Record an evaluation: the mean loss `valid_loss`, and `valid/NAME/loss` of each named validation set."""
@@ -137,6 +171,7 @@ class Writers:
     def _line(self, record: dict[str, float]) -> None:
         # JSON has no NaN and no infinity.
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        finite["time"] = round(self._clock(), 3)
         with self._going_on("metrics.jsonl"):
             self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
 

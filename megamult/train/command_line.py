@@ -61,12 +61,23 @@ def parser() -> Any:
         "The DeepSpeed keys optimizer, scheduler and gradient_clipping are translated to megamult's keys optimizer.* "
         "and train.*",
     )
+    made.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check the configuration, the data's headers, the checkpoint and the run directory, build the model and "
+        "the optimizer, print what would run, and stop with nothing written",
+    )
     made.add_argument("--local_rank", type=int, default=None, help="set by launchers, and ignored: LOCAL_RANK is used")
     return made
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
-    """Return the validated configuration, and its resolved form as YAML.
+    """Return the validated configuration, and its resolved form as YAML (see :func:`asked`)."""
+    return asked(arguments)[:2]
+
+
+def asked(arguments: Sequence[str] | None = None) -> tuple[Config, str, bool]:
+    """Return the validated configuration, its resolved form as YAML, and whether the run is a dry run.
 
     Raises:
         ValueError: a key or a value is not valid.
@@ -85,6 +96,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
         # `deepspeed_config` names the conflict.
         read = adopted(without_auto(file), given, made.get_defaults())
         namespace = made.parse_args([*(f"--{key}={_argument(value)}" for key, value in read.items()), *arguments])
+        for section in SECTIONS:  # given as a file (--optimizer FILE.yaml), its path stands among its keys
+            if hasattr(namespace[section], "keys"):
+                namespace[section].pop("__path__", None)
         for name in _section_names():  # jsonargparse accepts `model: 3`
             if not hasattr(namespace[name], "keys"):
                 raise ValueError(f"{name} is {namespace[name]!r}: give a mapping of the section's keys")
@@ -93,7 +107,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
         raise ValueError(f"{str(error).strip()}; --help lists every key with its unit") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"the file that --config names is not UTF-8 ({error}): save it as UTF-8") from None
-    del namespace["config"], namespace["local_rank"]
+    dry_run = bool(namespace["dry_run"])
+    del namespace["config"], namespace["local_rank"], namespace["dry_run"]
     sections["optimizer"] = OptimizerConfig.of(_used(namespace)["optimizer"].as_dict())
     config = Config(**{name: sections[name] for name in SECTIONS})
     kept = without_translated(file, config)
@@ -101,7 +116,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, str]:
     if said is not None and kept != file and environment.rank() == 0:
         print(f"note: {said}", file=sys.stderr, flush=True)
     config.deepspeed = namespace["deepspeed"] = kept or None
-    return config, made.dump(namespace, skip_validation=True, skip_unset=False)
+    return config, made.dump(namespace, skip_validation=True, skip_unset=False), dry_run
 
 
 def _argument(value: Any) -> str:
@@ -125,7 +140,8 @@ def _section_names() -> list[str]:
 def _used(namespace: Any) -> Any:
     """Return a copy of a namespace without the sections of update rules that the optimizer does not use."""
     namespace = namespace.clone()
-    namespace.pop("local_rank", None)  # a launcher's argument, not a key of the run
+    for name in ("local_rank", "dry_run"):  # arguments of a start, no keys of the run
+        namespace.pop(name, None)
     optimizer = namespace.get("optimizer")
     if hasattr(optimizer, "keys"):
         for name in rule_sections():

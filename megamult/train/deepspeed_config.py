@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,15 @@ def without_translated(overrides: dict[str, Any], config: Config) -> dict[str, A
     if [*_problems(asked, {}), *conflicts(asked, config)]:
         return overrides
     return {key: value for key, value in overrides.items() if key not in TRANSLATED}
+
+
+def without_monitors(config: Config) -> Config:
+    """Return the configuration without DeepSpeed's own monitors, which make folders or connections when it starts."""
+    overrides = {key: value for key, value in config.deepspeed_overrides().items() if key not in _MONITORS}
+    return dataclasses.replace(config, deepspeed=overrides or None)
+
+
+_MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
 
 
 def _is_bf16_optimizer(config: Config) -> bool:

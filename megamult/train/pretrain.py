@@ -19,7 +19,7 @@ from megamult.runtime import exit_codes
 from megamult.runtime.console import say_error
 from megamult.runtime.patience import ON_FILES
 from megamult.settings import run_settings
-from megamult.train.command_line import HEAD_START_SECONDS, agreed, fail, fail_alone, parse
+from megamult.train.command_line import HEAD_START_SECONDS, agreed, asked, fail, fail_alone
 from megamult.train.deepspeed_config import deepspeed_config
 
 if TYPE_CHECKING:
@@ -32,16 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Pretrain a model as the command line asks."""
     environment.set_defaults()
     try:
-        config, resolved = parse(arguments)
+        config, resolved, dry = asked(arguments)
         config.check_world(environment.world_size())
         deepspeed_config(config, environment.world_size() // config.parallel.tensor)
     except (ValueError, OSError) as error:
         fail_alone(str(error))
-    run(config, resolved)
+    run(config, resolved, dry)
 
 
-def run(config: Config, resolved: str) -> None:
+def run(config: Config, resolved: str, dry: bool = False) -> None:
     """Start a run with the configuration `config`, and train. `resolved` is the configuration's text for config.yaml.
+
+    If `dry` is true, only check and say what would run.
 
     Megatron and DeepSpeed are imported only after all processes have met and the watchdog runs; see the module's
     docstring.
@@ -85,7 +87,7 @@ def run(config: Config, resolved: str) -> None:
         run_dir = agreed(mesh, lambda: stack.enter_context(run_dirs.chosen(config.train.run_dir, mesh)))
         from megamult.train.run import Run, train
 
-        code = train(Run(config, resolved, run_dir, mesh, progress, log, lock, stop))
+        code = train(Run(config, resolved, run_dir, mesh, progress, log, lock, stop, dry))
         start.destroy()
     if code:
         sys.exit(code)

@@ -31,6 +31,7 @@ from megamult.train import run_dir as run_dirs
 from megamult.train.changes import changes
 from megamult.train.checkpoints import RunCheckpoints
 from megamult.train.command_line import agreed
+from megamult.train.deepspeed_config import without_monitors
 from megamult.train.deepspeed_engine import DeepSpeedEngine, build, check_deepspeed
 from megamult.train.loop import CheckpointFailed, Diverged, Trainer
 from megamult.train.monitoring import RunMonitor
@@ -52,6 +53,8 @@ class Run:
     log: RankLog
     lock: RunLock
     stop: StopRequests
+    dry: bool = False
+    """Whether the run only checks and says what it would do, and leaves nothing behind."""
 
 
 def train(run: Run) -> int:
@@ -63,10 +66,15 @@ def train(run: Run) -> int:
     config, progress = run.config, run.progress
     agreed(run.mesh, lambda: check_deepspeed(config, run.mesh))
     tokenizer, vocab_size = agreed(run.mesh, lambda: corpora.vocabulary(config))
-    # Wait before looking for the newest checkpoint, because an earlier start of the run may still be writing it.
-    progress.at(0, "waiting for the run directory", ON_FILES)
-    agreed(run.mesh, lambda: run_dirs.wait_for(run.lock, run.run_dir))
+    if not run.dry:
+        # Wait before looking for the newest checkpoint, because an earlier start of the run may still be writing it.
+        progress.at(0, "waiting for the run directory", ON_FILES)
+        agreed(run.mesh, lambda: run_dirs.wait_for(run.lock, run.run_dir))
     checkpoint = _find_checkpoint(run, vocab_size, tokenizer)
+    if checkpoint is not None and checkpoint.info.step >= config.train.steps:
+        _say_finished(config, checkpoint)
+        run.mesh.barrier()
+        return 0
     ours = None if checkpoint is None else run_dirs.own(checkpoint.path, run.run_dir)
     agreed(run.mesh, lambda: run_dirs.claim(run.run_dir, config.checkpoint.load == "latest" or ours is not None))
     progress.at(0, "checking the data", ON_FILES)
@@ -80,18 +88,29 @@ def train(run: Run) -> int:
     tokenizers = _tokenizers(tokenizer, checkpoint)
     files = agreed(run.mesh, lambda: _files(run.resolved, tokenizer, checkpoint))
     first_step = 0 if checkpoint is None else checkpoint.info.step
-    agreed(run.mesh, lambda: run_dirs.begin(run.run_dir, run.resolved, ours, first_step, run.lock))
-    agreed(run.mesh, lambda: run_dirs.check_shared(run.run_dir))
-    agreed(run.mesh, lambda: run.log.open(run.run_dir / "logs"))
+    if run.dry:
+        agreed(run.mesh, lambda: run_dirs.check_writable(run.run_dir))
+    else:
+        agreed(run.mesh, lambda: run_dirs.begin(run.run_dir, run.resolved, ours, first_step, run.lock))
+        agreed(run.mesh, lambda: run_dirs.check_shared(run.run_dir))
+        agreed(run.mesh, lambda: run.log.open(run.run_dir / "logs"))
     progress.at(0, "building the model")
     note: Callable[[str], None] = partial(progress.at, 0)
-    engine = agreed(run.mesh, lambda: build(config, vocab_size, run.mesh, draw=checkpoint is None, note=note))
+    draw = checkpoint is None and not run.dry
+    built = without_monitors(config) if run.dry else config  # DeepSpeed's monitors make folders when it starts
+    engine = agreed(run.mesh, lambda: build(built, vocab_size, run.mesh, draw=draw, note=note))
     # Earlier versions wrote imported checkpoints without `drawn`; these have no state of the data.
     drawn = checkpoint is None or (checkpoint.info.drawn and checkpoint.info.data is not None)
     monitor = RunMonitor(config, engine.model, engine.partition, engine.optimizer, vocab_size, drawn=drawn)
     trainer = Trainer(config, engine, samples, valid, vocab_size, progress, monitor)
     notes = [] if checkpoint is None else agreed(run.mesh, partial(trainer.resume, checkpoint.info))
     _say_what(run, trainer, engine, samples)
+    if run.dry:
+        samples.close()
+        if environment.rank() == 0:
+            print("\n".join([*(f"note: {note}" for note in notes), "dry run: all checks passed, nothing was written"]))
+        run.mesh.barrier()
+        return 0
     if checkpoint is not None:
         _restore(run, trainer, checkpoint, notes)
     elif config.checkpoint.load and environment.rank() == 0:
@@ -156,6 +175,16 @@ def _files(resolved: str, tokenizer: Tokenizer, checkpoint: SavedCheckpoint | No
     if checkpoint is not None and _same_tokenizer(tokenizer, checkpoint):
         files = checkpoint.files(TOKENIZER_FOLDER) | checkpoint.files(SENTENCEPIECE) | files
     return files
+
+
+def _say_finished(config: Config, checkpoint: SavedCheckpoint) -> None:
+    """Print that the run has taken all of its steps."""
+    if environment.rank() == 0:
+        print(
+            f"nothing is left to do: {checkpoint.path} is of step {checkpoint.info.step}, and train.steps is "
+            f"{config.train.steps}; to train on, raise train.steps",
+            flush=True,
+        )
 
 
 def _say_what(run: Run, trainer: Trainer, engine: DeepSpeedEngine, samples: BlendedDataset) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,24 @@ def claim(run_dir: Path, resumes: bool) -> None:
         )
 
 
+def check_writable(run_dir: Path) -> None:
+    """Check on rank 0 that the run directory can be written, or made if it does not exist, and leave nothing there.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if environment.rank() != 0:
+        return
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    try:
+        Path(tempfile.mkdtemp(prefix=".megamult_dry_run_", dir=place)).rmdir()
+    except OSError as error:
+        raise ValueError(
+            f"train.run_dir {run_dir} cannot be written ({error.strerror}: {place}): choose another with "
+            "--train.run_dir"
+        ) from None
+
+
 def wait_for(lock: RunLock, run_dir: Path) -> None:
     """If the run directory has a lock file, wait until no earlier launch of this run holds the lock, and take it.
 
@@ -118,8 +137,8 @@ def begin(run_dir: Path, resolved: str, checkpoint: Path | None, step: int, lock
             run_dir.mkdir(parents=True, exist_ok=True)
             if lock.acquire(run_dir):
                 raise ValueError(
-                    f"another run took {run_dir} while this one was starting: give train.run_dir another directory, "
-                    "or start this command again when that run has ended"
+                    f"another run wrote into {run_dir} while this one was starting, and has ended: give train.run_dir "
+                    "another directory, or go on with that run by --checkpoint.load latest"
                 )
             _tell_who_left(run_dir)
             directory.clean(run_dir / "checkpoints")

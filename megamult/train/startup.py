@@ -62,7 +62,7 @@ def summary(
     kinds = ", ".join(f"{kind} {screen.size(count)}" for kind, count in held.items() if count)
     owned = engine.optimizer.ownership
     everything = sum(owned.matrices.values(), Share())
-    scaled = f" and {owned.multipliers.elements:,} multipliers ({config.multipliers.implementation})"
+    scaled = f", and {owned.multipliers.elements:,} multipliers ({config.multipliers.implementation})"
     total = Schedule(config).samples_after(done[1], max(0, train.steps - done[0]))
     rows = [
         (
@@ -141,7 +141,7 @@ def _sources(config: Config, samples: BlendedDataset, read: int, total: int) -> 
 
 
 def _devices(mesh: Mesh) -> str:
-    name = torch.cuda.get_device_name() if device.has_cuda() else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.has_cuda() else f"CPU (threads: {torch.get_num_threads()})"
     return name if mesh.size == 1 else f"{mesh.size} x {name}"
 
 

@@ -47,7 +47,8 @@ def _compare_with_unigrams(config: Config, vocab_size: int, valid_loss: float | 
     sources = DataConfig.sources(config.data.train)
     if len(sources) == 1 and read_index(sources[0][0]).tokens <= _ENTROPY_TOKENS:
         entropy = unigram_entropy(sources[0][0], vocab_size)
+        side = "below" if valid_loss < entropy else "above"
         print(
             f"unigram entropy of the training tokens {entropy:.4f} nats per token: "
-            f"the model's loss is {entropy - valid_loss:.4f} lower"
+            f"the model's loss is {abs(entropy - valid_loss):.4f} {side} it"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -86,7 +87,16 @@ def test_metrics_have_every_key_at_every_step(runs: dict[int, Path], stage: int)
         assert r["tokens_per_second"] * r["seconds"] == pytest.approx(BATCH * SEQ, rel=1e-9)
         assert r["lr"] == pytest.approx(4e-3 * min(1.0, r["step"] / 2), rel=1e-12)
         assert 0 < r["multiplier_grad_norm"] < math.inf and 0 < r["grad_norm"] < math.inf
-    assert all(set(r) == {"step", "valid_loss"} for r in records if "valid_loss" in r)
+    assert all(set(r) == {"step", "valid_loss", "time"} for r in records if "valid_loss" in r)
+
+
+def test_every_field_of_a_step_is_documented(runs: dict[int, Path]) -> None:
+    page = (REPOSITORY / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    table = page.partition("## Steps\n")[2].partition("\n\nIf ")[0]
+    documented = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\S+?)`", row)}
+    written = {key for record in metrics(runs[1]) if "loss" in record for key in record}
+    rates = {key for key in written if key.startswith("lr/")}
+    assert rates and documented - {"lr/GROUP", "lr/ROLE", "lr/ROLE_SIDE"} == written - rates
 
 
 def test_the_model_starts_ignorant_and_learns(runs: dict[int, Path]) -> None:
