@@ -165,7 +165,7 @@ class Writers:
         with self._going_on("tensorboard"):
             for name, value in figures.items():
                 self._tensorboard.add_scalar(name, value, step)
-        with self._going_on("a monitor of the section deepspeed"):
+        with self._going_on("a monitor of deepspeed or of monitor.wandb"):
             self._report(figures)
 
     def _line(self, record: dict[str, float]) -> None:

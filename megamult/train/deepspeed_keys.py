@@ -150,7 +150,10 @@ KEYS: dict[str, Key] = {
         keys=("enabled", "output_path", "job_name"),
     ),
     "wandb": free(
-        f"send {_ALL_SCALARS} to Weights & Biases", package="wandb", keys=("enabled", "group", "team", "project")
+        f"send {_ALL_SCALARS} to Weights & Biases. monitor.wandb sends them over the step, and goes on with the same "
+        "run there after a resume",
+        package="wandb",
+        keys=("enabled", "group", "team", "project"),
     ),
     "comet": free(
         f"send {_ALL_SCALARS} to Comet",

@@ -42,10 +42,11 @@ class Trainer:
         vocab_size: int,
         progress: Progress | None = None,
         monitor: RunMonitor | None = None,
+        report: Callable[[dict[str, float], int], None] = lambda figures, step: None,
     ) -> None:
         self.config, self.engine = config, engine
         self._progress = progress or Progress()
-        self._monitor = monitor
+        self._monitor, self._report = monitor, report
         self._train, self._skip = train, Skip.of(config.data.skip)
         self._evaluation = Evaluation(config, engine, valid or {}, self._progress)
         self._mesh = engine.mesh
@@ -187,7 +188,7 @@ class Trainer:
                     self.step_count,
                     self.engine.skipped_steps,
                     (total, self.samples),
-                    lambda figures: self.engine.report(figures, self.samples),
+                    self._report_figures,
                 )
             )
             while self.step_count < steps and reason is None:
@@ -213,6 +214,11 @@ class Trainer:
         elif outcome is not None and outcome.step == self.step_count:
             raise CheckpointFailed(outcome, reason)
         return reason
+
+    def _report_figures(self, figures: dict[str, float]) -> None:
+        """Write figures of the present step to the engine's own monitors and to the run's further output."""
+        self.engine.report(figures, self.samples)
+        self._report(figures, self.step_count)
 
     def _recorded_step(self, records: Records, stop: StopRequests) -> None:
         """Take one optimizer step and record its figures, and those of the monitor if they are due.

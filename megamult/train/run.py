@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER
 from megamult.distributed import environment
 from megamult.distributed.mesh import Mesh
 from megamult.effective.reading import EffectiveModel
+from megamult.monitor import weights_and_biases
 from megamult.monitor.decay import decay_warnings
+from megamult.monitor.weights_and_biases import WeightsAndBiases
 from megamult.parameters.spec import Role, Side
 from megamult.runtime import exit_codes
 from megamult.runtime.console import say_error
@@ -26,6 +29,7 @@ from megamult.runtime.logs import RankLog
 from megamult.runtime.patience import ON_FILES
 from megamult.runtime.progress import Progress
 from megamult.runtime.signals import StopRequests
+from megamult.settings import run_settings
 from megamult.train import corpora
 from megamult.train import run_dir as run_dirs
 from megamult.train.changes import changes
@@ -65,6 +69,7 @@ def train(run: Run) -> int:
     """
     config, progress = run.config, run.progress
     agreed(run.mesh, lambda: check_deepspeed(config, run.mesh))
+    agreed(run.mesh, lambda: weights_and_biases.check(config.monitor.wandb))
     tokenizer, vocab_size = agreed(run.mesh, lambda: corpora.vocabulary(config))
     if not run.dry:
         # Wait before looking for the newest checkpoint, because an earlier start of the run may still be writing it.
@@ -94,6 +99,7 @@ def train(run: Run) -> int:
         agreed(run.mesh, lambda: run_dirs.begin(run.run_dir, run.resolved, ours, first_step, run.lock))
         agreed(run.mesh, lambda: run_dirs.check_shared(run.run_dir))
         agreed(run.mesh, lambda: run.log.open(run.run_dir / "logs"))
+    further = agreed(run.mesh, lambda: _further_output(run))
     progress.at(0, "building the model")
     note: Callable[[str], None] = partial(progress.at, 0)
     draw = checkpoint is None and not run.dry
@@ -102,7 +108,8 @@ def train(run: Run) -> int:
     # Earlier versions wrote imported checkpoints without `drawn`; these have no state of the data.
     drawn = checkpoint is None or (checkpoint.info.drawn and checkpoint.info.data is not None)
     monitor = RunMonitor(config, engine.model, engine.partition, engine.optimizer, vocab_size, drawn=drawn)
-    trainer = Trainer(config, engine, samples, valid, vocab_size, progress, monitor)
+    report = further.write if further is not None else lambda figures, step: None
+    trainer = Trainer(config, engine, samples, valid, vocab_size, progress, monitor, report)
     notes = [] if checkpoint is None else agreed(run.mesh, partial(trainer.resume, checkpoint.info))
     _say_what(run, trainer, engine, samples)
     if run.dry:
@@ -118,6 +125,8 @@ def train(run: Run) -> int:
     checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, run.mesh, tokenizers, files, drawn, tokenizer.eod)
     code, reason, error = _train(run, trainer, checkpoints)
     samples.close()
+    if further is not None:
+        further.close(code)
     if environment.rank() == 0:
         if code != exit_codes.DIVERGED:
             conclude(config, vocab_size, trainer, reason, run.run_dir, code)
@@ -175,6 +184,16 @@ def _files(resolved: str, tokenizer: Tokenizer, checkpoint: SavedCheckpoint | No
     if checkpoint is not None and _same_tokenizer(tokenizer, checkpoint):
         files = checkpoint.files(TOKENIZER_FOLDER) | checkpoint.files(SENTENCEPIECE) | files
     return files
+
+
+def _further_output(run: Run) -> WeightsAndBiases | None:
+    """Return the run at Weights & Biases, on rank 0 if the configuration names a project, and print where it is."""
+    settings = run.config.monitor.wandb
+    if environment.rank() != 0 or settings.project is None or run.dry:
+        return None
+    made = WeightsAndBiases(settings, run.run_dir, run_settings(dataclasses.asdict(run.config)))
+    print(f"Weights & Biases: {made.place}", flush=True)
+    return made
 
 
 def _say_finished(config: Config, checkpoint: SavedCheckpoint) -> None:

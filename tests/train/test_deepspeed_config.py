@@ -47,7 +47,7 @@ ALONE: list[tuple[dict[str, Any], str]] = [
         {"activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": True}},
         r"activation_checkpointing is .*use train\.recompute full; remove it$",
     ),
-    ({"wandb": {"enabled": True}}, r"the package wandb is not installed: pip install wandb, or remove it$"),
+    ({"comet": {"enabled": True}}, r"the package comet_ml is not installed: pip install comet_ml, or remove it$"),
     ({"comet": {"enabled": True}}, r"the package comet_ml is not installed: pip install comet_ml, or remove it$"),
     ({"tensor_parallel": {"autotp_size": 2}}, r"tensor_parallel is .*: use parallel\.tensor; remove it$"),
     ({"sequence_parallel_size": 2}, r"sequence_parallel_size is 2: use parallel\.sequence"),
