@@ -58,9 +58,8 @@ CASES = [
     Case(knobs="ramp", optimizer="muon", world=2, zero=0, implementation="folded"),
     Case(knobs="ramp", optimizer="muon", world=4, tensor=2, sequence=True, zero=2, accumulation=2),
     Case(knobs="decoder", implementation="folded", optimizer="muon", zero=1),
-    Case(knobs="decoder", world=2, zero=0, accumulation=3, recompute=True),
     Case(knobs="decoder", world=2, zero=3, sub_group_size=10_000),
-    Case(knobs="decoder", world=2, tensor=2, zero=1),
+    Case(knobs="decoder", world=2, tensor=2, zero=0, accumulation=3),
     Case(knobs="decoder", world=2, tensor=2, sequence=True, zero=2, implementation="folded"),
     Case(knobs="decoder", world=4, tensor=2, sequence=True, zero=3, recompute=True),
     # Tensor parallel 4 cuts the query groups: two ranks have the same key head.

@@ -100,7 +100,8 @@ def placements() -> tuple[str, ...]:
     `all`: row and column multipliers on every matrix of every block and on the embedding (the paper's choice).
     `symmetry_free`: `all` without redundant multipliers. A multiplier is redundant if it acts only in a product
     with another factor that the model keeps, as the row multipliers of V do with the column multipliers of the
-    attention output.
+    attention output. The choice of sides is that of a model without biases and QK-norm, in which some of these
+    multipliers are not redundant.
     `scalar`: one scalar for each matrix of `all`.
     """
     return ("all", "symmetry_free", "scalar")

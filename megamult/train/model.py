@@ -1,4 +1,4 @@
-"""Construction of a run's model from its configuration."""
+"""Construction of a run's model from its configuration, and a warning if the model could not be exported."""
 
 from __future__ import annotations
 
@@ -35,3 +35,12 @@ def build_model(
         initial=multipliers.initial_values(),
         note=note,
     )
+
+
+def export_warnings(config: Config) -> list[str]:
+    """Return a warning if no class of transformers can express a run's model, so that an export would be refused."""
+    try:
+        architecture_of(config.model).to_hugging_face(config.model, 1, tied=False, dtype="float32", token_ids={})
+    except ValueError as error:
+        return [str(error)]
+    return []

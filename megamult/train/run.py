@@ -38,6 +38,7 @@ from megamult.train.command_line import agreed
 from megamult.train.deepspeed_config import without_monitors
 from megamult.train.deepspeed_engine import DeepSpeedEngine, build, check_deepspeed
 from megamult.train.loop import CheckpointFailed, Diverged, Trainer
+from megamult.train.model import export_warnings
 from megamult.train.monitoring import RunMonitor
 from megamult.train.schedule import Schedule
 from megamult.train.startup import summary
@@ -213,7 +214,8 @@ def _say_what(run: Run, trainer: Trainer, engine: DeepSpeedEngine, samples: Blen
         print(said, flush=True)
         factors = list(itertools.islice(Schedule(run.config).lr_factors(), run.config.train.steps))
         broken = run.config.model.broken_symmetries
-        for warning in decay_warnings(run.config.optimizer, run.config.multipliers, factors, broken):
+        warnings = decay_warnings(run.config.optimizer, run.config.multipliers, factors, broken)
+        for warning in [*warnings, *export_warnings(run.config)]:
             print(f"warning: {warning}", flush=True)
 
 

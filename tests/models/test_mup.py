@@ -11,7 +11,7 @@ import torch
 
 from megamult.config import Config
 from megamult.models.llama.config import ModelConfig
-from megamult.models.llama.mup import _shapes, mup
+from megamult.models.llama.mup import _shapes, at_width, mup
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
 from megamult.parameters.roles import resolve
@@ -41,6 +41,24 @@ def test_larger_heads_change_the_attention_s_scale() -> None:
     found = mup(replace(WIDE, num_attention_heads=2), BASE)
     # Logits are divided by sqrt(128); muP divides by the size of a head, relative to 32: sqrt(32 / 128).
     assert found.forward["q"] == pytest.approx(0.5)
+
+
+def test_larger_heads_need_logits_that_a_multiplier_of_q_scales() -> None:
+    for options in ({"qk_norm": True}, {"attention_bias": "qkv"}):
+        base, wide = (replace(each, **options) for each in (BASE, WIDE))  # type: ignore[arg-type]
+        assert "q" not in mup(wide, base).forward, "heads of the same size"
+        with pytest.raises(ValueError, match=r"size of a head is 128, and 32 at the base width: .* model\.head_dim"):
+            mup(replace(wide, num_attention_heads=2), base)
+
+
+def test_heads_of_their_own_size_count_as_columns_of_the_output_projection() -> None:
+    base = replace(BASE, head_dim=48)
+    wide = replace(base, hidden_size=256)  # as many heads and features: two matrices have as many columns
+    found = mup(wide, base)
+    assert found.lr == {**dict.fromkeys(MATRICES, 0.25), "attention_out": 1.0, "down": 1.0}
+    assert at_width(wide, 128) == replace(
+        wide, hidden_size=128, num_attention_heads=1, num_query_groups=1, ffn_hidden_size=88
+    )
 
 
 @pytest.mark.parametrize("scale", ["match_rms_adamw", "spectral", "unit_rms_norm", "shape_scaling"])

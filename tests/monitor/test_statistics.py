@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,3 +72,7 @@ def test_flops_per_token_are_those_of_a_hand_count() -> None:
     attention_forward = 2 * (2 + 2) * 8 * 5
     # Backward computes two products for each of forward's.
     assert flops_per_token(model, 100) == 3 * (2 * weights + attention_forward)
+    # Heads of 6 instead of 2: three times the rows of Q, K and V, and the columns of the output projection.
+    larger = replace(model, head_dim=6, qk_norm=True, attention_bias="all", mlp_bias=True)
+    weights += 2 * 2 * (q + k + v + out)
+    assert flops_per_token(larger, 100) == 3 * (2 * weights + 3 * attention_forward)
