@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -12,8 +13,24 @@ import pytest
 
 from tests.processes import starts_processes
 from tests.programs import Ranks
+from tests.screens import unknown_lines
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def _screen(*command: str, ranks: int | None = None, **variables: str) -> str:
+    """What a script printed, which is nothing but lines that docs/screen.md shows."""
+    program = Ranks(command, ranks, {**_AS_A_USER, **variables})
+    stdout, stderr = program.communicate(timeout=300)
+    assert program.poll() == 0, stderr
+    assert unknown_lines(stdout + stderr) == []
+    return stdout
+
+
+_AS_A_USER = {
+    **{name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"},
+    "DS_ACCELERATOR": "cpu",
+}
 
 
 def _run(*command: str, ranks: int | None = None, **variables: str) -> str:
@@ -25,10 +42,26 @@ def _run(*command: str, ranks: int | None = None, **variables: str) -> str:
 
 
 def test_own_loop_learns_its_one_batch() -> None:
-    losses = [float(value) for value in re.findall(r"cross entropy ([\d.]+)", _run(str(EXAMPLES / "own_loop.py")))]
+    starts_processes()
+    # A new interpreter: what Megatron warns about at its import must not be on the screen either.
+    command = [sys.executable, str(EXAMPLES / "own_loop.py")]
+    done = subprocess.run(command, env=_AS_A_USER, capture_output=True, text=True, timeout=300, check=True)
+    assert unknown_lines(done.stdout + done.stderr) == []
+    losses = [float(value) for value in re.findall(r"cross entropy ([\d.]+)", done.stdout)]
     assert len(losses) == 10
     # One batch of 256 tokens over and over, from ln(1000) = 6.9: ten steps must show.
     assert losses[0] > 6.5 and losses[-1] < losses[0] - 1.0
+
+
+@pytest.mark.parametrize("script", ["own_loop.py", "fold_huggingface.py", "fold_megatron.py"])
+def test_megamult_is_imported_before_what_warns_at_its_import(script: str) -> None:
+    tree = ast.parse((EXAMPLES / script).read_text(encoding="utf-8"))
+    names = [each.name for node in tree.body if isinstance(node, ast.Import) for each in node.names]
+    assert next(name for name in names if name != "argparse") == "megamult"
+    first = next(node for node in tree.body if isinstance(node, ast.ImportFrom))
+    assert first.lineno > next(
+        node.lineno for node in tree.body if isinstance(node, ast.Import) and node.names[0].name == "megamult"
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +78,7 @@ def test_a_folded_model_of_someone_else_learns_the_same_on_one_process_and_two(
 ) -> None:
     path = str(EXAMPLES / script)
     alone, pair = (
-        _folded(said) for said in (_run(path, *stage), _run(path, *stage, *flags, ranks=2, OMP_NUM_THREADS="1"))
+        _folded(said) for said in (_screen(path, *stage), _screen(path, *stage, *flags, ranks=2, OMP_NUM_THREADS="1"))
     )
     losses = [loss for loss, _, _ in alone]
     # One batch of 256 tokens over and over, from ln(1000) = 6.91, where weights of 0.02 leave it: ten steps must show.

@@ -118,7 +118,7 @@ class Writers:
         if self._began is None:
             # The first step also compiles, allocates and opens files: the pace is that of the steps after it.
             self._began = now, self._read
-        elif self._read > self._began[1]:
+        elif self._read > self._began[1] and record["step"] < self._steps:
             left = (now - self._began[0]) * (self._total - self._read) / (self._read - self._began[1])
         shortest, longest = _PAUSE
         pause = min(longest, max(shortest, (now - self._began[0]) / 10))

@@ -8,6 +8,7 @@ import pytest
 
 from megamult.monitor.screen import LINES
 from megamult.train.command_line import asked, parse
+from tests.screens import unknown_lines
 from tests.train.command import REPOSITORY, data_arguments, snapshot, start
 
 
@@ -52,9 +53,11 @@ def test_a_complete_run_that_is_started_again_says_so_and_changes_nothing(corpus
     given = arguments(corpus, tmp_path / "run", "--train.steps", "2", "--checkpoint.load", "latest")
     first = start(given)
     assert first.code == 0, first.text
+    assert unknown_lines(first.text) == []
     before = snapshot(tmp_path)
     again = start(given)
     assert again.code == 0, again.text
+    assert unknown_lines(again.text) == []
     assert again.stdout == (
         f"nothing is left to do: {tmp_path / 'run' / 'checkpoints' / 'step_2'} is of step 2, and train.steps is 2; to "
         "train on, raise train.steps\n"

@@ -17,6 +17,7 @@ import megamult
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.train.command_line import parse
 from tests.processes import run_distributed
+from tests.screens import unknown_lines
 from tests.train.command import REPOSITORY, VOCAB, data_arguments, start
 
 STEPS, SEQ, BATCH = 4, 32, 16  # the batch is tiny.yaml's
@@ -44,6 +45,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
         outcome = start(arguments(corpus, found[stage], stage), processes=2, launcher=stage == 1)
         assert outcome.code == 0, outcome.text
         assert outcome.errors == [] and outcome.left == []
+        assert unknown_lines(outcome.text) == []
         (found[stage] / "said.txt").write_text(outcome.stdout, encoding="utf-8")
     return found
 
