@@ -24,7 +24,8 @@ def test_a_run_of_bad_steps_ends_with_code_65_and_names_the_checkpoint_from_befo
     assert len(bad.errors) == 1 and "Traceback" not in bad.text
     assert "the last 4 steps, 11 to 14, were bad (train.max_bad_steps)" in bad.errors[0]
     assert str(run_dir / "checkpoints" / "step_10") in bad.errors[0]
-    assert bad.text.count("is above optimizer.skip_grad_norm, so the step changes no weight") == 4
+    assert bad.text.count("the gradient norm is above optimizer.skip_grad_norm (") == 4
+    assert bad.text.count(" of multipliers), so the step changes no weight") == 4
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     skipped = {record["step"]: record["skipped_steps"] for record in records if "loss" in record}
     assert [skipped[step] for step in range(10, 15)] == [0, 1, 2, 3, 4]
