@@ -420,6 +420,7 @@ UNUSUAL = [
     "--data.valid={speeches: a, code: [b, c], web: {d: 1, e: 0.5}}",
     "--data.tokenizer=t.model",
     "--data.skip=[[160, 319], [400, 400]]",
+    "--data.document_mask=true",
     "--train.dtype=bf16",
     "--checkpoint.save_every=10",
     "--monitor.every=7",

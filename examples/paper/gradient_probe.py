@@ -136,7 +136,7 @@ def probe(checkpoint: Path, batches: int) -> dict[str, object]:
         raise ValueError(f"{run_dir} has no multipliers in its layers, or shards them: probe a run of one process")
     mesh = start.initialize(tensor=1)
     tokenizer, vocab_size = corpora.vocabulary(config)
-    model = build_model(config, vocab_size, seed=None).to(device.local_device())
+    model = build_model(config, vocab_size, seed=None, eod=tokenizer.eod).to(device.local_device())
     load(model, saved)
     moments, occurrences = Moments(), torch.zeros(vocab_size, dtype=torch.long)
     samples, valid = corpora.open_datasets(config, tokenizer, run_dir, mesh)

@@ -34,6 +34,8 @@ class DataConfig:
     0 in the data's order, whether or not they are left out: with train.global_batch_size 16 and nothing left out
     before, step 11 begins with sample 160. A run that resumes must keep the ranges that it has passed, and may add
     others that it has not reached."""
+    document_mask: bool = False
+    """Whether the documents in one sequence do not attend to each other, and positions begin anew in each document."""
     validate: Literal["stamp", "full"] = "stamp"
     """Check of the corpora at start-up. With `stamp`, sizes, headers and samples of the files are compared with the
     stamp that launch/prepare_data.py wrote. With `full`, every byte is read too, and all processes share the work."""

@@ -64,6 +64,23 @@ def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Des
     return _each(check, prefixes)
 
 
+def check_ends(described: Sequence[Described], eod: int) -> None:
+    """Check that the last document of each source ends with the end-of-document token, as data.document_mask needs.
+
+    Raises:
+        ValueError: it does not. The message names all such sources.
+    """
+    ends = [(each.files.prefix, each.files.last_token()) for each in described]
+    wrong = [f"{prefix} (with {token})" for prefix, token in ends if token != eod]
+    if wrong:
+        raise ValueError(
+            f"data.document_mask is true, and the last document does not end with the end-of-document token {eod} in "
+            f"{', '.join(wrong)}: set data.eod to the token that ends documents there, prepare these corpora with it "
+            "(launch/prepare_data.py writes it, Megatron's preprocess_data.py with --append-eod), or leave "
+            "data.document_mask out"
+        )
+
+
 def validate_all(
     prefixes: Sequence[str], tokenizer: Tokenizer, share: tuple[int, int], note: Callable[[int], None] = lambda n: None
 ) -> None:

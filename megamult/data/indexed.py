@@ -71,6 +71,10 @@ class IndexedFiles:
         """
         return self._table("<i8", self.documents + 1, 12 * self.sequences)
 
+    def last_token(self) -> int:
+        """Return the last token id of the .bin."""
+        return int(np.fromfile(self.bin, self.dtype, 1, offset=(self.tokens - 1) * np.dtype(self.dtype).itemsize)[0])
+
     def _table(self, dtype: str, count: int, at: int) -> np.ndarray:
         return np.memmap(self.idx, dtype, "r", offset=HEADER.size + at, shape=(count,))
 

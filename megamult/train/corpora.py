@@ -9,7 +9,7 @@ from typing import Any
 from megamult.config import Config
 from megamult.data.config import DataConfig
 from megamult.data.dataset import BlendedDataset
-from megamult.data.described import Described, describe_all, unchecked, validate_all
+from megamult.data.described import Described, check_ends, describe_all, unchecked, validate_all
 from megamult.data.skip import NOTHING, Skip
 from megamult.data.token_ids import TokenIds
 from megamult.data.tokenizer import Tokenizer
@@ -65,7 +65,12 @@ def open_datasets(
     def look() -> dict[str, Described] | None:
         if not sources:
             raise ValueError("data.train is not set: give a prefix that launch/prepare_data.py wrote (PREFIX_train)")
-        return describe_all(prefixes, tokenizer) if environment.local_rank() == 0 else None
+        if environment.local_rank() != 0:
+            return None
+        found = describe_all(prefixes, tokenizer)
+        if config.data.document_mask:
+            check_ends(list(found.values()), tokenizer.eod)
+        return found
 
     mine = agreed(mesh, look)
     sent: list[Any] = [mine]

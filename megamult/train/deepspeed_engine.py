@@ -179,6 +179,7 @@ def build(
     mesh: Mesh,
     *,
     draw: bool = True,
+    eod: int | None = None,
     note: Callable[[str], None] = lambda doing: None,
     optimizer_of: Callable[[Config, torch.nn.Module, Mesh], TwoPhaseOptimizer] = build_optimizer,
 ) -> DeepSpeedEngine:
@@ -189,6 +190,7 @@ def build(
     Args:
         mesh: mesh of the processes.
         draw: whether to draw initial weights. If not, the weights are NaN until a checkpoint is loaded.
+        eod: id of the token that ends a document. `data.document_mask` needs it.
         note: function that is called with a description of each part of the work. Building a large model takes minutes.
         optimizer_of: function that makes the optimizer from the configuration, the model and the mesh.
     """
@@ -204,7 +206,7 @@ def build(
             mpu=mesh.mpu,
         )
     with context:
-        model = build_model(config, vocab_size, config.train.seed if draw else None, note)
+        model = build_model(config, vocab_size, config.train.seed if draw else None, note, eod=eod)
     if config.parallel.zero_stage != 3:
         model.to(device.local_device())
     note("building the optimizer")

@@ -11,7 +11,12 @@ from megamult.models.architectures import architecture_of
 
 
 def build_model(
-    config: Config, vocab_size: int, seed: int | None, note: Callable[[str], None] = lambda doing: None
+    config: Config,
+    vocab_size: int,
+    seed: int | None,
+    note: Callable[[str], None] = lambda doing: None,
+    *,
+    eod: int | None = None,
 ) -> torch.nn.Module:
     """Build this rank's part of a run's model (see :class:`megamult.models.common.architecture.ModelClass`).
 
@@ -20,7 +25,13 @@ def build_model(
         vocab_size: exact number of tokens, without padding.
         seed: seed of the initial weights. If it is None, the weights are NaN until a checkpoint is loaded.
         note: function that is called once per parameter, with a description of the work.
+        eod: id of the token that ends a document. `data.document_mask` needs it.
+
+    Raises:
+        ValueError: `data.document_mask` is true and `eod` is None.
     """
+    if config.data.document_mask and eod is None:
+        raise ValueError("data.document_mask is true and eod is None: give the id of the token that ends a document")
     multipliers = config.multipliers
     return architecture_of(config.model).model()(
         config.model,
@@ -33,6 +44,7 @@ def build_model(
         sequence_parallel=config.parallel.sequence,
         recompute=config.train.recompute == "full",
         initial=multipliers.initial_values(),
+        document_end=eod if config.data.document_mask else None,
         note=note,
     )
 

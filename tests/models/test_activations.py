@@ -7,22 +7,23 @@ import torch
 
 from megamult.models.common import head_logits
 from megamult.models.common.activations import attention_logits, sum_of_squares
-from tests.models.attention import AT_A_TIME, SCALES, skewed_attention
+from tests.models.attention import AT_A_TIME, MASKED, SCALES, mask, skewed_attention
 
 
 @AT_A_TIME
+@MASKED
 @SCALES
 def test_attention_logits_are_measured_over_all_allowed_pairs(
-    at_a_time: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
+    at_a_time: int, masked: bool, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(head_logits._SCORES, "cpu", at_a_time)
-    query, key, scores, allowed = skewed_attention(scale)
+    query, key, scores, allowed = skewed_attention(scale, masked)
     # Squares of what is not allowed would make the sum several times as large.
-    assert scores.square().sum() > 2 * scores[..., allowed].square().sum()
-    squares, count, largest = attention_logits(query, key, scale)
-    assert largest.item() == pytest.approx(scores[..., allowed].max().item(), rel=1e-5)
-    assert squares.item() == pytest.approx(scores[..., allowed].square().sum().item(), rel=1e-5)
-    assert count == scores[..., allowed].numel()
+    assert scores.square().sum() > 2 * scores[allowed].square().sum()
+    squares, count, largest = attention_logits(query, key, scale, mask(masked))
+    assert largest.item() == pytest.approx(scores[allowed].max().item(), rel=1e-5)
+    assert squares.item() == pytest.approx(scores[allowed].square().sum().item(), rel=1e-5)
+    assert count == scores[allowed].numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from megamult.models.common.attention import SdpaAttention
-from megamult.models.common.head_logits import products
+from megamult.models.common.head_logits import mask_of, products
 
 
 class Activations:
@@ -89,7 +89,8 @@ class Activations:
     def _scores(self, index: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             query, key = args[0].detach(), args[1].detach()
-            squares, count, largest = attention_logits(query, key, module.softmax_scale)  # type: ignore[arg-type]
+            scale: Any = module.softmax_scale
+            squares, count, largest = attention_logits(query, key, scale, mask_of(args))
             self.sums["attention_logit_rms", index], self.largest[index] = (squares, count), largest
 
         return hook
@@ -104,11 +105,13 @@ def sum_of_squares(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_logits(query: Tensor, key: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, int, Tensor]:
+def attention_logits(
+    query: Tensor, key: Tensor, softmax_scale: float | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, int, Tensor]:
     """Measure q.k * scale over all heads, all queries and the keys that each query may attend to.
 
     Args:
-        query, key, softmax_scale: the same as for
+        query, key, softmax_scale, mask: the same as for
             :func:`megamult.models.common.head_logits.largest_attention_logits`.
 
     Returns:
@@ -117,11 +120,12 @@ def attention_logits(query: Tensor, key: Tensor, softmax_scale: float | None = N
     seq, batch, heads, dim = query.shape
     squares = torch.zeros((), dtype=torch.float64, device=query.device)
     largest = torch.full((), -torch.inf, device=query.device)
-    for scores, future in products(query, key):
-        last = scores[..., -len(future) :]  # a view
-        last.masked_fill_(future, 0.0)
+    for scores, forbidden in products(query, key, mask):
+        last = scores[..., -forbidden.shape[-1] :]  # a view
+        last.masked_fill_(forbidden, 0.0)
         squares += sum_of_squares(scores)
-        last.masked_fill_(future, -torch.inf)
+        last.masked_fill_(forbidden, -torch.inf)
         largest = torch.maximum(largest, scores.amax().float())
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
-    return squares * scale**2, batch * heads * seq * (seq + 1) // 2, largest * scale
+    pairs = batch * seq * (seq + 1) // 2 if mask is None else int((mask == 0).sum())
+    return squares * scale**2, heads * pairs, largest * scale

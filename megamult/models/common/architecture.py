@@ -34,6 +34,7 @@ class ModelClass(Protocol[_Sizes]):
         sequence_parallel: bool = False,
         recompute: bool = False,
         initial: Initial | None = None,
+        document_end: int | None = None,
         note: Callable[[str], None] = lambda doing: None,
     ) -> torch.nn.Module:
         """Build the model. :class:`megamult.models.llama.model.GPT` describes the arguments.

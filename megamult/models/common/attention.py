@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 class SdpaAttention(torch.nn.Module):
-    """Attention softmax(Q K^T / sqrt(d)) V with a causal mask. The query heads of a group share one key head and one
-    value head."""
+    """Attention softmax(Q K^T / sqrt(d) + mask) V with a causal mask or a mask of documents. The query heads of a group
+    share one key head and one value head."""
 
     def __init__(
         self,
@@ -39,14 +39,28 @@ class SdpaAttention(torch.nn.Module):
         Args:
             query: [seq, batch, heads/tp, dim] queries.
             key, value: [seq, batch, groups/tp, dim] keys and values.
-            attention_mask: not read, because the mask is always causal.
+            attention_mask: [batch, 1, query, key] numbers to add to the logits
+                (:func:`megamult.models.common.documents.attention_mask`). None, or a mask of booleans as Megatron makes
+                it, which is not read: the causal mask.
         """
+        mask = added(attention_mask)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
-            # No fused CUDA kernel supports grouped queries in fp32, and the unfused one would store all scores. So
-            # repeat keys and values for each query head.
+        if q.is_cuda and (q.dtype == torch.float32 or mask is not None) and q.shape[1] != k.shape[1]:
+            # No fused CUDA kernel supports grouped queries in fp32 or with a mask, and the unfused one would store all
+            # scores. So repeat keys and values for each query head.
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         context = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def added(attention_mask: Tensor | None) -> Tensor | None:
+    """Return an attention mask of numbers, and None for None and a mask of booleans."""
+    return attention_mask if attention_mask is not None and attention_mask.is_floating_point() else None

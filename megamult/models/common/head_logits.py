@@ -10,7 +10,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megamult.distributed import device
-from megamult.models.common.attention import SdpaAttention
+from megamult.models.common.attention import SdpaAttention, added
 
 _SCORES = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Largest number of attention logits that are computed at a time, by type of device. The logits of one query position
@@ -64,7 +64,7 @@ class HeadLogits:
             # The first pass of a layer that recomputes runs without gradients, like evaluations.
             if module.training and torch.is_grad_enabled():
                 scale: Any = module.softmax_scale
-                logits = largest_attention_logits(args[0].detach(), args[1].detach(), scale)
+                logits = largest_attention_logits(args[0].detach(), args[1].detach(), scale, mask_of(args))
                 torch.maximum(local, logits, out=local)
 
         return hook
@@ -81,36 +81,45 @@ class HeadLogits:
 
 
 @torch.no_grad()
-def largest_attention_logits(query: Tensor, key: Tensor, softmax_scale: float | None = None) -> Tensor:
+def largest_attention_logits(
+    query: Tensor, key: Tensor, softmax_scale: float | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Return the largest q.k * scale of each head over all queries and the keys that each may attend to.
 
     Args:
         query: [seq, batch, heads, dim] queries, after rotary embedding.
         key: [seq, batch, groups, dim] keys.
         softmax_scale: factor of the logits, which must be positive; 1 / sqrt(dim) if None.
+        mask: [batch, 1, query, key] 0 where a query may attend to a key, and -inf elsewhere; None: a query may attend
+            to all keys up to its own.
 
     Returns:
         [heads] in fp32.
     """
     heads, dim = query.shape[2:]
     largest = torch.full((heads,), -torch.inf, device=query.device)
-    for scores, future in products(query, key):
-        scores[..., -len(future) :].masked_fill_(future, -torch.inf)
+    for scores, forbidden in products(query, key, mask):
+        scores[..., -forbidden.shape[-1] :].masked_fill_(forbidden, -torch.inf)
         largest = torch.maximum(largest, scores.view(*scores.shape[:2], -1).amax(-1).amax(0).float())
     return largest * (dim**-0.5 if softmax_scale is None else softmax_scale)
 
 
-def products(query: Tensor, key: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def mask_of(args: tuple[Any, ...]) -> Tensor | None:
+    """Return the attention mask among the arguments of :class:`~megamult.models.common.attention.SdpaAttention`."""
+    return added(args[3]) if len(args) > 3 else None
+
+
+def products(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the products q.k, for some query positions at a time, in the dtype of the queries.
 
     Args:
-        query, key: the same as for :func:`largest_attention_logits`.
+        query, key, mask: the same as for :func:`largest_attention_logits`.
 
     Yields:
-        (products, future) for a few consecutive positions. `products` is [batch, heads, positions, keys], where the
-        keys are those from the first token to the last of these positions. `future` [positions, positions] is a
-        mask of the last keys, those at the positions of the queries. It is True where a key comes after the query, so
-        that the query must not attend to the key. A query may attend to all earlier keys.
+        (products, forbidden) for a few consecutive positions. `products` is [batch, heads, positions, keys], where the
+        keys are those from the first token to the last of these positions. `forbidden` is True where a query must not
+        attend to a key. With a mask, it is [batch, 1, positions, keys]. Without one, it is [positions, positions] for
+        the last keys, those at the positions of the queries, and a query may attend to all earlier keys.
     """
     seq, batch, heads, dim = query.shape
     groups = key.shape[2]
@@ -120,5 +129,8 @@ def products(query: Tensor, key: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     for first in range(0, seq, step):
         last = min(seq, first + step)
         rows = queries[:, :, first:last].reshape(batch * groups, heads // groups * (last - first), dim)
-        future = torch.ones(last - first, last - first, dtype=torch.bool, device=query.device).triu(1)
-        yield (rows @ keys[:, :, :last]).view(batch, heads, last - first, last), future
+        if mask is None:
+            forbidden = torch.ones(last - first, last - first, dtype=torch.bool, device=query.device).triu(1)
+        else:
+            forbidden = mask[:, :, first:last, :last] != 0
+        yield (rows @ keys[:, :, :last]).view(batch, heads, last - first, last), forbidden

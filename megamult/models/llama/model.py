@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megamult.distributed import device
 from megamult.layers import MultiplierColumnParallelLinear, MultiplierVocabParallelEmbedding
-from megamult.models.common import rotary
+from megamult.models.common import documents, rotary
 from megamult.models.common.architecture import PlacementSetting
 from megamult.models.common.initialization import initialize
 from megamult.models.common.loss import VocabParallelCrossEntropy, weighted
@@ -45,6 +45,8 @@ class GPT(GPTModel):
             position in the sequence.
         recompute: whether each layer saves only its input, and backward runs the layer's forward pass again.
         initial: initial values of the multipliers in the layers; None means ones.
+        document_end: id of the token that ends a document. If it is given, the documents in one sequence do not attend
+            to each other, and rotary positions begin anew in each of them.
         note: function that is called with a text before each parameter is drawn.
 
     Raises:
@@ -65,6 +67,7 @@ class GPT(GPTModel):
         sequence_parallel: bool = False,
         recompute: bool = False,
         initial: Initial | None = None,
+        document_end: int | None = None,
         note: Callable[[str], None] = lambda doing: None,
     ) -> None:
         sizes.check_sharding(tensor_parallel, sequence_parallel)
@@ -122,6 +125,9 @@ class GPT(GPTModel):
         # Rotary angles need fp32, so they are computed again, and come from an array of numpy.
         angles = rotary.frequencies(sizes.head_size, sizes.rotary_base, sizes.rotary_scaling)
         self.rotary_pos_emb.inv_freq = torch.from_numpy(np.array(angles)).to(device.local_device(), torch.float32)
+        self.document_end = document_end
+        if document_end is not None:
+            self.decoder.register_forward_pre_hook(documents.restart_positions, with_kwargs=True)
         self.exact_vocab_size = vocab_size
         self.z_loss = sizes.z_loss
         initialize(
@@ -146,7 +152,12 @@ class GPT(GPTModel):
             the cross entropy without z-loss, the sum over samples of weight x mean over the sample's tokens, which has
             no gradient. A sample of weight 0 does not count, whatever its cross entropy.
         """
-        objective, entropy = super().forward(tokens, None, None, labels=labels)
+        mask, more = None, None
+        if self.document_end is not None:
+            positions = documents.positions_in_documents(tokens, self.document_end)
+            mask = documents.attention_mask(positions, self.embedding.word_embeddings.weight.dtype)
+            more = {documents.POSITIONS: positions}
+        objective, entropy = super().forward(tokens, None, mask, labels=labels, extra_block_kwargs=more)
         return objective, entropy.mean() if weights is None else weighted(entropy, weights)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
