@@ -46,7 +46,7 @@ def test_a_run_with_all_of_them_and_its_restart(corpus: Path, tmp_path: Path) ->
     lines = [r for r in metrics(run_dir) if "valid_loss" in r]
     assert [r["step"] for r in lines] == [2, 3]
     for line in lines:
-        assert line.keys() == {"step", "valid_loss", "valid/whole/loss", "valid/both/loss"}
+        assert line.keys() == {"step", "time", "valid_loss", "valid/whole/loss", "valid/both/loss"}
         assert line["valid_loss"] == pytest.approx((line["valid/whole/loss"] + line["valid/both/loss"]) / 2, rel=1e-12)
     tags = EventAccumulator(str(run_dir / "tensorboard")).Reload().Tags()["scalars"]
     assert {"valid/loss", "valid/whole/loss", "valid/both/loss"} <= set(tags)
