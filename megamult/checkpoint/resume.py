@@ -152,7 +152,7 @@ def check_fits(
         vocab_size: exact number of tokens.
         tokenizer_sha256: SHA-256 of the run's tokenizer, or None if it has none.
         all_ones: function that returns whether all multipliers of a role on a side are 1 in the checkpoint. It is
-            called only for those that the run does not have.
+            called only for those that the run does not have, and only if there is no other difference.
 
     Raises:
         ValueError: the run cannot. The message lists every difference, or says why the saved configuration cannot be
@@ -184,8 +184,10 @@ def check_fits(
     if known and tokenizer_sha256 is not None and tokenizer_sha256 not in known.values():
         theirs = " or ".join(f"{digest!r} ({files})" for files, digest in known.items())
         found.append(f"the SHA-256 of data.tokenizer is {tokenizer_sha256!r} and the checkpoint's is {theirs}")
+    differs = bool(found)
     for role, sides in lost_multipliers(info, config).items():
-        trained = [side for side in sides if not all_ones(role, side)]
+        # Tensors are read only if nothing else stands in the way: they may not be those of the configuration.
+        trained = [side for side in sides if differs or not all_ones(role, side)]
         if trained:
             found.append(
                 f"multipliers.placement gives {role} no {' and '.join(trained)} multipliers, which the checkpoint has"

@@ -241,7 +241,8 @@ LATE: list[tuple[list[str], str]] = [
     (
         ["--checkpoint.load=FOLDER/saved/whole", "--multipliers.implementation=none"],
         r"does not fit this run: model\.num_layers is 4 and the checkpoint's is 3; model\.hidden_size is 256 and the "
-        r"checkpoint's is 128; model\.num_query_groups is 8 and the checkpoint's is 4; model\.tie_embeddings is False "
+        r"checkpoint's is 128; model\.head_dim is 32 and the checkpoint's is 16; model\.num_query_groups is 8 and the "
+        r"checkpoint's is 4; model\.tie_embeddings is False "
         rf"and the checkpoint's is True; model\.vocab_size is {VOCAB} and the checkpoint's is 500; train\.seed "
         r"\(the data's order\) is 1234 and the checkpoint's is 7; the SHA-256 of data\.tokenizer is '\w{64}' and the "
         r"checkpoint's is '0{64}' \(tokenizer\.model\); multipliers\.placement gives q no col and row multipliers, .*; "
