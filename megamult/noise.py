@@ -106,7 +106,10 @@ def _show(
 
 
 def _passes(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
+    try:
+        text = record.getMessage()
+    except Exception:  # arguments that do not fit the message: the logger's handler says so
+        return True
     if is_noise(text):
         _keep(f"{record.name} {record.levelname}: {text}")
         return False

@@ -57,6 +57,10 @@ def test_records_of_deepspeeds_logger_pass_unless_they_are_listed(
     assert logged == [f"DeepSpeed WARNING: {UNTESTED}"]
 
 
+def test_a_record_whose_arguments_do_not_fit_is_left_to_the_handlers() -> None:
+    assert noise._passes(logging.LogRecord("DeepSpeed", logging.WARNING, "file", 1, "%d layers", ("x",), None))
+
+
 def test_a_users_own_logging_of_warnings_is_left_as_it_is(logged: list[str], caplog: pytest.LogCaptureFixture) -> None:
     logging.captureWarnings(True)
     try:

@@ -86,8 +86,8 @@ class WeightsAndBiases:
             raise OSError(str(error)) from None
 
     def close(self, exit_code: int) -> None:
-        """Send what is left, and end this start of the run."""
-        with contextlib.suppress(self._error, OSError):
+        """Send what is left, and end this start of the run. A run that is complete does not fail because of this."""
+        with contextlib.suppress(Exception):
             self._run.finish(exit_code=exit_code)
 
 

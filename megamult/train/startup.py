@@ -151,7 +151,15 @@ def _versions() -> str:
     ours = f"megamult {megamult.__version__}"
     if commit := _commit():
         ours += f" ({commit})"
-    return ", ".join([ours, *(f"{name} {importlib.metadata.version(name)}" for name in names)])
+    return ", ".join([ours, *(f"{name} {_version(name)}" for name in names)])
+
+
+def _version(name: str) -> str:
+    """Return the version of a package; "unknown" if it is not installed as one, but found on PYTHONPATH."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _commit() -> str | None:
