@@ -18,7 +18,6 @@ from torch.nn import Parameter
 from megamult.distributed import device
 from megamult.multipliers.parameters import FULL_PRECISION
 from megamult.parameters.initial import Initial
-from megamult.parameters.rectangles import rectangles
 
 if TYPE_CHECKING:
     from megamult.zero.partition import Partition, Slice
@@ -69,9 +68,8 @@ class FullPrecision:
         for piece, _ in self._held:
             if piece.spec.side is None:
                 continue
-            for rectangle in rectangles(piece.spec, self._coordinates, piece.start, piece.length):
-                value = initial.value(piece.spec.parts[rectangle.part].role, piece.spec.side)
-                piece.master[rectangle.offset : rectangle.offset + rectangle.numel] = value
+            for begin, end, value in initial.intervals(piece.spec, self._coordinates, piece.start, piece.length):
+                piece.master[begin:end] = value
         self.refresh()
 
     @torch.no_grad()

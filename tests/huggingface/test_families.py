@@ -15,7 +15,8 @@ from tests.huggingface.families import FAMILIES, IMPLEMENTATIONS, text, train_im
 from tests.processes import run_distributed
 
 TOLERANCE = 1e-5
-"""Of logits of at most 6 and losses near 7, in fp32: sums of 100 terms in another order, in two layers and a head."""
+"""Largest difference of logits of at most 6 and of losses near 7: in fp32, sums of 100 terms in another order, in two
+layers and a head."""
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> dict[str, dict[str, Any]]:
-    """By family: logits of transformers' own model and the losses of its training."""
+    """Logits of transformers' own model and the losses of its training, by family."""
     found = {}
     for name, published in FAMILIES.items():
         model = published.build()
@@ -45,7 +46,7 @@ def imported(folder: Path, theirs: dict[str, dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(imported: Path) -> dict[int, dict[str, dict[str, Any]]]:
-    """By tensor-parallel size: what :func:`train_imported` returns. With two ranks, sequence parallelism is on too."""
+    """Results of :func:`train_imported` by tensor-parallel size. With two ranks, sequence parallelism is on too."""
     return {size: run_distributed(size, train_imported, imported, size, size == 2)[0] for size in (1, 2)}
 
 

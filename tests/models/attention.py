@@ -11,7 +11,7 @@ from megamult.models.common.documents import attention_mask
 SEQ, BATCH, HEADS, GROUPS, DIM = 11, 3, 6, 2, 4
 
 DOCUMENTS = torch.tensor([[0] * 11, [0] * 4 + [1] * 7, [0] * 2 + [1] + [2] * 8])
-"""Which document of its sequence each token is of, [batch, seq]."""
+"""Number of the document of each token, [batch, seq]."""
 AT_A_TIME = pytest.mark.parametrize("at_a_time", [1, 500, 1 << 20], ids=["one position", "some", "all"])
 MASKED = pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
 SCALES = pytest.mark.parametrize("scale", [None, 0.3])

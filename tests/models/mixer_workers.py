@@ -90,7 +90,7 @@ def reference(name: str, values: dict[str, Tensor], hidden: Tensor, documents: T
 
 
 def mixers(tensor: int, sequence: bool) -> dict[str, dict[bool, dict[str, Any]]]:
-    """For each of SIZES, without and with documents: output, gradient of the input, and each parameter's gradient."""
+    """Output, gradient of the input, and each parameter's gradient, for each of SIZES, without and with documents."""
     from megatron.core.transformer import TransformerConfig
 
     from megamult.distributed import start

@@ -62,9 +62,8 @@ def initialize(
         if spec.side is not None or not any(part.role in std or part.role in quantiles for part in spec.parts):
             values.fill_(0.0 if all(part.role == "bias" for part in spec.parts) else 1.0)
             if spec.side is not None:
-                for rectangle in rectangles(spec, coordinates, start, values.numel()):
-                    value = initial.value(spec.parts[rectangle.part].role, spec.side)
-                    values[rectangle.offset : rectangle.offset + rectangle.numel] = value
+                for begin, end, value in initial.intervals(spec, coordinates, start, values.numel()):
+                    values[begin:end] = value
             continue
         note(f"drawing {name}")
         values.zero_()

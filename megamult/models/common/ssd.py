@@ -11,6 +11,8 @@ as in attention without softmax, and on later chunks through the state at the ch
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -107,8 +109,8 @@ def ssd(
     return y.to(x.dtype), carried
 
 
-class _Seen:
-    """Which tokens act on which, within chunks and over their ends, because they belong to the same document."""
+class _Seen(NamedTuple):
+    """Masks of the tokens that act on each other, within chunks and over their ends: those of the same document."""
 
     within: Tensor
     """[batch or 1, chunks or 1, 1, size, size] whether token i reads token j."""
@@ -121,21 +123,20 @@ class _Seen:
 
 
 def _same_document(documents: Tensor | None, fill: int, chunks: int, size: int, device: torch.device) -> _Seen:
-    seen = _Seen()
     causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
     if documents is None:
         always = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-        seen.within, seen.to_end, seen.from_start, seen.carried = causal[None, None, None], always, always, always[0]
-        return seen
+        return _Seen(within=causal[None, None, None], to_end=always, carried=always[0], from_start=always)
     # Tokens that fill the last chunk belong to the last document.
     of = torch.cat([documents, documents[:, -1:].expand(-1, fill)], 1).unflatten(1, (chunks, size))
     first, last = of[:, :1, :1], of[..., -1:]
     previous = torch.cat([first, last[:, :-1]], 1)
-    seen.within = ((of.unsqueeze(-1) == of.unsqueeze(-2)) & causal).unsqueeze(2)
-    seen.to_end = (of == last).unsqueeze(2)
-    seen.from_start = (of == previous).unsqueeze(2)
-    seen.carried = last == previous
-    return seen
+    return _Seen(
+        within=((of.unsqueeze(-1) == of.unsqueeze(-2)) & causal).unsqueeze(2),
+        to_end=(of == last).unsqueeze(2),
+        carried=last == previous,
+        from_start=(of == previous).unsqueeze(2),
+    )
 
 
 def recurrence(

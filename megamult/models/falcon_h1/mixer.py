@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
@@ -86,7 +90,7 @@ class Mixer(torch.nn.Module):
 
     def _parameter(self, config: TransformerConfig, spec: ParameterSpec) -> Parameter:
         shape = spec.local_shape(tensor_shard(self._group.rank(), self._group.size()).grid)
-        where = "cpu" if config.use_cpu_initialization or not torch.cuda.is_available() else torch.cuda.current_device()
+        where = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         made = Parameter(torch.empty(shape, dtype=config.params_dtype, device=where))
         set_spec(made, spec)
         return made
@@ -148,25 +152,12 @@ def _summed_over_copies(squares: Tensor, groups: int, tp_group: torch.distribute
     """Sum over the ranks that share a group, [batch, seq, 1, 1]. Backward sums the gradients over the same ranks."""
     own = tp_group.rank() * groups // tp_group.size()
     of_groups = F.pad(squares, (0, 0, own, groups - 1 - own))
-    return _SumOverTensorParallel.apply(of_groups, tp_group)[..., own : own + 1, :]
-
-
-class _SumOverTensorParallel(torch.autograd.Function):
-    """Sum of a tensor over the tensor-parallel ranks. Each rank's part of the loss depends on the sum, so backward sums
-    the gradients too."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tensor:
-        ctx.group = tp_group
-        summed = tensor.contiguous().clone()
-        torch.distributed.all_reduce(summed, group=tp_group)
-        return summed
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        summed = grad.contiguous().clone()
-        torch.distributed.all_reduce(summed, group=ctx.group)
-        return summed, None
+    # One of these functions sums in forward only, the other one in backward only. Each rank's part of the loss depends
+    # on the sum, so both are needed.
+    summed = copy_to_tensor_model_parallel_region(
+        reduce_from_tensor_model_parallel_region(of_groups, tp_group), tp_group
+    )
+    return summed[..., own : own + 1, :]
 
 
 def _unchanged(weight: Tensor) -> Tensor:

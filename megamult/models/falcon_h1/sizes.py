@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megamult.validation import require
@@ -45,16 +45,7 @@ class MixerSizes:
 
     def local(self, tensor: int) -> MixerSizes:
         """Return the sizes on one rank. If there are fewer groups than ranks, neighbouring ranks have the same one."""
-        return MixerSizes(
-            self.heads // tensor,
-            self.head_dim,
-            self.state,
-            max(1, self.groups // tensor),
-            self.kernel,
-            self.chunk,
-            self.norm,
-            self.conv_bias,
-        )
+        return replace(self, heads=self.heads // tensor, groups=max(1, self.groups // tensor))
 
     def check_sharding(self, tensor: int) -> None:
         """Check that tensor-parallel ranks can share the heads.
