@@ -75,3 +75,7 @@ class ValidationSet:
     def prepare(self, barrier: Callable[[], None] | None = None) -> None:
         """Make all samples ready. Collective over all ranks."""
         self._dataset.prepare_first_epochs(barrier)
+
+    def close(self) -> None:
+        """End the background process of the corpora."""
+        self._dataset.close()
