@@ -56,6 +56,8 @@ def taken(tensor: int) -> tuple[list[list[int]], list[int], set[str]]:
         found.append([*tokens[:, 0].tolist(), *labels[:, -1].tolist()])
     read = settle(batches, samples)
     batches.close()
+    # Data-parallel ranks exchange nothing here: rank 0 must not end while others still read its store.
+    current_mesh().barrier()
     return found, read, samples.threads
 
 
