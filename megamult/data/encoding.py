@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -119,13 +119,26 @@ def _signals_held() -> Iterator[None]:
     """Hold back the signals that end the program, until the context is left.
 
     `submit` may start a worker. If a signal's exception interrupted `submit` before the worker had been sent its
-    arguments, the worker would print a traceback.
+    arguments, the worker would print a traceback. The mask holds back signals from this thread, and workers inherit it.
+    The kernel may give a signal to another thread, such as one of a numerical library. Python then calls the handler in
+    the main thread all the same, so handlers are replaced too.
     """
+    received: list[int] = []
+    handlers: dict[signal.Signals, Any] = {}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number in _ENDING:
+                if callable(handler := signal.getsignal(number)):
+                    handlers[number] = handler
+                    signal.signal(number, lambda number, _: received.append(number))
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for first in received[:1]:
+            signal.raise_signal(first)
 
 
 def _start_worker(path: str, eod: int | str | None) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from megamult.data import encoding
 from tests import programs
 from tests.data.conftest import make_documents
 from tests.programs import Program
@@ -168,6 +170,30 @@ def test_a_signal_leaves_nothing(tmp_path: Path, model: Path, number: int, code:
     assert process.returncode == code
     assert "Traceback" not in errors
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.txt"]
+
+
+def test_a_signal_that_another_thread_gets_waits_until_a_worker_has_been_started() -> None:
+    class Asked(Exception):
+        pass
+
+    def ask(number: int, frame: object) -> None:
+        raise Asked
+
+    done, before = threading.Event(), signal.signal(signal.SIGTERM, ask)
+    other = threading.Thread(target=done.wait)
+    other.start()  # signals are not blocked in it, as in the threads of numerical libraries
+    reached = False
+    try:
+        with pytest.raises(Asked), encoding._signals_held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):  # Python calls handlers between instructions
+                time.sleep(0)
+            reached = True
+    finally:
+        done.set()
+        other.join()
+        signal.signal(signal.SIGTERM, before)
+    assert reached
 
 
 def test_what_a_killed_run_leaves_is_removed_at_the_next_start_and_a_live_one_is_not(
