@@ -260,7 +260,7 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ),
     (
         {"data": {"valid": {"a": 1.0, "b": "c"}}},
-        r"data\.valid gives a a weight, as in a blend, and b corpora, as named validation sets: give every name its "
+        r"data\.valid has weights, .* \(weights for a; corpora for b\): give every name its "
         r"corpora, or every corpus a weight",
     ),
     (

@@ -36,7 +36,12 @@ from megamult.zero.partition import Partition
 
 
 def find(
-    mesh: Mesh, load: str, run_dir: Path, fits: Callable[[SavedCheckpoint], None], key: str = "checkpoint.load"
+    mesh: Mesh,
+    load: str,
+    run_dir: Path,
+    fits: Callable[[SavedCheckpoint], None],
+    key: str = "checkpoint.load",
+    values_fit: Callable[[SavedCheckpoint], None] = lambda checkpoint: None,
 ) -> SavedCheckpoint | None:
     """Find and verify the checkpoint that `checkpoint.load` asks for. Collective: each rank verifies some of the files.
 
@@ -46,8 +51,9 @@ def find(
             them; or `latest`, which means the newest checkpoint of `run_dir`.
         run_dir: directory of this run.
         fits: function that raises ValueError if the run cannot resume from a checkpoint. It is called before the large
-            files are verified.
+            files are verified, so it must not read tensors: a damaged checkpoint is passed over, and is no error.
         key: name of the setting that has the value `load`, for messages.
+        values_fit: the same for what the tensors decide, called after all files are verified.
 
     Returns:
         The checkpoint, or None if `load` is `latest` and `run_dir` has no checkpoint yet.
@@ -69,11 +75,10 @@ def find(
     for path in candidates:
         checkpoint, problem = on_every_rank(mesh, partial(_opened, path))
         if checkpoint is not None:
-            _, unfit = on_every_rank(mesh, partial(fits, checkpoint))
-            if unfit is not None:
-                raise ValueError(unfit)
+            _agree_to(mesh, partial(fits, checkpoint))
             _, problem = on_every_rank(mesh, partial(checkpoint.verify, share))
             if problem is None:
+                _agree_to(mesh, partial(values_fit, checkpoint))
                 return checkpoint
         if first and path != candidates[-1]:
             print(f"warning: {problem}; trying the one before it", file=sys.stderr, flush=True)
@@ -83,6 +88,13 @@ def find(
         f"none of the {len(candidates)} checkpoints in {candidates[0].parent} is usable: load another checkpoint. "
         f"The problem of the oldest (warnings name those of the others): {problem}"
     )
+
+
+def _agree_to(mesh: Mesh, check: Callable[[], None]) -> None:
+    """Run a check on every rank, and raise ValueError on all ranks if it fails on one of them. Collective."""
+    _, message = on_every_rank(mesh, check)
+    if message is not None:
+        raise ValueError(message)
 
 
 def _opened(path: Path) -> SavedCheckpoint:
@@ -161,8 +173,11 @@ def check_fits(
     try:
         sections, multipliers = _fixed_sections(info.config), MultipliersConfig(**info.config["multipliers"])
     except (TypeError, KeyError) as error:
+        lacks = f"lacks the section {error}"
+        what = lacks if isinstance(error, KeyError) else f"has keys that this version does not know ({error})"
         raise ValueError(
-            f"the checkpoint's configuration has keys or values that this version does not know ({error!r})"
+            f"the checkpoint's configuration {what}: use the version that wrote it "
+            f"({info.versions.get('megamult', 'unknown')}), or load another checkpoint"
         ) from None
 
     def pairs_of(why: Why) -> list[tuple[str, Any, Any]]:

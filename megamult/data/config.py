@@ -92,8 +92,8 @@ class DataConfig:
         mistakes = []
         if numbers:
             mistakes.append(
-                f"data.valid gives {', '.join(numbers)} a weight, as in a blend, and "
-                f"{', '.join(key for key in valid if key not in numbers)} corpora, as named validation sets: give "
+                "data.valid has weights, as a blend of corpora has, and corpora, as named validation sets have (weights "
+                f"for {', '.join(numbers)}; corpora for {', '.join(key for key in valid if key not in numbers)}): give "
                 "every name its corpora, or every corpus a weight"
             )
         for name, value in valid.items():

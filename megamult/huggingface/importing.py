@@ -258,8 +258,11 @@ def _about_tie(missing: list[Weight], described: Mapping[str, Any]) -> str:
     if not any(weight.role == "head" for weight in missing):
         return ""
     tied = described.get("tie_word_embeddings")
-    fact = "has no tie_word_embeddings, which is probably missing" if tied is None else f"has {tied!r} there"
-    return f'; if the head is tied to the embedding, set "tie_word_embeddings": true in config.json, which {fact}'
+    fact = "lacks this field" if tied is None else f"has {tied!r} there"
+    return (
+        f'; if the head is tied to the embedding, then "tie_word_embeddings": true is probably missing in config.json, '
+        f"which {fact}: add it"
+    )
 
 
 def _check_equal(source: Path, head: _Stored, embedding: _Stored) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -49,8 +49,8 @@ def fold(
 
     `settings` needs ``"zero_allow_untested_optimizer": true`` and ``"gradient_clipping": 0.0``. DeepSpeed's default for
     the latter is 1.0, but the optimizer already clips by its own `clip_grad_norm`. At ZeRO 0 in bf16, call
-    ``deepspeed.initialize`` within ``optimizer.paused()``: it calls ``optimizer.step()``, which would count as Adam's
-    first step and apply weight decay.
+    ``deepspeed.initialize`` within ``with optimizer.paused():``. There it calls ``optimizer.step()``, which would
+    otherwise decay the weights and count as Adam's first step.
 
     In a loop without DeepSpeed, average gradients over data-parallel ranks and call ``optimizer.step()``. If `initial`
     is not 1, call ``optimizer.begin()`` before the first forward pass: it sets the model's parameters to W_eff.
@@ -114,14 +114,13 @@ def fold(
             if not math.isfinite(value) or (positive and value <= 0):
                 needed = f"positive with parametrization {settings.parametrization}" if positive else "finite"
                 raise ValueError(f"initial gives {role} (side {side}) the value {value}: it must be {needed}")
-    specs = _specs(model, rules, resolved)
+    everything = _specs(model, rules, resolved)
+    specs = {parameter: spec for parameter, spec in everything.items() if parameter.requires_grad}
     reached = {part.role for spec in specs.values() if covers(spec, resolved) for part in spec.parts}
     unreached = [role for role in resolved if role not in reached]
     if unreached and (not isinstance(placement, str) or not reached):
-        raise ValueError(
-            f"placement gives multipliers to the role {unreached[0]}, and no parameter has this role"
-            f"{_frozen(model)}: add a rule for it, or leave it out of placement"
-        )
+        known = {part.role for spec in everything.values() for part in spec.parts}
+        raise ValueError("; ".join(_without_parameter(unreached, known)))
     if not reached:
         raise ValueError(
             f"placement is {placement!r}, which gives multipliers to no role: give them to at least one role"
@@ -138,9 +137,23 @@ _FURTHER = ("lr_factors", "weight_decay_factors", "parametrization")
 """Keys of the section `multipliers` that :func:`fold` accepts in its argument `multipliers`."""
 
 
-def _frozen(model: torch.nn.Module) -> str:
-    count = sum(not parameter.requires_grad for parameter in model.parameters())
-    return f" among those that are not frozen ({count} are)" if count else ""
+def _without_parameter(roles: Sequence[Role], known: set[Role]) -> Iterator[str]:
+    """Yield messages about roles of a placement that no trainable parameter has. `known` are the roles of all
+    parameters, frozen ones included."""
+    absent = [role for role in roles if role not in known]
+    frozen = [role for role in roles if role in known]
+    if absent:
+        yield (
+            f"placement gives multipliers to {', '.join(absent)}, and no parameter has "
+            f"{'this role: add a rule for it' if len(absent) == 1 else 'these roles: add rules for them'}, or leave "
+            f"{'it' if len(absent) == 1 else 'them'} out of placement"
+        )
+    if frozen:
+        yield (
+            f"placement gives multipliers to {', '.join(frozen)}, and all parameters of "
+            f"{'this role' if len(frozen) == 1 else 'these roles'} are frozen: set requires_grad to True, or leave "
+            f"{'it' if len(frozen) == 1 else 'them'} out of placement"
+        )
 
 
 def _listed(sides: str | Sequence[str]) -> list[str]:
@@ -198,7 +211,7 @@ def _checked(section: str, dataclass: type, given: Any) -> dict[str, Any]:
 
 
 def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placement) -> dict[Parameter, ParameterSpec]:
-    """Return the spec of every trainable parameter.
+    """Return the spec of every trainable parameter, and of the frozen ones that have one.
 
     A spec comes from the rule that finds the parameter. If no rule does, it is the spec that the parameter already has,
     or for a vector without one, a spec of the role `norm`.
@@ -226,7 +239,7 @@ def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placeme
             )
         if parameter.requires_grad:
             _check_tie(known, stated, spec, placement)
-            specs[parameter] = spec
+        specs[parameter] = spec
     return specs
 
 

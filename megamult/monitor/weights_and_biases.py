@@ -17,6 +17,8 @@ from megamult.monitor.config import WandbConfig
 _ID = "wandb_id"
 """File in the run directory with the id of the run at Weights & Biases."""
 _STEP = "step"
+_SEND_SECONDS = 300.0
+"""Seconds that the end of a run waits for figures to be sent. The files of those that were not sent stay."""
 
 
 def check(settings: WandbConfig) -> None:
@@ -51,7 +53,6 @@ class WeightsAndBiases:
     def __init__(self, settings: WandbConfig, run_dir: Path, configuration: Mapping[str, Any]) -> None:
         import wandb
 
-        self._error: type[Exception] = wandb.Error
         online = settings.mode == "online"
         try:
             self._run = wandb.init(
@@ -63,32 +64,42 @@ class WeightsAndBiases:
                 mode=settings.mode,
                 dir=str(run_dir),
                 config=dict(configuration),
-                settings=wandb.Settings(silent=True, console="off"),  # the screen and its log are ours
+                settings=wandb.Settings(
+                    silent=True,  # the screen and its log are ours
+                    console="off",
+                    finish_timeout=_SEND_SECONDS,
+                    finish_timeout_raises=True,
+                ),
             )
         except wandb.Error as error:
             raise ValueError(
                 f"monitor.wandb: Weights & Biases refuses the run ({' '.join(str(error).split())}): log in with "
                 "`wandb login`, or set monitor.wandb.mode to offline"
             ) from None
-        self.place = self._run.url if online else f"{run_dir / 'wandb'} (offline: `wandb sync` sends it)"
+        self._files = run_dir / "wandb"
+        self.place = self._run.url if online else f"{self._files} (offline: `wandb sync` sends it)"
         """Where the figures are: an address, or a folder."""
         self._run.define_metric("*", step_metric=_STEP)
 
     def write(self, figures: Mapping[str, float], step: int) -> None:
-        """Write figures of a step, by name.
+        """Write figures of a step, by name. Errors are those of the package `wandb`."""
+        self._run.log({_STEP: step, **figures})
 
-        Raises:
-            OSError: they cannot be written.
+    def close(self, exit_code: int) -> str | None:
+        """Send what is left, for at most five minutes, and end this start of the run.
+
+        Returns:
+            A warning if something was not sent, else None. The run's own result does not depend on it.
         """
         try:
-            self._run.log({_STEP: step, **figures})
-        except self._error as error:
-            raise OSError(str(error)) from None
-
-    def close(self, exit_code: int) -> None:
-        """Send what is left, and end this start of the run. A run that is complete does not fail because of this."""
-        with contextlib.suppress(Exception):
             self._run.finish(exit_code=exit_code)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return (
+                f"monitor.wandb: not all figures were sent to Weights & Biases ({reason}): `wandb sync` sends them "
+                f"from {self._files}"
+            )
+        return None
 
 
 def _id(run_dir: Path) -> str:

@@ -7,9 +7,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -40,7 +40,8 @@ class Writers:
         skipped: number of skipped steps among those that are done.
         samples: (number of sequences that the whole run reads, number that it has read so far). The bar counts
             sequences and not steps, because the remaining time follows from sequences even if batches grow.
-        report: function that gets every figure that TensorBoard gets, by name, for further monitors.
+        further: functions that get every figure that TensorBoard gets, {name: value}, by the name of the output that
+            they write to. One that fails does not keep the others from theirs.
         clock: function that returns the time, in seconds since 1970.
     """
 
@@ -51,7 +52,7 @@ class Writers:
         done: int = 0,
         skipped: int = 0,
         samples: tuple[int, int] = (0, 0),
-        report: Callable[[dict[str, float]], None] = lambda figures: None,
+        further: Mapping[str, Callable[[dict[str, float]], None]] = MappingProxyType({}),
         clock: Callable[[], float] = time.time,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -71,7 +72,7 @@ class Writers:
         self._clock = clock
         self._began: tuple[float, int] | None = None  # (time, samples read by then) after this start's first step
         self._told = -math.inf
-        self._report = report
+        self._further = further
         self._skipped = skipped
         self._failed: set[str] = set()
 
@@ -165,8 +166,9 @@ class Writers:
         with self._going_on("tensorboard"):
             for name, value in figures.items():
                 self._tensorboard.add_scalar(name, value, step)
-        with self._going_on("a monitor of deepspeed or of monitor.wandb"):
-            self._report(figures)
+        for output, write in self._further.items():
+            with self._going_on(output, Exception):  # other packages write here, whose errors are of any kind
+                write(figures)
 
     def _line(self, record: dict[str, float]) -> None:
         # JSON has no NaN and no infinity.
@@ -176,14 +178,15 @@ class Writers:
             self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
 
     @contextlib.contextmanager
-    def _going_on(self, name: str) -> Iterator[None]:
-        """Let the run continue if `name` cannot be written, and say once that metrics may be missing."""
+    def _going_on(self, name: str, errors: type[Exception] = OSError) -> Iterator[None]:
+        """Let the run continue if writing `name` ends in one of `errors`, and say once that metrics may be missing."""
         try:
             yield
-        except OSError as error:
+        except errors as error:
             if name not in self._failed:
                 self._failed.add(name)
-                self.say(f"warning: {name} cannot be written ({error}); training continues, and metrics may be missing")
+                reason = str(error) or type(error).__name__
+                self.say(f"warning: {name} cannot be written ({reason}); training continues, and metrics may be missing")
 
 
 def _drop_after(metrics: Path, step: int) -> None:

@@ -25,7 +25,12 @@ def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
             would change results, or contradict the run's own keys. The message names all of these.
     """
     produced, overrides = _produced(config, data_parallel), without_auto(config.deepspeed_overrides())
-    problems = [*_problems(overrides, produced), *conflicts(overrides, config), *_without_effect(overrides, config)]
+    problems = [
+        *_problems(overrides, produced),
+        *conflicts(overrides, config),
+        *_without_effect(overrides, config),
+        *_twice(overrides, config),
+    ]
     if problems:
         raise ValueError("; ".join(problems))
     return _overlaid(produced, {key: value for key, value in overrides.items() if key not in TRANSLATED})
@@ -198,6 +203,16 @@ def _without_effect(overrides: Mapping[str, Any], config: Config) -> Iterator[st
         yield (
             "deepspeed.timers.throughput is enabled, and prints nothing without steps_per_print: give it too, or "
             "remove the timer"
+        )
+
+
+def _twice(overrides: Mapping[str, Any], config: Config) -> Iterator[str]:
+    """Yield a message if DeepSpeed and megamult would both write to Weights & Biases, where a process has one run."""
+    theirs, project = overrides.get("wandb"), config.monitor.wandb.project
+    if isinstance(theirs, dict) and theirs.get("enabled") and project is not None:
+        yield (
+            f"deepspeed.wandb is enabled and monitor.wandb.project is {project!r}, so every figure would be in one run "
+            "twice, over sequences and over steps: remove one of the two"
         )
 
 

@@ -151,7 +151,7 @@ KEYS: dict[str, Key] = {
     ),
     "wandb": free(
         f"send {_ALL_SCALARS} to Weights & Biases. monitor.wandb sends them over the step, and goes on with the same "
-        "run there after a resume",
+        "run there after a resume. Not both",
         package="wandb",
         keys=("enabled", "group", "team", "project"),
     ),

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -42,11 +43,11 @@ class Trainer:
         vocab_size: int,
         progress: Progress | None = None,
         monitor: RunMonitor | None = None,
-        report: Callable[[dict[str, float], int], None] = lambda figures, step: None,
+        further: Mapping[str, Callable[[dict[str, float], int], None]] = MappingProxyType({}),
     ) -> None:
         self.config, self.engine = config, engine
         self._progress = progress or Progress()
-        self._monitor, self._report = monitor, report
+        self._monitor, self._further = monitor, further
         self._train, self._skip = train, Skip.of(config.data.skip)
         self._evaluation = Evaluation(config, engine, valid or {}, self._progress)
         self._mesh = engine.mesh
@@ -188,7 +189,7 @@ class Trainer:
                     self.step_count,
                     self.engine.skipped_steps,
                     (total, self.samples),
-                    self._report_figures,
+                    self._outputs(),
                 )
             )
             while self.step_count < steps and reason is None:
@@ -215,10 +216,15 @@ class Trainer:
             raise CheckpointFailed(outcome, reason)
         return reason
 
-    def _report_figures(self, figures: dict[str, float]) -> None:
-        """Write figures of the present step to the engine's own monitors and to the run's further output."""
-        self.engine.report(figures, self.samples)
-        self._report(figures, self.step_count)
+    def _outputs(self) -> dict[str, Callable[[dict[str, float]], None]]:
+        """Return the functions that write figures of the present step to outputs other than the run's own files: to
+        the engine's monitors, and to the run's further outputs."""
+
+        def at_this_step(write: Callable[[dict[str, float], int], None]) -> Callable[[dict[str, float]], None]:
+            return lambda figures: write(figures, self.step_count)
+
+        further = {name: at_this_step(write) for name, write in self._further.items()}
+        return {"a monitor of deepspeed": lambda figures: self.engine.report(figures, self.samples), **further}
 
     def _recorded_step(self, records: Records, stop: StopRequests) -> None:
         """Take one optimizer step and record its figures, and those of the monitor if they are due.

@@ -3,7 +3,7 @@ to the run directory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -28,7 +28,7 @@ class Records:
         skipped: number of these steps whose update the optimizer skipped, because a gradient was not finite or its norm
             was above `optimizer.skip_grad_norm`.
         samples: (number of sequences that the whole run reads, number of sequences that it has read so far).
-        report: function that takes figures by name and writes them to the engine's own monitors.
+        further: further outputs of the figures, see :class:`megamult.monitor.writers.Writers`.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Records:
         done: int,
         skipped: int,
         samples: tuple[int, int],
-        report: Callable[[dict[str, float]], None],
+        further: Mapping[str, Callable[[dict[str, float]], None]],
     ) -> None:
         first = mesh.rank == 0
-        self._out = Writers(run_dir, train.steps, done, skipped, samples, report) if first else None
+        self._out = Writers(run_dir, train.steps, done, skipped, samples, further) if first else None
         peak = device.peak_flops(train.torch_dtype)
         self._peak = None if peak is None else peak * mesh.size
         self._flops = flops

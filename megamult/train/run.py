@@ -109,31 +109,37 @@ def train(run: Run) -> int:
     # Earlier versions wrote imported checkpoints without `drawn`; these have no state of the data.
     drawn = checkpoint is None or (checkpoint.info.drawn and checkpoint.info.data is not None)
     monitor = RunMonitor(config, engine.model, engine.partition, engine.optimizer, vocab_size, drawn=drawn)
-    report = further.write if further is not None else lambda figures, step: None
-    trainer = Trainer(config, engine, samples, valid, vocab_size, progress, monitor, report)
+    outputs = {} if further is None else {"monitor.wandb": further.write}
+    trainer = Trainer(config, engine, samples, valid, vocab_size, progress, monitor, outputs)
     notes = [] if checkpoint is None else agreed(run.mesh, partial(trainer.resume, checkpoint.info))
     _say_what(run, trainer, engine, samples)
+    new: list[str] = []
+    if checkpoint is not None and not run.dry:
+        progress.at(0, "reading the checkpoint", ON_FILES)
+        reset = config.checkpoint.reset_optimizer
+        new = agreed(run.mesh, lambda: engine.restore(checkpoint, reset_optimizer=reset))
+    if checkpoint is not None and environment.rank() == 0:
+        _say_continuation(config, trainer, checkpoint, new, notes)
     if run.dry:
         samples.close()
         if environment.rank() == 0:
-            print("\n".join([*(f"note: {note}" for note in notes), "dry run: all checks passed, nothing was written"]))
+            print("dry run: all checks passed, nothing was written")
         run.mesh.barrier()
         return 0
-    if checkpoint is not None:
-        _restore(run, trainer, checkpoint, notes)
-    elif config.checkpoint.load and environment.rank() == 0:
+    if checkpoint is None and config.checkpoint.load and environment.rank() == 0:
         print(f"no checkpoint in {run.run_dir / 'checkpoints'} yet: starting anew", flush=True)
     checkpoints = RunCheckpoints(run.run_dir, config, vocab_size, run.mesh, tokenizers, files, drawn, tokenizer.eod)
     code, reason, error = _train(run, trainer, checkpoints)
     samples.close()
-    if further is not None:
-        further.close(code)
     if environment.rank() == 0:
         if code != exit_codes.DIVERGED:
             conclude(config, vocab_size, trainer, reason, run.run_dir, code)
         if error is not None:
             say_error(error)
-    progress.at(trainer.step_count, "the end")
+    # Rank 0 may still send figures, while the others wait for it.
+    progress.at(trainer.step_count, "the end", 0.0 if config.monitor.wandb.project is None else ON_FILES)
+    if further is not None and (unsent := further.close(code)) is not None:
+        print(f"warning: {unsent}", flush=True)
     run.mesh.barrier()
     return code
 
@@ -143,16 +149,19 @@ def _find_checkpoint(run: Run, vocab_size: int, tokenizer: Tokenizer) -> SavedCh
     config = run.config
     run.progress.at(0, "looking for a checkpoint", ON_FILES)
 
-    def fits(checkpoint: SavedCheckpoint) -> None:
-        def all_ones(role: Role, side: Side) -> bool:
-            return EffectiveModel(checkpoint).all_ones(role, side)
-
+    def fits(checkpoint: SavedCheckpoint, all_ones: Callable[[Role, Side], bool] = lambda role, side: True) -> None:
         resume.check_fits(checkpoint.info, config, vocab_size, tokenizer.sha256, all_ones)
+
+    def values_fit(checkpoint: SavedCheckpoint) -> None:
+        fits(checkpoint, lambda role, side: EffectiveModel(checkpoint).all_ones(role, side))
 
     for key in ("load", "start"):
         place = getattr(config.checkpoint, key)
         if place is not None:
-            found = agreed(run.mesh, partial(resume.find, run.mesh, place, run.run_dir, fits, f"checkpoint.{key}"))
+            found = agreed(
+                run.mesh,
+                partial(resume.find, run.mesh, place, run.run_dir, fits, f"checkpoint.{key}", values_fit),
+            )
             if found is not None:
                 return found
     return None
@@ -219,23 +228,20 @@ def _say_what(run: Run, trainer: Trainer, engine: DeepSpeedEngine, samples: Blen
             print(f"warning: {warning}", flush=True)
 
 
-def _restore(run: Run, trainer: Trainer, checkpoint: SavedCheckpoint, notes: list[str]) -> None:
-    """Load a checkpoint into the engine, and print how the configuration has changed since the checkpoint.
+def _say_continuation(
+    config: Config, trainer: Trainer, checkpoint: SavedCheckpoint, new: list[str], about_data: list[str]
+) -> None:
+    """Print from where the run goes on, how the configuration has changed since the checkpoint, and notes about it.
 
     Args:
-        notes: lines about the data for the user to read, to which others are added.
+        new: names of the multipliers that the checkpoint does not have.
+        about_data: notes about the data.
     """
-    config = run.config
-    run.progress.at(0, "reading the checkpoint", ON_FILES)
-    new = agreed(
-        run.mesh, lambda: trainer.engine.restore(checkpoint, reset_optimizer=config.checkpoint.reset_optimizer)
-    )
+    notes = [*about_data]
     lost = resume.lost_multipliers(checkpoint.info, config)
     if lost:
         listed = ", ".join(f"{role} ({', '.join(sides)})" for role, sides in lost.items())
         notes.append(f"multipliers that the checkpoint has and this run does not are dropped; they are all 1: {listed}")
-    if environment.rank() != 0:
-        return
     fresh = f"; {len(new)} multipliers are new and start at 1" if new else ""
     step, samples = trainer.step_count, trainer.samples
     print(f"going on from {checkpoint.path}: step {step}, {samples} sequences{fresh}", flush=True)

@@ -149,7 +149,7 @@ def overlapping_saves(folder: Path) -> dict[str, Any]:
 
 def found_checkpoints(folder: Path) -> list[str]:
     """What `find` chooses, or says: the newest damaged in its description; a rank that the run does not fit; a
-    checkpoint that a crash left half replaced; one named by a link."""
+    checkpoint that a crash left half replaced; a damaged one before its tensors are looked at."""
     from megamult.checkpoint import directory, resume, saved
     from megamult.checkpoint.chunks import Chunk
     from megamult.checkpoint.info import INFO, CheckpointInfo
@@ -163,10 +163,10 @@ def found_checkpoints(folder: Path) -> list[str]:
             saved.write(path, [Chunk.whole("model.x", torch.ones(3))], CheckpointInfo(step, 0, {}, 10), {})
         directory.point(parent, directory.of_step(parent, 2))
 
-    def find(fits: Any = lambda checkpoint: None) -> str:
+    def find(fits: Any = lambda checkpoint: None, values_fit: Any = lambda checkpoint: None) -> str:
         torch.distributed.barrier()
         try:
-            checkpoint = resume.find(current_mesh(), "latest", folder, fits)
+            checkpoint = resume.find(current_mesh(), "latest", folder, fits, "load", values_fit)
             return "none" if checkpoint is None else checkpoint.path.name
         except ValueError as error:
             return str(error)
@@ -188,4 +188,16 @@ def found_checkpoints(folder: Path) -> list[str]:
             raise ValueError(f"vocab_size {checkpoint.info.vocab_size} does not fit")
 
     answers.append(find(fits_ten))
-    return answers
+    if rank == 0:
+        (parent / "step_2" / INFO).write_text(description)
+        shard = next((parent / "step_2").glob("shard_*"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+
+    def all_ones(checkpoint: saved.SavedCheckpoint) -> None:
+        if not bool((checkpoint.read("model.x") == 1).all()):
+            raise ValueError(f"{checkpoint.path.name} has other values")
+
+    def none_fits(checkpoint: saved.SavedCheckpoint) -> None:
+        raise ValueError(f"the values of {checkpoint.path.name} do not fit")
+
+    return [*answers, find(values_fit=all_ones), find(values_fit=none_fits)]

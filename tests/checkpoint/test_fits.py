@@ -115,9 +115,12 @@ def test_only_keys_of_the_model_must_be_known() -> None:
     found.config["optimizer"]["from_another_version"] = 1
     assert message(found) == ""
     found.config["model"]["from_another_version"] = 1
-    assert "configuration has keys or values that this version does not know" in message(found)
+    said = message(found)
+    assert "configuration has keys that this version does not know (" in said and "from_another_version" in said
+    assert f"use the version that wrote it ({found.versions['megamult']})" in said
     del found.config["train"]
-    assert "configuration has keys or values that this version does not know" in message(found)
+    del found.config["model"]["from_another_version"]
+    assert "configuration lacks the section 'train': use the version" in message(found)
 
 
 def test_a_key_that_the_checkpoints_version_did_not_have_is_the_default() -> None:

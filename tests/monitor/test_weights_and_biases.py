@@ -13,6 +13,7 @@ import pytest
 
 from megamult.monitor import weights_and_biases
 from megamult.monitor.config import WandbConfig
+from megamult.runtime.patience import ON_FILES
 from tests.train.command import REPOSITORY, data_arguments, start
 
 OFFLINE = WandbConfig(project="screens", name="small", mode="offline")
@@ -86,3 +87,13 @@ def test_keys_without_a_project_have_no_effect_and_are_refused_together() -> Non
         ValueError, match=r"monitor\.wandb\.name is x, monitor\.wandb\.mode is offline without .*project"
     ):
         WandbConfig(name="x", mode="offline")
+
+
+def test_figures_that_cannot_be_sent_at_the_end_are_a_warning(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb", reason="the package wandb is not installed (extra wandb)")
+    made = weights_and_biases.WeightsAndBiases(OFFLINE, tmp_path, {})
+    assert 0 < wandb.run.settings.finish_timeout < ON_FILES, "other ranks wait for the end for ON_FILES at most"
+    with mock.patch.object(made._run, "finish", side_effect=TimeoutError("timed out after 300 s")):
+        warning = made.close(0)
+    assert warning is not None and f"(timed out after 300 s): `wandb sync` sends them from {tmp_path}/wandb" in warning
+    assert made.close(0) is None

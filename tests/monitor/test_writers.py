@@ -190,3 +190,19 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on(tmp_path: Path, capsys: py
         writers.step(record(1), {})
         writers.step(record(2), {})
     assert capsys.readouterr().out.count("metrics.jsonl cannot be written ([Errno 28] No space left on device)") == 1
+
+
+def test_an_output_that_fails_is_told_once_and_keeps_no_other_from_its_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(figures: dict[str, float]) -> None:
+        raise RuntimeError("the service is down")
+
+    got: list[dict[str, float]] = []
+    with Writers(tmp_path, 3, further={"a monitor of deepspeed": refuse, "monitor.wandb": got.append}) as writers:
+        for step in (1, 2):
+            writers.step(record(step), {})
+    assert [figures["train/loss"] for figures in got] == [4.0, 3.0]
+    said = capsys.readouterr().out
+    assert said.count("warning: a monitor of deepspeed cannot be written (the service is down)") == 1
+    assert "monitor.wandb" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import pytest
 
 from megamult.config import Config
 from megamult.distributed.config import ParallelConfig
+from megamult.monitor.config import MonitorConfig, WandbConfig
 from megamult.train.config import TrainConfig
 from megamult.train.deepspeed_config import deepspeed_config
 
@@ -25,6 +27,15 @@ def made(overrides: dict[str, Any], stage: int = 1, dtype: Any = "bf16", **train
         ),
         data_parallel=2,
     )
+
+
+def test_one_run_at_weights_and_biases_is_enough() -> None:
+    config = Config(
+        monitor=MonitorConfig(wandb=WandbConfig(project="mine")), deepspeed={"wandb": {"enabled": True, "project": "x"}}
+    )
+    with pytest.raises(ValueError, match=r"deepspeed\.wandb is enabled and monitor\.wandb\.project is 'mine'.*one of"):
+        deepspeed_config(config, data_parallel=1)
+    deepspeed_config(dataclasses.replace(config, deepspeed={"wandb": {"enabled": False}}), data_parallel=1)
 
 
 def refusals(overrides: dict[str, Any], **more: Any) -> list[str]:

@@ -66,6 +66,11 @@ def test_a_complete_run_that_is_started_again_says_so_and_changes_nothing(corpus
     dry = start([*given, "--dry_run", "--train.steps", "3"])
     assert dry.code == 0 and snapshot(tmp_path) == before, dry.text
     assert "1 of 3 steps, 512 of 1,536 tokens, are left" in dry.stdout
+    *_, place, heading, change, last = dry.stdout.splitlines()
+    assert place == f"going on from {tmp_path / 'run' / 'checkpoints' / 'step_2'}: step 2, 32 sequences"
+    assert heading == "configuration changed since the checkpoint (old -> new):"
+    assert change.split() == ["train.steps", "2", "->", "3"]
+    assert last == "dry run: all checks passed, nothing was written"
 
 
 @pytest.mark.parametrize("given", [[], ["--dry_run"]])
