@@ -24,7 +24,7 @@ import yaml
 from examples.paper.setting import Setting
 from examples.running.attempts import attempts, complete, record_attempt
 from examples.running.children import ROOT, Children, Interrupted, last_lines
-from examples.running.machine import duration
+from megamult.monitor.screen import duration
 from megamult.runtime import exit_codes
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"

@@ -11,7 +11,8 @@ from pathlib import Path
 from examples.paper.experiment import Claim, Experiment, Measurement, NotRun, Results
 from examples.paper.paired import Estimate
 from examples.running.attempts import attempts
-from examples.running.machine import commit, duration, machine, versions
+from examples.running.machine import commit, machine, versions
+from megamult.monitor.screen import duration
 
 EXPLANATION = """\
 Verdicts: **reproduced**: the figures meet the threshold, which was committed before the runs. **not reproduced**: they

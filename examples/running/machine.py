@@ -38,9 +38,3 @@ def commit() -> str:
     """Return the short name of this checkout's commit; an empty string if it is no checkout."""
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return found.stdout.strip() if found.returncode == 0 else ""
-
-
-def duration(seconds: float) -> str:
-    """Format a number of seconds, for example as 2 min 5 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -15,7 +15,7 @@ Sources = str | dict[str, float] | list[str]
 
 @dataclass
 class DataConfig:
-    """Corpora made by launch/prepare_data.py, and their tokenizer."""
+    """Corpora, their tokenizer, and how a run reads them."""
 
     train: Sources | None = None
     """Corpora to train on: the prefix of a .bin and an .idx, a list of prefixes (which get equal weights), or a mapping
@@ -92,8 +92,8 @@ class DataConfig:
         mistakes = []
         if numbers:
             mistakes.append(
-                "data.valid has weights, as a blend of corpora has, and corpora, as named validation sets have (weights "
-                f"for {', '.join(numbers)}; corpora for {', '.join(key for key in valid if key not in numbers)}): give "
+                "data.valid has weights, as in a blend, and corpora, as in named validation sets (weights for "
+                f"{', '.join(numbers)}; corpora for {', '.join(key for key in valid if key not in numbers)}): give "
                 "every name its corpora, or every corpus a weight"
             )
         for name, value in valid.items():

@@ -212,7 +212,7 @@ def check_ids(files: IndexedFiles, vocab_size: int, start: int, ids: np.ndarray)
     raise ValueError(
         f"{files.bin}: token id {int(ids[position - start])} at token {position} (sequence {sequence}) "
         f"is outside the vocabulary of {vocab_size}: use the tokenizer that the corpus was prepared "
-        "with, or prepare it again"
+        "with, or prepare it again; without a tokenizer, raise model.vocab_size"
     )
 
 

@@ -99,7 +99,8 @@ class Source:
                 continue
             raise ValueError(
                 f"data source {self.prefix}, sample {k}: token id {wrong} is outside the vocabulary of "
-                f"{self._tokenizer.vocab_size}: use the tokenizer that the corpus was prepared with"
+                f"{self._tokenizer.vocab_size}: use the tokenizer that the corpus was prepared with, or, without a "
+                "tokenizer, raise model.vocab_size"
             )
         return {"tokens": tokens, "labels": labels}
 

@@ -126,7 +126,8 @@ def _configuration(model: ModelConfig, placement: str, dtype: Any) -> dict[str, 
 
 
 def _run_configuration(config: dict[str, Any], output: Path, files: Mapping[str, bytes]) -> bytes:
-    """Return the configuration file of a run that continues from the checkpoint, in which only data.train is missing.
+    """Return the configuration file of a run that continues from the checkpoint. It lacks data.train, and keys that
+    have their defaults.
 
     Args:
         config: the checkpoint's whole configuration.

@@ -186,7 +186,9 @@ class Writers:
             if name not in self._failed:
                 self._failed.add(name)
                 reason = str(error) or type(error).__name__
-                self.say(f"warning: {name} cannot be written ({reason}); training continues, and metrics may be missing")
+                self.say(
+                    f"warning: {name} cannot be written ({reason}); training continues, and metrics may be missing"
+                )
 
 
 def _drop_after(metrics: Path, step: int) -> None:

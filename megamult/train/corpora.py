@@ -1,4 +1,4 @@
-"""Opening of a run's tokenizer and data. One rank of each node checks the files, then all ranks open them."""
+"""Opening of a run's tokenizer and corpora. One rank of each node checks the corpora, then all ranks open them."""
 
 from __future__ import annotations
 

@@ -189,7 +189,8 @@ def build(
 
     Args:
         mesh: mesh of the processes.
-        draw: whether to draw initial weights. If not, the weights are NaN until a checkpoint is loaded.
+        draw: whether to draw initial weights. If not, the weights that would be drawn are NaN until a checkpoint
+            is loaded.
         eod: id of the token that ends a document. `data.document_mask` needs it.
         note: function that is called with a description of each part of the work. Building a large model takes minutes.
         optimizer_of: function that makes the optimizer from the configuration, the model and the mesh.

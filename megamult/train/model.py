@@ -23,7 +23,8 @@ def build_model(
     Args:
         config: configuration of the run.
         vocab_size: exact number of tokens, without padding.
-        seed: seed of the initial weights. If it is None, the weights are NaN until a checkpoint is loaded.
+        seed: seed of the initial weights. If it is None, all weights that would be drawn are NaN until a
+            checkpoint is loaded.
         note: function that is called once per parameter, with a description of the work.
         eod: id of the token that ends a document. `data.document_mask` needs it.
 

@@ -51,7 +51,8 @@ def summary(
     run_dir: Path,
     done: tuple[int, int],
 ) -> str:
-    """Return the lines that say what will run, at most `screen.LINES`. Collective over all ranks.
+    """Return the lines that say what will run, at most `screen.LINES`. Collective over all ranks; the text is for
+    global rank 0, and lacks the versions on others.
 
     Args:
         samples: the training data, at the place from which the run continues.
@@ -82,7 +83,7 @@ def summary(
         ("memory", f"{screen.size(sum(held.values()))} per rank without activations: {kinds}"),
         ("directory", str(run_dir)),
         ("here", f"{environment.host()}, {_devices(mesh)}"),
-        ("versions", _versions()),
+        ("versions", _versions() if mesh.rank == 0 else ""),  # asks Git, which one rank is enough for
     ]
     read = _sources(config, samples, done[1], total)
     data = screen.sources(read, screen.LINES - len(rows) - len(after))

@@ -54,7 +54,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize and scale x: [..., hidden]."""
+        """Normalize x: [..., hidden], and multiply it by the weight if there is one."""
         shape = (x.shape[-1],)
         if self.weight is None or self.weight.shape == shape:
             return torch.nn.functional.rms_norm(x, shape, self.weight, self.eps)

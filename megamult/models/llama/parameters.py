@@ -32,7 +32,8 @@ def head(config: TransformerConfig, vocab_size: int) -> ParameterSpec:
 def standard_deviations(sizes: ModelConfig) -> dict[Role, float]:
     """Return the standard deviation of initial weights for each role.
 
-    For projections into the residual stream it is smaller, and decreases with the number of layers.
+    It is `init_std`, divided by sqrt(2 layers) for the two projections into the residual stream, and then multiplied by
+    the role's factor in `init_std_factors`.
     """
     std = sizes.init_std
     into_stream = std / math.sqrt(2 * sizes.num_layers)
