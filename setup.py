@@ -37,14 +37,14 @@ setup(
     extras_require={
         "corpora": ["zstandard>=0.22", "pyarrow>=15"],  # inputs of prepare_data.py: zstd, Parquet
         "export": ["transformers>=5,<6", "protobuf>=4"],
-        "wandb": ["wandb>=0.19,<1"],  # monitor.wandb
+        "wandb": ["wandb>=0.27,<1"],  # monitor.wandb
         "reproduce": ["matplotlib>=3.8,<4"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6.100"),
             *("ruff>=0.12", "mypy>=1.15", "types-PyYAML"),
             *("transformers>=5,<6", "protobuf>=4", "matplotlib>=3.8,<4"),
             *("zstandard>=0.22", "pyarrow>=15"),
-            "wandb>=0.19,<1",
+            "wandb>=0.27,<1",
             "triton<4",  # CUDA builds of torch bring theirs; interprets and compiles kernels without a GPU
         ],
     },

@@ -174,7 +174,7 @@ def check_fits(
         sections, multipliers = _fixed_sections(info.config), MultipliersConfig(**info.config["multipliers"])
     except (TypeError, KeyError) as error:
         lacks = f"lacks the section {error}"
-        what = lacks if isinstance(error, KeyError) else f"has keys that this version does not know ({error})"
+        what = lacks if isinstance(error, KeyError) else f"has keys or values that this version does not know ({error})"
         raise ValueError(
             f"the checkpoint's configuration {what}: use the version that wrote it "
             f"({info.versions.get('megamult', 'unknown')}), or load another checkpoint"
@@ -199,14 +199,6 @@ def check_fits(
     if known and tokenizer_sha256 is not None and tokenizer_sha256 not in known.values():
         theirs = " or ".join(f"{digest!r} ({files})" for files, digest in known.items())
         found.append(f"the SHA-256 of data.tokenizer is {tokenizer_sha256!r} and the checkpoint's is {theirs}")
-    differs = bool(found)
-    for role, sides in lost_multipliers(info, config).items():
-        # Tensors are read only if nothing else stands in the way: they may not be those of the configuration.
-        trained = [side for side in sides if differs or not all_ones(role, side)]
-        if trained:
-            found.append(
-                f"multipliers.placement gives {role} no {' and '.join(trained)} multipliers, which the checkpoint has"
-            )
     for roles in config.multipliers.sharing(config.model.fused) if info.optimizer is not None else ():
         its = [role for role in roles if "col" in multipliers.sides.get(role, ())]
         apart = len(its) > 1 and not multipliers.shared_columns
@@ -222,6 +214,14 @@ def check_fits(
             f"optimizer.name is {config.optimizer.name!r} and the checkpoint's is {name!r} "
             "(with checkpoint.reset_optimizer true, a run starts with fresh optimizer state)"
         )
+    differs = bool(found)
+    for role, sides in lost_multipliers(info, config).items():
+        # Tensors are read only if nothing else stands in the way: they may not be those of the configuration.
+        trained = [side for side in sides if differs or not all_ones(role, side)]
+        if trained:
+            found.append(
+                f"multipliers.placement gives {role} no {' and '.join(trained)} multipliers, which the checkpoint has"
+            )
     if found:
         raise ValueError(
             f"the checkpoint does not fit this run: {'; '.join(found)}: set them back, or load another checkpoint"
@@ -246,9 +246,22 @@ def _fixed_sections(configuration: Mapping[str, Any]) -> dict[str, Any]:
     return sections
 
 
+def new_multipliers(checkpoint: SavedCheckpoint, partition: Partition, optimizer: TwoPhaseOptimizer) -> list[str]:
+    """Return the names of the model's multipliers that the checkpoint does not have, the same on all ranks. They start
+    at 1, so they change nothing at first. Collective over all ranks."""
+    mine = {chunk.name for chunk in held(partition, optimizer) if _is_new(chunk, checkpoint)}
+    names = {name for found in partition.mesh.gather_objects(mine) for name in found}  # type: ignore[attr-defined]
+    return sorted(name for name in names if name.startswith("model."))
+
+
+def _is_new(chunk: Chunk, checkpoint: SavedCheckpoint) -> bool:
+    """Return whether a chunk belongs to multipliers, or their optimizer state, that the checkpoint does not have."""
+    return chunk.name not in checkpoint.shapes and chunk.name.rpartition(".")[2] in LEAVES.values()
+
+
 def restore(
     checkpoint: SavedCheckpoint, partition: Partition, optimizer: TwoPhaseOptimizer, *, reset_optimizer: bool = False
-) -> list[str]:
+) -> None:
     """Load a checkpoint's state into a fresh run. Collective over all ranks.
 
     Args:
@@ -256,9 +269,7 @@ def restore(
         partition, optimizer: partition and optimizer of the run, before its first step.
         reset_optimizer: whether to leave out the saved state of the optimizer.
 
-    Returns:
-        Names of the model's multipliers that the checkpoint does not have, the same on all ranks. They start at 1, so
-        they change nothing at first.
+    Multipliers that the checkpoint does not have (:func:`new_multipliers`) start at 1.
 
     Raises:
         ValueError: the checkpoint lacks a tensor or has it with another shape, or a weight is NaN after loading.
@@ -266,11 +277,10 @@ def restore(
     info = checkpoint.info
     fresh = reset_optimizer or info.optimizer is None
     chunks = held(partition, optimizer)
-    new = {c.name for c in chunks if c.name not in checkpoint.shapes and c.name.rpartition(".")[2] in LEAVES.values()}
+    new = {chunk.name for chunk in chunks if _is_new(chunk, checkpoint)}
     if optimizer.fixed is not None:
         optimizer.fixed.norms.fill_(torch.nan)  # norms that the checkpoint lacks are measured after loading
         new |= {c.name for c in chunks if c.name not in checkpoint.shapes and c.name.startswith(f"optimizer.{NORM}.")}
-    absent = {name for found in partition.mesh.gather_objects(new) for name in found}  # type: ignore[attr-defined]
     for chunk in chunks:
         if chunk.name in new and chunk.name.startswith("model."):
             chunk.load().fill_(1.0)  # not multipliers.initial, which would change the loaded model's function
@@ -286,7 +296,6 @@ def restore(
         saved = {key: state for key, state in states.items() if prefix + key in checkpoint.shapes}
         checkpoint.load([Chunk.whole(prefix + key, state) for key, state in saved.items()])
         rng.restore(states)
-    return sorted(name for name in absent if name.startswith("model."))
 
 
 def _check_defined(partition: Partition) -> None:

@@ -259,11 +259,12 @@ def _about_tie(missing: list[Weight], described: Mapping[str, Any]) -> str:
     if not any(weight.role == "head" for weight in missing):
         return ""
     tied = described.get("tie_word_embeddings")
-    fact = "lacks this field" if tied is None else f"has {tied!r} there"
-    return (
-        f'; if the head is tied to the embedding, then "tie_word_embeddings": true is probably missing in config.json, '
-        f"which {fact}: add it"
+    remedy = (
+        '"tie_word_embeddings": true is probably missing in config.json: add it'
+        if tied is None
+        else f'set "tie_word_embeddings" in config.json to true (it is {json.dumps(tied)})'
     )
+    return f"; if the head is tied to the embedding, {remedy}"
 
 
 def _check_equal(source: Path, head: _Stored, embedding: _Stored) -> None:

@@ -49,8 +49,8 @@ def fold(
 
     `settings` needs ``"zero_allow_untested_optimizer": true`` and ``"gradient_clipping": 0.0``. DeepSpeed's default for
     the latter is 1.0, but the optimizer already clips by its own `clip_grad_norm`. At ZeRO 0 in bf16, call
-    ``deepspeed.initialize`` within ``with optimizer.paused():``. There it calls ``optimizer.step()``, which would
-    otherwise decay the weights and count as Adam's first step.
+    ``deepspeed.initialize`` within ``with optimizer.paused():``. It calls ``optimizer.step()`` there, which without
+    ``paused()`` would decay the weights and count as Adam's first step.
 
     In a loop without DeepSpeed, average gradients over data-parallel ranks and call ``optimizer.step()``. If `initial`
     is not 1, call ``optimizer.begin()`` before the first forward pass: it sets the model's parameters to W_eff.
@@ -120,7 +120,7 @@ def fold(
     unreached = [role for role in resolved if role not in reached]
     if unreached and (not isinstance(placement, str) or not reached):
         known = {part.role for spec in everything.values() for part in spec.parts}
-        raise ValueError("; ".join(_without_parameter(unreached, known)))
+        raise ValueError("; ".join(_without_parameter(unreached, known, isinstance(placement, str))))
     if not reached:
         raise ValueError(
             f"placement is {placement!r}, which gives multipliers to no role: give them to at least one role"
@@ -137,23 +137,28 @@ _FURTHER = ("lr_factors", "weight_decay_factors", "parametrization")
 """Keys of the section `multipliers` that :func:`fold` accepts in its argument `multipliers`."""
 
 
-def _without_parameter(roles: Sequence[Role], known: set[Role]) -> Iterator[str]:
-    """Yield messages about roles of a placement that no trainable parameter has. `known` are the roles of all
-    parameters, frozen ones included."""
-    absent = [role for role in roles if role not in known]
+def _without_parameter(roles: Sequence[Role], known: set[Role], named: bool) -> Iterator[str]:
+    """Yield messages about roles of a placement that no trainable parameter has.
+
+    A placement with a name may have roles that a model lacks. If its other roles are all frozen, only these are told.
+
+    Args:
+        roles: the roles.
+        known: roles of all parameters, frozen ones included.
+        named: whether the placement is a name and not a mapping.
+    """
     frozen = [role for role in roles if role in known]
-    if absent:
-        yield (
-            f"placement gives multipliers to {', '.join(absent)}, and no parameter has "
-            f"{'this role: add a rule for it' if len(absent) == 1 else 'these roles: add rules for them'}, or leave "
-            f"{'it' if len(absent) == 1 else 'them'} out of placement"
-        )
-    if frozen:
-        yield (
-            f"placement gives multipliers to {', '.join(frozen)}, and all parameters of "
-            f"{'this role' if len(frozen) == 1 else 'these roles'} are frozen: set requires_grad to True, or leave "
-            f"{'it' if len(frozen) == 1 else 'them'} out of placement"
-        )
+    absent = [role for role in roles if role not in known] if not (frozen and named) else []
+    leave_out = "give a mapping from role to sides as placement" if named else "leave {} out of placement"
+    for found, state, remedy in (
+        (absent, "no parameter has this role", "add a rule for it"),
+        (frozen, "all parameters of this role are frozen", "set requires_grad to True"),
+    ):
+        if found:
+            text = f"placement gives multipliers to {', '.join(found)}, and {state}: {remedy}, or {leave_out}"
+            if len(found) > 1:
+                text = text.replace("this role", "these roles").replace("a rule for it", "rules for them")
+            yield text.format("it" if len(found) == 1 else "them")
 
 
 def _listed(sides: str | Sequence[str]) -> list[str]:

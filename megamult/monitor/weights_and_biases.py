@@ -6,7 +6,9 @@ The package `wandb` is imported only where a run uses it.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,19 +19,30 @@ from megamult.monitor.config import WandbConfig
 _ID = "wandb_id"
 """File in the run directory with the id of the run at Weights & Biases."""
 _STEP = "step"
-_SEND_SECONDS = 300.0
+SEND_SECONDS = 300.0
 """Seconds that the end of a run waits for figures to be sent. The files of those that were not sent stay."""
+_OLDEST = (0, 27)
+"""Oldest version of the package that is used: earlier ones wait without a limit."""
 
 
 def check(settings: WandbConfig) -> None:
-    """Check that the package is there, if the settings need it.
+    """Check that the package is there and new enough, if the settings need it.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: it is not.
     """
-    if settings.project is not None and importlib.util.find_spec("wandb") is None:
+    if settings.project is None:
+        return
+    what = None
+    if importlib.util.find_spec("wandb") is None:
+        what = "not installed"
+    else:
+        found = importlib.metadata.version("wandb")
+        if tuple(map(int, re.findall(r"\d+", found)[:2])) < _OLDEST:
+            what = f"of version {found}, older than {'.'.join(map(str, _OLDEST))}"
+    if what is not None:
         raise ValueError(
-            f"monitor.wandb.project is {settings.project!r} and the package wandb is not installed: pip install "
+            f"monitor.wandb.project is {settings.project!r} and the package wandb is {what}: pip install "
             "'megamult[wandb]', or leave monitor.wandb out"
         )
 
@@ -67,7 +80,7 @@ class WeightsAndBiases:
                 settings=wandb.Settings(
                     silent=True,  # the screen and its log are ours
                     console="off",
-                    finish_timeout=_SEND_SECONDS,
+                    finish_timeout=SEND_SECONDS,
                     finish_timeout_raises=True,
                 ),
             )
@@ -76,8 +89,12 @@ class WeightsAndBiases:
                 f"monitor.wandb: Weights & Biases refuses the run ({' '.join(str(error).split())}): log in with "
                 "`wandb login`, or set monitor.wandb.mode to offline"
             ) from None
-        self._files = run_dir / "wandb"
-        self.place = self._run.url if online else f"{self._files} (offline: `wandb sync` sends it)"
+        self._unsent = (
+            f"`wandb sync --no-skip-online {run_dir / 'wandb'}` sends what is missing there"
+            if online
+            else f"the last figures may be missing in {run_dir / 'wandb'}"
+        )
+        self.place = self._run.url if online else f"{run_dir / 'wandb'} (offline: `wandb sync` sends it)"
         """Where the figures are: an address, or a folder."""
         self._run.define_metric("*", step_metric=_STEP)
 
@@ -86,19 +103,17 @@ class WeightsAndBiases:
         self._run.log({_STEP: step, **figures})
 
     def close(self, exit_code: int) -> str | None:
-        """Send what is left, for at most five minutes, and end this start of the run.
+        """Send what is left, for at most `SEND_SECONDS`, and end this start of the run.
 
         Returns:
-            A warning if something was not sent, else None. The run's own result does not depend on it.
+            A warning if this took too long or failed, else None. The run's own result does not depend on it. Data that
+            Weights & Biases refuses is only in the logs under `run_dir`/wandb.
         """
         try:
             self._run.finish(exit_code=exit_code)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            return (
-                f"monitor.wandb: not all figures were sent to Weights & Biases ({reason}): `wandb sync` sends them "
-                f"from {self._files}"
-            )
+            return f"monitor.wandb: the run could not be ended at Weights & Biases ({reason}): {self._unsent}"
         return None
 
 

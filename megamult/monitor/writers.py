@@ -185,7 +185,7 @@ class Writers:
         except errors as error:
             if name not in self._failed:
                 self._failed.add(name)
-                reason = str(error) or type(error).__name__
+                reason = " ".join(str(error).split()) or type(error).__name__
                 self.say(
                     f"warning: {name} cannot be written ({reason}); training continues, and metrics may be missing"
                 )

@@ -7,10 +7,12 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.monitor.monitor import Monitor
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.logging import set_log_level_from_string
@@ -86,10 +88,18 @@ class DeepSpeedEngine:
         """
         set_lr_factor(self.optimizer.param_groups, factor)
 
-    def report(self, figures: Mapping[str, float], samples: int) -> None:
-        """Write figures to DeepSpeed's monitors (tensorboard, csv_monitor, wandb, comet) that are enabled."""
-        if self.deepspeed.monitor.enabled:
-            self.deepspeed.monitor.write_events([(name, value, samples) for name, value in figures.items()])
+    @property
+    def monitors(self) -> dict[str, Callable[[Mapping[str, float], int], None]]:
+        """DeepSpeed's monitors that are enabled, by their sections. They are apart, so that one that fails keeps no
+        other from its figures, as it would in DeepSpeed's monitor of all."""
+        master = self.deepspeed.monitor
+        made = {
+            "tensorboard": master.tb_monitor,
+            "csv_monitor": master.csv_monitor,
+            "wandb": master.wandb_monitor,
+            "comet": master.comet_monitor,
+        }
+        return {f"deepspeed.{name}": partial(_write_to, each) for name, each in made.items() if each is not None}
 
     def train_batch(self, micro_batches: Iterator[MicroBatch], accumulation: int) -> Tensor:
         """Take one optimizer step by the mean gradient of `accumulation` micro-batches, and return the mean cross
@@ -140,11 +150,15 @@ class DeepSpeedEngine:
         chunks = owned(self.partition, self.optimizer)
         return EngineState(chunks, self.optimizer.updates, self.optimizer.skipped_steps)
 
-    def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> list[str]:
+    def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> None:
         """Load a checkpoint into model and optimizer (see :func:`megamult.checkpoint.resume.restore`)."""
         # DeepSpeed's own figures are over its count of sequences, which is not in our checkpoints.
         self.deepspeed.global_samples = checkpoint.info.samples
-        return resume.restore(checkpoint, self.partition, self.optimizer, reset_optimizer=reset_optimizer)
+        resume.restore(checkpoint, self.partition, self.optimizer, reset_optimizer=reset_optimizer)
+
+
+def _write_to(monitor: Monitor, figures: Mapping[str, float], samples: int) -> None:
+    monitor.write_events([(name, value, samples) for name, value in figures.items()])
 
 
 def check_deepspeed(config: Config, mesh: Mesh) -> None:

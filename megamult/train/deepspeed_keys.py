@@ -151,7 +151,8 @@ KEYS: dict[str, Key] = {
     ),
     "wandb": free(
         f"send {_ALL_SCALARS} to Weights & Biases. monitor.wandb sends them over the step, and goes on with the same "
-        "run there after a resume. Not both",
+        "run there after a resume. A run may use only one of "
+        "the two",
         package="wandb",
         keys=("enabled", "group", "team", "project"),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,13 +65,10 @@ class Engine(Protocol):
         Those of multipliers stay at their peaks if `multipliers.schedule` is `constant`.
         """
 
-    def report(self, figures: Mapping[str, float], samples: int) -> None:
-        """Write figures of the run to the engine's own monitors, if it has any. Global rank 0 calls this alone.
-
-        Args:
-            figures: the figures by name.
-            samples: number of sequences that the run has trained on.
-        """
+    @property
+    def monitors(self) -> Mapping[str, Callable[[Mapping[str, float], int], None]]:
+        """The engine's own monitors, by name: functions of figures {name: value} and the number of sequences that the
+        run has trained on. There are some on global rank 0 only."""
 
     def train_batch(self, micro_batches: Iterator[MicroBatch], accumulation: int) -> Tensor:
         """Take one optimizer step by the mean gradient of all micro-batches.
@@ -100,15 +97,12 @@ class Engine(Protocol):
     def state(self) -> EngineState:
         """Return the state to save. Its chunks are views of live memory: copy or write them before the next step."""
 
-    def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> list[str]:
+    def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> None:
         """Replace the engine's state by a checkpoint's, before the first step.
 
         Args:
             checkpoint: a checkpoint of the same model.
             reset_optimizer: whether to start with fresh optimizer state instead of the checkpoint's.
-
-        Returns:
-            Names of multipliers that the checkpoint does not have. They start at 1, where they have no effect.
 
         Raises:
             ValueError: a tensor is missing in the checkpoint or has another shape, or a weight is NaN afterwards.

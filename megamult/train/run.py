@@ -113,13 +113,14 @@ def train(run: Run) -> int:
     trainer = Trainer(config, engine, samples, valid, vocab_size, progress, monitor, outputs)
     notes = [] if checkpoint is None else agreed(run.mesh, partial(trainer.resume, checkpoint.info))
     _say_what(run, trainer, engine, samples)
-    new: list[str] = []
-    if checkpoint is not None and not run.dry:
-        progress.at(0, "reading the checkpoint", ON_FILES)
-        reset = config.checkpoint.reset_optimizer
-        new = agreed(run.mesh, lambda: engine.restore(checkpoint, reset_optimizer=reset))
-    if checkpoint is not None and environment.rank() == 0:
-        _say_continuation(config, trainer, checkpoint, new, notes)
+    if checkpoint is not None:
+        new = resume.new_multipliers(checkpoint, engine.partition, engine.optimizer)
+        if not run.dry:
+            progress.at(0, "reading the checkpoint", ON_FILES)
+            reset = config.checkpoint.reset_optimizer
+            agreed(run.mesh, lambda: engine.restore(checkpoint, reset_optimizer=reset))
+        if environment.rank() == 0:
+            _say_continuation(config, trainer, checkpoint, new, notes)
     if run.dry:
         samples.close()
         if environment.rank() == 0:
@@ -137,7 +138,8 @@ def train(run: Run) -> int:
         if error is not None:
             say_error(error)
     # Rank 0 may still send figures, while the others wait for it.
-    progress.at(trainer.step_count, "the end", 0.0 if config.monitor.wandb.project is None else ON_FILES)
+    grace = 0.0 if config.monitor.wandb.project is None else weights_and_biases.SEND_SECONDS
+    progress.at(trainer.step_count, "the end", grace)
     if further is not None and (unsent := further.close(code)) is not None:
         print(f"warning: {unsent}", flush=True)
     run.mesh.barrier()

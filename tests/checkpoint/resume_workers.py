@@ -76,7 +76,8 @@ def _run(run: Run) -> Trace:
     torch.manual_seed(0)
     if run.load is not None:
         checkpoint = SavedCheckpoint(run.load)
-        trace.new = resume.restore(checkpoint, engine.partition, engine.optimizer, reset_optimizer=run.reset_optimizer)
+        trace.new = resume.new_multipliers(checkpoint, engine.partition, engine.optimizer)
+        resume.restore(checkpoint, engine.partition, engine.optimizer, reset_optimizer=run.reset_optimizer)
         trainer.resume(checkpoint.info)
     saves = RunCheckpoints(run.run_dir, config, VOCAB, mesh)
 

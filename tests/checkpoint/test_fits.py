@@ -116,7 +116,9 @@ def test_only_keys_of_the_model_must_be_known() -> None:
     assert message(found) == ""
     found.config["model"]["from_another_version"] = 1
     said = message(found)
-    assert "configuration has keys that this version does not know (" in said and "from_another_version" in said
+    assert (
+        "configuration has keys or values that this version does not know (" in said and "from_another_version" in said
+    )
     assert f"use the version that wrote it ({found.versions['megamult']})" in said
     del found.config["train"]
     del found.config["model"]["from_another_version"]
@@ -148,6 +150,10 @@ def test_multipliers_that_are_all_1_may_be_dropped_and_no_others() -> None:
     assert ("q", "col") in asked and ("q", "row") not in asked and ("k", "col") not in asked
     assert lost_multipliers(info(), config)["q"] == ["col"]
     check_fits(info(), config, VOCAB, None, lambda role, side: True)
+    config.optimizer.name = "muon"
+    with pytest.raises(ValueError) as refused:
+        check_fits(trained(), config, VOCAB, None, lambda role, side: True)
+    assert "optimizer.name is 'muon'" in str(refused.value) and "gives q no col" in str(refused.value), "at once"
 
 
 def trained(**multipliers: Any) -> CheckpointInfo:

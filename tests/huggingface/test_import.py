@@ -254,9 +254,12 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no biases": (change_config(attention_bias=True), "has no tensor model.layers.0.self_attn.q_proj.bias (48,), "),
     "no tie": (
         without_head,
-        'set "tie_word_embeddings": true in config.json, which has no tie_word_embeddings, which is',
+        '"tie_word_embeddings": true is probably missing in config.json: add it',
     ),
-    "untied": (change_tensors(**{"lm_head.weight": None}), "in config.json, which has False there"),
+    "untied": (
+        change_tensors(**{"lm_head.weight": None}),
+        'set "tie_word_embeddings" in config.json to true (it is false)',
+    ),
     "no config": (lambda source: (source / "config.json").unlink(), "config.json cannot be read (No such file"),
     "bad config": (lambda source: (source / "config.json").write_text("{"), "config.json is no JSON file"),
     "a list": (lambda source: (source / "config.json").write_text("[]"), "config.json holds no JSON object"),

@@ -13,7 +13,6 @@ import pytest
 
 from megamult.monitor import weights_and_biases
 from megamult.monitor.config import WandbConfig
-from megamult.runtime.patience import ON_FILES
 from tests.train.command import REPOSITORY, data_arguments, start
 
 OFFLINE = WandbConfig(project="screens", name="small", mode="offline")
@@ -92,8 +91,24 @@ def test_keys_without_a_project_have_no_effect_and_are_refused_together() -> Non
 def test_figures_that_cannot_be_sent_at_the_end_are_a_warning(tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb", reason="the package wandb is not installed (extra wandb)")
     made = weights_and_biases.WeightsAndBiases(OFFLINE, tmp_path, {})
-    assert 0 < wandb.run.settings.finish_timeout < ON_FILES, "other ranks wait for the end for ON_FILES at most"
-    with mock.patch.object(made._run, "finish", side_effect=TimeoutError("timed out after 300 s")):
-        warning = made.close(0)
-    assert warning is not None and f"(timed out after 300 s): `wandb sync` sends them from {tmp_path}/wandb" in warning
-    assert made.close(0) is None
+    try:
+        settings = wandb.run.settings
+        assert settings.finish_timeout == weights_and_biases.SEND_SECONDS, "other ranks wait for as long"
+        assert settings.finish_timeout_raises, "or nobody would know"
+        with mock.patch.object(made._run, "finish", side_effect=TimeoutError("timed out\nafter 300 s")):
+            warning = made.close(0)
+        assert warning == (
+            "monitor.wandb: the run could not be ended at Weights & Biases (timed out after 300 s): the last figures "
+            f"may be missing in {tmp_path / 'wandb'}"
+        )
+    finally:
+        assert made.close(0) is None
+
+
+def test_an_older_package_is_refused() -> None:
+    with (
+        mock.patch("importlib.metadata.version", return_value="0.26.1"),
+        pytest.raises(ValueError, match=r"package wandb is of version 0\.26\.1, older than 0\.27: pip install"),
+    ):
+        pytest.importorskip("wandb", reason="the package wandb is not installed (extra wandb)")
+        weights_and_biases.check(OFFLINE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,9 @@ class PlainEngine:
     def set_lr_factor(self, factor: float) -> None:
         self.factor = factor
 
-    def report(self, figures: Mapping[str, float], samples: int) -> None:
-        pass
+    @property
+    def monitors(self) -> Mapping[str, Callable[[Mapping[str, float], int], None]]:
+        return {}
 
     def train_batch(self, micro_batches: Iterator[MicroBatch], accumulation: int) -> Tensor:
         losses = []

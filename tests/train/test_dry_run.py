@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from megamult.monitor.screen import LINES
+from megamult.parameters.roles import resolve
 from megamult.train.command_line import asked, parse
 from tests.screens import unknown_lines
 from tests.train.command import REPOSITORY, data_arguments, snapshot, start
@@ -63,11 +65,15 @@ def test_a_complete_run_that_is_started_again_says_so_and_changes_nothing(corpus
         "train on, raise train.steps\n"
     )
     assert snapshot(tmp_path) == before
-    dry = start([*given, "--dry_run", "--train.steps", "3"])
+    more = {role: sorted(sides) for role, sides in resolve("all").items()} | {"head": ["row"]}
+    dry = start([*given, "--dry_run", "--train.steps", "3", f"--multipliers.placement={json.dumps(more)}"])
     assert dry.code == 0 and snapshot(tmp_path) == before, dry.text
     assert "1 of 3 steps, 512 of 1,536 tokens, are left" in dry.stdout
-    *_, place, heading, change, last = dry.stdout.splitlines()
-    assert place == f"going on from {tmp_path / 'run' / 'checkpoints' / 'step_2'}: step 2, 32 sequences"
+    *_, place, heading, _, change, last = (line for line in dry.stdout.splitlines() if "placement." not in line)
+    assert place == (
+        f"going on from {tmp_path / 'run' / 'checkpoints' / 'step_2'}: step 2, 32 sequences; 1 multipliers are new and "
+        "start at 1"
+    )
     assert heading == "configuration changed since the checkpoint (old -> new):"
     assert change.split() == ["train.steps", "2", "->", "3"]
     assert last == "dry run: all checks passed, nothing was written"
