@@ -69,7 +69,7 @@ def test_a_complete_run_that_is_started_again_says_so_and_changes_nothing(corpus
     dry = start([*given, "--dry_run", "--train.steps", "3", f"--multipliers.placement={json.dumps(more)}"])
     assert dry.code == 0 and snapshot(tmp_path) == before, dry.text
     assert "1 of 3 steps, 512 of 1,536 tokens, are left" in dry.stdout
-    *_, place, heading, _, change, last = (line for line in dry.stdout.splitlines() if "placement." not in line)
+    *_, place, heading, change, last = (line for line in dry.stdout.splitlines() if "placement" not in line)
     assert place == (
         f"going on from {tmp_path / 'run' / 'checkpoints' / 'step_2'}: step 2, 32 sequences; 1 multipliers are new and "
         "start at 1"
