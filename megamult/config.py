@@ -7,7 +7,6 @@ not work yet.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,6 +14,7 @@ from typing import Any, get_type_hints
 from megamult.checkpoint.config import CheckpointConfig
 from megamult.data.config import DataConfig
 from megamult.distributed.config import ParallelConfig
+from megamult.models.common.config import DecoderConfig
 from megamult.models.llama.config import ModelConfig
 from megamult.monitor.config import MonitorConfig
 from megamult.multipliers.config import MultipliersConfig
@@ -23,14 +23,14 @@ from megamult.parameters.roles import ROLES, resolve
 from megamult.train.config import TrainConfig
 from megamult.validation import require
 
-__all__ = ["SECTIONS", "Config", "ModelConfig", "model_section"]
+__all__ = ["SECTIONS", "Config", "ModelConfig"]
 
 
 @dataclass
 class Config:
     """Configuration of a run."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: DecoderConfig = field(default_factory=ModelConfig)
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -198,16 +198,8 @@ class Config:
         return loaded
 
 
-SECTIONS: dict[str, Any] = {name: hint for name, hint in get_type_hints(Config).items() if is_dataclass(hint)}
+SECTIONS: dict[str, Any] = {
+    **{name: hint for name, hint in get_type_hints(Config).items() if is_dataclass(hint)},
+    "model": ModelConfig,
+}
 """Class of each section by the section's name, in the order of :class:`Config`."""
-
-
-def model_section(configuration: Mapping[str, Any]) -> ModelConfig:
-    """Return the section `model` of a saved configuration.
-
-    Raises:
-        KeyError: the configuration has no such section.
-        TypeError: the section has keys that this version does not know.
-        ValueError: the sizes in the section do not fit together.
-    """
-    return ModelConfig(**configuration["model"])

@@ -37,6 +37,7 @@ DATA_FLOW = [
         "megamult.checkpoint.config",
         "megamult.data.config",
         "megamult.distributed.config",
+        "megamult.models.common.config",
         "megamult.models.llama.config",
         "megamult.monitor.config",
         "megamult.multipliers.config",
@@ -75,6 +76,9 @@ DATA_FLOW_INSIDE = [
     ["megamult.runtime.verdict", "megamult.runtime.hub", "megamult.runtime.watchdog"],
     [
         "megamult.models.common.architecture",
+        "megamult.models.common.parameters",
+        "megamult.models.common.transformer_layer",
+        "megamult.models.common.decoder",
         "megamult.models.llama.model",
         "megamult.models.llama.architecture",
         "megamult.models.architectures",

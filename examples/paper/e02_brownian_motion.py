@@ -34,7 +34,7 @@ from examples.paper.paired import estimate, verdict
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import ModelConfig
 from megamult.models.architectures import architecture_of
-from megamult.models.llama.parameters import standard_deviations
+from megamult.models.common.parameters import standard_deviations
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from examples.paper.paired import coefficient_of_variation
 from megamult.checkpoint.saved import SavedCheckpoint
-from megamult.config import model_section
-from megamult.models.architectures import architecture_of
+from megamult.models.architectures import architecture_of, model_section
 from megamult.monitor.names import layer_of
 from megamult.monitor.symmetries import Pairs, pairs
 from megamult.multipliers.reference import effective_weight

@@ -20,7 +20,7 @@ from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import INFO, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import held
-from megamult.config import SECTIONS, Config, model_section
+from megamult.config import SECTIONS, Config
 from megamult.data.skip import Skip, changes_of_the_past
 from megamult.data.tokenizer_files import TOKENIZER_FOLDER, tokenizer_identities
 from megamult.distributed import process_groups
@@ -171,7 +171,7 @@ def check_fits(
             read.
     """
     try:
-        sections, multipliers = _fixed_sections(info.config), MultipliersConfig(**info.config["multipliers"])
+        sections, multipliers = _fixed_sections(info.config, config), MultipliersConfig(**info.config["multipliers"])
     except (TypeError, KeyError) as error:
         lacks = f"lacks the section {error}"
         what = lacks if isinstance(error, KeyError) else f"has keys or values that this version does not know ({error})"
@@ -228,17 +228,21 @@ def check_fits(
         )
 
 
-def _fixed_sections(configuration: Mapping[str, Any]) -> dict[str, Any]:
+def _fixed_sections(configuration: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """Return the sections of a saved configuration that contain settings which a resumed run must not change.
 
     The section `model` is read whole. This version must know all its keys, because an unknown one may change the
     function that the model computes. From each other section, only the settings that must not change are read. All
     other keys, and keys that the saved configuration lacks, get their defaults.
 
+    Args:
+        configuration: the saved configuration.
+        config: configuration of the run that would resume.
+
     Raises:
         KeyError, TypeError: a section is missing, or `model` has a key that this version does not know.
     """
-    sections: dict[str, Any] = {"model": model_section(configuration)}
+    sections: dict[str, Any] = {"model": type(config.model)(**configuration["model"])}
     for name, section in SECTIONS.items():
         keys = fixed_keys(section)
         if keys and name not in sections:

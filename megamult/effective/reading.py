@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from megamult.checkpoint.saved import SavedCheckpoint
-from megamult.config import model_section
-from megamult.models.architectures import architecture_of
+from megamult.models.architectures import architecture_of, model_section
 from megamult.models.common.hugging_face import Weight
 from megamult.multipliers.reference import effective_weight
 from megamult.multipliers.specs import LEAVES

@@ -6,10 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from megamult.models.common.architecture import Architecture
+from megamult.models.common.config import DecoderConfig
 from megamult.models.llama.architecture import LLAMA
 
 ARCHITECTURES: dict[str, Architecture[Any]] = {each.name: each for each in (LLAMA,)}
 """Architectures by name."""
+
+
+def model_section(configuration: Mapping[str, Any]) -> DecoderConfig:
+    """Return the section `model` of a saved configuration.
+
+    Raises:
+        KeyError: the configuration has no such section.
+        TypeError: the section has keys that this version does not know.
+        ValueError: the sizes in the section do not fit together.
+    """
+    found: DecoderConfig = LLAMA.sizes(**configuration["model"])
+    return found
 
 
 def architecture_of(sizes: Any) -> Architecture[Any]:

@@ -19,7 +19,7 @@ def _model() -> ModelClass[ModelConfig]:
 
 
 def _standard_deviations(sizes: ModelConfig) -> Mapping[str, float]:
-    from megamult.models.llama.parameters import standard_deviations  # needs Megatron
+    from megamult.models.common.parameters import standard_deviations  # needs Megatron
 
     return standard_deviations(sizes)
 

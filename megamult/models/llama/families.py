@@ -11,16 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megamult.models.llama.config import AttentionBias, ModelConfig
-
-_COMMON: dict[str, Any] = {
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "no_rope_layer_interval": 4,
-    "max_window_layers": 28,
-}
+from megamult.models.common.config import AttentionBias
+from megamult.models.llama.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -45,12 +37,9 @@ class Family:
     any_head_dim: bool = True
     """Whether hidden_size may be no multiple of num_attention_heads."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Values that transformers assumes for fields that are absent. A default of None means that the value follows from
+    """Values that transformers assumes for fields that are absent, where they are not
+    :data:`megamult.models.common.hf_fields.COMMON_DEFAULTS`. A default of None means that the value follows from
     other fields."""
-
-    def default(self, name: str) -> Any:
-        """Return the value that transformers assumes if config.json lacks the field `name`."""
-        return {**_COMMON, **self.defaults}.get(name)
 
     def lacking(self, sizes: ModelConfig) -> list[str]:
         """Return the keys of `sizes`, with their values, that no model of this family can have."""
@@ -112,6 +101,7 @@ FAMILIES: dict[str, Family] = {
                 "num_key_value_heads": 32,
                 "max_position_embeddings": 32768,
                 "sliding_window": 4096,
+                "max_window_layers": 28,
             },
         ),
         Family(
@@ -130,6 +120,7 @@ FAMILIES: dict[str, Family] = {
                 "head_dim": 128,
                 "max_position_embeddings": 32768,
                 "sliding_window": 4096,
+                "max_window_layers": 28,
             },
         ),
         Family(
@@ -149,6 +140,7 @@ FAMILIES: dict[str, Family] = {
                 "max_position_embeddings": 32768,
                 "rope_theta": 2000000.0,
                 "tie_word_embeddings": True,
+                "no_rope_layer_interval": 4,
             },
         ),
     )

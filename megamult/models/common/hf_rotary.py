@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megamult.models.common import rotary
-from megamult.models.llama.hf_fields import Fields, is_positive
+from megamult.models.common.hf_fields import Fields, is_positive
 
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -49,7 +49,7 @@ def read(fields: Fields) -> tuple[float, rotary.Scaling | None]:
     if any(each != first for each in scalings.values()):
         said = " and ".join(f"{name} {config[name]!r}" for name in scalings)
         fields.mistakes.append(f"the scaling of the rotary embedding has different values, {said}: keep the right one")
-    base = next(iter(bases.values()), fields.family.default("rope_theta"))
+    base = next(iter(bases.values()), fields.defaults["rope_theta"])
     return float(base) if is_positive(base) else 1.0, None if first["rope_type"] == "default" else first
 
 

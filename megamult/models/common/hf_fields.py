@@ -6,7 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megamult.models.llama.families import Family
+COMMON_DEFAULTS: Mapping[str, Any] = {
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
+"""Values that transformers assumes for absent fields, in most classes."""
 
 
 class Fields:
@@ -16,18 +22,18 @@ class Fields:
 
     Args:
         config: the content of config.json.
-        family: the family that its `model_type` names.
+        defaults: values that transformers assumes for absent fields, beside or in place of :data:`COMMON_DEFAULTS`.
     """
 
-    def __init__(self, config: Mapping[str, Any], family: Family) -> None:
-        self.config, self.family = config, family
+    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.config, self.defaults = config, {**COMMON_DEFAULTS, **defaults}
         self.mistakes: list[str] = []
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the value of a field; if it is absent or null, the family's default or else `default`."""
+        """Return the value of a field; if it is absent or null, transformers' default or else `default`."""
         value = self.config.get(name)
         if value is None:
-            value = self.family.default(name)
+            value = self.defaults.get(name)
         return default if value is None else value
 
     def integer(self, name: str, default: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""Specs of Llama's fused parameters and of its head, and standard deviations of initial weights."""
+"""Specs of a decoder's fused parameters and of its head, and standard deviations of its initial weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 
 from megatron.core.transformer import TransformerConfig
 
+from megamult.models.common.config import DecoderConfig
 from megamult.models.common.vocabulary import padded_vocab_size
-from megamult.models.llama.config import ModelConfig
 from megamult.parameters import megatron
 from megamult.parameters.spec import ParameterSpec, Role
 
@@ -29,7 +29,7 @@ def head(config: TransformerConfig, vocab_size: int) -> ParameterSpec:
     return megatron.vocabulary("head", vocab_size, padded_vocab_size(vocab_size), config.hidden_size)
 
 
-def standard_deviations(sizes: ModelConfig) -> dict[Role, float]:
+def standard_deviations(sizes: DecoderConfig) -> dict[Role, float]:
     """Return the standard deviation of initial weights for each role.
 
     It is `init_std`, divided by sqrt(2 layers) for the two projections into the residual stream, and then multiplied by
