@@ -45,7 +45,13 @@ class Config:
     same."""
 
     def __post_init__(self) -> None:
-        optimizer, train = self.optimizer, self.train
+        optimizer, train, roles = self.optimizer, self.train, self.model.roles
+        of_roles = [
+            *self.model.role_mistakes(),
+            *self.multipliers.role_mistakes(roles),
+            *optimizer.role_mistakes(roles),
+        ]
+        require(not of_roles, "; ".join(of_roles))
         spans = ("warmup_steps", "decay_steps", "final_steps")
         trial = " ".join(f"--optimizer.{key} 0" for key in spans if getattr(optimizer, key))
         require(
@@ -63,7 +69,7 @@ class Config:
             self.checkpoint.load != "latest" or train.run_dir is not None,
             "checkpoint.load is latest and train.run_dir is not set: name the run directory that holds the checkpoints",
         )
-        tensor, model, placement = self.parallel.tensor, self.model, resolve(self.multipliers.placement)
+        tensor, model, placement = self.parallel.tensor, self.model, resolve(self.multipliers.placement, roles)
         without = {role: sorted(sides) for role, sides in placement.items() if role != "embedding"}
         flow = ", ".join(f"{role}: [{', '.join(sides)}]" for role, sides in without.items())
         require(

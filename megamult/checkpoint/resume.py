@@ -143,8 +143,9 @@ def _candidates(load: str, run_dir: Path) -> list[Path]:
 
 def lost_multipliers(info: CheckpointInfo, config: Config) -> dict[Role, list[Side]]:
     """Return the sides, by role, on which the checkpoint has multipliers and a run with this configuration has none."""
-    here = config.multipliers.sides
-    its = MultipliersConfig(**info.config["multipliers"]).sides
+    roles = config.model.roles
+    here = config.multipliers.sides(roles)
+    its = MultipliersConfig(**info.config["multipliers"]).sides(roles)
     lost = {role: sorted(sides - here.get(role, frozenset())) for role, sides in its.items()}
     return {role: sides for role, sides in lost.items() if sides}
 
@@ -199,8 +200,9 @@ def check_fits(
     if known and tokenizer_sha256 is not None and tokenizer_sha256 not in known.values():
         theirs = " or ".join(f"{digest!r} ({files})" for files, digest in known.items())
         found.append(f"the SHA-256 of data.tokenizer is {tokenizer_sha256!r} and the checkpoint's is {theirs}")
+    saved_sides = multipliers.sides(config.model.roles)
     for roles in config.multipliers.sharing(config.model.fused) if info.optimizer is not None else ():
-        its = [role for role in roles if "col" in multipliers.sides.get(role, ())]
+        its = [role for role in roles if "col" in saved_sides.get(role, ())]
         apart = len(its) > 1 and not multipliers.shared_columns
         if its and (apart or len(its) < len(roles)):
             what = "has trained them apart" if apart else f"has only those of {', '.join(its)}"

@@ -73,7 +73,7 @@ class EffectiveModel:
             self.sizes = model_section(config)
             multipliers = config["multipliers"]
             placed = multipliers["implementation"] != "none"
-            self.placement: Placement = resolve(multipliers["placement"]) if placed else {}
+            self.placement: Placement = resolve(multipliers["placement"], self.sizes.roles) if placed else {}
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{saved.path} has a configuration with keys or values that this version does not know ({error!r}): "

@@ -94,7 +94,7 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
         raise ValueError(f"{source}/{error}") from None
     assert model.vocab_size is not None
     files, tokenizers, notes = _tokenizer(source, described)
-    resolved: Placement = resolve(placement) if placement != "none" else {}
+    resolved: Placement = resolve(placement, model.roles) if placement != "none" else {}
     with contextlib.ExitStack() as stack:
         stored = _open(source, stack)
         matched = _match(source, stored, model, described)

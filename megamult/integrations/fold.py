@@ -107,7 +107,7 @@ def fold(
         **further,
     )
     start = initial if callable(initial) else lambda role, side: initial
-    resolved = resolve(placement)
+    resolved = resolve(placement, ROLES)
     for role, chosen_sides in resolved.items():
         for side in chosen_sides:
             value, positive = start(role, side), settings.parametrization != "direct"
@@ -125,6 +125,10 @@ def fold(
         raise ValueError(
             f"placement is {placement!r}, which gives multipliers to no role: give them to at least one role"
         )
+    present = {part.role for spec in specs.values() for part in spec.parts}
+    placed = {role: sides for role, sides in resolved.items() if role in present}
+    if mistakes := [*chosen.role_mistakes(present), *settings.by_side_mistakes(placed)]:
+        raise ValueError("; ".join(mistakes))
     for parameter, spec in specs.items():
         set_spec(parameter, spec)
     made = make_optimizer(model, chosen, settings, Initial(start))

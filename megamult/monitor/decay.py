@@ -5,12 +5,13 @@ Pure functions, without I/O or communication.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from megamult.monitor.equilibrium import equilibrium_rms, gain
 from megamult.monitor.symmetries import redundant_pairs
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
+from megamult.parameters.roles import TRANSFORMER
 
 _INERT = 0.1
 """Sum over the run of learning rate x decay below which decay of multipliers counts as none. Such a decay shrinks the
@@ -24,6 +25,7 @@ def decay_warnings(
     optimizer: OptimizerConfig,
     multipliers: MultipliersConfig,
     lr_factors: Sequence[float],
+    roles: Iterable[str] = TRANSFORMER,
     broken: Container[str] = (),
 ) -> list[str]:
     """Return a warning for each weight decay that is not 0 but too weak to take effect within a run.
@@ -34,13 +36,14 @@ def decay_warnings(
     Args:
         optimizer, multipliers: sections of the run's configuration.
         lr_factors: for each step of the run, its learning rate divided by the peak learning rate.
+        roles: roles of the model.
         broken: names of symmetries that the model does not have (:func:`megamult.monitor.symmetries.pairs`).
     """
     steps, at_peak = len(lr_factors), sum(lr_factors)  # `at_peak` steps at the peak rate decay as much
     found = []
     lr, decay = optimizer.lr if multipliers.lr is None else multipliers.lr, multipliers.weight_decay
     of_multipliers = float(steps) if multipliers.schedule == "constant" else at_peak
-    pairs = redundant_pairs(multipliers.sides, broken)
+    pairs = redundant_pairs(multipliers.sides(roles), broken)
     if pairs and 0 < lr * decay * of_multipliers < _INERT:
         found.append(
             f"multipliers.weight_decay {decay:g} does nothing in this run: it moves the imbalance ln|a / b| of two "

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from megamult.multipliers.parametrization import ParametrizationName
-from megamult.parameters.by_role import BySide, resolve_by_side
+from megamult.parameters.by_role import BySide, by_side_mistakes, resolve_by_side
 from megamult.parameters.initial import Initial
-from megamult.parameters.roles import Placement, resolve
+from megamult.parameters.roles import ROLES, Placement, mistakes, resolve
 from megamult.parameters.spec import Role, Side
 from megamult.validation import not_negative, positive, require
 
@@ -71,7 +71,8 @@ class MultipliersConfig:
     computes."""
 
     def __post_init__(self) -> None:
-        placement = resolve(self.placement)
+        if isinstance(self.placement, str):
+            resolve(self.placement)
         not_negative("multipliers", weight_decay=self.weight_decay)
         if self.lr is not None:
             positive("multipliers", lr=self.lr)
@@ -93,31 +94,53 @@ class MultipliersConfig:
             self.implementation != "none" or not useless,
             f"multipliers.implementation is none, and then {', '.join(useless)} has no effect: leave it out",
         )
-        for key, value in given.items():
-            initial = key == "initial"
-            resolve_by_side(f"multipliers.{key}", value, placement, positive=initial, apart=initial)
         if self.qk_clip is not None:
             positive("multipliers", qk_clip=self.qk_clip)
-            self._check_clipped(placement.get("q", frozenset()))
 
-    def _check_clipped(self, sides: frozenset[Side]) -> None:
-        """Check that Q has row multipliers that QK-clip can scale.
+    def role_mistakes(self, roles: Iterable[Role]) -> list[str]:
+        """Return all mistakes in the keys that name roles of a model, each as fact, value and remedy.
+
+        Args:
+            roles: roles of the model.
+        """
+        roles = tuple(roles)
+        found, good = mistakes(self.placement, roles), self.placement
+        if not isinstance(good, str):
+            good = {role: sides for role, sides in good.items() if not mistakes({role: sides}, roles)}
+        placement = resolve(good, roles)
+        return [*found, *self.by_side_mistakes(placement), *self._clip_mistakes(placement.get("q", frozenset()))]
+
+    def by_side_mistakes(self, placement: Placement) -> list[str]:
+        """Return all mistakes in the numbers by role and side, for the sides on which a model has multipliers."""
+        found = []
+        for key in _BY_SIDE:
+            initial = key == "initial"
+            found += by_side_mistakes(
+                f"multipliers.{key}", getattr(self, key), placement, positive=initial, apart=initial
+            )
+        return found
+
+    def _clip_mistakes(self, sides: frozenset[Side]) -> list[str]:
+        """Return the mistake that Q has no row multipliers which QK-clip can scale, if it is one.
 
         Args:
             sides: sides on which Q has multipliers.
         """
+        if self.qk_clip is None:
+            return []
         given = f"multipliers.qk_clip is {self.qk_clip}, which scales the rows of single heads of Q, and"
-        scalar = ": one scalar scales all heads" if sides == {"scalar"} else ""
-        require(
-            "row" in sides,
-            f"{given} multipliers.placement gives q {', '.join(sorted(sides)) or 'no multipliers'}{scalar}; give q the "
-            "side row, or leave qk_clip out",
-        )
-        require(
-            self.by_side("lr_factors").get(("q", "row")) != 0,
-            f"{given} multipliers.lr_factors keeps the row multipliers of q constant: give them a positive factor, or "
-            "leave qk_clip out",
-        )
+        if "row" not in sides:
+            scalar = ": one scalar scales all heads" if sides == {"scalar"} else ""
+            return [
+                f"{given} multipliers.placement gives q {', '.join(sorted(sides)) or 'no multipliers'}{scalar}; give q "
+                "the side row, or leave qk_clip out"
+            ]
+        if self.by_side("lr_factors").get(("q", "row")) == 0:
+            return [
+                f"{given} multipliers.lr_factors keeps the row multipliers of q constant: give them a positive factor, "
+                "or leave qk_clip out"
+            ]
+        return []
 
     def sharing(self, fused: Iterable[Sequence[Role]]) -> list[tuple[Role, ...]]:
         """Return the roles of each group of matrices that share column multipliers.
@@ -125,9 +148,8 @@ class MultipliersConfig:
         Args:
             fused: the roles of the matrices that each parameter of the model stores.
         """
-        with_columns = [
-            tuple(role for role in dict.fromkeys(roles) if "col" in self.sides.get(role, ())) for roles in fused
-        ]
+        sides = self.sides(ROLES)
+        with_columns = [tuple(role for role in dict.fromkeys(roles) if "col" in sides.get(role, ())) for roles in fused]
         return sorted({roles for roles in with_columns if len(roles) > 1}) if self.shared_columns else []
 
     def check_shared_columns(self, fused: Iterable[Sequence[Role]]) -> None:
@@ -164,14 +186,13 @@ class MultipliersConfig:
             "value, or leave multipliers.shared_columns out",
         )
 
-    @property
-    def sides(self) -> Placement:
-        """Sides on which the run has multipliers, by role; empty if it has none."""
-        return {} if self.implementation == "none" else resolve(self.placement)
+    def sides(self, roles: Iterable[Role]) -> Placement:
+        """Return the sides on which a model with these roles has multipliers, by role; empty if it has none."""
+        return {} if self.implementation == "none" else resolve(self.placement, roles)
 
     def by_side(self, key: _Key) -> dict[tuple[Role, Side], float]:
         """Return the numbers that the user gave under `multipliers.<key>`, by (role, side)."""
-        return resolve_by_side(f"multipliers.{key}", getattr(self, key), resolve(self.placement))
+        return resolve_by_side(getattr(self, key), resolve(self.placement, ROLES))
 
     def initial_values(self) -> Initial:
         """Return the initial values of the multipliers, and whether initial weights are divided by them so that the

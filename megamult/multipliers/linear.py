@@ -57,7 +57,7 @@ class _MultiplierLinear:
     ) -> None:
         """State the specs of weight and bias, and create the multipliers."""
         module: Any = self
-        chosen = resolve("all") if placement is None else placement
+        chosen = resolve("all", {part.role for part in spec.parts}) if placement is None else placement
         coordinates = tensor_shard(self.tp_group.rank(), self.tp_group.size())
         tp_size = self.tp_group.size()
         set_spec(self.weight, spec)

@@ -20,7 +20,7 @@ from megamult.optim.rates import Rate, Rates
 from megamult.optim.rule import UpdateRule
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.initial import Initial
-from megamult.parameters.roles import ROLES, resolve
+from megamult.parameters.roles import ROLES, TRANSFORMER
 from megamult.parameters.stated import named_specs
 
 _DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,13 +65,14 @@ def make_optimizer(
         multiplier_schedule=multipliers.schedule,
     )
     rates = rates_of(model, chosen, multipliers)
+    specs = [spec for _, _, spec in named_specs(model) if spec.side is None]
+    present = {part.role for spec in specs for part in spec.parts}
     if multipliers.shared_columns:
-        weights = [spec for _, _, spec in named_specs(model) if spec.side is None]
-        multipliers.check_shared_columns([[part.role for part in spec.parts] for spec in weights])
+        multipliers.check_shared_columns([[part.role for part in spec.parts] for spec in specs])
     parametrization, folded = PARAMETRIZATIONS[multipliers.parametrization], None
     if multipliers.implementation == "folded":
         folded = FoldedMultipliers(
-            resolve(multipliers.placement),
+            {role: sides for role, sides in multipliers.sides(ROLES).items() if role in present},
             lr=chosen.lr if multipliers.lr is None else multipliers.lr,
             weight_decay=multipliers.weight_decay,
             initial=initial or multipliers.initial_values(),
@@ -98,7 +99,7 @@ def make_optimizer(
     )
     idle = [name for name, share in made.ownership.matrices.items() if name != "AdamW" and not share.tensors]
     if idle:
-        roles = ", ".join(role for role, each in ROLES.items() if each.orthogonalized)
+        roles = ", ".join(role for role in TRANSFORMER if ROLES[role].orthogonalized)
         raise ValueError(
             f"optimizer.name is {chosen.name}, and no trainable parameter is a matrix that {idle[0]} trains (roles "
             f"{roles}): use optimizer.name adamw, or give the matrices of the blocks one of these roles"
@@ -110,7 +111,8 @@ def rates_of(model: torch.nn.Module, chosen: OptimizerConfig, multipliers: Multi
     """Return the factors of learning rate and weight decay that a configuration gives to single roles.
 
     Raises:
-        ValueError: the configuration names a role that no trainable parameter of the model has.
+        ValueError: the configuration names a role that no trainable parameter of the model has, gives a number to a
+            role or side on which the number has no effect, or a number is not finite or has the wrong sign.
     """
     present = {part.role for _, _, spec in named_specs(model) if spec.side is None for part in spec.parts}
     absent = [
@@ -130,6 +132,9 @@ def rates_of(model: torch.nn.Module, chosen: OptimizerConfig, multipliers: Multi
             f"{', '.join(absent)}: no trainable parameter of the model has the role that the key names; leave the key "
             f"out, or use one of {', '.join(sorted(present))}"
         )
+    sides = {role: each for role, each in multipliers.sides(ROLES).items() if role in present}
+    if wrong := [*chosen.role_mistakes(present), *multipliers.by_side_mistakes(sides)]:
+        raise ValueError("; ".join(wrong))
     lr, decay = multipliers.by_side("lr_factors"), multipliers.by_side("weight_decay_factors")
     return Rates(
         {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
-from megamult.parameters.by_role import ByRole, check_by_role
+from megamult.parameters.by_role import ByRole, by_role_mistakes
 from megamult.validation import not_negative, positive, require
 
 DType = Literal["auto", "fp32", "bf16"]
@@ -158,13 +158,6 @@ class OptimizerConfig:
         for name in OPTIMIZERS[self.name].sections:
             if given[name] is None:
                 setattr(self, name, rule_sections()[name]())
-        check_by_role("optimizer.lr_factors", self.lr_factors, lambda role: True, "use one of")
-        check_by_role(
-            "optimizer.weight_decay_factors",
-            self.weight_decay_factors,
-            lambda role: role.decay,
-            "these have weight decay:",
-        )
         positive("optimizer", lr=self.lr)
         not_negative(
             "optimizer",
@@ -188,6 +181,24 @@ class OptimizerConfig:
             f"optimizer.min_lr {self.min_lr}: the learning rate falls to min_lr in decay_steps, and stays there "
             "for final_steps; make both positive",
         )
+
+    def role_mistakes(self, roles: Iterable[str]) -> list[str]:
+        """Return all mistakes in the keys that name roles of a model, each as fact, value and remedy.
+
+        Args:
+            roles: roles of the model.
+        """
+        roles = tuple(roles)
+        return [
+            *by_role_mistakes("optimizer.lr_factors", self.lr_factors, roles, lambda role: True, "use one of"),
+            *by_role_mistakes(
+                "optimizer.weight_decay_factors",
+                self.weight_decay_factors,
+                roles,
+                lambda role: role.decay,
+                "these have weight decay:",
+            ),
+        ]
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> OptimizerConfig:

@@ -5,7 +5,7 @@ The table can be extended: an architecture registers the roles of its own layers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -94,6 +94,10 @@ register(
 )
 
 
+TRANSFORMER = tuple(ROLES)
+"""Roles of the tensors of a model of transformer layers."""
+
+
 def placements() -> tuple[str, ...]:
     """Return the names of placements.
 
@@ -107,37 +111,53 @@ def placements() -> tuple[str, ...]:
     return ("all", "symmetry_free", "scalar")
 
 
-def resolve(placement: str | Mapping[str, str | Sequence[str]]) -> Placement:
+def resolve(placement: str | Mapping[str, str | Sequence[str]], roles: Iterable[str] = TRANSFORMER) -> Placement:
     """Return the placement that a name or a mapping from role to sides describes.
 
     Args:
         placement: a name that :func:`placements` returns, or a mapping such as
             ``{"q": "row", "down": ["row", "col"]}``.
+        roles: roles of the model.
 
     Raises:
-        ValueError: the name, a role or a side is unknown.
+        ValueError: the name or a side is unknown, or a role is none of the model's. The message lists all mistakes.
     """
-    scalable = [each for each in ROLES.values() if each.sides]
-    known = [each.name for each in ROLES.values() if each.sides or each.optional]
-    names = ", ".join(known)
+    roles = tuple(roles)
+    if found := mistakes(placement, roles):
+        raise ValueError("; ".join(found))
     if isinstance(placement, str):
-        if placement not in placements():
-            raise ValueError(
-                f"multipliers.placement is {placement!r}: use one of {', '.join(placements())}, or a mapping from "
-                f"role ({names}) to row, col or scalar"
-            )
+        scalable = [each for name, each in ROLES.items() if each.sides and name in roles]
         if placement == "scalar":
             return {each.name: frozenset({"scalar"}) for each in scalable}
         chosen = {each.name: each.sides if placement == "all" else each.symmetry_free for each in scalable}
         return {name: sides for name, sides in chosen.items() if sides}
-    resolved: Placement = {}
-    for name, sides in placement.items():
-        if name not in known:
-            raise ValueError(f"multipliers.placement names the role {name!r}: use one of {names}")
-        given: list[Any] = [sides] if isinstance(sides, str) else list(sides)
-        for side in given:
-            if side not in get_args(Side):
-                raise ValueError(f"multipliers.placement gives {name} the side {side!r}: use row, col or scalar")
-        if given:
-            resolved[name] = frozenset(given)
-    return resolved
+    return {name: frozenset(given) for name, sides in placement.items() if (given := _listed(sides))}
+
+
+def mistakes(placement: str | Mapping[str, str | Sequence[str]], roles: Iterable[str]) -> list[str]:
+    """Return all mistakes in a placement that a user gave, each as fact, value and remedy.
+
+    Args:
+        placement, roles: the same as for :func:`resolve`.
+    """
+    roles = tuple(roles)
+    known = [name for name, each in ROLES.items() if (each.sides or each.optional) and name in roles]
+    names = ", ".join(known)
+    if isinstance(placement, str):
+        return [
+            f"multipliers.placement is {placement!r}: use one of {', '.join(placements())}, or a mapping from "
+            f"role ({names}) to row, col or scalar"
+        ] * (placement not in placements())
+    found = [
+        f"multipliers.placement names the role {name!r}: use one of {names}" for name in placement if name not in known
+    ]
+    return found + [
+        f"multipliers.placement gives {name} the side {side!r}: use row, col or scalar"
+        for name, sides in placement.items()
+        for side in _listed(sides)
+        if side not in get_args(Side)
+    ]
+
+
+def _listed(sides: str | Sequence[str]) -> list[Any]:
+    return [sides] if isinstance(sides, str) else list(sides)

@@ -143,7 +143,8 @@ class RunMonitor:
         config, schedule = self._config.optimizer, Schedule(self._config)
         groups = {group["kind"]: group for group in self._optimizer.param_groups}
         initial = architecture_of(self._config.model).standard_deviations(self._config.model) if drawn else {}
-        start, sides = self._config.multipliers.initial_values(), self._config.multipliers.sides
+        start = self._config.multipliers.initial_values()
+        sides = self._config.multipliers.sides(self._config.model.roles)
         equilibria: dict[str, float] = {}
         trajectories: dict[str, Trajectory] = {}
         for cut in partition.cuts:

@@ -224,8 +224,8 @@ def _say_what(run: Run, trainer: Trainer, engine: DeepSpeedEngine, samples: Blen
     if environment.rank() == 0:
         print(said, flush=True)
         factors = list(itertools.islice(Schedule(run.config).lr_factors(), run.config.train.steps))
-        broken = run.config.model.broken_symmetries
-        warnings = decay_warnings(run.config.optimizer, run.config.multipliers, factors, broken)
+        roles, broken = run.config.model.roles, run.config.model.broken_symmetries
+        warnings = decay_warnings(run.config.optimizer, run.config.multipliers, factors, roles, broken)
         for warning in [*warnings, *export_warnings(run.config)]:
             print(f"warning: {warning}", flush=True)
 

@@ -8,7 +8,9 @@ from typing import ClassVar, Literal, get_args
 from megamult.models.common import rotary
 from megamult.models.common.norm_weight import NormWeight
 from megamult.models.common.vocabulary import VOCABULARY_MULTIPLE
-from megamult.parameters.by_role import ByRole, check_by_role
+from megamult.parameters.by_role import ByRole, by_role_mistakes
+from megamult.parameters.roles import TRANSFORMER
+from megamult.parameters.spec import Role
 from megamult.settings import fixed
 from megamult.validation import not_negative, positive, require
 
@@ -73,6 +75,11 @@ class DecoderConfig:
     """Coefficient of the z-loss, the squared log-sum-exp of the logits, in the objective. 0 means no z-loss."""
 
     @property
+    def roles(self) -> tuple[Role, ...]:
+        """Roles that the model's tensors can have."""
+        return TRANSFORMER
+
+    @property
     def query_groups(self) -> int:
         """Number of key-value heads."""
         return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
@@ -122,13 +129,6 @@ class DecoderConfig:
                 getattr(self, key) in get_args(kinds),
                 f"model.{key} is {getattr(self, key)!r}: use one of {', '.join(get_args(kinds))}",
             )
-        check_by_role(
-            "model.init_std_factors",
-            self.init_std_factors,
-            lambda role: bool(role.sides or role.optional),
-            "only weights of these roles are drawn at random:",
-            positive=True,
-        )
         self._check_positions()
         heads, groups = self.num_attention_heads, self.query_groups
         require(
@@ -140,6 +140,17 @@ class DecoderConfig:
         require(
             heads % groups == 0,
             f"model.num_query_groups is {groups}: it must divide model.num_attention_heads ({heads})",
+        )
+
+    def role_mistakes(self) -> list[str]:
+        """Return all mistakes in the keys that name roles of the model, each as fact, value and remedy."""
+        return by_role_mistakes(
+            "model.init_std_factors",
+            self.init_std_factors,
+            self.roles,
+            lambda role: bool(role.sides or role.optional),
+            "only weights of these roles are drawn at random:",
+            positive=True,
         )
 
     def _check_positions(self) -> None:

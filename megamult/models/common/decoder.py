@@ -54,8 +54,9 @@ class Decoder(GPTModel):
         note: function that is called with a text before each parameter is drawn.
 
     Raises:
-        ValueError: `sizes` cannot be sharded over `tensor_parallel` ranks, the tensor-parallel group has another size
-            than `tensor_parallel`, or a head that is tied to the embedding would get multipliers.
+        ValueError: `sizes` or the placement names a role that the model does not have, `sizes` cannot be sharded over
+            `tensor_parallel` ranks, the tensor-parallel group has another size than `tensor_parallel`, or a head that
+            is tied to the embedding would get multipliers.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class Decoder(GPTModel):
         note: Callable[[str], None] = lambda doing: None,
     ) -> None:
         sizes.check_sharding(tensor_parallel, sequence_parallel)
-        resolved = resolve(placement)
+        if mistakes := sizes.role_mistakes():
+            raise ValueError("; ".join(mistakes))
+        resolved = resolve(placement, sizes.roles)
         if sizes.tie_embeddings and resolved.get("head"):
             raise ValueError(
                 "tie_embeddings is True and the placement gives multipliers to the head, which has no weight of its "

@@ -14,8 +14,10 @@ _ROW: frozenset[Side] = frozenset({"row"})
 
 IN_PROJECTION = ("ssm_z", "ssm_x", "ssm_b", "ssm_c", "ssm_dt")
 """Roles of the matrices of the input projection, in the order of its rows."""
+IN_ATTENTION = ("q", "k", "v", "attention_out", "q_norm", "k_norm")
+IN_MLP = ("gate", "up", "down")
 
-register(
+_MIXER = (
     Role("ssm_z", ROW_COL, symmetry_free=_ROW),
     Role("ssm_x", ROW_COL),
     Role("ssm_b", ROW_COL),
@@ -29,3 +31,6 @@ register(
     Role("ssm_dt_bias", orthogonalized=False, decay=False),
     Role("ssm_norm", orthogonalized=False, decay=False),
 )
+register(*_MIXER)
+IN_MIXER = tuple(role.name for role in _MIXER)
+"""Roles of the mixer's tensors; its convolution's bias has the role `bias`."""

@@ -74,7 +74,7 @@ class Mup:
             },
         }
         if self.forward:
-            sides = {role: set(given) for role, given in multipliers.sides.items()}
+            sides = {role: set(given) for role, given in multipliers.sides(model.roles).items()}
             initial, rates = multipliers.by_side("initial"), multipliers.by_side("lr_factors")
             for role, factor in self.forward.items():
                 sides.setdefault(role, set()).add("scalar")
