@@ -21,9 +21,9 @@ from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import Config
 from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megamult.effective.reading import EffectiveModel
-from megamult.huggingface import importing as hf_import
 from megamult.huggingface.exporting import export
 from megamult.huggingface.importing import import_
+from megamult.huggingface.stored import Stored
 from megamult.huggingface.tokenizer import convert
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.hf_names import weights
@@ -313,11 +313,11 @@ def test_placement_and_output_are_checked_first(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_nothing(
     make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*arguments: Any) -> torch.Tensor:
+    def broken(*arguments: Any, **named: Any) -> torch.Tensor:
         raise OSError(5, "Input/output error")
 
     source = make()
-    monkeypatch.setattr(hf_import._Stored, "rows", broken)
+    monkeypatch.setattr(Stored, "rows", broken)
     with pytest.raises(OSError, match="Input/output error"):
         import_(source, tmp_path / "checkpoint")
     assert [path.name for path in tmp_path.iterdir()] == ["input"]
