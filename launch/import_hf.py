@@ -32,6 +32,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=["all", "none", "symmetry_free", "scalar"],
         help="placement of the multipliers, which start at 1 (default all). none: a model without multipliers",
     )
+    parser.add_argument(
+        "--forward_multipliers",
+        default="merge",
+        choices=["merge", "initial"],
+        help="where the constant factors in config.json of a Falcon-H1 go: into the weights (merge, the default), or "
+        "into the initial values of the multipliers. Either way the model computes the same function",
+    )
     return parser
 
 
@@ -41,7 +48,7 @@ def main() -> None:
     with whole_or_nothing():
         from megamult.huggingface.importing import import_  # slow to import; --help must not wait for it
 
-        done = import_(args.input, args.output, args.placement)
+        done = import_(args.input, args.output, args.placement, args.forward_multipliers)
     for note in done.notes:
         print(f"note: {note}")
     print(f"{args.output}: {done.parameters} parameters and {done.multipliers} multipliers, {done.dtype}")

@@ -109,20 +109,10 @@ class Config:
             f"multipliers.norm is fixed, and then {', '.join(of_fixed)} has no effect, because matrices of fixed norm "
             "have no weight decay: leave it out",
         )
-        absent = {
-            "norm": ("model.norms is frozen", model.norms == "frozen"),
-            "final_norm": ("model.final_norm is frozen", model.final_norm == "frozen"),
-            "q_norm": ("model.qk_norm is false", not model.qk_norm),
-            "k_norm": ("model.qk_norm is false", not model.qk_norm),
-            "bias": (
-                "model.attention_bias is none and model.mlp_bias false",
-                model.attention_bias == "none" and not model.mlp_bias,
-            ),
-        }
         useless = [
             f"optimizer.lr_factors.{role} has no effect, because {why}"
-            for role, (why, lacking) in absent.items()
-            if lacking and role in optimizer.lr_factors
+            for role, why in model.unused_roles.items()
+            if role in optimizer.lr_factors
         ]
         require(not useless, f"{'; '.join(useless)}: leave it out")
         require(
@@ -208,4 +198,5 @@ SECTIONS: dict[str, Any] = {
     **{name: hint for name, hint in get_type_hints(Config).items() if is_dataclass(hint)},
     "model": ModelConfig,
 }
-"""Class of each section by the section's name, in the order of :class:`Config`."""
+"""Class of each section by the section's name, in the order of :class:`Config`. The class of `model` is that of the
+default architecture; others are in :func:`megamult.models.architectures.model_class`."""

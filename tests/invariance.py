@@ -17,7 +17,7 @@ from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import AdamWConfig, OptimizerConfig
 from megamult.train.config import BatchRamp, TrainConfig
 from tests.processes import run_distributed
-from tests.small import SMALL, VOCAB, Samples
+from tests.small import MODELS, VOCAB, Samples
 
 LR = 3e-3
 PLACEMENTS: dict[str, Any] = {
@@ -97,6 +97,8 @@ class Case:
     steps: int = 5
     knobs: str = ""
     """Further keys of the configuration, one of KNOBS."""
+    model: str = "llama"
+    """One of tests.small.MODELS."""
     sub_group_size: int | None = None
     """Elements of a ZeRO 3 sub-group: DeepSpeed steps once for each."""
 
@@ -112,6 +114,7 @@ class Case:
             dtype=self.dtype,
             steps=self.steps,
             knobs=self.knobs,
+            model=self.model,
         )
 
     @property
@@ -134,7 +137,7 @@ class Case:
         train = {"global_batch_size": 12, **more["train"]}
         first = train["batch_ramp"].start if "batch_ramp" in train else train["global_batch_size"]
         return Config(
-            model=replace(SMALL, tie_embeddings=self.tied, **more["model"]),
+            model=replace(MODELS[self.model], tie_embeddings=self.tied, **more["model"]),
             multipliers=MultipliersConfig(
                 **{
                     "implementation": self.implementation,
@@ -237,14 +240,12 @@ def name_of(case: Case) -> str:
     return f"{case.world}p-tp{case.tensor}-zero{case.zero}-acc{case.accumulation}-{'-'.join(flags)}"
 
 
-def _pairs(case: Case) -> set[tuple[str, Any, str, Any]]:
-    # Data parallel follows from world and tensor, but must meet every setting too (ZeRO shards over it).
-    names = (*_SETTINGS, "data")
+def _pairs(case: Case, names: Sequence[str]) -> set[tuple[str, Any, str, Any]]:
     return {(a, getattr(case, a), b, getattr(case, b)) for a, b in itertools.combinations(names, 2)}
 
 
 def pairwise_cases(names: Sequence[str] = tuple(_SETTINGS), **fixed: Any) -> list[Case]:
-    """Few cases in which every pair of settings that can occur together does: greedy, the same on every call.
+    """Few cases in which every pair of settings that can occur together does.
 
     Args:
         names: the settings that vary.
@@ -255,11 +256,20 @@ def pairwise_cases(names: Sequence[str] = tuple(_SETTINGS), **fixed: Any) -> lis
         for values in itertools.product(*(_SETTINGS[name] for name in names))
         if (case := Case(**dict(zip(names, values, strict=True)), **fixed)).valid
     ]
-    uncovered = set().union(*map(_pairs, candidates))
+    # Data parallel follows from world and tensor, but must meet every setting too (ZeRO shards over it).
+    return covering(candidates, (*_SETTINGS, "data"))
+
+
+def covering(candidates: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """Few of the candidates in which every pair of values of the settings `names` occurs that occurs in any of them.
+
+    Greedy, and the same on every call.
+    """
+    uncovered = set().union(*(_pairs(case, names) for case in candidates))
     chosen: list[Case] = []
     while uncovered:
         # Among equals the one with fewer processes, which is quicker.
-        best = max(candidates, key=lambda case: (len(_pairs(case) & uncovered), -case.world))
+        best = max(candidates, key=lambda case: (len(_pairs(case, names) & uncovered), -case.world))
         chosen.append(best)
-        uncovered -= _pairs(best)
+        uncovered -= _pairs(best, names)
     return chosen

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megamult.models.common.config import DecoderConfig
+from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.models.llama.config import ModelConfig
 
 VOCAB = 200
@@ -17,6 +19,35 @@ SMALL = ModelConfig(
     num_layers=2, hidden_size=96, num_attention_heads=12, num_query_groups=2, ffn_hidden_size=132, seq_length=24
 )
 """12 heads, 2 groups: tensor parallel 4 cuts through a query group. No size is a power of two."""
+
+_ATTENTION: dict[str, Any] = {
+    "hidden_size": 48,
+    "head_dim": 6,
+    "num_attention_heads": 12,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 68,
+    "seq_length": 24,
+    "init_std": 0.15,  # so that B and C have gradients far above the eps of AdamW
+    "ssm_state_size": 10,
+    "ssm_chunk": 16,
+}
+MODELS: dict[str, DecoderConfig] = {
+    "llama": SMALL,
+    # One group: with tensor parallelism all ranks have copies of B and C.
+    "falcon_h1": FalconH1Config(**_ATTENTION, num_layers=1, ssm_heads=4, ssm_head_dim=12),
+    # Layers of every kind; two groups, and an inner norm over channels of several ranks at tensor parallel 4.
+    "hybrid": FalconH1Config(
+        **_ATTENTION,
+        num_layers=4,
+        layers="M-H*",
+        ssm_heads=8,
+        ssm_head_dim=6,
+        ssm_groups=2,
+        ssm_kernel=3,
+        ssm_norm="after_gate",
+    ),
+}
+"""Small models by name."""
 
 
 class Samples:

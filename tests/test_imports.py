@@ -316,7 +316,11 @@ def test_an_architectures_folder_is_known_to_the_table_of_architectures_and_to_t
         if other.startswith("megamult.models.") and len(other.split(".")) > 3 and ".common." not in other
         if not within(name, ".".join(other.split(".")[:3]))
     }
-    assert known == {("megamult.config", "llama"), ("megamult.models.architectures", "llama")}
+    assert known == {
+        ("megamult.config", "llama"),
+        ("megamult.models.architectures", "llama"),
+        ("megamult.models.architectures", "falcon_h1"),
+    }
 
 
 @pytest.mark.parametrize(

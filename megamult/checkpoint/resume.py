@@ -20,7 +20,7 @@ from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import INFO, CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.checkpoint.state import held
-from megamult.config import SECTIONS, Config
+from megamult.config import SECTIONS, Config, ModelConfig
 from megamult.data.skip import Skip, changes_of_the_past
 from megamult.data.tokenizer_files import TOKENIZER_FOLDER, tokenizer_identities
 from megamult.distributed import process_groups
@@ -243,7 +243,14 @@ def _fixed_sections(configuration: Mapping[str, Any], config: Config) -> dict[st
 
     Raises:
         KeyError, TypeError: a section is missing, or `model` has a key that this version does not know.
+        ValueError: the checkpoint's model has another architecture than the run's.
     """
+    mine, its = config.model.architecture, configuration["model"].get("architecture", ModelConfig.architecture)
+    if mine != its:
+        raise ValueError(
+            f"the checkpoint does not fit this run: model.architecture is {mine!r} and the checkpoint's is {its!r}: "
+            "set it back, or load another checkpoint"
+        )
     sections: dict[str, Any] = {"model": type(config.model)(**configuration["model"])}
     for name, section in SECTIONS.items():
         keys = fixed_keys(section)

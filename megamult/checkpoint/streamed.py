@@ -1,4 +1,4 @@
-"""Write a checkpoint of given weights, with multipliers that are 1 and without optimizer state.
+"""Write a checkpoint of given weights, with constant multipliers and without optimizer state.
 
 A weight is divided into blocks of rows. The values of a block are asked for only when its file is written, so that
 memory does not hold the whole model.
@@ -53,6 +53,7 @@ def write_streamed(
     info: CheckpointInfo,
     files: Mapping[str, bytes],
     doing: str,
+    values: Mapping[str, float] = {},
 ) -> None:
     """Write a checkpoint without optimizer state. Memory holds one file of the checkpoint at a time. If writing fails
     or is interrupted, no part of the new checkpoint is left.
@@ -60,10 +61,11 @@ def write_streamed(
     Args:
         path: path of the checkpoint. An existing checkpoint is replaced.
         weights: all weights of the model.
-        multipliers: {logical name: shape} of multipliers. All of them are 1.
+        multipliers: {logical name: shape} of multipliers.
         info: content of checkpoint.json.
         files: {name: content} of further files.
         doing: label of the progress bar, which counts the bytes of the weights.
+        values: {logical name: value} of multipliers that are not 1.
 
     Raises:
         ValueError, OSError, RuntimeError: writing failed.
@@ -73,7 +75,8 @@ def write_streamed(
     # With disable=None, tqdm draws the bar only on a terminal, so it is not in log files.
     with tqdm(total=total, desc=doing, unit="B", unit_scale=True, disable=None) as bar:
         chunks = [chunk for weight in weights for chunk in _chunks(weight, bar.update)]
-        chunks += [Chunk.whole(f"model.{name}", torch.ones(shape)) for name, shape in multipliers.items()]
+        for name, shape in multipliers.items():
+            chunks.append(Chunk.whole(f"model.{name}", torch.full(shape, values.get(name, 1.0))))
         try:
             write(path, chunks, info, files)
         finally:

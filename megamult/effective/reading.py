@@ -114,6 +114,15 @@ class EffectiveModel:
         names = self._embedding.multipliers(self.placement) if self.sizes.tie_embeddings else {}
         return any(bool((self.saved.read(f"model.{name}") != 1).any()) for name in names)
 
+    def embedding_factor(self) -> float | None:
+        """Return the factor of a tied embedding's output that the head does not have, if one scalar is all that it has.
+
+        None if the embedding is not tied or has other multipliers.
+        """
+        if not self.sizes.tie_embeddings or self.placement.get(self._embedding.role) != frozenset({"scalar"}):
+            return None
+        return float(self.saved.read(f"model.{self._embedding.multiplier('scalar')[0]}"))
+
     def all_ones(self, role: Role, side: Side) -> bool:
         """Return whether all multipliers of a role on one side are 1, so that the model is the same without them."""
         names = [
@@ -124,16 +133,18 @@ class EffectiveModel:
         ]
         return all(bool((self.saved.read(f"model.{name}") == 1).all()) for name in names)
 
-    def weights(self, tied: bool) -> list[EffectiveWeight]:
+    def weights(self, tied: bool, embedding_factor: bool = False) -> list[EffectiveWeight]:
         """Return the weights in Hugging Face's order.
 
         Args:
             tied: whether to leave out the head, because it equals the embedding. They are equal only if the
-                checkpoint's model is tied and :meth:`head_differs` is False.
+                checkpoint's model is tied and :meth:`head_differs` is False, or with `embedding_factor`.
+            embedding_factor: whether the embedding is returned without its multipliers (:meth:`embedding_factor`).
         """
         found = []
         for weight in self._stored:
-            placed = self.placement.get(weight.role, frozenset[Side]())
+            merged = not (embedding_factor and weight.role == self._embedding.role)
+            placed = self.placement.get(weight.role, frozenset[Side]()) if merged else frozenset[Side]()
             found.append(EffectiveWeight(self.saved, weight, weight, tuple(side for side in LEAVES if side in placed)))
         if self.sizes.tie_embeddings and not tied:
             found.append(EffectiveWeight(self.saved, self._head, self._embedding, ()))

@@ -26,7 +26,7 @@ from megamult.huggingface import model_card as hf_card
 from megamult.huggingface import tokenizer as hf_tokenizer
 from megamult.huggingface.files import check_output
 from megamult.models.architectures import architecture_of
-from megamult.models.common.hugging_face import DTYPES
+from megamult.models.common.hugging_face import DTYPES, by_tensor, whole_shape
 from megamult.runtime.partial import partial_folder
 
 _RUN_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -74,8 +74,10 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
     model = EffectiveModel(saved)
     if dtype == "auto":
         dtype = _RUN_DTYPES[saved.info.config["train"]["dtype"]]
-    tied = model.sizes.tie_embeddings and not model.head_differs()
-    weights = model.weights(tied)
+    architecture = architecture_of(model.sizes)
+    factor = model.embedding_factor() if architecture.embedding_factor else None
+    tied = model.sizes.tie_embeddings and (factor is not None or not model.head_differs())
+    weights = model.weights(tied, embedding_factor=factor is not None)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with partial_folder(output) as partial:
@@ -86,8 +88,13 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
                 "separately, with tie_word_embeddings false"
             )
         # Before the tensors: no family of Hugging Face models may have this combination of options.
-        described = architecture_of(model.sizes).to_hugging_face(
-            model.sizes, saved.info.vocab_size, tied=tied, dtype=dtype, token_ids=token_ids
+        described = architecture.to_hugging_face(
+            model.sizes,
+            saved.info.vocab_size,
+            tied=tied,
+            dtype=dtype,
+            token_ids=token_ids,
+            embedding_factor=1.0 if factor is None else factor,
         )
         shards, parameters = _write_tensors(weights, DTYPES[dtype], max_shard_size, partial)
         files["config.json"] = _json(described)
@@ -110,8 +117,9 @@ def _write_tensors(
     Returns:
         Names of the files, and the number of parameters in them.
     """
-    by_name = {each.weight.hugging_face: each for each in weights}
-    sizes = {name: torch.empty(each.weight.shape, dtype=dtype, device="meta") for name, each in by_name.items()}
+    by_name = by_tensor(weights, lambda each: each.weight)
+    shapes = {name: whole_shape([each.weight for each in parts]) for name, parts in by_name.items()}
+    sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     total = sum(size.nbytes for size in sizes.values())
     # With disable=None, tqdm draws the bar only on a terminal, so it is not in log files.
@@ -119,7 +127,8 @@ def _write_tensors(
         for file, names in split.filename_to_tensors.items():
             shard = {}
             for name in names:
-                shard[name] = _read(by_name[name], dtype)
+                parts = [_read(each, dtype) for each in by_name[name]]
+                shard[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
                 bar.update(shard[name].nbytes)
             save_file(shard, directory / file, metadata={"format": "pt"})
             del shard  # before the next one is filled

@@ -1,6 +1,7 @@
 """Import of a Hugging Face model as a checkpoint from which a run can continue training.
 
-The imported model computes the same function as the Hugging Face model, and all of its multipliers are 1. Weights are
+The imported model computes the same function as the Hugging Face model. Its multipliers are 1, unless constant factors
+of the Hugging Face model become their initial values (:mod:`megamult.huggingface.forward_multipliers`). Weights are
 streamed: memory holds one file of the checkpoint at a time.
 """
 
@@ -13,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from megamult.config import Config
 from megamult.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megamult.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_FOLDER, read_files, tokenizer_identities
 from megamult.huggingface.files import check_output
+from megamult.huggingface.forward_multipliers import ForwardMultipliers, assign
 from megamult.huggingface.stored import match, open_tensors, read_json
 from megamult.models.architectures import architecture_of_hugging_face
 from megamult.models.common.config import DecoderConfig
@@ -48,14 +51,17 @@ class Imported:
     """Texts for the user about possibly unexpected properties of the result."""
 
 
-def import_(source: Path, output: Path, placement: str = "all") -> Imported:
+def import_(
+    source: Path, output: Path, placement: str = "all", forward_multipliers: ForwardMultipliers = "merge"
+) -> Imported:
     """Write a checkpoint at step 0, without optimizer state. Memory holds one file of the checkpoint at a time.
 
     Args:
         source: directory of the model, with config.json and safetensors files.
         output: directory of the checkpoint. It appears only when it is complete.
-        placement: placement of multipliers, one of :data:`PLACEMENTS`. All multipliers are 1. "none" means no
-            multipliers.
+        placement: placement of multipliers, one of :data:`PLACEMENTS`. "none" means no multipliers.
+        forward_multipliers: where constant factors of the model go (:class:`ForwardMultipliers`). All multipliers that
+            get no factor are 1.
 
     Raises:
         ValueError: megamult's model cannot compute what the source computes, a file is missing or damaged, the output
@@ -66,17 +72,27 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
         raise ValueError(f"placement is {placement!r}: use one of {', '.join(PLACEMENTS)}")
     described = read_json(source / "config.json")
     try:
-        model: DecoderConfig = architecture_of_hugging_face(described).from_hugging_face(described)
+        architecture = architecture_of_hugging_face(described)
+        model: DecoderConfig = architecture.from_hugging_face(described)
     except ValueError as error:
         raise ValueError(f"{source}/{error}") from None
     assert model.vocab_size is not None
     files, tokenizers, notes = _tokenizer(source, described)
     resolved: Placement = resolve(placement, model.roles) if placement != "none" else {}
+    factors = assign(
+        architecture.forward_multipliers(described), forward_multipliers, resolved, bool(model.tie_embeddings)
+    )
     with contextlib.ExitStack() as stack:
         stored = open_tensors(source, stack)
         matched = match(source, stored, model, described)
         parameters = sum(math.prod(weight.shape) for weight, _ in matched)
         multipliers = {name: shape for weight, _ in matched for name, shape in weight.multipliers(resolved).items()}
+        initial = {
+            weight.multiplier(side)[0]: factors.multipliers[weight.role, side]
+            for weight, _ in matched
+            for side in resolved.get(weight.role, ())
+            if (weight.role, side) in factors.multipliers
+        }
         dtype = "bf16" if all(found.dtype == "BF16" for _, found in matched) else "fp32"
         info = CheckpointInfo(
             step=0,
@@ -87,8 +103,11 @@ def import_(source: Path, output: Path, placement: str = "all") -> Imported:
         )
         info.tokenizers = tokenizers
         files["config.yaml"] = _run_configuration(info.config, output, files)
-        weights = [Streamed(weight.logical, found.shape, found.rows) for weight, found in matched]
-        write_streamed(output, weights, multipliers, info, files, "importing")
+        weights = [
+            Streamed(weight.logical, found.shape, partial(found.rows, factor=factors.weights.get(weight.role, 1.0)))
+            for weight, found in matched
+        ]
+        write_streamed(output, weights, multipliers, info, files, "importing", initial)
     return Imported(parameters, sum(math.prod(shape) for shape in multipliers.values()), dtype, notes)
 
 

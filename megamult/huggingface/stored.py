@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from megamult.checkpoint.streamed import blocks
 from megamult.models.architectures import architecture_of
 from megamult.models.common.config import DecoderConfig
-from megamult.models.common.hugging_face import Weight
+from megamult.models.common.hugging_face import Weight, by_tensor, whole_shape
 
 _FLOATS = ("F32", "BF16", "F16")
 # End of the names of tensors to ignore. These tables of rotary frequencies are in files of old models, but config.json
@@ -26,18 +26,20 @@ _DERIVED = ".rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class Stored:
-    """Tensor in a safetensors file of the model to import."""
+    """Tensor in a safetensors file of the model to import, or consecutive rows of one."""
 
     file: Any
     """Open file."""
     name: str
     shape: tuple[int, ...]
     dtype: str
+    first: int = 0
+    """First of these rows in the file's tensor."""
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Return rows [start, stop) in fp32."""
-        values: Tensor = self.file.get_slice(self.name)[start:stop]
-        return values.float()
+    def rows(self, start: int, stop: int, factor: float = 1.0) -> Tensor:
+        """Return rows [start, stop) of these rows in fp32, times a factor."""
+        values: Tensor = self.file.get_slice(self.name)[self.first + start : self.first + stop]
+        return values.float() if factor == 1 else values.float() * factor
 
 
 def open_tensors(source: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
@@ -104,27 +106,31 @@ def match(
     left = dict(stored)
     matched: list[tuple[Weight, Stored]] = []
     missing, wrong = [], []
-    for weight in architecture.weights(model, model.vocab_size):
-        name = weight.hugging_face
-        head_is_tied = weight.role == "head" and model.tie_embeddings
+    of_model = architecture.weights(model, model.vocab_size)
+    for name, weights in by_tensor(of_model, lambda each: each).items():
+        head_is_tied = weights[0].role == "head" and model.tie_embeddings
+        shape = whole_shape(weights)
         if name not in left:
             if not head_is_tied:
-                missing.append(weight)
+                missing.append((name, shape))
             continue
         found = left.pop(name)
-        if found.shape != weight.shape:
-            wrong.append(f"{name} has shape {found.shape}, and config.json asks for {weight.shape}")
+        if found.shape != shape:
+            wrong.append(f"{name} has shape {found.shape}, and config.json asks for {shape}")
         elif found.dtype not in _FLOATS:
             wrong.append(f"{name} is of dtype {found.dtype}: save the model in one of {', '.join(_FLOATS)}")
         elif head_is_tied and matched and matched[0][0].role == "embedding":
             _check_equal(source, found, matched[0][1])
         else:
-            matched.append((weight, found))
+            first = 0
+            for weight in weights:
+                matched.append((weight, replace(found, shape=weight.shape, first=first)))
+                first += weight.shape[0]
     mistakes = []
     if missing:
         mistakes.append(
-            f"has no tensor {_listed([f'{w.hugging_face} {w.shape}' for w in missing])}: config.json asks "
-            f"for {'it' if len(missing) == 1 else 'them'}" + _about_tie(missing, described)
+            f"has no tensor {_listed([f'{name} {shape}' for name, shape in missing])}: config.json asks "
+            f"for {'it' if len(missing) == 1 else 'them'}" + _about_tie([name for name, _ in missing], described)
         )
     if wrong:
         mistakes.append(_listed(wrong))
@@ -145,9 +151,9 @@ def _listed(texts: list[str]) -> str:
     return ", ".join(texts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _about_tie(missing: list[Weight], described: Mapping[str, Any]) -> str:
+def _about_tie(missing: list[str], described: Mapping[str, Any]) -> str:
     """Return a remedy for a missing head: the model may be tied without saying so in config.json."""
-    if not any(weight.role == "head" for weight in missing):
+    if "lm_head.weight" not in missing:
         return ""
     tied = described.get("tie_word_embeddings")
     remedy = (

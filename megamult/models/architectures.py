@@ -7,10 +7,23 @@ from typing import Any
 
 from megamult.models.common.architecture import Architecture
 from megamult.models.common.config import DecoderConfig
+from megamult.models.falcon_h1.architecture import FALCON_H1
 from megamult.models.llama.architecture import LLAMA
 
-ARCHITECTURES: dict[str, Architecture[Any]] = {each.name: each for each in (LLAMA,)}
+ARCHITECTURES: dict[str, Architecture[Any]] = {each.name: each for each in (LLAMA, FALCON_H1)}
 """Architectures by name."""
+
+
+def model_class(name: Any) -> type[DecoderConfig]:
+    """Return the class of the section `model` of runs with `model.architecture` NAME.
+
+    Raises:
+        ValueError: no architecture has this name.
+    """
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(f"model.architecture is {name!r}: use one of {', '.join(ARCHITECTURES)}")
+    found: type[DecoderConfig] = ARCHITECTURES[name].sizes
+    return found
 
 
 def model_section(configuration: Mapping[str, Any]) -> DecoderConfig:
@@ -19,10 +32,10 @@ def model_section(configuration: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         KeyError: the configuration has no such section.
         TypeError: the section has keys that this version does not know.
-        ValueError: the sizes in the section do not fit together.
+        ValueError: the architecture is unknown, or the sizes in the section do not fit together.
     """
-    found: DecoderConfig = LLAMA.sizes(**configuration["model"])
-    return found
+    section = configuration["model"]
+    return model_class(section.get("architecture", LLAMA.name))(**section)
 
 
 def architecture_of(sizes: Any) -> Architecture[Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
-from megamult.config import SECTIONS, Config
+from megamult.config import SECTIONS, Config, ModelConfig
 from megamult.distributed import environment
+from megamult.models.architectures import model_class
 from megamult.optim import legacy
 from megamult.optim.config import OPTIMIZERS, OptimizerConfig, check_used, rule_sections
 from megamult.runtime import exit_codes
@@ -29,8 +30,12 @@ has exited, launchers end the others."""
 _Result = TypeVar("_Result")
 
 
-def parser() -> Any:
-    """Return a run's jsonargparse parser: `--config FILE.yaml`, `--section.key value`, `--print_config`, `--help`."""
+def parser(architecture: str = ModelConfig.architecture) -> Any:
+    """Return a run's jsonargparse parser: `--config FILE.yaml`, `--section.key value`, `--print_config`, `--help`.
+
+    Args:
+        architecture: architecture of the model, which decides the keys of the section `model`.
+    """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     class Parser(ArgumentParser):
@@ -47,7 +52,7 @@ def parser() -> Any:
         allow_abbrev=False,  # a truncated key must not pass for the full one
     )
     made.add_argument("--config", action="config", help="YAML file with the keys below")
-    for name, section in SECTIONS.items():
+    for name, section in {**SECTIONS, "model": model_class(architecture)}.items():
         rules = rule_sections() if section is OptimizerConfig else {}
         made.add_class_arguments(section, name, skip=set(rules), instantiate=not rules)
         for rule, keys in rules.items():
@@ -84,8 +89,10 @@ def asked(arguments: Sequence[str] | None = None) -> tuple[Config, str, bool]:
     """
     from jsonargparse import ArgumentError
 
-    arguments = _modern(sys.argv[1:] if arguments is None else arguments)
-    made = parser()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    files = _files(arguments)
+    made = parser(_architecture(arguments, files))
+    arguments = _modern(arguments, files)
     try:
         # Parse only the keys that the command line and its files give, without defaults.
         given = made.parse_args([each for each in arguments if not each.startswith("--print_config")], defaults=False)
@@ -117,6 +124,26 @@ def asked(arguments: Sequence[str] | None = None) -> tuple[Config, str, bool]:
         print(f"note: {said}", file=sys.stderr, flush=True)
     config.deepspeed = namespace["deepspeed"] = kept or None
     return config, made.dump(namespace, skip_validation=True, skip_unset=False), dry_run
+
+
+def _files(arguments: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """Return the mappings in the YAML files that arguments name, by the position of the argument.
+
+    Each file is read only once, because it may be a pipe."""
+    keys = ("--config", "--optimizer", "--model")
+    return {i: _loaded(value) for key, i, value in _given(arguments) if key in keys}
+
+
+def _architecture(arguments: Sequence[str], files: Mapping[int, dict[str, Any]]) -> str:
+    """Return the model's architecture that the arguments name; as in the parser, the last of them wins."""
+    name: str = ModelConfig.architecture
+    for key, i, value in _given(arguments):
+        section = files[i] if key == "--model" else files[i].get("model") if key == "--config" else None
+        if key == "--model.architecture":
+            name = value
+        elif isinstance(section, dict):
+            name = section.get("architecture", name)
+    return name
 
 
 def _argument(value: Any) -> str:
@@ -165,19 +192,21 @@ def _check_used(given: Any) -> None:
         check_used(optimizer.get("name", OptimizerConfig.name), keys)
 
 
-def _modern(arguments: Sequence[str]) -> list[str]:
+def _modern(arguments: Sequence[str], loaded: Mapping[int, dict[str, Any]]) -> list[str]:
     """Return the arguments, with each configuration file of an earlier version replaced by YAML text in today's keys.
 
     Such a file is, for example, the config.yaml of an old run. Rank 0 prints what was translated.
+
+    Args:
+        arguments: the command line.
+        loaded: the mappings in its files (:func:`_files`).
 
     Raises:
         ValueError: the command line itself has an old key.
     """
     dotted = [each.partition("=")[0].removeprefix("--optimizer.") for each in arguments if each.startswith("--optim")]
     legacy.check_modern(dict.fromkeys(dotted))
-    given = list(_given(arguments))
-    # Each file is read only once, because it may be a pipe.
-    loaded = {i: _loaded(value) for key, i, value in given if key in ("--config", "--optimizer")}
+    given = [each for each in _given(arguments) if each[0] != "--model"]
     sections = {i: loaded[i].get("optimizer") if key == "--config" else loaded[i] for key, i, _ in given if i in loaded}
     name: str = OptimizerConfig.name
     for key, i, value in given:  # as in the parser, the last argument that names the optimizer wins

@@ -11,12 +11,14 @@ import pytest
 from megamult.checkpoint.info import CheckpointInfo
 from megamult.checkpoint.resume import check_fits, lost_multipliers
 from megamult.config import SECTIONS, Config, ModelConfig
+from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.multipliers.config import MultipliersConfig
 from megamult.settings import fixed_keys
 
 VOCAB = 300
 FREE = {
     "vocab_size": "null is the tokenizer's: the sizes that result are compared, as model.vocab_size",
+    "architecture": "decides what the other keys are, so that it is compared first",
     "init_std": "initial weights are the checkpoint's",
     "init_std_factors": "of a new model only",
     "z_loss": "part of the objective, not of the model",
@@ -84,6 +86,17 @@ def test_another_model_is_refused_with_both_values(key: str) -> None:
     }
     mine, its = resolved.get(key, (mine, its))
     assert f"model.{key} is {mine!r} and the checkpoint's is {its!r}" in message(info(**{key: OTHER[key]}))
+
+
+def test_another_architecture_is_refused_before_its_keys_are_read() -> None:
+    said = message(info(), Config(model=FalconH1Config()))
+    assert "model.architecture is 'falcon_h1' and the checkpoint's is 'llama': set it back" in said
+    old = info()
+    del old.config["model"]["architecture"]  # as versions wrote it that knew only Llama
+    assert message(old) == ""
+    assert "model.architecture is 'falcon_h1' and the checkpoint's is 'llama'" in message(
+        old, Config(model=FalconH1Config())
+    )
 
 
 @pytest.mark.parametrize(

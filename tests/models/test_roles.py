@@ -8,24 +8,46 @@ import pytest
 
 from megamult.config import Config
 from megamult.models.common.config import DecoderConfig
+from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
-from megamult.parameters.roles import ROLES, resolve
+from megamult.parameters.roles import resolve
 
-BOTH = {"row", "col"}
+BOTH, ROW, COL = {"row", "col"}, {"row"}, {"col"}
 ATTENTION = {"q": BOTH, "k": BOTH, "v": BOTH, "attention_out": BOTH}
 MLP = {"gate": BOTH, "up": BOTH, "down": BOTH}
+MIXER = {"ssm_z": BOTH, "ssm_x": BOTH, "ssm_b": BOTH, "ssm_c": BOTH, "ssm_dt": BOTH, "ssm_out": BOTH}
+MIXER_NORMED = {("ssm_out_normed" if role == "ssm_out" else role): sides for role, sides in MIXER.items()}
 
 
-def test_named_placements_name_roles_of_the_model_only() -> None:
-    from megamult.models.falcon_h1 import roles  # registers those of mixers
+def hybrid(layers: str, **more: Any) -> FalconH1Config:
+    return FalconH1Config(num_layers=len(layers), layers=layers, **more)
 
-    assert "ssm_z" in roles.IN_MIXER and "ssm_z" in ROLES and "ssm_z" not in ModelConfig().roles
-    assert resolve("all", ModelConfig().roles) == ATTENTION | MLP | {"embedding": BOTH}
-    assert resolve("all", roles.IN_MIXER)["ssm_z"] == BOTH
-    config = Config()
-    assert config.multipliers.sides(config.model.roles) == resolve("all")
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        (ModelConfig(), ATTENTION | MLP),
+        (FalconH1Config(), ATTENTION | MLP | MIXER),
+        (FalconH1Config(ssm_norm="before_gate"), ATTENTION | MLP | MIXER_NORMED),
+        (hybrid("MM"), MIXER),
+        (hybrid("M-"), MIXER | MLP),
+        (hybrid("*-"), ATTENTION | MLP),
+    ],
+)
+def test_all_scales_the_matrices_that_the_model_has(sizes: DecoderConfig, expected: dict[str, Any]) -> None:
+    assert resolve("all", sizes.roles) == expected | {"embedding": BOTH}
+    assert resolve("scalar", sizes.roles) == {role: {"scalar"} for role in (*expected, "embedding")}
+    assert Config(model=sizes).multipliers.sides(sizes.roles) == resolve("all", sizes.roles)
+
+
+def test_symmetry_free_of_a_mixer_has_no_sides_that_the_model_keeps_as_other_weights() -> None:
+    """x, B and C: the convolution has their rows, the norm before the mixer all columns; an inner norm those of out."""
+    mixer = {"ssm_z": ROW, "ssm_dt": ROW, "ssm_out": BOTH, "embedding": BOTH}
+    assert resolve("symmetry_free", hybrid("M").roles) == mixer
+    normed = {"ssm_z": ROW, "ssm_dt": ROW, "ssm_out_normed": ROW, "embedding": BOTH}
+    assert resolve("symmetry_free", hybrid("M", ssm_norm="after_gate").roles) == normed
 
 
 SECTIONS: dict[str, Any] = {
@@ -50,11 +72,16 @@ def made(sizes: DecoderConfig, sections: dict[str, Any]) -> Config:
 
 
 @pytest.mark.parametrize("key", SECTIONS)
-def test_a_role_that_the_model_does_not_have_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"{key} names the role 'ssm_z'") as error:
-        made(ModelConfig(), SECTIONS[key]("ssm_z"))
-    assert "ssm" not in str(error.value).replace("'ssm_z'", ""), "a remedy names roles that the model has"
-    made(ModelConfig(), SECTIONS[key]("down"))
+@pytest.mark.parametrize(
+    ("sizes", "role"), [(ModelConfig(), "ssm_z"), (hybrid("M"), "q"), (hybrid("*-"), "ssm_out")], ids=str
+)
+def test_a_role_that_the_model_does_not_have_is_refused(key: str, sizes: DecoderConfig, role: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key} names the role '{role}'") as error:
+        made(sizes, SECTIONS[key](role))
+    assert role not in str(error.value).replace(f"'{role}'", ""), "a remedy names roles that the model has"
+    good = next(each for each in ("down", "ssm_z") if each in sizes.roles)
+    made(sizes, SECTIONS[key](good))
+    made(FalconH1Config(), SECTIONS[key](role))
 
 
 def test_all_keys_that_name_absent_roles_are_refused_at_once() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from megamult.models.common.hugging_face import Weight
 from megamult.parameters.initial import Initial
+from megamult.parameters.spec import Role, Side
 
 PlacementSetting = str | Mapping[str, str | Sequence[str]]
 """Placement of multipliers as a user gives it: a name, or a mapping from role to sides. `{}` means no multipliers."""
@@ -50,11 +51,19 @@ class ToHuggingFace(Protocol[_Sizes]):
     """Function that makes the config.json of an exported model."""
 
     def __call__(
-        self, sizes: _Sizes, vocab_size: int, *, tied: bool, dtype: str, token_ids: Mapping[str, Any]
+        self,
+        sizes: _Sizes,
+        vocab_size: int,
+        *,
+        tied: bool,
+        dtype: str,
+        token_ids: Mapping[str, Any],
+        embedding_factor: float = 1.0,
     ) -> dict[str, Any]:
         """Return the content of config.json.
 
-        :func:`megamult.models.llama.hf_config.to_hugging_face` describes the arguments.
+        :func:`megamult.models.llama.hf_config.to_hugging_face` describes the arguments. `embedding_factor` is a factor
+        of the embedding's output that a tied head does not have; it is 1 unless the architecture can express it.
         """
 
 
@@ -86,3 +95,8 @@ class Architecture(Generic[Sizes]):
     from_hugging_face: Callable[[Mapping[str, Any]], Sizes]
     """Function from the content of a config.json to sizes. It raises ValueError if this architecture's code cannot
     compute the function that config.json describes."""
+    forward_multipliers: Callable[[Mapping[str, Any]], Mapping[tuple[Role, Side], float]] = lambda config: {}
+    """Function from the content of a config.json to constant factors of the model, as multipliers of effective weights
+    by role and side. Those of vectors, such as ("final_norm", "row"), are factors of the vector."""
+    embedding_factor: bool = False
+    """Whether config.json can have a factor of the embedding's output that a tied head does not have."""

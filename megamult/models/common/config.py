@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, get_args
 
 from megamult.models.common import rotary
@@ -25,6 +25,8 @@ class DecoderConfig:
     fused: ClassVar[tuple[tuple[str, ...], ...]] = (("q", "k", "v"), ("gate", "up"))
     """Roles of the matrices that are stored in one parameter."""
 
+    architecture: str
+    """Architecture of the model; the other keys of this section depend on it."""
     num_layers: int = fixed(4, "function")
     """Number of transformer layers."""
     hidden_size: int = fixed(256, "function")
@@ -80,6 +82,21 @@ class DecoderConfig:
         return TRANSFORMER
 
     @property
+    def unused_roles(self) -> dict[Role, str]:
+        """Roles that no tensor has with these options, and the options that are the reason."""
+        found = {
+            "norm": ("model.norms is frozen", self.norms == "frozen"),
+            "final_norm": ("model.final_norm is frozen", self.final_norm == "frozen"),
+            "q_norm": ("model.qk_norm is false", not self.qk_norm),
+            "k_norm": ("model.qk_norm is false", not self.qk_norm),
+            "bias": (
+                "model.attention_bias is none and model.mlp_bias false",
+                self.attention_bias == "none" and not self.mlp_bias,
+            ),
+        }
+        return {role: why for role, (why, unused) in found.items() if unused}
+
+    @property
     def query_groups(self) -> int:
         """Number of key-value heads."""
         return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
@@ -109,6 +126,8 @@ class DecoderConfig:
         )
 
     def __post_init__(self) -> None:
+        own = fields(self)[0].default
+        require(self.architecture == own, f"model.architecture is {self.architecture!r}: these are the keys of {own}")
         positive(
             "model",
             num_layers=self.num_layers,

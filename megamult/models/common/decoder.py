@@ -49,8 +49,8 @@ class Decoder(GPTModel):
             position in the sequence.
         recompute: whether each layer saves only its input, and backward runs the layer's forward pass again.
         initial: initial values of the multipliers in the layers; None means ones.
-        document_end: id of the token that ends a document. If it is given, the documents in one sequence do not attend
-            to each other, and rotary positions begin anew in each of them.
+        document_end: id of the token that ends a document. If it is given, the documents in one sequence do not see
+            each other, and rotary positions begin anew in each of them.
         note: function that is called with a text before each parameter is drawn.
 
     Raises:

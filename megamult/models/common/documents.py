@@ -1,4 +1,4 @@
-"""Documents in one sequence that do not attend to each other: positions and attention mask from the token ids.
+"""Documents in one sequence that do not see each other: positions and attention mask from the token ids.
 
 A document ends with the end-of-document token, which belongs to the document that it ends. The last token of a sequence
 may be in the middle of a document, and so may the first one.
@@ -51,6 +51,20 @@ def attention_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
     allowed = (at >= first) & (at <= at.unsqueeze(-1))
     mask = torch.zeros(allowed.shape, dtype=dtype, device=positions.device)
     return mask.masked_fill_(~allowed, -torch.inf).unsqueeze(1)
+
+
+def documents_of(attention_mask: Tensor | None) -> Tensor | None:
+    """Return the number of each token's document, [batch, seq], or None if all tokens of a sequence are in one.
+
+    The number of a document is the position of its first token, which is the first key that its tokens may attend to.
+
+    Args:
+        attention_mask: [batch, 1, query, key] numbers to add to the attention logits, 0 where a query may attend to a
+            key; None, or a mask of booleans as Megatron makes it, is the causal mask.
+    """
+    if attention_mask is None or not attention_mask.is_floating_point():
+        return None
+    return (attention_mask[:, 0] == 0).to(torch.uint8).argmax(-1)
 
 
 def restart_positions(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -5,7 +5,9 @@ The list of a model's weights is in the model's own folder. The names of dtypes 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +15,8 @@ from megamult.models.common.norm_weight import NormWeight
 from megamult.multipliers.specs import LEAVES
 from megamult.parameters.roles import Placement
 from megamult.parameters.spec import Role, Side
+
+Item = TypeVar("Item")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes of weights, by their names in config.json."""
@@ -25,10 +29,11 @@ class Weight:
     logical: str
     """Name of the logical tensor."""
     hugging_face: str
-    """Name of the tensor in a Hugging Face model."""
+    """Name of the tensor in a Hugging Face model. Several weights may have the same name: then the tensor holds their
+    rows one after the other, in the order of the list of weights."""
     role: Role
     shape: tuple[int, ...]
-    """Shape in a Hugging Face model."""
+    """Shape in a Hugging Face model, without the rows of other weights in the same tensor."""
     norm: NormWeight = "vector"
     """Kind of the weight in our model, if it belongs to a norm. In Hugging Face's model it is always a vector."""
 
@@ -46,3 +51,21 @@ class Weight:
         """Return {logical name: shape} of the multipliers that a placement gives to this weight."""
         sides = placement.get(self.role, frozenset[Side]())
         return dict(self.multiplier(side) for side in LEAVES if side in sides)
+
+
+def by_tensor(weights: Iterable[Item], of: Callable[[Item], Weight]) -> dict[str, list[Item]]:
+    """Group weights by the Hugging Face tensor that holds them, in the order of their rows.
+
+    Args:
+        weights: the weights, or anything that has one.
+        of: function that returns the weight of an item.
+    """
+    found: dict[str, list[Item]] = {}
+    for each in weights:
+        found.setdefault(of(each).hugging_face, []).append(each)
+    return found
+
+
+def whole_shape(weights: Sequence[Weight]) -> tuple[int, ...]:
+    """Return the shape of the Hugging Face tensor that holds these weights."""
+    return (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:])

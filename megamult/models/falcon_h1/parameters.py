@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from megamult.models.common.parameters import standard_deviations as of_decoder
 from megamult.models.falcon_h1 import roles
+from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.models.falcon_h1.sizes import MixerSizes
 from megamult.parameters import megatron
 from megamult.parameters.shards import Block, Sharding
@@ -59,6 +61,19 @@ def quantiles(sizes: MixerSizes) -> dict[Role, Callable[[Tensor], Tensor]]:
         "ssm_dt_bias": dt_bias,
         "ssm_conv": lambda u: bound * (2 * u - 1),
     }
+
+
+def standard_deviations(sizes: FalconH1Config) -> dict[Role, float]:
+    """Return the standard deviation of initial weights for each role that is drawn from a normal distribution.
+
+    Every layer of kind H has two projections into the residual stream before the MLP and one after it; so that the
+    stream grows as in a decoder with as many layers, they are all divided by sqrt(2 * num_layers).
+    """
+    into_stream = sizes.init_std / math.sqrt(2 * sizes.num_layers)
+    found: dict[Role, float] = dict.fromkeys(roles.IN_PROJECTION, sizes.init_std)
+    found |= dict.fromkeys(("ssm_out", "ssm_out_normed"), into_stream)
+    factors = sizes.init_std_factors
+    return of_decoder(sizes) | {role: value * factors.get(role, 1.0) for role, value in found.items()}
 
 
 def _blocks(

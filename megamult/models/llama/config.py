@@ -13,3 +13,6 @@ from megamult.models.common.config import DecoderConfig
 @dataclass
 class ModelConfig(DecoderConfig):
     """Sizes and constants of a Llama model."""
+
+    architecture: str = "llama"
+    """Architecture of the model: llama or falcon_h1. The other keys of this section depend on it."""

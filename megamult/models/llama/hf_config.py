@@ -27,6 +27,7 @@ def to_hugging_face(
     tied: bool,
     dtype: str,
     token_ids: Mapping[str, Any],
+    embedding_factor: float = 1.0,
 ) -> dict[str, Any]:
     """Return the content of config.json for an exported model.
 
@@ -36,10 +37,12 @@ def to_hugging_face(
         tied: whether the exported model has one tensor for embedding and head.
         dtype: dtype of the weights, a key of :data:`megamult.models.common.hugging_face.DTYPES`.
         token_ids: ids of the tokenizer's special tokens, by their keys in config.json such as `bos_token_id`.
+        embedding_factor: factor of the embedding's output, which must be 1.
 
     Raises:
         ValueError: no family can express the model.
     """
+    assert embedding_factor == 1.0
     family = family_of(sizes)
     options: dict[str, Any] = {}
     if family.attention_bias is None:

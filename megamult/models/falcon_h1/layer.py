@@ -1,0 +1,94 @@
+"""Layers of Falcon-H1: attention and mixer side by side, and layers that have only one of mixer, attention and MLP."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayerSubmodules
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from megamult.models.common.documents import documents_of
+from megamult.models.falcon_h1.mixer import Mixer
+from megamult.models.falcon_h1.sizes import MixerSizes
+from megamult.parameters.roles import Placement
+
+
+class SideBySide(torch.nn.Module):
+    """Sum of attention and mixer, which read the same norm's output; or only one of them.
+
+    The module is in the place of a TransformerLayer's attention and is called as this.
+
+    Args:
+        config: Megatron's configuration of the transformer.
+        layer_number: number of the layer, from 1.
+        pg_collection: Megatron's process groups.
+        attention: spec of the attention; None if the layer has none.
+        mixer: sizes of the mixer; None if the layer has none.
+        placement: sides that have multipliers, by role.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        attention: ModuleSpec | None,
+        mixer: MixerSizes | None,
+        placement: Placement,
+    ) -> None:
+        super().__init__()
+        self.mixer = None if mixer is None else Mixer(config, mixer, placement, pg_collection.tp)
+        self.attention = (
+            None
+            if attention is None
+            else build_module(attention, config=config, layer_number=layer_number, pg_collection=pg_collection)
+        )
+
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None = None, **for_attention: Any
+    ) -> tuple[Tensor, None]:
+        """Return the summed outputs, [seq, batch, hidden], and None in place of a bias.
+
+        Args:
+            hidden: [seq, batch, hidden], or this rank's part of the sequence.
+            attention_mask: see :class:`megamult.models.common.attention.SdpaAttention`.
+            for_attention: further arguments of Megatron's attention.
+        """
+        outputs = []
+        if self.mixer is not None:
+            outputs.append(self.mixer(hidden, documents_of(attention_mask)))
+        if self.attention is not None:
+            output, _ = self.attention(hidden, attention_mask=attention_mask, **for_attention)
+            outputs.append(output)
+        return (outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]), None
+
+
+def layer_spec(kind: str, transformer_layer: ModuleSpec, mixer: MixerSizes, placement: Placement) -> ModuleSpec:
+    """Return the ModuleSpec of a layer.
+
+    Args:
+        kind: letter of :data:`megamult.models.falcon_h1.config.LAYERS`.
+        transformer_layer: spec of a layer of attention and MLP
+            (:func:`megamult.models.common.transformer_layer.transformer_layer_spec`).
+        mixer: sizes of the mixer.
+        placement: sides that have multipliers, by role.
+    """
+    whole: TransformerLayerSubmodules = transformer_layer.submodules
+    params = {
+        "attention": whole.self_attention if kind in "H*" else None,
+        "mixer": mixer if kind in "HM" else None,
+        "placement": placement,
+    }
+    submodules = replace(whole, self_attention=ModuleSpec(SideBySide, params=params))
+    if kind == "-":
+        submodules = replace(
+            submodules, input_layernorm=IdentityOp, self_attention=IdentityOp, self_attn_bda=IdentityFuncOp
+        )
+    elif kind != "H":
+        submodules = replace(submodules, pre_mlp_layernorm=IdentityOp, mlp=IdentityOp, mlp_bda=IdentityFuncOp)
+    return replace(transformer_layer, submodules=submodules)
