@@ -39,12 +39,14 @@ BITWISE = [
     Case(world=2, tensor=2, zero=1, optimizer="muon", implementation="folded", knobs="decoder"),
     Case(world=2, zero=2, optimizer="muon", knobs="qk_clip"),
     Case(world=2, tensor=2, zero=3, optimizer="adamw", implementation="folded", dtype="bf16", knobs="qk_clip"),
+    Case(world=2, tensor=2, zero=1, optimizer="muon", implementation="folded", dtype="bf16", model="falcon_h1"),
+    Case(world=2, zero=3, optimizer="muon", dtype="bf16", model="hybrid"),
 ]
 """All optimizers, both implementations, fp32 and bf16, every ZeRO class, and a batch that grows before and after."""
 
 
 def _id(case: Case) -> str:
-    return f"{name_of(case)}-{case.optimizer}-{case.dtype}"
+    return f"{name_of(case)}-{case.optimizer}-{case.dtype}-{case.model}"
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,10 @@ OTHERS = [
 ]
 OPTIMIZERS = ("adamw", "muon", "normuon")
 RAMP, RAMP_OTHER = Case(world=4, tensor=2, zero=2, knobs="ramp"), Case(zero=3, implementation="folded", knobs="ramp")
+HYBRID, HYBRID_OTHER = (
+    Case(world=4, tensor=4, zero=2, model="hybrid"),
+    Case(zero=3, implementation="folded", model="hybrid"),
+)
 RAMP_SAVED, RAMP_BATCHES = 3, [4, 4, 8, 12, 16]
 SAVED, MORE = 5, 5
 RELATIVE = 1e-5
@@ -156,8 +162,12 @@ def shardings(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, 
     }
     ramp = folder / "ramp"
     rest = Run(RAMP_OTHER, 2, folder / "none", load=ramp / f"checkpoints/step_{RAMP_SAVED}", weights_seed=99)
-    launch(4, whole | there(4) | {("adamw", "ramp", RAMP): Run(RAMP, 5, ramp, save_at=(RAMP_SAVED,))})
-    launch(1, there(1) | other_runs(folder, step) | {("adamw", "ramp", RAMP_OTHER): rest})
+    hybrid = Run(HYBRID, SAVED + 2, folder / "hybrid", save_at=(SAVED,))
+    hybrid_rest = Run(HYBRID_OTHER, 2, folder / "none", load=folder / "hybrid" / step, weights_seed=99)
+    more = {("adamw", "ramp", RAMP): Run(RAMP, 5, ramp, save_at=(RAMP_SAVED,)), ("adamw", "whole", HYBRID): hybrid}
+    launch(4, whole | there(4) | more)
+    more = {("adamw", "ramp", RAMP_OTHER): rest, ("adamw", "there", HYBRID_OTHER): hybrid_rest}
+    launch(1, there(1) | other_runs(folder, step) | more)
     launch(2, there(2))
     back = {
         (o, "back", case): Run(
@@ -181,6 +191,14 @@ def test_another_layout_goes_on_with_the_same_samples_and_losses(
     assert other.seen == list(range(SAVED * batch, (SAVED + MORE) * batch))
     assert other.seen == whole.seen[SAVED * batch :]
     for key in ("step", "tokens", "lr", "loss", "grad_norm", "multiplier_grad_norm"):
+        expected = [record[key] for record in whole.records[SAVED:]]
+        assert [record[key] for record in other.records] == pytest.approx(expected, rel=RELATIVE, abs=0.0), key
+
+
+def test_mixers_go_on_in_another_layout(shardings: dict[tuple[str, str, Case], Trace]) -> None:
+    """Two groups over four ranks have copies of B and C, and are whole in one process."""
+    whole, other = shardings["adamw", "whole", HYBRID], shardings["adamw", "there", HYBRID_OTHER]
+    for key in ("step", "loss", "grad_norm", "multiplier_grad_norm"):
         expected = [record[key] for record in whole.records[SAVED:]]
         assert [record[key] for record in other.records] == pytest.approx(expected, rel=RELATIVE, abs=0.0), key
 

@@ -1,0 +1,33 @@
+"""Whole models of published sizes on the meta device, which has shapes and no memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megamult.models.falcon_h1.config import FalconH1Config
+
+
+def counts(sizes: dict[str, FalconH1Config]) -> dict[str, dict[str, int]]:
+    """By name: the number of parameters without multipliers, and that of multipliers in each placement."""
+    from megamult.distributed import device, start
+    from megamult.models.falcon_h1.model import FalconH1
+    from megamult.parameters.stated import named_specs
+
+    start.initialize(1)
+    meta: Any = torch.device("meta")
+    torch.cuda.current_device = lambda: meta  # where Megatron and our layers allocate
+    device.local_device = lambda: meta
+    found: dict[str, dict[str, int]] = {}
+    for name, each in sizes.items():
+        assert each.vocab_size is not None
+        found[name] = {}
+        for placement in ("all", "symmetry_free", "scalar"):
+            model = FalconH1(each, each.vocab_size, seed=None, placement=placement, dtype=torch.bfloat16)
+            assert all(parameter.device == meta for parameter in model.parameters())
+            specs = [spec for _, _, spec in named_specs(model)]
+            # Logical tensors: without the rows that pad the vocabulary.
+            found[name]["weights"] = sum(spec.numel_logical for spec in specs if spec.side is None)
+            found[name][placement] = sum(spec.numel_logical for spec in specs if spec.side is not None)
+    return found

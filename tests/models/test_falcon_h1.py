@@ -1,0 +1,87 @@
+"""Falcon-H1 at the sizes that are published: parameters, multipliers and operations, without memory for any."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megamult.models.falcon_h1.config import FalconH1Config
+from megamult.models.falcon_h1.flops import flops_per_token
+from megamult.models.falcon_h1.hf_names import weights
+from megamult.parameters.roles import resolve
+from tests.models.falcon_h1_workers import counts
+from tests.processes import run_distributed
+from tests.small import MODELS, VOCAB
+
+COMMON: dict[str, Any] = {"seq_length": 16384, "rotary_base": 1e11, "vocab_size": 32784, "ssm_chunk": 256}
+HALF_B = FalconH1Config(
+    **{**COMMON, "ssm_chunk": 128},
+    num_layers=36,
+    hidden_size=1024,
+    num_attention_heads=8,
+    head_dim=64,
+    num_query_groups=2,
+    ffn_hidden_size=2048,
+    ssm_heads=24,
+    ssm_head_dim=64,
+    ssm_state_size=128,
+)
+"""Falcon-H1-0.5B."""
+TINY = FalconH1Config(
+    num_layers=24,
+    hidden_size=512,
+    num_attention_heads=8,
+    head_dim=64,
+    num_query_groups=2,
+    ffn_hidden_size=768,
+    vocab_size=32768,
+    tie_embeddings=True,
+    ssm_heads=24,
+    ssm_head_dim=32,
+    ssm_state_size=64,
+)
+"""Falcon-H1-Tiny-90M, whose embedding is tied."""
+PUBLISHED = {"0.5B": (HALF_B, 521_411_104), "Tiny-90M": (TINY, 91_131_072)}
+"""Sizes of published models, and the numbers of their parameters."""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, int]]:
+    sizes = {name: each for name, (each, _) in PUBLISHED.items()}
+    return run_distributed(1, counts, sizes)[0]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_model_has_as_many_parameters_as_the_published_one(name: str, found: dict[str, dict[str, int]]) -> None:
+    sizes, expected = PUBLISHED[name]
+    assert found[name]["weights"] == expected
+    assert sizes.vocab_size is not None
+    *listed, head = weights(sizes, sizes.vocab_size)
+    exported = listed if sizes.tie_embeddings else [*listed, head]
+    assert sum(math.prod(weight.shape) for weight in exported) == expected, "also by the list of names"
+
+
+def test_placements_add_as_many_multipliers_as_rows_and_columns(found: dict[str, dict[str, int]]) -> None:
+    # Rows and columns of the tables in shared/FALCON_H1.md, over 36 layers, and 32784 + 1024 of the embedding.
+    assert found["0.5B"]["all"] == 956_272
+    assert found["0.5B"]["symmetry_free"] == 440_176
+    assert found["0.5B"]["scalar"] == 36 * (4 + 3 + 6) + 1
+
+
+@pytest.mark.parametrize("kinds", ["HHHH", "M-H*", "MMMM", "*-*-"])
+def test_operations_are_counted_from_the_weights_and_the_two_mixings_of_tokens(kinds: str) -> None:
+    sizes = replace(MODELS["hybrid"], num_layers=4, layers=kinds)
+    assert isinstance(sizes, FalconH1Config)
+    products = sum(
+        math.prod(weight.shape)
+        for weight in weights(sizes, VOCAB)
+        if len(weight.shape) > 1 and weight.role != "embedding"
+    )
+    attention, mixers = sum(kinds.count(each) for each in "H*"), sum(kinds.count(each) for each in "HM")
+    # q k^T and p v of 12 heads of 6 over half of 24 tokens; decay, addition and reading of a state of 8 x 6 x 10.
+    forward = attention * 2 * 2 * (12 * 6) * 12 + mixers * 3 * 2 * (8 * 6 * 10)
+    assert flops_per_token(sizes, VOCAB) == 6 * products + 3 * forward
+    assert set(resolve("all", sizes.roles)) <= {weight.role for weight in weights(sizes, VOCAB)}
