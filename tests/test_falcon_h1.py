@@ -33,6 +33,18 @@ CANDIDATES = [
     ).valid
 ]
 CASES = covering(CANDIDATES, ("tensor", "sequence", "zero", "accumulation", "implementation", "optimizer", "model"))
+CLIPPED = Case(
+    world=2,
+    tensor=2,
+    sequence=True,
+    zero=1,
+    recompute=True,
+    model="hybrid",
+    knobs="qk_clip",
+    optimizer="muon",
+    steps=STEPS,
+)
+CASES.append(CLIPPED)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +62,12 @@ def test_every_step_is_that_of_one_process(case: Case, outcomes: dict[Case, Outc
         expected = [record[key] for record in outcomes[case.reference].records]
         actual = [record[key] for record in outcomes[case].records]
         assert actual == pytest.approx(expected, rel=RELATIVE, abs=0.0), key
+
+
+def test_heads_of_nested_attention_are_clipped(outcomes: dict[Case, Outcome]) -> None:
+    heads = [record["qk_clip_heads"] for record in outcomes[CLIPPED].records]
+    assert 0 < min(heads) < 2 * 12, "in some step some of 12 heads in two layers, and not all"
+    assert heads == [record["qk_clip_heads"] for record in outcomes[CLIPPED.reference].records]
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)

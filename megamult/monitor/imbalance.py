@@ -18,7 +18,7 @@ class Imbalance:
     Args:
         matrices: all logical matrices.
         head_dim: rows of one attention head.
-        readers: for each norm, (its name in metrics, name of its weight, name of the module that reads its output).
+        readers: for each norm, (its name in metrics, name of its weight, names of the modules that read its output).
         broken: names of symmetries that the model does not have (:func:`megamult.monitor.symmetries.pairs`).
     """
 
@@ -26,7 +26,7 @@ class Imbalance:
         self,
         matrices: Sequence[Matrix],
         head_dim: int,
-        readers: Iterable[tuple[str, str, str]],
+        readers: Iterable[tuple[str, str, tuple[str, ...]]],
         broken: Container[str] = (),
     ) -> None:
         self._head_dim, self._broken = head_dim, broken
@@ -39,10 +39,10 @@ class Imbalance:
         for (layer, role), members in by_role.items():
             if len(members) == 1:
                 self._layers.setdefault(layer, {})[role] = members[0]
-        self._norms = [
-            (subject, norm, [matrix for matrix in matrices if matrix.name.startswith(f"{module}.")])
-            for subject, norm, module in readers
-        ]
+        self._norms = []
+        for subject, norm, modules in readers:
+            within = tuple(f"{module}." for module in modules)
+            self._norms.append((subject, norm, [matrix for matrix in matrices if matrix.name.startswith(within)]))
 
     def pairs(self, vectors: Mapping[str, Tensor]) -> list[tuple[str, int | None, Tensor]]:
         """Return (symmetry, layer, imbalance of each pair) for every symmetry in the model.

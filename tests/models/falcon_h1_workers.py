@@ -1,4 +1,4 @@
-"""Whole models of published sizes on the meta device, which has shapes and no memory."""
+"""Models of published sizes on the meta device, which has shapes and no memory, and the modules of a small one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from typing import Any
 import torch
 
 from megamult.models.falcon_h1.config import FalconH1Config
+
+
+def readers(sizes: FalconH1Config, vocab_size: int) -> tuple[list[tuple[str, str, tuple[str, ...]]], set[str]]:
+    """Norms and the modules that read them, and the names of the modules that hold a weight."""
+    from megamult.distributed import start
+    from megamult.models.common.readers import norms_and_readers
+    from megamult.models.falcon_h1.model import FalconH1
+
+    start.initialize(1)
+    model = FalconH1(sizes, vocab_size, seed=1)
+    holders = {name.removesuffix(".weight") for name, _ in model.named_parameters() if name.endswith(".weight")}
+    return list(norms_and_readers(model)), holders
 
 
 def counts(sizes: dict[str, FalconH1Config]) -> dict[str, dict[str, int]]:

@@ -33,7 +33,7 @@ def test_a_query_attends_to_the_keys_of_its_document_up_to_its_own() -> None:
     assert torch.equal(mask[:, 0], expected)
 
 
-ATTENTION = {"mixers beside attention": 0, "layers of every kind": 0}
+ATTENTION = {"mixers beside attention": 1, "layers of every kind": 2}
 """Number of layers whose attention logits are measured."""
 
 

@@ -12,7 +12,7 @@ from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.models.falcon_h1.flops import flops_per_token
 from megamult.models.falcon_h1.hf_names import weights
 from megamult.parameters.roles import resolve
-from tests.models.falcon_h1_workers import counts
+from tests.models.falcon_h1_workers import counts, readers
 from tests.processes import run_distributed
 from tests.small import MODELS, VOCAB
 
@@ -69,6 +69,21 @@ def test_placements_add_as_many_multipliers_as_rows_and_columns(found: dict[str,
     assert found["0.5B"]["all"] == 956_272
     assert found["0.5B"]["symmetry_free"] == 440_176
     assert found["0.5B"]["scalar"] == 36 * (4 + 3 + 6) + 1
+
+
+def test_a_norm_is_read_by_attention_and_mixer_together_where_a_layer_has_both() -> None:
+    found, holders = run_distributed(1, readers, MODELS["hybrid"], VOCAB)[0]  # M-H*
+    present = {norm: modules for _, norm, modules in found if norm.removesuffix(".weight") in holders}
+    layer = "decoder.layers"
+    mixer, attention = "self_attention.mixer.in_proj", "self_attention.attention.linear_qkv"
+    assert present == {
+        f"{layer}.0.input_layernorm.weight": (f"{layer}.0.{mixer}",),
+        f"{layer}.1.pre_mlp_layernorm.weight": (f"{layer}.1.mlp.linear_fc1",),
+        f"{layer}.2.input_layernorm.weight": (f"{layer}.2.{attention}", f"{layer}.2.{mixer}"),
+        f"{layer}.2.pre_mlp_layernorm.weight": (f"{layer}.2.mlp.linear_fc1",),
+        f"{layer}.3.input_layernorm.weight": (f"{layer}.3.{attention}",),
+    }
+    assert {module for modules in present.values() for module in modules} <= holders
 
 
 @pytest.mark.parametrize("kinds", ["HHHH", "M-H*", "MMMM", "*-*-"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megamult.config import Config
+from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.mup import _shapes, at_width, mup
 from megamult.multipliers.config import MultipliersConfig
@@ -130,6 +131,14 @@ def test_at_the_base_width_only_a_head_factor_of_1_is_added() -> None:
     placement = resolve(keys["multipliers"]["placement"])
     assert placement.pop("head") == {"scalar"} and placement == resolve("all")
     assert keys["multipliers"]["initial"] == {"head": {"scalar": 1.0}}
+
+
+def test_another_architecture_is_refused() -> None:
+    said = "architecture is 'falcon_h1': muP's factors are known here for llama only"
+    with pytest.raises(ValueError, match=said):
+        mup(FalconH1Config(), BASE)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=said):
+        at_width(FalconH1Config(), 64)  # type: ignore[arg-type]
 
 
 def test_matrices_of_fixed_norm_get_no_decay_and_divided_starts_are_refused() -> None:

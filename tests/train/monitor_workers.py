@@ -59,7 +59,7 @@ def by_hand(before: dict[str, Tensor], items: dict[str, Any]) -> dict[str, float
             if item.side != "scalar":
                 found[key(f"{item.side}_log_std", item.role, layer_of(name))] = logs.std(correction=0).item()
             continue
-        if item.tensor.dim() == 1:  # a norm
+        if item.tensor.dim() != 2:  # a norm, or a convolution, of which a layer has several
             continue
         module = name.rpartition(".")[0]
         sides = {

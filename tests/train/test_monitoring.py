@@ -24,6 +24,7 @@ ALONE = [
     Case(implementation="none"),
     Case(placement="mapping"),
     Case(placement="scalar"),
+    Case(model="hybrid"),
 ]
 SHARDED = [
     *(Case(world=4, tensor=2, zero=stage) for stage in (0, 1, 2, 3)),
@@ -34,6 +35,7 @@ SHARDED = [
     Case(world=4, tensor=2, zero=2, optimizer="muon"),
     Case(world=4, tensor=2, zero=0, optimizer="muon", implementation="folded"),
     Case(world=4, tensor=2, zero=3, implementation="none"),
+    Case(world=4, tensor=4, zero=1, sequence=True, recompute=True, model="hybrid"),
 ]
 Figures = dict[str, float]
 
@@ -92,6 +94,22 @@ def test_there_is_a_figure_for_each_metric_role_and_layer(figures: dict[Case, tu
 METRICS = ("rms", "row_cv", "col_cv")
 PAIRS = ("q_k", "v_out", "up_down", "attention_norm", "mlp_norm")
 ACTIVATIONS = ("attention_output_rms", "mlp_output_rms", "residual_rms", "attention_logit_rms", "attention_logit_max")
+
+
+def test_a_layer_of_a_hybrid_has_the_figures_of_its_blocks(figures: dict[Case, tuple[Figures, Figures]]) -> None:
+    """Layers M-H*: a mixer, an MLP, all three, attention."""
+    found = set(figures[Case(model="hybrid")][0])
+    for block, layers in (("attention", "23"), ("mixer", "02"), ("mlp", "12"), ("residual", "0123")):
+        metric = f"{block}_rms" if block == "residual" else f"{block}_output_rms"
+        assert {key for key in found if key.startswith(f"{metric}/")} == {f"{metric}/layer_0{i}" for i in layers}
+    for metric in ("attention_logit_rms", "attention_logit_max", "weight_rms/q", "imbalance_mean/q_k"):
+        assert {key for key in found if key.startswith(f"{metric}/")} == {f"{metric}/layer_0{i}" for i in "23"}
+    for role in ("ssm_z", "ssm_x", "ssm_b", "ssm_c", "ssm_dt", "ssm_out_normed", "ssm_conv"):
+        assert {key for key in found if key.startswith(f"weight_rms/{role}/")} == {
+            f"weight_rms/{role}/layer_0{i}" for i in "02"
+        }
+    assert {f"imbalance_mean/attention_norm/layer_0{i}" for i in "023"} <= found
+    assert "imbalance_mean/attention_norm/layer_01" not in found
 
 
 def test_figures_are_of_a_plausible_size(figures: dict[Case, tuple[Figures, Figures]]) -> None:

@@ -1,6 +1,9 @@
 """Hooks that measure activations in the next forward pass of a model: RMS of block outputs and of logits, and RMS and
 largest value of the attention logits of each layer.
 
+A layer that lacks a block has no figures of it. A module in the place of a layer's attention that has several branches
+names them in its attribute `branches`, {"attention": module, "mixer": module}.
+
 The hooks are on the model only from :meth:`Activations.arm` to the end of the next forward pass. Other forward passes,
 and the ones that recomputation runs in the backward pass, have no hooks.
 """
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerLayer
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -33,9 +37,9 @@ class Activations:
         layers: indices of the layers, the same on every rank.
     """
 
-    outputs = ("attention_output_rms", "mlp_output_rms", "residual_rms")
-    """Metrics of a layer's outputs. The first two are what attention and MLP add to the residual stream; the third is
-    the stream after the layer."""
+    outputs = ("attention_output_rms", "mixer_output_rms", "mlp_output_rms", "residual_rms")
+    """Metrics of a layer's outputs: what attention, mixer and MLP add to the residual stream, and the stream after the
+    layer."""
     metrics = (*outputs, "attention_logit_rms")
     """All metrics of a layer that are RMS values."""
 
@@ -54,10 +58,12 @@ class Activations:
         self.disarm()
         self.sums, self.largest = {}, {}
         for index, layer in self._layers.items():
-            modules = (layer.self_attention, layer.mlp, layer)
-            for metric, module in zip(self.outputs, modules, strict=True):
-                self._handles.append(module.register_forward_hook(self._output(metric, index)))
-            core = getattr(layer.self_attention, "core_attention", None)
+            branches = getattr(layer.self_attention, "branches", {"attention": layer.self_attention})
+            for block, module in {**branches, "mlp": layer.mlp}.items():
+                if not isinstance(module, IdentityOp):  # in the place of a block that the layer lacks
+                    self._handles.append(module.register_forward_hook(self._output(f"{block}_output_rms", index)))
+            self._handles.append(layer.register_forward_hook(self._output("residual_rms", index)))
+            core = getattr(branches.get("attention"), "core_attention", None)
             if isinstance(core, SdpaAttention):
                 self._handles.append(core.register_forward_pre_hook(self._scores(index)))
         head = getattr(self._model, "output_layer", None)

@@ -49,6 +49,18 @@ class SideBySide(torch.nn.Module):
             else build_module(attention, config=config, layer_number=layer_number, pg_collection=pg_collection)
         )
 
+    @property
+    def branches(self) -> dict[str, torch.nn.Module]:
+        """The modules whose outputs are summed, by their names in metrics."""
+        both = {"attention": self.attention, "mixer": self.mixer}
+        return {name: branch for name, branch in both.items() if branch is not None}
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Names of the modules within this one whose matrices read the norm's output."""
+        names = {"attention": "attention.linear_qkv", "mixer": "mixer.in_proj"}
+        return tuple(names[branch] for branch in self.branches)
+
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None = None, **for_attention: Any
     ) -> tuple[Tensor, None]:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megamult.models.common.config import DecoderConfig
 from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.multipliers.parametrization import relative_step
@@ -118,9 +119,10 @@ def mup(sizes: ModelConfig, base: ModelConfig, update_norm: Callable[[int, int],
             for AdamW, whose updates have no known norm.
 
     Raises:
-        ValueError: the embedding is tied to the head, whose factor would reach the embedding too; or the models have
-            heads of different sizes, and QK-norm or biases of Q and K.
+        ValueError: the model is no Llama model; the embedding is tied to the head, whose factor would reach the
+            embedding too; or the models have heads of different sizes, and QK-norm or biases of Q and K.
     """
+    _check(sizes)
     if sizes.tie_embeddings:
         raise ValueError(
             "model.tie_embeddings is true: muP gives the head a factor that the embedding must not have; set it to "
@@ -158,8 +160,9 @@ def at_width(sizes: ModelConfig, base_hidden_size: int) -> ModelConfig:
         base_hidden_size: hidden_size of the model of the base width.
 
     Raises:
-        ValueError: a width that is scaled in proportion is not a whole number.
+        ValueError: the model is no Llama model, or a width that is scaled in proportion is not a whole number.
     """
+    _check(sizes)
     widths = {
         "num_attention_heads": sizes.num_attention_heads,
         "num_query_groups": sizes.query_groups,
@@ -181,6 +184,19 @@ def at_width(sizes: ModelConfig, base_hidden_size: int) -> ModelConfig:
         num_query_groups=groups,
         ffn_hidden_size=ffn,
     )
+
+
+def _check(sizes: DecoderConfig) -> None:
+    """Check that a model is one whose muP factors are known.
+
+    Raises:
+        ValueError: it has another architecture, or is none.
+    """
+    if not isinstance(sizes, ModelConfig):
+        raise ValueError(
+            f"model.architecture is {sizes.architecture!r}: muP's factors are known here for llama only, not for the "
+            "matrices and step sizes of a mixer; tune this model at its own width"
+        )
 
 
 def _shapes(sizes: ModelConfig) -> dict[Role, tuple[int, int]]:
