@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megamult.models.common.mamba2.sizes import MixerSizes
 from megamult.models.common.ssd import recurrence
-from megamult.models.falcon_h1.sizes import MixerSizes
 
 HIDDEN, SEQ, BATCH = 12, 10, 2
 SIZES = {
@@ -94,7 +94,7 @@ def mixers(tensor: int, sequence: bool) -> dict[str, dict[bool, dict[str, Any]]]
     from megatron.core.transformer import TransformerConfig
 
     from megamult.distributed import start
-    from megamult.models.falcon_h1.mixer import Mixer
+    from megamult.models.common.mamba2.mixer import Mixer
     from megamult.parameters.rectangles import boxes, rectangles
     from megamult.parameters.stated import spec_of
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from megamult.models.common.config import DecoderConfig
-from megamult.models.falcon_h1.roles import IN_ATTENTION, IN_MIXER, IN_MLP, IN_PROJECTION
-from megamult.models.falcon_h1.sizes import InnerNorm, MixerSizes
+from megamult.models.common.mamba2.roles import IN_MIXER, IN_PROJECTION
+from megamult.models.common.mamba2.sizes import InnerNorm, MixerSizes
 from megamult.parameters.roles import TRANSFORMER
 from megamult.parameters.spec import Role
 from megamult.settings import fixed
@@ -20,6 +20,8 @@ LAYERS = {
     "-": "an MLP",
 }
 """Letters of `model.layers`; all but H are those of Megatron-Core's hybrid models."""
+_IN_ATTENTION = ("q", "k", "v", "attention_out", "q_norm", "k_norm")
+_IN_MLP = ("gate", "up", "down")
 
 
 @dataclass
@@ -75,8 +77,8 @@ class FalconH1Config(DecoderConfig):
         kinds = set(self.layer_kinds)
         absent = {
             *(IN_MIXER if not kinds & set("HM") else ()),
-            *(IN_ATTENTION if not kinds & set("H*") else ()),
-            *(IN_MLP if not kinds & set("H-") else ()),
+            *(_IN_ATTENTION if not kinds & set("H*") else ()),
+            *(_IN_MLP if not kinds & set("H-") else ()),
             "ssm_out" if self.ssm_norm != "none" else "ssm_out_normed",
             *(("ssm_norm",) if self.ssm_norm == "none" else ()),
         }

@@ -12,8 +12,8 @@ from typing import Any
 
 from megamult.models.common import hf_config
 from megamult.models.common.hf_fields import Fields
+from megamult.models.common.mamba2.roles import IN_PROJECTION
 from megamult.models.falcon_h1.config import FalconH1Config
-from megamult.models.falcon_h1.roles import IN_PROJECTION
 from megamult.parameters.spec import Role, Side
 
 MODEL_TYPE, HUGGING_FACE_CLASS = "falcon_h1", "FalconH1ForCausalLM"

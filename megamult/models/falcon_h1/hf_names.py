@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from megamult.models.common import hf_names
 from megamult.models.common.hugging_face import Weight
+from megamult.models.common.mamba2.roles import IN_PROJECTION
 from megamult.models.falcon_h1.config import FalconH1Config
-from megamult.models.falcon_h1.roles import IN_PROJECTION
 from megamult.parameters.spec import Role
 
 

@@ -13,8 +13,8 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from megamult.models.common.documents import documents_of
-from megamult.models.falcon_h1.mixer import Mixer
-from megamult.models.falcon_h1.sizes import MixerSizes
+from megamult.models.common.mamba2.mixer import Mixer
+from megamult.models.common.mamba2.sizes import MixerSizes
 from megamult.parameters.roles import Placement
 
 

@@ -9,9 +9,10 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from torch import Tensor
 
 from megamult.models.common.decoder import Decoder
-from megamult.models.falcon_h1 import parameters
+from megamult.models.common.mamba2.parameters import quantiles
 from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.models.falcon_h1.layer import layer_spec
+from megamult.models.falcon_h1.parameters import standard_deviations
 from megamult.parameters.roles import Placement
 from megamult.parameters.spec import Role
 
@@ -34,4 +35,4 @@ class FalconH1(Decoder):
     ) -> tuple[Mapping[Role, float], Mapping[Role, Callable[[Tensor], Tensor]]]:
         """Return standard deviations by role, and the quantile functions of roles that are not drawn from a normal
         distribution."""
-        return parameters.standard_deviations(sizes), parameters.quantiles(sizes.mixer)
+        return standard_deviations(sizes), quantiles(sizes.mixer)

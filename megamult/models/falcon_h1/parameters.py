@@ -1,66 +1,13 @@
-"""Specs of the mixer's parameters. The shards are those of Megatron's MambaMixer; B and C have copies if needed."""
+"""Standard deviations of a Falcon-H1 model's initial weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
+from megamult.models.common.mamba2.roles import IN_PROJECTION
 from megamult.models.common.parameters import standard_deviations as of_decoder
-from megamult.models.falcon_h1 import roles
 from megamult.models.falcon_h1.config import FalconH1Config
-from megamult.models.falcon_h1.sizes import MixerSizes
-from megamult.parameters import megatron
-from megamult.parameters.shards import Block, Sharding
-from megamult.parameters.spec import ParameterSpec, Part, Role, Segment
-
-_NAMES = ("z", "x", "b", "c", "dt")
-
-
-def in_projection(sizes: MixerSizes, hidden: int) -> ParameterSpec:
-    """Return the spec of the input projection, whose rows are [z, x, B, C, dt]. A rank holds its part of each, in this
-    order."""
-    return _blocks(_NAMES, roles.IN_PROJECTION, sizes.rows, (hidden,), sizes.groups, orthogonalize=True)
-
-
-def convolution(sizes: MixerSizes) -> ParameterSpec:
-    """Return the spec of the convolution's weight, [channels of x, B and C, 1, kernel]."""
-    return _blocks(_NAMES[1:4], ["ssm_conv"] * 3, sizes.rows[1:4], (1, sizes.kernel), sizes.groups)
-
-
-def convolution_bias(sizes: MixerSizes) -> ParameterSpec:
-    """Return the spec of the convolution's bias, [channels of x, B and C]."""
-    return _blocks(_NAMES[1:4], ["bias"] * 3, sizes.rows[1:4], (), sizes.groups)
-
-
-def of_heads(role: Role, sizes: MixerSizes) -> ParameterSpec:
-    """Return the spec of a vector with one number for each head, which forward passes read in fp32."""
-    return megatron.vector(role, sizes.heads, 0, fp32=True)
-
-
-def norm(sizes: MixerSizes) -> ParameterSpec:
-    """Return the spec of the inner norm's weight, [inner]."""
-    return megatron.vector("ssm_norm", sizes.inner, 0)
-
-
-def quantiles(sizes: MixerSizes) -> dict[Role, Callable[[Tensor], Tensor]]:
-    """Return the quantile functions of the initial values of A_log and dt_bias and of the convolution's weights.
-
-    They are Mamba-2's: A is uniform in [1, 16], the step size softplus(dt_bias) log-uniform in [0.001, 0.1], and the
-    weights of the convolution are uniform in [-1, 1] / sqrt(kernel). D starts at 1 and the convolution's bias at 0.
-    """
-    low, high, bound = math.log(1e-3), math.log(1e-1), 1 / math.sqrt(sizes.kernel)
-
-    def dt_bias(u: Tensor) -> Tensor:
-        step = (low + (high - low) * u).exp()
-        return step + (-(-step).expm1()).log()  # the inverse of softplus
-
-    return {
-        "ssm_a": lambda u: (1 + 15 * u).log(),
-        "ssm_dt_bias": dt_bias,
-        "ssm_conv": lambda u: bound * (2 * u - 1),
-    }
+from megamult.parameters.spec import Role
 
 
 def standard_deviations(sizes: FalconH1Config) -> dict[Role, float]:
@@ -70,33 +17,7 @@ def standard_deviations(sizes: FalconH1Config) -> dict[Role, float]:
     stream grows as in a decoder with as many layers, they are all divided by sqrt(2 * num_layers).
     """
     into_stream = sizes.init_std / math.sqrt(2 * sizes.num_layers)
-    found: dict[Role, float] = dict.fromkeys(roles.IN_PROJECTION, sizes.init_std)
+    found: dict[Role, float] = dict.fromkeys(IN_PROJECTION, sizes.init_std)
     found |= dict.fromkeys(("ssm_out", "ssm_out_normed"), into_stream)
     factors = sizes.init_std_factors
     return of_decoder(sizes) | {role: value * factors.get(role, 1.0) for role, value in found.items()}
-
-
-def _blocks(
-    names: Sequence[str],
-    of: Sequence[Role],
-    rows: Sequence[int],
-    tail: tuple[int, ...],
-    groups: int,
-    orthogonalize: bool = False,
-) -> ParameterSpec:
-    """Return the spec of a parameter [sum of rows, *tail] that is one part after the other.
-
-    B and C are cut into as many pieces as there are groups, at most. A rank gets only its heads' part of the gradient
-    of a copy, so the optimizer step sums over copies.
-    """
-    starts = [sum(rows[:i]) for i in range(len(rows))]
-    blocks = tuple(Block(size, groups if name in ("b", "c") else None) for name, size in zip(names, rows, strict=True))
-    return ParameterSpec(
-        tuple(Part(name, role, (size, *tail)) for name, role, size in zip(names, of, rows, strict=True)),
-        (sum(rows), *tail),
-        tuple(Segment(start, i, 0, size) for i, (start, size) in enumerate(zip(starts, rows, strict=True))),
-        (Sharding("tensor", 0, blocks),),
-        orthogonalize=orthogonalize,
-        decay=orthogonalize,
-        reduce_over=("tensor",),
-    )

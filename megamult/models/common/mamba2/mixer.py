@@ -26,9 +26,9 @@ from torch.nn import Parameter
 
 from megamult.layers import MultiplierColumnParallelLinear, MultiplierRowParallelLinear
 from megamult.models.common.convolution import causal_convolution
+from megamult.models.common.mamba2 import parameters
+from megamult.models.common.mamba2.sizes import MixerSizes
 from megamult.models.common.ssd import ssd
-from megamult.models.falcon_h1 import parameters
-from megamult.models.falcon_h1.sizes import MixerSizes
 from megamult.multipliers.parameters import full_precision
 from megamult.parameters.axes import tensor_shard
 from megamult.parameters.roles import Placement

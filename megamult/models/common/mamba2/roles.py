@@ -14,8 +14,6 @@ _ROW: frozenset[Side] = frozenset({"row"})
 
 IN_PROJECTION = ("ssm_z", "ssm_x", "ssm_b", "ssm_c", "ssm_dt")
 """Roles of the matrices of the input projection, in the order of its rows."""
-IN_ATTENTION = ("q", "k", "v", "attention_out", "q_norm", "k_norm")
-IN_MLP = ("gate", "up", "down")
 
 _MIXER = (
     Role("ssm_z", ROW_COL, symmetry_free=_ROW),
