@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "attach": "megamult.zero.attach",
     "DistributedMuon": "megamult.optim.muon.rule",
+    "FALCON_H1_RULES": "megamult.integrations.falcon_h1",
     "fold": "megamult.integrations.fold",
     "gpt_layer_spec": "megamult.models.llama.layer",
     "LLAMA_RULES": "megamult.integrations.llama",

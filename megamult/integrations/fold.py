@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,7 +12,8 @@ from torch.nn import Parameter
 
 from megamult.distributed import environment
 from megamult.distributed.mesh import current_mesh
-from megamult.integrations.rules import Rule, one_tensor
+from megamult.integrations.claims import claims, names_of
+from megamult.integrations.rules import FromModule, Rule, one_tensor
 from megamult.multipliers.config import MultiplierClip, MultipliersConfig
 from megamult.optim import legacy
 from megamult.optim.build import make_optimizer
@@ -21,7 +21,7 @@ from megamult.optim.config import OptimizerConfig, check_used, rule_sections
 from megamult.optim.packed_multipliers import covers
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.initial import Initial
-from megamult.parameters.roles import ROLES, Placement, resolve
+from megamult.parameters.roles import ROLES, TRANSFORMER, Placement, resolve
 from megamult.parameters.spec import ParameterSpec, Role, Side
 from megamult.parameters.stated import has_spec, set_spec, spec_of, stored_shape
 
@@ -65,10 +65,11 @@ def fold(
             groups also scales the learning rate of the multipliers.
         model: the complete model, which may be built under `deepspeed.zero.Init`. A Megatron model needs Megatron's
             process groups.
-        rules: mapping from a regular expression to a role, a spec, or a function from a parameter to its spec. A
-            rule applies to the parameters in whose names the expression is found. :data:`megamult.LLAMA_RULES`,
-            :data:`~megamult.MISTRAL_RULES`, :data:`~megamult.QWEN2_RULES`, :data:`~megamult.QWEN3_RULES` and
-            :func:`megamult.megatron_rules` are such mappings.
+        rules: mapping from a regular expression to a role, a spec, or a function from a parameter to its spec
+            (:data:`megamult.integrations.rules.Rule`). A rule applies to the parameters in whose names the expression
+            is found. :data:`megamult.LLAMA_RULES`, :data:`~megamult.MISTRAL_RULES`, :data:`~megamult.QWEN2_RULES`,
+            :data:`~megamult.QWEN3_RULES`, :data:`~megamult.FALCON_H1_RULES` and :func:`megamult.megatron_rules` are
+            such mappings.
         placement: `all`, `symmetry_free`, `scalar`, or a mapping from role to `row`, `col` or `scalar`, or to a list of
             these.
         multiplier_lr: peak learning rate of multipliers, or None to use that of the optimizer.
@@ -117,9 +118,11 @@ def fold(
     everything = _specs(model, rules, resolved)
     specs = {parameter: spec for parameter, spec in everything.items() if parameter.requires_grad}
     reached = {part.role for spec in specs.values() if covers(spec, resolved) for part in spec.parts}
-    unreached = [role for role in resolved if role not in reached]
+    known = {part.role for spec in everything.values() for part in spec.parts}
+    # A name stands for the roles of all architectures: those that only others have are no fact about this model.
+    asked = [role for role in resolved if role in known or role in TRANSFORMER or not isinstance(placement, str)]
+    unreached = [role for role in asked if role not in reached]
     if unreached and (not isinstance(placement, str) or not reached):
-        known = {part.role for spec in everything.values() for part in spec.parts}
         raise ValueError("; ".join(_without_parameter(unreached, known, isinstance(placement, str))))
     if not reached:
         raise ValueError(
@@ -228,12 +231,13 @@ def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placeme
     Raises:
         ValueError: see :func:`fold`.
     """
-    names = _names(model)
-    claims = _claims([name for known in names.values() for name in known], rules)
+    names = names_of(model)
+    claimed_by = claims([name for known in names.values() for name in known], rules)
     tp_size = current_mesh().size_of("tensor")
     specs: dict[Parameter, ParameterSpec] = {}
     for parameter, known in names.items():
-        stated = {name: _state(parameter, name, rules[claims[name]], tp_size) for name in known if name in claims}
+        claimed = [name for name in known if name in claimed_by]
+        stated = {name: _state(parameter, name, rules[claimed_by[name]], tp_size, model) for name in claimed}
         spec = next(iter(stated.values()), None)
         if spec is None and has_spec(parameter):
             spec = spec_of(parameter)
@@ -252,54 +256,14 @@ def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placeme
     return specs
 
 
-def _names(model: torch.nn.Module) -> dict[Parameter, list[str]]:
-    """Return all names of each parameter. A parameter that modules share has several."""
-    names: dict[Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    for path, module in model.named_modules():
-        # Megatron's tied head has no weight of its own: each forward pass gives it the embedding's weight. So
-        # named_parameters does not list the head.
-        if getattr(module, "share_embeddings_and_output_weights", False):
-            shared = module.shared_embedding_or_output_weight()
-            head = f"{path}.output_layer.weight" if path else "output_layer.weight"
-            if shared in names and head not in names[shared]:
-                names[shared].append(head)
-    return names
-
-
-def _claims(names: Sequence[str], rules: Mapping[str, Rule]) -> dict[str, str]:
-    """Return {parameter name: expression of the rule that finds the name}. Names that no rule finds are left out.
-
-    Raises:
-        ValueError: a rule is no regular expression or finds no name, or two rules find the same name.
-    """
-    claims: dict[str, str] = {}
-    for expression in rules:
-        try:
-            found = [name for name in names if re.search(expression, name)]
-        except re.error as error:
-            raise ValueError(f"the rule {expression!r} is no regular expression ({error}): correct it") from None
-        if not found:
-            raise ValueError(
-                f"the rule {expression!r} matches no parameter of the model, whose names are like {names[0]}: correct "
-                "or remove it"
-            )
-        for name in found:
-            if name in claims:
-                raise ValueError(
-                    f"{name} is claimed by two rules, {claims[name]!r} and {expression!r}: make one of them narrower"
-                )
-            claims[name] = expression
-    return claims
-
-
-def _state(parameter: Parameter, name: str, rule: Rule, tp_size: int) -> ParameterSpec:
+def _state(parameter: Parameter, name: str, rule: Rule, tp_size: int, model: torch.nn.Module) -> ParameterSpec:
     """Return the spec that a rule gives to a parameter.
 
     Raises:
         ValueError: the rule has an unknown role, or a matrix's role for a parameter that is no matrix.
     """
+    if isinstance(rule, FromModule):
+        rule = rule.spec(parameter, model.get_submodule(".".join(name.split(".")[:-2])))
     if isinstance(rule, ParameterSpec):
         return rule
     if not isinstance(rule, str):

@@ -7,6 +7,8 @@ is a regular expression, together with the role or the spec of the parameters in
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch.nn import Parameter
 
@@ -15,10 +17,23 @@ from megamult.parameters.shards import Block, Sharding
 from megamult.parameters.spec import ParameterSpec, Part, Role, Segment
 from megamult.parameters.stated import stored_shape
 
-Rule = Role | ParameterSpec | Callable[[Parameter], ParameterSpec]
-"""What a rule gives to the parameters that its expression finds: a role, a spec, or a function from a parameter to its
-spec. A role is possible if each parameter is one matrix W[out, in]. The role `norm` is possible for any shape; such a
-parameter is updated by AdamW without weight decay, and has no multipliers."""
+
+@dataclass(frozen=True)
+class FromModule:
+    """Function from a parameter and a module around it to the parameter's spec or role.
+
+    The module is the parent of the one that holds the parameter: for `mamba.in_proj.weight` it is `mamba`, which knows
+    the sizes of what `in_proj` stores.
+    """
+
+    spec: Callable[[Parameter, Any], ParameterSpec | Role]
+
+
+Rule = Role | ParameterSpec | Callable[[Parameter], ParameterSpec] | FromModule
+"""What a rule gives to the parameters that its expression finds: a role, a spec, or a function from a parameter, or
+from a parameter and a module around it, to its spec. A role is possible if each parameter is one matrix W[out, in].
+Roles of vectors, such as `norm`, are possible for any shape; such a parameter is updated by AdamW without weight decay,
+and has no multipliers."""
 
 
 def one_tensor(role: Role, parameter: Parameter, tp_size: int) -> ParameterSpec:
