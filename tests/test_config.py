@@ -402,7 +402,7 @@ def test_a_shipped_configuration_parses_and_fits_one_process(file: Path) -> None
 
 
 def test_there_are_shipped_configurations() -> None:
-    assert {file.stem for file in EXAMPLES} >= {"quickstart", "tiny"}
+    assert {file.stem for file in EXAMPLES} >= {"quickstart", "tiny", "falcon_h1_tiny"}
 
 
 # Every section differs from its defaults, with each type that a key can have.

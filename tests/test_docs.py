@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megamult.models.architectures import ARCHITECTURES
 from megamult.train.command_line import parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +88,8 @@ def can_be_imported(name: str) -> bool:
 
 @pytest.fixture(scope="module")
 def keys() -> set[str]:
-    return set(parser().get_defaults().keys())
+    """Keys of every architecture."""
+    return set().union(*(parser(name).get_defaults().keys() for name in ARCHITECTURES))
 
 
 def test_the_readme_is_short_and_has_a_line_for_each_folder_and_each_page() -> None:
