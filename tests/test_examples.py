@@ -95,6 +95,21 @@ def _folded(said: str) -> list[tuple[float, ...]]:
     return [tuple(map(float, line)) for line in lines]
 
 
+def test_the_benchmark_of_falcon_h1_compares_what_it_says() -> None:
+    sizes = ("--batch", "2", "--seq", "32", "--hidden", "96", "--layers", "1", "--heads", "4", "--repeat", "1")
+    said = _run(str(EXAMPLES / "benchmarks" / "falcon_h1.py"), *sizes, "--state", "16", "--chunk", "16")
+    times = {name: float(seconds) for name, seconds in re.findall(r"(?:mixer|step), (\w+): ([\d.]+) s", said)}
+    assert set(times) == {"megamult", "transformers", "falcon_h1", "llama"}
+    faster, longer = (float(value) for value in re.findall(r"([\d.]+) times as", said))
+    # Times are shown to a millisecond, of some tens of them.
+    assert faster == pytest.approx(times["transformers"] / times["megamult"], rel=0.3)
+    assert longer == pytest.approx(times["falcon_h1"] / times["llama"], rel=0.3)
+    hybrid, llama = (int(count.replace(",", "")) for count in re.findall(r"([\d,]+) parameters", said))
+    assert llama == pytest.approx(hybrid, rel=1e-3), "an MLP is as wide as it takes, to a column"
+    memory = [float(value) for value in re.findall(r"([\d.]+) MB kept", said)]
+    assert len(memory) == 2 and min(memory) > 0
+
+
 def test_layer_overhead_prints_ratios_of_the_medians_and_what_folding_keeps() -> None:
     sizes = ("--hidden", "64", "--ffn", "128", "--layers", "1", "--seq", "16", "--batch", "2", "--steps", "3")
     said = _run(str(EXAMPLES / "benchmarks" / "layer_overhead.py"), *sizes, "--dtype", "fp32")
