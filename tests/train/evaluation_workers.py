@@ -66,7 +66,7 @@ def evaluated(layouts: list[Layout], folder: Path | None = None) -> list[tuple[d
         trainer = Trainer(config, engine, Samples(VOCAB, SMALL.seq_length), valid, VOCAB)
         record = trainer.evaluate()
         if folder is not None and layout is layouts[0]:
-            with Records(folder, config.train, 1.0, mesh, 0, 0, (0, 0), lambda figures: None) as records:
+            with Records(folder, config.train, 1.0, mesh, 0, 0, (0, 0), {}) as records:
                 records.evaluation(0, record)
         found.append((record, valid["speeches"].seen))
         engine.deepspeed.destroy()

@@ -245,9 +245,8 @@ LATE: list[tuple[list[str], str]] = [
         r"checkpoint's is 4; model\.tie_embeddings is False "
         rf"and the checkpoint's is True; model\.vocab_size is {VOCAB} and the checkpoint's is 500; train\.seed "
         r"\(the data's order\) is 1234 and the checkpoint's is 7; the SHA-256 of data\.tokenizer is '\w{64}' and the "
-        r"checkpoint's is '0{64}' \(tokenizer\.model\); multipliers\.placement gives q no col and row multipliers, .*; "
-        r"optimizer\.name is "
-        r"'adamw' and the checkpoint's is 'muon' \(.*\): set them back",
+        r"checkpoint's is '0{64}' \(tokenizer\.model\); optimizer\.name is 'adamw' and the checkpoint's is 'muon' "
+        r"\(.*\); multipliers\.placement gives q no col and row multipliers, .*: set them back",
     ),
     (
         ["--data.tokenizer=FOLDER/other.model"],
