@@ -1,6 +1,9 @@
 """Settings of all tests: one thread per process, no GPU unless a test asks for it, and how workers share them."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,6 +13,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
+if "MEGAMULT_CACHE_DIR" not in os.environ:  # workers inherit it, so that all choose the same methods of Newton-Schulz
+    os.environ["MEGAMULT_CACHE_DIR"] = tempfile.mkdtemp(prefix="megamult_cache_")
+    atexit.register(shutil.rmtree, os.environ["MEGAMULT_CACHE_DIR"], ignore_errors=True)
 
 ONE_LAUNCH = ("tests/models", "tests/multipliers")
 """Folders in which all tests read the results of one launch."""

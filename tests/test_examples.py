@@ -142,7 +142,7 @@ def test_muon_plan_prints_a_balanced_plan() -> None:
 
 
 def test_muon_step_counts_what_newton_schulz_costs() -> None:
-    sizes = ("--hidden", "128", "--ffn", "192", "--layers", "2", "--steps", "2")
+    sizes = ("--hidden", "128", "--ffn", "192", "--layers", "2", "--steps", "2", "--ns_form", "standard")
     starts_processes()
     # Compiling DeepSpeed's Newton-Schulz would take most of a minute, and is not what this shows. torch reads the
     # variable at its import, so this needs an interpreter of its own.

@@ -65,7 +65,9 @@ def test_the_symmetric_kernel_computes_the_product(n: int, depth: int, dtype: to
     product = x.double() @ x.double().mT
     # Sums are fp32: their error is far below the one rounding of the result.
     rounding = torch.finfo(dtype).eps
-    torch.testing.assert_close(lower_tiles(x, x.mT, None, 0.0, 1.0).double(), product, rtol=rounding, atol=1e-3)
-    actual = lower_tiles(x, x.mT, c, 0.3, -0.7)
+    actual = torch.full_like(c, torch.nan)
+    lower_tiles(x, x.mT, actual, None, 0.0, 1.0)
+    torch.testing.assert_close(actual.double(), product, rtol=rounding, atol=1e-3)
+    lower_tiles(x, x.mT, actual, c, 0.3, -0.7)
     torch.testing.assert_close(actual.double(), 0.3 * c.double() - 0.7 * product, rtol=rounding, atol=1e-3)
     assert torch.equal(actual[:, 128:, :128], actual[:, :128, 128:].mT)

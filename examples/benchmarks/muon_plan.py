@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -82,14 +83,13 @@ def main() -> None:
             for data in arguments.data:
                 cuts = zero_cuts(specs, arguments.tensor, data, stage)
                 began = time.perf_counter()
-                plan = make_plan(cuts, Grid(tensor=arguments.tensor, data=data), 5)
+                plan = make_plan(cuts, Grid(tensor=arguments.tensor, data=data), partial(flops, steps=5))
                 seconds = time.perf_counter() - began
-                costs = [flops(m.rows, m.cols, 5) for m in plan.matrices]
-                mean = sum(costs) / plan.ranks
+                mean = sum(plan.costs) / plan.ranks
                 megabytes = 2 / 1e6
                 print(
-                    f"{name:<7}{stage:>5}{plan.ranks:>7}{mean / max(costs):>14.2f}{plan.loads.max() / mean:>14.3f}"
-                    f"{lower_bound(costs, plan.ranks) / mean:>12.3f}{plan.sent.mean() * megabytes:>12,.1f}"
+                    f"{name:<7}{stage:>5}{plan.ranks:>7}{mean / max(plan.costs):>14.2f}{plan.loads.max() / mean:>14.3f}"
+                    f"{lower_bound(plan.costs, plan.ranks) / mean:>12.3f}{plan.sent.mean() * megabytes:>12,.1f}"
                     f"{plan.sent.max() * megabytes:>10,.1f}{plan.temporary.max() * megabytes:>11,.1f}{seconds:>8.2f}"
                 )
 

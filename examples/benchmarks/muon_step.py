@@ -36,6 +36,7 @@ import time
 import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="muon_step_")  # an empty compile cache
@@ -277,7 +278,9 @@ def run_config(arguments: argparse.Namespace, seq_length: int = 64) -> Any:
             seq_length=seq_length,
         ),
         multipliers=MultipliersConfig(implementation="none"),
-        optimizer=OptimizerConfig(name="muon", lr=1e-3, muon=MuonConfig(ns_dtype=arguments.ns_dtype)),
+        optimizer=OptimizerConfig(
+            name="muon", lr=1e-3, muon=MuonConfig(ns_dtype=arguments.ns_dtype, ns_form=arguments.ns_form)
+        ),
         parallel=ParallelConfig(tensor=arguments.tensor, zero_stage=arguments.zero_stage),
         train=TrainConfig(
             global_batch_size=world // arguments.tensor, micro_batch_size=1, dtype=arguments.dtype, steps=1000
@@ -373,9 +376,10 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
     exchanged = all_ranks(ours.bytes_sent / (2 + arguments.warmup + arguments.steps))
     median = {name: statistics.median(times) for name, times in seconds.items()}
     if main_rank:
+        ns_dtypes = ", ".join(sorted({str(method.dtype) for method in ours.methods.values()}))
         print(
             f"hidden {arguments.hidden}, ffn {arguments.ffn}, {arguments.layers} layers, {arguments.dtype}, "
-            f"Newton-Schulz: ours {ours.ns_dtype}, the other optimizers' {peers_dtype}; ZeRO {arguments.zero_stage}, "
+            f"Newton-Schulz: ours {ns_dtypes}, the other optimizers' {peers_dtype}; ZeRO {arguments.zero_stage}, "
             f"data parallel {current_mesh().groups['data'].size()}, tensor parallel {arguments.tensor}, "
             f"{device.local_device().type}, {torch.get_num_threads()} thread(s) per process, "
             f"medians of {arguments.steps} steps"
@@ -408,13 +412,17 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
 def newton_schulz_alone(arguments: argparse.Namespace) -> None:
     """Print the times of orthogonalizing all layers' matrices, for our Newton-Schulz and torch.optim.Muon's.
 
-    Print also the share of the device's peak FLOP/s that ours reaches, and the times of the symmetric products in it.
+    The plain form is whole batched products by torch.bmm and torch.baddbmm, in the standard form. The method of ours is
+    timed anew, and not taken from a file. Print also the share of the device's peak FLOP/s that ours reaches, and the
+    times of symmetric products.
     """
     from torch.optim._muon import _zeropower_via_newtonschulz as torchs
 
     from megamult.distributed import device
-    from megamult.optim.muon.newton_schulz import SIMPLE, coefficients, orthogonalize
-    from megamult.optim.muon.symmetric import block_rows, symmetric_product
+    from megamult.optim.muon.coefficients import SIMPLE, coefficients
+    from megamult.optim.muon.newton_schulz import orthogonalize_by
+    from megamult.optim.muon.symmetric import Products, has_kernel, symmetric_product
+    from megamult.optim.muon.timing import fastest
 
     device.prepare()
     here, steps = device.local_device(), coefficients("simple", 5)
@@ -430,39 +438,56 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
     peak = device.peak_flops(ours)
     print(
         f"only Newton-Schulz, {here.type}, ours in {arguments.ns_dtype}, torch's in bf16, "
-        f"medians of {arguments.steps} steps"
+        f"{torch.get_num_threads()} thread(s), medians of {arguments.steps} steps"
     )
-    print(f"{'shape':<16}{'ours ms':>10}{'torch ms':>10}{'torch/ours':>12}{'of peak':>9}")
+    print(
+        f"{'shape':<16}{'ours ms':>10}{'plain ms':>10}{'torch ms':>10}{'plain/ours':>12}{'torch/ours':>12}"
+        f"{'of peak':>9}"
+    )
     for (rows, cols), count in shapes.items():
         batch = torch.randn(count * arguments.layers, rows, cols, device=here)
+        method = fastest((rows, cols), steps, [ours], here).method
         runs: dict[str, Callable[[], Any]] = {
-            "ours": lambda batch=batch: orthogonalize(batch, steps, ours),
+            "ours": lambda batch=batch, method=method: orthogonalize_by(batch, steps, method),
+            "plain": lambda batch=batch: plain_newton_schulz(batch.to(ours), SIMPLE, len(steps)),
             "torch": lambda batch=batch: [torchs(one, SIMPLE, 5, 1e-7) for one in batch],
         }
-        mine, theirs = alternating(arguments, runs)
+        mine, plain, theirs = alternating(arguments, runs)
         with FlopCounterMode(display=False) as counter:
             runs["ours"]()
         share = "" if peak is None else f"{counter.get_total_flops() / mine / peak:.2f}"
         shape = f"{len(batch)} x {rows} x {cols}"
-        print(f"{shape:<16}{1e3 * mine:>10.2f}{1e3 * theirs:>10.2f}{theirs / mine:>12.2f}{share:>9}")
-    print("only its symmetric products X X^T: as chosen on this device, by block rows, whole")
-    print(f"{'X':<16}{'ours ms':>10}{'rows ms':>10}{'whole ms':>10}{'rows/ours':>11}{'whole/ours':>11}")
+        print(
+            f"{shape:<16}{1e3 * mine:>10.2f}{1e3 * plain:>10.2f}{1e3 * theirs:>10.2f}{plain / mine:>12.2f}"
+            f"{theirs / mine:>12.2f}{share:>9}  {method.form}, {method.products}, together: {method.together}"
+        )
+    print("only symmetric products X X^T: whole, by block rows, by the kernel")
+    print(f"{'X':<16}{'whole ms':>10}{'rows ms':>10}{'kernel ms':>11}{'whole/rows':>12}{'whole/kernel':>14}")
     smalls: Counter[tuple[int, ...]] = Counter()
     for shape, count in shapes.items():
         smalls[tuple(sorted(shape))] += count
     for shape, count in smalls.items():
         x = torch.randn(count * arguments.layers, *shape, device=here).to(ours)
-        chosen, rows, whole = alternating(
-            arguments,
-            {
-                "chosen": lambda x=x: symmetric_product(x, x.mT),
-                "block rows": lambda x=x: block_rows(x, x.mT, None, 0.0, 1.0),
-                "whole": lambda x=x: torch.bmm(x, x.mT),
-            },
-        )
+        out = torch.empty(len(x), shape[0], shape[0], dtype=ours, device=here)
+        ways: list[Products] = ["whole", "block_rows"]
+        if has_kernel(shape[0], shape[1], ours, here):
+            ways.append("kernel")
+        taken = alternating(arguments, {way: partial(symmetric_product, x, x.mT, out, way) for way in ways})
         name = f"{len(x)} x {shape[0]} x {shape[1]}"
-        times = "".join(f"{1e3 * seconds:>10.3f}" for seconds in (chosen, rows, whole))
-        print(f"{name:<16}{times}{rows / chosen:>11.2f}{whole / chosen:>11.2f}")
+        kernel = f"{1e3 * taken[2]:>11.3f}" if len(taken) > 2 else f"{'':>11}"
+        ratio = f"{taken[0] / taken[2]:>14.2f}" if len(taken) > 2 else ""
+        print(f"{name:<16}{1e3 * taken[0]:>10.3f}{1e3 * taken[1]:>10.3f}{kernel}{taken[0] / taken[1]:>12.2f}{ratio}")
+
+
+def plain_newton_schulz(x: torch.Tensor, abc: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """Return the orthogonalized matrices [batch, rows, cols], as few lines of torch compute them."""
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        r = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(r, r, r, beta=abc[1], alpha=abc[2]), x, beta=abc[0])
+    return x.mT if tall else x
 
 
 def alternating(arguments: argparse.Namespace, runs: dict[str, Callable[[], Any]]) -> list[float]:
@@ -498,6 +523,12 @@ def main() -> None:
         choices=("fp32", "bf16", "fp16"),
         default="bf16" if cuda else "fp32",
         help="dtype of DistributedMuon's Newton-Schulz",
+    )
+    parser.add_argument(
+        "--ns_form",
+        choices=("auto", "standard", "gram"),
+        default="auto",
+        help="form of DistributedMuon's Newton-Schulz; default: the one measured to be the fastest",
     )
     parser.add_argument(
         "--peers_dtype",

@@ -16,7 +16,8 @@ import torch
 
 from megamult.distributed import device
 from megamult.optim.config import AdamWConfig, MuonConfig, OptimizerConfig
-from megamult.optim.muon.newton_schulz import coefficients, orthogonalize, scale
+from megamult.optim.muon.coefficients import coefficients
+from megamult.optim.muon.newton_schulz import orthogonalize, scale
 from megamult.optim.schedule import lr_factor
 
 ELEMENTS = 10_000

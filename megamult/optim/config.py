@@ -44,7 +44,12 @@ class OrthogonalizedConfig:
     """Name of the Newton-Schulz polynomials, as in NVIDIA's Emerging-Optimizers. `simple` has the coefficients
     (3.4445, -4.7750, 2.0315) in every step. `cubic5` needs `ns_steps` 5."""
     ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Dtype in which Newton-Schulz computes. `auto`: fp32 if `train.dtype` is fp32, else bf16."""
+    """Dtype in which Newton-Schulz computes. `auto`: fp32 if `train.dtype` is fp32, else bf16, or fp32 where this is
+    faster."""
+    ns_form: Literal["auto", "standard", "gram"] = "auto"
+    """How Newton-Schulz computes its polynomial. `auto`: the way that is the fastest for each shape, measured at the
+    first start on a device, and kept. `standard` and `gram`: this form, with all else fixed too, so that rounding does
+    not depend on measurements."""
     exchange_dtype: DType = "auto"
     """Dtype in which ranks send momentum and updates to each other. `auto`: fp32 if `train.dtype` is fp32, else
     bf16."""

@@ -12,7 +12,8 @@ from megamult.monitor.decay import decay_warnings
 from megamult.monitor.equilibrium import MUON_GAIN, Trajectory, adamw_gain, equilibrium_rms, gain
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import AdamWConfig, MuonConfig, OptimizerConfig
-from megamult.optim.muon.newton_schulz import coefficients, orthogonalize
+from megamult.optim.muon.coefficients import coefficients
+from megamult.optim.muon.newton_schulz import orthogonalize
 from megamult.optim.schedule import lr_factor
 
 

@@ -13,7 +13,7 @@ from megamult.distributed.mesh import ALONE
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.build import make_optimizer
 from megamult.optim.config import AdamWConfig, MuonConfig, OptimizerConfig
-from megamult.optim.muon.newton_schulz import coefficients as coefficient_set
+from megamult.optim.muon.coefficients import coefficients as coefficient_set
 from megamult.optim.muon.newton_schulz import scale as scale_factor
 from megamult.parameters import megatron
 from megamult.parameters.stated import set_spec

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megamult.distributed import device
+from megamult.distributed.mesh import Mesh
 from megamult.optim.muon.exchange import Exchange
 from megamult.optim.muon.plan import BUCKET_ELEMENTS, Plan, make_plan
 from megamult.optim.rule import UpdateRule
@@ -29,7 +31,8 @@ class Matrices:
     Args:
         partition: the partition of all parameters of the model.
         select: function that takes a parameter's spec and returns whether the rule updates the parameter.
-        steps: number of Newton-Schulz steps. Owners are chosen so that the FLOPs of these steps are balanced.
+        cost: function from (shapes of all matrices, dtype) to a function from the shape (rows, cols) of a matrix to the
+            cost of its update. Owners are chosen so that costs are balanced. Called on all ranks together.
         bucket_elements: see :class:`MatrixRule`.
 
     Attributes:
@@ -39,15 +42,20 @@ class Matrices:
     """
 
     def __init__(
-        self, partition: Partition, select: Callable[[ParameterSpec], bool], steps: int, bucket_elements: int
+        self,
+        partition: Partition,
+        select: Callable[[ParameterSpec], bool],
+        cost: Callable[[set[tuple[int, int]], torch.dtype], Callable[[int, int], int]],
+        bucket_elements: int,
     ) -> None:
         self.partition = partition
         self._pieces = kept_once(partition, select)
         self._cuts = [cut for cut in self._pieces.cuts if select(cut.spec)]
         self._indices = [i for i, piece in enumerate(self._pieces.slices) if select(piece.spec)]
         self.slices = [self._pieces.slices[i] for i in self._indices]
-        self.plan: Plan = make_plan(self._cuts, partition.mesh.grid, steps, bucket_elements)
         self.dtype = torch.float32 if all(cut.dtype == torch.float32 for cut in self._cuts) else torch.bfloat16
+        shapes = {(part.shape[0], part.shape[1]) for cut in self._cuts for part in cut.spec.parts}
+        self.plan: Plan = make_plan(self._cuts, partition.mesh.grid, cost(shapes, self.dtype), bucket_elements)
         self._bucket_elements = bucket_elements
         self.names = [
             cut.spec.logical_name(cut.name, cut.spec.parts[matrix.part])
@@ -92,7 +100,7 @@ class MatrixRule(UpdateRule):
     :meth:`prepare` computes the updates of all groups and writes them over the gradients, in the gradients' dtype;
     :meth:`apply` only applies learning rate and weight decay. For each bucket, one all-to-all sends the
     results of :meth:`accumulate` to the owners, and another sends the updates back. Owners are chosen among all ranks
-    so that Newton-Schulz FLOPs are balanced (:mod:`megamult.optim.muon.plan`).
+    so that the costs of the updates are balanced (:mod:`megamult.optim.muon.plan`).
 
     Per-element state is fp32 and sharded like the ZeRO partition. At ZeRO 0 and outside DeepSpeed, the data-parallel
     ranks divide this state evenly and all-gather the updates. The `state_dict` of a rank then has only that rank's
@@ -101,7 +109,6 @@ class MatrixRule(UpdateRule):
     the owner of the matrix stores it.
 
     Args:
-        ns_steps: number of Newton-Schulz steps.
         exchange_dtype: dtype in which pieces are sent: fp32 or bf16. If None, fp32 if the model's matrices are fp32,
             else bf16.
         bucket_elements: largest number of elements that one rank receives or sends in one exchange, unless one matrix
@@ -117,11 +124,9 @@ class MatrixRule(UpdateRule):
 
     prepares = True
 
-    def __init__(
-        self, *, ns_steps: int, exchange_dtype: torch.dtype | None = None, bucket_elements: int = BUCKET_ELEMENTS
-    ) -> None:
+    def __init__(self, *, exchange_dtype: torch.dtype | None = None, bucket_elements: int = BUCKET_ELEMENTS) -> None:
         check_dtype("exchange_dtype", exchange_dtype, (torch.float32, torch.bfloat16))
-        self.ns_steps, self.exchange_dtype, self.bucket_elements = ns_steps, exchange_dtype, bucket_elements
+        self.exchange_dtype, self.bucket_elements = exchange_dtype, bucket_elements
         self.matrices: Matrices | None = None
         self._exchange: Exchange | None = None
         self._bytes_gathered = 0
@@ -139,8 +144,9 @@ class MatrixRule(UpdateRule):
         return self._bytes_gathered + (self._exchange.bytes_sent if self._exchange else 0)
 
     def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:
-        """Choose the owners of the matrices, and plan the exchange."""
-        self.matrices = Matrices(partition, selects, self.ns_steps, self.bucket_elements)
+        """Choose the owners of the matrices, and plan the exchange. Collective over all ranks."""
+        costs = partial(self.costs, mesh=partition.mesh)
+        self.matrices = Matrices(partition, selects, costs, self.bucket_elements)
         self.exchange_dtype = self.exchange_dtype or self.matrices.dtype
         self._exchange, self._bytes_gathered = self.matrices.exchange(self.exchange_dtype), 0
 
@@ -182,6 +188,18 @@ class MatrixRule(UpdateRule):
 
         self._exchange.run(gradients, update)
         self._bytes_gathered += self.matrices.complete(self.exchange_dtype)
+
+    @abstractmethod
+    def costs(self, shapes: set[tuple[int, int]], dtype: torch.dtype, mesh: Mesh) -> Callable[[int, int], int]:
+        """Return a function from the shape (rows, cols) of a matrix to the cost of its update, in any unit.
+
+        It gives the same on every rank. :meth:`bind` calls this on all ranks together.
+
+        Args:
+            shapes: shapes of all matrices.
+            dtype: fp32 if all parameters that the rule updates are fp32 in the model, else bf16.
+            mesh: mesh of the processes.
+        """
 
     @abstractmethod
     def accumulate(self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]) -> list[Tensor]:

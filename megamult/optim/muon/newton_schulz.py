@@ -10,220 +10,189 @@ value s to a s + b s^3 + c s^5. Two forms compute the same result:
   eigenvalues of R negative, and each step multiplies these by about a^2 (11.9 for `simple`). After
   :data:`RESTART` steps, the gram form therefore multiplies X by Q and computes R anew, in every dtype.
 
-If the result of a product is symmetric (XX^T, and products of polynomials in R), only about half of the product is
-computed (:mod:`megamult.optim.muon.symmetric`). Leading dimensions of `[..., rows, cols]` are a batch.
-All functions are pure, without communication.
+If X has more rows than columns, X^T X and products from the right take the place of XX^T and products from the left.
+
+How the products are computed is a :class:`Method`: its results differ from those of other methods by rounding only.
+:func:`fixed_method` gives one by a rule, and :mod:`megamult.optim.muon.timing` chooses one by its speed. Leading
+dimensions of `[..., rows, cols]` are a batch. All functions are pure, without communication.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megamult.optim.muon.symmetric import computed, symmetric_product
+from megamult.optim.muon.coefficients import Coefficients
+from megamult.optim.muon.symmetric import Products, computed, has_kernel, symmetric_product
 
 Form = Literal["standard", "gram"]
-Coefficients = Sequence[tuple[float, float, float]]
-
-_POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    (1.875, -1.25, 0.375),
-)
-"""Optimal quintic polynomial for each step, if the singular values before the first step are in [1e-3, 1]. Source:
-N. Amsel, D. Persson, C. Musco, R. Gower, "The Polar Express", arXiv 2505.16932, algorithm 1."""
-
-_SAFETY = 1.01
-"""Number by which arXiv 2505.16932 divides the singular values before a step, because rounding can leave some above 1.
-The last polynomial, which all later steps repeat, is used without this division."""
-
-
-@dataclass(frozen=True)
-class CoefficientSet:
-    """Coefficients (a, b, c) of the first steps, and the rule for the steps after them."""
-
-    steps: tuple[tuple[float, float, float], ...]
-    after: Literal["again", "last", "nothing"] = "again"
-    """Rule for the steps after `steps`. `again`: begin again with the first step. `last`: repeat the last step, which
-    leaves singular values near 1. `nothing`: there are none; the number of steps must be len(steps)."""
-
-
-SIMPLE = (3.4445, -4.7750, 2.0315)
-"""Quintic polynomial that is steep at 0. It brings singular values to between about 0.7 and 1.2, not to 1. Source:
-K. Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon/; used in arXiv 2502.16982."""
-
-COEFFICIENTS: dict[str, CoefficientSet] = {
-    "simple": CoefficientSet((SIMPLE,)),
-    # Five steps that were tuned together: F. L. Cesista et al., https://leloykun.github.io/ponder/muon-opt-coeffs/.
-    "quintic": CoefficientSet(
-        (
-            (4.0848, -6.8946, 2.9270),
-            (3.9505, -6.3029, 2.6377),
-            (3.7418, -5.5913, 2.3037),
-            (2.8769, -3.1427, 1.2046),
-            (2.8366, -3.0525, 1.2012),
-        )
-    ),
-    "polar_express": CoefficientSet(
-        (*((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1]), _POLAR_EXPRESS[-1]),
-        "last",
-    ),
-    # Computed by the Remez algorithm on adaptive intervals: E. Grishina, M. Smirnov, M. Rakhuba, arXiv 2506.10935.
-    "cans": CoefficientSet(
-        (
-            (8.4703, -25.1081, 18.6293),
-            (4.1828, -3.1087, 0.5806),
-            (3.9619, -2.9541, 0.5630),
-            (3.2866, -2.4647, 0.5074),
-            (2.2737, -1.6447, 0.4162),
-        ),
-        "last",
-    ),
-    # Made for preconditioned input (AOL): T. Boissin, https://github.com/thib-s/flash-newton-schulz. Neither this file
-    # nor Emerging-Optimizers preconditions. Singular values above 0.88 change sign, so this set is not suitable for
-    # matrices near rank 1.
-    "aol": CoefficientSet(
-        (
-            (4.0098, -7.0585, 2.4635),
-            (3.4585, -5.5479, 2.5959),
-            (2.7573, -3.2939, 1.4254),
-            (2.7215, -3.0494, 1.3169),
-        )
-    ),
-    # Ten steps of DeepSeek-V4. The last two make singular values converge to 1.
-    "deepseekv4": CoefficientSet((SIMPLE,) * 8 + ((2.0, -1.5, 0.5),) * 2, "last"),
-    # Cubic polynomials that bring singular values into an interval around 1: H. Huang, arXiv 2606.00371.
-    "cubic5": CoefficientSet(
-        (
-            (3.3656576, -3.3420992, 0.0),
-            (2.5744352, -1.4957376, 0.0),
-            (2.5368962, -1.4312570, 0.0),
-            (2.4418906, -1.2764040, 0.0),
-            (2.2230472, -0.9630650, 0.0),
-        ),
-        "nothing",
-    ),
-}
-"""Polynomials by the names that NVIDIA's Emerging-Optimizers (muon_utils.py, 0.4.0) and Megatron-LM give them."""
 
 RESTART = 2
 """Number of steps after which the gram form multiplies X by Q and computes R anew."""
 
 
-def coefficients(name: str, steps: int) -> Coefficients:
-    """Return (a, b, c) of each of `steps` steps.
+@dataclass(frozen=True)
+class Method:
+    """Way to compute Newton-Schulz for matrices of one shape."""
+
+    form: Form
+    products: Products
+    """How products with a symmetric result are computed (:mod:`megamult.optim.muon.symmetric`)."""
+    together: bool
+    """Whether a batch is computed by batched products, or one matrix after the other."""
+    dtype: torch.dtype
+    """Dtype of the products: fp32, bf16 or fp16, or float64 for tests."""
+
+
+def fixed_method(
+    rows: int, cols: int, steps: int, dtype: torch.dtype, device: torch.device, form: Form | None = None
+) -> Method:
+    """Return a method that depends on nothing but the arguments, so that the same run has the same bits everywhere.
+
+    The kernel computes symmetric products where it suits them. Elsewhere, they are computed by block rows in fp32, and
+    whole in bf16 and fp16, because matrix units compute faster than the mirror images can be copied.
 
     Args:
-        name: a key of :data:`COEFFICIENTS`.
+        rows, cols: shape of the matrices.
         steps: number of steps.
-
-    Raises:
-        ValueError: the name is unknown, `steps` is less than 1, or the set is for one number of steps only and `steps`
-            is another (:attr:`CoefficientSet.after` is `nothing`).
+        dtype: dtype of the products.
+        device: device of the matrices.
+        form: the form; if None, the one that takes fewer FLOPs.
     """
-    if steps < 1:
-        raise ValueError(f"Newton-Schulz with {steps} steps does nothing: use at least 1 (5 is usual)")
-    if name not in COEFFICIENTS:
-        raise ValueError(f"Newton-Schulz coefficients {name!r} are unknown: use one of {', '.join(COEFFICIENTS)}")
-    chosen = COEFFICIENTS[name]
-    known = len(chosen.steps)
-    if chosen.after == "nothing" and steps != known:
-        raise ValueError(
-            f"Newton-Schulz coefficients {name} with {steps} steps: they are made for {known} steps; use that number"
-        )
-    if chosen.after == "last":
-        return [chosen.steps[min(i, known - 1)] for i in range(steps)]
-    return [chosen.steps[i % known] for i in range(steps)]
+    half = dtype in (torch.bfloat16, torch.float16)
+    products: Products = "whole" if half else "block_rows"
+    if has_kernel(min(rows, cols), max(rows, cols), dtype, device):
+        products = "kernel"
+    return Method(form or cheaper_form(rows, cols, steps, products), products, True, dtype)
 
 
 def orthogonalize(matrices: Tensor, steps: Coefficients, dtype: torch.dtype, form: Form | None = None) -> Tensor:
+    """Return U p(S) V^T for each matrix, by :func:`fixed_method`; see :func:`orthogonalize_by`."""
+    rows, cols = matrices.shape[-2:]
+    return orthogonalize_by(matrices, steps, fixed_method(rows, cols, len(steps), dtype, matrices.device, form))
+
+
+def orthogonalize_by(matrices: Tensor, steps: Coefficients, method: Method) -> Tensor:
     """Return U p(S) V^T for each matrix, where U S V^T is the matrix divided by its Frobenius norm.
 
     p is the composition of the polynomials of all steps.
 
     Args:
         matrices: [..., rows, cols] matrices in any floating dtype; not changed.
-        steps: coefficients, from :func:`coefficients`.
-        dtype: dtype in which products are computed: fp32, bf16 or fp16.
-        form: `standard` or `gram`; if None, the form that takes fewer FLOPs for this shape.
+        steps: coefficients, from :func:`megamult.optim.muon.coefficients.coefficients`.
+        method: how to compute the products.
 
     Returns:
-        [..., rows, cols] results in `dtype`. A zero matrix gives zeros.
+        [..., rows, cols] results in the method's dtype. A zero matrix gives zeros.
     """
     rows, cols = matrices.shape[-2:]
     given = matrices.reshape(-1, rows, cols)
     wide = torch.float64 if given.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(given, dim=(-2, -1), keepdim=True, dtype=wide)
-    # Divide in fp32 before the cast, because elements of the undivided matrix can be out of fp16's range. The clamp is
-    # the same as in torch.optim.Muon; with it, a zero matrix gives zeros and not NaN.
-    x = torch.empty(given.shape, dtype=dtype, device=given.device)
-    torch.div(given, norm.clamp(min=1e-7), out=x)
-    tall = rows > cols
-    x = x.mT.contiguous() if tall else x
-    if (form or cheaper_form(rows, cols, len(steps))) == "gram":
-        x = _gram(x, steps)
-    else:
-        x = _standard(x, steps)
-    return (x.mT if tall else x).reshape(matrices.shape)
+    # The clamp is the same as in torch.optim.Muon; with it, a zero matrix gives zeros and not NaN.
+    norm = torch.linalg.vector_norm(given, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=1e-7)
+    small, count = min(rows, cols), max(1, len(given)) if method.together else 1
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=method.dtype, device=given.device)
+
+    result, other = empty(*given.shape), empty(count, rows, cols)
+    apply, writes, squares = _standard, len(steps), 2
+    if method.form == "gram":
+        apply, writes, squares = _gram, len(_runs(steps)), 5
+    room = [empty(count, small, small) for _ in range(squares)]
+    for i in range(0, len(given), count):
+        here = result[i : i + count]
+        # The products write to the two in turn. Begin so that the last one writes to the result.
+        x, y = (other, here) if writes % 2 else (here, other)
+        # Divide in fp32 before the cast, because elements of the undivided matrix can be out of fp16's range.
+        torch.div(given[i : i + count], norm[i : i + count], out=x)
+        apply(x, y, steps, method.products, room)
+    return result.reshape(matrices.shape)
 
 
-def _standard(x: Tensor, steps: Coefficients) -> Tensor:
-    for a, b, c in steps:
-        r = symmetric_product(x, x.mT)
-        x = torch.baddbmm(x, symmetric_product(r, r, add=(b, r), alpha=c), x, beta=a)
-    return x
+def _runs(steps: Coefficients) -> list[Coefficients]:
+    """Return the steps of the gram form between two restarts."""
+    return [run for run in (steps[:RESTART], steps[RESTART:]) if run]
 
 
-def _gram(x: Tensor, steps: Coefficients) -> Tensor:
-    for run in filter(None, (steps[:RESTART], steps[RESTART:])):
-        x = torch.bmm(_polynomial(symmetric_product(x, x.mT), run), x)
-    return x
+def _gram_matrix(x: Tensor, products: Products, out: Tensor) -> Tensor:
+    """Compute XX^T, or X^T X if X is tall: the smaller of the two."""
+    left, right = (x.mT, x) if x.shape[-2] > x.shape[-1] else (x, x.mT)
+    return symmetric_product(left, right, out, products)
 
 
-def _polynomial(r: Tensor, steps: Coefficients) -> Tensor:
-    """Return the matrix Q for which QX is the result of the steps on X.
+def _from_the_side(square: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the operands of the product of X and a square matrix of its smaller dimension, in their order."""
+    return (x, square) if x.shape[-2] > x.shape[-1] else (square, x)
 
-    With Z = aI + bR + cR^2, one step is Q <- ZQ and R <- ZRZ.
+
+def _standard(x: Tensor, y: Tensor, steps: Coefficients, products: Products, room: list[Tensor]) -> None:
+    """Apply the steps to X by the standard form. X and Y get the results in turn, Y first.
 
     Args:
-        r: [batch, n, n] matrices R = XX^T.
+        x, y: [batch, rows, cols] matrices, and room for others.
         steps: coefficients of the steps.
+        products: how symmetric products are computed.
+        room: room for square matrices, [batch, n, n] each.
     """
-    q = None
+    r, z = room
+    for a, b, c in steps:
+        _gram_matrix(x, products, r)
+        symmetric_product(r, r, z, products, add=(b, r), alpha=c)
+        torch.baddbmm(x, *_from_the_side(z, x), beta=a, out=y)
+        x, y = y, x
+
+
+def _gram(x: Tensor, y: Tensor, steps: Coefficients, products: Products, room: list[Tensor]) -> None:
+    """Apply the steps to X by the gram form; arguments as in :func:`_standard`."""
+    for run in _runs(steps):
+        torch.bmm(*_from_the_side(_polynomial(x, run, products, room), x), out=y)
+        x, y = y, x
+
+
+def _polynomial(x: Tensor, steps: Coefficients, products: Products, room: list[Tensor]) -> Tensor:
+    """Return the matrix Q for which QX (XQ if X is tall) is the result of the steps on X.
+
+    With Z = aI + bR + cR^2, one step is Q <- ZQ and R <- ZRZ. Z is stored without aI, which is added in each use of Z.
+    """
+    r, q, z, free, other = room
+    _gram_matrix(x, products, r)
     for i, (a, b, c) in enumerate(steps):
-        z = symmetric_product(r, r, add=(b, r), alpha=c)  # Z without aI, which is added in each use of Z
-        if q is None:
-            q = z.clone()
-            q.diagonal(dim1=-2, dim2=-1).add_(a)
+        symmetric_product(r, r, z, products, add=(b, r), alpha=c)
+        if i == 0:
+            q.copy_(z).diagonal(dim1=-2, dim2=-1).add_(a)
         else:
-            q = symmetric_product(z, q, add=(a, q))
+            symmetric_product(z, q, free, products, add=(a, q))
+            q, free = free, q
         if i + 1 < len(steps):
-            zr = symmetric_product(z, r, add=(a, r))
-            r = symmetric_product(z, zr, add=(a, zr))
-    assert q is not None
+            symmetric_product(z, r, free, products, add=(a, r))
+            symmetric_product(z, free, other, products, add=(a, free))
+            r, other = other, r
     return q
 
 
-def flops(rows: int, cols: int, steps: int, form: Form | None = None) -> int:
-    """Return the number of floating-point operations of :func:`orthogonalize` for one matrix.
+def flops(rows: int, cols: int, steps: int, form: Form | None = None, products: Products = "block_rows") -> int:
+    """Return the number of floating-point operations of :func:`orthogonalize_by` for one matrix.
 
-    A multiply-add counts as 2. Symmetric products count as if computed by
-    :func:`megamult.optim.muon.symmetric.block_rows`.
+    A multiply-add counts as 2. The kernel's products count as if computed by block rows, of which it computes nearly
+    the same share.
+
+    Args:
+        rows, cols: shape of the matrix.
+        steps: number of steps.
+        form: the form; if None, the one that takes fewer FLOPs.
+        products: how symmetric products are computed.
     """
     if form is None:
-        return min(flops(rows, cols, steps, "standard"), flops(rows, cols, steps, "gram"))
+        return min(flops(rows, cols, steps, "standard", products), flops(rows, cols, steps, "gram", products))
     small, large = sorted((rows, cols))
-    symmetric = 2 * computed(small)  # FLOPs of a symmetric product, per element of the inner dimension
+    # FLOPs of a symmetric product, per element of the inner dimension.
+    symmetric = 2 * (small * small if products == "whole" else computed(small))
     dense = 2 * small * small * large
     if form == "standard":
         return steps * (symmetric * large + symmetric * small + dense)
@@ -234,16 +203,17 @@ def flops(rows: int, cols: int, steps: int, form: Form | None = None) -> int:
 
 
 def workspace(rows: int, cols: int) -> int:
-    """Return an upper bound on the elements that :func:`orthogonalize` holds at once for one matrix, beside its input.
+    """Return an upper bound on the elements that :func:`orthogonalize_by` holds at once for one matrix, beside its
+    input.
 
-    These are X before and after a step, and four square matrices of the smaller dimension: R, Z, Q and one product.
+    These are X before and after a step, and five square matrices of the smaller dimension.
     """
-    return 2 * rows * cols + 4 * min(rows, cols) ** 2
+    return 2 * rows * cols + 5 * min(rows, cols) ** 2
 
 
-def cheaper_form(rows: int, cols: int, steps: int) -> Form:
+def cheaper_form(rows: int, cols: int, steps: int, products: Products = "block_rows") -> Form:
     """Return the form that takes fewer FLOPs for one matrix of this shape."""
-    standard, gram = (flops(rows, cols, steps, form) for form in ("standard", "gram"))
+    standard, gram = (flops(rows, cols, steps, form, products) for form in ("standard", "gram"))
     return "gram" if gram < standard else "standard"
 
 

@@ -11,14 +11,14 @@ differ.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megamult.optim.muon.newton_schulz import flops, workspace
+from megamult.optim.muon.newton_schulz import workspace
 from megamult.parameters.axes import Grid
 from megamult.parameters.rectangles import Rectangle, rectangles
 from megamult.zero.partition import Cut
@@ -51,9 +51,9 @@ class Plan:
 
     cuts: tuple[Cut, ...]
     grid: Grid
-    steps: int
-    """Number of Newton-Schulz steps."""
     matrices: tuple[Matrix, ...]
+    costs: tuple[int, ...]
+    """Cost of orthogonalizing each matrix, by which owners are chosen: FLOPs, or a measured time."""
     owners: tuple[int, ...]
     """Rank that owns each matrix."""
     buckets: tuple[tuple[int, ...], ...]
@@ -90,9 +90,9 @@ class Plan:
 
     @cached_property
     def loads(self) -> NDArray[np.int64]:
-        """Newton-Schulz FLOPs of each rank in one optimizer step: [ranks]."""
+        """Sum of the costs of the matrices that each rank owns: [ranks]."""
         loads = np.zeros(self.ranks, dtype=np.int64)
-        np.add.at(loads, list(self.owners), [flops(m.rows, m.cols, self.steps) for m in self.matrices])
+        np.add.at(loads, list(self.owners), list(self.costs))
         return loads
 
     @cached_property
@@ -153,23 +153,27 @@ class Plan:
         return by_holder, by_owner
 
 
-def make_plan(cuts: Sequence[Cut], grid: Grid, steps: int, bucket_elements: int = BUCKET_ELEMENTS) -> Plan:
+def make_plan(
+    cuts: Sequence[Cut], grid: Grid, cost: Callable[[int, int], int], bucket_elements: int = BUCKET_ELEMENTS
+) -> Plan:
     """Choose owners and buckets of all logical matrices in the given parameters.
 
     Args:
         cuts: cuts of the parameters, which say what each data-parallel rank holds.
         grid: the grid of the processes.
-        steps: number of Newton-Schulz steps, from which FLOPs are computed.
+        cost: function from the shape (rows, cols) of a matrix to the cost of orthogonalizing it, in any unit. It must
+            give the same on every rank.
         bucket_elements: limit for one rank in one bucket, see :data:`BUCKET_ELEMENTS`.
     """
     matrices = tuple(Matrix(i, p, *part.shape) for i, cut in enumerate(cuts) for p, part in enumerate(cut.spec.parts))
     if not matrices:
         nothing = np.zeros((0, grid.size), dtype=np.int64)
-        return Plan((), grid, steps, (), (), (), nothing, nothing)
+        return Plan((), grid, (), (), (), (), nothing, nothing)
     held, given = held_elements(cuts, matrices, grid)
-    owners = assign([flops(m.rows, m.cols, steps) for m in matrices], given)
+    costs = tuple(cost(m.rows, m.cols) for m in matrices)
+    owners = assign(costs, given)
     buckets = _buckets(matrices, owners, held, bucket_elements)
-    return Plan(tuple(cuts), grid, steps, matrices, tuple(owners), tuple(buckets), held, given)
+    return Plan(tuple(cuts), grid, matrices, costs, tuple(owners), tuple(buckets), held, given)
 
 
 def assign(costs: Sequence[int], held: NDArray[np.int64]) -> list[int]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from megamult.distributed import device
+from megamult.distributed.mesh import Mesh
 from megamult.optim.adamw import AdamW
+from megamult.optim.muon import timing
+from megamult.optim.muon.coefficients import coefficients as coefficient_set
 from megamult.optim.muon.matrices import MatrixRule, check_dtype
-from megamult.optim.muon.newton_schulz import coefficients as coefficient_set
-from megamult.optim.muon.newton_schulz import orthogonalize
+from megamult.optim.muon.newton_schulz import Form, Method, fixed_method, flops, orthogonalize_by
 from megamult.optim.muon.newton_schulz import scale as scale_factor
 from megamult.optim.muon.plan import BUCKET_ELEMENTS, Plan
 from megamult.optim.rule import State
 from megamult.optim.two_phase import TwoPhaseOptimizer
-from megamult.parameters.spec import ParameterSpec
-from megamult.zero.partition import Partition
 
 
 class Muon(MatrixRule):
@@ -36,9 +38,11 @@ class Muon(MatrixRule):
         momentum: decay rate of M.
         nesterov: if True, orthogonalize momentum M + (1 - momentum) G, as above; if False, orthogonalize M.
         ns_steps: number of Newton-Schulz steps.
-        coefficients: name of the polynomials, a key of :data:`megamult.optim.muon.newton_schulz.COEFFICIENTS`.
+        coefficients: name of the polynomials, a key of :data:`megamult.optim.muon.coefficients.COEFFICIENTS`.
         ns_dtype: dtype in which Newton-Schulz computes: fp32, bf16 or fp16. If None, fp32 if the model's matrices are
-            fp32, else bf16.
+            fp32, else bf16; or fp32 where `ns_form` is `auto` and fp32 is faster.
+        ns_form: form of Newton-Schulz, `standard` or `gram`, with everything else by a rule; or `auto`: the method that
+            is the fastest for a shape on this device (:mod:`megamult.optim.muon.timing`).
         exchange_dtype: dtype in which pieces are sent: fp32 or bf16. If None, fp32 if the model's matrices are fp32,
             else bf16.
         scale: name of the factor of an update, a key of :data:`megamult.optim.muon.newton_schulz.SCALES`.
@@ -59,6 +63,7 @@ class Muon(MatrixRule):
         ns_steps: int = 5,
         coefficients: str = "simple",
         ns_dtype: torch.dtype | None = None,
+        ns_form: Form | Literal["auto"] = "auto",
         exchange_dtype: torch.dtype | None = None,
         scale: str = "match_rms_adamw",
         bucket_elements: int = BUCKET_ELEMENTS,
@@ -67,18 +72,33 @@ class Muon(MatrixRule):
             raise ValueError(f"momentum is {momentum}: it must be in [0, 1)")
         check_dtype("ns_dtype", ns_dtype, (torch.float32, torch.bfloat16, torch.float16))
         scale_factor(1, 1, scale)
-        super().__init__(ns_steps=ns_steps, exchange_dtype=exchange_dtype, bucket_elements=bucket_elements)
-        self.momentum, self.nesterov, self.scale, self.ns_dtype = momentum, nesterov, scale, ns_dtype
+        if ns_form not in ("auto", "standard", "gram"):
+            raise ValueError(f"ns_form is {ns_form!r}: use auto, standard or gram")
+        super().__init__(exchange_dtype=exchange_dtype, bucket_elements=bucket_elements)
+        self.momentum, self.nesterov, self.scale = momentum, nesterov, scale
+        self.ns_dtype, self.ns_form = ns_dtype, ns_form
         self._steps = coefficient_set(coefficients, ns_steps)
+        self.methods: dict[tuple[int, int], Method] = {}
+        """Method of Newton-Schulz for each shape (rows, cols), from :meth:`bind` on."""
         self.watch: Callable[[list[str], Tensor], None] | None = None
         """Function that is called for each batch, with the logical names of its matrices and the results of
         Newton-Schulz, [batch, rows, cols]; None if there is no such function."""
 
-    def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:
-        """Plan the exchange, and choose the dtype of Newton-Schulz."""
-        super().bind(partition, selects)
-        assert self.matrices is not None
-        self.ns_dtype = self.ns_dtype or self.matrices.dtype
+    def costs(self, shapes: set[tuple[int, int]], dtype: torch.dtype, mesh: Mesh) -> Callable[[int, int], int]:
+        """Choose the method for each shape, and return the costs: nanoseconds if they were measured, else FLOPs."""
+        here, steps = device.local_device(), self._steps
+        if self.ns_form != "auto":
+            one = partial(fixed_method, steps=len(steps), dtype=self.ns_dtype or dtype, device=here, form=self.ns_form)
+            self.methods = {shape: one(*shape) for shape in shapes}
+            return partial(flops, steps=len(steps), form=self.ns_form)
+        dtypes = [self.ns_dtype or dtype]
+        if self.ns_dtype is None and dtype == torch.bfloat16:
+            dtypes.append(torch.float32)  # some CPUs only emulate bf16
+        told: list[Any] = [timing.choose(sorted(shapes), steps, dtypes, here) if mesh.rank == 0 else None]
+        mesh.broadcast_objects(told)
+        chosen: dict[tuple[int, int], timing.Chosen] = told[0]
+        self.methods = {shape: each.method for shape, each in chosen.items()}
+        return lambda rows, cols: max(1, round(1e9 * chosen[rows, cols].seconds))
 
     def accumulate(self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]) -> list[Tensor]:
         """Update the momentum M in place. Return M or, if `nesterov` is set, momentum * M + (1 - momentum) * G."""
@@ -94,9 +114,9 @@ class Muon(MatrixRule):
         return self.orthogonalized(matrices).mul_(scale_factor(rows, cols, self.scale))
 
     def orthogonalized(self, matrices: Tensor) -> Tensor:
-        """Return the matrices, [batch, rows, cols], orthogonalized by Newton-Schulz in `ns_dtype`."""
-        assert self.ns_dtype is not None
-        result = orthogonalize(matrices, self._steps, self.ns_dtype)
+        """Return the matrices, [batch, rows, cols], orthogonalized by the method of their shape."""
+        rows, cols = matrices.shape[1:]
+        result = orthogonalize_by(matrices, self._steps, self.methods[rows, cols])
         if self.watch is not None:
             self.watch(self.updating, result)
         return result

@@ -1,10 +1,13 @@
-"""Matrix products whose result is symmetric, such as XX^T: only a part is computed, and the rest is its mirror image.
+"""Matrix products whose result is symmetric, such as XX^T, in one of three ways.
 
-On CUDA, in bf16 and fp16, a Triton kernel computes the tiles on and below the diagonal of products whose size suits it
-(:mod:`megamult.optim.muon.symmetric_triton`). These tiles are little more than half of a large product. In all other
-cases, torch computes block rows up to the diagonal: five eighths of a product with 256 or more rows, and more of a
-smaller one. MEGAMULT_TRITON=0 in the environment selects torch on CUDA too. The functions do not change their operands,
-and have no gradients.
+- `whole`: torch computes the whole product. It is the fastest way where matrix units make FLOPs cheap and copies dear.
+- `block_rows`: torch computes block rows up to the diagonal, and the rest is copied from their mirror image: five
+  eighths of a product with 256 or more rows, and more of a smaller one.
+- `kernel`: on CUDA, in bf16 and fp16, a Triton kernel computes the tiles on and below the diagonal, which are little
+  more than half of a large product, and writes each of them to both places
+  (:mod:`megamult.optim.muon.symmetric_triton`). MEGAMULT_TRITON=0 in the environment turns it off.
+
+The functions do not change their operands, and have no gradients.
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
     from megamult.optim.muon.symmetric_triton import lower_tiles
+
+Products = Literal["whole", "block_rows", "kernel"]
 
 _BLOCKS = 4
 """Number of block rows of a product. With 4, torch computes 5/8 of it. More would save little, and be slower."""
@@ -30,50 +36,55 @@ _MULTIPLE = 16
 
 
 def symmetric_product(
-    left: Tensor, right: Tensor, *, add: tuple[float, Tensor] | None = None, alpha: float = 1.0
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    products: Products,
+    *,
+    add: tuple[float, Tensor] | None = None,
+    alpha: float = 1.0,
 ) -> Tensor:
-    """Return alpha left @ right, plus beta C if `add` is (beta, C). The caller guarantees that the result is symmetric.
+    """Compute alpha left @ right, plus beta C if `add` is (beta, C), which the caller guarantees to be symmetric.
 
     Args:
         left: [batch, n, depth] operand.
         right: [batch, depth, n] operand of the same dtype.
+        out: [batch, n, n] result in the operands' dtype; not one of the operands.
+        products: the way to compute it. `kernel` must suit the operands (:func:`has_kernel`).
         add: (beta, C) with a symmetric C[batch, n, n]; None to add nothing.
         alpha: factor of the product.
 
     Returns:
-        [batch, n, n] result in the operands' dtype.
+        `out`.
     """
     beta, c = (0.0, None) if add is None else add
-    _, n, depth = left.shape
-    suits = n >= _FEWEST_ROWS and n % _MULTIPLE == depth % _MULTIPLE == 0
-    if suits and left.dtype in (torch.bfloat16, torch.float16) and _has_kernel(left.device):
-        return lower_tiles(left, right, c, beta, alpha)
-    return block_rows(left, right, c, beta, alpha)
-
-
-def block_rows(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
-    """Compute :func:`symmetric_product` with torch: block rows up to the diagonal, which are then mirrored."""
-    batch, n = left.shape[:2]
-    out = torch.empty(batch, n, n, dtype=left.dtype, device=left.device)
-    for lo, hi in _bounds(n):
-        if add is None:
-            rows = torch.bmm(left[:, lo:hi], right[:, :, :hi])
-            out[:, lo:hi, :hi] = rows if alpha == 1.0 else rows.mul_(alpha)
-        else:
-            out[:, lo:hi, :hi] = torch.baddbmm(
-                add[:, lo:hi, :hi], left[:, lo:hi], right[:, :, :hi], beta=beta, alpha=alpha
-            )
-        out[:, :lo, lo:hi] = out[:, lo:hi, :lo].mT
+    if products == "kernel":
+        lower_tiles(left, right, out, c, beta, alpha)
+    elif products == "block_rows":
+        _block_rows(left, right, out, c, beta, alpha)
+    else:
+        _product(left, right, out, c, beta, alpha)
     return out
 
 
-def computed(n: int) -> int:
-    """Return how many elements of an [n, n] product :func:`block_rows` computes.
+def _product(left: Tensor, right: Tensor, out: Tensor, add: Tensor | None, beta: float, alpha: float) -> None:
+    if add is not None:
+        torch.baddbmm(add, left, right, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.bmm(left, right, out=out)
+        if alpha != 1.0:
+            out.mul_(alpha)
 
-    The costs of matrices (:func:`megamult.optim.muon.newton_schulz.flops`) are computed from this number on every
-    device. The Triton kernel computes fewer elements, but this lowers the costs of all matrices by nearly the same
-    factor, so that owners chosen by these costs remain balanced.
-    """
+
+def _block_rows(left: Tensor, right: Tensor, out: Tensor, add: Tensor | None, beta: float, alpha: float) -> None:
+    for lo, hi in _bounds(left.shape[1]):
+        rows = out[:, lo:hi, :hi]
+        _product(left[:, lo:hi], right[:, :, :hi], rows, None if add is None else add[:, lo:hi, :hi], beta, alpha)
+        out[:, :lo, lo:hi] = rows[:, :, :lo].mT
+
+
+def computed(n: int) -> int:
+    """Return how many elements of an [n, n] product are computed by block rows."""
     return sum((hi - lo) * hi for lo, hi in _bounds(n))
 
 
@@ -83,8 +94,18 @@ def _bounds(n: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def _has_kernel(device: torch.device) -> bool:
-    """Return whether to use the Triton kernel on this device. It needs an NVIDIA GPU of Ampere or later."""
+def has_kernel(n: int, depth: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether the Triton kernel can compute [n, depth] @ [depth, n] products on this device, and whether its
+    size suits it. The kernel needs an NVIDIA GPU of Ampere or later."""
+    return (
+        n >= _FEWEST_ROWS
+        and n % _MULTIPLE == depth % _MULTIPLE == 0
+        and dtype in (torch.bfloat16, torch.float16)
+        and _runs_on(device)
+    )
+
+
+def _runs_on(device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and "lower_tiles" in globals()

@@ -85,18 +85,20 @@ def _lower_tiles(  # type: ignore[no-untyped-def]  # Triton infers the types
         tl.store(out + mirrored, tl.trans(result), mask=tl.trans(inside))
 
 
-@torch.library.custom_op("megamult::lower_tiles", mutates_args=())
-def lower_tiles(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
+@torch.library.custom_op("megamult::lower_tiles", mutates_args={"out"})
+def lower_tiles(left: Tensor, right: Tensor, out: Tensor, add: Tensor | None, beta: float, alpha: float) -> None:
     """Compute :func:`megamult.optim.muon.symmetric.symmetric_product` with the Triton kernel, accumulating in fp32.
 
-    The result is `alpha * left @ right`, plus `beta * add` if `add` is given. The function is registered as an operator
+    `out` gets `alpha * left @ right`, plus `beta * add` if `add` is given. The function is registered as an operator
     so that torch's FLOP counter counts it. It has no gradient.
     """
     batch, n, depth = left.shape
-    if right.shape != (batch, depth, n) or (add is not None and add.shape != (batch, n, n)):
-        shapes = ", ".join(str(tuple(t.shape)) for t in (left, right, add) if t is not None)
-        raise ValueError(f"operands of the shapes {shapes}: they must be [b, n, k], [b, k, n] and [b, n, n]")
-    out = torch.empty(batch, n, n, dtype=left.dtype, device=left.device)
+    square = (batch, n, n)
+    if right.shape != (batch, depth, n) or any(t is not None and t.shape != square for t in (out, add)):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (left, right, out, add) if t is not None)
+        raise ValueError(f"operands of the shapes {shapes}: they must be [b, n, k], [b, k, n], [b, n, n] and [b, n, n]")
+    if not out.is_contiguous():
+        raise ValueError(f"out has the strides {out.stride()}: it must be contiguous")
     tiles = triton.cdiv(n, TILE)
     with torch.cuda.device_of(left):
         _lower_tiles[(tiles * tiles, batch)](
@@ -114,12 +116,11 @@ def lower_tiles(left: Tensor, right: Tensor, add: Tensor | None, beta: float, al
             **CONSTANTS,
             **OPTIONS,
         )
-    return out
 
 
 @lower_tiles.register_fake
-def _fake(left: Tensor, right: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
-    return left.new_empty(left.shape[0], left.shape[1], left.shape[1])
+def _fake(left: Tensor, right: Tensor, out: Tensor, add: Tensor | None, beta: float, alpha: float) -> None:
+    return None
 
 
 @register_flop_formula(torch.ops.megamult.lower_tiles)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from torch import Tensor
 from examples.benchmarks.muon_plan import zero_cuts
 from megamult.distributed.mesh import Mesh
 from megamult.optim.muon.exchange import Exchange
+from megamult.optim.muon.newton_schulz import flops
 from megamult.optim.muon.plan import Plan, make_plan
 from megamult.parameters import megatron
 from megamult.parameters.axes import Grid
@@ -29,6 +30,8 @@ BUCKET_ELEMENTS = {"single": 1, "several": 130, "together": 2**25}
 PRIME = 1021
 """Results are integers below it: exact in float64, rounded in bf16, which has 8 significant bits."""
 GUARD = -7.0
+COST = partial(flops, steps=5)
+"""Cost of a matrix by its shape."""
 
 
 @dataclass(eq=False)
@@ -240,7 +243,7 @@ def grid_plan(data: int, tensor: int, stage: int, bucket_elements: int) -> tuple
     """Parameters enough for several matrices per rank, and a function for each that fuses it."""
     stated = STATED * (2 + data * tensor // 5)
     cuts = zero_cuts([s for s, _ in stated], tensor, data, stage)
-    return make_plan(cuts, Grid(tensor=tensor, data=data), 5, bucket_elements), tuple(fuse for _, fuse in stated)
+    return make_plan(cuts, Grid(tensor=tensor, data=data), COST, bucket_elements), tuple(fuse for _, fuse in stated)
 
 
 @pytest.fixture(autouse=True)
@@ -298,7 +301,7 @@ def test_a_rank_that_holds_nothing_can_own_or_only_take_part(
     """Matrices of 2 elements per tensor-parallel shard, over 5 data-parallel ranks, one more than have holders."""
     stated = megatron.single_matrix("down", 2, tensor, 1)
     cuts = [Cut(f"{i}", stated, even_intervals(2, 5), torch.float32) for i in range(2 * tensor + 1)]
-    plan = make_plan(cuts, Grid(tensor=tensor, data=len(cuts[0].intervals)), 5, bucket_elements)
+    plan = make_plan(cuts, Grid(tensor=tensor, data=len(cuts[0].intervals)), COST, bucket_elements)
     empty = set(np.flatnonzero(plan.held.sum(axis=0) == 0))
     assert len(empty) == 3 * tensor and len(empty & set(plan.owners)) == 1
     check_exchange(plan, [only] * len(cuts), monkeypatch)
@@ -311,7 +314,7 @@ def test_while_one_bucket_is_computed_the_next_arrives_and_the_previous_returns(
     plan = make_plan(
         [Cut(f"{i}", stated, even_intervals(48, 2), torch.float32) for i in range(8)],
         Grid(data=2),
-        5,
+        COST,
         bucket_elements=1,
     )
     assert [sorted(plan.owners[i] for i in bucket) for bucket in plan.buckets] == [[0, 1]] * 4
@@ -334,4 +337,4 @@ def test_while_one_bucket_is_computed_the_next_arrives_and_the_previous_returns(
 
 
 def test_without_matrices_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_exchange(make_plan([], Grid(tensor=2), 5), [], monkeypatch)
+    check_exchange(make_plan([], Grid(tensor=2), COST), [], monkeypatch)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megamult.optim.muon import newton_schulz
-from megamult.optim.muon.newton_schulz import COEFFICIENTS, Coefficients, coefficients, flops, orthogonalize, scale
+from megamult.optim.muon.coefficients import _POLAR_EXPRESS, COEFFICIENTS, Coefficients, coefficients
+from megamult.optim.muon.newton_schulz import Method, flops, orthogonalize, orthogonalize_by, scale
 
 SHAPES = [(96, 40), (40, 96), (130, 300), (256, 256), (1, 7), (7, 1), (65, 129)]
 
@@ -61,14 +62,20 @@ def test_the_polynomial_is_applied_to_the_singular_values(matrix, shape: tuple[i
     )
 
 
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("products", ["whole", "block_rows"])
 @pytest.mark.parametrize("form", ["standard", "gram"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("name", ["simple", "polar_express"])
-def test_both_forms_are_the_same_polynomial(name: str, steps: int, form) -> None:
-    chosen, given = coefficients(name, steps), random(48, 150).double()
+def test_all_methods_are_the_same_polynomial(name: str, steps: int, form, products, together: bool) -> None:
+    """Of several matrices, so that one that is computed after another finds room that is used; wide and tall."""
+    chosen, given = coefficients(name, steps), torch.stack([random(130, 150, seed=i) for i in range(3)]).double()
     # float64: what remains is the amplified rounding, with room for the sums' lengths.
     tolerance = 100 * 2**-53 * amplification(chosen)
-    assert relative(orthogonalize(given, chosen, torch.float64, form), reference(given, chosen)) < tolerance
+    for matrices in (given, given.mT):
+        update = orthogonalize_by(matrices, chosen, Method(form, products, together, torch.float64))
+        for one, matrix in zip(update, matrices, strict=True):
+            assert relative(one, reference(matrix, chosen)) < tolerance
 
 
 @pytest.mark.parametrize(("dtype", "form"), [(torch.bfloat16, None), (torch.float16, None), (torch.float16, "gram")])
@@ -130,13 +137,15 @@ def test_the_input_is_not_changed() -> None:
     assert torch.equal(given, before)
 
 
+@pytest.mark.parametrize("products", ["whole", "block_rows"])
 @pytest.mark.parametrize("form", ["standard", "gram"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(512, 1408), (1408, 512), (256, 256), (130, 300), (30, 40)])
-def test_flops_are_those_that_torch_counts(shape: tuple[int, int], steps: int, form) -> None:
+def test_flops_are_those_that_torch_counts(shape: tuple[int, int], steps: int, form, products) -> None:
+    method = Method(form, products, True, torch.float32)
     with FlopCounterMode(display=False) as counter:
-        orthogonalize(random(2, *shape), coefficients("simple", steps), torch.float32, form)
-    assert counter.get_total_flops() == 2 * flops(*shape, steps, form)
+        orthogonalize_by(random(2, *shape), coefficients("simple", steps), method)
+    assert counter.get_total_flops() == 2 * flops(*shape, steps, form, products)
 
 
 def test_symmetric_products_save_what_they_promise() -> None:
@@ -150,7 +159,7 @@ def test_symmetric_products_save_what_they_promise() -> None:
 def test_polar_express_maps_its_interval_onto_one_centred_at_1_step_by_step() -> None:
     """The property that defines the coefficients (arXiv 2505.16932): a wrong digit would break it."""
     low, high = 1e-3, 1.0
-    for a, b, c in newton_schulz._POLAR_EXPRESS:
+    for a, b, c in _POLAR_EXPRESS:
         x = torch.linspace(low, high, 1_000_001, dtype=torch.float64)
         image = a * x + b * x**3 + c * x**5
         low, high = float(image.min()), float(image.max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,10 +24,13 @@ LAYOUTS = [
     megatron.single_matrix("down", 96, 132, 1),
 ]
 
+COST = partial(flops, steps=5)
+"""Cost of a matrix by its shape."""
+
 
 def small(stage: int, data: int, tensor: int, bucket_elements: int = 2**25) -> Plan:
     """Two layers of the layouts above."""
-    return make_plan(zero_cuts(LAYOUTS * 2, tensor, data, stage), Grid(tensor=tensor, data=data), 5, bucket_elements)
+    return make_plan(zero_cuts(LAYOUTS * 2, tensor, data, stage), Grid(tensor=tensor, data=data), COST, bucket_elements)
 
 
 def test_flat_intervals_tile_a_parameter_that_straddles_partitions() -> None:
@@ -70,7 +74,7 @@ def test_traffic_is_what_the_fragments_say(stage: int, data: int, tensor: int) -
 def test_of_replicas_the_first_travel_to_the_owner_and_all_take_its_results(stage: int, data: int, tensor: int) -> None:
     stated = megatron.single_matrix("gate", 8, 96, None)
     limit = 20_000
-    plan = make_plan(zero_cuts([*LAYOUTS, stated], tensor, data, stage), Grid(tensor=tensor, data=data), 5, limit)
+    plan = make_plan(zero_cuts([*LAYOUTS, stated], tensor, data, stage), Grid(tensor=tensor, data=data), COST, limit)
     i = next(i for i, matrix in enumerate(plan.matrices) if plan.cuts[matrix.cut].spec is stated)
     given, taken = np.zeros((2, *plan.held.shape), dtype=int)
     for k, rank in itertools.product(range(len(plan.matrices)), range(plan.ranks)):
@@ -94,7 +98,7 @@ def test_of_replicas_the_first_travel_to_the_owner_and_all_take_its_results(stag
 
 def test_results_for_replicas_are_temporary_memory_of_all_that_take_them() -> None:
     stated = megatron.single_matrix("gate", 8, 96, None)
-    plan = make_plan(zero_cuts([stated], 4, 2, 1), Grid(tensor=4, data=2), 5)
+    plan = make_plan(zero_cuts([stated], 4, 2, 1), Grid(tensor=4, data=2), COST)
     (owner,) = plan.owners
     for rank in range(plan.ranks):
         if rank != owner:
@@ -122,7 +126,7 @@ def test_of_equally_loaded_ranks_the_one_that_holds_most_becomes_the_owner() -> 
 @pytest.mark.parametrize("model", LLAMA)
 @pytest.mark.parametrize("data", [1, 8, 32, 128])
 def test_busiest_rank_is_near_the_mean_wherever_the_mean_is_four_matrices(model: str, data: int) -> None:
-    plan = make_plan(zero_cuts(LLAMA[model].specs(), 8, data, 1), Grid(tensor=8, data=data), 5)
+    plan = make_plan(zero_cuts(LLAMA[model].specs(), 8, data, 1), Grid(tensor=8, data=data), COST)
     costs = [flops(m.rows, m.cols, 5) for m in plan.matrices]
     mean = sum(costs) / plan.ranks
     assert plan.loads.sum() == sum(costs)
@@ -156,17 +160,17 @@ def test_owners_that_hold_much_halve_the_traffic_of_contiguous_partitions() -> N
 
 def test_a_cut_that_nobody_shares_sends_nothing() -> None:
     stated = LAYOUTS[1]
-    plan = make_plan([Cut("w", stated, even_intervals(96 * 96, 1), torch.float32)], Grid(), 5)
+    plan = make_plan([Cut("w", stated, even_intervals(96 * 96, 1), torch.float32)], Grid(), COST)
     assert plan.sent.tolist() == [0]
     assert sum(r.numel for r in rectangles(stated, tensor_shard(0, 1), 0, 96 * 96)) == plan.held.sum()
 
 
 def test_no_matrix_at_all_is_an_empty_plan() -> None:
-    plan = make_plan([], Grid(tensor=2), 5)
+    plan = make_plan([], Grid(tensor=2), COST)
     assert plan.buckets == () and plan.sent.tolist() == [0, 0] and plan.temporary.tolist() == [0, 0]
 
 
 def test_a_plan_for_1024_ranks_holds_every_element_once() -> None:
-    plan = make_plan(zero_cuts(LLAMA["70B"].specs(), 8, 128, 3), Grid(tensor=8, data=128), 5)
+    plan = make_plan(zero_cuts(LLAMA["70B"].specs(), 8, 128, 3), Grid(tensor=8, data=128), COST)
     assert plan.ranks == 1024
     assert (plan.held.sum(axis=1) == [m.numel for m in plan.matrices]).all()

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import itertools
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from megamult.optim.muon.newton_schulz import flops
 from megamult.parameters import megatron, spec
 from megamult.parameters.stated import names_of, set_spec
 from tests.optim.workers import StepCase, _batch
 from tests.small import VOCAB
 
 STEPS = 3
+
+
+def chosen_methods(folder: Path, form: Any) -> dict[tuple[int, int], tuple[str, str]]:
+    """Form and products that this rank's Muon uses for two shapes, where each rank has kept other choices."""
+    from megamult.distributed import start
+    from megamult.optim.muon.newton_schulz import Method
+    from megamult.optim.muon.rule import Muon
+    from megamult.optim.muon.timing import Chosen, choose
+
+    mesh = start.initialize(1)
+    os.environ["MEGAMULT_CACHE_DIR"] = str(folder / f"rank_{mesh.rank}")
+    kept = Method("gram", "block_rows", False, torch.float32) if mesh.rank == 0 else None
+    kept = kept or Method("standard", "whole", True, torch.float32)
+    muon, shapes = Muon(ns_form=form), {(8, 6), (4, 6)}
+    choose(shapes, muon._steps, [torch.float32], torch.device("cpu"), time_one=lambda *_: Chosen(kept, 1 + mesh.rank))
+    cost = muon.costs(shapes, torch.float32, mesh)
+    assert cost(8, 6) == (10**9 if form == "auto" else flops(8, 6, 5, form)), "a measured time, or FLOPs"
+    return {shape: (method.form, method.products) for shape, method in muon.methods.items()}
 
 
 def own_loop(tensor: int) -> dict[str, Tensor]:
@@ -198,7 +219,7 @@ def two_processes(cases: list[StepCase]) -> dict[str, Any]:
     return result
 
 
-def automatic_dtypes() -> dict[tuple[int, str], set[torch.dtype | None]]:
+def automatic_dtypes() -> dict[tuple[int, str], set[torch.dtype]]:
     """That Newton-Schulz computes and the pieces travel in where nothing is said, by ZeRO stage and model's dtype."""
     from megamult.distributed import start
     from megamult.train.deepspeed_engine import build
@@ -209,7 +230,10 @@ def automatic_dtypes() -> dict[tuple[int, str], set[torch.dtype | None]]:
             StepCase(world=2, zero=stage, dtype=dtype, optimizer="muon").config(), VOCAB, start.initialize(1)
         )
         muon: Any = engine.optimizer.rules["matrix"]
-        found[stage, dtype] = {muon.ns_dtype, muon.exchange_dtype}
+        ours = {method.dtype for method in muon.methods.values()}
+        if dtype == "bf16":
+            ours.discard(torch.float32)  # where it is faster, as on a CPU that only emulates bf16
+        found[stage, dtype] = {*ours, muon.exchange_dtype}
         engine.deepspeed.destroy()
     return found
 
