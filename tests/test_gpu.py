@@ -54,6 +54,27 @@ def test_two_gpus_train_as_the_cpu_does() -> None:
 
 
 @_needs(1)
+@pytest.mark.parametrize("shape", [(512, 1408), (1408, 512), (1024, 1024)])
+def test_every_method_of_newton_schulz_is_the_polynomial_and_one_is_chosen(shape: tuple[int, int]) -> None:
+    from megamult.optim.muon import timing
+    from megamult.optim.muon.coefficients import coefficients
+    from megamult.optim.muon.newton_schulz import orthogonalize_by
+    from tests.optim.muon.test_newton_schulz import reference
+
+    steps, device = coefficients("simple", 5), torch.device("cuda")
+    matrices = torch.randn(2, *shape, device=device)
+    expected = torch.stack([reference(each, steps) for each in matrices.cpu()]).to(device)
+    candidates = timing.methods(shape, [torch.bfloat16], kernel=True)
+    assert {each.products for each in candidates} == {"whole", "block_rows", "kernel"}
+    for method in candidates:
+        actual = orthogonalize_by(matrices, steps, method)
+        # As in tests/optim/muon/test_newton_schulz.py: a few roundings per step, ten products deep.
+        error = torch.linalg.vector_norm(actual.double() - expected) / torch.linalg.vector_norm(expected)
+        assert error < 20 * 2**-9, method
+    assert timing.fastest(shape, steps, candidates, device).method in candidates
+
+
+@_needs(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "depth"), [(130, 70), (512, 1408), (1100, 333)])
 def test_the_symmetric_kernel_computes_the_product(n: int, depth: int, dtype: torch.dtype) -> None:

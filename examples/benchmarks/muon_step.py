@@ -421,8 +421,8 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
     from megamult.distributed import device
     from megamult.optim.muon.coefficients import SIMPLE, coefficients
     from megamult.optim.muon.newton_schulz import orthogonalize_by
-    from megamult.optim.muon.symmetric import Products, has_kernel, symmetric_product
-    from megamult.optim.muon.timing import fastest
+    from megamult.optim.muon.symmetric import Products, has_kernel, kernel_suits, symmetric_product
+    from megamult.optim.muon.timing import fastest, methods
 
     device.prepare()
     here, steps = device.local_device(), coefficients("simple", 5)
@@ -446,7 +446,7 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
     )
     for (rows, cols), count in shapes.items():
         batch = torch.randn(count * arguments.layers, rows, cols, device=here)
-        method = fastest((rows, cols), steps, [ours], here).method
+        method = fastest((rows, cols), steps, methods((rows, cols), [ours], has_kernel(here)), here).method
         runs: dict[str, Callable[[], Any]] = {
             "ours": lambda batch=batch, method=method: orthogonalize_by(batch, steps, method),
             "plain": lambda batch=batch: plain_newton_schulz(batch.to(ours), SIMPLE, len(steps)),
@@ -470,7 +470,7 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
         x = torch.randn(count * arguments.layers, *shape, device=here).to(ours)
         out = torch.empty(len(x), shape[0], shape[0], dtype=ours, device=here)
         ways: list[Products] = ["whole", "block_rows"]
-        if has_kernel(shape[0], shape[1], ours, here):
+        if has_kernel(here) and kernel_suits(shape[0], shape[1], ours):
             ways.append("kernel")
         taken = alternating(arguments, {way: partial(symmetric_product, x, x.mT, out, way) for way in ways})
         name = f"{len(x)} x {shape[0]} x {shape[1]}"

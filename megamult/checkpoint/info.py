@@ -53,7 +53,8 @@ class CheckpointInfo:
     eod: int | None = None
     """Id of the token that ends a document in the run's corpora, or None if it is unknown."""
     optimizer: dict[str, Any] | None = None
-    """`name`, `updates` (steps applied) and `skipped_steps`, or None if there is no optimizer state."""
+    """`name`, `updates` (steps applied), `skipped_steps` and `choices` (what update rules have chosen by measuring, by
+    kind of parameter; absent in earlier versions), or None if there is no optimizer state."""
     data: dict[str, Any] | None = None
     """State of the training data (:meth:`megamult.data.dataset.BlendedDataset.state_dict`)."""
     drawn: bool = True

@@ -44,8 +44,8 @@ class OrthogonalizedConfig:
     """Name of the Newton-Schulz polynomials, as in NVIDIA's Emerging-Optimizers. `simple` has the coefficients
     (3.4445, -4.7750, 2.0315) in every step. `cubic5` needs `ns_steps` 5."""
     ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Dtype in which Newton-Schulz computes. `auto`: fp32 if `train.dtype` is fp32, else bf16, or fp32 where this is
-    faster."""
+    """Dtype in which Newton-Schulz computes. `auto`: fp32 if `train.dtype` is fp32, else bf16, or fp32 on a CPU
+    that is clearly faster in it (more precise, too)."""
     ns_form: Literal["auto", "standard", "gram"] = "auto"
     """How Newton-Schulz computes its polynomial. `auto`: the way that is the fastest for each shape, measured at the
     first start on a device, and kept. `standard` and `gram`: this form, with all else fixed too, so that rounding does

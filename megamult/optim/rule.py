@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -52,6 +53,9 @@ class UpdateRule(ABC):
     """Whether :meth:`prepare`, which runs before :meth:`apply`, clips the gradients and replaces them by updates."""
 
     defaults: Mapping[str, Any] = {}
+    choices: Mapping[str, Any] = MappingProxyType({})
+    """Choices that the rule has made by measuring, as plain values. Checkpoints keep them, and a run that goes on sets
+    them before :meth:`bind`, so that it makes the same ones."""
 
     def __init_subclass__(cls) -> None:
         """Check that a subclass with per-row state (:attr:`State.per`) sets `prepares` to True.

@@ -88,6 +88,7 @@ class RunCheckpoints:
                 "name": self._config.optimizer.name,
                 "updates": state.updates,
                 "skipped_steps": state.skipped_steps,
+                "choices": state.choices,
             },
             data=data,
             drawn=self._drawn,

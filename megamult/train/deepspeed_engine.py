@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
@@ -147,8 +148,9 @@ class DeepSpeedEngine:
 
     def state(self) -> EngineState:
         """Return the state to save."""
-        chunks = owned(self.partition, self.optimizer)
-        return EngineState(chunks, self.optimizer.updates, self.optimizer.skipped_steps)
+        chunks, optimizer = owned(self.partition, self.optimizer), self.optimizer
+        choices = {kind: dict(rule.choices) for kind, rule in optimizer.rules.items() if rule.choices}
+        return EngineState(chunks, optimizer.updates, optimizer.skipped_steps, choices)
 
     def restore(self, checkpoint: SavedCheckpoint, *, reset_optimizer: bool) -> None:
         """Load a checkpoint into model and optimizer (see :func:`megamult.checkpoint.resume.restore`)."""
@@ -196,6 +198,7 @@ def build(
     eod: int | None = None,
     note: Callable[[str], None] = lambda doing: None,
     optimizer_of: Callable[[Config, torch.nn.Module, Mesh], TwoPhaseOptimizer] = build_optimizer,
+    choices: Mapping[str, Any] = MappingProxyType({}),
 ) -> DeepSpeedEngine:
     """Build this rank's model, optimizer and engine.
 
@@ -208,6 +211,7 @@ def build(
         eod: id of the token that ends a document. `data.document_mask` needs it.
         note: function that is called with a description of each part of the work. Building a large model takes minutes.
         optimizer_of: function that makes the optimizer from the configuration, the model and the mesh.
+        choices: choices of the update rules in the checkpoint that the run goes on from, by kind of parameter.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     settings = deepspeed_config(config, mesh.size_of("data"))
@@ -226,6 +230,8 @@ def build(
         model.to(device.local_device())
     note("building the optimizer")
     optimizer = optimizer_of(config, model, mesh)
+    for kind, rule in optimizer.rules.items():
+        rule.choices = choices.get(kind, {})
     # DeepSpeed's BF16_Optimizer prints memory figures per group.
     with optimizer.paused(), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ class EngineState:
     updates: int
     """Number of optimizer steps that were applied."""
     skipped_steps: int
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """Choices of the update rules by kind of parameter, see :attr:`megamult.optim.rule.UpdateRule.choices`."""
 
 
 class Engine(Protocol):

@@ -105,7 +105,12 @@ def train(run: Run) -> int:
     note: Callable[[str], None] = partial(progress.at, 0)
     draw = checkpoint is None and not run.dry
     built = without_monitors(config) if run.dry else config  # DeepSpeed's monitors make folders when it starts
-    engine = agreed(run.mesh, lambda: build(built, vocab_size, run.mesh, draw=draw, eod=tokenizer.eod, note=note))
+    saved = None if checkpoint is None else checkpoint.info.optimizer
+    choices = (saved or {}).get("choices", {})
+    engine = agreed(
+        run.mesh,
+        lambda: build(built, vocab_size, run.mesh, draw=draw, eod=tokenizer.eod, note=note, choices=choices),
+    )
     # Earlier versions wrote imported checkpoints without `drawn`; these have no state of the data.
     drawn = checkpoint is None or (checkpoint.info.drawn and checkpoint.info.data is not None)
     monitor = RunMonitor(config, engine.model, engine.partition, engine.optimizer, vocab_size, drawn=drawn)

@@ -65,7 +65,12 @@ def _run(run: Run) -> Trace:
     config.train.seed = run.weights_seed
     config.checkpoint = CheckpointConfig(keep=0, asynchronous=run.asynchronous)
     mesh = start.initialize(run.case.tensor)
-    engine = build(config, VOCAB, mesh)
+    saved = None if run.load is None else SavedCheckpoint(run.load).info.optimizer
+    choices = {} if saved is None else saved["choices"]
+    engine = build(config, VOCAB, mesh, choices=choices)
+    for kind, rule in engine.optimizer.rules.items():
+        assert choices.get(kind, rule.choices) == rule.choices, "the same methods as before"
+        assert rule.choices or config.optimizer.name == "adamw"
     samples = Samples(VOCAB, config.model.seq_length, skewed=True)
     trainer = Trainer(config, engine, samples, None, VOCAB)
     trace = Trace()

@@ -48,6 +48,7 @@ def resumed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         f"--train.run_dir={folder / 'run'}",
         f"--data.train={OLD / 'data/corpus_train'}",
         f"--data.tokenizer={OLD / 'data/corpus.model'}",
+        "--optimizer.muon.ns_form=standard",  # no measurement decides about rounding
         *settings,
     ]
     run_distributed(processes, go_on, arguments)

@@ -145,7 +145,7 @@ class MatrixRule(UpdateRule):
 
     def bind(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> None:
         """Choose the owners of the matrices, and plan the exchange. Collective over all ranks."""
-        costs = partial(self.costs, mesh=partition.mesh)
+        costs = partial(self.choose_methods, mesh=partition.mesh)
         self.matrices = Matrices(partition, selects, costs, self.bucket_elements)
         self.exchange_dtype = self.exchange_dtype or self.matrices.dtype
         self._exchange, self._bytes_gathered = self.matrices.exchange(self.exchange_dtype), 0
@@ -190,10 +190,11 @@ class MatrixRule(UpdateRule):
         self._bytes_gathered += self.matrices.complete(self.exchange_dtype)
 
     @abstractmethod
-    def costs(self, shapes: set[tuple[int, int]], dtype: torch.dtype, mesh: Mesh) -> Callable[[int, int], int]:
-        """Return a function from the shape (rows, cols) of a matrix to the cost of its update, in any unit.
+    def choose_methods(self, shapes: set[tuple[int, int]], dtype: torch.dtype, mesh: Mesh) -> Callable[[int, int], int]:
+        """Choose how to compute updates of matrices of these shapes, and return a function from the shape (rows, cols)
+        of a matrix to the cost of its update, in any unit. It gives the same on every rank.
 
-        It gives the same on every rank. :meth:`bind` calls this on all ranks together.
+        :meth:`bind` calls this on all ranks together.
 
         Args:
             shapes: shapes of all matrices.

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megamult.optim.muon.coefficients import Coefficients
-from megamult.optim.muon.symmetric import Products, computed, has_kernel, symmetric_product
+from megamult.optim.muon.symmetric import Products, computed, has_kernel, kernel_suits, product, symmetric_product
 
 Form = Literal["standard", "gram"]
 
@@ -50,9 +50,9 @@ class Method:
 
 
 def fixed_method(
-    rows: int, cols: int, steps: int, dtype: torch.dtype, device: torch.device, form: Form | None = None
+    rows: int, cols: int, steps: int, dtype: torch.dtype, kernel: bool = False, form: Form | None = None
 ) -> Method:
-    """Return a method that depends on nothing but the arguments, so that the same run has the same bits everywhere.
+    """Return a method that depends on nothing but the arguments.
 
     The kernel computes symmetric products where it suits them. Elsewhere, they are computed by block rows in fp32, and
     whole in bf16 and fp16, because matrix units compute faster than the mirror images can be copied.
@@ -61,12 +61,12 @@ def fixed_method(
         rows, cols: shape of the matrices.
         steps: number of steps.
         dtype: dtype of the products.
-        device: device of the matrices.
+        kernel: whether the device has the kernel.
         form: the form; if None, the one that takes fewer FLOPs.
     """
     half = dtype in (torch.bfloat16, torch.float16)
     products: Products = "whole" if half else "block_rows"
-    if has_kernel(min(rows, cols), max(rows, cols), dtype, device):
+    if kernel and kernel_suits(min(rows, cols), max(rows, cols), dtype):
         products = "kernel"
     return Method(form or cheaper_form(rows, cols, steps, products), products, True, dtype)
 
@@ -74,7 +74,8 @@ def fixed_method(
 def orthogonalize(matrices: Tensor, steps: Coefficients, dtype: torch.dtype, form: Form | None = None) -> Tensor:
     """Return U p(S) V^T for each matrix, by :func:`fixed_method`; see :func:`orthogonalize_by`."""
     rows, cols = matrices.shape[-2:]
-    return orthogonalize_by(matrices, steps, fixed_method(rows, cols, len(steps), dtype, matrices.device, form))
+    method = fixed_method(rows, cols, len(steps), dtype, has_kernel(matrices.device), form)
+    return orthogonalize_by(matrices, steps, method)
 
 
 def orthogonalize_by(matrices: Tensor, steps: Coefficients, method: Method) -> Tensor:
@@ -104,13 +105,15 @@ def orthogonalize_by(matrices: Tensor, steps: Coefficients, method: Method) -> T
     apply, writes, squares = _standard, len(steps), 2
     if method.form == "gram":
         apply, writes, squares = _gram, len(_runs(steps)), 5
-    room = [empty(count, small, small) for _ in range(squares)]
+    room: list[Tensor] = []
     for i in range(0, len(given), count):
         here = result[i : i + count]
         # The products write to the two in turn. Begin so that the last one writes to the result.
         x, y = (other, here) if writes % 2 else (here, other)
-        # Divide in fp32 before the cast, because elements of the undivided matrix can be out of fp16's range.
-        torch.div(given[i : i + count], norm[i : i + count], out=x)
+        for k in range(count):  # each by itself, because torch needs room for fp32 values of what it divides
+            # Divide in fp32 before the cast, because elements of the undivided matrix can be out of fp16's range.
+            torch.div(given[i + k], norm[i + k], out=x[k])
+        room = room or [empty(count, small, small) for _ in range(squares)]
         apply(x, y, steps, method.products, room)
     return result.reshape(matrices.shape)
 
@@ -144,14 +147,14 @@ def _standard(x: Tensor, y: Tensor, steps: Coefficients, products: Products, roo
     for a, b, c in steps:
         _gram_matrix(x, products, r)
         symmetric_product(r, r, z, products, add=(b, r), alpha=c)
-        torch.baddbmm(x, *_from_the_side(z, x), beta=a, out=y)
+        product(*_from_the_side(z, x), y, x, beta=a)
         x, y = y, x
 
 
 def _gram(x: Tensor, y: Tensor, steps: Coefficients, products: Products, room: list[Tensor]) -> None:
     """Apply the steps to X by the gram form; arguments as in :func:`_standard`."""
     for run in _runs(steps):
-        torch.bmm(*_from_the_side(_polynomial(x, run, products, room), x), out=y)
+        product(*_from_the_side(_polynomial(x, run, products, room), x), y)
         x, y = y, x
 
 
@@ -202,13 +205,14 @@ def flops(rows: int, cols: int, steps: int, form: Form | None = None, products: 
     return sum(symmetric * large + dense + symmetric * small * (run + (run - 1) + 2 * (run - 1)) for run in runs)
 
 
-def workspace(rows: int, cols: int) -> int:
-    """Return an upper bound on the elements that :func:`orthogonalize_by` holds at once for one matrix, beside its
-    input.
+def workspace(rows: int, cols: int, batch: int = 1) -> int:
+    """Return an upper bound on the elements that :func:`orthogonalize_by` holds at once for a batch, beside its input.
 
-    These are X before and after a step, and five square matrices of the smaller dimension.
+    These are, for each matrix, X before and after a step, five square matrices of the smaller dimension, and the room
+    in which torch computes a product on a CPU in bf16; or, while one matrix is divided by its norm, this matrix and its
+    quotient in fp32, each of which counts twice.
     """
-    return 2 * rows * cols + 5 * min(rows, cols) ** 2
+    return 2 * batch * rows * cols + max(batch * (5 * min(rows, cols) ** 2 + rows * cols), 4 * rows * cols)
 
 
 def cheaper_form(rows: int, cols: int, steps: int, products: Products = "block_rows") -> Form:

@@ -125,7 +125,7 @@ class Plan:
             batches = Counter((self.owners[i], self.matrices[i].rows, self.matrices[i].cols) for i in bucket)
             for (owner, rows, cols), size in batches.items():
                 owned[k, owner] += size * rows * cols
-                work[k, owner] = max(work[k, owner], size * workspace(rows, cols))
+                work[k, owner] = max(work[k, owner], workspace(rows, cols, size))
             there[k + 1] = sum(self._travels(bucket, self.given))
             back[k + 1] = sum(self._travels(bucket, self.held))
         now = np.maximum(there, back)

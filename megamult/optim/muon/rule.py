@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +18,7 @@ from megamult.optim.muon.matrices import MatrixRule, check_dtype
 from megamult.optim.muon.newton_schulz import Form, Method, fixed_method, flops, orthogonalize_by
 from megamult.optim.muon.newton_schulz import scale as scale_factor
 from megamult.optim.muon.plan import BUCKET_ELEMENTS, Plan
+from megamult.optim.muon.symmetric import has_kernel
 from megamult.optim.rule import State
 from megamult.optim.two_phase import TwoPhaseOptimizer
 
@@ -40,7 +40,7 @@ class Muon(MatrixRule):
         ns_steps: number of Newton-Schulz steps.
         coefficients: name of the polynomials, a key of :data:`megamult.optim.muon.coefficients.COEFFICIENTS`.
         ns_dtype: dtype in which Newton-Schulz computes: fp32, bf16 or fp16. If None, fp32 if the model's matrices are
-            fp32, else bf16; or fp32 where `ns_form` is `auto` and fp32 is faster.
+            fp32, else bf16; or fp32 on a CPU that is clearly faster in it, if `ns_form` is `auto`.
         ns_form: form of Newton-Schulz, `standard` or `gram`, with everything else by a rule; or `auto`: the method that
             is the fastest for a shape on this device (:mod:`megamult.optim.muon.timing`).
         exchange_dtype: dtype in which pieces are sent: fp32 or bf16. If None, fp32 if the model's matrices are fp32,
@@ -84,21 +84,52 @@ class Muon(MatrixRule):
         """Function that is called for each batch, with the logical names of its matrices and the results of
         Newton-Schulz, [batch, rows, cols]; None if there is no such function."""
 
-    def costs(self, shapes: set[tuple[int, int]], dtype: torch.dtype, mesh: Mesh) -> Callable[[int, int], int]:
-        """Choose the method for each shape, and return the costs: nanoseconds if they were measured, else FLOPs."""
+    def choose_methods(self, shapes: set[tuple[int, int]], dtype: torch.dtype, mesh: Mesh) -> Callable[[int, int], int]:
+        """Choose the method for each shape, and return the costs: nanoseconds if all were measured, else FLOPs."""
         here, steps = device.local_device(), self._steps
-        if self.ns_form != "auto":
-            one = partial(fixed_method, steps=len(steps), dtype=self.ns_dtype or dtype, device=here, form=self.ns_form)
-            self.methods = {shape: one(*shape) for shape in shapes}
-            return partial(flops, steps=len(steps), form=self.ns_form)
+        kernel = all(mesh.gather_objects(has_kernel(here)))
+        if self.ns_form == "auto":
+            chosen = self._timed(sorted(shapes), dtype, here, mesh, kernel)
+            self.methods = {shape: each.method for shape, each in chosen.items()}
+            nanoseconds = {shape: round(1e9 * each.seconds) for shape, each in chosen.items() if each.seconds}
+            if nanoseconds.keys() == shapes:
+                return lambda rows, cols: max(1, nanoseconds[rows, cols])
+        else:
+            form, wanted = self.ns_form, self.ns_dtype or dtype
+            self.methods = {shape: fixed_method(*shape, len(steps), wanted, kernel, form) for shape in shapes}
+
+        def cost(rows: int, cols: int) -> int:
+            method = self.methods[rows, cols]
+            return flops(rows, cols, len(steps), method.form, method.products)
+
+        return cost
+
+    def _timed(
+        self, shapes: list[tuple[int, int]], dtype: torch.dtype, here: torch.device, mesh: Mesh, kernel: bool
+    ) -> dict[tuple[int, int], timing.Chosen]:
+        """Return the choice of global rank 0 for each shape, and keep it for checkpoints.
+
+        Raises:
+            RuntimeError: rank 0 could not choose.
+        """
         dtypes = [self.ns_dtype or dtype]
-        if self.ns_dtype is None and dtype == torch.bfloat16:
+        if self.ns_dtype is None and dtype == torch.bfloat16 and here.type == "cpu":
             dtypes.append(torch.float32)  # some CPUs only emulate bf16
-        told: list[Any] = [timing.choose(sorted(shapes), steps, dtypes, here) if mesh.rank == 0 else None]
+        told: list[Any] = [None, None]
+        if mesh.rank == 0:
+            try:
+                told[0] = timing.choose(shapes, self._steps, dtypes, here, kernel=kernel, known=self.choices)
+            except Exception as error:  # all ranks must know, because they wait
+                told[1] = f"{type(error).__name__}: {error}"
         mesh.broadcast_objects(told)
-        chosen: dict[tuple[int, int], timing.Chosen] = told[0]
-        self.methods = {shape: each.method for shape, each in chosen.items()}
-        return lambda rows, cols: max(1, round(1e9 * chosen[rows, cols].seconds))
+        chosen: dict[tuple[int, int], timing.Chosen] | None = told[0]
+        if chosen is None:
+            raise RuntimeError(
+                f"rank 0 could not time Newton-Schulz ({told[1]}): set optimizer.muon.ns_form to standard or gram, "
+                "with which nothing is timed"
+            )
+        self.choices = timing.plain(chosen, self._steps, dtypes)
+        return chosen
 
     def accumulate(self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]) -> list[Tensor]:
         """Update the momentum M in place. Return M or, if `nesterov` is set, momentum * M + (1 - momentum) * G."""

@@ -50,7 +50,8 @@ def symmetric_product(
         left: [batch, n, depth] operand.
         right: [batch, depth, n] operand of the same dtype.
         out: [batch, n, n] result in the operands' dtype; not one of the operands.
-        products: the way to compute it. `kernel` must suit the operands (:func:`has_kernel`).
+        products: the way to compute it. `kernel` must suit the operands (:func:`kernel_suits`), and the device have it
+            (:func:`has_kernel`).
         add: (beta, C) with a symmetric C[batch, n, n]; None to add nothing.
         alpha: factor of the product.
 
@@ -63,15 +64,24 @@ def symmetric_product(
     elif products == "block_rows":
         _block_rows(left, right, out, c, beta, alpha)
     else:
-        _product(left, right, out, c, beta, alpha)
+        product(left, right, out, c, beta, alpha)
     return out
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor, add: Tensor | None, beta: float, alpha: float) -> None:
+def product(
+    left: Tensor, right: Tensor, out: Tensor, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
+) -> None:
+    """Compute alpha left @ right, plus beta add if `add` is given, into `out`. All are batches of matrices.
+
+    A batch of one matrix is computed by torch's functions for matrices, which on CPUs take less time per call.
+    """
+    if left.shape[0] == 1:
+        left, right, out, add = left[0], right[0], out[0], None if add is None else add[0]
+    multiply, multiply_and_add = (torch.mm, torch.addmm) if left.dim() == 2 else (torch.bmm, torch.baddbmm)
     if add is not None:
-        torch.baddbmm(add, left, right, beta=beta, alpha=alpha, out=out)
+        multiply_and_add(add, left, right, beta=beta, alpha=alpha, out=out)
     else:
-        torch.bmm(left, right, out=out)
+        multiply(left, right, out=out)
         if alpha != 1.0:
             out.mul_(alpha)
 
@@ -79,7 +89,7 @@ def _product(left: Tensor, right: Tensor, out: Tensor, add: Tensor | None, beta:
 def _block_rows(left: Tensor, right: Tensor, out: Tensor, add: Tensor | None, beta: float, alpha: float) -> None:
     for lo, hi in _bounds(left.shape[1]):
         rows = out[:, lo:hi, :hi]
-        _product(left[:, lo:hi], right[:, :, :hi], rows, None if add is None else add[:, lo:hi, :hi], beta, alpha)
+        product(left[:, lo:hi], right[:, :, :hi], rows, None if add is None else add[:, lo:hi, :hi], beta, alpha)
         out[:, :lo, lo:hi] = rows[:, :, :lo].mT
 
 
@@ -94,18 +104,13 @@ def _bounds(n: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def has_kernel(n: int, depth: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether the Triton kernel can compute [n, depth] @ [depth, n] products on this device, and whether its
-    size suits it. The kernel needs an NVIDIA GPU of Ampere or later."""
-    return (
-        n >= _FEWEST_ROWS
-        and n % _MULTIPLE == depth % _MULTIPLE == 0
-        and dtype in (torch.bfloat16, torch.float16)
-        and _runs_on(device)
-    )
+def kernel_suits(n: int, depth: int, dtype: torch.dtype) -> bool:
+    """Return whether the Triton kernel computes [n, depth] @ [depth, n] products of this dtype well."""
+    return n >= _FEWEST_ROWS and n % _MULTIPLE == depth % _MULTIPLE == 0 and dtype in (torch.bfloat16, torch.float16)
 
 
-def _runs_on(device: torch.device) -> bool:
+def has_kernel(device: torch.device) -> bool:
+    """Return whether the Triton kernel runs on this device: on an NVIDIA GPU of Ampere or later, where Triton is."""
     return (
         device.type == "cuda"
         and "lower_tiles" in globals()

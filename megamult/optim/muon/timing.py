@@ -8,7 +8,8 @@ A file keeps the choice, so that later runs on such a device make the same one::
     python -m megamult.optim.muon.timing --clear   # removes it, so that the next runs time anew
 
 There is one file for each name of a device and version of torch, in the folder MEGAMULT_CACHE_DIR of the environment
-(default: `megamult` in XDG_CACHE_HOME, or in ~/.cache).
+(default: `megamult` in XDG_CACHE_HOME, or in ~/.cache). A checkpoint keeps the choices of its run too, and a run that
+goes on from it uses these.
 
 Methods differ by rounding. A run whose trajectory must not depend on timings sets `optimizer.muon.ns_form`.
 """
@@ -22,6 +23,7 @@ import fcntl
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,40 +34,48 @@ from typing import Any
 import torch
 
 from megamult.optim.muon.coefficients import Coefficients
-from megamult.optim.muon.newton_schulz import Method, orthogonalize_by
-from megamult.optim.muon.symmetric import Products, has_kernel
+from megamult.optim.muon.newton_schulz import Method, fixed_method, flops, orthogonalize_by
+from megamult.optim.muon.symmetric import Products, kernel_suits
 
 Shape = tuple[int, int]
 
+_FORMAT = 1
+"""Number in the names of the files. It increases when methods are computed otherwise, so that they are timed anew."""
 _ROUNDS = 5
 """Largest number of timings of a method after its first one."""
 _SECONDS = 0.5
 """Time after which the methods of a shape are not timed again."""
 _HOPELESS = 2.0
 """A method whose first timing is this many times the fastest method's is not timed again."""
+_MARGIN = 1.3
+"""Number by which another dtype than the first must be faster to be chosen: it changes the precision."""
 _BATCH_ELEMENTS = 2**20
 """Elements of a batch with which methods are timed, unless one matrix has more."""
 _LARGEST_BATCH = 8
+_CPU_FLOPS = 300e9
+"""FLOPs of the standard form for one matrix above which nothing is timed on a CPU, because it would take minutes."""
+_PATIENCE = 5.0
+"""Seconds to wait for another process that writes the file."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The fastest method of a shape."""
+    """The method of a shape."""
 
     method: Method
-    seconds: float
-    """Seconds that it takes for one matrix."""
+    seconds: float | None
+    """Seconds that it takes for one matrix; None if nothing was timed."""
 
 
-def methods(shape: Shape, dtypes: Sequence[torch.dtype], device: torch.device) -> list[Method]:
-    """Return the methods that are timed for a shape."""
+def methods(shape: Shape, dtypes: Sequence[torch.dtype], kernel: bool) -> list[Method]:
+    """Return the methods that are timed for a shape. `kernel` says whether all ranks have the kernel."""
     small, large = sorted(shape)
     # A large matrix fills the device by itself.
     together = (True, False) if _batch(shape) > 1 else (True,)
     found = []
     for dtype in dtypes:
         ways: list[Products] = ["whole", "block_rows"]
-        if has_kernel(small, large, dtype, device):
+        if kernel and kernel_suits(small, large, dtype):
             ways.append("kernel")
         found += [
             Method(form, products, each, dtype)
@@ -83,14 +93,22 @@ def _batch(shape: Shape) -> int:
 def fastest(
     shape: Shape,
     steps: Coefficients,
-    dtypes: Sequence[torch.dtype],
+    candidates: Sequence[Method],
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Chosen:
-    """Time the methods of a shape, and return the fastest.
+    """Time methods for a shape, and return the fastest.
 
-    All methods are timed once, those that are not hopeless a few times more in turn. The shortest time of each counts,
-    because other work on the machine only makes times longer.
+    Each is called once, which compiles kernels and makes libraries prepare theirs, and timed at its second call. Those
+    that are not hopeless are then timed a few times more, in turn. The shortest time of each counts, because other work
+    on the machine only makes times longer. A method that does not find enough memory is never chosen.
+
+    Args:
+        shape: shape of the matrices.
+        steps: coefficients of the steps.
+        candidates: the methods, those of the preferred dtype first.
+        device: the device to time on.
+        clock: function that returns the time in seconds.
     """
     batch = _batch(shape)
     generator = torch.Generator(device).manual_seed(0)  # not torch's own, whose state is the run's
@@ -103,18 +121,22 @@ def fastest(
         _synchronize(device)
         return (clock() - began) / batch
 
-    began = clock()
     taken: dict[Method, float] = {}
-    for method in methods(shape, dtypes, device):
-        first = seconds(method)  # compiles kernels, and makes libraries prepare theirs
-        taken[method] = first if first > _SECONDS / 10 else seconds(method)
+    for method in candidates:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            seconds(method)
+            taken[method] = seconds(method)
+    if not taken:
+        raise torch.OutOfMemoryError(f"there is no room to compute Newton-Schulz for one matrix of the shape {shape}")
     left = [method for method, each in taken.items() if each < _HOPELESS * min(taken.values())]
+    began = clock()
     for _ in range(_ROUNDS):
         if clock() - began > _SECONDS:
             break
         for method in left:
             taken[method] = min(taken[method], seconds(method))
-    best = min(left, key=lambda method: taken[method])
+    preferred = candidates[0].dtype
+    best = min(left, key=lambda method: taken[method] * (1.0 if method.dtype == preferred else _MARGIN))
     return Chosen(best, taken[best])
 
 
@@ -137,47 +159,72 @@ class Kept:
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
         self.device = device_name(device)
         name = re.sub(r"[^\w.+-]+", "_", f"{self.device}-torch-{torch.__version__}")
-        self.path = (folder or cache_folder()) / f"newton_schulz-{name}.json"
+        self.path = (folder or cache_folder()) / f"newton_schulz-{_FORMAT}-{name}.json"
 
     def read(self) -> dict[str, Any]:
         """Return what is kept, by key. A file that is missing or damaged keeps nothing."""
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            return dict(content["methods"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+        return _entries(self.path)[1]
 
-    def keep(self, found: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-        """Add choices to the file, and return those that it then has under the same keys.
+    def keep(self, key: str, entry: Any) -> Any:
+        """Add a choice to the file, and return the one that the file then has.
 
-        Where another run has added a key since `before` was read, its choice stays, so that all runs have the same.
+        If another run has added a usable choice meanwhile, that one stays, so that all runs have the same.
 
         Raises:
             OSError: the file cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.with_suffix(".lock")):
-            now = self.read()
-            known = now | {key: each for key, each in found.items() if now.get(key) == before.get(key)}
+            known = self.read()
+            if _parsed(known.get(key)) is None:
+                known[key] = entry
             content = {"device": self.device, "torch": torch.__version__, "methods": known}
-            written = self.path.with_suffix(f".{os.getpid()}.tmp")
+            written = self.path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
             written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             written.replace(self.path)
-        return {key: known[key] for key in found}
+        return known[key]
+
+
+def _entries(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return a file's heading, and its choices by key; nothing if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return f"{content['device']}, torch {content['torch']}", dict(content["methods"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "damaged", {}
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock, if it can be had within `_PATIENCE` seconds. Some file systems have none; without it, runs that
+    start at the same moment may keep only one of their choices."""
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.05)
+                    continue
+            except OSError:
+                pass
+            break
         yield
 
 
 def cache_folder() -> Path:
-    """Return the folder of the files."""
+    """Return the folder of the files.
+
+    Raises:
+        OSError: there is no MEGAMULT_CACHE_DIR, and this user has no home.
+    """
     if given := os.environ.get("MEGAMULT_CACHE_DIR"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megamult"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megamult"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 def device_name(device: torch.device) -> str:
@@ -191,65 +238,97 @@ def device_name(device: torch.device) -> str:
     return " ".join([lines.get("model name", "CPU"), lines.get("model", ""), *units[:1]])
 
 
+def shape_key(shape: Shape, steps: Coefficients, dtypes: Sequence[torch.dtype]) -> str:
+    """Return the name under which a checkpoint keeps the choice for a shape and for its transpose."""
+    small, large = sorted(shape)
+    return f"{small}x{large}, {len(steps)} steps, {' or '.join(map(_name, dtypes))}"
+
+
 def choose(
     shapes: Iterable[Shape],
     steps: Coefficients,
     dtypes: Sequence[torch.dtype],
     device: torch.device,
-    kept: Kept | None = None,
-    time_one: Callable[..., Chosen] = fastest,
+    *,
+    kernel: bool = False,
+    known: Mapping[str, Any] = {},
+    folder: Path | None = None,
+    time_one: Callable[[Shape, Coefficients, Sequence[Method], torch.device], Chosen] = fastest,
 ) -> dict[Shape, Chosen]:
-    """Return the fastest method for each shape, from the file or by timing. Only one process of a run calls this.
+    """Return the method for each shape: the one that a checkpoint had, or the one in the file, or the fastest. Only one
+    process of a run calls this.
 
     Args:
         shapes: shapes (rows, cols) of the matrices. A matrix and its transpose have the same method.
         steps: coefficients of the steps.
-        dtypes: dtypes that the products may have.
+        dtypes: dtypes that the products may have, the preferred one first.
         device: the device to time on.
-        kept: the file.
-        time_one: function that times one shape, :func:`fastest`.
+        kernel: whether all ranks have the kernel.
+        known: choices of the run so far, by :func:`shape_key`.
+        folder: folder of the file; None: that of the module's docstring.
+        time_one: function that times the methods of one shape, :func:`fastest`.
     """
-    kept = kept or Kept(device)
-    known, found = kept.read(), dict[str, Any]()
-    asked = {shape: _key(shape, steps, dtypes) for shape in shapes}
-    for shape, key in asked.items():
-        if key not in found and _parsed(known.get(key), methods(shape, dtypes, device)) is None:
-            found[key] = _plain(time_one(shape, steps, dtypes, device))
-    if found:
-        try:
-            known |= kept.keep(found, known)
-        except OSError as error:
-            known |= found
-            print(
-                f"warning: {kept.path} cannot be written ({error}): Newton-Schulz is timed again at the next start, "
-                "which may choose otherwise; set MEGAMULT_CACHE_DIR to a folder that can be written, or "
-                "optimizer.muon.ns_form to a form",
-                file=sys.stderr,
-                flush=True,
-            )
-    chosen = {shape: _parsed(known[key], methods(shape, dtypes, device)) for shape, key in asked.items()}
-    return {shape: each for shape, each in chosen.items() if each is not None}
+    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
+    found: dict[str, Chosen] = {}
+    problem, timed = None, False
+    for shape in shapes:
+        name, possible = shape_key(shape, steps, dtypes), methods(shape, dtypes, kernel)
+        if name in found:
+            continue
+        chosen = _parsed(known.get(name))
+        if chosen is None and device.type == "cpu" and flops(*shape, len(steps), "standard", "whole") > _CPU_FLOPS:
+            chosen = Chosen(fixed_method(*shape, len(steps), dtypes[0]), None)
+        if chosen is None or chosen.method not in possible:
+            # All that the fastest method depends on, and which methods there were to choose from.
+            key = f"{name}; {threads}{torch.get_float32_matmul_precision()}{', kernel' if kernel else ''}"
+            try:
+                kept = Kept(device, folder)
+                chosen = _parsed(kept.read().get(key))
+                if chosen is None:
+                    entry, timed = _plain(time_one(shape, steps, possible, device)), True
+                    chosen = _parsed(entry)  # as the file will give it to later runs
+                    chosen = _parsed(kept.keep(key, entry))
+            except OSError as error:
+                problem = error
+                chosen = chosen or time_one(shape, steps, possible, device)
+        assert chosen is not None
+        found[name] = chosen
+    if problem is not None:
+        print(
+            f"warning: the choice of Newton-Schulz's methods cannot be kept ({problem}), so that the next run may "
+            "choose otherwise: set MEGAMULT_CACHE_DIR to a folder that can be written, or fix optimizer.muon.ns_form",
+            file=sys.stderr,
+            flush=True,
+        )
+    if timed and device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return {shape: found[shape_key(shape, steps, dtypes)] for shape in shapes}
 
 
-def _key(shape: Shape, steps: Coefficients, dtypes: Sequence[torch.dtype]) -> str:
-    small, large = sorted(shape)
-    return f"{small}x{large}, {len(steps)} steps, {' or '.join(str(dtype)[6:] for dtype in dtypes)}"
+def plain(chosen: Mapping[Shape, Chosen], steps: Coefficients, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
+    """Return choices as :func:`choose` takes them in `known`: plain values by :func:`shape_key`."""
+    return {shape_key(shape, steps, dtypes): _plain(each) for shape, each in chosen.items()}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _plain(chosen: Chosen) -> dict[str, Any]:
-    method = dataclasses.asdict(chosen.method) | {"dtype": str(chosen.method.dtype)[6:]}
-    return {**method, "milliseconds": round(1e3 * chosen.seconds, 6)}
+    method = dataclasses.asdict(chosen.method) | {"dtype": _name(chosen.method.dtype)}
+    return {**method, "milliseconds": None if chosen.seconds is None else round(1e3 * chosen.seconds, 6)}
 
 
-def _parsed(entry: Any, possible: Sequence[Method]) -> Chosen | None:
-    """Return the choice that an entry of the file describes, or None if it describes none of the possible methods."""
+def _parsed(entry: Any) -> Chosen | None:
+    """Return the choice that an entry describes, or None if it describes none."""
     try:
         values = dict(entry)
-        seconds = float(values.pop("milliseconds")) / 1e3
+        milliseconds = values.pop("milliseconds")
         method = Method(**values | {"dtype": getattr(torch, values["dtype"])})
+        return Chosen(method, None if milliseconds is None else float(milliseconds) / 1e3)
     except (TypeError, ValueError, KeyError, AttributeError):
         return None
-    return Chosen(method, seconds) if method in possible else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -265,12 +344,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path.unlink()
             print(f"removed: {path}")
             continue
-        content = json.loads(path.read_text(encoding="utf-8"))
-        print(f"{content['device']}, torch {content['torch']} ({path})")
-        for key, entry in content["methods"].items():
-            batches = "batched" if entry["together"] else "one by one"
-            products = entry["products"].replace("_", " ")
-            print(f"  {key}: {entry['form']}, {products}, {batches}, {entry['dtype']}, {entry['milliseconds']:.3f} ms")
+        heading, entries = _entries(path)
+        print(f"{heading} ({path})")
+        for key, entry in entries.items():
+            if (chosen := _parsed(entry)) is not None and chosen.seconds is not None:
+                method = chosen.method
+                batches, products = "batched" if method.together else "one by one", method.products.replace("_", " ")
+                text = f"{method.form}, {products}, {batches}, {_name(method.dtype)}"
+                print(f"  {key}: {text}, {1e3 * chosen.seconds:.3f} ms")
 
 
 if __name__ == "__main__":

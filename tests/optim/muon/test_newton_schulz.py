@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megamult.optim.muon import newton_schulz
 from megamult.optim.muon.coefficients import _POLAR_EXPRESS, COEFFICIENTS, Coefficients, coefficients
-from megamult.optim.muon.newton_schulz import Method, flops, orthogonalize, orthogonalize_by, scale
+from megamult.optim.muon.newton_schulz import Method, flops, orthogonalize, orthogonalize_by, scale, workspace
 
 SHAPES = [(96, 40), (40, 96), (130, 300), (256, 256), (1, 7), (7, 1), (65, 129)]
 
@@ -146,6 +149,27 @@ def test_flops_are_those_that_torch_counts(shape: tuple[int, int], steps: int, f
     with FlopCounterMode(display=False) as counter:
         orthogonalize_by(random(2, *shape), coefficients("simple", steps), method)
     assert counter.get_total_flops() == 2 * flops(*shape, steps, form, products)
+
+
+def peak_bytes(do: Callable[[], object]) -> int:
+    """The most bytes that torch holds at once on the CPU, of those that it allocates while `do` runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        do()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["standard", "gram"])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("shape", [(3, 64, 512), (3, 512, 64), (2, 256, 256), (1, 256, 512)])
+def test_the_bound_on_memory_holds(shape: tuple[int, int, int], together: bool, form, given: torch.dtype) -> None:
+    matrices, steps = random(*shape).to(given), coefficients("simple", 5)
+    for dtype in (torch.float32, torch.bfloat16):
+        method = Method(form, "whole", together, dtype)
+        peak = peak_bytes(lambda method=method: orthogonalize_by(matrices, steps, method))
+        # Beside it there are the norms of the matrices, and what libraries ask for: some kilobytes.
+        assert 0 < peak <= workspace(*shape[1:], shape[0]) * dtype.itemsize + 16384
 
 
 def test_symmetric_products_save_what_they_promise() -> None:

@@ -62,7 +62,7 @@ def test_steps_are_those_of_a_float64_reference() -> None:
 
 def test_every_update_has_the_root_mean_square_that_learning_rates_of_adamw_are_made_for() -> None:
     rule = NorMuon(ns_form="standard")
-    rule.costs({(40, 12)}, torch.float32, current_mesh())
+    rule.choose_methods({(40, 12)}, torch.float32, current_mesh())
     batch = torch.randn(3, 40, 12, generator=torch.Generator().manual_seed(1))
     state = {"second_moment": torch.zeros(3, 40)}
     update = rule.update(batch, state)
@@ -73,7 +73,7 @@ def test_every_update_has_the_root_mean_square_that_learning_rates_of_adamw_are_
 
 def test_a_zero_matrix_has_a_zero_update() -> None:
     rule = NorMuon(ns_form="standard")
-    rule.costs({(4, 6)}, torch.float32, current_mesh())
+    rule.choose_methods({(4, 6)}, torch.float32, current_mesh())
     assert not rule.update(torch.zeros(1, 4, 6), {"second_moment": torch.zeros(1, 4)}).any()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from megamult.optim.muon import symmetric
+from megamult.optim.muon import newton_schulz, symmetric
 from megamult.optim.muon.coefficients import coefficients
 from megamult.optim.muon.newton_schulz import Form, orthogonalize
 from tests.optim.muon.test_newton_schulz import reference
@@ -37,10 +37,11 @@ def operands(n: int, depth: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x, c + c.mT
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("products", ["whole", "block_rows"])
 @pytest.mark.parametrize("n", [1, 50, 64, 130, 256, 300])
-def test_a_product_is_written_to_its_place(n: int, products: symmetric.Products) -> None:
-    x, r = (t.double() for t in operands(n, 70, torch.float32))
+def test_a_product_is_written_to_its_place(n: int, products: symmetric.Products, batch: int) -> None:
+    x, r = (t[:batch].double() for t in operands(n, 70, torch.float32))
     out = torch.full_like(r, torch.nan)
     assert symmetric.symmetric_product(x, x.mT, out, products) is out
     torch.testing.assert_close(out, x @ x.mT)
@@ -51,6 +52,17 @@ def test_a_product_is_written_to_its_place(n: int, products: symmetric.Products)
     torch.testing.assert_close(out, 0.3 * r - 0.7 * r @ r)
     symmetric.symmetric_product(r, r, out, products, alpha=-0.7)
     torch.testing.assert_close(out, -0.7 * r @ r)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_block_rows_in_half_precision_are_rounded_once(dtype: torch.dtype, batch: int) -> None:
+    x, _ = (t[:batch] for t in operands(300, 130, dtype))
+    out = torch.full((batch, 300, 300), torch.nan, dtype=dtype)
+    symmetric.symmetric_product(x, x.mT, out, "block_rows")
+    # Sums are fp32: their error is far below the one rounding of the result.
+    product = x.double() @ x.double().mT
+    torch.testing.assert_close(out.double(), product, rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +130,7 @@ def through_the_kernel(given: Tensor, form: Form) -> tuple[Tensor, int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(symmetric, "lower_tiles", counted, raising=False)
-        patch.setattr(symmetric, "_runs_on", lambda device: True)
+        patch.setattr(newton_schulz, "has_kernel", lambda device: True)
         patch.setattr(symmetric, "_FEWEST_ROWS", 129)
         return orthogonalize(given, coefficients("simple", 5), torch.float16, form), len(calls)
 
@@ -130,6 +142,9 @@ def test_newton_schulz_through_the_kernel_is_newton_schulz(interpreter: Executor
     actual, calls = interpreter.submit(through_the_kernel, given, form).result()
     expected = reference(given, coefficients("simple", 5))
     assert calls == products  # gram: R made twice, and R^2, ZQ, ZR, ZRZ where they are needed
+    tall, calls = interpreter.submit(through_the_kernel, given.mT, form).result()
+    assert calls == products
+    assert torch.linalg.vector_norm(tall.mT.double() - expected) < 20 * 2**-11 * torch.linalg.vector_norm(expected)
     # As in half precision by torch's products (test_newton_schulz.py): a few roundings per step, ten products deep.
     assert torch.linalg.vector_norm(actual.double() - expected) < 20 * 2**-11 * torch.linalg.vector_norm(expected)
     # A shape that does not suit it is torch's.
@@ -145,7 +160,15 @@ def test_operands_that_do_not_fit_are_an_error(interpreter: Executor) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("dtype", "add", "transposed"), [("bf16", True, False), ("fp16", False, True)])
+@pytest.mark.parametrize(
+    ("dtype", "add", "contiguous"),
+    # R^2, which is square; X X^T and X^T X, whose operands are one matrix and its transpose.
+    [
+        ("bf16", True, ("left_col", "right_col")),
+        ("fp16", False, ("left_col", "right_row")),
+        ("bf16", False, ("left_row", "right_col")),
+    ],
+)
 @pytest.mark.parametrize(
     ("capability", "instruction", "memory"),
     # KiB of shared memory of a block, from the CUDA C++ programming guide's table of compute capabilities.
@@ -155,7 +178,7 @@ def test_operands_that_do_not_fit_are_an_error(interpreter: Executor) -> None:
     ],
 )
 def test_for_sizes_that_it_is_chosen_for_the_kernel_compiles_to_matrix_instructions_without_spills(
-    tmp_path: Path, capability: int, instruction: str, memory: int, add: bool, transposed: bool, dtype: str
+    tmp_path: Path, capability: int, instruction: str, memory: int, add: bool, contiguous: tuple[str, str], dtype: str
 ) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -164,8 +187,7 @@ def test_for_sizes_that_it_is_chosen_for_the_kernel_compiles_to_matrix_instructi
     from megamult.optim.muon import symmetric_triton
 
     kernel = symmetric_triton._lower_tiles
-    constants = symmetric_triton.CONSTANTS | {"HAS_ADD": add, "left_col": 1}
-    constants["right_row" if transposed else "right_col"] = 1
+    constants = symmetric_triton.CONSTANTS | {"HAS_ADD": add} | dict.fromkeys(contiguous, 1)
     types = dict.fromkeys(("left", "right", "add", "out"), f"*{dtype}") | {"alpha": "fp32", "beta": "fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name] not in ("constexpr", "fp32")]

@@ -19,21 +19,34 @@ from tests.small import VOCAB
 STEPS = 3
 
 
-def chosen_methods(folder: Path, form: Any) -> dict[tuple[int, int], tuple[str, str]]:
-    """Form and products that this rank's Muon uses for two shapes, where each rank has kept other choices."""
+def chosen_methods(folder: Path, form: str) -> dict[tuple[int, int], tuple[str, str]] | str:
+    """Form and products that this rank's Muon uses for two shapes, where each rank has kept other choices; or, if the
+    form is `broken`, the beginning of the error message where rank 0 cannot time."""
+    from unittest import mock
+
     from megamult.distributed import start
+    from megamult.optim.muon import timing
     from megamult.optim.muon.newton_schulz import Method
     from megamult.optim.muon.rule import Muon
-    from megamult.optim.muon.timing import Chosen, choose
 
     mesh = start.initialize(1)
     os.environ["MEGAMULT_CACHE_DIR"] = str(folder / f"rank_{mesh.rank}")
     kept = Method("gram", "block_rows", False, torch.float32) if mesh.rank == 0 else None
     kept = kept or Method("standard", "whole", True, torch.float32)
-    muon, shapes = Muon(ns_form=form), {(8, 6), (4, 6)}
-    choose(shapes, muon._steps, [torch.float32], torch.device("cpu"), time_one=lambda *_: Chosen(kept, 1 + mesh.rank))
-    cost = muon.costs(shapes, torch.float32, mesh)
-    assert cost(8, 6) == (10**9 if form == "auto" else flops(8, 6, 5, form)), "a measured time, or FLOPs"
+    muon: Any = Muon(ns_form="auto" if form == "broken" else form)  # type: ignore[arg-type]
+    shapes = {(8, 6), (4, 6)}
+    if form == "broken":
+        broken = mock.patch.object(timing, "choose", side_effect=RuntimeError("no clock"))
+        with broken:
+            try:
+                muon.choose_methods(shapes, torch.float32, mesh)
+            except RuntimeError as error:
+                return str(error)[:79]
+    answer = timing.Chosen(kept, 1 + mesh.rank)
+    timing.choose(sorted(shapes), muon._steps, [torch.float32], torch.device("cpu"), time_one=lambda *_: answer)
+    cost = muon.choose_methods(shapes, torch.float32, mesh)
+    expected = 10**9 if form == "auto" else flops(8, 6, 5, "standard")
+    assert cost(8, 6) == expected, "a measured time, or FLOPs"
     return {shape: (method.form, method.products) for shape, method in muon.methods.items()}
 
 
