@@ -32,6 +32,7 @@ KNOBS: dict[str, dict[str, dict[str, Any]]] = {
     "": {},
     "initial": {"multipliers": {"initial": {"q": {"row": 2.0, "col": 0.5}, "down": {"row": 4.0, "col": 1.0}}}},
     "fixed": {"multipliers": {"norm": "fixed", "parametrization": "softplus", "shared_columns": True}},
+    "shared": {"multipliers": {"shared_columns": True}},
     # Every option of the published decoders. With QK-norm the gradients of K's biases are not 0 in any layer.
     "decoder": {
         "model": {

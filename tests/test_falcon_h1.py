@@ -44,7 +44,9 @@ CLIPPED = Case(
     optimizer="muon",
     steps=STEPS,
 )
-CASES.append(CLIPPED)
+SHARED = Case(world=2, tensor=2, implementation="folded", model="falcon_h1", knobs="shared", steps=STEPS)
+"""Its reference has the column multipliers in the layers."""
+CASES += [CLIPPED, SHARED]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,21 @@ def test_heads_of_nested_attention_are_clipped(outcomes: dict[Case, Outcome]) ->
     heads = [record["qk_clip_heads"] for record in outcomes[CLIPPED].records]
     assert 0 < min(heads) < 2 * 12, "in some step some of 12 heads in two layers, and not all"
     assert heads == [record["qk_clip_heads"] for record in outcomes[CLIPPED.reference].records]
+
+
+@pytest.mark.parametrize("case", [SHARED, SHARED.reference], ids=name_of)
+def test_shared_columns_of_the_input_projection_stay_those_of_one_vector(
+    case: Case, outcomes: dict[Case, Outcome]
+) -> None:
+    tensors = outcomes[case].tensors
+    first, *others = (
+        tensors[f"decoder.layers.0.self_attention.mixer.in_proj.{name}.col_multiplier"]
+        for name in ("z", "x", "b", "c", "dt")
+    )
+    assert (first - 1).abs().max() > 1e-3, "the columns are trained"
+    for other in others:
+        # Copies of a layer may get sums over ranks in another order each.
+        torch.testing.assert_close(other, first, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)

@@ -33,8 +33,8 @@ class MultipliersConfig:
     """Sides that have multipliers: all, symmetry_free, scalar (one multiplier per logical matrix), or a mapping from
     role to row, col, scalar or a list of these. Only a mapping can give multipliers to the role head."""
     shared_columns: bool = False
-    """Whether the matrices of one fused parameter (q, k and v; gate and up) have the same column multipliers, if they
-    have any. If false, each matrix has its own."""
+    """Whether the matrices of one fused parameter (q, k and v; gate and up; ssm_z, ssm_x, ssm_b, ssm_c and ssm_dt) have
+    the same column multipliers, if they have any. If false, each matrix has its own."""
     lr: float | None = None
     """Peak learning rate of the multipliers, or null to use optimizer.lr."""
     lr_factors: BySide = field(default_factory=dict)

@@ -42,7 +42,8 @@ class Decoder(GPTModel):
         placement: sides that have multipliers in the layers: `all`, `symmetry_free` or `scalar` (explained in
             :func:`megamult.parameters.roles.placements`), or a mapping from role to row, col or scalar. `{}` means no
             multipliers.
-        shared_columns: whether Q, K and V have the same column multipliers, and gate and up too.
+        shared_columns: whether Q, K and V have the same column multipliers, and gate and up too, and the five matrices
+            of a mixer's input projection.
         dtype: dtype of parameters and activations.
         tensor_parallel: size of the tensor-parallel groups that :func:`megamult.distributed.start.initialize` made.
         sequence_parallel: whether activations of norms and residuals are sharded over the tensor-parallel ranks, by

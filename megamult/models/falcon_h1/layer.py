@@ -30,6 +30,8 @@ class SideBySide(torch.nn.Module):
         attention: spec of the attention; None if the layer has none.
         mixer: sizes of the mixer; None if the layer has none.
         placement: sides that have multipliers, by role.
+        shared_columns: whether the matrices of the mixer's input projection have the same column multipliers. Those of
+            attention say it themselves.
     """
 
     def __init__(
@@ -40,9 +42,10 @@ class SideBySide(torch.nn.Module):
         attention: ModuleSpec | None,
         mixer: MixerSizes | None,
         placement: Placement,
+        shared_columns: bool = False,
     ) -> None:
         super().__init__()
-        self.mixer = None if mixer is None else Mixer(config, mixer, placement, pg_collection.tp)
+        self.mixer = None if mixer is None else Mixer(config, mixer, placement, pg_collection.tp, shared_columns)
         self.attention = (
             None
             if attention is None
@@ -80,7 +83,9 @@ class SideBySide(torch.nn.Module):
         return (outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]), None
 
 
-def layer_spec(kind: str, transformer_layer: ModuleSpec, mixer: MixerSizes, placement: Placement) -> ModuleSpec:
+def layer_spec(
+    kind: str, transformer_layer: ModuleSpec, mixer: MixerSizes, placement: Placement, shared_columns: bool = False
+) -> ModuleSpec:
     """Return the ModuleSpec of a layer.
 
     Args:
@@ -89,12 +94,14 @@ def layer_spec(kind: str, transformer_layer: ModuleSpec, mixer: MixerSizes, plac
             (:func:`megamult.models.common.transformer_layer.transformer_layer_spec`).
         mixer: sizes of the mixer.
         placement: sides that have multipliers, by role.
+        shared_columns: whether the matrices of the mixer's input projection have the same column multipliers.
     """
     whole: TransformerLayerSubmodules = transformer_layer.submodules
     params = {
         "attention": whole.self_attention if kind in "H*" else None,
         "mixer": mixer if kind in "HM" else None,
         "placement": placement,
+        "shared_columns": shared_columns,
     }
     submodules = replace(whole, self_attention=ModuleSpec(SideBySide, params=params))
     if kind == "-":

@@ -27,7 +27,8 @@ class FalconH1(Decoder):
     ) -> list[ModuleSpec]:
         """Return the specs of all layers (:func:`megamult.models.falcon_h1.layer.layer_spec`)."""
         transformer_layer = super().layer_specs(sizes, transformer, placement, **options)[0]
-        return [layer_spec(kind, transformer_layer, sizes.mixer, placement) for kind in sizes.layer_kinds]
+        shared = options.get("shared_columns", False)
+        return [layer_spec(kind, transformer_layer, sizes.mixer, placement, shared) for kind in sizes.layer_kinds]
 
     @classmethod
     def initial_weights(

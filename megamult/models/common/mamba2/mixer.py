@@ -44,6 +44,7 @@ class Mixer(torch.nn.Module):
         sizes: global sizes of the mixer.
         placement: sides that have multipliers, by role.
         tp_group: tensor-parallel group.
+        shared_columns: whether the five matrices of the input projection have the same column multipliers.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Mixer(torch.nn.Module):
         sizes: MixerSizes,
         placement: Placement,
         tp_group: torch.distributed.ProcessGroup,
+        shared_columns: bool = False,
     ) -> None:
         super().__init__()
         ranks = tp_group.size()
@@ -71,6 +73,7 @@ class Mixer(torch.nn.Module):
             sum(self.here.rows) * ranks,
             spec=parameters.in_projection(sizes, config.hidden_size),
             gather_output=False,
+            shared_columns=shared_columns,
             **common,
         )
         self.conv_weight = self._parameter(config, parameters.convolution(sizes))
