@@ -41,6 +41,5 @@ def mask(masked: bool) -> Tensor | None:
     """The mask that attention gets."""
     if not masked:
         return None
-    at = torch.arange(SEQ)
     first = (DOCUMENTS.unsqueeze(2) == DOCUMENTS.unsqueeze(1)).int().argmax(2)  # where the document begins
-    return attention_mask(at - first, torch.float32)
+    return attention_mask(first, torch.float32)

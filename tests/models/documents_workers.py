@@ -6,11 +6,14 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from megamult.models.common import documents as masks
+from megamult.models.falcon_h1.config import FalconH1Config
 from tests.invariance import Case
 from tests.small import MODELS, SMALL, VOCAB, Samples
 
@@ -41,6 +44,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # In chunks of 16 tokens: one document spans two chunks, and chunks hold several. The convolution reads 4 or 3.
     "mixers beside attention": {"placement": "all", "sizes": MODELS["falcon_h1"]},
     "layers of every kind": {"placement": {}, "sizes": MODELS["hybrid"], "recompute": True},
+    "no attention": {
+        "placement": {},
+        "sizes": FalconH1Config(
+            num_layers=3,
+            layers="M-M",
+            hidden_size=48,
+            ffn_hidden_size=68,
+            seq_length=24,
+            init_std=0.15,
+            ssm_heads=4,
+            ssm_head_dim=12,
+            ssm_chunk=16,
+        ),
+        "recompute": True,
+    },
 }
 """Models whose attention takes another path, or other positions, or that have mixers."""
 
@@ -68,13 +86,20 @@ def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def float64(variant: str) -> dict[str, Any]:
-    """Logits and gradients of one pass with the mask, of a pass of each document, and of one pass without the mask."""
+def float64() -> dict[str, dict[str, Any]]:
+    """What :func:`_float64` finds, by variant."""
     from megamult.distributed import start
+
+    start.initialize(1)
+    return {variant: _float64(variant) for variant in VARIANTS}
+
+
+def _float64(variant: str) -> dict[str, Any]:
+    """Logits and gradients of one pass with the mask, of a pass of each document, and of one pass without the mask; and
+    how many masks the first pass made."""
     from megamult.models.architectures import architecture_of
     from megamult.models.common.activations import Activations
 
-    start.initialize(1)
     arguments: dict[str, Any] = {"sizes": SMALL, **VARIANTS[variant]}
     saw: list[Tensor] = []
     models = {}
@@ -97,10 +122,12 @@ def float64(variant: str) -> dict[str, Any]:
 
     every = slice(None)
     found: dict[str, Any] = {}
-    for name, model in models.items():
-        whole = logits(model, every, every)
-        loss = cross_entropy(whole.flatten(0, 1), labels.flatten())
-        found[name] = whole.detach(), _gradients(model, loss)
+    with mock.patch.object(masks, "attention_mask", wraps=masks.attention_mask) as made:
+        for name, model in models.items():
+            whole = logits(model, every, every)
+            loss = cross_entropy(whole.flatten(0, 1), labels.flatten())
+            found[name] = whole.detach(), _gradients(model, loss)
+        found["masks"] = made.call_count
     parts, apart = torch.empty_like(found["plain"][0]), 0.0
     for row, start_, stop in documents():
         row_, at = slice(row, row + 1), slice(start_, stop)

@@ -10,7 +10,7 @@ import torch
 
 from megamult.config import Config
 from megamult.data.config import DataConfig
-from megamult.models.common.documents import attention_mask, positions_in_documents
+from megamult.models.common.documents import attention_mask, first_tokens, positions_in_documents
 from megamult.train.model import build_model
 from tests.models.documents_workers import BATCH, END, SEQ, VARIANTS, Masked, Steps, documents, float64, texts, trained
 from tests.processes import run_distributed
@@ -20,11 +20,13 @@ from tests.small import SMALL
 def test_the_end_of_document_token_is_the_last_of_its_document() -> None:
     tokens = torch.tensor([[5, 9, 1, 5, 1, 1, 7], [1, 1, 3, 3, 3, 3, 1], [2] * 7])
     expected = [[0, 1, 2, 0, 1, 0, 0], [0, 0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]]
-    assert positions_in_documents(tokens, 1).tolist() == expected
+    positions = positions_in_documents(tokens, 1)
+    assert positions.tolist() == expected
+    assert first_tokens(positions).tolist() == [[0, 0, 0, 3, 3, 5, 6], [0, 1, 2, 2, 2, 2, 2], [0] * 7]
 
 
 def test_a_query_attends_to_the_keys_of_its_document_up_to_its_own() -> None:
-    mask = attention_mask(positions_in_documents(texts(), END), torch.float64)
+    mask = attention_mask(first_tokens(positions_in_documents(texts(), END)), torch.float64)
     assert mask.shape == (BATCH, 1, SEQ, SEQ)
     expected = torch.full((BATCH, SEQ, SEQ), -torch.inf, dtype=torch.float64)
     for row, start, stop in documents():
@@ -33,13 +35,20 @@ def test_a_query_attends_to_the_keys_of_its_document_up_to_its_own() -> None:
     assert torch.equal(mask[:, 0], expected)
 
 
-ATTENTION = {"mixers beside attention": 1, "layers of every kind": 2}
+ATTENTION = {"mixers beside attention": 1, "layers of every kind": 2, "no attention": 0}
 """Number of layers whose attention logits are measured."""
 
 
+@pytest.fixture(scope="module")
+def passes() -> dict[str, dict[str, Any]]:
+    return run_distributed(1, float64)[0]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_and_gradients_are_those_of_each_document_by_itself(variant: str) -> None:
-    (found,) = run_distributed(1, float64, variant)
+def test_logits_and_gradients_are_those_of_each_document_by_itself(
+    variant: str, passes: dict[str, dict[str, Any]]
+) -> None:
+    found = passes[variant]
     (logits, gradients), (apart, gradients_apart) = found["masked"], found["apart"]
     # Roundings of 2^-53 in sums of some hundred terms, through two layers.
     torch.testing.assert_close(logits, apart, rtol=1e-12, atol=1e-13)
@@ -55,7 +64,9 @@ def test_logits_and_gradients_are_those_of_each_document_by_itself(variant: str)
     assert (plain - apart)[0].abs().max() > 1e-3
     heads = SMALL.num_attention_heads
     pairs = sum((stop - start) * (stop - start + 1) // 2 for _, start, stop in documents())
-    assert found["pairs"] == [heads * pairs] * ATTENTION.get(variant, SMALL.num_layers)
+    layers = ATTENTION.get(variant, SMALL.num_layers)
+    assert found["pairs"] == [heads * pairs] * layers
+    assert found["masks"] == min(layers, 1), "seq^2 numbers, once for all layers, and only if one reads them"
 
 
 CASES = [

@@ -9,6 +9,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from megamult.models.common.documents import DocumentMask
+
 
 class SdpaAttention(torch.nn.Module):
     """Attention softmax(Q K^T / sqrt(d) + mask) V with a causal mask or a mask of documents. The query heads of a group
@@ -32,14 +34,19 @@ class SdpaAttention(torch.nn.Module):
         self.softmax_scale = softmax_scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | DocumentMask | None = None,
+        **_: Any,
     ) -> Tensor:
         """Return the attention's output, [seq, batch, heads/tp * dim].
 
         Args:
             query: [seq, batch, heads/tp, dim] queries.
             key, value: [seq, batch, groups/tp, dim] keys and values.
-            attention_mask: [batch, 1, query, key] numbers to add to the logits
+            attention_mask: documents that do not see each other, or [batch, 1, query, key] numbers to add to the logits
                 (:func:`megamult.models.common.documents.attention_mask`). None, or a mask of booleans as Megatron makes
                 it, which is not read: the causal mask.
         """
@@ -61,6 +68,8 @@ class SdpaAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def added(attention_mask: Tensor | None) -> Tensor | None:
-    """Return an attention mask of numbers, and None for None and a mask of booleans."""
+def added(attention_mask: Tensor | DocumentMask | None) -> Tensor | None:
+    """Return the numbers that an attention mask adds to the logits, and None for None and a mask of booleans."""
+    if isinstance(attention_mask, DocumentMask):
+        return attention_mask.added
     return attention_mask if attention_mask is not None and attention_mask.is_floating_point() else None

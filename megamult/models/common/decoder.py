@@ -16,6 +16,7 @@ from megamult.distributed import device
 from megamult.layers import MultiplierColumnParallelLinear, MultiplierVocabParallelEmbedding
 from megamult.models.common import documents, parameters, rotary
 from megamult.models.common.architecture import PlacementSetting
+from megamult.models.common.attention import SdpaAttention
 from megamult.models.common.config import DecoderConfig
 from megamult.models.common.initialization import initialize
 from megamult.models.common.loss import VocabParallelCrossEntropy, weighted
@@ -127,6 +128,7 @@ class Decoder(GPTModel):
         self.document_end = document_end
         if document_end is not None:
             self.decoder.register_forward_pre_hook(documents.restart_positions, with_kwargs=True)
+        self._attends = any(isinstance(module, SdpaAttention) for module in self.modules())
         self.exact_vocab_size = vocab_size
         self.z_loss = sizes.z_loss
         std, quantiles = self.initial_weights(sizes)
@@ -192,7 +194,9 @@ class Decoder(GPTModel):
         mask, more = None, None
         if self.document_end is not None:
             positions = documents.positions_in_documents(tokens, self.document_end)
-            mask = documents.attention_mask(positions, self.embedding.word_embeddings.weight.dtype)
+            first = documents.first_tokens(positions)
+            dtype = self.embedding.word_embeddings.weight.dtype
+            mask = documents.DocumentMask(first, documents.attention_mask(first, dtype) if self._attends else None)
             more = {documents.POSITIONS: positions}
         objective, entropy = super().forward(tokens, None, mask, labels=labels, extra_block_kwargs=more)
         return objective, entropy.mean() if weights is None else weighted(entropy, weights)

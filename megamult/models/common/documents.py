@@ -6,7 +6,7 @@ may be in the middle of a document, and so may the first one.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,38 +33,47 @@ def positions_in_documents(tokens: Tensor, end: int) -> Tensor:
     return at - torch.where(begins, at, 0).cummax(dim=1).values
 
 
-def attention_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
+def first_tokens(positions: Tensor) -> Tensor:
+    """Return the index in the sequence of the first token of each token's document, which numbers the documents.
+
+    Args:
+        positions: [batch, seq] positions of tokens in their documents.
+
+    Returns:
+        [batch, seq] indices, which never fall along a sequence.
+    """
+    return torch.arange(positions.shape[1], device=positions.device) - positions
+
+
+def attention_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what is added to the attention logits: 0 where a query may attend to a key, and -inf elsewhere.
 
     A query may attend to the keys of its own document that do not come after it. All layers can use the same mask, so
     that it is in memory only once, seq^2 numbers for each sequence.
 
     Args:
-        positions: [batch, seq] positions of tokens in their documents.
+        documents: [batch, seq] index of the first token of each token's document.
         dtype: dtype of the mask, that of the queries.
 
     Returns:
         [batch, 1, query, key] mask.
     """
-    at = torch.arange(positions.shape[1], device=positions.device)
-    first = (at - positions).unsqueeze(-1)  # [batch, query, 1]: where the query's document begins
-    allowed = (at >= first) & (at <= at.unsqueeze(-1))
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=positions.device)
+    at = torch.arange(documents.shape[1], device=documents.device)
+    allowed = (at >= documents.unsqueeze(-1)) & (at <= at.unsqueeze(-1))
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=documents.device)
     return mask.masked_fill_(~allowed, -torch.inf).unsqueeze(1)
 
 
-def documents_of(attention_mask: Tensor | None) -> Tensor | None:
-    """Return the number of each token's document, [batch, seq], or None if all tokens of a sequence are in one.
+class DocumentMask(NamedTuple):
+    """Documents of the tokens, in the place of Megatron's attention mask, which every layer gets.
 
-    The number of a document is the position of its first token, which is the first key that its tokens may attend to.
-
-    Args:
-        attention_mask: [batch, 1, query, key] numbers to add to the attention logits, 0 where a query may attend to a
-            key; None, or a mask of booleans as Megatron makes it, is the causal mask.
+    It is a tuple, because DeepSpeed looks for tensors in the arguments of modules, and does so in tuples.
     """
-    if attention_mask is None or not attention_mask.is_floating_point():
-        return None
-    return (attention_mask[:, 0] == 0).to(torch.uint8).argmax(-1)
+
+    documents: Tensor
+    """[batch, seq] index of the first token of each token's document."""
+    added: Tensor | None
+    """[batch, 1, query, key] numbers to add to the attention logits; None if no layer has attention."""
 
 
 def restart_positions(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from megamult.models.common.documents import documents_of
+from megamult.models.common.documents import DocumentMask
 from megamult.models.common.mamba2.mixer import Mixer
 from megamult.models.common.mamba2.sizes import MixerSizes
 from megamult.parameters.roles import Placement
@@ -65,18 +65,18 @@ class SideBySide(torch.nn.Module):
         return tuple(names[branch] for branch in self.branches)
 
     def forward(
-        self, hidden: Tensor, attention_mask: Tensor | None = None, **for_attention: Any
+        self, hidden: Tensor, attention_mask: DocumentMask | None = None, **for_attention: Any
     ) -> tuple[Tensor, None]:
         """Return the summed outputs, [seq, batch, hidden], and None in place of a bias.
 
         Args:
             hidden: [seq, batch, hidden], or this rank's part of the sequence.
-            attention_mask: see :class:`megamult.models.common.attention.SdpaAttention`.
+            attention_mask: documents that do not see each other; None means one document.
             for_attention: further arguments of Megatron's attention.
         """
         outputs = []
         if self.mixer is not None:
-            outputs.append(self.mixer(hidden, documents_of(attention_mask)))
+            outputs.append(self.mixer(hidden, None if attention_mask is None else attention_mask.documents))
         if self.attention is not None:
             output, _ = self.attention(hidden, attention_mask=attention_mask, **for_attention)
             outputs.append(output)
