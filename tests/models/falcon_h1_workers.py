@@ -21,6 +21,16 @@ def readers(sizes: FalconH1Config, vocab_size: int) -> tuple[list[tuple[str, str
     return list(norms_and_readers(model)), holders
 
 
+def initial(sizes: list[FalconH1Config], vocab_size: int) -> list[dict[str, torch.Tensor]]:
+    """Initial values of each model's parameters, by name."""
+    from megamult.distributed import start
+    from megamult.models.falcon_h1.model import FalconH1
+
+    start.initialize(1)
+    models = [FalconH1(each, vocab_size, seed=1, placement={}) for each in sizes]
+    return [{name: parameter.detach() for name, parameter in model.named_parameters()} for model in models]
+
+
 def counts(sizes: dict[str, FalconH1Config]) -> dict[str, dict[str, int]]:
     """By name: the number of parameters without multipliers, and that of multipliers in each placement."""
     from megamult.distributed import device, start

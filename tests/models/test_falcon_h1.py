@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.models.falcon_h1.flops import flops_per_token
 from megamult.models.falcon_h1.hf_names import weights
 from megamult.parameters.roles import resolve
-from tests.models.falcon_h1_workers import counts, readers
+from tests.models.falcon_h1_workers import counts, initial, readers
 from tests.processes import run_distributed
 from tests.small import MODELS, VOCAB
 
@@ -84,6 +86,53 @@ def test_a_norm_is_read_by_attention_and_mixer_together_where_a_layer_has_both()
         f"{layer}.3.input_layernorm.weight": (f"{layer}.3.{attention}",),
     }
     assert {module for modules in present.values() for module in modules} <= holders
+
+
+STARTED = [
+    FalconH1Config(**keys, attention_bias="all", ssm_heads=64, ssm_head_dim=4, ssm_state_size=32)
+    for keys in ({"num_layers": 2}, {"num_layers": 4, "layers": "M-H*"}, {"num_layers": 2, "layers": "M*"})
+]
+"""Models with 6, 1 + 1 + 3 + 1 and 1 + 1 projections into the residual stream."""
+
+
+@pytest.fixture(scope="module")
+def started() -> list[dict[str, Tensor]]:
+    return run_distributed(1, initial, STARTED, VOCAB)[0]
+
+
+@pytest.mark.parametrize(("index", "projections"), [(0, 6), (1, 6), (2, 2)])
+def test_projections_into_the_stream_add_a_variance_of_init_std_squared_in_all(
+    index: int, projections: int, started: list[dict[str, Tensor]]
+) -> None:
+    into = {
+        name: values
+        for name, values in started[index].items()
+        if name.endswith(("out_proj.weight", "linear_proj.weight", "linear_fc2.weight"))
+    }
+    assert len(into) == projections
+    # 65536 elements or more each: the sum of their squares differs by 0.6 % from its mean, as a standard deviation.
+    for name, values in into.items():
+        assert float(values.square().mean()) * projections == pytest.approx(0.02**2, rel=0.03), name
+    assert float(started[index]["embedding.word_embeddings.weight"][:VOCAB].std()) == pytest.approx(0.02, rel=0.03)
+
+
+def test_mixers_start_as_those_of_mamba_2(started: list[dict[str, Tensor]]) -> None:
+    mixer = "decoder.layers.0.self_attention.mixer"
+    values = {name.removeprefix(f"{mixer}."): each for name, each in started[0].items() if name.startswith(mixer)}
+    uniform = {  # each with the bounds that it must come near to, with 64 numbers or more
+        "A": (values["A_log"].exp(), 1.0, 16.0),
+        "log of the step size": (torch.nn.functional.softplus(values["dt_bias"]).log(), math.log(1e-3), math.log(0.1)),
+        "convolution": (values["conv_weight"], -0.5, 0.5),
+        "its bias": (values["conv_bias"], -0.5, 0.5),
+    }
+    for name, (found, low, high) in uniform.items():
+        width = high - low
+        assert low <= float(found.min()) < low + width / 8 and high - width / 8 < float(found.max()) <= high, name
+        assert float(found.mean()) == pytest.approx((low + high) / 2, abs=width / 8), name
+    assert (values["D"] == 1).all()
+    assert len(values["conv_bias"].unique()) == len(values["conv_bias"]) == 256 + 2 * 32
+    biases = [each for name, each in started[0].items() if name.endswith(("linear_qkv.bias", "linear_proj.bias"))]
+    assert len(biases) == 4 and not any(each.any() for each in biases), "those of attention start at 0"
 
 
 @pytest.mark.parametrize("kinds", ["HHHH", "M-H*", "MMMM", "*-*-"])

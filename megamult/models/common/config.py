@@ -67,8 +67,8 @@ class DecoderConfig:
     final_norm: NormWeight = fixed("vector", "function")
     """Weight of the norm before the LM head: `vector`, `scalar` or `frozen`, as for norms."""
     init_std: float = 0.02
-    """Standard deviation of initial weights. For the output projections of attention and MLP it is divided by
-    sqrt(2 * num_layers)."""
+    """Standard deviation of initial weights. For the projections into the residual stream (the output projections of
+    attention, MLP and mixer) it is divided by the square root of their number, which is 2 * num_layers in a Llama."""
     init_std_factors: ByRole = field(default_factory=dict)
     """Factors of the standard deviations of initial weights by role, such as {down: 16}."""
     tie_embeddings: bool = fixed(False, "function")
@@ -110,6 +110,11 @@ class DecoderConfig:
     def layers_without_rope(self) -> list[int]:
         """Indices of the layers without rotary positions, in ascending order."""
         return sorted(self.no_rope_layers or [])
+
+    @property
+    def projections_into_stream(self) -> int:
+        """Number of projections into the residual stream, in all layers together."""
+        return 2 * self.num_layers
 
     @property
     def broken_symmetries(self) -> frozenset[str]:

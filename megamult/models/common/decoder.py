@@ -174,9 +174,9 @@ class Decoder(GPTModel):
         return [layer] * sizes.num_layers
 
     @classmethod
-    def initial_weights(cls, sizes: Any) -> tuple[Mapping[Role, float], Mapping[Role, Callable[[Tensor], Tensor]]]:
-        """Return standard deviations by role, and the quantile functions of roles that are not drawn from a normal
-        distribution."""
+    def initial_weights(cls, sizes: Any) -> tuple[Mapping[Role, float], Mapping[str, Callable[[Tensor], Tensor]]]:
+        """Return standard deviations by role, and the quantile functions of what is not drawn from a normal
+        distribution (:func:`megamult.models.common.initialization.initialize`)."""
         return parameters.standard_deviations(sizes), {}
 
     def forward(self, tokens: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

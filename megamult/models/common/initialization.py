@@ -31,15 +31,15 @@ def initialize(
     note: Callable[[str], None] = lambda doing: None,
     placement: Placement | None = None,
     initial: Initial | None = None,
-    quantiles: Mapping[Role, Callable[[Tensor], Tensor]] = {},
+    quantiles: Mapping[str, Callable[[Tensor], Tensor]] = {},
 ) -> None:
     """Set the elements that this rank holds of every trainable parameter, on the parameter's own device.
 
     Logical matrices whose role is in `std` are drawn from N(0, std^2), rounded to fp32 and then cast to the parameter's
     dtype. If `initial.divide_weights` is True, their std is divided by the product of their initial multipliers.
-    Roles in `quantiles` are drawn from their distributions. Padding is zero, and so are biases. Multipliers get their
-    initial values, and all other parameters (norms) are set to 1. If
-    `deepspeed.zero.Init` has partitioned a parameter, this rank's partition is set, and nothing is gathered.
+    What `quantiles` names is drawn from its distributions. Padding is zero, and so are other biases. Multipliers get
+    their initial values, and all other parameters (norms) are set to 1. If `deepspeed.zero.Init` has partitioned a
+    parameter, this rank's partition is set, and nothing is gathered.
 
     Args:
         model: a model whose trainable parameters all have specs.
@@ -49,8 +49,9 @@ def initialize(
         note: function that is called with a text before each parameter is drawn, because large ones take seconds.
         placement: placement of the multipliers in the model; None if it has none.
         initial: initial values of the multipliers; None means ones.
-        quantiles: quantile functions by role of logical tensors that are not drawn from a normal distribution
-            (:func:`megamult.models.common.draw.fill_by_quantile`).
+        quantiles: quantile functions of logical tensors that are not drawn from a normal distribution
+            (:func:`megamult.models.common.draw.fill_by_quantile`), by the last part of the parameter's name, which
+            comes first, or by role.
 
     Raises:
         ValueError: a parameter has no spec, or DeepSpeed quantizes a parameter's partition or keeps a second partition
@@ -59,7 +60,9 @@ def initialize(
     initial = initial or Initial()
     for name, parameter, spec in named_specs(model):
         values, start = _held(parameter, name)
-        if spec.side is not None or not any(part.role in std or part.role in quantiles for part in spec.parts):
+        leaf = name.rpartition(".")[2]
+        others = {part.role: quantiles.get(leaf) or quantiles.get(part.role) for part in spec.parts}
+        if spec.side is not None or not any(part.role in std or others[part.role] for part in spec.parts):
             values.fill_(0.0 if all(part.role == "bias" for part in spec.parts) else 1.0)
             if spec.side is not None:
                 for begin, end, value in initial.intervals(spec, coordinates, start, values.numel()):
@@ -75,8 +78,8 @@ def initialize(
                 continue
             key = draw.key(seed, spec.logical_name(name, part))
             piece, columns = piece.view(rectangle.height, rectangle.width), cols_of(part.shape)
-            if part.role in quantiles:
-                draw.fill_by_quantile(piece, quantiles[part.role], key, rectangle.row, rectangle.col, columns)
+            if (quantile := others[part.role]) is not None:
+                draw.fill_by_quantile(piece, quantile, key, rectangle.row, rectangle.col, columns)
                 continue
             drawn_std = std[part.role] * initial.weight_factor(part.role, placement or {})
             draw.fill_normal(piece, drawn_std, key, rectangle.row, rectangle.col, columns)

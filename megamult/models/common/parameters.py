@@ -32,11 +32,11 @@ def head(config: TransformerConfig, vocab_size: int) -> ParameterSpec:
 def standard_deviations(sizes: DecoderConfig) -> dict[Role, float]:
     """Return the standard deviation of initial weights for each role.
 
-    It is `init_std`, divided by sqrt(2 layers) for the two projections into the residual stream, and then multiplied by
-    the role's factor in `init_std_factors`.
+    It is `init_std`, divided by the square root of their number for projections into the residual stream, and then
+    multiplied by the role's factor in `init_std_factors`.
     """
     std = sizes.init_std
-    into_stream = std / math.sqrt(2 * sizes.num_layers)
+    into_stream = std / math.sqrt(sizes.projections_into_stream)
     roles: tuple[Role, ...] = ("q", "k", "v", "gate", "up", "embedding", "head")
     found = dict.fromkeys(roles, std) | {"attention_out": into_stream, "down": into_stream}
     return {role: value * sizes.init_std_factors.get(role, 1.0) for role, value in found.items()}

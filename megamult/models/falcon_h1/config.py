@@ -72,6 +72,12 @@ class FalconH1Config(DecoderConfig):
         return "H" * self.num_layers if self.layers is None else self.layers
 
     @property
+    def projections_into_stream(self) -> int:
+        """Number of projections into the residual stream: three of a layer with attention, mixer and MLP, one of any
+        other."""
+        return sum(3 if kind == "H" else 1 for kind in self.layer_kinds)
+
+    @property
     def roles(self) -> tuple[Role, ...]:
         """Roles that the model's tensors can have: those of its kinds of layers only."""
         kinds = set(self.layer_kinds)

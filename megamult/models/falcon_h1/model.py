@@ -33,7 +33,7 @@ class FalconH1(Decoder):
     @classmethod
     def initial_weights(
         cls, sizes: FalconH1Config
-    ) -> tuple[Mapping[Role, float], Mapping[Role, Callable[[Tensor], Tensor]]]:
-        """Return standard deviations by role, and the quantile functions of roles that are not drawn from a normal
+    ) -> tuple[Mapping[Role, float], Mapping[str, Callable[[Tensor], Tensor]]]:
+        """Return standard deviations by role, and the quantile functions of what is not drawn from a normal
         distribution."""
         return standard_deviations(sizes), quantiles(sizes.mixer)

@@ -13,10 +13,10 @@ from megamult.parameters.spec import Role
 def standard_deviations(sizes: FalconH1Config) -> dict[Role, float]:
     """Return the standard deviation of initial weights for each role that is drawn from a normal distribution.
 
-    Every layer of kind H has two projections into the residual stream before the MLP and one after it; so that the
-    stream grows as in a decoder with as many layers, they are all divided by sqrt(2 * num_layers).
+    Those of projections into the residual stream are divided by the square root of their number, the mixers' included,
+    as Megatron-Core divides by sqrt(layers) if each layer is one mixer.
     """
-    into_stream = sizes.init_std / math.sqrt(2 * sizes.num_layers)
+    into_stream = sizes.init_std / math.sqrt(sizes.projections_into_stream)
     found: dict[Role, float] = dict.fromkeys(IN_PROJECTION, sizes.init_std)
     found |= dict.fromkeys(("ssm_out", "ssm_out_normed"), into_stream)
     factors = sizes.init_std_factors

@@ -42,11 +42,12 @@ def norm(sizes: MixerSizes) -> ParameterSpec:
     return megatron.vector("ssm_norm", sizes.inner, 0)
 
 
-def quantiles(sizes: MixerSizes) -> dict[Role, Callable[[Tensor], Tensor]]:
-    """Return the quantile functions of the initial values of A_log and dt_bias and of the convolution's weights.
+def quantiles(sizes: MixerSizes) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the quantile functions of the initial values of A_log and dt_bias, and of the convolution.
 
-    They are Mamba-2's: A is uniform in [1, 16], the step size softplus(dt_bias) log-uniform in [0.001, 0.1], and the
-    weights of the convolution are uniform in [-1, 1] / sqrt(kernel). D starts at 1 and the convolution's bias at 0.
+    They are Mamba-2's: A is uniform in [1, 16], the step size softplus(dt_bias) log-uniform in [0.001, 0.1], and
+    weights and bias of the convolution are uniform in [-1, 1] / sqrt(kernel). D starts at 1. Keys are roles, but for
+    the convolution's bias, whose role `bias` other tensors have too, its parameter's name.
     """
     low, high, bound = math.log(1e-3), math.log(1e-1), 1 / math.sqrt(sizes.kernel)
 
@@ -54,10 +55,14 @@ def quantiles(sizes: MixerSizes) -> dict[Role, Callable[[Tensor], Tensor]]:
         step = (low + (high - low) * u).exp()
         return step + (-(-step).expm1()).log()  # the inverse of softplus
 
+    def convolution(u: Tensor) -> Tensor:
+        return bound * (2 * u - 1)
+
     return {
         "ssm_a": lambda u: (1 + 15 * u).log(),
         "ssm_dt_bias": dt_bias,
-        "ssm_conv": lambda u: bound * (2 * u - 1),
+        "ssm_conv": convolution,
+        "conv_bias": convolution,
     }
 
 
