@@ -31,6 +31,19 @@ def initial(sizes: list[FalconH1Config], vocab_size: int) -> list[dict[str, torc
     return [{name: parameter.detach() for name, parameter in model.named_parameters()} for model in models]
 
 
+def without_attention(sizes: FalconH1Config, tensor: int) -> tuple[float, int]:
+    """Loss of one pass of a model, and attention heads of a rank in Megatron's configuration for `tensor` ranks."""
+    from megamult.distributed import start
+    from megamult.models.common.decoder import transformer_config
+    from megamult.models.falcon_h1.model import FalconH1
+
+    start.initialize(1)
+    tokens = torch.arange(2 * sizes.seq_length).view(2, -1) % 100
+    objective, _ = FalconH1(sizes, 100, seed=1)(tokens, tokens)
+    config = transformer_config(sizes, torch.float32, tensor, sequence_parallel=False)
+    return objective.item(), config.num_attention_heads // tensor
+
+
 def counts(sizes: dict[str, FalconH1Config]) -> dict[str, dict[str, int]]:
     """By name: the number of parameters without multipliers, and that of multipliers in each placement."""
     from megamult.distributed import device, start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.models.falcon_h1.flops import flops_per_token
 from megamult.models.falcon_h1.hf_names import weights
 from megamult.parameters.roles import resolve
-from tests.models.falcon_h1_workers import counts, initial, readers
+from tests.models.falcon_h1_workers import counts, initial, readers, without_attention
 from tests.processes import run_distributed
 from tests.small import MODELS, VOCAB
 
@@ -135,10 +134,25 @@ def test_mixers_start_as_those_of_mamba_2(started: list[dict[str, Tensor]]) -> N
     assert len(biases) == 4 and not any(each.any() for each in biases), "those of attention start at 0"
 
 
+def test_a_model_without_attention_needs_no_heads_that_fit_its_width() -> None:
+    """8 heads, the default, do not divide 36."""
+    sizes = FalconH1Config(num_layers=2, layers="M-", hidden_size=36, ffn_hidden_size=16, seq_length=8)
+    loss, heads = run_distributed(1, without_attention, sizes, 16)[0]
+    assert loss == pytest.approx(math.log(100), rel=0.1) and heads == 1
+
+
 @pytest.mark.parametrize("kinds", ["HHHH", "M-H*", "MMMM", "*-*-"])
 def test_operations_are_counted_from_the_weights_and_the_two_mixings_of_tokens(kinds: str) -> None:
-    sizes = replace(MODELS["hybrid"], num_layers=4, layers=kinds)
-    assert isinstance(sizes, FalconH1Config)
+    attention = {"head_dim": 6, "num_attention_heads": 12, "num_query_groups": 2}
+    mixer = {"ssm_heads": 8, "ssm_head_dim": 6, "ssm_state_size": 10, "ssm_groups": 2, "ssm_kernel": 3}
+    sizes = FalconH1Config(
+        num_layers=4,
+        layers=kinds,
+        hidden_size=48,
+        seq_length=24,
+        **(attention if set(kinds) & set("H*") else {}),
+        **(mixer if set(kinds) & set("HM") else {}),
+    )
     products = sum(
         math.prod(weight.shape)
         for weight in weights(sizes, VOCAB)

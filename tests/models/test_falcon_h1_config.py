@@ -23,6 +23,31 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layers": "HMAB"}, r"layers is 'HMAB' with model\.num_layers 4: .*; M: a mixer; \*: attention; -: an MLP"),
     ({"ssm_norm": "inside"}, r"ssm_norm is 'inside': use one of none, before_gate, after_gate"),
     ({"layers": "HM*-", "no_rope_layers": [0, 1, 3]}, r"no_rope_layers has 1, 3, and these layers have no attention"),
+    (
+        {"layers": "*M*M", "no_rope_layers": [0, 2], "rotary_scaling": {"rope_type": "linear", "factor": 2.0}},
+        r"rotary_scaling has no effect, because no layer has rotary positions: leave it out",
+    ),
+    # Keys of blocks that no layer has, all at once.
+    (
+        {
+            "layers": "MMMM",
+            "qk_norm": True,
+            "attention_bias": "qkv",
+            "mlp_bias": True,
+            "rotary_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+        r"layers is 'MMMM': there is no attention, and then model\.rotary_scaling, model\.attention_bias, "
+        r"model\.qk_norm has no effect; there is no MLP, and then model\.mlp_bias has no effect: leave it out",
+    ),
+    (
+        {"layers": "****", "mlp_bias": True, "ssm_norm": "after_gate", "ssm_heads": 7},
+        r"'\*\*\*\*': there is no MLP, and then model\.mlp_bias .*; there is no mixer, and then model\.ssm_heads, "
+        r"model\.ssm_norm has",
+    ),
+    (
+        {"layers": "--M-", "num_attention_heads": 4},
+        r"no attention, and then model\.num_attention_heads has no",
+    ),
 ]
 
 
@@ -43,7 +68,24 @@ def test_impossible_sizes_are_refused(keys: dict[str, Any], said: str) -> None:
 def test_heads_that_the_ranks_cannot_share_are_refused(keys: dict[str, Any], tensor: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Config(model=FalconH1Config(**keys), parallel=ParallelConfig(tensor=tensor))
-    Config(model=FalconH1Config(num_layers=2, layers="*-", **keys), parallel=ParallelConfig(tensor=tensor))
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensor"),
+    [
+        ({"layers": "MM", "ssm_heads": 16}, 16),
+        ({"layers": "MM", "hidden_size": 36}, 2),
+        ({"layers": "M-", "num_attention_heads": 8, "ssm_heads": 16}, 16),
+        ({"layers": "*-", "num_attention_heads": 16}, 16),
+        ({"layers": "M*", "num_attention_heads": 128, "ssm_heads": 128}, 128),  # 704 of the MLP
+    ],
+    ids=str,
+)
+def test_sizes_of_blocks_that_the_model_lacks_are_not_checked(keys: dict[str, Any], tensor: int) -> None:
+    Config(model=FalconH1Config(num_layers=2, **keys), parallel=ParallelConfig(tensor=tensor))
+    whole = {"num_attention_heads": 8, **keys, "layers": "HH"}
+    with pytest.raises(ValueError, match=r"num_attention_heads|ffn_hidden_size|ssm_heads"):
+        Config(model=FalconH1Config(num_layers=2, **whole), parallel=ParallelConfig(tensor=tensor))
 
 
 def test_the_role_bias_is_that_of_the_convolution_too() -> None:

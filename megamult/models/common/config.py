@@ -112,6 +112,16 @@ class DecoderConfig:
         return sorted(self.no_rope_layers or [])
 
     @property
+    def attention_layers(self) -> list[int]:
+        """Indices of the layers that have attention."""
+        return list(range(self.num_layers))
+
+    @property
+    def mlp_layers(self) -> list[int]:
+        """Indices of the layers that have an MLP."""
+        return list(range(self.num_layers))
+
+    @property
     def projections_into_stream(self) -> int:
         """Number of projections into the residual stream, in all layers together."""
         return 2 * self.num_layers
@@ -156,7 +166,9 @@ class DecoderConfig:
         self._check_positions()
         heads, groups = self.num_attention_heads, self.query_groups
         require(
-            self.head_dim is not None or (self.hidden_size % heads == 0 and self.hidden_size // heads % 2 == 0),
+            not self.attention_layers
+            or self.head_dim is not None
+            or (self.hidden_size % heads == 0 and self.hidden_size // heads % 2 == 0),
             f"model.hidden_size is {self.hidden_size} with model.num_attention_heads {heads}: for the rotary "
             "embedding a head's size must be a whole even number; set hidden_size to a multiple of "
             "2 * num_attention_heads, or set head_dim",
@@ -190,7 +202,8 @@ class DecoderConfig:
             )
         if len(set(layers)) < len(layers):
             found.append(f"model.no_rope_layers is {layers}: name each layer once")
-        if self.rotary_scaling is not None and len(set(layers)) == self.num_layers:
+        attention = self.attention_layers
+        if self.rotary_scaling is not None and attention and set(attention) <= set(layers):
             found.append("model.rotary_scaling has no effect, because no layer has rotary positions: leave it out")
         require(not found, "; ".join(found))
 
@@ -209,17 +222,17 @@ class DecoderConfig:
             f"model.seq_length is {self.seq_length}: with parallel.sequence it must be a multiple of "
             f"parallel.tensor ({tensor})",
         )
-        for key, size in (
-            ("num_attention_heads", self.num_attention_heads),
-            ("ffn_hidden_size", self.ffn_hidden_size),
+        for key, size, layers in (
+            ("num_attention_heads", self.num_attention_heads, self.attention_layers),
+            ("ffn_hidden_size", self.ffn_hidden_size, self.mlp_layers),
         ):
             require(
-                size % tensor == 0,
+                not layers or size % tensor == 0,
                 f"model.{key} is {size}: it must be a multiple of parallel.tensor ({tensor})",
             )
         groups = self.query_groups
         require(
-            groups % tensor == 0 or tensor % groups == 0,
+            not self.attention_layers or groups % tensor == 0 or tensor % groups == 0,
             f"model.num_query_groups is {groups} and parallel.tensor {tensor}: one must divide the other",
         )
         require(

@@ -123,7 +123,7 @@ class Decoder(GPTModel):
         self.setup_embeddings_and_output_layer()
         # `deepspeed.zero.Init` casts tensors that torch's factory functions make under it to the parameters' dtype.
         # Rotary angles need fp32, so they are computed again, and come from an array of numpy.
-        angles = rotary.frequencies(sizes.head_size, sizes.rotary_base, sizes.rotary_scaling)
+        angles = rotary.frequencies(transformer.kv_channels, sizes.rotary_base, sizes.rotary_scaling)
         self.rotary_pos_emb.inv_freq = torch.from_numpy(np.array(angles)).to(device.local_device(), torch.float32)
         self.document_end = document_end
         if document_end is not None:
@@ -253,13 +253,19 @@ def transformer_config(
 
     With it, layers allocate weights on the device that will use them, and do not initialize them.
     """
+    # Megatron checks the heads also of a model without attention: one for each rank passes.
+    heads, groups, head_size = (
+        (sizes.num_attention_heads, sizes.query_groups, sizes.head_size)
+        if sizes.attention_layers
+        else (tensor_parallel, tensor_parallel, 2)
+    )
     fused = device.has_cuda()  # Megatron compiles fused operations; on a CPU this takes longer than it saves
     return TransformerConfig(
         num_layers=sizes.num_layers,
         hidden_size=sizes.hidden_size,
-        num_attention_heads=sizes.num_attention_heads,
-        num_query_groups=sizes.query_groups,
-        kv_channels=sizes.head_size,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=head_size,
         qk_layernorm=sizes.qk_norm,
         no_rope_freq=[int(i in sizes.layers_without_rope) for i in range(sizes.num_layers)]
         if sizes.layers_without_rope

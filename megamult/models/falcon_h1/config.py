@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, get_args
 
 from megamult.models.common.config import DecoderConfig
@@ -20,6 +20,30 @@ LAYERS = {
     "-": "an MLP",
 }
 """Letters of `model.layers`; all but H are those of Megatron-Core's hybrid models."""
+_KEYS = {
+    "attention": (
+        "num_attention_heads",
+        "head_dim",
+        "num_query_groups",
+        "rotary_base",
+        "rotary_scaling",
+        "no_rope_layers",
+        "attention_bias",
+        "qk_norm",
+    ),
+    "MLP": ("ffn_hidden_size", "mlp_bias"),
+    "mixer": (
+        "ssm_heads",
+        "ssm_head_dim",
+        "ssm_state_size",
+        "ssm_groups",
+        "ssm_kernel",
+        "ssm_chunk",
+        "ssm_norm",
+        "ssm_conv_bias",
+    ),
+}
+"""Keys that are only of one block, by block."""
 _IN_ATTENTION = ("q", "k", "v", "attention_out", "q_norm", "k_norm")
 _IN_MLP = ("gate", "up", "down")
 
@@ -72,19 +96,33 @@ class FalconH1Config(DecoderConfig):
         return "H" * self.num_layers if self.layers is None else self.layers
 
     @property
+    def attention_layers(self) -> list[int]:
+        """Indices of the layers that have attention."""
+        return [i for i, kind in enumerate(self.layer_kinds) if kind in "H*"]
+
+    @property
+    def mlp_layers(self) -> list[int]:
+        """Indices of the layers that have an MLP."""
+        return [i for i, kind in enumerate(self.layer_kinds) if kind in "H-"]
+
+    @property
+    def mixer_layers(self) -> list[int]:
+        """Indices of the layers that have a mixer."""
+        return [i for i, kind in enumerate(self.layer_kinds) if kind in "HM"]
+
+    @property
     def projections_into_stream(self) -> int:
         """Number of projections into the residual stream: three of a layer with attention, mixer and MLP, one of any
         other."""
-        return sum(3 if kind == "H" else 1 for kind in self.layer_kinds)
+        return len(self.attention_layers) + len(self.mlp_layers) + len(self.mixer_layers)
 
     @property
     def roles(self) -> tuple[Role, ...]:
         """Roles that the model's tensors can have: those of its kinds of layers only."""
-        kinds = set(self.layer_kinds)
         absent = {
-            *(IN_MIXER if not kinds & set("HM") else ()),
-            *(_IN_ATTENTION if not kinds & set("H*") else ()),
-            *(_IN_MLP if not kinds & set("H-") else ()),
+            *(IN_MIXER if not self.mixer_layers else ()),
+            *(_IN_ATTENTION if not self.attention_layers else ()),
+            *(_IN_MLP if not self.mlp_layers else ()),
             "ssm_out" if self.ssm_norm != "none" else "ssm_out_normed",
             *(("ssm_norm",) if self.ssm_norm == "none" else ()),
         }
@@ -94,7 +132,7 @@ class FalconH1Config(DecoderConfig):
     def unused_roles(self) -> dict[Role, str]:
         """Roles that no tensor has with these options, and the options that are the reason."""
         found = super().unused_roles
-        if self.ssm_conv_bias and set(self.layer_kinds) & set("HM"):
+        if self.ssm_conv_bias and self.mixer_layers:
             found.pop("bias", None)
         elif "bias" in found:
             found["bias"] += ", and no mixer has a bias"
@@ -117,16 +155,28 @@ class FalconH1Config(DecoderConfig):
             f"model.layers is {self.layers!r} with model.num_layers {self.num_layers}: give one letter for each layer "
             f"({known})",
         )
+        self._check_blocks()
         require(
             self.ssm_norm in get_args(InnerNorm),
             f"model.ssm_norm is {self.ssm_norm!r}: use one of {', '.join(get_args(InnerNorm))}",
         )
-        without = [i for i in self.layers_without_rope if kinds[i] not in "H*"]
+        without = [i for i in self.layers_without_rope if i not in self.attention_layers]
         require(
             not without,
             f"model.no_rope_layers has {', '.join(map(str, without))}, and these layers have no attention: leave them "
             "out",
         )
+
+    def _check_blocks(self) -> None:
+        """Check that no key has a value for a block that the model lacks, and raise one ValueError with all of them."""
+        defaults = {each.name: each.default for each in fields(self)}
+        layers = {"attention": self.attention_layers, "MLP": self.mlp_layers, "mixer": self.mixer_layers}
+        found = []
+        for block, keys in _KEYS.items():
+            given = [f"model.{key}" for key in keys if getattr(self, key) != defaults[key]]
+            if given and not layers[block]:
+                found.append(f"there is no {block}, and then {', '.join(given)} has no effect")
+        require(not found, f"model.layers is {self.layers!r}: {'; '.join(found)}: leave it out")
 
     def check_sharding(self, tensor: int, sequence: bool) -> None:
         """Check that a model of these sizes can be sharded over `tensor` tensor-parallel ranks.
@@ -135,5 +185,5 @@ class FalconH1Config(DecoderConfig):
             ValueError: a size cannot be sharded over `tensor` ranks.
         """
         super().check_sharding(tensor, sequence)
-        if set(self.layer_kinds) & set("HM"):
+        if self.mixer_layers:
             self.mixer.check_sharding(tensor)
