@@ -110,6 +110,8 @@ def test_the_command_line_reads_the_keys_of_the_architecture_that_it_names(tmp_p
     assert parse(["--config", str(file)]) == (config, resolved)
     section.write_text("{architecture: falcon_h1, ssm_heads: 16}\n", encoding="utf-8")
     assert parse(["--model", str(section)])[0].model == FalconH1Config(ssm_heads=16)
+    # Letters that begin with "-" look like an option, so they need "=".
+    assert parse([*ARGUMENTS[:2], "--model.layers=-M-M"])[0].model == FalconH1Config(layers="-M-M")
     # The last argument that names an architecture decides, and a file without it does not change it.
     other = tmp_path / "other.yaml"
     other.write_text("model: {ssm_heads: 16}\n", encoding="utf-8")
