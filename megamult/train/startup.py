@@ -65,13 +65,15 @@ def summary(
     everything = sum(owned.matrices.values(), Share())
     scaled = f", and {owned.multipliers.elements:,} multipliers ({config.multipliers.implementation})"
     total = Schedule(config).samples_after(done[1], max(0, train.steps - done[0]))
+    details = architecture_of(config.model).details(config.model, config.parallel.tensor, train.torch_dtype)
     rows = [
         (
             "model",
             f"{architecture_of(config.model).name}, {config.model.num_layers} layers of width "
             f"{config.model.hidden_size}: {everything.elements + owned.vectors.elements:,} parameters in "
             f"{everything.tensors} matrices and {owned.vectors.tensors} vectors"
-            + (scaled if owned.multipliers.tensors else ""),
+            + (scaled if owned.multipliers.tensors else "")
+            + (f"; {details}" if details else ""),
         ),
         ("optimizer", str(owned)),
         ("learning rate", _schedule(config)),

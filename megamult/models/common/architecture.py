@@ -98,5 +98,7 @@ class Architecture(Generic[Sizes]):
     forward_multipliers: Callable[[Mapping[str, Any]], Mapping[tuple[Role, Side], float]] = lambda config: {}
     """Function from the content of a config.json to constant factors of the model, as multipliers of effective weights
     by role and side. Those of vectors, such as ("final_norm", "row"), are factors of the vector."""
+    details: Callable[[Sizes, int, torch.dtype], str] = lambda sizes, tensor, dtype: ""
+    """Function (sizes, tensor-parallel size, dtype) -> what the start of a run says of the model beside its sizes."""
     embedding_factor: bool = False
     """Whether config.json can have a factor of the embedding's output that a tied head does not have."""

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
+from megamult.distributed import device
 from megamult.models.common.architecture import Architecture, ModelClass
+from megamult.models.common.mamba2 import scan
 from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.models.falcon_h1.flops import flops_per_token
 from megamult.models.falcon_h1.hf_config import (
@@ -29,6 +33,12 @@ def _standard_deviations(sizes: FalconH1Config) -> Mapping[str, float]:
     return standard_deviations(sizes)
 
 
+def _details(sizes: FalconH1Config, tensor: int, dtype: torch.dtype) -> str:
+    if not set(sizes.layer_kinds) & set("HM"):
+        return ""
+    return scan.described(sizes.mixer.local(tensor), device.local_device(), dtype)
+
+
 FALCON_H1 = Architecture(
     name="falcon_h1",
     hugging_face_classes={MODEL_TYPE: HUGGING_FACE_CLASS},
@@ -40,5 +50,6 @@ FALCON_H1 = Architecture(
     to_hugging_face=to_hugging_face,
     from_hugging_face=from_hugging_face,
     forward_multipliers=forward_multipliers,
+    details=_details,
     embedding_factor=True,
 )

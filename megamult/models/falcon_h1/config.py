@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 from megamult.models.common.config import DecoderConfig
 from megamult.models.common.mamba2.roles import IN_MIXER, IN_PROJECTION
@@ -41,6 +41,7 @@ _KEYS = {
         "ssm_chunk",
         "ssm_norm",
         "ssm_conv_bias",
+        "ssm_kernels",
     ),
 }
 """Keys that are only of one block, by block."""
@@ -75,6 +76,10 @@ class FalconH1Config(DecoderConfig):
     """RMSNorm of the mixer's output over the channels of each group: `none`, `before_gate` or `after_gate`."""
     ssm_conv_bias: bool = fixed(True, "function")
     """Whether the mixer's convolution has a bias."""
+    ssm_kernels: Literal["auto", "torch", "fused"] = "auto"
+    """Kernels of the mixer's convolution and recurrence. `fused`: those of the packages causal-conv1d and mamba-ssm, on
+    a CUDA GPU. `torch`: plain torch. `auto`: fused where they can be used, else torch; the start of a run says
+    which."""
 
     @property
     def mixer(self) -> MixerSizes:
@@ -88,6 +93,7 @@ class FalconH1Config(DecoderConfig):
             self.ssm_chunk,
             self.ssm_norm,
             self.ssm_conv_bias,
+            self.ssm_kernels,
         )
 
     @property

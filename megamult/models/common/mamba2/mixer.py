@@ -24,11 +24,11 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
+from megamult.distributed import device
 from megamult.layers import MultiplierColumnParallelLinear, MultiplierRowParallelLinear
-from megamult.models.common.convolution import causal_convolution
 from megamult.models.common.mamba2 import parameters
+from megamult.models.common.mamba2.scan import scan, use_fused
 from megamult.models.common.mamba2.sizes import MixerSizes
-from megamult.models.common.ssd import ssd
 from megamult.multipliers.parameters import full_precision
 from megamult.parameters.axes import tensor_shard
 from megamult.parameters.roles import Placement
@@ -45,6 +45,13 @@ class Mixer(torch.nn.Module):
         placement: sides that have multipliers, by role.
         tp_group: tensor-parallel group.
         shared_columns: whether the five matrices of the input projection have the same column multipliers.
+
+    Attributes:
+        fused: whether fused kernels compute what is between the projections
+            (:mod:`megamult.models.common.mamba2.scan`).
+
+    Raises:
+        ValueError: the sizes cannot be sharded over the group, or ask for fused kernels that cannot be used here.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class Mixer(torch.nn.Module):
         ranks = tp_group.size()
         sizes.check_sharding(ranks)
         self.sizes, self.here, self._group, self._eps = sizes, sizes.local(ranks), tp_group, config.layernorm_epsilon
+        self.fused = use_fused(self.here, device.local_device(), config.params_dtype)
         common: dict[str, Any] = {
             "config": config,
             "init_method": _unchanged,
@@ -112,20 +120,19 @@ class Mixer(torch.nn.Module):
         here = self.here
         projected = self.in_proj(hidden)[0].transpose(0, 1)
         z, channels, dt = projected.split([here.inner, here.inner + 2 * here.shared, here.heads], -1)
-        x, b, c = F.silu(causal_convolution(channels, self.conv_weight, self.conv_bias, documents)).split(
-            [here.inner, here.shared, here.shared], -1
-        )
-        y, _ = ssd(
-            x.unflatten(-1, (here.heads, here.head_dim)),
-            F.softplus(_wide(dt) + full_precision(self.dt_bias)),
+        y = scan(
+            channels,
+            dt,
+            self.conv_weight,
+            self.conv_bias,
             -full_precision(self.A_log).exp(),
-            b.unflatten(-1, (here.groups, here.state)),
-            c.unflatten(-1, (here.groups, here.state)),
             full_precision(self.D),
-            documents=documents,
-            chunk=here.chunk,
+            full_precision(self.dt_bias),
+            here,
+            documents,
+            self.fused,
         )
-        return self.out_proj(self._gated(y.flatten(-2), z).transpose(0, 1).contiguous())[0]
+        return self.out_proj(self._gated(y, z).transpose(0, 1).contiguous())[0]
 
     def _gated(self, y: Tensor, z: Tensor) -> Tensor:
         """Return the output with gate and inner norm, [batch, seq, inner/tp]."""

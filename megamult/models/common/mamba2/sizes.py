@@ -27,6 +27,8 @@ class MixerSizes:
     """Tokens of a chunk (:func:`megamult.models.common.ssd.ssd`)."""
     norm: InnerNorm = "none"
     conv_bias: bool = True
+    kernels: Literal["auto", "torch", "fused"] = "auto"
+    """Kernels between the projections (:mod:`megamult.models.common.mamba2.scan`)."""
 
     @property
     def inner(self) -> int:
