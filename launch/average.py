@@ -1,6 +1,7 @@
 """Average checkpoints of one model: write a checkpoint whose weights are the average, with all multipliers at 1.
 
-The effective weights s diag(r) W diag(c) are averaged, not r, W and c separately.
+The effective weights s diag(r) W diag(c) are averaged, not r, W and c separately. A tied embedding keeps its scalar if
+all checkpoints have the same.
 """
 
 import argparse

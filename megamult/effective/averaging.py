@@ -2,7 +2,7 @@
 
 Effective weights are averaged, because the model computes with the products diag(r) W diag(c). If the checkpoints'
 multipliers differ, the average of these products is not the product of the averages of r, W and c. All multipliers of
-the result are 1.
+the result are 1, except a tied embedding's scalar that all checkpoints have in common.
 """
 
 from __future__ import annotations
@@ -85,10 +85,12 @@ def average(
         for model in tqdm(models, desc="verifying", unit="checkpoint", disable=None):
             model.saved.verify()
     shares = _shares(len(models), kind, decay)
-    tied = newest.sizes.tie_embeddings and not any(model.head_differs() for model in models)
+    factor = _common_factor(models)
+    shared = factor is not None
+    tied = newest.sizes.tie_embeddings and (shared or not any(model.head_differs() for model in models))
     weights = [
         Streamed(parts[0].weight.logical, shape, partial(_mean, parts, shares))
-        for parts in zip(*(model.weights(tied) for model in models), strict=True)
+        for parts in zip(*(model.weights(tied, embedding_factor=shared) for model in models), strict=True)
         if (shape := parts[0].weight.stored_shape) is not None
     ]
     multipliers: dict[str, tuple[int, ...]] = {}
@@ -96,7 +98,8 @@ def average(
         multipliers |= each.weight.multipliers(newest.placement)
     source = newest.saved
     files = source.files(SENTENCEPIECE) | source.files(TOKENIZER_FOLDER)
-    write_streamed(output, weights, multipliers, _info(source.info, tied), files, "averaging")
+    values = {} if factor is None else {newest.embedding_scalar: factor}
+    write_streamed(output, weights, multipliers, _info(source.info, tied), files, "averaging", values)
     result = Averaged(
         steps,
         shares,
@@ -106,11 +109,28 @@ def average(
     )
     if newest.sizes.tie_embeddings and not tied:
         result.notes.append(
-            "the embedding is tied to the head, and only the embedding has multipliers: in the average, the two are "
-            "separate matrices (model.tie_embeddings false)"
+            "the embedding is tied to the head, and only the embedding has multipliers"
+            f"{_scalars(models)}: in the average, the two are separate matrices (model.tie_embeddings false)"
         )
         result.resume += " --model.tie_embeddings false"
     return result
+
+
+def _common_factor(models: Sequence[EffectiveModel]) -> float | None:
+    """Return the scalar that the tied embeddings of all models have; None if they have other multipliers or differ.
+
+    With one scalar s, the average of the matrices W is the head's, and s times it the embedding's: the tie remains.
+    """
+    first, *others = (model.embedding_factor() for model in models)
+    common = first is not None and math.isfinite(first) and all(factor == first for factor in others)
+    return first if common else None
+
+
+def _scalars(models: Sequence[EffectiveModel]) -> str:
+    """Return the part of a message that gives the scalars of tied embeddings, if they have nothing but scalars."""
+    factors = [model.embedding_factor() for model in models]
+    known = [f"{factor:g}" for factor in factors if factor is not None]
+    return f", scalars that differ ({', '.join(known)})" if len(known) == len(factors) else ""
 
 
 def _check_kind(kind: str, decay: float | None) -> None:

@@ -121,7 +121,12 @@ class EffectiveModel:
         """
         if not self.sizes.tie_embeddings or self.placement.get(self._embedding.role) != frozenset({"scalar"}):
             return None
-        return float(self.saved.read(f"model.{self._embedding.multiplier('scalar')[0]}"))
+        return float(self.saved.read(f"model.{self.embedding_scalar}"))
+
+    @property
+    def embedding_scalar(self) -> str:
+        """Logical name that a scalar of the embedding has, or would have."""
+        return self._embedding.multiplier("scalar")[0]
 
     def all_ones(self, role: Role, side: Side) -> bool:
         """Return whether all multipliers of a role on one side are 1, so that the model is the same without them."""

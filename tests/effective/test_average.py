@@ -20,9 +20,11 @@ from megamult.checkpoint.info import CheckpointInfo
 from megamult.checkpoint.saved import SavedCheckpoint, write
 from megamult.effective.averaging import average
 from megamult.huggingface.exporting import export
+from megamult.models.architectures import architecture_of
 from megamult.models.llama.hf_names import weights
 from megamult.parameters.roles import resolve
 from tests.huggingface.corpus import VOCAB
+from tests.huggingface.falcon_h1_workers import SavedFalcon
 from tests.huggingface.workers import SavedModel, value_of
 from tests.train.command import data_arguments, run, snapshot, start
 
@@ -42,6 +44,7 @@ def save(
     *,
     sizes: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] = TOKENIZER,
+    values: Mapping[str, Tensor] = {},
     **info: Any,
 ) -> Tensors:
     """A checkpoint of a step, with optimizer state and values of its own, and what it holds of the model.
@@ -52,16 +55,18 @@ def save(
         case: implementation and placement of its multipliers, and whether the head is tied.
         sizes: keys of the section `model` that differ from those of the case.
         files: contents of its other files.
+        values: tensors of the model that have other values, by name.
         info: fields of checkpoint.json that differ from a run's.
     """
     config = case.config
     config.model = replace(config.model, **sizes or {})
-    placement = {} if case.implementation == "none" else resolve(case.placement)
+    placement = {} if case.implementation == "none" else resolve(case.placement, config.model.roles)
     tensors: Tensors = {}
-    for weight in weights(config.model, VOCAB):
+    for weight in architecture_of(config.model).weights(config.model, VOCAB):
         if not (weight.role == "head" and case.tied):
             for name, shape in {weight.logical: weight.shape, **weight.multipliers(placement)}.items():
                 tensors[name] = value_of(f"{step} {name}", shape)
+    tensors |= values
     chunks = [Chunk.whole(f"model.{name}", tensor) for name, tensor in tensors.items()]
     chunks += [Chunk.whole("optimizer.exp_avg.x", torch.ones(3)), Chunk.whole("rng.0.torch", torch.ones(3))]
     facts: dict[str, Any] = {
@@ -115,8 +120,16 @@ NONE = SavedModel(1, "all", implementation="none")
 
 @pytest.mark.parametrize(
     "cases",
-    [(ALL, ALL), (ALL, ALL, ALL), (SYMMETRY_FREE, MAPPING, SCALAR), (ALL, MAPPING), (ALL, NONE), (NONE, ALL)],
-    ids=["two", "three", "three placements", "fewer at last", "none at last", "none at first"],
+    [
+        (ALL, ALL),
+        (ALL, ALL, ALL),
+        (SYMMETRY_FREE, MAPPING, SCALAR),
+        (ALL, MAPPING),
+        (ALL, NONE),
+        (NONE, ALL),
+        (SavedFalcon(1, "all"), SavedFalcon(1, "symmetry_free")),
+    ],
+    ids=["two", "three", "three placements", "fewer at last", "none at last", "none at first", "Falcon-H1"],
 )
 def test_effective_weights_are_averaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: Sequence[SavedModel]
@@ -172,6 +185,33 @@ def test_the_head_of_a_tied_embedding_is_averaged_without_its_multipliers(tmp_pa
     assert SavedCheckpoint(tmp_path / "average").info.config["model"]["tie_embeddings"] is not placed
     assert any("model.tie_embeddings false" in note for note in done.notes) == placed
     assert (done.resume or "").endswith("--model.tie_embeddings false") == placed
+
+
+@pytest.mark.parametrize("other", [1.5, 1.25], ids=["one scalar", "two scalars"])
+@pytest.mark.parametrize("kind", [SavedModel, SavedFalcon])
+def test_a_tied_embedding_keeps_its_tie_and_the_scalar_that_all_have(
+    tmp_path: Path, kind: type[SavedModel], other: float
+) -> None:
+    case, scalar = kind(1, "scalar", tied=True), EMBEDDING.replace("weight", "scalar_multiplier")
+    saved = [
+        save(tmp_path / f"step_{step}", step, case, files={}, values={scalar: torch.tensor([s])})
+        for step, s in ((1, 1.5), (2, other))
+    ]
+    done = average([tmp_path / "step_1", tmp_path / "step_2"], tmp_path / "average")
+    found, tied = SavedCheckpoint(tmp_path / "average"), other == 1.5
+    assert found.info.config["model"]["tie_embeddings"] is tied
+    assert float(found.read(f"model.{scalar}")) == (1.5 if tied else 1)
+    assert [note for note in done.notes if "scalars that differ (1.5, 1.25)" in note] == done.notes
+    assert len(done.notes) == (not tied) and done.resume.endswith("tie_embeddings false") is not tied
+    head = mean([each[EMBEDDING].double() for each in saved], [0.5, 0.5])
+    embedding = mean([effective(each, EMBEDDING) for each in saved], [0.5, 0.5])
+    values = {EMBEDDING: head} if tied else {EMBEDDING: embedding, HEAD: head}
+    for name, expected in values.items():
+        torch.testing.assert_close(found.read(f"model.{name}").double(), expected, rtol=ONE_ROUNDING, atol=1e-15)
+    if kind is SavedFalcon:
+        export(tmp_path / "average", tmp_path / "hf")
+        config = json.loads((tmp_path / "hf/config.json").read_text())
+        assert (config["tie_word_embeddings"], config["embedding_multiplier"]) == (tied, 1.5 if tied else 1)
 
 
 def test_an_export_of_the_average_is_the_average(tmp_path: Path) -> None:

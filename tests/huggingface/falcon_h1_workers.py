@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megamult.config import Config
+from tests.huggingface import workers
+from tests.small import MODELS as SMALL
 
 VOCAB, TOKENS, PROMPT, NEW = 1000, 200, 24, 32
 
@@ -33,6 +38,28 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "norm before gate": {"mamba_rms_norm": True, "mamba_norm_before_gate": True, "mamba_conv_bias": False},
 }
+
+
+@dataclass(frozen=True)
+class SavedFalcon(workers.SavedModel):
+    """A Falcon-H1 of two layers with random weights and multipliers."""
+
+    ssm_groups: int = 1
+    ssm_norm: str = "none"
+
+    @property
+    def config(self) -> Config:
+        """Its configuration."""
+        config = super().config
+        config.model = replace(
+            SMALL["falcon_h1"],
+            num_layers=2,
+            seq_length=workers.TOKENS,
+            tie_embeddings=self.tied,
+            ssm_groups=self.ssm_groups,
+            ssm_norm=self.ssm_norm,
+        )
+        return config
 
 
 def build(name: str) -> Any:
