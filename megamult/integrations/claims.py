@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn import Parameter
 
-from megamult.integrations.rules import Rule
+from megamult.integrations.rules import IfPresent, Rule
 
 
 def names_of(model: torch.nn.Module) -> dict[Parameter, list[str]]:
@@ -31,15 +31,16 @@ def claims(names: Sequence[str], rules: Mapping[str, Rule]) -> dict[str, str]:
     """Return {parameter name: expression of the rule that finds the name}. Names that no rule finds are left out.
 
     Raises:
-        ValueError: a rule is no regular expression or finds no name, or two rules find the same name.
+        ValueError: a rule is no regular expression, a rule that is not :class:`IfPresent` finds no name, or two rules
+            find the same name.
     """
     found_by: dict[str, str] = {}
-    for expression in rules:
+    for expression, rule in rules.items():
         try:
             found = [name for name in names if re.search(expression, name)]
         except re.error as error:
             raise ValueError(f"the rule {expression!r} is no regular expression ({error}): correct it") from None
-        if not found:
+        if not found and not isinstance(rule, IfPresent):
             raise ValueError(
                 f"the rule {expression!r} matches no parameter of the model, whose names are like {names[0]}: correct "
                 "or remove it"

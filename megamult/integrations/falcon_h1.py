@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn import Parameter
 
 from megamult.integrations.llama import LLAMA_RULES
-from megamult.integrations.rules import FromModule, Rule
+from megamult.integrations.rules import FromModule, IfPresent, Rule
 from megamult.models.common.mamba2 import parameters
 from megamult.models.common.mamba2.sizes import MixerSizes
 from megamult.parameters.spec import ParameterSpec, Role
@@ -44,8 +44,10 @@ FALCON_H1_RULES: dict[str, Rule] = {
     r"\bmamba\.A_log$": "ssm_a",
     r"\bmamba\.D$": "ssm_d",
     r"\bmamba\.dt_bias$": "ssm_dt_bias",
+    r"\bmamba\.norm\.weight$": IfPresent("ssm_norm"),
+    r"\b(conv1d|\w+_proj)\.bias$": IfPresent("bias"),
 }
 """Rules for Hugging Face's FalconH1ForCausalLM. The five matrices of a mixer's input projection (z, x, B, C and dt)
 have multipliers of their own, and Muon orthogonalizes each by itself. The convolution's weights and the vectors have
-neither multipliers nor weight decay. The model's own forward multipliers stay: they are constants beside the learned
-ones."""
+neither multipliers nor weight decay. An inner norm and biases have roles of their own if the model has them. The
+model's own forward multipliers stay: they are constants beside the learned ones."""

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from megamult.distributed import environment
 from megamult.distributed.mesh import current_mesh
 from megamult.integrations.claims import claims, names_of
-from megamult.integrations.rules import FromModule, Rule, one_tensor
+from megamult.integrations.rules import FromModule, IfPresent, Rule, one_tensor
 from megamult.multipliers.config import MultiplierClip, MultipliersConfig
 from megamult.optim import legacy
 from megamult.optim.build import make_optimizer
@@ -262,6 +262,8 @@ def _state(parameter: Parameter, name: str, rule: Rule, tp_size: int, model: tor
     Raises:
         ValueError: the rule has an unknown role, or a matrix's role for a parameter that is no matrix.
     """
+    if isinstance(rule, IfPresent):
+        rule = rule.rule
     if isinstance(rule, FromModule):
         rule = rule.spec(parameter, model.get_submodule(".".join(name.split(".")[:-2])))
     if isinstance(rule, ParameterSpec):

@@ -29,11 +29,18 @@ class FromModule:
     spec: Callable[[Parameter, Any], ParameterSpec | Role]
 
 
-Rule = Role | ParameterSpec | Callable[[Parameter], ParameterSpec] | FromModule
+@dataclass(frozen=True)
+class IfPresent:
+    """Rule for parameters that not every model of a class has, such as biases. It may find no parameter."""
+
+    rule: Role | ParameterSpec | Callable[[Parameter], ParameterSpec] | FromModule
+
+
+Rule = Role | ParameterSpec | Callable[[Parameter], ParameterSpec] | FromModule | IfPresent
 """What a rule gives to the parameters that its expression finds: a role, a spec, or a function from a parameter, or
 from a parameter and a module around it, to its spec. A role is possible if each parameter is one matrix W[out, in].
 Roles of vectors, such as `norm`, are possible for any shape; such a parameter is updated by AdamW without weight decay,
-and has no multipliers."""
+and has no multipliers. Every rule must find a parameter, unless it is wrapped in :class:`IfPresent`."""
 
 
 def one_tensor(role: Role, parameter: Parameter, tp_size: int) -> ParameterSpec:

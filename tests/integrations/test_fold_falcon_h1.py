@@ -176,3 +176,28 @@ def test_muon_orthogonalizes_each_matrix_of_the_input_projection() -> None:
     }
     assert set(kinds.values()) == {"matrix", "undecayed"}
     assert "26 matrices" in str(optimizer.ownership), "in two layers, five for each input projection"
+
+
+@pytest.mark.parametrize(
+    ("normed", "factors", "multiplied"),
+    [
+        (True, {"ssm_norm": 0.5, "bias": 0.25}, {"mamba.norm.weight": 0.5, "mamba.conv1d.bias": 0.25}),
+        (False, {"bias": 0.25}, {"mamba.conv1d.bias": 0.25}),
+        (True, {"norm": 0.5}, {"input_layernorm.weight": 0.5, "pre_ff_layernorm.weight": 0.5}),
+    ],
+)
+def test_inner_norm_and_bias_have_learning_rates_of_their_own(
+    normed: bool, factors: dict[str, float], multiplied: dict[str, float]
+) -> None:
+    model = falcon(normed)
+    optimizer = megamult.fold({"lr": 1e-3, "lr_factors": factors}, model, megamult.FALCON_H1_RULES)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.begin()
+    model(input_ids=batch(0), labels=batch(0)).loss.backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        layer, _, rest = name.removeprefix("model.layers.").partition(".")
+        if parameter.ndim == 1 and layer.isdigit():
+            # The first update of AdamW is the sign of the gradient.
+            moved = (parameter - before[name]).abs().max().item()
+            assert moved == pytest.approx(1e-3 * multiplied.get(rest, 1.0), rel=1e-2), name
