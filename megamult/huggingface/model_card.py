@@ -12,11 +12,11 @@ _CARD = """\
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- llama
+- {model_type}
 - megamult
 ---
 
-# A Llama-architecture model trained with megamult
+# A {architecture} trained with megamult
 
 {parameters:,} parameters, {dtype}, {origin}.
 
@@ -50,6 +50,10 @@ This model was trained with learnable row and column multipliers \
 They are merged into the weights here: W_eff = s diag(r) W diag(c), with row multipliers r, column multipliers c and \
 scalar multiplier s."""
 
+_KEPT = """ \
+One is not merged: the embedding's scalar is `embedding_multiplier` in config.json, because the head has the \
+embedding's matrix and not its multiplier."""
+
 _MODEL = {
     "vocab_size": "vocabulary",
     "num_hidden_layers": "layers",
@@ -60,7 +64,15 @@ _MODEL = {
     "max_position_embeddings": "tokens per sequence",
     "rope_theta": "rotary base",
     "tie_word_embeddings": "embedding and head tied",
+    "mamba_n_heads": "mixer heads",
+    "mamba_d_head": "channels of a mixer head",
+    "mamba_d_state": "mixer state size",
+    "mamba_n_groups": "mixer groups",
+    "mamba_d_conv": "tokens of the mixer's convolution",
+    "mamba_conv_bias": "bias of the mixer's convolution",
+    "mamba_rms_norm": "norm inside the mixer",
 }
+"""Maps a field of config.json to its name in the table. Not every class has all of them."""
 
 
 def render(info: CheckpointInfo, exported: Mapping[str, Any], parameters: int, multipliers: bool) -> str:
@@ -70,7 +82,7 @@ def render(info: CheckpointInfo, exported: Mapping[str, Any], parameters: int, m
         info: information on the checkpoint.
         exported: content of the exported config.json.
         parameters: number of parameters in the exported model.
-        multipliers: whether multipliers were merged into the weights.
+        multipliers: whether the checkpoint has multipliers, which were merged into the weights.
     """
     config = info.config
     imported = info.step == 0
@@ -87,12 +99,16 @@ def render(info: CheckpointInfo, exported: Mapping[str, Any], parameters: int, m
         }
     training |= {name.replace("_", " "): value for name, value in info.figures.items()}
     merged = _MERGED.format(placement=config["multipliers"]["placement"]) if multipliers else "No multipliers."
+    if exported.get("embedding_multiplier", 1.0) != 1.0:
+        merged += _KEPT
     return _CARD.format(
+        model_type=exported["model_type"],
+        architecture=exported["architectures"][0],
         parameters=parameters,
         dtype=exported["dtype"],
         origin="imported, not trained further" if imported else f"after {info.step:,} optimizer steps",
         multipliers=merged,
-        model=_table({name: exported[field] for field, name in _MODEL.items()}),
+        model=_table({name: exported[field] for field, name in _MODEL.items() if field in exported}),
         training=_table(training),
         versions=_table(info.versions),
     )

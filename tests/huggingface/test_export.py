@@ -272,6 +272,7 @@ def test_the_card_gives_the_run_s_figures(checkpoint: Path, tmp_path: Path) -> N
     assert card.startswith("---\nlibrary_name: transformers\n")
     for row in ("| optimizer steps | 7 |", "| tokens | 57,344 |", "| loss | 2.34567 |", "| vocabulary | 400 |"):
         assert row in card
+    assert "- llama\n" in card and "# A LlamaForCausalLM trained" in card and "mixer" not in card
     parameters = sum(tensor.numel() for tensor in load_file(tmp_path / "hf" / "model.safetensors").values())
     assert done.parameters == parameters and f"{parameters:,} parameters, float32, after 7 optimizer steps" in card
     assert "arxiv.org/abs/2601.04890" in card and "placement `all`" in card

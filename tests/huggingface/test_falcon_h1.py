@@ -85,6 +85,12 @@ def test_an_export_of_an_import_computes_the_same_with_factors_of_1(
     # A tied head does not have the embedding's multipliers: of these, config.json can hold one scalar.
     scalar = tied and kind == "initial scalar"
     assert config["embedding_multiplier"] == pytest.approx(5.1 if scalar else 1.0)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert ("`embedding_multiplier`" in card) is scalar
+    assert ("merged into the weights here" in card) is not kind.endswith("none")
+    assert "- falcon_h1\n" in card and "\n# A FalconH1ForCausalLM trained" in card
+    for row in ("mixer heads | 4", "channels of a mixer head | 12", "mixer state size | 10", "hidden size | 64"):
+        assert f"| {row} |" in card
     assert config["tie_word_embeddings"] == (tied and kind not in ("initial all", "initial symmetry_free"))
     rest = {key: value for key, value in config.items() if key.endswith(("multiplier", "multipliers"))}
     del rest["embedding_multiplier"]
