@@ -1,4 +1,7 @@
-"""Import a Hugging Face model (Llama, Mistral, Qwen2, Qwen3, SmolLM3) as a checkpoint, with all multipliers at 1."""
+"""Import a Hugging Face model (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Falcon-H1) as a checkpoint.
+
+All multipliers are 1, unless --forward_multipliers initial gives them other values.
+"""
 
 import argparse
 from pathlib import Path
@@ -30,14 +33,15 @@ def _parser() -> argparse.ArgumentParser:
         "--placement",
         default="all",
         choices=["all", "none", "symmetry_free", "scalar"],
-        help="placement of the multipliers, which start at 1 (default all). none: a model without multipliers",
+        help="placement of the multipliers (default all). none: a model without multipliers",
     )
     parser.add_argument(
         "--forward_multipliers",
         default="merge",
         choices=["merge", "initial"],
         help="where the constant factors in config.json of a Falcon-H1 go: into the weights (merge, the default), or "
-        "into the initial values of the multipliers. Either way the model computes the same function",
+        "into the initial values of the multipliers (initial). Either way the model computes the same function. All "
+        "other multipliers start at 1",
     )
     return parser
 

@@ -45,10 +45,13 @@ def assign(
             weight is taken back in the final norm.
 
     Raises:
-        ValueError: `how` is unknown.
+        ValueError: `how` is unknown, or it is `initial` where there are no factors or no multipliers.
     """
     if how not in get_args(ForwardMultipliers):
         raise ValueError(f"forward_multipliers is {how!r}: use one of {', '.join(get_args(ForwardMultipliers))}")
+    if how == "initial" and not (table and placement):
+        lacks = "the placement none gives it no multipliers" if table else "it has no constant factors"
+        raise ValueError(f"forward_multipliers is initial, which does nothing for this model: {lacks}; use merge")
     weights: dict[Role, float] = defaultdict(lambda: 1.0)
     multipliers: dict[tuple[Role, Side], float] = defaultdict(lambda: 1.0)
     for (role, side), factor in table.items():

@@ -36,7 +36,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "mamba_n_groups": 2,
         "tie_word_embeddings": True,
     },
-    "norm before gate": {"mamba_rms_norm": True, "mamba_norm_before_gate": True, "mamba_conv_bias": False},
+    # Biases, and all factors but those that would multiply a bias.
+    "norm before gate, biases": {
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": True,
+        "mamba_conv_bias": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "key_multiplier": 1.0,
+        "attention_out_multiplier": 1.0,
+        "mlp_multipliers": [1.0, 1.0],
+    },
 }
 
 
@@ -91,6 +101,8 @@ def build(name: str) -> Any:
                 value.copy_(noise.abs())
             elif key.endswith(("dt_bias", "conv1d.bias")):
                 value.copy_(0.5 * noise - 1)
+            elif key.endswith("bias"):
+                value.copy_(0.3 * noise)
             elif value.dim() == 1:
                 value.copy_(1 + 0.3 * noise)
             else:

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.huggingface.exporting import export
+from megamult.huggingface.forward_multipliers import assign
 from megamult.huggingface.importing import import_
 from megamult.models.falcon_h1.hf_config import from_hugging_face
+from megamult.parameters.roles import resolve
 from tests.huggingface.falcon_h1_workers import MODELS, NEW, PROMPT, VOCAB, build, of_imports, tokens
 from tests.processes import run_distributed
 
@@ -24,7 +26,7 @@ IMPORTS = {
         "initial all": ("all", "initial"),
         "initial scalar": ("scalar", "initial"),
     },
-    "norm before gate": {"merge all": ("all", "merge"), "initial symmetry_free": ("symmetry_free", "initial")},
+    "norm before gate, biases": {"merge all": ("all", "merge"), "initial symmetry_free": ("symmetry_free", "initial")},
 }
 """(placement, where the forward multipliers go) of each import, by model."""
 CASES = [(name, kind) for name, kinds in IMPORTS.items() for kind in kinds]
@@ -115,6 +117,33 @@ def test_initial_multipliers_are_the_factors_and_weights_are_those_of_the_file(
     assert saved.read("model.embedding.word_embeddings.row_multiplier").shape == (VOCAB,)
 
 
+def test_initial_multipliers_that_no_multiplier_would_get_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"forward_multipliers is initial, .*: the placement none gives it no mult"):
+        assign({("k", "row"): 2.0}, "initial", {}, False)
+    with pytest.raises(ValueError, match=r"forward_multipliers is initial, .*: it has no constant factors; use merge"):
+        assign({}, "initial", resolve("all"), False)
+
+
+UNSCALED = {"key_multiplier": 1.0, "attention_out_multiplier": 1.0, "mlp_multipliers": [1.0, 1.0]}
+"""No factor of an output with a bias; those of inputs, of the mixer, the embedding and the head remain."""
+
+
+@pytest.mark.parametrize(
+    ("change", "read"),
+    [
+        (UNSCALED | {"attention_bias": True, "mlp_bias": True}, {"attention_bias": "all", "mlp_bias": True}),
+        (UNSCALED | {"attention_bias": True, "mlp_multipliers": [2.0, 3.0]}, {"attention_bias": "all"}),
+        ({"mlp_multipliers": [1.0, 1.0], "mlp_bias": True}, {"mlp_bias": True}),
+        ({"time_step_limit": [0, {"__float__": "Infinity"}], "mamba_d_head": None}, {"ssm_head_dim": 12}),
+        ({"mamba_d_ssm": None, "mamba_d_head": "auto"}, {"ssm_head_dim": 32}),
+    ],
+)
+def test_what_the_model_can_compute_is_read(change: dict[str, Any], read: dict[str, Any]) -> None:
+    config = build("no norm, untied").config.to_dict() | {"architectures": None} | change
+    sizes = from_hugging_face(config)
+    assert {key: getattr(sizes, key) for key in read} == read
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -122,7 +151,14 @@ def test_initial_multipliers_are_the_factors_and_weights_are_those_of_the_file(
         ({"key_multiplier": 0, "ssm_multipliers": [1, 1]}, r"key_multiplier is 0: .*ssm_multipliers is \[1, 1\]"),
         ({"time_step_limit": [0.001, 0.1]}, r"time_step_limit is \[0.001, 0.1\]: step sizes are not limited here"),
         ({"mamba_d_head": 10}, r"mamba_n_heads is 4 with mamba_d_head 10, mamba_d_ssm 48"),
-        ({"attention_bias": True}, r"attention_bias or mlp_bias is true, and forward multipliers are not all 1"),
+        ({"time_step_limit": 5}, "time_step_limit is 5: step sizes are not limited here"),
+        ({"time_step_limit": [0.0]}, r"time_step_limit is \[0.0\]: step sizes are not limited here"),
+        ({"mamba_d_ssm": 48.0, "mamba_d_head": "auto"}, "mamba_d_ssm is 48.0: it must be a positive whole number"),
+        ({"mamba_d_head": 12.0}, "mamba_d_head is 12.0: it must be a positive whole number"),
+        ({"mamba_d_ssm": None, "mamba_expand": "x"}, "mamba_expand is 'x': it must be a positive number"),
+        ({"attention_bias": True}, "attention_bias is true, and the forward multipliers of .* k, attention_out are"),
+        (UNSCALED | {"attention_bias": True, "attention_out_multiplier": 2.0}, "of k, attention_out are not all 1"),
+        (UNSCALED | {"mlp_bias": True, "mlp_multipliers": [1.0, 2.0]}, "mlp_bias is true, .* of gate, down are not"),
     ],
 )
 def test_what_the_model_cannot_compute_is_refused(change: dict[str, Any], said: str) -> None:

@@ -31,6 +31,7 @@ _DEFAULTS: dict[str, Any] = {
     "mamba_n_groups": 1,
     "mamba_d_state": 256,
     "mamba_d_conv": 4,
+    "mamba_expand": 2,
     "mamba_chunk_size": 256,
     "mamba_conv_bias": True,
     "mamba_norm_before_gate": True,
@@ -49,6 +50,12 @@ _SIZES = {
 _MUST_BE: hf_config.MustBe = {
     "mamba_proj_bias": ((False, None), "the mixer's projections have no bias here, so this model cannot be imported"),
     "projectors_bias": ((False, None), "the mixer's projections have no bias here, so this model cannot be imported"),
+}
+
+# Maps a field to the roles whose biases it adds and whose outputs transformers multiplies after the bias.
+_SCALED_BIASES: Mapping[str, tuple[Role, ...]] = {
+    "attention_bias": ("k", "attention_out"),
+    "mlp_bias": ("gate", "down"),
 }
 
 
@@ -122,17 +129,14 @@ def from_hugging_face(config: Mapping[str, Any]) -> FalconH1Config:
     """
     fields = Fields(config, _DEFAULTS)
     common = hf_config.read(fields, HUGGING_FACE_CLASS, _MUST_BE)
-    limit = config.get("time_step_limit")
-    # transformers 5 writes infinity, which JSON does not have, as {"__float__": "Infinity"}.
-    plain = [each.get("__float__") if isinstance(each, Mapping) else each for each in limit or (0, math.inf)]
-    if plain[0] != 0 or plain[1] not in (math.inf, "Infinity"):
-        fields.wrong("time_step_limit", limit, "step sizes are not limited here, so this model cannot be imported")
+    _check_time_steps(fields)
     sizes: dict[str, Any] = {ours: fields.integer(theirs) for ours, theirs in _SIZES.items()}
-    inner = config.get("mamba_d_ssm", 1024)
-    if inner is None:
-        inner = int(config.get("mamba_expand", 2) * common["hidden_size"])
-    size = config.get("mamba_d_head", "auto")
-    size = inner // sizes["ssm_heads"] if size in ("auto", None) else size
+    if "mamba_d_ssm" in config and config["mamba_d_ssm"] is None:
+        inner = int(fields.number("mamba_expand") * common["hidden_size"])
+    else:
+        inner = fields.integer("mamba_d_ssm", 1024)
+    auto = config.get("mamba_d_head") in ("auto", None)
+    size = inner // sizes["ssm_heads"] if auto else fields.integer("mamba_d_head")
     if size * sizes["ssm_heads"] != inner or sizes["ssm_heads"] % sizes["ssm_groups"]:
         fields.mistakes.append(
             f"mamba_n_heads is {sizes['ssm_heads']} with mamba_d_head {size}, mamba_d_ssm {inner} and mamba_n_groups "
@@ -148,13 +152,31 @@ def from_hugging_face(config: Mapping[str, Any]) -> FalconH1Config:
         "ssm_conv_bias": fields.flag("mamba_conv_bias"),
     }
     factors = _table(fields)  # notes wrong ones
-    if (found["attention_bias"] == "all" or found["mlp_bias"]) and any(factor != 1 for factor in factors.values()):
+    biased = [field for field in _SCALED_BIASES if fields.get(field) is True]
+    scaled = [field for field in biased if any(factors[role, "row"] != 1 for role in _SCALED_BIASES[field])]
+    if scaled:
+        roles = ", ".join(role for field in scaled for role in _SCALED_BIASES[field])
         fields.mistakes.append(
-            "attention_bias or mlp_bias is true, and forward multipliers are not all 1: they scale biases too, which "
-            "multipliers here do not, so this model cannot be imported"
+            f"{' and '.join(scaled)} is true, and the forward multipliers of the outputs of {roles} are not all 1: "
+            "they scale biases too, which multipliers here do not, so this model cannot be imported"
         )
     fields.check()
     return FalconH1Config(**common, **sizes, **found)
+
+
+def _check_time_steps(fields: Fields) -> None:
+    """Note a limit of the mixer's step sizes."""
+    limit = fields.config.get("time_step_limit")
+    if limit is None:
+        return
+    # transformers 5 writes infinity, which JSON does not have, as {"__float__": "Infinity"}.
+    plain = [each.get("__float__") if isinstance(each, Mapping) else each for each in _listed(limit)]
+    if len(plain) != 2 or plain[0] != 0 or plain[1] not in (math.inf, "Infinity"):
+        fields.wrong("time_step_limit", limit, "step sizes are not limited here, so this model cannot be imported")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def forward_multipliers(config: Mapping[str, Any]) -> dict[tuple[Role, Side], float]:
