@@ -87,6 +87,12 @@ def export(checkpoint: Path, output: Path, dtype: str = "auto", max_shard_size: 
                 "the embedding is tied to the head, but only the embedding has multipliers: lm_head.weight is written "
                 "separately, with tie_word_embeddings false"
             )
+        rounded = dict.fromkeys(each.weight.hugging_face.rpartition(".")[2] for each in weights if each.weight.fp32)
+        if rounded and dtype != "float32":
+            notes.append(
+                f"the run reads {', '.join(rounded)} in fp32, and {dtype} rounds them, as transformers would at load: "
+                "--dtype float32 keeps them exact"
+            )
         # Before the tensors: no family of Hugging Face models may have this combination of options.
         described = architecture.to_hugging_face(
             model.sizes,

@@ -99,6 +99,15 @@ def test_an_export_of_an_import_computes_the_same_with_factors_of_1(
     assert {float(each) for value in rest.values() for each in (value if isinstance(value, list) else [value])} == {1.0}
 
 
+def test_an_export_says_that_bf16_rounds_what_the_run_reads_in_fp32(
+    folder: Path, ours: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    for dtype, rounded in (("bfloat16", True), ("float32", False)):
+        done = export(folder / "imported" / "no norm, untied, merge none", tmp_path / dtype, dtype=dtype)
+        said = "the run reads dt_bias, A_log, D in fp32, and bfloat16 rounds them"
+        assert [note.startswith(said) for note in done.notes] == [False, True][: 1 + rounded]  # the first: no tokenizer
+
+
 def test_initial_multipliers_are_the_factors_and_weights_are_those_of_the_file(
     folder: Path, ours: dict[int, dict[str, Any]]
 ) -> None:

@@ -36,6 +36,8 @@ class Weight:
     """Shape in a Hugging Face model, without the rows of other weights in the same tensor."""
     norm: NormWeight = "vector"
     """Kind of the weight in our model, if it belongs to a norm. In Hugging Face's model it is always a vector."""
+    fp32: bool = False
+    """Whether our model reads it in fp32 even in a bf16 run, as :attr:`ParameterSpec.fp32` says."""
 
     @property
     def stored_shape(self) -> tuple[int, ...] | None:

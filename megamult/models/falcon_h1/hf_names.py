@@ -48,7 +48,7 @@ def _mixer(sizes: FalconH1Config, ours: str, theirs: str) -> Iterator[Weight]:
             yield Weight(f"{ours}{name}.conv_bias", f"{theirs}conv1d.bias", "bias", (rows,))
     vectors: list[tuple[str, Role]] = [("dt_bias", "ssm_dt_bias"), ("A_log", "ssm_a"), ("D", "ssm_d")]
     for name, role in vectors:
-        yield Weight(f"{ours}{name}", f"{theirs}{name}", role, (mixer.heads,))
+        yield Weight(f"{ours}{name}", f"{theirs}{name}", role, (mixer.heads,), fp32=True)
     if mixer.norm != "none":
         yield Weight(f"{ours}norm_weight", f"{theirs}norm.weight", "ssm_norm", (mixer.inner,))
     out: Role = "ssm_out" if mixer.norm == "none" else "ssm_out_normed"
