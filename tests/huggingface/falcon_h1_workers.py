@@ -72,6 +72,15 @@ class SavedFalcon(workers.SavedModel):
         return config
 
 
+SAVED = {
+    "all, one group": SavedFalcon(2, "all"),
+    "all, tied, two groups": SavedFalcon(2, "all", tied=True, ssm_groups=2, ssm_norm="after_gate"),
+    "symmetry_free, folded": SavedFalcon(2, "symmetry_free", implementation="folded", ssm_norm="before_gate"),
+    "scalar, tied": SavedFalcon(2, "scalar", tied=True),
+}
+"""Models whose multipliers differ from row to row. With one group, both ranks have copies of B and C."""
+
+
 def build(name: str) -> Any:
     """One of MODELS, with random values in every parameter."""
     from transformers import FalconH1Config, FalconH1ForCausalLM

@@ -16,7 +16,8 @@ from megamult.huggingface.forward_multipliers import assign
 from megamult.huggingface.importing import import_
 from megamult.models.falcon_h1.hf_config import from_hugging_face
 from megamult.parameters.roles import resolve
-from tests.huggingface.falcon_h1_workers import MODELS, NEW, PROMPT, VOCAB, build, of_imports, tokens
+from tests.huggingface import workers
+from tests.huggingface.falcon_h1_workers import MODELS, NEW, PROMPT, SAVED, VOCAB, build, of_imports, tokens
 from tests.processes import run_distributed
 
 IMPORTS = {
@@ -72,6 +73,25 @@ def test_an_import_computes_the_function_of_the_original(
     torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=TOLERANCE)
     if kind.startswith("initial") and tensor == 1:
         assert found["greedy"] == expected["greedy"] and len(set(expected["greedy"])) > 1
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[str, dict[str, Any]]:
+    """By name of SAVED: logits of the training model, at tensor parallel 2."""
+    return run_distributed(2, workers.save_all, folder / "trained", b"", SAVED)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SAVED)
+def test_an_export_computes_what_a_model_with_multipliers_of_each_row_does(
+    name: str, folder: Path, trained: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    export(folder / "trained" / name, tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()
+    expected = trained[name]["logits"]
+    assert 0.2 < expected.std() < 2  # what the tolerance is made for
+    torch.testing.assert_close(model(workers.tokens()).logits[0], expected, rtol=0, atol=TOLERANCE)
+    assert model.config.tie_word_embeddings == (name == "scalar, tied")
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -150,7 +150,8 @@ def save_all(folder: Path, tokenizer: bytes, cases: Mapping[str, SavedModel] = C
             vocab_size=VOCAB,
             figures={"tokens": 57344.0, "loss": 2.34567, "valid_loss": 2.5},
         )
-        files, group = {"tokenizer.model": tokenizer}, torch.distributed.new_group(backend="gloo")
+        files = {"tokenizer.model": tokenizer} if tokenizer else {}
+        group = torch.distributed.new_group(backend="gloo")
         write(folder / name, owned(partition, optimizer), info, files, group=group)
         found[name] = {
             "logits": logits_of(model, tokens()),
