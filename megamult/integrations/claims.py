@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from megamult.integrations.rules import IfPresent, Rule
 
 
-def names_of(model: torch.nn.Module) -> dict[Parameter, list[str]]:
+def all_names_of(model: torch.nn.Module) -> dict[Parameter, list[str]]:
     """Return all names of each parameter. A parameter that modules share has several."""
     names: dict[Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from megamult.distributed import environment
 from megamult.distributed.mesh import current_mesh
-from megamult.integrations.claims import claims, names_of
+from megamult.integrations.claims import all_names_of, claims
 from megamult.integrations.rules import FromModule, IfPresent, Rule, one_tensor
 from megamult.multipliers.config import MultiplierClip, MultipliersConfig
 from megamult.optim import legacy
@@ -231,7 +231,7 @@ def _specs(model: torch.nn.Module, rules: Mapping[str, Rule], placement: Placeme
     Raises:
         ValueError: see :func:`fold`.
     """
-    names = names_of(model)
+    names = all_names_of(model)
     claimed_by = claims([name for known in names.values() for name in known], rules)
     tp_size = current_mesh().size_of("tensor")
     specs: dict[Parameter, ParameterSpec] = {}

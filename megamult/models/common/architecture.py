@@ -38,7 +38,7 @@ class ModelClass(Protocol[_Sizes]):
         document_end: int | None = None,
         note: Callable[[str], None] = lambda doing: None,
     ) -> torch.nn.Module:
-        """Build the model. :class:`megamult.models.llama.model.GPT` describes the arguments.
+        """Build the model. :class:`megamult.models.common.decoder.Decoder` describes the arguments.
 
         Returns:
             A module. Its forward takes tokens and labels, both ids [batch, seq], and optionally weights of the samples,
@@ -62,8 +62,17 @@ class ToHuggingFace(Protocol[_Sizes]):
     ) -> dict[str, Any]:
         """Return the content of config.json.
 
-        :func:`megamult.models.llama.hf_config.to_hugging_face` describes the arguments. `embedding_factor` is a factor
-        of the embedding's output that a tied head does not have; it is 1 unless the architecture can express it.
+        Args:
+            sizes: sizes of the model.
+            vocab_size: exact number of tokens, without padding.
+            tied: whether the exported model has one tensor for embedding and head.
+            dtype: dtype of the weights, a key of :data:`megamult.models.common.hugging_face.DTYPES`.
+            token_ids: ids of the tokenizer's special tokens, by their keys in config.json such as `bos_token_id`.
+            embedding_factor: factor of the embedding's output that a tied head does not have. It is 1 unless
+                :attr:`Architecture.embedding_factor` is true.
+
+        Raises:
+            ValueError: no class of transformers can express the model.
         """
 
 

@@ -70,10 +70,7 @@ def to_hugging_face(
 ) -> dict[str, Any]:
     """Return the content of config.json for an exported model. All forward multipliers but the embedding's are 1.
 
-    The arguments are those of :func:`megamult.models.llama.hf_config.to_hugging_face`, and:
-
-    Args:
-        embedding_factor: factor of the embedding's output, which the tied head does not have.
+    :class:`megamult.models.common.architecture.ToHuggingFace` describes the arguments.
 
     Raises:
         ValueError: FalconH1ForCausalLM cannot express the model. The message names all keys that it lacks.

@@ -31,13 +31,7 @@ def to_hugging_face(
 ) -> dict[str, Any]:
     """Return the content of config.json for an exported model.
 
-    Args:
-        sizes: sizes of the model.
-        vocab_size: exact number of tokens, without padding.
-        tied: whether the exported model has one tensor for embedding and head.
-        dtype: dtype of the weights, a key of :data:`megamult.models.common.hugging_face.DTYPES`.
-        token_ids: ids of the tokenizer's special tokens, by their keys in config.json such as `bos_token_id`.
-        embedding_factor: factor of the embedding's output, which must be 1.
+    :class:`megamult.models.common.architecture.ToHuggingFace` describes the arguments. `embedding_factor` must be 1.
 
     Raises:
         ValueError: no family can express the model.
