@@ -19,14 +19,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fcntl
-import json
-import os
-import re
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +29,12 @@ from typing import Any
 import torch
 
 from megamult.optim.muon.coefficients import Coefficients
+from megamult.optim.muon.kept import Kept, cache_folder, entries
 from megamult.optim.muon.newton_schulz import Method, fixed_method, flops, orthogonalize_by
 from megamult.optim.muon.symmetric import Products, kernel_suits
 
 Shape = tuple[int, int]
 
-_FORMAT = 1
-"""Number in the names of the files. It increases when methods are computed otherwise, so that they are timed anew."""
 _ROUNDS = 5
 """Largest number of timings of a method after its first one."""
 _SECONDS = 0.5
@@ -54,8 +48,6 @@ _BATCH_ELEMENTS = 2**20
 _LARGEST_BATCH = 8
 _CPU_FLOPS = 300e9
 """FLOPs of the standard form for one matrix above which nothing is timed on a CPU, because it would take minutes."""
-_PATIENCE = 5.0
-"""Seconds to wait for another process that writes the file."""
 
 
 @dataclass(frozen=True)
@@ -145,99 +137,6 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Kept:
-    """Choices in the file for one device and version of torch.
-
-    Args:
-        device: the device.
-        folder: folder of the files; by default the one that the module's docstring names.
-
-    Attributes:
-        path: the file.
-    """
-
-    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
-        self.device = device_name(device)
-        name = re.sub(r"[^\w.+-]+", "_", f"{self.device}-torch-{torch.__version__}")
-        self.path = (folder or cache_folder()) / f"newton_schulz-{_FORMAT}-{name}.json"
-
-    def read(self) -> dict[str, Any]:
-        """Return what is kept, by key. A file that is missing or damaged keeps nothing."""
-        return _entries(self.path)[1]
-
-    def keep(self, key: str, entry: Any) -> Any:
-        """Add a choice to the file, and return the one that the file then has.
-
-        If another run has added a usable choice meanwhile, that one stays, so that all runs have the same.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path.with_suffix(".lock")):
-            known = self.read()
-            if _parsed(known.get(key)) is None:
-                known[key] = entry
-            content = {"device": self.device, "torch": torch.__version__, "methods": known}
-            written = self.path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-            written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            written.replace(self.path)
-        return known[key]
-
-
-def _entries(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return a file's heading, and its choices by key; nothing if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return f"{content['device']}, torch {content['torch']}", dict(content["methods"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "damaged", {}
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock, if it can be had within `_PATIENCE` seconds. Some file systems have none; without it, runs that
-    start at the same moment may keep only one of their choices."""
-    with path.open("a") as file:
-        until = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() < until:
-                    time.sleep(0.05)
-                    continue
-            except OSError:
-                pass
-            break
-        yield
-
-
-def cache_folder() -> Path:
-    """Return the folder of the files.
-
-    Raises:
-        OSError: there is no MEGAMULT_CACHE_DIR, and this user has no home.
-    """
-    if given := os.environ.get("MEGAMULT_CACHE_DIR"):
-        return Path(given)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megamult"
-    except RuntimeError as error:
-        raise OSError(str(error)) from None
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a GPU or of this machine's CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    lines = dict(re.findall(r"^(model name|model|flags)\s*: (.*)$", about, re.MULTILINE))
-    # Some virtual machines have the same name for processors with and without matrix units.
-    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f") if unit in lines.get("flags", "").split()]
-    return " ".join([lines.get("model name", "CPU"), lines.get("model", ""), *units[:1]])
-
-
 def shape_key(shape: Shape, steps: Coefficients, dtypes: Sequence[torch.dtype]) -> str:
     """Return the name under which a checkpoint keeps the choice for a shape and for its transpose."""
     small, large = sorted(shape)
@@ -265,7 +164,7 @@ def choose(
         device: the device to time on.
         kernel: whether all ranks have the kernel.
         known: choices of the run so far, by :func:`shape_key`.
-        folder: folder of the file; None: that of the module's docstring.
+        folder: folder of the file; None: that of the environment.
         time_one: function that times the methods of one shape, :func:`fastest`.
     """
     threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
@@ -287,7 +186,7 @@ def choose(
                 if chosen is None:
                     entry, timed = _plain(time_one(shape, steps, possible, device)), True
                     chosen = _parsed(entry)  # as the file will give it to later runs
-                    chosen = _parsed(kept.keep(key, entry))
+                    chosen = _parsed(kept.keep(key, entry, lambda each: _parsed(each) is not None))
             except OSError as error:
                 problem = error
                 chosen = chosen or time_one(shape, steps, possible, device)
@@ -344,9 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path.unlink()
             print(f"removed: {path}")
             continue
-        heading, entries = _entries(path)
+        heading, kept = entries(path)
         print(f"{heading} ({path})")
-        for key, entry in entries.items():
+        for key, entry in kept.items():
             if (chosen := _parsed(entry)) is not None and chosen.seconds is not None:
                 method = chosen.method
                 batches, products = "batched" if method.together else "one by one", method.products.replace("_", " ")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megamult.optim.muon import timing
 from megamult.optim.muon.coefficients import Coefficients, coefficients
+from megamult.optim.muon.kept import Kept, device_name
 from megamult.optim.muon.newton_schulz import Method, fixed_method
-from megamult.optim.muon.timing import Chosen, Kept, choose, fastest, methods
+from megamult.optim.muon.timing import Chosen, choose, fastest, methods
 from tests.optim.muon.workers import chosen_methods
 from tests.processes import run_distributed
 
@@ -205,7 +206,7 @@ def test_the_command_prints_and_removes_what_is_kept(
     choose([(3, 5)], STEPS, [FP32], CPU, time_one=Timer(FAST))
     timing.main([])
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(timing.device_name(CPU)) and torch.__version__ in said[0]
+    assert said[0].startswith(device_name(CPU)) and torch.__version__ in said[0]
     assert said[1].startswith("  3x5, 5 steps, float32; ")
     assert said[1].endswith(": gram, block rows, one by one, float32, 250.000 ms")
     timing.main(["--clear"])
