@@ -78,7 +78,8 @@ def test_once_a_rank_has_failed_the_others_are_asked_to_end_and_the_code_is_the_
 
 def test_ranks_share_a_port_and_know_their_places() -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    code = f"import os; print(*(os.environ[name] for name in {names}))"
+    # One write per rank: print makes several of them where output is not buffered, and both ranks share the pipe.
+    code = f"import os, sys; sys.stdout.write(' '.join(os.environ[name] for name in {names}) + chr(10))"
     told = sorted(line.split() for line in Ranks(["-c", code], 2, os.environ).communicate(60.0)[0].splitlines())
     port = told[0][-1]
     assert told == [["0", "0", "2", "2", "127.0.0.1", port], ["1", "1", "2", "2", "127.0.0.1", port]]

@@ -88,7 +88,7 @@ class RunCheckpoints:
                 "name": self._config.optimizer.name,
                 "updates": state.updates,
                 "skipped_steps": state.skipped_steps,
-                "choices": state.choices,
+                **({"choices": state.choices} if state.choices else {}),
             },
             data=data,
             drawn=self._drawn,

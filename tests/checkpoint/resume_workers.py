@@ -66,7 +66,7 @@ def _run(run: Run) -> Trace:
     config.checkpoint = CheckpointConfig(keep=0, asynchronous=run.asynchronous)
     mesh = start.initialize(run.case.tensor)
     saved = None if run.load is None else SavedCheckpoint(run.load).info.optimizer
-    choices = {} if saved is None else saved["choices"]
+    choices = {} if saved is None else saved.get("choices", {})
     engine = build(config, VOCAB, mesh, choices=choices)
     for kind, rule in engine.optimizer.rules.items():
         assert choices.get(kind, rule.choices) == rule.choices, "the same methods as before"
