@@ -94,14 +94,13 @@ def fold(
             get multipliers; or Muon would train no matrix.
     """
     chosen = _optimizer_config(optimizer)
-    sides: Any = placement if isinstance(placement, str) else {r: _listed(s) for r, s in placement.items()}
     further = dict(multipliers or {})
     unknown = [key for key in further if key not in _FURTHER]
     if unknown:
         raise ValueError(f"multipliers has the keys {', '.join(unknown)}: use only {', '.join(_FURTHER)}")
     settings = MultipliersConfig(
         "folded",
-        sides,
+        placement,  # type: ignore[arg-type]  # sides in any sequence
         lr=multiplier_lr,
         weight_decay=multiplier_weight_decay,
         clip=clip_multipliers,
@@ -166,10 +165,6 @@ def _without_parameter(roles: Sequence[Role], known: set[Role], named: bool) -> 
             if len(found) > 1:
                 text = text.replace("this role", "these roles").replace("a rule for it", "rules for them")
             yield text.format("it" if len(found) == 1 else "them")
-
-
-def _listed(sides: str | Sequence[str]) -> list[str]:
-    return [sides] if isinstance(sides, str) else list(sides)
 
 
 def _optimizer_config(given: OptimizerConfig | Mapping[str, Any]) -> OptimizerConfig:

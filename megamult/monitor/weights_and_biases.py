@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megamult.monitor.config import WandbConfig
+from megamult.runtime.console import reason_of
 
 _ID = "wandb_id"
 """File in the run directory with the id of the run at Weights & Biases."""
@@ -86,7 +87,7 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             raise ValueError(
-                f"monitor.wandb: Weights & Biases refuses the run ({' '.join(str(error).split())}): log in with "
+                f"monitor.wandb: Weights & Biases refuses the run ({reason_of(error)}): log in with "
                 "`wandb login`, or set monitor.wandb.mode to offline"
             ) from None
         self._unsent = (
@@ -112,8 +113,7 @@ class WeightsAndBiases:
         try:
             self._run.finish(exit_code=exit_code)
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return f"monitor.wandb: the run could not be ended at Weights & Biases ({reason}): {self._unsent}"
+            return f"monitor.wandb: the run could not be ended at Weights & Biases ({reason_of(error)}): {self._unsent}"
         return None
 
 

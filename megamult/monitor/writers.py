@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megamult.monitor import screen
+from megamult.runtime.console import reason_of
 
 _FLUSH_SECONDS = 10
 """Seconds between flushes of TensorBoard's figures. A crash can lose the figures of this time, and a viewer sees
@@ -185,10 +186,8 @@ class Writers:
         except errors as error:
             if name not in self._failed:
                 self._failed.add(name)
-                reason = " ".join(str(error).split()) or type(error).__name__
-                self.say(
-                    f"warning: {name} cannot be written ({reason}); training continues, and metrics may be missing"
-                )
+                said = f"warning: {name} cannot be written ({reason_of(error)})"
+                self.say(f"{said}; training continues, and metrics may be missing")
 
 
 def _drop_after(metrics: Path, step: int) -> None:

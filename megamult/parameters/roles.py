@@ -144,10 +144,12 @@ def mistakes(placement: str | Mapping[str, str | Sequence[str]], roles: Iterable
     known = [name for name, each in ROLES.items() if (each.sides or each.optional) and name in roles]
     names = ", ".join(known)
     if isinstance(placement, str):
+        if placement in placements():
+            return []
         return [
             f"multipliers.placement is {placement!r}: use one of {', '.join(placements())}, or a mapping from "
             f"role ({names}) to row, col or scalar"
-        ] * (placement not in placements())
+        ]
     found = [
         f"multipliers.placement names the role {name!r}: use one of {names}" for name in placement if name not in known
     ]

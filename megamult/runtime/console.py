@@ -18,6 +18,11 @@ def say_error(message: str) -> None:
     print("error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr, flush=True)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the text of an error on one line, or the name of its type if it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Return numbers as text, sorted and with ranges: "0-2, 5" for [0, 1, 2, 5]."""
     spans: list[list[int]] = []

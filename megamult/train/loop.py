@@ -220,14 +220,13 @@ class Trainer:
         """Return the functions that write figures of the present step to outputs other than the run's own files: to
         the engine's monitors, and to the run's further outputs."""
 
-        def over_samples(write: Callable[[dict[str, float], int], None]) -> Callable[[dict[str, float]], None]:
-            return lambda figures: write(figures, self.samples)
+        def over(
+            count: Callable[[], int], write: Callable[[dict[str, float], int], None]
+        ) -> Callable[[dict[str, float]], None]:
+            return lambda figures: write(figures, count())
 
-        def over_steps(write: Callable[[dict[str, float], int], None]) -> Callable[[dict[str, float]], None]:
-            return lambda figures: write(figures, self.step_count)
-
-        of_engine = {name: over_samples(write) for name, write in self.engine.monitors.items()}
-        return of_engine | {name: over_steps(write) for name, write in self._further.items()}
+        of_engine = {name: over(lambda: self.samples, write) for name, write in self.engine.monitors.items()}
+        return of_engine | {name: over(lambda: self.step_count, write) for name, write in self._further.items()}
 
     def _recorded_step(self, records: Records, stop: StopRequests) -> None:
         """Take one optimizer step and record its figures, and those of the monitor if they are due.

@@ -125,7 +125,7 @@ def tokens() -> Tensor:
 
 
 def of_imports(folder: Path, tensor: int) -> dict[str, dict[str, Any]]:
-    """By the name of a checkpoint in `folder`: logits [seq, vocabulary], and 32 greedy tokens after a prompt.
+    """Return logits [seq, vocabulary] and 32 greedy tokens after a prompt, by the name of a checkpoint in `folder`.
 
     The tokens are there in one process only, and for forward multipliers as initial values only: the logits say as much
     of the rest.

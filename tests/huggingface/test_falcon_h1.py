@@ -32,7 +32,8 @@ IMPORTS = {
 """(placement, where the forward multipliers go) of each import, by model."""
 CASES = [(name, kind) for name, kinds in IMPORTS.items() for kind in kinds]
 TOLERANCE = 1e-5
-"""Of logits with a standard deviation near 1, in fp32: sums of 100 terms in another order, in two layers and a head."""
+"""Difference of logits in fp32, whose standard deviation is near 1: sums of 100 terms in another order, in two layers
+and a head."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> dict[str, dict[str, Any]]:
-    """By model: logits of transformers' own model, and its greedy tokens."""
+    """Logits of transformers' own model, and its greedy tokens, by the model's name."""
     found = {}
     for name in MODELS:
         model = build(name)
@@ -57,7 +58,7 @@ def theirs(folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def ours(folder: Path, theirs: dict[str, dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]:
-    """By tensor-parallel size and "MODEL, IMPORT"."""
+    """Logits and greedy tokens of the imported models, by tensor-parallel size and "MODEL, IMPORT"."""
     for name, kind in CASES:
         import_(folder / "original" / name, folder / "imported" / f"{name}, {kind}", *IMPORTS[name][kind])  # type: ignore[arg-type]
     return {tensor: run_distributed(tensor, of_imports, folder / "imported", tensor)[0] for tensor in (1, 2)}
@@ -77,7 +78,7 @@ def test_an_import_computes_the_function_of_the_original(
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> dict[str, dict[str, Any]]:
-    """By name of SAVED: logits of the training model, at tensor parallel 2."""
+    """Logits of the training model at tensor parallel 2, by its name in SAVED."""
     return run_distributed(2, workers.save_all, folder / "trained", b"", SAVED)[0]
 
 

@@ -45,7 +45,7 @@ def without_attention(sizes: FalconH1Config, tensor: int) -> tuple[float, int]:
 
 
 def counts(sizes: dict[str, FalconH1Config]) -> dict[str, dict[str, int]]:
-    """By name: the number of parameters without multipliers, and that of multipliers in each placement."""
+    """Return the number of parameters without multipliers, and of multipliers in each placement, by model."""
     from megamult.distributed import device, start
     from megamult.models.falcon_h1.model import FalconH1
     from megamult.parameters.stated import named_specs

@@ -34,7 +34,7 @@ def _standard_deviations(sizes: FalconH1Config) -> Mapping[str, float]:
 
 
 def _details(sizes: FalconH1Config, tensor: int, dtype: torch.dtype) -> str:
-    if not set(sizes.layer_kinds) & set("HM"):
+    if not sizes.mixer_layers:
         return ""
     return scan.described(sizes.mixer.local(tensor), device.local_device(), dtype)
 

@@ -13,9 +13,9 @@ def flops_per_token(sizes: FalconH1Config, vocab_size: int) -> float:
     recurrence: per head 2 head_dim state each to decay the state, to add to it and to read it. Computing by chunks
     takes more.
     """
-    hidden, mixer, kinds = sizes.hidden_size, sizes.mixer, sizes.layer_kinds
+    hidden, mixer = sizes.hidden_size, sizes.mixer
     q, kv = sizes.head_size * sizes.num_attention_heads, sizes.head_size * sizes.query_groups
-    attention, mixers, mlps = (sum(kinds.count(letter) for letter in each) for each in ("H*", "HM", "H-"))
+    attention, mixers, mlps = len(sizes.attention_layers), len(sizes.mixer_layers), len(sizes.mlp_layers)
     weights = (
         attention * hidden * 2 * (q + kv)
         + mlps * 3 * hidden * sizes.ffn_hidden_size

@@ -169,7 +169,12 @@ def choose(
     """
     threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
     found: dict[str, Chosen] = {}
-    problem, timed = None, False
+    kept, problem, timed = None, None, False
+    try:
+        kept = Kept(device, folder)
+    except OSError as error:
+        problem = error
+    in_file = {} if kept is None else kept.read()
     for shape in shapes:
         name, possible = shape_key(shape, steps, dtypes), methods(shape, dtypes, kernel)
         if name in found:
@@ -180,16 +185,14 @@ def choose(
         if chosen is None or chosen.method not in possible:
             # All that the fastest method depends on, and which methods there were to choose from.
             key = f"{name}; {threads}{torch.get_float32_matmul_precision()}{', kernel' if kernel else ''}"
-            try:
-                kept = Kept(device, folder)
-                chosen = _parsed(kept.read().get(key))
-                if chosen is None:
-                    entry, timed = _plain(time_one(shape, steps, possible, device)), True
-                    chosen = _parsed(entry)  # as the file will give it to later runs
-                    chosen = _parsed(kept.keep(key, entry, lambda each: _parsed(each) is not None))
-            except OSError as error:
-                problem = error
-                chosen = chosen or time_one(shape, steps, possible, device)
+            entry = in_file.get(key)
+            if _parsed(entry) is None:
+                entry, timed = _plain(time_one(shape, steps, possible, device)), True
+                try:
+                    entry = entry if kept is None else kept.keep(key, entry, lambda each: _parsed(each) is not None)
+                except OSError as error:
+                    problem = error
+            chosen = _parsed(entry)
         assert chosen is not None
         found[name] = chosen
     if problem is not None:

@@ -71,7 +71,7 @@ def test_the_polynomial_is_applied_to_the_singular_values(matrix, shape: tuple[i
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("name", ["simple", "polar_express"])
 def test_all_methods_are_the_same_polynomial(name: str, steps: int, form, products, together: bool) -> None:
-    """Of several matrices, so that one that is computed after another finds room that is used; wide and tall."""
+    """Several matrices, wide and tall, so that each but the first is computed in room that another one has used."""
     chosen, given = coefficients(name, steps), torch.stack([random(130, 150, seed=i) for i in range(3)]).double()
     # float64: what remains is the amplified rounding, with room for the sums' lengths.
     tolerance = 100 * 2**-53 * amplification(chosen)

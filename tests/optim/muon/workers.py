@@ -31,8 +31,8 @@ def chosen_methods(folder: Path, form: str) -> dict[tuple[int, int], tuple[str, 
 
     mesh = start.initialize(1)
     os.environ["MEGAMULT_CACHE_DIR"] = str(folder / f"rank_{mesh.rank}")
-    kept = Method("gram", "block_rows", False, torch.float32) if mesh.rank == 0 else None
-    kept = kept or Method("standard", "whole", True, torch.float32)
+    mine, other = Method("gram", "block_rows", False, torch.float32), Method("standard", "whole", True, torch.float32)
+    kept = mine if mesh.rank == 0 else other
     muon: Any = Muon(ns_form="auto" if form == "broken" else form)  # type: ignore[arg-type]
     shapes = {(8, 6), (4, 6)}
     if form == "broken":
