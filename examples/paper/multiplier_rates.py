@@ -1,11 +1,11 @@
 """Learning rate of the multipliers: is there one default that helps both optimizers?
 
 The paper does not give it. Runs with row and column multipliers everywhere (`all`) whose own learning rate is g times
-the global one, with g from 1/8 to 4, by AdamW and by Muon. The g with the lowest sum of the two optimizers' valid
+the global one, with g from 1/8 to 16, by AdamW and by Muon. The g with the lowest sum of the two optimizers' valid
 losses, with the first seed, is run with all seeds.
 
 Claims, for each optimizer, at this one g, paired by seed. The first seed does not count, because it has chosen g: the
-lowest of six noisy losses is low by chance. Three differences need four seeds (`--only rates --seeds 1 2 3 4`).
+lowest of eight noisy losses is low by chance. Three differences need four seeds (`--only rates --seeds 1 2 3 4`).
 
 - the valid loss with multipliers - that without < -2 standard errors.
 
@@ -25,7 +25,7 @@ from examples.paper.grid import Arm
 from examples.paper.paired import estimate, verdict
 from examples.paper.setting import Setting
 
-FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Factors g of the multipliers' learning rate."""
 ERRORS = 2.0
 """Number of standard errors by which the loss must be lower."""
