@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from examples.paper.grid import Arm
+from examples.paper.grid import Arm, nested
 from examples.paper.setting import Setting
-from megamult.models.llama.config import ModelConfig
+from megamult.models.architectures import model_section
+from megamult.models.common.config import DecoderConfig
 from megamult.models.llama.mup import at_width, mup
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.build import update_norm
@@ -81,10 +83,9 @@ def sizes_at(width: int) -> dict[str, Any]:
     }
 
 
-def model_of(setting: Setting, sizes: dict[str, Any]) -> ModelConfig:
-    """Return the model of runs with these keys."""
-    keys = setting.configuration(sizes)
-    return ModelConfig(**{key.removeprefix("model."): keys[key] for key in keys if key.startswith("model.")})
+def model_of(setting: Setting, sizes: Mapping[str, Any]) -> DecoderConfig:
+    """Return the model of runs with these keys, among which may be `model.architecture`."""
+    return model_section(nested(setting.configuration(sizes)))
 
 
 def mup_keys(setting: Setting, optimizer: str, base_hidden_size: int, sizes: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from examples.paper.grid import nested
 from examples.paper.matrices import BLOCK_ROLES, root_mean_squares
 from examples.paper.paired import estimate, verdict
 from megamult.checkpoint.saved import SavedCheckpoint
-from megamult.config import ModelConfig
-from megamult.models.architectures import architecture_of
+from megamult.models.architectures import architecture_of, model_section
+from megamult.models.common.config import DecoderConfig
 from megamult.models.common.parameters import standard_deviations
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
@@ -48,10 +48,10 @@ WARMUPS = 2
 """Number of warm-ups after which norms are compared."""
 
 
-def _configuration(results: Results, optimizer: str) -> tuple[OptimizerConfig, MultipliersConfig, ModelConfig]:
+def _configuration(results: Results, optimizer: str) -> tuple[OptimizerConfig, MultipliersConfig, DecoderConfig]:
     sections = nested(results.setting.configuration({"optimizer.name": optimizer}))
     multipliers = MultipliersConfig(**sections.get("multipliers", {}))
-    return OptimizerConfig.of(sections["optimizer"]), multipliers, ModelConfig(**sections["model"])
+    return OptimizerConfig.of(sections["optimizer"]), multipliers, model_section(sections)
 
 
 def motions(results: Results, optimizer: str, roles: Iterable[str]) -> dict[str, Motion]:

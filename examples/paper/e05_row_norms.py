@@ -16,8 +16,10 @@ variation. With 192 columns chance alone gives a CV of 0.05.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,37 +51,62 @@ def norms(results: Results, arm: Arm, seed: int, kind: str) -> dict[str, np.ndar
     return _norms(results.checkpoint(arm, seed, results.setting.constant_end).path)[kind]
 
 
-def ratios(results: Results, without: Arm, kind: str) -> list[dict[str, float]]:
+def ratios(results: Results, without: Arm, with_it: Arm, kind: str, roles: Sequence[str]) -> list[dict[str, float]]:
     """Return CV with multipliers / CV without by role, seed by seed."""
     found = []
     for seed in results.seeds:
-        narrow, wide = (variations(norms(results, arm, seed, kind)) for arm in (without, WITH))
-        found.append({role: wide[role] / narrow[role] for role in ROLES})
+        narrow, wide = (variations(norms(results, arm, seed, kind)) for arm in (without, with_it))
+        found.append({role: wide[role] / narrow[role] for role in roles})
     return found
 
 
-def rows_are_wider(results: Results, without: Arm) -> Measurement:
-    """Measure the smallest ratio of the CVs of W_eff over the roles."""
-    measured = ratios(results, without, "rows of W_eff")
+def _means(measured: Sequence[Mapping[str, float]]) -> str:
+    """Describe the mean over seeds by role."""
+    return ", ".join(f"{role} {np.mean([seed[role] for seed in measured]):.2f}" for role in measured[0])
+
+
+def rows_are_wider(
+    results: Results,
+    without: Arm,
+    with_it: Arm = WITH,
+    roles: Sequence[str] = ROLES,
+    shown: str = "gate",
+    others: Sequence[str] = (),
+) -> Measurement:
+    """Measure the smallest ratio of the CVs of W_eff over the roles.
+
+    Args:
+        results: the runs.
+        without, with_it: the two arms.
+        roles: roles of which each must be wider.
+        shown: role whose width the note tells.
+        others: roles whose ratio the note tells.
+    """
+    measured = ratios(results, without, with_it, "rows of W_eff", roles)
     smallest = [min(seed.values()) for seed in measured]
-    means = ", ".join(f"{role} {np.mean([seed[role] for seed in measured]):.2f}" for role in ROLES)
-    columns = ratios(results, without, "columns of W_eff")
+    columns = ratios(results, without, with_it, "columns of W_eff", roles)
     of_columns = np.mean([list(seed.values()) for seed in columns])
+    apart = f"; apart: {_means(ratios(results, without, with_it, 'rows of W_eff', others))}" if others else ""
     seed = results.seeds[0]
-    narrow, wide = (decades(norms(results, arm, seed, "rows of W_eff")["gate"]) for arm in (without, WITH))
+    narrow, wide = (decades(norms(results, arm, seed, "rows of W_eff")[shown]) for arm in (without, with_it))
     note = (
-        f"smallest ratio; means: {means}; columns {of_columns:.2f}; 5 to 95 % of gate's rows, seed {seed}: "
-        f"{narrow:.2f} -> {wide:.2f} decades"
+        f"smallest ratio; means: {_means(measured)}{apart}; columns {of_columns:.2f}; 5 to 95 % of {shown}'s rows, "
+        f"seed {seed}: {narrow:.2f} -> {wide:.2f} decades"
     )
     effect = estimate([value - 1 for value in smallest])
     return Measurement(estimate(smallest), verdict(min(smallest) >= WIDER, effect), note)
 
 
-def latent_rows_are_not(results: Results) -> Measurement:
-    """Measure the largest relative change of the latent W's CV over the roles."""
-    changes = [max(abs(value - 1) for value in seed.values()) for seed in ratios(results, WITHOUT, "rows of W")]
+def latent_rows_are_not(
+    results: Results, without: Arm = WITHOUT, with_it: Arm = WITH, roles: Sequence[str] = ROLES
+) -> Measurement:
+    """Measure the largest relative change of the latent W's CV over the roles; arguments as in
+    :func:`rows_are_wider`."""
+    measured = ratios(results, without, with_it, "rows of W", roles)
+    changes = [max(abs(value - 1) for value in seed.values()) for seed in measured]
     margin = estimate([UNCHANGED - value for value in changes])
-    return Measurement(estimate(changes), verdict(max(changes) <= UNCHANGED, margin), "largest |ratio - 1|")
+    note = f"largest |ratio - 1|; mean ratios: {_means(measured)}"
+    return Measurement(estimate(changes), verdict(max(changes) <= UNCHANGED, margin), note)
 
 
 CLAIMS = (
@@ -101,16 +128,23 @@ CLAIMS = (
 )
 
 
+def histograms(
+    panels: Sequence[Any], results: Results, without: Arm, with_it: Arm, roles: Sequence[str], bins: int = 60
+) -> None:
+    """Draw histograms of the relative norms of W_eff's rows, with logarithmic bins: one panel for each role."""
+    edges = np.geomspace(0.1, 10.0, bins)
+    for panel, role in zip(panels, roles, strict=True):
+        for arm, label, colour in ((without, "without", "tab:gray"), (with_it, "with multipliers", "tab:blue")):
+            values = np.concatenate([norms(results, arm, seed, "rows of W_eff")[role] for seed in results.seeds])
+            panel.hist(np.clip(values, edges[0], edges[-1]), edges, density=True, alpha=0.6, label=label, color=colour)
+        panel.set(xscale="log", title=role, xlabel="norm of a row / mean")
+    panels[0].legend(fontsize=7)
+
+
 def plot(results: Results, file: Path) -> None:
-    """Draw histograms of the relative norms of W_eff's rows by role, with logarithmic bins."""
-    bins = np.geomspace(0.1, 10.0, 60)
+    """Draw histograms of the relative norms of W_eff's rows by role."""
     with plots.figure(file, 2, 4, width=3.2, height=2.6) as panels:
-        for panel, role in zip(panels, (*ROLES, "attention_out", "down", "embedding"), strict=True):
-            for arm, label, colour in ((WITHOUT, "without", "tab:gray"), (WITH, "with multipliers", "tab:blue")):
-                values = np.concatenate([norms(results, arm, seed, "rows of W_eff")[role] for seed in results.seeds])
-                panel.hist(np.clip(values, bins[0], bins[-1]), bins, density=True, alpha=0.6, label=label, color=colour)
-            panel.set(xscale="log", title=role, xlabel="norm of a row / mean")
-        panels[0].legend(fontsize=7)
+        histograms(panels, results, WITHOUT, WITH, (*ROLES, "attention_out", "down", "embedding"))
 
 
 EXPERIMENT = Experiment("E5", "Norms of rows", CLAIMS, lambda setting: [WITHOUT, WITH], plot, lambda setting: [CONTROL])

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from examples.paper.matrices import BLOCK_ROLES
 from megamult.checkpoint.saved import SavedCheckpoint
 from megamult.config import Config
 from megamult.distributed import device, start
 from megamult.distributed.mesh import Mesh
+from megamult.monitor.names import layer_of
 from megamult.parameters.axes import tensor_shard
 from megamult.parameters.spec import Part
 from megamult.parameters.stated import named_specs
@@ -48,7 +48,7 @@ def logical_parts(model: torch.nn.Module, tensors: dict[str, Tensor]) -> Iterato
     whole = tensor_shard(0, 1)
     for name, _, spec in named_specs(model):
         if spec.side is None and len(spec.shape) != 2:
-            continue  # a norm
+            continue  # a norm, or a vector or the convolution of a mixer
         pieces: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
         for each in spec.local_segments(whole):
             pieces[each.part].append((each.part_start, tensors[name][each.start : each.start + each.length]))
@@ -169,9 +169,9 @@ def summarize(model: torch.nn.Module, moments: Moments, occurrences: Tensor) -> 
     by_role: dict[str, list[Tensor]] = defaultdict(list)
     blocks: dict[str, list[Tensor]] = defaultdict(list)
     frequency: dict[str, dict[str, float | int]] = {}
-    for _, part, side, values in logical_parts(model, moments.signal_to_noise()):
+    for name, part, side, values in logical_parts(model, moments.signal_to_noise()):
         by_role[f"{part.role}/{side}"].append(values.flatten().cpu())
-        if part.role in BLOCK_ROLES:
+        if layer_of(name) is not None:
             blocks[kinds[side]].append(values.flatten().cpu())
         if part.role == "embedding" and side == "row":
             frequency = by_frequency(values.cpu(), occurrences)

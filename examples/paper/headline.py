@@ -10,13 +10,16 @@ arms have the same learning rate and weight decay; neither is tuned.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from examples.paper import plots
 from examples.paper.arms import ALL, NAMES, NONE, OPTIMIZERS
 from examples.paper.experiment import LOSSES, Claim, Experiment, Loss, Measurement, NotRun, Results
+from examples.paper.grid import Arm
 from examples.paper.paired import Estimate, estimate, verdict
 
 ERRORS = 2.0
@@ -28,11 +31,11 @@ def lower(gap: Estimate) -> bool:
     return gap.mean < -ERRORS * gap.error
 
 
-def compare(results: Results, optimizer: str, kind: Loss) -> Measurement:
-    """Return the paired difference of a loss."""
-    gap = results.gap(kind, NONE[optimizer], ALL[optimizer])
-    without = estimate(getattr(results, kind)(NONE[optimizer])).mean
-    words = f"{100 * gap.mean / without:+.2f} % of {without:.4f}"
+def compare(results: Results, without: Arm, with_it: Arm, kind: Loss) -> Measurement:
+    """Measure the paired difference of a loss, `with_it` - `without`."""
+    gap = results.gap(kind, without, with_it)
+    level = estimate(getattr(results, kind)(without)).mean
+    words = f"{100 * gap.mean / level:+.2f} % of {level:.4f}"
     note = results.note("the order of the data", words) if kind == "train" else words
     return Measurement(gap, verdict(lower(gap), gap), note, "nats")
 
@@ -41,36 +44,68 @@ def _claim(optimizer: str, kind: Loss) -> Claim:
     return Claim(
         f"{NAMES[optimizer]}: the {LOSSES[kind]} is lower with multipliers",
         f"paired difference < -{ERRORS:g} SE",
-        lambda results: compare(results, optimizer, kind),
+        lambda results: compare(results, NONE[optimizer], ALL[optimizer], kind),
     )
 
 
-def plot(results: Results, file: Path) -> None:
-    """Draw the difference of the training loss over the steps, and the valid losses of all runs as dots."""
+Gaps = Mapping[str, tuple[list[int], np.ndarray]]
+"""Steps, and differences of the training loss [seed, step], by optimizer."""
+
+
+def training_gaps(results: Results, without: Mapping[str, Arm], with_it: Mapping[str, Arm]) -> Gaps:
+    """Return the differences of the training loss of the optimizers whose runs are complete.
+
+    Args:
+        results: the runs.
+        without, with_it: arms by optimizer.
+
+    Raises:
+        NotRun: there is no such optimizer.
+    """
     measured: dict[str, tuple[list[int], np.ndarray]] = {}
     for optimizer in OPTIMIZERS:
         try:
-            pairs = zip(results.all_curves(NONE[optimizer]), results.all_curves(ALL[optimizer]), strict=True)
+            pairs = zip(results.all_curves(without[optimizer]), results.all_curves(with_it[optimizer]), strict=True)
         except NotRun:
             continue
         gaps = [[b.train[step] - a.train[step] for step in sorted(a.train)] for a, b in pairs]
         measured[optimizer] = list(range(1, len(gaps[0]) + 1)), np.asarray(gaps)
     if not measured:
         raise NotRun("no pair of runs is complete")
+    return measured
+
+
+def draw_losses(
+    left: Any, right: Any, results: Results, gaps: Gaps, without: Mapping[str, Arm], with_it: Mapping[str, Arm]
+) -> None:
+    """Draw the difference of the training loss over the steps, and the valid losses of all runs as dots.
+
+    Args:
+        left, right: panels of the two.
+        results: the runs.
+        gaps: what is drawn on the left (:func:`training_gaps`).
+        without, with_it: arms by optimizer.
+    """
+    for position, (optimizer, (steps, lines)) in enumerate(gaps.items()):
+        plots.smoothed(left, steps, lines, NAMES[optimizer])
+        for offset, arms, colour in ((-0.12, without, "tab:gray"), (0.12, with_it, "tab:blue")):
+            values = results.valid(arms[optimizer])
+            label = {-0.12: "without", 0.12: "with multipliers"}[offset] if position == 0 else None
+            right.scatter([position + offset] * len(values), values, color=colour, label=label)
+    left.axhline(0.0, color="black", linewidth=0.8)
+    left.axvspan(results.setting.constant_end, results.setting.steps, color="tab:gray", alpha=0.15)
+    left.set(xlabel="step (shaded: decay)", ylabel="training loss, with - without (nats)")
+    left.legend()
+    right.set_xticks(range(len(gaps)), [NAMES[optimizer] for optimizer in gaps])
+    right.set(ylabel="valid loss (nats per token), one dot a seed")
+    right.legend()
+
+
+def plot(results: Results, file: Path) -> None:
+    """Draw the difference of the training loss over the steps, and the valid losses of all runs as dots."""
+    gaps = training_gaps(results, NONE, ALL)
     with plots.figure(file, 1, 2) as (left, right):
-        for position, (optimizer, (steps, gaps)) in enumerate(measured.items()):
-            plots.smoothed(left, steps, gaps, NAMES[optimizer])
-            for offset, arms, colour in ((-0.12, NONE, "tab:gray"), (0.12, ALL, "tab:blue")):
-                values = results.valid(arms[optimizer])
-                label = {-0.12: "without", 0.12: "with multipliers"}[offset] if position == 0 else None
-                right.scatter([position + offset] * len(values), values, color=colour, label=label)
-        left.axhline(0.0, color="black", linewidth=0.8)
-        left.axvspan(results.setting.constant_end, results.setting.steps, color="tab:gray", alpha=0.15)
-        left.set(xlabel="step (shaded: decay)", ylabel="training loss, with - without (nats)")
-        left.legend()
-        right.set_xticks(range(len(measured)), [NAMES[optimizer] for optimizer in measured])
-        right.set(ylabel="valid loss (nats per token), one dot a seed")
-        right.legend()
+        draw_losses(left, right, results, gaps, NONE, ALL)
 
 
 EXPERIMENT = Experiment(

@@ -22,7 +22,7 @@ from megamult.multipliers.specs import LEAVES
 from megamult.parameters.spec import Side
 
 BLOCK_ROLES = ("q", "k", "v", "attention_out", "gate", "up", "down")
-"""Roles of the matrices of the transformer blocks."""
+"""Roles of the matrices of a Llama's blocks."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from examples.paper import (
     e13_placement,
     e14_gradient_snr,
     e15_log,
+    falcon_h1,
     headline,
     kept,
     multiplier_rates,
@@ -58,6 +59,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     multiplier_rates.EXPERIMENT,
     scales.EXPERIMENT,
     transfer.EXPERIMENT,
+    falcon_h1.EXPERIMENT,
 )
 """All experiments, in the order of the report."""
 

@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from examples.paper.arms import model_of
 from examples.paper.grid import Arm, Grid, make_run, nested
 from examples.paper.setting import Setting
 from examples.running.attempts import record_attempt
 from megamult.checkpoint import saved
 from megamult.checkpoint.chunks import Chunk
 from megamult.checkpoint.info import CheckpointInfo
-from megamult.config import ModelConfig
 from megamult.models.architectures import architecture_of
+from megamult.models.common.config import DecoderConfig
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 50
@@ -65,9 +66,9 @@ def losses_of(
     return directory
 
 
-def sizes(arm: Arm) -> ModelConfig:
+def sizes(arm: Arm) -> DecoderConfig:
     """Sizes of the model of an arm's runs."""
-    return ModelConfig(**nested(tiny().configuration(arm.overrides))["model"])
+    return model_of(tiny(), arm.overrides)
 
 
 def write_run(grid: Grid, arm: Arm, seed: int, steps: list[int], value: Any) -> None:

@@ -229,13 +229,16 @@ def test_the_package_shares_runs_between_experiments(tmp_path: Path) -> None:
     full = package.chosen_runs(read, experiments, full=True)
     # A faster symmetry_free, rows of the head and shared columns, and none at another decay (E5); a third seed of E1
     # and E3; two more S of E1; three more S of E3, and all of Muon's.
-    # And all with log, and a multiplier of the head at S = 1/8, direct and log (E15); five more learning rates of
+    # And all with log, and a multiplier of the head at S = 1/8, direct and log (E15); seven more learning rates of
     # multipliers by two optimizers; five kinds of scales at four learning rates by two optimizers, of which none and
     # all at the setting's are there; four planted ratios and four drifts (E6), three decays of multipliers (E7), two
     # norms at two s (E9); three kinds at four widths, of which two are the same at the base width (E8); by
     # two optimizers, one probe as it is, and four factors of ten things (E10);
-    # four kinds at five learning rates and three widths by two optimizers, of which two are the same at the base width.
-    outside = 3 + 5 * 2 + (5 * 4 - 2) * 2 + (4 + 4) + 3 + 2 * 2 + (3 * 4 - 1) + 2 * (1 + 4 * 10) + (4 * 3 - 1) * 5 * 2
+    # four kinds at five learning rates and three widths by two optimizers, of which two are the same at the base width;
+    # a hybrid without and with multipliers by two optimizers.
+    outside = (
+        3 + 5 * 2 + (5 * 4 - 2) * 2 + (4 + 4) + 3 + 2 * 2 + (3 * 4 - 1) + 2 * (1 + 4 * 10) + (4 * 3 - 1) * 5 * 2 + 2 * 2
+    )
     assert len(full) == (2 * 2 + 3) * 3 + 4 * 3 + 3 * 5 * 3 + 2 * 5 * 2 * 3 + outside * 3
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from examples.paper import e09_clipping as e09
+from examples.paper import falcon_h1
 from examples.paper.arms import ALL, SCALAR
 from examples.paper.e14_gradient_snr import KINDS
 from examples.paper.experiment import NotRun, Results
 from examples.paper.gradient_probe import Moments, by_frequency, quantiles
 from examples.paper.grid import Grid, make_run, pretrain
-from examples.paper.matrices import BLOCK_ROLES, matrices, root_mean_squares
+from examples.paper.matrices import matrices, root_mean_squares
 from examples.running.attempts import record_attempt
 from tests import programs
 from tests.paper.settings import tiny
@@ -26,15 +27,16 @@ from tests.processes import run_distributed
 from tests.train.command import VOCAB, start
 
 CLIPPED = e09.arm("joint", e09.SMALL)
+HYBRID = falcon_h1.WITH["muon"]
 
 
 @pytest.fixture(scope="module")
 def results(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Complete runs of `all`, `scalar` and an arm of E9, made by the grid's command in forked processes. Every step is
-    a monitored step."""
+    """Complete runs of `all`, `scalar`, an arm of E9 and a hybrid, made by the grid's command in forked processes.
+    Every step is a monitored step."""
     setting, grid = tiny(str(corpus)), Grid(tmp_path_factory.mktemp("grid"))
     setting = dataclasses.replace(setting, keys={**setting.keys, "monitor.every": 1})
-    for arm in (ALL["adamw"], SCALAR, CLIPPED):
+    for arm in (ALL["adamw"], SCALAR, CLIPPED, HYBRID):
         run = make_run(setting, arm, 1)
         grid.claim(run)
         _, script, *arguments = pretrain(run, grid.folder)
@@ -66,6 +68,15 @@ def test_its_figures_are_read_by_step(results: Results) -> None:
         results.series(ALL["adamw"], 1, "logits")
 
 
+def test_a_hybrid_is_trained_and_its_mixers_are_read(results: Results) -> None:
+    rows = falcon_h1.rows.norms(results, HYBRID, 1, "rows of W_eff")
+    # Two layers, with 128 channels, state 16 and 4 heads.
+    assert [len(rows[role]) for role in (*falcon_h1.ROLES, "ssm_dt")] == [256, 256, 32, 32, 8]
+    scales = falcon_h1.log_scales(results, "muon")
+    # At most six steps of 8e-3, of rows and of columns.
+    assert scales.shape == (1, 2) and 0 < abs(scales).max() < 0.1
+
+
 def test_clip_factors_from_the_norms_of_every_step_are_those_that_the_monitor_records(results: Results) -> None:
     recorded = results.series(CLIPPED, 1, "clip_factor/main")
     found = e09.clipped(results, "joint", e09.SMALL, 1)
@@ -81,7 +92,7 @@ def test_a_model_filled_for_the_probe_has_the_runs_valid_loss(results: Results) 
 
 
 def test_the_probe_has_a_ratio_for_every_matrix_element_and_multiplier(results: Results, tmp_path: Path) -> None:
-    for arm, kinds in ((ALL["adamw"], KINDS[:2]), (SCALAR, ("matrix", "scalar"))):
+    for arm, kinds in ((ALL["adamw"], KINDS[:2]), (SCALAR, ("matrix", "scalar")), (HYBRID, KINDS[:2])):
         checkpoint = results.checkpoint(arm, 1, results.setting.constant_end)
         output = tmp_path / f"{arm.name}.json"
         arguments = ["-m", "examples.paper.gradient_probe", str(checkpoint.path), "--output", str(output)]
@@ -90,7 +101,7 @@ def test_the_probe_has_a_ratio_for_every_matrix_element_and_multiplier(results: 
         found = json.loads(output.read_text())
         counts = {"matrix": 0, "vector": 0, "scalar": 0}
         for matrix in matrices(checkpoint):
-            if matrix.role in BLOCK_ROLES:
+            if matrix.layer is not None:
                 counts["matrix"] += matrix.latent.numel()
                 for side, values in matrix.multipliers.items():
                     counts["scalar" if side == "scalar" else "vector"] += values.numel()

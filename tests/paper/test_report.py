@@ -63,7 +63,7 @@ def test_one_seed_has_an_error_over_the_order_of_the_data(tmp_path: Path) -> Non
     gaps = [0.1 if (step // 10) % 2 else 0.3 for step in range(steps)]
     losses_of(read.grid, read.setting, NONE["adamw"], 1, [5.0] * steps, 5.0)
     losses_of(read.grid, read.setting, ALL["adamw"], 1, [5.0 - gap for gap in gaps], 4.9)
-    train, valid = (headline.compare(read, "adamw", kind) for kind in ("train", "valid"))
+    train, valid = (headline.compare(read, NONE["adamw"], ALL["adamw"], kind) for kind in ("train", "valid"))
     # Ten blocks of -0.1 and -0.3 by turns: mean -0.2, sample deviation 0.1 x sqrt(10 / 9), divided by the root of 10.
     assert train.estimate is not None and train.estimate.mean == pytest.approx(-0.2)
     assert train.estimate.error == pytest.approx(0.1 / 3)
