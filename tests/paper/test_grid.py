@@ -237,7 +237,7 @@ def test_the_package_shares_runs_between_experiments(tmp_path: Path) -> None:
     # four kinds at five learning rates and three widths by two optimizers, of which two are the same at the base width;
     # a hybrid without and with multipliers by two optimizers.
     outside = (
-        3 + 5 * 2 + (5 * 4 - 2) * 2 + (4 + 4) + 3 + 2 * 2 + (3 * 4 - 1) + 2 * (1 + 4 * 10) + (4 * 3 - 1) * 5 * 2 + 2 * 2
+        3 + 7 * 2 + (5 * 4 - 2) * 2 + (4 + 4) + 3 + 2 * 2 + (3 * 4 - 1) + 2 * (1 + 4 * 10) + (4 * 3 - 1) * 5 * 2 + 2 * 2
     )
     assert len(full) == (2 * 2 + 3) * 3 + 4 * 3 + 3 * 5 * 3 + 2 * 5 * 2 * 3 + outside * 3
 
