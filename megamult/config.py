@@ -131,7 +131,7 @@ class Config:
             f"train.eval_every is {train.eval_every} and data.valid is not set: set data.valid, or "
             "set train.eval_every to 0",
         )
-        self.multipliers.check_shared_columns(model.fused)
+        self.multipliers.check_shared_columns([roles for roles in model.fused if set(roles) <= set(model.roles)])
         model.check_sharding(tensor, self.parallel.sequence)
 
     def check_world(self, processes: int) -> None:

@@ -166,11 +166,14 @@ class MultipliersConfig:
         """
         if not self.shared_columns:
             return
+        fused = [tuple(dict.fromkeys(roles)) for roles in fused]
         groups = self.sharing(fused)
+        could = dict.fromkeys(roles for roles in fused if len(roles) > 1 and all(ROLES[role].sides for role in roles))
+        named = " or to ".join(f"{', '.join(roles[:-1])} and {roles[-1]}" for roles in could)
         require(
             bool(groups),
             "multipliers.shared_columns is true, and no parameter of the model stores two matrices that have column "
-            "multipliers: give the side col to q, k and v or to gate and up in multipliers.placement, or leave "
+            f"multipliers: {f'give the side col to {named} in multipliers.placement, or ' if could else ''}leave "
             "multipliers.shared_columns out",
         )
         apart = []

@@ -13,6 +13,7 @@ from megamult.config import Config
 from megamult.distributed.config import ParallelConfig
 from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.models.llama.config import ModelConfig
+from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
 from megamult.train.command_line import parse
 
@@ -99,6 +100,28 @@ def test_the_role_bias_is_that_of_the_convolution_too() -> None:
 
 
 ARGUMENTS = ["--model.architecture", "falcon_h1", "--model.layers", "HM*-", "--model.ssm_norm", "before_gate"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "placement", "remedy"),
+    [
+        (
+            "HM",
+            "symmetry_free",
+            "give the side col to q, k and v or to gate and up or to ssm_z, ssm_x, ssm_b, ssm_c and ssm_dt in",
+        ),
+        ("MM", {"ssm_dt": ["row", "col"], "embedding": "col"}, "give the side col to ssm_z, ssm_x, ssm_b, ssm_c and"),
+        ("*-", {"k": "col", "up": "col"}, "give the side col to q, k and v or to gate and up in multipliers.placement"),
+    ],
+)
+def test_columns_that_no_matrix_can_share_are_refused(layers: str, placement: Any, remedy: str) -> None:
+    with pytest.raises(ValueError, match="stores two matrices that have column multipliers: ") as error:
+        Config(
+            model=FalconH1Config(num_layers=2, layers=layers),
+            multipliers=MultipliersConfig(placement=placement, shared_columns=True),
+        )
+    assert remedy in str(error.value)
+    Config(model=FalconH1Config(num_layers=2, layers=layers), multipliers=MultipliersConfig(shared_columns=True))
 
 
 def test_the_command_line_reads_the_keys_of_the_architecture_that_it_names(tmp_path: Path) -> None:
