@@ -1,4 +1,4 @@
-"""Core attention by torch's `scaled_dot_product_attention`, which needs no Transformer Engine and runs on CPUs too."""
+"""Attention by torch's `scaled_dot_product_attention`, which needs no Transformer Engine and runs on CPUs too."""
 
 from __future__ import annotations
 
@@ -6,10 +6,35 @@ from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megamult.models.common.documents import DocumentMask
+from megamult.models.common.rotary_embedding import Rotation, rotate
+
+
+class RotatedSelfAttention(SelfAttention):
+    """Megatron's SelfAttention that also takes a :class:`~megamult.models.common.rotary_embedding.Rotation` in the
+    place of rotary angles. It rotates as fast as this device can, and leaves angles to Megatron."""
+
+    _rotation: Rotation | None = None
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any
+    ) -> Any:
+        """Run Megatron's SelfAttention; arguments and results are the same."""
+        without = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
+        self._rotation = rotary_pos_emb if isinstance(rotary_pos_emb, Rotation) and not without else None
+        angles = None if isinstance(rotary_pos_emb, Rotation) else rotary_pos_emb
+        return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=angles, **kwargs)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what Megatron's SelfAttention does, with queries and keys rotated."""
+        query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
+        if self._rotation is not None:
+            query, key = rotate(query, self._rotation), rotate(key, self._rotation)
+        return (query, key, *others)
 
 
 class SdpaAttention(torch.nn.Module):
@@ -52,6 +77,8 @@ class SdpaAttention(torch.nn.Module):
         """
         mask = added(attention_mask)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        if not q.is_cuda:
+            v = v.contiguous()  # the CPU's kernel reads values that lie together faster than this copy takes
         if q.is_cuda and (q.dtype == torch.float32 or mask is not None) and q.shape[1] != k.shape[1]:
             # No fused CUDA kernel supports grouped queries in fp32 or with a mask, and the unfused one would store all
             # scores. So repeat keys and values for each query head.

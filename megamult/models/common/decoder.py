@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megamult.distributed import device
 from megamult.layers import MultiplierColumnParallelLinear, MultiplierVocabParallelEmbedding
-from megamult.models.common import documents, parameters, rotary
+from megamult.models.common import documents, parameters, rotary, rotary_embedding
 from megamult.models.common.architecture import PlacementSetting
 from megamult.models.common.attention import SdpaAttention
 from megamult.models.common.config import DecoderConfig
@@ -126,8 +126,7 @@ class Decoder(GPTModel):
         angles = rotary.frequencies(transformer.kv_channels, sizes.rotary_base, sizes.rotary_scaling)
         self.rotary_pos_emb.inv_freq = torch.from_numpy(np.array(angles)).to(device.local_device(), torch.float32)
         self.document_end = document_end
-        if document_end is not None:
-            self.decoder.register_forward_pre_hook(documents.restart_positions, with_kwargs=True)
+        self.decoder.register_forward_pre_hook(rotary_embedding.once_for_all_layers, with_kwargs=True)
         self._attends = any(isinstance(module, SdpaAttention) for module in self.modules())
         self.exact_vocab_size = vocab_size
         self.z_loss = sizes.z_loss
@@ -191,13 +190,13 @@ class Decoder(GPTModel):
             the cross entropy without z-loss, the sum over samples of weight x mean over the sample's tokens, which has
             no gradient. A sample of weight 0 does not count, whatever its cross entropy.
         """
-        mask, more = None, None
+        mask, positions = None, None
         if self.document_end is not None:
             positions = documents.positions_in_documents(tokens, self.document_end)
             first = documents.first_tokens(positions)
             dtype = self.embedding.word_embeddings.weight.dtype
             mask = documents.DocumentMask(first, documents.attention_mask(first, dtype) if self._attends else None)
-            more = {documents.POSITIONS: positions}
+        more = {documents.POSITIONS: positions}
         objective, entropy = super().forward(tokens, None, mask, labels=labels, extra_block_kwargs=more)
         return objective, entropy.mean() if weights is None else weighted(entropy, weights)
 

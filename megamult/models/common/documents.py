@@ -6,13 +6,14 @@ may be in the middle of a document, and so may the first one.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 POSITIONS = "document_positions"
-"""Name of the argument of a decoder that :func:`restart_positions` reads."""
+"""Name of the argument of a decoder with the positions of tokens in their documents, [batch, seq], or None
+(:func:`megamult.models.common.rotary_embedding.once_for_all_layers`)."""
 
 
 def positions_in_documents(tokens: Tensor, end: int) -> Tensor:
@@ -74,14 +75,3 @@ class DocumentMask(NamedTuple):
     """[batch, seq] index of the first token of each token's document."""
     added: Tensor | None
     """[batch, 1, query, key] numbers to add to the attention logits; None if no layer has attention."""
-
-
-def restart_positions(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Give Megatron's TransformerBlock rotary angles of positions in documents. This is a forward pre-hook.
-
-    The block's argument `rotary_pos_emb`, [seq, 1, 1, dim], has the angles of positions in the sequence. It becomes
-    [seq, batch, 1, dim], by the argument :data:`POSITIONS` ([batch, seq]), which the block itself does not have.
-    """
-    positions = kwargs.pop(POSITIONS)
-    angles = kwargs["rotary_pos_emb"][positions.transpose(0, 1), 0]  # [seq, batch, 1, dim]
-    return args, {**kwargs, "rotary_pos_emb": angles}

@@ -69,15 +69,19 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         logits, maximum, sums, target, elsewhere = ctx.saved_tensors
         grad = torch.empty_like(logits)
         rows = grad.view(-1, grad.shape[-1])
-        of_softmax = (grad_entropy + grad_log_sum_exp).reshape(-1, 1)
+        of_exponential = ((grad_entropy + grad_log_sum_exp) / sums).reshape(-1, 1)
         at_target = -grad_entropy.masked_fill(elsewhere, 0.0).reshape(-1, 1)
         target = target.reshape(-1, 1)
         for at in _chunks(logits):
-            softmax = _exponentials(logits, at, ctx.real, maximum).div_(sums.view(-1, 1)[at])
+            # A gradient in fp32 is computed where it is returned.
+            place = rows[at] if grad.dtype == torch.float32 else None
+            chunk = _exponentials(logits, at, ctx.real, maximum, place)
             # Subtract 1 at the label before rounding to the logits' dtype. A softmax p near 1 would
             # round to 1, and the difference p - 1 would be lost.
-            rows[at] = softmax.mul_(of_softmax[at]).scatter_add_(-1, target[at], at_target[at])
-            del softmax  # before the next chunk is made
+            chunk.mul_(of_exponential[at]).scatter_add_(-1, target[at], at_target[at])
+            if place is None:
+                rows[at] = chunk
+            del chunk  # before the next one is made
         return grad, None, None, None
 
 
@@ -110,6 +114,6 @@ def _scores(logits: Tensor, at: slice, real: int) -> Tensor:
     return scores.float()
 
 
-def _exponentials(logits: Tensor, at: slice, real: int, maximum: Tensor) -> Tensor:
-    """Return exp(logit - maximum) of a chunk of tokens as a new tensor, [tokens, padded vocabulary/tp]."""
-    return (_scores(logits, at, real) - maximum.view(-1, 1)[at]).exp_()
+def _exponentials(logits: Tensor, at: slice, real: int, maximum: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return exp(logit - maximum) of a chunk of tokens, [tokens, padded vocabulary/tp] in fp32, in `out` if given."""
+    return torch.sub(_scores(logits, at, real), maximum.view(-1, 1)[at], out=out).exp_()

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 
 from megamult.layers import MultiplierColumnParallelLinear, MultiplierRowParallelLinear
 from megamult.models.common import parameters
-from megamult.models.common.attention import SdpaAttention
+from megamult.models.common.attention import RotatedSelfAttention, SdpaAttention
 from megamult.models.common.config import AttentionBias
+from megamult.models.common.mlp import GatedMLP
 from megamult.models.common.norm import RMSNorm
 from megamult.models.common.norm_weight import NormWeight
 from megamult.multipliers.parameters import GradSync
@@ -104,11 +105,11 @@ def transformer_layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                RotatedSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(MLP, submodules=mlp),
+            mlp=ModuleSpec(GatedMLP, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
         ),
     )
