@@ -87,9 +87,9 @@ def once_for_all_layers(module: torch.nn.Module, args: tuple[Any, ...], kwargs: 
 
     The block's argument `rotary_pos_emb`, [seq, 1, 1, dim], has the angles of positions in the sequence. The argument
     :data:`POSITIONS` ([batch, seq]), which the block itself does not have, has positions in documents, which begin anew
-    in each document, or is None.
+    in each document; without it or with None the positions in the sequence count.
     """
-    positions, angles = kwargs.pop(POSITIONS), kwargs["rotary_pos_emb"]
+    positions, angles = kwargs.pop(POSITIONS, None), kwargs["rotary_pos_emb"]
     if positions is not None:
         angles = angles[positions.transpose(0, 1), 0]  # [seq, batch, 1, dim]
     return args, {**kwargs, "rotary_pos_emb": rotation(angles, kwargs["hidden_states"].dtype)}
