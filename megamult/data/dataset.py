@@ -92,52 +92,72 @@ class BlendedDataset:
         return [source.samples_per_epoch for source in self._sources]
 
     def prepare(self, first: int, last: int, barrier: Callable[[], None] | None = None, end: int | None = None) -> None:
-        """Open every (source, epoch) that has some of the samples [first, last), and close all others.
+        """Make the index files of every (source, epoch) that has some of the samples [first, last).
 
-        Global rank 0 builds the index files that do not exist yet. Then `barrier` is called, and then the other ranks
-        load the files. All ranks must make the same calls. If no new epoch is needed, there is no work and no barrier.
+        Ranks share the work of building those that do not exist yet: each source is one rank's. Then `barrier` is
+        called. A rank opens the files of a source when it reads its first sample of it, and closes epochs that lie
+        before or after these samples. All ranks must make the same calls. If no new epoch is needed, there is no work
+        and no barrier.
 
         Args:
             end: sample before which the run will end. If it is given, the index files of each source's next epoch are
                 built in the background, provided that a sample before `end` needs this epoch. If it is None, index
-                files are built only when an epoch is opened, and all ranks wait for them.
+                files are built only when an epoch is needed, and all ranks wait for them.
 
         Raises:
-            RuntimeError: rank 0's index files do not appear on this rank, for example because cache_dir is not shared.
+            RuntimeError: index files of another rank do not appear on this rank, for example because cache_dir is not
+                shared.
         """
         spans = self._skip.spans(first, last)
-        self._open({each for span in spans for each in self._touched(*span)}, barrier)
-        if self._look_ahead and end is not None and environment.rank() == 0 and not self._ahead.busy:
+        self._make({each for span in spans for each in self._touched(*span)}, barrier)
+        self._keep(self._skip.position(first), self._skip.reached(last))
+        if self._look_ahead and end is not None and not self._ahead.busy:
             self._look_ahead = False
             self._ahead.start(self._next_epochs(self._skip.reached(last), self._skip.reached(end)))
 
     def prepare_first_epochs(self, barrier: Callable[[], None] | None = None) -> None:
-        """Open the first epoch of every source, and close all other epochs. All ranks must make the same calls.
+        """Make the index files of every source's first epoch. All ranks must make the same calls.
 
         Raises:
             RuntimeError: see :meth:`prepare`.
         """
-        self._open({(position, 0) for position in range(len(self._sources))}, barrier)
+        self._make({(position, 0) for position in range(len(self._sources))}, barrier)
 
-    def _open(self, needed: set[tuple[int, int]], barrier: Callable[[], None] | None) -> None:
-        """Open the needed (position of the source, epoch), and close all others."""
+    def _is_mine(self, position: int) -> bool:
+        """Return whether this rank builds the index files of the source at `position`."""
+        return position % environment.world_size() == environment.rank()
+
+    def _make(self, needed: set[tuple[int, int]], barrier: Callable[[], None] | None) -> None:
+        """Make the index files of the needed (position of the source, epoch)."""
         new = sorted(needed - self._prepared)
-        if new:
-            # The barrier is called even if building fails, so that rank 0's error is the one that the user sees.
-            try:
-                if environment.rank() == 0:
-                    for position, epoch in new:
-                        self._ahead.wait_for(self._sources[position].epochs, epoch)
-                        self._sources[position].open(epoch)
-            finally:
-                if barrier is not None:
-                    barrier()
+        if not new:
+            return
+        # The barrier is called even if building fails, so that this rank's error is the one that the user sees.
+        try:
             for position, epoch in new:
-                self._sources[position].open(epoch)
-        if needed != self._prepared:
-            for position, source in enumerate(self._sources):
-                source.keep({epoch for p, epoch in needed if p == position})
-            self._prepared, self._look_ahead = needed, True
+                if self._is_mine(position):
+                    self._ahead.wait_for(self._sources[position].epochs, epoch)
+                    self._sources[position].open(epoch, build=True)
+        finally:
+            if barrier is not None:
+                barrier()
+        # A look at one of them shows whether this rank sees what others build. All ranks looking at all of them would
+        # be thousands of requests to a file server from each rank.
+        position, epoch = new[0]
+        self._sources[position].wait_for(epoch)
+        self._prepared |= needed
+        self._look_ahead = True
+
+    def _keep(self, first: int, last: int) -> None:
+        """Close all epochs that lie before or after the positions [first, last)."""
+        spans = [
+            range(start // source.samples_per_epoch, stop // source.samples_per_epoch + 1)
+            for start, stop, source in zip(self._positions(first), self._positions(last), self._sources, strict=True)
+        ]
+        past = {(position, epoch) for position, epoch in self._prepared if epoch not in spans[position]}
+        self._prepared -= past
+        for position in {position for position, _ in past}:
+            self._sources[position].keep(spans[position])
 
     def _touched(self, first: int, last: int) -> set[tuple[int, int]]:
         """Return (index of the source, epoch) of every epoch with some of the samples at positions [first, last)."""
@@ -150,19 +170,20 @@ class BlendedDataset:
         return touched
 
     def _next_epochs(self, last: int, end: int) -> list[tuple[EpochFiles, int]]:
-        """Return, for each source, its first epoch that is not yet prepared, if samples [last, end) need that epoch.
+        """Return, for each source whose index files this rank builds, its first epoch that is not yet prepared, if
+        samples [last, end) need that epoch.
 
         The epoch that is needed soonest comes first.
         """
-        found = []
+        found, prepared = [], dict[int, int]()
+        for position, epoch in self._prepared:
+            prepared[position] = max(epoch + 1, prepared.get(position, 0))
         for position, (reached, stop, share) in enumerate(
             zip(self._positions(last), self._positions(end), self._weights, strict=True)
         ):
             source = self._sources[position]
-            epoch = max(
-                (e + 1 for p, e in self._prepared if p == position), default=reached // source.samples_per_epoch
-            )
-            if epoch * source.samples_per_epoch < stop:
+            epoch = prepared.get(position, reached // source.samples_per_epoch)
+            if self._is_mine(position) and epoch * source.samples_per_epoch < stop:
                 away = (epoch * source.samples_per_epoch - reached) / share
                 found.append((away, position, epoch))
         return [(self._sources[position].epochs, epoch) for _, position, epoch in sorted(found)]

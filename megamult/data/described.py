@@ -1,19 +1,21 @@
-"""Descriptions of a run's sources, which one rank of each node makes from the files.
+"""Descriptions of a run's sources, made from their files.
 
-:func:`megamult.train.corpora.open_datasets` then sends rank 0's descriptions to all ranks.
+In :func:`megamult.train.corpora.open_datasets` one rank of each node describes a share of the sources, and all ranks
+are told the result.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from megamult.data.identity import Identity, contents_digest, order_digest
 from megamult.data.indexed import IndexedFiles, read_index, validate_indexed, validate_sample
-from megamult.data.stamp import Stamp
+from megamult.data.stamp import SUFFIX, Stamp
 from megamult.data.tokenizer import Tokenizer
 
 # Number of threads. Each source takes some 40 small reads, which wait for a file server rather than for a processor.
@@ -25,11 +27,33 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Described:
-    """Description of one source: its files, the digests that identify it, and whether it has a stamp."""
+    """Description of one source: its files, the digests that identify it, and whether it has a stamp.
+
+    Attributes:
+        seen: result of :func:`look_at` before the files were read. It does not count when descriptions are compared.
+    """
 
     files: IndexedFiles
     identity: Identity
     stamped: bool
+    seen: tuple[tuple[int, ...] | None, ...] = field(default=(), compare=False)
+
+
+def look_at(prefix: str) -> tuple[tuple[int, ...] | None, ...]:
+    """Return the inode number, the size and the times of the last changes of a source's files, without opening them.
+
+    An element is None if its file does not exist. Nodes that share a file system find the same. Where files have been
+    copied, they do not, because a copy cannot have the original's time of the last change of an inode (ctime).
+    """
+
+    def look(suffix: str) -> tuple[int, ...] | None:
+        try:
+            found = os.stat(prefix + suffix)
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    return look(".bin"), look(".idx"), look(SUFFIX)
 
 
 def describe(prefix: str, tokenizer: Tokenizer) -> Described:
@@ -40,12 +64,13 @@ def describe(prefix: str, tokenizer: Tokenizer) -> Described:
     Raises:
         ValueError: a file is missing or damaged, does not fit its stamp, or was encoded with another tokenizer.
     """
+    seen = look_at(prefix)
     files, stamp = read_index(prefix), Stamp.read(prefix)
     if stamp is None:
-        return Described(files, Identity(order_digest(files), contents_digest(files)), stamped=False)
+        return Described(files, Identity(order_digest(files), contents_digest(files)), stamped=False, seen=seen)
     identity = stamp.check_files(files)
     stamp.check_tokenizer(prefix, tokenizer)
-    return Described(files, identity, stamped=True)
+    return Described(files, identity, stamped=True, seen=seen)
 
 
 def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Described]:
@@ -62,6 +87,16 @@ def describe_all(prefixes: Sequence[str], tokenizer: Tokenizer) -> dict[str, Des
         return found
 
     return _each(check, prefixes)
+
+
+def others_here(described: Mapping[str, Described]) -> list[str]:
+    """Return the sources whose files on this node are not the ones that another node has described.
+
+    They may be copies with the same contents, which only :func:`describe_all` tells.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = dict(zip(described, pool.map(look_at, described), strict=True))
+    return [prefix for prefix, each in described.items() if found[prefix] != each.seen]
 
 
 def check_ends(described: Sequence[Described], eod: int) -> None:

@@ -36,6 +36,9 @@ MOST_DOCUMENTS = 2**31 - 1
 # types in which launch/prepare_data.py writes tokens.
 _NO_PADDING = -(1 << 40)
 
+_IMPORTED = "megatron.core.datasets.gpt_dataset"
+_quieting = threading.Lock()  # a thread that reads samples opens epochs too
+
 
 @dataclass(frozen=True)
 class TokenizerFacts:
@@ -72,17 +75,14 @@ class EpochFiles:
         return Path(self.directory) / f"epoch_{epoch}"
 
     def build(self, epoch: int) -> None:
-        """Write an epoch's index files, unless they exist.
-
-        In a distributed run only global rank 0 can do this, because Megatron writes no index files on other ranks.
-        """
+        """Write an epoch's index files, unless they exist. Any rank can do this."""
         final = self.path(epoch)
         if final.exists():
             return
         final.parent.mkdir(parents=True, exist_ok=True)
         # The index is built in another folder and renamed, so that a killed process leaves no half-written index here.
         with partial_folder(final) as partial:
-            self._dataset(epoch, partial, None)
+            self._write(epoch, partial)
             try:
                 os.rename(partial, final)
             except OSError:
@@ -90,19 +90,49 @@ class EpochFiles:
                     raise
 
     def load(self, epoch: int, indexed: Any) -> Any:
-        """Return the GPTDataset of an epoch whose index files exist. `indexed` is an open `IndexedDataset`."""
-        return self._dataset(epoch, self.path(epoch), indexed)
+        """Return the GPTDataset of an epoch whose index files exist. `indexed` is an open `IndexedDataset`.
 
-    def _dataset(self, epoch: int, directory: Path, indexed: Any) -> Any:
+        Raises:
+            FileNotFoundError: a file is missing, or has the name that another version of Megatron gave it.
+        """
+        dataset = self._named(epoch, self.path(epoch), indexed)
+        dataset.document_index = np.load(dataset.path_to_document_index, mmap_mode="r")
+        dataset.sample_index = np.load(dataset.path_to_sample_index, mmap_mode="r")
+        dataset.shuffle_index = np.load(dataset.path_to_shuffle_index, mmap_mode="r")
+        dataset.config.defer_npy_index_mmap = False  # it has its index: from here on its length is that of the index
+        assert dataset._pad_token_id < 0, dataset._pad_token_id
+        dataset._pad_token_id = _NO_PADDING
+        return dataset
+
+    def _write(self, epoch: int, directory: Path) -> None:
+        """Write the index files that a GPTDataset of one epoch would write, byte for byte.
+
+        A GPTDataset itself writes them on global rank 0 only, so here its functions are called in its order.
+        """
+        indexed = open_indexed(self.prefix)
+        dataset = self._named(epoch, directory, indexed)
+        from megatron.core.datasets import gpt_dataset, helpers
+
+        draw = np.random.RandomState(dataset.config.random_seed)
+        lengths = indexed.sequence_lengths.copy()  # read in one go: the documents come in a random order below
+        documents = gpt_dataset._build_document_index(np.arange(len(lengths), dtype=np.int32), 1, draw, False)
+        tokens = int(lengths.sum(dtype=np.int64))
+        samples = helpers.build_sample_idx(lengths, documents, self.seq_length, 1, tokens, True, True)
+        count = len(samples) - 1
+        shuffle = gpt_dataset._build_shuffle_index(count, count, draw)
+        document_file = Path(dataset.path_to_document_index)
+        description = document_file.name.replace("document_index.npy", "description.txt")
+        (directory / description).write_text(dataset.unique_description)
+        np.save(document_file, documents)
+        np.save(dataset.path_to_sample_index, samples)
+        np.save(dataset.path_to_shuffle_index, shuffle)
+
+    def _named(self, epoch: int, directory: Path, indexed: Any) -> Any:
+        """Return a GPTDataset of an epoch that has the names of its index files, and no index yet."""
         with quiet_megatron():
             from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
             from megatron.core.datasets.utils import Split
 
-            # Only building needs the list of documents; a loaded dataset would keep it in memory for nothing.
-            documents = np.empty(0, np.int32)
-            if indexed is None:
-                indexed = open_indexed(self.prefix)
-                documents = np.arange(len(indexed), dtype=np.int32)
             config = GPTDatasetConfig(
                 random_seed=splitmix(*self.seed, epoch) >> 32,  # numpy's RandomState takes 32 bits
                 sequence_length=self.seq_length,
@@ -115,12 +145,11 @@ class EpochFiles:
                 reset_attention_mask=False,
                 eod_mask_loss=False,
                 create_attention_mask=False,
+                defer_npy_index_mmap=True,
             )
             # The name enters the cache key. It is a digest, because files may move, and a path has several spellings.
-            dataset = GPTDataset(indexed, self.name, documents, None, Split.train, config)
-        assert dataset._pad_token_id < 0, dataset._pad_token_id
-        dataset._pad_token_id = _NO_PADDING
-        return dataset
+            # Only building needs the list of documents; a loaded dataset would keep it in memory for nothing.
+            return GPTDataset(indexed, self.name, np.empty(0, np.int32), None, Split.train, config)
 
 
 def open_indexed(prefix: str) -> Any:
@@ -138,14 +167,17 @@ def open_indexed(prefix: str) -> Any:
 def quiet_megatron() -> Iterator[None]:
     """Suppress the INFO lines that Megatron logs for every index file, and its warnings about missing packages."""
     logger = logging.getLogger("megatron.core.datasets")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with _quieting:
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            # The filters of warnings belong to all threads, so they are changed only for the first import.
+            with contextlib.nullcontext() if _IMPORTED in sys.modules else warnings.catch_warnings():
+                if _IMPORTED not in sys.modules:
+                    warnings.simplefilter("ignore")
+                yield
+        finally:
+            logger.setLevel(level)
 
 
 def to_json(files: EpochFiles, epoch: int) -> str:

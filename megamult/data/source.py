@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,10 @@ class Source:
         )
         self._epochs = {}
 
-    def keep(self, epochs: set[int]) -> None:
+    def keep(self, epochs: Container[int]) -> None:
         """Close all epochs that are not in `epochs`."""
-        # The old dict is not changed, because a thread may be reading from it.
-        self._epochs = {epoch: dataset for epoch, dataset in self._epochs.items() if epoch in epochs}
+        # The old dict is not changed, and is copied at once, because a thread may be reading samples.
+        self._epochs = {epoch: dataset for epoch, dataset in self._epochs.copy().items() if epoch in epochs}
 
     def sample(self, k: int) -> dict[str, torch.Tensor]:
         """Return the source's sample `k`, after a check of its token ids."""
@@ -104,23 +105,31 @@ class Source:
             )
         return {"tokens": tokens, "labels": labels}
 
-    def open(self, epoch: int) -> Any:
+    def open(self, epoch: int, build: bool | None = None) -> Any:
         """Return the GPTDataset of one epoch, loaded from complete index files.
 
-        Global rank 0 builds the files that do not exist. Other ranks wait for them.
+        Args:
+            build: whether to build the files if they do not exist. If not, wait for another rank to build them. None:
+                build them on global rank 0.
         """
         if epoch in self._epochs:
             return self._epochs[epoch]
-        if environment.rank() == 0:
+        build = environment.rank() == 0 if build is None else build
+        if build:
             self.epochs.build(epoch)
         else:
-            _wait_for(self.epochs.path(epoch), self._cache_dir)
+            self.wait_for(epoch)
         if self._indexed is None:
             self._indexed = open_indexed(self.prefix)
-        dataset = self.epochs.load(epoch, self._indexed)
-        if len(dataset) != self.samples_per_epoch and environment.rank() == 0:
-            # An older version of megamult or of Megatron wrote these files under other names: Megatron does not find
-            # them, and builds an index of nothing beside them.
+        try:
+            dataset = self.epochs.load(epoch, self._indexed)
+        except FileNotFoundError:
+            # An older version of megamult or of Megatron wrote these files under other names.
+            if not build:
+                raise ValueError(
+                    f"the index files in {self.epochs.path(epoch)} are those of another version: remove this "
+                    "directory; it is written anew"
+                ) from None
             shutil.rmtree(self.epochs.path(epoch))
             self.epochs.build(epoch)
             dataset = self.epochs.load(epoch, self._indexed)
@@ -132,13 +141,17 @@ class Source:
         self._epochs[epoch] = dataset
         return dataset
 
+    def wait_for(self, epoch: int) -> None:
+        """Wait until the index files of an epoch, which another rank builds, are seen here.
 
-def _wait_for(directory: Path, cache_dir: Path) -> None:
-    deadline = time.monotonic() + _SHARED_FILES_SECONDS
-    while not directory.exists():
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"rank {environment.rank()} does not see {directory}, which rank 0 builds: "
-                f"call prepare() on all ranks, and put {cache_dir} on a file system that all nodes share"
-            )
-        time.sleep(0.1)
+        Raises:
+            RuntimeError: they are not seen in time.
+        """
+        directory, deadline = self.epochs.path(epoch), time.monotonic() + _SHARED_FILES_SECONDS
+        while not directory.exists():
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"rank {environment.rank()} does not see {directory}, which another rank builds: call prepare() "
+                    f"on all ranks, and put {self._cache_dir} on a file system that all nodes share"
+                )
+            time.sleep(0.1)

@@ -1,15 +1,16 @@
-"""Opening of a run's tokenizer and corpora. One rank of each node checks the corpora, then all ranks open them."""
+"""Opening of a run's tokenizer and corpora. One rank of each node checks a share of the corpora."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from megamult.config import Config
 from megamult.data.config import DataConfig
 from megamult.data.dataset import BlendedDataset
-from megamult.data.described import Described, check_ends, describe_all, unchecked, validate_all
+from megamult.data.described import Described, check_ends, describe_all, others_here, unchecked, validate_all
 from megamult.data.skip import NOTHING, Skip
 from megamult.data.token_ids import TokenIds
 from megamult.data.tokenizer import Tokenizer
@@ -51,9 +52,9 @@ def open_datasets(
     """Open the samples of data.train and the validation sets of data.valid by their names. Collective over all ranks:
     if one rank finds a user's mistake, all ranks exit.
 
-    One rank of each node reads headers, sizes, time stamps and a few bytes of the files. Rank 0 sends its findings to
-    all ranks, and the reading rank of each node compares them with its own findings. If data.validate is full, every
-    rank then reads its share of all bytes.
+    One rank of each node reads headers, sizes and a few blocks of the files of its share of the sources, and tells all
+    ranks what it has found. A node with other files, such as copies on its own disk, reads all of them, and compares.
+    If data.validate is full, every rank then reads its share of all bytes.
 
     Args:
         mesh: mesh of the processes.
@@ -62,22 +63,15 @@ def open_datasets(
     sources, sets = DataConfig.sources(config.data.train), config.data.validation_sets()
     prefixes = list(dict.fromkeys(prefix for blend in (sources, *sets.values()) for prefix, _ in blend))
 
-    def look() -> dict[str, Described] | None:
+    def check(some: Sequence[str]) -> dict[str, Described]:
         if not sources:
             raise ValueError("data.train is not set: give a prefix that launch/prepare_data.py wrote (PREFIX_train)")
-        if environment.local_rank() != 0:
-            return None
-        found = describe_all(prefixes, tokenizer)
+        found = describe_all(some, tokenizer)
         if config.data.document_mask:
             check_ends(list(found.values()), tokenizer.eod)
         return found
 
-    mine = agreed(mesh, look)
-    sent: list[Any] = [mine]
-    mesh.broadcast_objects(sent)
-    described = sent[0]
-    assert described is not None
-    agreed(mesh, lambda: _check_same(mine, described))
+    described = _described(mesh, prefixes, check)
     full = config.data.validate == "full"
     if full:
         share = (environment.rank(), environment.world_size())
@@ -102,20 +96,44 @@ def open_datasets(
     )
 
 
-def _check_same(mine: Mapping[str, Described] | None, described: Mapping[str, Described]) -> None:
-    """Check that this node has the same files as rank 0's node.
+def _described(
+    mesh: Mesh, prefixes: Sequence[str], check: Callable[[Sequence[str]], dict[str, Described]]
+) -> dict[str, Described]:
+    """Describe all sources. Collective over all ranks: if one rank finds a user's mistake, all ranks exit.
 
     Args:
-        mine: findings of this rank, or None if another rank of the node has read the files.
-        described: findings of rank 0.
-
-    Raises:
-        ValueError: the findings differ.
+        check: function that describes some of the sources from their files.
     """
-    different = [prefix for prefix, found in (mine or {}).items() if found != described[prefix]]
-    if different:
-        raise ValueError(
-            f"{environment.host()} has other files than rank 0's host under {', '.join(different[:3])} "
-            f"({len(different)} data sources differ): put the data on a file system that all nodes share, or copy it "
-            "again"
-        )
+    reads = environment.local_rank() == 0
+    here = mesh.gather_objects((mesh.rank, environment.host()) if reads else None)
+    hosts = dict(each for each in cast(list[tuple[int, str] | None], here) if each is not None)
+    describers = dict(zip(prefixes, itertools.cycle(hosts)))
+    mine = [prefix for prefix, rank in describers.items() if rank == mesh.rank]
+
+    def look() -> tuple[dict[str, Described], str | None]:
+        try:
+            return (check(mine) if reads else {}), None
+        except ValueError as error:
+            return {}, str(error)  # one message, below, has the mistakes of all shares
+
+    found = cast(list[tuple[dict[str, Described], str | None]], mesh.gather_objects(agreed(mesh, look)))
+    described = {prefix: each for some, _ in found for prefix, each in some.items()}
+
+    def compare() -> None:
+        mistakes = [mistake for _, mistake in found if mistake is not None]
+        if mistakes:
+            raise ValueError("; ".join(dict.fromkeys(mistakes)))
+        if not reads:
+            return
+        others = others_here({prefix: each for prefix, each in described.items() if prefix not in mine})
+        different = [prefix for prefix, each in check(others).items() if each != described[prefix]]
+        if different:
+            theirs = ", ".join(dict.fromkeys(hosts[describers[prefix]] for prefix in different[:3]))
+            raise ValueError(
+                f"{environment.host()} has other files than {theirs} under {', '.join(different[:3])} "
+                f"({len(different)} data sources differ): put the data on a file system that all nodes share, or copy "
+                "it again"
+            )
+
+    agreed(mesh, compare)
+    return {prefix: described[prefix] for prefix in prefixes}

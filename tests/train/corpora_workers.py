@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 from pathlib import Path
@@ -16,12 +15,13 @@ from megamult.distributed.mesh import current_mesh
 from megamult.models.llama.config import ModelConfig
 
 
-def opened(prefix: str, folder: Path, nodes: int, other: bool) -> tuple[object, str, list[int] | None]:
-    """(exit code, what it said, samples per epoch) of a start on two ranks of one or two nodes.
+def opened(name: str, here: list[Path], nodes: int) -> tuple[object, str, list[int] | None, list[str]]:
+    """(exit code, what it said, samples per epoch, corpora whose files it read) of a start on two ranks.
 
     Args:
-        nodes: on two, each rank is its node's first.
-        other: the second rank's node has other files under the same name.
+        name: prefix of the corpora's names.
+        here: working directory of each rank, with the corpora.
+        nodes: 1 or 2; on two, each rank is its node's first.
     """
     from megamult.distributed import environment, start
     from megamult.train import command_line, corpora
@@ -29,20 +29,15 @@ def opened(prefix: str, folder: Path, nodes: int, other: bool) -> tuple[object, 
     if nodes == 2:
         os.environ["LOCAL_RANK"] = "0"
     start.initialize(1)
-    config = Config(model=ModelConfig(seq_length=32), data=DataConfig(train=f"{prefix}_train", valid=f"{prefix}_valid"))
-    config.data.tokenizer = f"{prefix}.model"
+    os.chdir(here[environment.rank()])
+    config = Config(model=ModelConfig(seq_length=32), data=DataConfig(train=f"{name}_train", valid=f"{name}_valid"))
+    config.data.tokenizer = f"{name}.model"
     tokenizer, _ = corpora.vocabulary(config)
-    describe_all = corpora.describe_all
+    describe_all, read = corpora.describe_all, list[str]()
 
     def described(prefixes: list[str], tokenizer: Any) -> dict[str, Any]:
-        assert environment.local_rank() == 0, "one rank of each node reads"
-        found = describe_all(prefixes, tokenizer)
-        if other and environment.rank() == 1:
-            first = found[prefixes[0]]
-            found[prefixes[0]] = dataclasses.replace(
-                first, identity=dataclasses.replace(first.identity, contents="changed")
-            )
-        return found
+        read.extend(prefixes)
+        return describe_all(prefixes, tokenizer)
 
     code, samples, stream = None, None, io.StringIO()
     with (
@@ -53,8 +48,8 @@ def opened(prefix: str, folder: Path, nodes: int, other: bool) -> tuple[object, 
         contextlib.redirect_stdout(stream),
     ):
         try:
-            train, _ = corpora.open_datasets(config, tokenizer, folder, current_mesh())
+            train, _ = corpora.open_datasets(config, tokenizer, Path("run"), current_mesh())
             samples = train.samples_per_epoch
         except SystemExit as exit_:
             code = exit_.code
-    return code, stream.getvalue(), samples
+    return code, stream.getvalue(), samples, read
