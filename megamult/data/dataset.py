@@ -9,6 +9,7 @@ A source is identified by the contents of its files, not by their path.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class BlendedDataset:
             raise ValueError(f"seq_length is {seq_length}: give at least 1 token")
         self._weights = [float(weight) for _, weight in sources]
         self.blend = Blend(self._weights)
+        # Steps ask for the same counts several times, and with thousands of sources each takes milliseconds.
+        self._counts = functools.lru_cache(maxsize=8)(self.blend.counts)
         self._skip = skip
         self._origin = 0  # the present blend began with the sample at this position
         self._first = [0] * len(sources)  # for each source, its next sample when the present blend began
@@ -228,7 +231,7 @@ class BlendedDataset:
 
     def _positions(self, i: int) -> list[int]:
         """Return, for each source, how many of its samples come before position `i`, left out or not."""
-        return [first + count for first, count in zip(self._first, self.blend.counts(i - self._origin), strict=True)]
+        return [first + count for first, count in zip(self._first, self._counts(i - self._origin), strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state from which a resumed run continues with the next sample of every source.

@@ -49,26 +49,26 @@ class Names:
             `contents` lacks is given to a source whose `Identity.order` is the one in the name. A new source gets a
             twin number that no earlier source with its `Identity.order` has had.
         """
+        by_order: dict[str, list[str]] = {}  # the run's names of each order, by twin number; blends have thousands
+        for name in sorted(known, key=_twin):
+            by_order.setdefault(name.rpartition(".")[0], []).append(name)
         taken: dict[int, str] = {}
+        used: set[str] = set()  # values of `taken`
         for sure in (True, False):
             for position, identity in enumerate(identities):
                 if position in taken:
                     continue
                 fits = {identity.contents} if sure else {None}
-                free = (
-                    name
-                    for name in sorted(known, key=_twin)
-                    if name.rpartition(".")[0] == identity.order
-                    and contents.get(name) in fits
-                    and name not in taken.values()
-                )
+                free = (n for n in by_order.get(identity.order, ()) if contents.get(n) in fits and n not in used)
                 name = next(free, None)
                 if name is not None:
                     taken[position] = name
+                    used.add(name)
+        used.update(known)
         for position, identity in enumerate(identities):
             if position not in taken:
-                used = {*known, *taken.values()}
                 taken[position] = next(name for number in count() if (name := f"{identity.order}.{number}") not in used)
+                used.add(taken[position])
         names = [taken[position] for position in range(len(identities))]
         mine = {name: identity.contents for name, identity in zip(names, identities, strict=True)}
         return Names([_twin(name) for name in names], names, {**contents, **mine})
