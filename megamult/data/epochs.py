@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import mmap
 import os
 import signal
 import sys
@@ -37,7 +38,7 @@ MOST_DOCUMENTS = 2**31 - 1
 _NO_PADDING = -(1 << 40)
 
 _IMPORTED = "megatron.core.datasets.gpt_dataset"
-_quieting = threading.Lock()  # a thread that reads samples opens epochs too
+_quieting = threading.RLock()  # a thread that reads samples opens epochs too
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,15 @@ class EpochFiles:
         dataset.document_index = np.load(dataset.path_to_document_index, mmap_mode="r")
         dataset.sample_index = np.load(dataset.path_to_sample_index, mmap_mode="r")
         dataset.shuffle_index = np.load(dataset.path_to_shuffle_index, mmap_mode="r")
+        for table in (
+            dataset.document_index,
+            dataset.sample_index,
+            dataset.shuffle_index,
+            indexed.index.bin_buffer_mmap,
+        ):
+            # Samples come in a random order. If the kernel read ahead, as far as file systems for large files do
+            # (megabytes), a sample of 20 kB would cost tens of megabytes where an .idx is not in memory yet.
+            table._mmap.madvise(mmap.MADV_RANDOM)
         dataset.config.defer_npy_index_mmap = False  # it has its index: from here on its length is that of the index
         assert dataset._pad_token_id < 0, dataset._pad_token_id
         dataset._pad_token_id = _NO_PADDING
