@@ -219,7 +219,8 @@ def main() -> None:
         building = Measured(lambda: blend().prepare(0, batch), tensor - 3, ranks, folder)
         mine = -(-files // ranks)
         rows.append(("", f"blend, and index files of its share, {mine} of {files:,} sources", building))
-        rows.append(("rank 0", "the index files of one source", Measured(partial(Source.open, dataset._sources[1], 0))))
+        one_source = Measured(partial(Source.open, dataset._sources[1], 0))
+        rows.append(("", "index files of one source", one_source))
         for position in range(files):
             if not dataset._sources[position].epochs.path(0).exists():
                 link_index_files(dataset, position, built)
@@ -244,6 +245,8 @@ def main() -> None:
         rows.append(("", "process groups, with nobody to wait for", Measured(groups)))
         for who, what, each in rows:
             print(each.row(who, what))
+        alone = files * one_source.seconds
+        print(f"\nindex files of all sources by rank 0, while all ranks wait {before}: {alone:,.0f} s (arithmetic)")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,12 @@ class DataConfig:
         sources = self.sources(valid)
         return {"": sources} if sources else {}
 
+    def open_files(self) -> int:
+        """Return how many files of the corpora a rank may hold open: for each source its .bin, its .idx, and the three
+        index files of an epoch, of two epochs where one ends in a step."""
+        blends = [self.sources(self.train), *self.validation_sets().values()]
+        return 8 * sum(map(len, blends))
+
     def __post_init__(self) -> None:
         if isinstance(self.valid, dict):
             self._check_mapping(self.valid)

@@ -50,8 +50,8 @@ class Names:
             twin number that no earlier source with its `Identity.order` has had.
         """
         by_order: dict[str, list[str]] = {}  # the run's names of each order, by twin number; blends have thousands
-        for name in sorted(known, key=_twin):
-            by_order.setdefault(name.rpartition(".")[0], []).append(name)
+        for each in sorted(known, key=_twin):
+            by_order.setdefault(each.rpartition(".")[0], []).append(each)
         taken: dict[int, str] = {}
         used: set[str] = set()  # values of `taken`
         for sure in (True, False):

@@ -1,4 +1,5 @@
-"""Number of sockets that a rank of a run holds open, and a check that the limit of open files allows that many."""
+"""Number of sockets that a rank of a run holds open, and a check that the limit of open files allows these and the
+corpora."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import contextlib
 import resource
 
 _SPARE = 256
-"""Number of open files that are not sockets to other ranks: libraries, data, checkpoints, logs, DeepSpeed's
+"""Number of open files that are neither sockets to other ranks nor corpora: libraries, checkpoints, logs, DeepSpeed's
 extensions."""
 
 
@@ -39,13 +40,17 @@ def sockets(rank: int, processes: int, tensor: int, gloo: bool) -> int:
     return sum(size - 1 for size in meshes) + served
 
 
-def check_limit(rank: int, processes: int, tensor: int, gloo: bool) -> None:
-    """Check that the hard limit of open files lets this rank connect to its peers. Arguments are those of `sockets`.
+def check_limit(rank: int, processes: int, tensor: int, gloo: bool, corpora: int = 0) -> None:
+    """Check that the hard limit of open files lets this rank connect to its peers and read its corpora.
+
+    Args:
+        rank, processes, tensor, gloo: those of :func:`sockets`.
+        corpora: number of files of corpora that the rank may hold open.
 
     Raises:
         ValueError: the limit is too low.
     """
-    needed = sockets(rank, processes, tensor, gloo) + _SPARE
+    needed = sockets(rank, processes, tensor, gloo) + corpora + _SPARE
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ValueError(

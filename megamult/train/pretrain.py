@@ -102,8 +102,8 @@ def _meet(config: Config) -> Meeting:
 
     open_files.raise_limit()
     try:
-        gloo = device.backend() == "gloo"
-        open_files.check_limit(environment.rank(), environment.world_size(), config.parallel.tensor, gloo)
+        gloo, tensor, corpora = device.backend() == "gloo", config.parallel.tensor, config.data.open_files()
+        open_files.check_limit(environment.rank(), environment.world_size(), tensor, gloo, corpora)
     except ValueError as error:
         fail_alone(str(error))
     try:

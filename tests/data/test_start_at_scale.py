@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megamult.data.config import DataConfig
 from megamult.data.described import describe_all, unchecked, validate_all
 from megamult.data.epochs import quiet_megatron
 from megamult.data.identity import Identity
@@ -104,6 +105,16 @@ def test_a_source_that_a_step_does_not_read_stays_open(write_indexed: Write, mak
         dataset.prepare(i, i + 2, lambda: barriers.append(1))
     assert len(barriers) == 2, "one for each source"
     assert [set(source._epochs) for source in dataset._sources] == [{0}, {0}]
+
+
+def test_a_rank_holds_as_many_files_open_as_are_counted(write_indexed: Write, make: Callable) -> None:
+    prefixes = sources(write_indexed, 3)
+    dataset = make(*prefixes)
+    before = len(os.listdir("/proc/self/fd"))
+    for source in dataset._sources:
+        assert source.open(0) and source.open(1)
+    config = DataConfig(train=prefixes[:2], valid={"one": prefixes[2]})
+    assert len(os.listdir("/proc/self/fd")) - before == config.open_files()
 
 
 def test_a_corpus_of_a_trillion_bytes_is_opened_with_a_few_reads(make: Callable, write_indexed: Write) -> None:

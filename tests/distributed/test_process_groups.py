@@ -241,3 +241,6 @@ def test_a_hard_limit_that_is_too_low_is_an_error_with_its_remedy(monkeypatch: p
     open_files.check_limit(0, 1024, 8, gloo=False)
     with pytest.raises(ValueError, match=r"open files is 4096 per process, and rank 0 of 2048 needs \d+: raise it"):
         open_files.check_limit(0, 2048, 8, gloo=False)
+    open_files.check_limit(1, 8, 8, gloo=False, corpora=3000)
+    with pytest.raises(ValueError, match=r"open files is 4096 per process, and rank 1 of 8 needs 16265: raise it"):
+        open_files.check_limit(1, 8, 8, gloo=False, corpora=16000)
