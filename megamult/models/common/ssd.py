@@ -74,14 +74,15 @@ def ssd(
         padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, fill))
         return padded.unflatten(1, (chunks, size)).transpose(2, 3) if axis else padded.unflatten(1, (chunks, size))
 
-    decay = cut((steps * a.to(accurate)).unsqueeze(-1), 1).squeeze(-1).cumsum(-1)  # [batch, chunks, heads, size]
+    # What is computed from decays by elements has their memory layout, and products need a contiguous one.
+    decay = cut((steps * a.to(accurate)).unsqueeze(-1), 1).squeeze(-1).contiguous().cumsum(-1)
     u, keys, queries = cut(inputs, 1), cut(b, 1), cut(c, 1)  # [batch, chunks, heads or groups, size, ...]
     seen = _same_document(documents, fill, chunks, size, x.device)
     per_group = heads // groups
 
     # Within chunks: token i reads token j <= i of its document with the weight C_i . B_j exp(decay_i - decay_j).
-    between = decay.unsqueeze(-1) - decay.unsqueeze(-2)
-    weights = between.masked_fill(~seen.within, -torch.inf).exp()
+    between = decay.unsqueeze(-1) - decay.unsqueeze(-2)  # [batch, chunks, heads, size, size]
+    weights = between.masked_fill_(~seen.within, -torch.inf).exp_()
     products = (queries @ keys.transpose(-1, -2)).unsqueeze(3)  # [batch, chunks, groups, 1, size, size]
     weights = weights.unflatten(2, (groups, per_group)) * products
     y = (weights.to(x.dtype).flatten(2, 3) @ u).to(accurate)
