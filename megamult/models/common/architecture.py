@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from megamult.models.common.activation_memory import Pass, Saved
 from megamult.models.common.hugging_face import Weight
 from megamult.parameters.initial import Initial
 from megamult.parameters.spec import Role, Side
@@ -95,6 +96,9 @@ class Architecture(Generic[Sizes]):
     Hugging Face works without Megatron."""
     flops_per_token: Callable[[Sizes, int], float]
     """Function (sizes, vocabulary size) -> FLOPs per token of forward and backward, without those of recomputation."""
+    activation_memory: Callable[[Sizes, int, Pass, frozenset[Side]], Saved]
+    """Function (sizes, vocabulary size, forward pass, sides on which the embedding has multipliers in the layers) ->
+    bytes that the forward pass of a micro-batch keeps for backward on one rank."""
     weights: Callable[[Sizes, int], Iterator[Weight]]
     """Function (sizes, vocabulary size) -> all weights in Hugging Face's order; the last is the head, even if tied."""
     standard_deviations: Callable[[Sizes], Mapping[str, float]]

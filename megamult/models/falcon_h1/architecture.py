@@ -9,6 +9,7 @@ import torch
 from megamult.distributed import device
 from megamult.models.common.architecture import Architecture, ModelClass
 from megamult.models.common.mamba2 import scan
+from megamult.models.falcon_h1.activation_memory import activation_memory
 from megamult.models.falcon_h1.config import FalconH1Config
 from megamult.models.falcon_h1.flops import flops_per_token
 from megamult.models.falcon_h1.hf_config import (
@@ -45,6 +46,7 @@ FALCON_H1 = Architecture(
     sizes=FalconH1Config,
     model=_model,
     flops_per_token=flops_per_token,
+    activation_memory=activation_memory,
     weights=weights,
     standard_deviations=_standard_deviations,
     to_hugging_face=to_hugging_face,

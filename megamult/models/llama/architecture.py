@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megamult.models.common.architecture import Architecture, ModelClass
+from megamult.models.llama.activation_memory import activation_memory
 from megamult.models.llama.config import ModelConfig
 from megamult.models.llama.families import FAMILIES
 from megamult.models.llama.flops import flops_per_token
@@ -30,6 +31,7 @@ LLAMA = Architecture(
     sizes=ModelConfig,
     model=_model,
     flops_per_token=flops_per_token,
+    activation_memory=activation_memory,
     weights=weights,
     standard_deviations=_standard_deviations,
     to_hugging_face=to_hugging_face,
