@@ -40,5 +40,8 @@ def saved_storages(model: torch.nn.Module) -> Iterator[dict[int, int]]:
     def watched(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Any:
         return hooks(lambda tensor: note(pack(tensor)), unpack)
 
-    with mock.patch.object(wrapped.torch.autograd.graph, "saved_tensors_hooks", watched), hooks(note, lambda saved: saved):
+    with (
+        mock.patch.object(wrapped.torch.autograd.graph, "saved_tensors_hooks", watched),
+        hooks(note, lambda saved: saved),
+    ):
         yield found

@@ -35,6 +35,7 @@ from megamult.models.llama.config import ModelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.train.config import TrainConfig
 from megamult.train.deepspeed_engine import DeepSpeedEngine, build
+from megamult.zero.traffic import RING, waited, whole_bytes
 
 VOCAB = 512
 STAGES = (1, 2, 3)
@@ -45,9 +46,6 @@ BUCKET = 50_000_000
 
 _WARMUP = 3
 """Number of optimizer steps before the one that is counted."""
-
-_RING = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1}
-"""Number of ring passes of a collective. In a pass, D ranks move (D - 1) / D of the whole tensor through each rank."""
 
 
 class Wire(TorchDispatchMode):
@@ -62,7 +60,7 @@ class Wire(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__
-            kind = next((kind for kind in _RING if name.strip("_").startswith(kind)), None)
+            kind = next((kind for kind in RING if name.strip("_").startswith(kind)), None)
             if kind is None:
                 raise RuntimeError(f"c10d.{name}: a collective that this benchmark does not know")
             tensors = [each for each in _flat(args) if isinstance(each, torch.Tensor)]
@@ -160,7 +158,7 @@ def count(stage: int, arguments: argparse.Namespace, mesh: Mesh) -> Counted:
     return Counted(
         dict(wire.calls),
         {kind: size / elements for kind, size in wire.bytes.items()},
-        sum(share * _RING[kind] * size for kind, size in wire.bytes.items()) / elements,
+        sum(share * RING[kind] * size for kind, size in wire.bytes.items()) / elements,
         {dtype: size / elements for dtype, size in kept.items() if size > 0.005 * elements},
         peak / elements,
     )
@@ -173,19 +171,6 @@ def step(engine: DeepSpeedEngine, accumulation: int) -> None:
         objective, _ = engine.deepspeed(text[:, :-1].contiguous(), text[:, 1:].contiguous())
         engine.deepspeed.backward(objective)
         engine.deepspeed.step()
-
-
-def whole_bytes(stage: int, accumulation: int) -> dict[str, float]:
-    """Return the bytes per parameter that one step's collectives work on, by kind.
-
-    Gradients are in fp32 and parameters in bf16.
-    """
-    if stage == 1:
-        return {"allreduce": 4.0, "allgather": 2.0}
-    if stage == 2:
-        return {"allreduce": 4.0 * accumulation, "allgather": 2.0}
-    # Parameters are gathered for the forward pass and again for the backward pass.
-    return {"reduce_scatter": 4.0 * accumulation, "allgather": 2 * 2.0 * accumulation}
 
 
 def kept_bytes(stage: int, ranks: int) -> dict[str, float]:
@@ -219,17 +204,12 @@ def waiting(stage: int, parameters: float, accumulation: int, ranks: int, argume
     """Return the seconds of one step in which a rank with `parameters` parameters only communicates."""
     share = (ranks - 1) / ranks
     seconds = {
-        kind: share * _RING[kind] * size * parameters / (arguments.link * 1e9)
+        kind: share * RING[kind] * size * parameters / (arguments.link * 1e9)
         for kind, size in whole_bytes(stage, accumulation).items()
     }
-    if stage == 1:
-        return sum(seconds.values())
+    gathering = seconds.pop("allgather")
     forward = 2 * parameters * arguments.tokens / accumulation / (arguments.flops * 1e12)
-    if stage == 2:
-        return seconds["allgather"] + accumulation * max(0.0, seconds["allreduce"] / accumulation - 2 * forward)
-    gathering = seconds["allgather"] / accumulation / 2
-    backward = max(0.0, gathering + seconds["reduce_scatter"] / accumulation - 2 * forward)
-    return accumulation * (max(0.0, gathering - forward) + backward)
+    return waited(stage, accumulation, sum(seconds.values()), gathering, forward, 2 * forward)
 
 
 def print_arithmetic(arguments: argparse.Namespace) -> None:

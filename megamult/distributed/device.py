@@ -26,12 +26,32 @@ def has_cuda() -> bool:
 def local_device() -> torch.device:
     """Return the device of this process.
 
-    It is the CPU if the process does not compute on CUDA (:func:`has_cuda`). Otherwise it is the only GPU that the
+    Within :func:`describing` it is the meta device. Otherwise it is the CPU if the process does not compute on CUDA (:func:`has_cuda`), and else the only GPU that the
     process sees, or, if it sees several, the one with number LOCAL_RANK.
     """
+    if _describes:
+        return torch.device("meta")
     if not has_cuda():
         return torch.device("cpu")
     return torch.device("cuda", environment.local_rank() if torch.cuda.device_count() > 1 else 0)
+
+
+_describes = False
+"""Whether models are made on the meta device."""
+
+
+@contextlib.contextmanager
+def describing() -> Iterator[None]:
+    """Let models that are made in the context have shapes and specs, but no memory: on torch's meta device."""
+    global _describes
+    before, current = _describes, torch.cuda.current_device
+    _describes = True
+    torch.cuda.current_device = local_device  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _describes = before
+        torch.cuda.current_device = current
 
 
 def upload(tensor: torch.Tensor) -> torch.Tensor:

@@ -239,13 +239,6 @@ class BoundMultipliers:
         values = self._state[tensor][LATENT] if tensor in self._slices_of else tensor.detach()
         return values.view(-1)[offset : offset + length]
 
-    @property
-    def latent_bytes(self) -> int:
-        """Bytes of W on this rank, kept beside W_eff for all tensors with folded multipliers."""
-        return sum(
-            latent.numel() * latent.element_size() for t in self._slices_of for latent in [self._state[t][LATENT]]
-        )
-
     def views(self) -> Iterator[tuple[str, Vector, Tensor]]:
         """Yield (name, vector, values) three times for each vector of multipliers.
 

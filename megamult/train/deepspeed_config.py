@@ -17,14 +17,20 @@ _BUCKET_ELEMENTS = 50_000_000
 """Elements of a ZeRO communication bucket: 100 MB in bf16, enough to fill a link, and small compared with a model."""
 
 
-def deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, data_parallel: int, cuda: bool | None = None) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run over `data_parallel` ranks, with the user's DeepSpeed keys merged in.
+
+    Args:
+        config: configuration of the run.
+        data_parallel: number of data-parallel ranks.
+        cuda: whether the run computes on CUDA GPUs; None: whether this process does.
 
     Raises:
         ValueError: the file cannot be read; or some of the user's keys are unknown to DeepSpeed, have no effect here,
             would change results, or contradict the run's own keys. The message names all of these.
     """
-    produced, overrides = _produced(config, data_parallel), without_auto(config.deepspeed_overrides())
+    cuda = device.has_cuda() if cuda is None else cuda
+    produced, overrides = _produced(config, data_parallel, cuda), without_auto(config.deepspeed_overrides())
     problems = [
         *_problems(overrides, produced),
         *conflicts(overrides, config),
@@ -64,7 +70,7 @@ def _is_bf16_optimizer(config: Config) -> bool:
     return config.parallel.zero_stage == 1 and train.dtype == "bf16" and train.accumulation_dtype == "fp32"
 
 
-def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
+def _produced(config: Config, data_parallel: int, cuda: bool) -> dict[str, Any]:
     """Return the DeepSpeed configuration that follows from the run's own keys, without those that the user gave."""
     stage, train = config.parallel.zero_stage, config.train
     bf16, accumulation = train.dtype == "bf16", train.accumulation_dtype
@@ -73,7 +79,7 @@ def _produced(config: Config, data_parallel: int) -> dict[str, Any]:
         zero |= {
             "contiguous_gradients": True,
             # Overlap waits for the device even if there is no other rank to reduce with, so turn it off in that case.
-            "overlap_comm": device.has_cuda() and data_parallel > 1,
+            "overlap_comm": cuda and data_parallel > 1,
             "reduce_bucket_size": _BUCKET_ELEMENTS,
         }
     if stage in (1, 2):

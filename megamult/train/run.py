@@ -117,7 +117,7 @@ def train(run: Run) -> int:
     outputs = {} if further is None else {"monitor.wandb": further.write}
     trainer = Trainer(config, engine, samples, valid, vocab_size, progress, monitor, outputs)
     notes = [] if checkpoint is None else agreed(run.mesh, partial(trainer.resume, checkpoint.info))
-    _say_what(run, trainer, engine, samples)
+    _say_what(run, trainer, vocab_size, engine, samples)
     if checkpoint is not None:
         new = resume.new_multipliers(checkpoint, engine.partition, engine.optimizer)
         if not run.dry:
@@ -223,9 +223,9 @@ def _say_finished(config: Config, checkpoint: SavedCheckpoint) -> None:
         )
 
 
-def _say_what(run: Run, trainer: Trainer, engine: DeepSpeedEngine, samples: BlendedDataset) -> None:
+def _say_what(run: Run, trainer: Trainer, vocab_size: int, engine: DeepSpeedEngine, samples: BlendedDataset) -> None:
     """Print what is trained, and warnings about it. Collective over all ranks."""
-    said = summary(run.config, engine, samples, run.run_dir, (trainer.step_count, trainer.samples))
+    said = summary(run.config, vocab_size, engine, samples, run.run_dir, (trainer.step_count, trainer.samples))
     if environment.rank() == 0:
         print(said, flush=True)
         factors = list(itertools.islice(Schedule(run.config).lr_factors(), run.config.train.steps))

@@ -16,36 +16,26 @@ from megamult.distributed import device, environment
 from megamult.distributed.mesh import Mesh
 from megamult.models.architectures import architecture_of
 from megamult.monitor import screen
-from megamult.optim.memory import state_bytes
 from megamult.optim.ownership import Share
+from megamult.train.deepspeed_config import deepspeed_config
 from megamult.train.deepspeed_engine import DeepSpeedEngine
+from megamult.train.planning.memory import KINDS, Memory, memory_of
 from megamult.train.schedule import Schedule
-from megamult.zero.memory import gradient_bytes, master_bytes, weight_bytes
-
-KINDS = ("weights", "fp32 masters", "gradients", "optimizer state")
-"""Kinds of a rank's memory, in the order of :func:`memory`."""
 
 
-def memory(config: Config, engine: DeepSpeedEngine) -> dict[str, int]:
-    """Return the bytes that each kind of a rank's memory takes from the first step on, the largest over all ranks.
-
-    Activations, DeepSpeed's communication buckets and parameters that it gathers are not included. Collective over all
-    ranks.
-    """
-    partition, train = engine.partition, config.train
-    stage, accumulation = config.parallel.zero_stage, config.accumulation(engine.mesh.size_of("data"))
-    mine = [
-        weight_bytes(partition),
-        master_bytes(partition),
-        gradient_bytes(partition, stage, train.accumulation_dtype, train.dtype, accumulation),
-        state_bytes(engine.optimizer, partition),
-    ]
-    largest = engine.mesh.max_over(torch.tensor(mine, dtype=torch.float64, device=device.local_device()))
-    return {kind: int(value) for kind, value in zip(KINDS, largest.tolist(), strict=True)}
+def memory(config: Config, vocab_size: int, engine: DeepSpeedEngine) -> Memory:
+    """Return the memory of the run, of each kind on the rank that needs most of it. Collective over all ranks."""
+    cuda, data = device.has_cuda(), engine.mesh.size_of("data")
+    zero = deepspeed_config(config, data).get("zero_optimization", {})
+    mine = memory_of(config, vocab_size, engine.partition, engine.optimizer, zero, cuda).by_kind
+    sizes = [mine.get(kind, 0) for kind in KINDS]
+    largest = engine.mesh.max_over(torch.tensor(sizes, dtype=torch.float64, device=device.local_device()))
+    return Memory({kind: int(size) for kind, size in zip(KINDS, largest.tolist(), strict=True) if size})
 
 
 def summary(
     config: Config,
+    vocab_size: int,
     engine: DeepSpeedEngine,
     samples: BlendedDataset,
     run_dir: Path,
@@ -55,12 +45,12 @@ def summary(
     global rank 0, and lacks the versions on others.
 
     Args:
+        vocab_size: exact number of tokens, without padding.
         samples: the training data, at the place from which the run continues.
         done: number of steps and of sequences that earlier starts of the run have trained on.
     """
     train, mesh = config.train, engine.mesh
-    held = memory(config, engine)
-    kinds = ", ".join(f"{kind} {screen.size(count)}" for kind, count in held.items() if count)
+    held = memory(config, vocab_size, engine)
     owned = engine.optimizer.ownership
     everything = sum(owned.matrices.values(), Share())
     scaled = f", and {owned.multipliers.elements:,} multipliers ({config.multipliers.implementation})"
@@ -82,7 +72,7 @@ def summary(
         ("training", _training(config, done, total)),
     ]
     after = [
-        ("memory", f"{screen.size(sum(held.values()))} per rank without activations: {kinds}"),
+        ("memory", str(held)),
         ("directory", str(run_dir)),
         ("here", f"{environment.host()}, {_devices(mesh)}"),
         ("versions", _versions() if mesh.rank == 0 else ""),  # asks Git, which one rank is enough for

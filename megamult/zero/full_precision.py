@@ -20,7 +20,12 @@ from megamult.multipliers.parameters import FULL_PRECISION
 from megamult.parameters.initial import Initial
 
 if TYPE_CHECKING:
-    from megamult.zero.partition import Partition, Slice
+    from megamult.zero.partition import Cut, Partition, Slice
+
+
+def narrow_cuts(partition: Partition) -> list[Cut]:
+    """Return the cuts of the parameters that forward passes read in fp32 and whose dtype is narrower."""
+    return [cut for cut in partition.cuts if cut.spec.fp32 and cut.dtype.itemsize < 4]
 
 
 class FullPrecision:
@@ -55,7 +60,7 @@ class FullPrecision:
     @staticmethod
     def of(partition: Partition) -> FullPrecision | None:
         """Return the fp32 values of a partition's parameters that are read in fp32, or None if all of them are fp32."""
-        narrow = [c.name for c in partition.cuts if c.spec.fp32 and c.dtype.itemsize < 4]
+        narrow = [cut.name for cut in narrow_cuts(partition)]
         return FullPrecision(partition, narrow) if narrow else None
 
     @torch.no_grad()

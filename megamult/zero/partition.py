@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -114,6 +116,11 @@ class Partition(ABC):
     """Parameters of the model by name."""
     full_precision: FullPrecision | None = None
     """fp32 values of the multipliers, or None if the model's own multipliers are fp32."""
+
+    @cached_property
+    def shards(self) -> dict[str, int]:
+        """Number of elements of the tensor-parallel shard of each parameter, by name."""
+        return {cut.name: math.prod(cut.spec.local_shape(self.mesh.grid)) for cut in self.cuts}
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:

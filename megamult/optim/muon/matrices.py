@@ -150,6 +150,20 @@ class MatrixRule(UpdateRule):
         self.exchange_dtype = self.exchange_dtype or self.matrices.dtype
         self._exchange, self._bytes_gathered = self.matrices.exchange(self.exchange_dtype), 0
 
+    def plan_only(
+        self,
+        partition: Partition,
+        selects: Callable[[ParameterSpec], bool],
+        costs: Callable[[set[tuple[int, int]], torch.dtype], Callable[[int, int], int]],
+    ) -> None:
+        """Choose the owners of the matrices of a partition that is only planned. Nothing can then be exchanged.
+
+        Args:
+            partition, selects: the same as for :meth:`bind`.
+            costs: the argument `cost` of :class:`Matrices`.
+        """
+        self.matrices = Matrices(partition, selects, costs, self.bucket_elements)
+
     def slices(self, partition: Partition, selects: Callable[[ParameterSpec], bool]) -> list[Slice]:
         """Return the slices whose state this rank stores; each element's state is on exactly one data-parallel rank."""
         assert self.matrices is not None and self.matrices.partition is partition

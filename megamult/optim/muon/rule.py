@@ -86,7 +86,7 @@ class Muon(MatrixRule):
 
     def choose_methods(self, shapes: set[tuple[int, int]], dtype: torch.dtype, mesh: Mesh) -> Callable[[int, int], int]:
         """Choose the method for each shape, and return the costs: nanoseconds if all were measured, else FLOPs."""
-        here, steps = device.local_device(), self._steps
+        here = device.local_device()
         kernel = all(mesh.gather_objects(has_kernel(here)))
         if self.ns_form == "auto":
             chosen = self._timed(sorted(shapes), dtype, here, mesh, kernel)
@@ -95,12 +95,26 @@ class Muon(MatrixRule):
             if nanoseconds.keys() == shapes:
                 return lambda rows, cols: max(1, nanoseconds[rows, cols])
         else:
-            form, wanted = self.ns_form, self.ns_dtype or dtype
-            self.methods = {shape: fixed_method(*shape, len(steps), wanted, kernel, form) for shape in shapes}
+            return self.fixed_costs(shapes, dtype, kernel)
+        return self._flops()
+
+    def fixed_costs(self, shapes: set[tuple[int, int]], dtype: torch.dtype, kernel: bool) -> Callable[[int, int], int]:
+        """Choose the method for each shape without measuring, and return the costs in FLOPs.
+
+        Args:
+            shapes, dtype: the same as for :meth:`choose_methods`.
+            kernel: whether the device has the kernel for symmetric products.
+        """
+        form, wanted = None if self.ns_form == "auto" else self.ns_form, self.ns_dtype or dtype
+        self.methods = {shape: fixed_method(*shape, len(self._steps), wanted, kernel, form) for shape in shapes}
+        return self._flops()
+
+    def _flops(self) -> Callable[[int, int], int]:
+        """Return the function from a shape to the FLOPs of its method."""
 
         def cost(rows: int, cols: int) -> int:
             method = self.methods[rows, cols]
-            return flops(rows, cols, len(steps), method.form, method.products)
+            return flops(rows, cols, len(self._steps), method.form, method.products)
 
         return cost
 

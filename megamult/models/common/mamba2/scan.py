@@ -50,6 +50,8 @@ def use_fused(sizes: MixerSizes, device: torch.device, dtype: torch.dtype) -> bo
     Raises:
         ValueError: they are asked for and cannot be used.
     """
+    if device.type == "meta":  # the model is only described
+        return False
     problem = why_not_fused(sizes, device, dtype) if sizes.kernels != "torch" else None
     if sizes.kernels == "fused" and problem is not None:
         raise ValueError(f"model.ssm_kernels is fused, and {problem}: mend this, or set model.ssm_kernels to auto")
