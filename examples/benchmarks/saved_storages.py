@@ -18,7 +18,7 @@ def saved_storages(model: torch.nn.Module) -> Iterator[dict[int, int]]:
     """Yield a mapping that fills with {address: bytes} of each storage that autograd saves in the context.
 
     Storages of the model's parameters and buffers are left out. Layers with multipliers have hooks of their own on what
-    they save (:mod:`megamult.multipliers.wrapped`), and torch calls only the innermost hooks, so theirs are watched too.
+    they save (:mod:`megamult.multipliers.wrapped`). torch calls only the innermost hooks, so theirs are watched too.
     """
     found: dict[int, int] = {}
     kept: list[Tensor] = []  # else a storage could be freed, and its address used for another

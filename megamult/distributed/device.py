@@ -26,8 +26,9 @@ def has_cuda() -> bool:
 def local_device() -> torch.device:
     """Return the device of this process.
 
-    Within :func:`describing` it is the meta device. Otherwise it is the CPU if the process does not compute on CUDA (:func:`has_cuda`), and else the only GPU that the
-    process sees, or, if it sees several, the one with number LOCAL_RANK.
+    Within :func:`describing` it is the meta device. Otherwise it is the CPU if the process does not compute on CUDA
+    (:func:`has_cuda`), and else the only GPU that the process sees, or, if it sees several, the one with number
+    LOCAL_RANK.
     """
     if _describes:
         return torch.device("meta")

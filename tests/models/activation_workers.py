@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from examples.benchmarks.saved_storages import saved_storages
 from megamult.models.architectures import architecture_of
 from megamult.models.common.config import DecoderConfig
-from examples.benchmarks.saved_storages import saved_storages
 from tests.small import VOCAB
 
 

@@ -37,9 +37,8 @@ def shardings(config: Config, cluster: Cluster) -> Iterator[Config]:
     ranks = cluster.ranks
     tensors = [t for t in range(1, VOCABULARY_MULTIPLE + 1) if VOCABULARY_MULTIPLE % t == 0 and ranks % t == 0]
     for tensor, stage in itertools.product(tensors, (0, 1, 2, 3)):
-        if tensor > cluster.gpus_per_node or cluster.gpus_per_node % tensor:
-            if not config.parallel.tensor_across_nodes:
-                continue
+        if cluster.gpus_per_node % tensor and not config.parallel.tensor_across_nodes:
+            continue
         each = config.train.global_batch_size // (ranks // tensor)  # sequences of a rank and step
         for micro, sequence, recompute in itertools.product(_divisors(each), (False, True), ("none", "full")):
             parallel = dataclasses.replace(config.parallel, tensor=tensor, sequence=sequence, zero_stage=stage)

@@ -48,8 +48,8 @@ def _chunks(run: Pass, here: MixerSizes) -> int:
     # Within chunks: exp of decays; C B^T for each group; their product; inputs, B and C by chunks.
     kept = chunks * chunk * chunk * (_FP32 * heads + size * (here.groups + heads))
     kept += chunks * chunk * size * (2 * here.groups * state + 2 * inner)
-    # Between chunks: B and C of each head in fp32, inputs weighted by the decays to the end, what is read from the state
-    # before the chunk, and the decays from the start and to the end.
+    # Between chunks: B and C of each head in fp32, inputs weighted by the decays to the end, what is read from the
+    # state before the chunk, and the decays from the start and to the end.
     kept += chunks * chunk * _FP32 * (2 * heads * state + 2 * inner + 2 * heads)
     # The state before each chunk, by itself and side by side, and what is left of it at the chunk's end.
     return kept + chunks * _FP32 * (2 * inner * state + 2 * heads) + chunk * chunk
