@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from examples.benchmarks.saved_storages import saved_storages
+from examples.benchmarks.plan_memory import saved_storages
 from megamult.models.architectures import architecture_of
 from megamult.models.common.config import DecoderConfig
 from tests.small import VOCAB

@@ -15,7 +15,7 @@ import torch
 
 from megamult.config import Config
 from megamult.models.architectures import architecture_of
-from megamult.models.common.activation_memory import Pass
+from megamult.models.common.activation_memory import Pass, Saved
 from megamult.monitor import screen
 from megamult.optim.memory import FOLDED, state_by_name
 from megamult.optim.muon.matrices import MatrixRule
@@ -108,6 +108,14 @@ def forward_pass(config: Config, cuda: bool) -> Pass:
     )
 
 
+def saved_by(config: Config, vocab_size: int, cuda: bool) -> Saved:
+    """Return what the forward pass of a micro-batch keeps for backward."""
+    in_layers = config.multipliers.implementation == "layer"
+    sides = config.multipliers.sides(ROLES).get("embedding", frozenset()) if in_layers else frozenset()
+    run = forward_pass(config, cuda)
+    return architecture_of(config.model).activation_memory(config.model, vocab_size, run, frozenset(sides))
+
+
 def kept_memory(
     config: Config, partition: Partition, optimizer: TwoPhaseOptimizer, accumulation: int
 ) -> dict[str, int]:
@@ -147,12 +155,9 @@ def passing_memory(
         zero: the section `zero_optimization` of the DeepSpeed configuration.
         cuda: whether the run computes on CUDA GPUs.
     """
-    train, stage, multipliers = config.train, config.parallel.zero_stage, config.multipliers
-    in_layers = multipliers.implementation == "layer"
-    sides = multipliers.sides(ROLES).get("embedding", frozenset()) if in_layers else frozenset()
-    saved = architecture_of(config.model).activation_memory(
-        config.model, vocab_size, forward_pass(config, cuda), frozenset(sides)
-    )
+    train, stage = config.train, config.parallel.zero_stage
+    in_layers = config.multipliers.implementation == "layer"
+    saved = saved_by(config, vocab_size, cuda)
     recompute = train.recompute == "full"
     largest = zero_memory.largest_bytes(partition)
     found = {

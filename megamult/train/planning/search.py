@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from megamult.config import Config
 from megamult.models.common.vocabulary import VOCABULARY_MULTIPLE
@@ -40,7 +41,8 @@ def shardings(config: Config, cluster: Cluster) -> Iterator[Config]:
         if cluster.gpus_per_node % tensor and not config.parallel.tensor_across_nodes:
             continue
         each = config.train.global_batch_size // (ranks // tensor)  # sequences of a rank and step
-        for micro, sequence, recompute in itertools.product(_divisors(each), (False, True), ("none", "full")):
+        recomputes: tuple[Literal["none", "full"], ...] = ("none", "full")
+        for micro, sequence, recompute in itertools.product(_divisors(each), (False, True), recomputes):
             parallel = dataclasses.replace(config.parallel, tensor=tensor, sequence=sequence, zero_stage=stage)
             train = dataclasses.replace(config.train, micro_batch_size=micro, recompute=recompute)
             try:
@@ -68,8 +70,9 @@ def search(config: Config, vocab_size: int, specs: Mapping[str, ParameterSpec], 
         held: Sharded | None = None
         for candidate in group:
             tried += 1
-            # Planning takes seconds for a large run: leave it out where the weights alone do not fit.
-            if smallest is not None and _weights(candidate, specs, cluster) > cluster.usable:
+            # Planning takes seconds for a large run: leave it out where the weights alone are too much.
+            least = math.inf if smallest is None else max(cluster.usable, smallest.memory.peak)
+            if _weights(candidate, specs, cluster) > least:
                 continue
             held = held or sharded(candidate, specs, cluster.ranks, cluster.cuda)
             made = estimate(candidate, vocab_size, specs, held, cluster)

@@ -1,0 +1,12 @@
+"""Plan a run without starting it: `python launch/plan.py --config FILE.yaml --nodes 64 [--section.key value ...]`.
+
+It prints memory per rank, traffic, time of a step and MFU. Nothing is written, and no GPU is needed.
+"""
+
+from megamult.runtime.console import whole_or_nothing
+
+if __name__ == "__main__":
+    with whole_or_nothing():
+        from megamult.train.planning.main import main
+
+        main()
