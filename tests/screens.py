@@ -11,6 +11,8 @@ _VARIABLE = (
     (r"^(directory|here|versions|data) +.*", r"\1"),
     (r"(warning: optimizer\.weight_decay|warning: multipliers\.weight_decay) .*", r"\1"),
     (r"^learning rate  .*", "learning rate"),
+    # Which kinds of memory there are depends on the sharding.
+    (r"^memory  +[\d.]+ [kMG]?B per rank: kept [\d.]+ [kMG]?B \(weights .*\); forward and backward .*", "memory"),
     (r"^optimizer  +(?:\w+ \d+ matrices \([\d,]+\)(?:; )?)+.*", "optimizer"),
     (r"^(megamult: )(?:\w+ \d+ matrices \([\d,]+\)(?:; )?)+.*", r"\1ownership"),
     (r"^[\w.]+_multiplier +\[ *\d+\]", "MULTIPLIERS"),

@@ -395,9 +395,10 @@ def test_a_deepspeed_file_is_read_and_a_bad_one_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_a_shipped_configuration_parses_and_fits_one_process(file: Path) -> None:
+def test_a_shipped_configuration_parses_and_fits_the_fewest_processes(file: Path) -> None:
     config, _ = parse(["--config", str(file)])
-    config.check_world(1)
+    config.check_world(config.parallel.tensor)
+    assert config.parallel.tensor == 1 or file.stem == "llama_70b"
     assert config.data.train and config.data.tokenizer
 
 
