@@ -1,7 +1,7 @@
 """Partition that DeepSpeed would make of a model, on the meta device: without processes, memory or DeepSpeed.
 
 Stand-ins of DeepSpeed's optimizers hold meta tensors of the sizes that DeepSpeed gives them, and the classes of
-partitions read them as they read DeepSpeed's. `tests/zero/test_planned.py` compares the cuts with those of DeepSpeed.
+partitions read them as they read DeepSpeed's. `tests/train/test_startup.py` compares the cuts with those of DeepSpeed.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from megamult.distributed.config import ParallelConfig
 from megamult.multipliers.config import MultipliersConfig
 from megamult.optim.config import OptimizerConfig
 from megamult.train.config import TrainConfig
+from megamult.train.planning.estimate import sharded
+from megamult.train.planning.specs import model_specs
 from tests.small import SMALL, VOCAB
 
 MICRO_BATCHES = 2
@@ -44,6 +47,10 @@ def held_and_estimated(cases: list[tuple[Any, ...]]) -> list[tuple[dict[str, int
         generator = torch.Generator().manual_seed(rank)
         texts = [torch.randint(0, VOCAB, (1, SMALL.seq_length + 1), generator=generator) for _ in range(MICRO_BATCHES)]
         held = measured(engine, case[0], [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in texts])
+        cuts = sharded(config, model_specs(config, VOCAB), mesh.size, cuda=False).partition.cuts
+        held["cuts that the plan has otherwise"] = sum(
+            ours != theirs for ours, theirs in zip_longest(cuts, engine.partition.cuts)
+        )
         found.append((held, estimated, planned(config, VOCAB, mesh.size)))
         engine.deepspeed.destroy()
     return found

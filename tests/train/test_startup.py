@@ -54,7 +54,8 @@ def test_activations_are_what_a_forward_pass_keeps(
 def test_a_plan_without_processes_is_what_the_run_says_at_its_start(
     found: dict[tuple[object, ...], Found], case: tuple[object, ...]
 ) -> None:
-    _, estimated, planned = found[case]
+    held, estimated, planned = found[case]
+    assert held["cuts that the plan has otherwise"] == 0
     # The plan is of the first rank; which rank owns most rows of NorMuon's second moment is another matter.
     for kind in {*planned, *estimated} - {ACTIVATIONS}:
         more = PADDING if kind == "momentum" and case[3] == "normuon" else 0
