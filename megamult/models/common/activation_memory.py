@@ -40,7 +40,7 @@ class Pass:
     sequence: bool = False
     """Whether norms and residuals are sharded over the tensor-parallel ranks."""
     fused: bool = False
-    """Whether the device is CUDA, which has one kernel for an RMSNorm and one for SwiGLU."""
+    """Whether the device is CUDA, which has one kernel for an RMSNorm."""
     documents: bool = False
     """Whether documents do not see each other."""
 
@@ -106,36 +106,38 @@ def linear_input(run: Pass, width: int) -> int:
 def attention(run: Pass, sizes: DecoderConfig, layer: int) -> int:
     """Return the bytes of attention in one layer, without the input of its first projection.
 
-    These are the projections' output, of which V is a view; Q and K after rotary positions, with the tables of sines
-    and cosines; the output, which is also the input of the second projection; and the log-sum-exp of each query.
+    These are Q and K after rotary positions; V, on CUDA as a view of the projections' output, of which all is kept
+    then, and on a CPU as a copy; the output, and the second projection's input; and the log-sum-exp of each query.
+    Rotary positions themselves keep nothing in a layer.
     """
     head, ranks = sizes.head_size, run.tensor
     queries, groups = sizes.num_attention_heads // ranks, max(1, sizes.query_groups // ranks)
     q, kv = queries * head, groups * head
-    stored = q + 2 * kv
+    projected = q + 2 * kv
     if sizes.query_groups < ranks:
         # Megatron then gathers the projections of all ranks, from which each rank takes its heads.
-        stored = head * (sizes.num_attention_heads + 2 * sizes.query_groups)
-    kept = run.tokens * run.size * (stored + q)  # and the output
-    if sizes.qk_norm:
-        kept += norm(run, run.tokens * (queries + groups), head)
-        if run.fused or run.dtype == torch.float32:
-            kept -= run.tokens * kv * run.size  # K as the norm reads it is a view of the projections' output
-    if layer not in sizes.layers_without_rope:
-        kept += run.tokens * run.size * (q + kv)
-        kept += 4 * run.seq_length * head * run.size * (run.sequences if run.documents else 1)
+        projected = head * (sizes.num_attention_heads + 2 * sizes.query_groups)
+    rotated = layer not in sizes.layers_without_rope
+    normed_view = sizes.qk_norm and (run.fused or run.dtype == torch.float32)  # the norm of K keeps a view as its input
+    width = q  # the output
+    width += projected if run.fused or not rotated or normed_view else 0
+    width += 0 if run.fused else kv
+    if rotated:
+        # Rotation leaves heads apart, and attention's output is like its queries: the second projection reads a copy.
+        width += q + kv + q
     elif groups > 1:
-        kept += run.tokens * run.size * q  # queries of all groups side by side are a copy
+        width += q  # queries of all groups side by side are a copy
     if run.fused and (run.dtype == torch.float32 or run.documents) and q != kv:
-        kept += 2 * run.tokens * run.size * q  # keys and values repeated for each query head
-    return kept + run.tokens * queries * _FP32
+        width += 2 * q  # keys and values repeated for each query head
+    kept = run.tokens * (width * run.size + queries * _FP32)
+    if sizes.qk_norm:
+        kept += norm(run, run.tokens * (queries + groups), head) - (run.tokens * kv * run.size if normed_view else 0)
+    return kept
 
 
 def mlp(run: Pass, sizes: DecoderConfig) -> int:
-    """Return the bytes of the gated MLP in one layer, without its input: gate and up, and the product with the input of
-    `down`. On a CPU SiLU's result and the other factor are kept too."""
-    width = sizes.ffn_hidden_size // run.tensor
-    return run.tokens * run.size * width * (3 if run.fused else 5)
+    """Return the bytes of the gated MLP in one layer, without its input: gate and up, and the input of `down`."""
+    return run.tokens * run.size * sizes.ffn_hidden_size // run.tensor * 3
 
 
 def around(
@@ -155,6 +157,8 @@ def around(
     outside = run.tokens * (_INT64 + (_BOOL if run.tensor > 1 else 0))
     outside += len(embedding & {"col", "scalar"}) * stream
     outside += norm(run, run.stream, sizes.hidden_size, sizes.final_norm) + linear_input(run, sizes.hidden_size)
+    if set(sizes.attention_layers) - set(sizes.layers_without_rope):  # cosines and sines of rotary positions
+        outside += run.seq_length * sizes.head_size * run.size * (run.sequences if run.documents else 1)
     if run.documents:
         outside += run.sequences * run.seq_length**2 * run.size  # what is added to the logits of attention
     columns = padded_vocab_size(vocab_size) // run.tensor
