@@ -285,6 +285,7 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=fused,
+        use_te_activation_func=not fused,  # the layer's own module, see SwiGLU
         bias_dropout_fusion=fused,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,

@@ -10,15 +10,15 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
 from megamult.layers import MultiplierColumnParallelLinear, MultiplierRowParallelLinear
 from megamult.models.common import parameters
 from megamult.models.common.attention import RotatedSelfAttention, SdpaAttention
 from megamult.models.common.config import AttentionBias
-from megamult.models.common.mlp import GatedMLP
 from megamult.models.common.norm import RMSNorm
 from megamult.models.common.norm_weight import NormWeight
+from megamult.models.common.swiglu import SwiGLU
 from megamult.multipliers.parameters import GradSync
 from megamult.parameters.roles import Placement
 
@@ -97,6 +97,7 @@ def transformer_layer_spec(
             MultiplierColumnParallelLinear,
             params={"spec": parameters.gate_up(config), "own_bias": mlp_bias, **fused},
         ),
+        activation_func=SwiGLU,
         linear_fc2=ModuleSpec(MultiplierRowParallelLinear, params={"role": "down", "own_bias": mlp_bias, **common}),
     )
     norm = ModuleSpec(RMSNorm, params={"weight": norms})
@@ -109,7 +110,7 @@ def transformer_layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(GatedMLP, submodules=mlp),
+            mlp=ModuleSpec(MLP, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megamult.models.common.mlp import _SwiGLU
+from megamult.models.common.swiglu import _SwiGLU
 
 
 def test_the_activation_is_silu_of_the_first_half_times_the_second() -> None:
