@@ -98,11 +98,15 @@ def mup_keys(setting: Setting, optimizer: str, base_hidden_size: int, sizes: dic
         optimizer: name of the optimizer.
         base_hidden_size: the base width. Heads have the same size at every width.
         sizes: keys of the model in which the run differs from the setting.
+
+    Raises:
+        ValueError: the model is no Llama model, at the base width too.
     """
     model = model_of(setting, sizes)
+    base = at_width(model, base_hidden_size)
     if model.hidden_size == base_hidden_size:
         return sizes | KINDS["none"]
     rule = OptimizerConfig(name=optimizer)
-    factors = mup(model, at_width(model, base_hidden_size), update_norm(rule))
+    factors = mup(model, base, update_norm(rule))
     found = factors.overrides(model, rule, MultipliersConfig(implementation="none"))
     return sizes | {f"{section}.{key}": value for section, values in found.items() for key, value in values.items()}

@@ -81,6 +81,9 @@ def constants(setting: Setting, sizes: dict[str, Any]) -> dict[str, Any]:
 
     A matrix W with a constant s has the effective weight s W. AdamW at the learning rate lr changes W by about lr in
     each element, and s W by lr s: so s is muP's factor of the learning rate, and the initial W is divided by s.
+
+    Raises:
+        ValueError: the model is no Llama model.
     """
     model = model_of(setting, sizes)
     factors = mup(model, at_width(model, BASE))

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from examples.paper import e08_width as e08
 from examples.paper import report, transfer
 from examples.paper.arms import mup_keys, sizes_at
 from examples.paper.experiment import Claim, Results
+from examples.paper.falcon_h1 import HYBRID
 from examples.paper.grid import Grid, make_run
 from tests.paper.settings import losses_of, tiny
 
@@ -129,3 +131,13 @@ def test_a_plot_is_drawn_of_complete_sweeps(tmp_path: Path) -> None:
     assert not report.drawn(transfer.plot, read, file)
     train(read, "free", 64, parabola("free", 1.0))
     assert report.drawn(transfer.plot, read, file) and file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("width", [64, 128])  # the first is the base width, where muP changes nothing
+def test_mup_is_refused_for_a_hybrid(width: int) -> None:
+    hybrid = {**sizes_at(width), **HYBRID}
+    said = "model.architecture is 'falcon_h1': .* known here for llama only, .*; tune this model at its own width"
+    with pytest.raises(ValueError, match=said):
+        mup_keys(tiny(), "muon", 64, hybrid)
+    with pytest.raises(ValueError, match=said):
+        e08.constants(tiny(), hybrid)
