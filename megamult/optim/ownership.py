@@ -42,13 +42,17 @@ class Ownership:
     """Vectors, such as weights of norms, which AdamW trains."""
     multipliers: Share
     """Vectors of multipliers, in layers or folded, which AdamW trains. Each scalar is a vector of one element."""
+    others: Share = Share()
+    """Tensors of 3 or more dimensions, such as the weights of convolutions, which AdamW trains."""
 
     def __str__(self) -> str:
-        *others, adamw = [f"{name} {share.said('matrix', 'matrices')}" for name, share in self.matrices.items()]
+        *first, adamw = [f"{name} {share.said('matrix', 'matrices')}" for name, share in self.matrices.items()]
         parts = [adamw, self.vectors.said("vector", "vectors")]
+        if self.others.tensors:
+            parts.append(self.others.said("tensor of 3 or more dimensions", "tensors of 3 or more dimensions"))
         if self.multipliers.tensors:
             parts.append(f"{self.multipliers.said('vector', 'vectors')} of multipliers")
-        return "; ".join([*others, ", ".join(parts)]) + ", with their elements in parentheses"
+        return "; ".join([*first, ", ".join(parts)]) + ", with their elements in parentheses"
 
 
 def ownership(
@@ -67,13 +71,15 @@ def ownership(
     """
     specs = list(specs)
     matrices = {type(each).__name__: Share() for each in (*rules.values(), rule)}
-    vectors = multipliers = Share()
+    vectors = multipliers = others = Share()
     for spec in specs:
         parts = spec.parts[:1] if spec.shared else spec.parts
         share = Share(len(parts), spec.numel_logical)
         if spec.side is not None:
             multipliers += share
-        elif len(spec.shape) > 1:
+        elif len(spec.shape) > 2:  # no rule but AdamW trains them
+            others += share
+        elif len(spec.shape) == 2:
             matrices[type(rules.get(spec.kind, rule)).__name__] += share
         else:
             vectors += share
@@ -82,4 +88,4 @@ def ownership(
         laid, _ = lay_out(cuts, folding.placement, folding.shared_columns)
         stored = {(vector.entries.start, vector.entries.stop) for vector in laid}
         multipliers += Share(len(stored), sum(stop - start for start, stop in stored))
-    return Ownership(matrices, vectors, multipliers)
+    return Ownership(matrices, vectors, multipliers, others)

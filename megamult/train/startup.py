@@ -53,6 +53,10 @@ def summary(
     held = memory(config, vocab_size, engine)
     owned = engine.optimizer.ownership
     everything = sum(owned.matrices.values(), Share())
+    held_in = f"{everything.tensors} matrices and {owned.vectors.tensors} vectors"
+    if owned.others.tensors:
+        held_in += f" and {owned.others.tensors} tensors of 3 or more dimensions"
+    elements = everything.elements + owned.vectors.elements + owned.others.elements
     scaled = f", and {owned.multipliers.elements:,} multipliers ({config.multipliers.implementation})"
     total = Schedule(config).samples_after(done[1], max(0, train.steps - done[0]))
     details = architecture_of(config.model).details(config.model, config.parallel.tensor, train.torch_dtype)
@@ -60,8 +64,7 @@ def summary(
         (
             "model",
             f"{architecture_of(config.model).name}, {config.model.num_layers} layers of width "
-            f"{config.model.hidden_size}: {everything.elements + owned.vectors.elements:,} parameters in "
-            f"{everything.tensors} matrices and {owned.vectors.tensors} vectors"
+            f"{config.model.hidden_size}: {elements:,} parameters in {held_in}"
             + (scaled if owned.multipliers.tensors else "")
             + (f"; {details}" if details else ""),
         ),

@@ -34,6 +34,15 @@ def test_fold_says_what_each_rule_owns_and_returns_it(capsys: pytest.CaptureFixt
     )
 
 
+def test_a_convolution_is_no_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Small()
+    model.conv = torch.nn.Conv1d(6, 6, 3, groups=6)  # weights 6 x 1 x 3, bias 6
+    made = megamult.fold({"name": "adamw"}, model, {**RULES, r"conv\.weight$": "norm"})
+    assert made.ownership.matrices == {"AdamW": Share(2, 64)} and made.ownership.vectors == Share(3, 18)
+    assert made.ownership.others == Share(1, 18)
+    assert "3 vectors (18), 1 tensor of 3 or more dimensions (18), 4 vectors (24) of" in capsys.readouterr().out
+
+
 def test_shared_columns_count_once() -> None:
     from megamult.multipliers.config import MultipliersConfig
     from megamult.optim.build import make_optimizer
