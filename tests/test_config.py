@@ -159,7 +159,7 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({"model": {"norms": "none"}}, r"model\.norms is 'none': use one of vector, scalar, frozen"),
     (
         {"model": {"init_std_factors": {"norm": 2.0, "q": 0.0}}},
-        r"role 'norm': only weights of these roles are drawn .*\.q is 0\.0: give a posit",
+        r"role 'norm': model\.init_std sets the initial weights of these .*\.q is 0\.0: give a posit",
     ),
     (
         {"model": {"norms": "frozen"}, "optimizer": {"lr_factors": {"norm": 2.0}}},

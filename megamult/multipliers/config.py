@@ -108,7 +108,8 @@ class MultipliersConfig:
         if not isinstance(good, str):
             good = {role: sides for role, sides in good.items() if not mistakes({role: sides}, roles)}
         placement = resolve(good, roles)
-        return [*found, *self.by_side_mistakes(placement), *self._clip_mistakes(placement.get("q", frozenset()))]
+        clip = self._clip_mistakes(placement.get("q", frozenset()), attention="q" in roles)
+        return [*found, *self.by_side_mistakes(placement), *clip]
 
     def by_side_mistakes(self, placement: Placement) -> list[str]:
         """Return all mistakes in the numbers by role and side, for the sides on which a model has multipliers."""
@@ -120,15 +121,18 @@ class MultipliersConfig:
             )
         return found
 
-    def _clip_mistakes(self, sides: frozenset[Side]) -> list[str]:
+    def _clip_mistakes(self, sides: frozenset[Side], attention: bool) -> list[str]:
         """Return the mistake that Q has no row multipliers which QK-clip can scale, if it is one.
 
         Args:
             sides: sides on which Q has multipliers.
+            attention: whether the model has attention.
         """
         if self.qk_clip is None:
             return []
         given = f"multipliers.qk_clip is {self.qk_clip}, which scales the rows of single heads of Q, and"
+        if not attention:
+            return [f"{given} the model has no attention: leave qk_clip out"]
         if "row" not in sides:
             scalar = ": one scalar scales all heads" if sides == {"scalar"} else ""
             return [

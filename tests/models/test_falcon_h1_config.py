@@ -154,9 +154,18 @@ def test_the_command_line_reads_the_keys_of_the_architecture_that_it_names(tmp_p
             [*ARGUMENTS, "--multipliers.placement", "{ssm_out: row}"],
             r"placement names the role 'ssm_out': use one of q",
         ),
+        (
+            ["--model", "{architecture: falcon_h1, layers: MMMM}", "--multipliers.qk_clip", "30"],
+            r"qk_clip is 30\.0, .* the model has no attention: leave qk_clip out",
+        ),
+        # The weights of the convolution are drawn as Mamba's, whatever init_std.
+        (
+            ["--model", "{architecture: falcon_h1, init_std_factors: {ssm_conv: 2}}"],
+            r"init_std_factors names the role 'ssm_conv': model\.init_std sets the initial .* only: q, .* ssm_out",
+        ),
     ],
 )
-def test_a_key_or_role_of_another_architecture_is_refused(arguments: list[str], said: str) -> None:
+def test_a_key_or_role_that_the_model_has_no_use_for_is_refused(arguments: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         parse(arguments)
 

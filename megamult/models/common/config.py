@@ -28,7 +28,7 @@ class DecoderConfig:
     architecture: str
     """Architecture of the model; the other keys of this section depend on it."""
     num_layers: int = fixed(4, "function")
-    """Number of transformer layers."""
+    """Number of layers."""
     hidden_size: int = fixed(256, "function")
     """Width of the residual stream."""
     num_attention_heads: int = fixed(8, "function")
@@ -62,8 +62,8 @@ class DecoderConfig:
     norm_eps: float = fixed(1e-5, "function")
     """Epsilon of RMSNorm."""
     norms: NormWeight = fixed("vector", "function")
-    """Weights of the norms before attention and MLP in the layers. `vector`: one weight for each feature. `scalar`: one
-    for all features. `frozen`: the constant 1."""
+    """Weights of the norms before attention, mixer and MLP in the layers. `vector`: one weight for each feature.
+    `scalar`: one for all features. `frozen`: the constant 1."""
     final_norm: NormWeight = fixed("vector", "function")
     """Weight of the norm before the LM head: `vector`, `scalar` or `frozen`, as for norms."""
     init_std: float = 0.02
@@ -185,7 +185,7 @@ class DecoderConfig:
             self.init_std_factors,
             self.roles,
             lambda role: bool(role.sides or role.optional),
-            "only weights of these roles are drawn at random:",
+            "model.init_std sets the initial weights of these roles only:",
             positive=True,
         )
 
