@@ -1,4 +1,4 @@
-"""Export a checkpoint as a Hugging Face model (Llama, Qwen2, Qwen3 and others), with the multipliers merged in."""
+"""Export a checkpoint as a Hugging Face model (Llama, Qwen3, Falcon-H1 and others), with the multipliers merged in."""
 
 import argparse
 from pathlib import Path
