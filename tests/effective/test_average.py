@@ -367,6 +367,9 @@ def test_a_run_of_falcon_h1_goes_on_from_the_average(corpus: Path, tmp_path: Pat
     first = [*common, "--train.steps", "4", "--checkpoint.save_every", "2", "--train.run_dir", str(tmp_path / "one")]
     began = start(first)
     assert began.code == 0, began.text
+    # One layer: 13 matrices beside embedding and head; 3 norms, and 3 biases and 3 vectors of the mixer; x, B and C are
+    # convolved.
+    assert " in 15 matrices and 9 vectors and 3 tensors of 3 or more dimensions, and " in began.stdout
     made = tmp_path / "two/checkpoints/step_4"
     done = run("average.py", tmp_path / "one", "--last", 2, "--output", made)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
