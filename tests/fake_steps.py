@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
 
 import fake_step
-import step_launches
+import step_counts
 
 # isort: split
 import torch
@@ -28,19 +28,19 @@ from tests.small import MODELS
 def steps(tensor: int, data: int, *kinds: tuple[str, str]) -> dict[str, Any]:
     """The counts of whole steps, by "implementation optimizer"."""
     arguments = argparse.Namespace(layers=2 if tensor == 1 else 1, tensor=tensor, data=data)
-    return {" ".join(kind): step_launches.whole(arguments, *kind) for kind in kinds}
+    return {" ".join(kind): step_counts.whole(arguments, *kind) for kind in kinds}
 
 
 def hybrid() -> dict[str, Any]:
     """The counts of a Falcon-H1 with layers of every kind."""
-    config: Config = step_launches.config_of(argparse.Namespace(layers=2, tensor=1, data=1), "layer", "muon")
+    config: Config = step_counts.config_of(argparse.Namespace(layers=2, tensor=1, data=1), "layer", "muon")
     config.model = MODELS["hybrid"]  # type: ignore[assignment]
     return fake_step.counts(config, fake_step.initialize(1, 1))
 
 
 def problem_of_a_buffer_on_the_cpu(what: str) -> str:
     """What is said of a step in which one tensor has stayed on the CPU."""
-    config: Config = step_launches.config_of(argparse.Namespace(layers=1, tensor=1, data=1), "layer", "adamw")
+    config: Config = step_counts.config_of(argparse.Namespace(layers=1, tensor=1, data=1), "layer", "adamw")
     config.multipliers = MultipliersConfig(implementation="layer")
     fake_step.initialize(1, 1)
     with fake_step.fake_cuda_device(), fake_step.Watch():

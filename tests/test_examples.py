@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.benchmarks import gpu
 from tests.processes import starts_processes
 from tests.programs import Ranks
 from tests.screens import unknown_lines
@@ -117,6 +118,8 @@ def test_layer_overhead_prints_ratios_of_the_medians_and_what_folding_keeps() ->
     rate = {name: float(value.replace(",", "")) for name, value in rows}
     ratios = dict(re.findall(r"ratio (\w+) / none: ([\d.]+)", said))
     assert set(rate) == {"none", "layer", "folded"} and set(ratios) == {"layer", "folded"}
+    rows = [found for line in said.splitlines() if (found := gpu._overhead(line))]  # as gpu.sh reads it
+    assert len(rows) == 6 and ("speed with layer multipliers over none", ratios["layer"]) in rows
     for name, ratio in ratios.items():
         # The table shows one decimal of some hundreds or thousands of tokens per second, the ratio four.
         assert abs(rate[name] / rate["none"] - float(ratio)) < 1e-3
@@ -151,6 +154,8 @@ def test_muon_step_counts_what_newton_schulz_costs() -> None:
     said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True).stdout
     rows = {line[:20].strip(): line[20:].split() for line in said.splitlines() if "Muon" in line or "DeepSpeed" in line}
     ours = next(line.split() for line in said.splitlines() if line.startswith("megamult"))
+    figures = dict(found for line in said.splitlines() if (found := gpu._muon_step(line)))  # as gpu.sh reads it
+    assert len(figures) == 4 and f"{ours[1]} ms; ours over it 1.000" in figures.values()
     # Two layers of q, k, v, out (128 x 128) and gate, up, down (128 x 192): a multiply-add counts 2, five steps.
     dense = 2 * 5 * (4 * 3 * 2 * 128**3 + 3 * (4 * 128**2 * 192 + 2 * 128**3)) / 1e9
     assert 0.75 * dense < float(ours[5]) < dense, "symmetric products must save something"

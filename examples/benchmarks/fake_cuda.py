@@ -1,8 +1,13 @@
 """A device "cuda" for fake tensors, on a machine whose torch is not built for CUDA.
 
-Tensors of torch's FakeTensorMode have a shape, a dtype and a device, and no values. A build of torch for CPUs makes them
-on "cuda" too, but its autograd engine ends the process at the first of them. :func:`load` gives it what it asks for
-(`fake_cuda.cpp`). It is for a process of its own, because torch then says that it has an accelerator.
+Tensors of torch's FakeTensorMode have a shape, a dtype and a device, and no values. A build of torch for CPUs makes
+them on "cuda" too, but its autograd engine ends the process at the first of them. Importing this module, before torch,
+gives it what it asks for (`fake_cuda.cpp`), and makes torch.compile return what counts as one launch. It is for a
+process of its own, because torch then says that it has an accelerator.
+
+Raises at import:
+    RuntimeError: torch is imported already.
+    SystemExit: there is no C++ compiler.
 """
 
 from __future__ import annotations
@@ -30,17 +35,10 @@ COUNTING: list[Counts] = []
 """What counts now; empty if nothing does."""
 
 
-def load() -> None:
-    """Make autograd take fake tensors on "cuda", and torch.compile return what counts as one launch (:func:`_compile`).
-
-    Call this before torch is imported.
-
-    Raises:
-        RuntimeError: torch is imported already.
-        SystemExit: there is no C++ compiler.
-    """
+def _load() -> None:
+    """Compile and load the device, unless torch is built for CUDA."""
     if "torch" in sys.modules:
-        raise RuntimeError("torch is imported already, and has looked for CUDA: call fake_cuda.load() first")
+        raise RuntimeError("torch is imported already, and has looked for CUDA: import fake_cuda first")
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
     home = Path(spec.origin).parent
@@ -57,9 +55,6 @@ def load() -> None:
             except (OSError, subprocess.CalledProcessError) as error:
                 raise SystemExit(f"fake CUDA tensors need a C++ compiler ({error}): install g++, or set CXX") from None
             ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-    import torch
-
-    torch.compile = _compile  # before Megatron and megamult bind its results
 
 
 def _compile(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
@@ -79,3 +74,11 @@ def _compile(function: Callable[..., Any] | None = None, **options: Any) -> Call
 def _one_launch() -> Iterator[None]:
     with COUNTING[-1].one_launch() if COUNTING else contextlib.nullcontext():
         yield
+
+
+os.environ["DS_ACCELERATOR"] = "cuda"
+_load()
+
+import torch  # noqa: E402
+
+torch.compile = _compile  # before Megatron and megamult bind its results

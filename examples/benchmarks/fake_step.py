@@ -2,8 +2,8 @@
 
     import fake_step  # before torch
 
-The operators are those of a GPU, one by one, and no CPU tensor may meet a CUDA one, as there. A tensor has no values, so
-that a step of any size takes seconds. Values that the host reads are 1.
+The operators are those of a GPU, one by one, and no CPU tensor may meet a CUDA one, as there. A tensor has no values,
+so that a step of any size takes seconds. Values that the host reads are 1.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import fake_cuda
-
-os.environ["DS_ACCELERATOR"] = "cuda"
-fake_cuda.load()
+import fake_cuda  # before torch
 
 # isort: split
 import torch
@@ -68,8 +65,9 @@ class Watch(TorchDispatchMode):
     """Counts of what operators do on CUDA while the watch is entered.
 
     Attributes:
-        launches: operators that start a kernel, by (operator, place). A `foreach` function counts once (it is one kernel for some 100
-            tensors), and so does a function that torch compiles. Its backward counts operator by operator.
+        launches: operators that start a kernel, by (operator, place). A `foreach` function counts once (it is one
+            kernel for some 100 tensors), and so does a function that torch compiles. Its backward counts operator by
+            operator.
         waits: waits of the host for the device, by (kind, place): a value that is read, and a copy between the two that
             is not asynchronous.
         collectives: (number, bytes of this rank's input) by kind.

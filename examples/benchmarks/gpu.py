@@ -10,6 +10,7 @@ With --toy all of it runs at sizes for a CPU, where the figures mean nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -29,7 +30,7 @@ SECONDS = 540
 
 WHEELS = (
     # Name, MB of the wheel for Python 3.12 on x86-64 Linux, and what needs it.
-    ("deepspeed", 2.0, "the engine; there is only a source package: see below"),
+    ("deepspeed", 2.2, "the engine; there is only a source package: see below"),
     ("megatron-core", 2.6, "the model's layers"),
     ("pydantic", 0.5, "deepspeed"),
     ("pydantic_core", 2.3, "deepspeed"),
@@ -38,7 +39,7 @@ WHEELS = (
     ("hjson", 0.1, "deepspeed"),
     ("einops", 0.1, "deepspeed"),
     ("msgpack", 0.5, "deepspeed"),
-    ("jsonargparse", 0.3, "megamult"),
+    ("jsonargparse", 0.2, "megamult"),
     ("docstring_parser", 0.1, "jsonargparse"),
 )
 """What a Python with torch, and what usually comes with it (NumPy, PyYAML, safetensors, sentencepiece, tokenizers,
@@ -136,10 +137,8 @@ def run(part: Part, table: Table, seconds: float) -> bool:
 
 def _kill(process: subprocess.Popen[str]) -> None:
     """End what is left of a part's processes."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _printed(line: str) -> tuple[str, str] | None:
@@ -169,7 +168,7 @@ def _muon_step(line: str) -> tuple[str, str] | None:
     found = re.match(r"(megamult|DeepSpeed \w+|torch\.optim\.Muon) +([\d.]+) +([\d.]+) +([\d.]+)", line)
     if found is None:
         return None
-    return f"optimizer step, {found[1]} (range over median {found[3]})", f"{found[2]} ms, {found[4]} of it is ours'"
+    return f"optimizer step, {found[1]} (range over median {found[3]})", f"{found[2]} ms; ours over it {found[4]}"
 
 
 def parts(toy: bool) -> list[Part]:
@@ -179,20 +178,21 @@ def parts(toy: bool) -> list[Part]:
     def own(name: str, seconds: float) -> Part:
         return Part(name, seconds, [me, "--part", name, *flag], _printed)
 
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests"]
+    marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *marked]
     overhead, muon = [str(HERE / "layer_overhead.py")], [str(HERE / "muon_step.py")]
     small: tuple[tuple[str, str], ...] = ()
     if toy:
         # On a CPU nothing is marked `gpu` that runs.
         tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/optim/test_schedule.py"]
-        sizes = "--hidden 64 --ffn 64 --layers 1 --seq 16".split()
-        overhead += [*sizes, *"--batch 1 --accumulation 1 --dtype fp32 --steps 2".split()]
-        muon += [*sizes, *"--steps 1".split()]
+        sizes = ["--hidden", "64", "--ffn", "64", "--layers", "1", "--seq", "16"]
+        overhead += [*sizes, *["--batch", "1", "--accumulation", "1", "--dtype", "fp32", "--steps", "2"]]
+        muon += [*sizes, *["--steps", "1"]]
         # Compiling DeepSpeed's Newton-Schulz would take most of a minute on a CPU.
         small = (("DS_ACCELERATOR", "cpu"), ("TORCHDYNAMO_DISABLE", "1"), ("OMP_NUM_THREADS", "1"))
     else:
-        overhead += "--steps 10 --warmup 3".split()
-        muon += "--steps 5".split()
+        overhead += ["--steps", "10", "--warmup", "3"]
+        muon += ["--steps", "5"]
     return [
         own("machine", 30),
         Part("gpu tests", 150, tests, _tests, small),
@@ -293,9 +293,13 @@ def model_flops(toy: bool) -> None:
     from megamult.train.deepspeed_engine import build
 
     sizes = argparse.Namespace(
-        **dict(hidden=64, ffn=64, layers=1, seq=16, batch=1, accumulation=1, dtype="fp32")
-        if toy
-        else dict(hidden=1280, ffn=3456, layers=24, seq=2048, batch=8, accumulation=2, dtype="bf16")
+        hidden=64 if toy else 1280,
+        ffn=64 if toy else 3456,
+        layers=1 if toy else 24,
+        seq=16 if toy else 2048,
+        batch=1 if toy else 8,
+        accumulation=1 if toy else 2,
+        dtype="fp32" if toy else "bf16",
     )
     mesh = start.initialize(1)
     tokens, labels = layer_overhead.batch_of(sizes)
