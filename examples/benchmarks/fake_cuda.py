@@ -64,14 +64,15 @@ def _compile(function: Callable[..., Any] | None = None, **options: Any) -> Call
     compiled: Callable[..., Any] = function
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _one_launch():
+        with one_launch():
             return compiled(*args, **kwargs)
 
     return call
 
 
 @contextlib.contextmanager
-def _one_launch() -> Iterator[None]:
+def one_launch() -> Iterator[None]:
+    """Count all launches inside the context as one, if something counts."""
     with COUNTING[-1].one_launch() if COUNTING else contextlib.nullcontext():
         yield
 
