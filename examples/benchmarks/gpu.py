@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -320,7 +321,8 @@ def model_flops(toy: bool) -> None:
         mfu = "the peak is not known" if peak is None else f"MFU {done / peak:.4f}"
         figure(what, f"{rate:,.0f} tokens/s, {done / 1e12:.2f} TFLOP/s, {mfu}")
         figure(f"peak memory, {what}", f"{device.memory_bytes() / 2**30:.2f} GiB")
-        del engine  # its memory is the next one's
+        del engine  # its memory is the next one's, and its parts refer to each other
+        gc.collect()
     start.destroy()
 
 
