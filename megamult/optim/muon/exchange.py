@@ -3,12 +3,15 @@
 The plan (:mod:`megamult.optim.muon.plan`) says which pieces each rank sends to which owner. This file packs, sends and
 unpacks them. Each bucket takes two all-to-alls over all ranks. While the owners compute bucket k, the pieces of bucket
 k + 1 and the results of bucket k - 1 are on their way.
+
+A matrix that its owner holds whole, with its elements in their order, is computed where it is, without a copy. One that
+arrives in pieces, or whose rows lie between those of others (Q, K and V), is put together first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -40,6 +43,10 @@ class _Direction:
     """Pieces that this rank both holds and owns: (index of the slice, index of the batch, index in the batch,
     rectangle)."""
 
+    def without(self, whole: Set[tuple[int, int]]) -> _Direction:
+        """Return the same pieces without those of some matrices, named by (index of the batch, index in the batch)."""
+        return replace(self, local=[piece for piece in self.local if (piece[1], piece[2]) not in whole])
+
 
 @dataclass
 class _Bucket:
@@ -49,7 +56,11 @@ class _Bucket:
     """Shape (matrices, rows, cols) of each batch of matrices that this rank owns."""
     members: list[list[int]]
     """Indices, in `Plan.matrices`, of the matrices in each batch."""
+    whole: dict[tuple[int, int], tuple[int, Rectangle]]
+    """(index of the slice, rectangle) of each matrix that lies whole in a slice of this rank, by (index of the batch,
+    index in the batch)."""
     to_owners: _Direction
+    """Pieces of the matrices that are not in `whole`."""
     to_holders: _Direction
 
 
@@ -122,18 +133,23 @@ class Exchange:
         to_owners = direction(plan.given, True)
         replicated = not np.array_equal(plan.given, plan.held)
         to_holders = direction(plan.held, False) if replicated else to_owners
-        return _Bucket(shapes, list(by_shape.values()), to_owners, to_holders)
+        whole = {
+            (batch, i): (s, rectangle)
+            for s, batch, i, rectangle in to_owners.local
+            if (rectangle.height, rectangle.width) == shapes[batch][1:]
+        }
+        return _Bucket(shapes, list(by_shape.values()), whole, to_owners.without(whole.keys()), to_holders)
 
-    def run(self, values: Sequence[Tensor], compute: Callable[[Tensor, Sequence[int]], Tensor]) -> None:
+    def run(self, values: Sequence[Tensor], compute: Callable[[list[Tensor], Sequence[int]], Tensor]) -> None:
         """Compute a result for each whole matrix, and overwrite each value with the result's element at the same place.
 
         All ranks must call this together.
 
         Args:
             values: [length] values of each of this rank's slices, in any floating dtype; overwritten.
-            compute: function (matrices, indices) -> results. `matrices` is a batch of whole matrices, [batch, rows,
-                cols] in the exchange's dtype; `indices` are their indices in `Plan.matrices`. The results have the same
-                shape.
+            compute: function (matrices, indices) -> results. `matrices` are whole matrices, [rows, cols] each, in the
+                exchange's dtype or in that of the values, which it must not change. `indices` are their indices in
+                `Plan.matrices`. The results are one tensor, [batch, rows, cols].
         """
         arriving = self._gather(0, values) if self._buckets else None
         returning: tuple[int, Tensor, Work | None, Tensor] | None = None
@@ -166,9 +182,18 @@ class Exchange:
         receive = torch.empty(sum(direction.owned_sizes), dtype=self.dtype, device=self.device)
         return receive, self._all_to_all(receive, send, direction.owned_sizes, direction.held_sizes), send
 
-    def _assemble(self, bucket: _Bucket, received: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+    def _assemble(self, bucket: _Bucket, received: Tensor, values: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return the matrices of each batch, as views of slices where they lie whole in them."""
         direction = bucket.to_owners
-        batches = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in bucket.shapes]
+        batches = [
+            [
+                _flat(values[bucket.whole[batch, i][0]], bucket.whole[batch, i][1])
+                if (batch, i) in bucket.whole
+                else torch.empty(rows, cols, dtype=self.dtype, device=self.device)
+                for i in range(count)
+            ]
+            for batch, (count, rows, cols) in enumerate(bucket.shapes)
+        ]
         targets, sources = [], []
         pieces = received.split([rectangle.numel for _, _, rectangle in direction.owned])
         for (batch, i, rectangle), piece in zip(direction.owned, pieces, strict=True):

@@ -192,7 +192,7 @@ class MatrixRule(UpdateRule):
                 torch._foreach_copy_(gradients[part], results)
         per_row = [state for state in self.states if state.per == "row"]
 
-        def update(matrices: Tensor, numbers: Sequence[int]) -> Tensor:
+        def update(matrices: list[Tensor], numbers: Sequence[int]) -> Tensor:
             batch = self.updating = [names[i] for i in numbers]
             rows = {state.name: store.of_rows(state, batch) for state in per_row}
             result = self.update(matrices, rows)
@@ -231,11 +231,12 @@ class MatrixRule(UpdateRule):
         """
 
     @abstractmethod
-    def update(self, matrices: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    def update(self, matrices: list[Tensor], state: Mapping[str, Tensor]) -> Tensor:
         """Compute the updates of matrices on their owner. At learning rate 1, a weight decreases by its update.
 
         Args:
-            matrices: [batch, rows, cols] whole logical matrices of one shape, in `exchange_dtype`.
+            matrices: whole logical matrices of one shape, [rows, cols] each, in `exchange_dtype` or in that of
+                gradients. They must not be changed, because they may be parts of this rank's own gradients or state.
             state: [batch, rows] per-row state in fp32, by :attr:`State.name`; updated in place.
 
         Returns:

@@ -20,7 +20,7 @@ dimensions of `[..., rows, cols]` are a batch. All functions are pure, without c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,30 +78,35 @@ def orthogonalize(matrices: Tensor, steps: Coefficients, dtype: torch.dtype, for
     return orthogonalize_by(matrices, steps, method)
 
 
-def orthogonalize_by(matrices: Tensor, steps: Coefficients, method: Method) -> Tensor:
+def orthogonalize_by(matrices: Tensor | Sequence[Tensor], steps: Coefficients, method: Method) -> Tensor:
     """Return U p(S) V^T for each matrix, where U S V^T is the matrix divided by its Frobenius norm.
 
     p is the composition of the polynomials of all steps.
 
     Args:
-        matrices: [..., rows, cols] matrices in any floating dtype; not changed.
+        matrices: [..., rows, cols] matrices, or a list of matrices of one shape that may lie anywhere in memory,
+            [rows, cols] each; in any floating dtype; not changed.
         steps: coefficients, from :func:`megamult.optim.muon.coefficients.coefficients`.
         method: how to compute the products.
 
     Returns:
-        [..., rows, cols] results in the method's dtype. A zero matrix gives zeros.
+        [..., rows, cols] results in the method's dtype, [matrices, rows, cols] of a list. A zero matrix gives zeros.
     """
-    rows, cols = matrices.shape[-2:]
-    given = matrices.reshape(-1, rows, cols)
-    wide = torch.float64 if given.dtype == torch.float64 else torch.float32
-    # The clamp is the same as in torch.optim.Muon; with it, a zero matrix gives zeros and not NaN.
-    norm = torch.linalg.vector_norm(given, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=1e-7)
-    small, count = min(rows, cols), max(1, len(given)) if method.together else 1
+    shape = matrices.shape if isinstance(matrices, Tensor) else (len(matrices), *matrices[0].shape)
+    rows, cols = shape[-2:]
+    given = list(matrices.reshape(-1, rows, cols) if isinstance(matrices, Tensor) else matrices)
+    if not given:
+        return torch.empty(shape, dtype=method.dtype)
+    device, wide = given[0].device, torch.float64 if given[0].dtype == torch.float64 else torch.float32
+    # The clamp is the same as in torch.optim.Muon; with it, a zero matrix gives zeros and not NaN. The norms are
+    # [matrices, 1], because torch would round a norm without dimensions to the dtype of a bf16 matrix.
+    norms = torch.stack(torch._foreach_norm(given, dtype=wide)).clamp(min=1e-7).unsqueeze(-1)
+    small, count = min(rows, cols), len(given) if method.together else 1
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=method.dtype, device=given.device)
+        return torch.empty(shape, dtype=method.dtype, device=device)
 
-    result, other = empty(*given.shape), empty(count, rows, cols)
+    result, other = empty(len(given), rows, cols), empty(count, rows, cols)
     apply, writes, squares = _standard, len(steps), 2
     if method.form == "gram":
         apply, writes, squares = _gram, len(_runs(steps)), 5
@@ -112,10 +117,10 @@ def orthogonalize_by(matrices: Tensor, steps: Coefficients, method: Method) -> T
         x, y = (other, here) if writes % 2 else (here, other)
         for k in range(count):  # each by itself, because torch needs room for fp32 values of what it divides
             # Divide in fp32 before the cast, because elements of the undivided matrix can be out of fp16's range.
-            torch.div(given[i + k], norm[i + k], out=x[k])
+            torch.div(given[i + k], norms[i + k], out=x[k])
         room = room or [empty(count, small, small) for _ in range(squares)]
         apply(x, y, steps, method.products, room)
-    return result.reshape(matrices.shape)
+    return result.reshape(shape)
 
 
 def _runs(steps: Coefficients) -> list[Coefficients]:

@@ -45,8 +45,8 @@ class NorMuon(Muon):
         super().__init__(**muon)
         self.beta2, self.eps = beta2, eps
 
-    def update(self, matrices: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Orthogonalize the momentum, [batch, rows, cols]; then normalize each row, and then each matrix."""
+    def update(self, matrices: list[Tensor], state: Mapping[str, Tensor]) -> Tensor:
+        """Orthogonalize the momentum; then normalize each row, and then each matrix."""
         update = self.orthogonalized(matrices).float()
         moment = state["second_moment"].lerp_(update.square().mean(-1), 1 - self.beta2)
         update /= (moment.sqrt() + self.eps).unsqueeze(-1)

@@ -153,14 +153,14 @@ class Muon(MatrixRule):
         torch._foreach_lerp_(gradients, state["momentum"], self.momentum)
         return gradients
 
-    def update(self, matrices: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Return the matrices that :meth:`accumulate` gave, [batch, rows, cols], orthogonalized and scaled."""
-        rows, cols = matrices.shape[1:]
+    def update(self, matrices: list[Tensor], state: Mapping[str, Tensor]) -> Tensor:
+        """Return the matrices that :meth:`accumulate` gave, orthogonalized and scaled: [batch, rows, cols]."""
+        rows, cols = matrices[0].shape
         return self.orthogonalized(matrices).mul_(scale_factor(rows, cols, self.scale))
 
-    def orthogonalized(self, matrices: Tensor) -> Tensor:
-        """Return the matrices, [batch, rows, cols], orthogonalized by the method of their shape."""
-        rows, cols = matrices.shape[1:]
+    def orthogonalized(self, matrices: list[Tensor]) -> Tensor:
+        """Return the matrices, orthogonalized by the method of their shape: [batch, rows, cols]."""
+        rows, cols = matrices[0].shape
         result = orthogonalize_by(matrices, self._steps, self.methods[rows, cols])
         if self.watch is not None:
             self.watch(self.updating, result)

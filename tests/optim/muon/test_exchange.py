@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from examples.benchmarks.muon_plan import zero_cuts
 from megamult.distributed.mesh import Mesh
@@ -184,12 +186,12 @@ def held(plan: Plan, parameters: Sequence[Tensor], rank: int, dtype: torch.dtype
     return Held(buffer, list(buffer.split([len(piece) for piece in pieces]))[1::2], slice_of_cut)
 
 
-def whole_matrix_function(batch: Tensor) -> Tensor:
-    """[batch, rows, cols] of integers to integers below PRIME.
+def whole_matrix_function(matrices: Sequence[Tensor]) -> Tensor:
+    """Integers below PRIME, [batch, rows, cols], from matrices of integers, [rows, cols] each.
 
     Each depends on its place, and on every element and the place of that: none can be missing or elsewhere.
     """
-    x = batch.double()
+    x = torch.stack([matrix.double() for matrix in matrices])
     place = torch.arange(1.0, x[0].numel() + 1, dtype=x.dtype).view(x.shape[1:])
     return (2 * x + place + (place * x).sum((1, 2), keepdim=True)) % PRIME
 
@@ -199,10 +201,17 @@ def random_matrices(stated: ParameterSpec, generator: torch.Generator) -> list[T
     return [torch.randint(PRIME, part.shape, generator=generator, dtype=torch.float64) for part in stated.parts]
 
 
-def expected(matrix: Tensor, dtype: torch.dtype, steps: int) -> Tensor:
-    """What one process makes of it, where all that travels or is computed with is rounded to `dtype`."""
+def lies_whole(plan: Plan, i: int) -> bool:
+    """Whether the owner of a matrix holds it as one piece, and need not copy it."""
+    pieces = [r for _, r in plan.fragments(i, plan.owners[i], counted=True)]
+    return [(r.height, r.width) for r in pieces] == [(plan.matrices[i].rows, plan.matrices[i].cols)]
+
+
+def expected(matrix: Tensor, dtype: torch.dtype, steps: int, whole: bool) -> Tensor:
+    """What one process makes of it, where results and all that is put together from pieces is rounded to `dtype`."""
     for _ in range(steps):
-        matrix = whole_matrix_function(matrix.to(dtype)[None])[0].to(dtype).double()
+        given = matrix if whole else matrix.to(dtype)
+        matrix = whole_matrix_function([given])[0].to(dtype).double()
     return matrix
 
 
@@ -217,7 +226,11 @@ def check_exchange(
     """Every rank's slices of random matrices become the same slices of the results, bit by bit."""
     generator = torch.Generator().manual_seed(5)
     matrices = [random_matrices(cut.spec, generator) for cut in plan.cuts]
-    results = [[expected(matrix, dtype, steps) for matrix in parts] for parts in matrices]
+    whole = {(m.cut, m.part): lies_whole(plan, i) for i, m in enumerate(plan.matrices)}
+    results = [
+        [expected(matrix, dtype, steps, whole[cut, part]) for part, matrix in enumerate(parts)]
+        for cut, parts in enumerate(matrices)
+    ]
     before = [join(parts) for join, parts in zip(fuse, matrices, strict=True)]
     after = [join(parts) for join, parts in zip(fuse, results, strict=True)]
     network = Network(plan.ranks)
@@ -268,10 +281,11 @@ def test_every_rank_holds_its_slices_of_what_whole_matrices_give(
 @pytest.mark.parametrize("bucket_elements", BUCKET_ELEMENTS.values(), ids=BUCKET_ELEMENTS)
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(("data", "tensor"), GRIDS)
-def test_in_bf16_inputs_and_results_are_rounded_once_wherever_they_are(
+def test_in_bf16_pieces_and_results_are_rounded_once_wherever_they_are(
     data: int, tensor: int, stage: int, bucket_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the numbers are no bf16 numbers. What a rank keeps to itself is rounded as what travels is."""
+    """Half of the numbers are no bf16 numbers. A matrix that lies whole on its owner is not rounded; its results are,
+    so that all copies of them are equal."""
     plan, fuse = grid_plan(data, tensor, stage, bucket_elements)
     check_exchange(plan, fuse, monkeypatch, torch.bfloat16, torch.float32)
 
@@ -323,9 +337,9 @@ def test_while_one_bucket_is_computed_the_next_arrives_and_the_previous_returns(
     seen: list[list[int]] = [[], []]
 
     def on_rank(rank: int) -> None:
-        def compute(batch: Tensor, _: Sequence[int]) -> Tensor:
+        def compute(batch: list[Tensor], _: Sequence[int]) -> Tensor:
             seen[rank].append(network.in_flight())
-            return batch
+            return torch.stack(batch)
 
         exchange = Exchange(
             plan, Mesh(plan.grid.coordinates(rank)), {i: i for i in range(8)}, torch.float64, torch.device("cpu")
@@ -334,6 +348,52 @@ def test_while_one_bucket_is_computed_the_next_arrives_and_the_previous_returns(
 
     network.run(on_rank)
     assert seen == [[1, 2, 2, 1]] * 2
+
+
+class Copies(TorchDispatchMode):
+    """Counts the elements that the exchange copies. Those that the network stands in for are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten._foreach_copy_:
+            self.elements += sum(target.numel() for target in args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("where", ["alone", "of two, all here", "of two, in pieces"])
+def test_a_matrix_that_lies_whole_on_its_owner_is_not_copied(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two equal matrices. Where they lie whole on the ranks that own them, nothing but results is written."""
+    stated, numel = megatron.single_matrix("down", 6, 8, None), 48
+    intervals = {"alone": [[(0, 48)], [(0, 48)]], "of two, all here": [[(0, 48), (48, 0)], [(0, 0), (0, 48)]]}
+    pieces = intervals.get(where, [even_intervals(48, 2), even_intervals(48, 2)])
+    cuts = [Cut(f"{i}", stated, tuple(each), torch.float32) for i, each in enumerate(pieces)]
+    plan = make_plan(cuts, Grid(data=len(pieces[0])), COST)
+    network = Network(plan.ranks)
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", network.all_to_all_single)
+
+    def on_rank(rank: int) -> None:
+        mine = held(plan, [torch.ones(6, 8).double()] * 2, rank, torch.float32)
+        own = [i for i, owner in enumerate(plan.owners) if owner == rank]
+        results = torch.ones(len(own), 6, 8, dtype=torch.bfloat16)
+        exchange = Exchange(
+            plan, Mesh(plan.grid.coordinates(rank)), mine.slice_of_cut, torch.bfloat16, torch.device("cpu")
+        )
+        at = {value.data_ptr() for value in mine.values}
+        there = where != "of two, in pieces"
+
+        def compute(matrices: list[Tensor], _: Sequence[int]) -> Tensor:
+            assert [matrix.data_ptr() in at for matrix in matrices] == [there] * len(own)
+            return results
+
+        with Copies() as copies:
+            exchange.run(mine.values, compute)
+        # Of a matrix in two halves, each rank packs one half and puts together a whole one, and both ways.
+        assert copies.elements == (len(own) * numel if there else 2 * (24 + 48))
+
+    network.run(on_rank)
 
 
 def test_without_matrices_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
