@@ -47,25 +47,35 @@ BUCKET = 50_000_000
 _WARMUP = 3
 """Number of optimizer steps before the one that is counted."""
 
+_MESSAGES = {torch.float32: "reduce_scatter", torch.bfloat16: "allgather"}
+"""Collective that messages between processes stand for over gloo (`megamult/distributed/parts.py`), by their dtype."""
+
 
 class Wire(TorchDispatchMode):
     """Mode that counts collectives and their bytes by kind, and calls `sample` at each collective."""
 
-    def __init__(self, sample: Callable[[], None]) -> None:
+    def __init__(self, sample: Callable[[], None], ranks: int) -> None:
         super().__init__()
+        self._ranks = ranks
         self.calls: collections.Counter[str] = collections.Counter()
-        self.bytes: collections.Counter[str] = collections.Counter()
+        self.bytes: dict[str, float] = collections.defaultdict(float)
         self._sample = sample
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__
-            kind = next((kind for kind in RING if name.strip("_").startswith(kind)), None)
-            if kind is None:
-                raise RuntimeError(f"c10d.{name}: a collective that this benchmark does not know")
             tensors = [each for each in _flat(args) if isinstance(each, torch.Tensor)]
-            # If a tensor is scattered or gathered, the larger of input and output is the whole tensor.
-            whole = sum(map(_bytes, tensors)) if kind == "allreduce" else max(map(_bytes, tensors))
+            if name in ("send", "recv_"):
+                kind = _MESSAGES[tensors[0].dtype]
+                # A rank sends D - 1 of the D parts of the whole tensor.
+                whole = _bytes(tensors[0]) * self._ranks / (self._ranks - 1) if name == "send" else 0
+            else:
+                found = next((kind for kind in RING if name.strip("_").startswith(kind)), None)
+                if found is None:
+                    raise RuntimeError(f"c10d.{name}: a collective that this benchmark does not know")
+                kind = found
+                # If a tensor is scattered or gathered, the larger of input and output is the whole tensor.
+                whole = sum(map(_bytes, tensors)) if kind == "allreduce" else max(map(_bytes, tensors))
             self.calls[kind] += 1
             self.bytes[kind] += whole
             self._sample()
@@ -149,7 +159,7 @@ def count(stage: int, arguments: argparse.Namespace, mesh: Mesh) -> Counted:
         nonlocal peak
         peak = max(peak, sum(reachable().values()))
 
-    with Wire(sample) as wire:
+    with Wire(sample, ranks) as wire:
         step(engine, arguments.accumulation)
     gc.collect()
     kept = reachable()
@@ -227,9 +237,9 @@ def print_arithmetic(arguments: argparse.Namespace) -> None:
             parameters = whole / tensor
             for stage in STAGES:
                 kept = sum(kept_bytes(stage, ranks).values()) * parameters / 1e9
-                # ZeRO 1 joins param groups of up to half a billion elements for the all-reduce. ZeRO 2 and 3 have a
-                # bucket in bf16, another that fills while the first is reduced, and a copy in fp32.
-                buckets = (4 * 5e8 if stage == 1 else BUCKET * (2 + 2 + 4)) / 1e9
+                # ZeRO 1 reduces gradients in place. ZeRO 2 and 3 have a bucket in bf16, another that fills while the
+                # first is reduced, and a copy in fp32.
+                buckets = (0 if stage == 1 else BUCKET * (2 + 2 + 4)) / 1e9
                 row = "".join(
                     f"{waiting(stage, parameters, count, ranks, arguments):>9.2f}" for count in arguments.accumulations
                 )

@@ -12,7 +12,8 @@ from torch.nn import Parameter
 
 from megamult.distributed.mesh import Mesh, current_mesh
 from megamult.parameters.stated import check_complete, names_of
-from megamult.zero.flat import Bf16Partition, Zero12Partition
+from megamult.zero.bf16 import Bf16Partition
+from megamult.zero.flat import Zero12Partition
 from megamult.zero.full_precision import FullPrecision
 from megamult.zero.partition import Partition
 from megamult.zero.stage3 import Zero3Partition
@@ -105,6 +106,7 @@ def attach(engine: Any, optimizer: TwoPhase, mesh: Mesh | None = None) -> Partit
     partition.full_precision = FullPrecision.of(partition)
     partition.stepped()
     optimizer.bind(partition)
+    partition.take_over(engine, lambda: optimizer.gradient_norm)
     deepspeed_step = engine.optimizer.step
 
     def step(*args: Any, **kwargs: Any) -> Any:

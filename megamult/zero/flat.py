@@ -1,4 +1,4 @@
-"""Partitions of ZeRO 1 and 2, and of DeepSpeed's bf16 optimizer with fp32 gradient accumulation.
+"""Partition of ZeRO 1 and 2, and what it shares with that of DeepSpeed's bf16 optimizer (:mod:`megamult.zero.bf16`).
 
 Each param group is one flat buffer, which is cut over data-parallel ranks. The cut between two ranks may go through a
 parameter.
@@ -112,24 +112,3 @@ class Zero12Partition(FlatPartition):
             begin = max(p for p in tiles[group] if p <= position)
             gradients.append(tiles[group][begin][position - begin : position - begin + piece.length])
         return gradients
-
-
-class Bf16Partition(FlatPartition):
-    """Partition of `BF16_Optimizer` (bf16_optimizer.py): ZeRO 1 in bf16 with fp32 gradient accumulation."""
-
-    def __init__(self, zero: Any, names: Mapping[Parameter, str], mesh: Mesh) -> None:
-        super().__init__(zero, mesh)
-        for group, master in enumerate(zero.fp32_groups_flat_partition):
-            offsets, offset = [], 0
-            for parameter in zero.bf16_groups[group]:
-                offsets.append(offset)
-                offset += parameter.numel()
-            self._add_group(group, zero.bf16_groups[group], offsets, zero.real_dp_process_group[group], master, names)
-
-    def gradients(self) -> list[Tensor]:
-        """Return the gradient of each slice, as a view into the flat fp32 gradient of the partition."""
-        flat = self._zero.fp32_groups_gradient_flat_partition
-        return [
-            flat[group][position : position + piece.length]
-            for piece, (group, position) in zip(self.slices, self._places, strict=True)
-        ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megamult.zero.bf16 import Bf16Partition
 from megamult.zero.flat import Zero12Partition
 from megamult.zero.full_precision import narrow_cuts
 from megamult.zero.partition import Partition
@@ -84,11 +85,11 @@ def gathered_bytes(partition: Partition, zero: Mapping[str, Any]) -> int:
 
 
 def reduction_bytes(partition: Partition, stage: int, accumulated: str, zero: Mapping[str, Any]) -> int:
-    """Return the bytes of the buffers through which DeepSpeed reduces gradients, an upper bound.
+    """Return the bytes of the buffers through which gradients are reduced, an upper bound.
 
     ZeRO 2 and 3 fill a bucket in the model's dtype (with `overlap_comm` another while the first is reduced), and copy
     it, or a gradient that is larger than a bucket, to the dtype of the sums. ZeRO 0 and 1 join gradients of up to half
-    a billion elements.
+    a billion elements; in bf16 with sums in fp32, ZeRO 1 averages them where they are.
 
     Args:
         partition: the partition of a rank.
@@ -96,7 +97,7 @@ def reduction_bytes(partition: Partition, stage: int, accumulated: str, zero: Ma
         accumulated: dtype of accumulated gradients, fp32 or bf16.
         zero: the section `zero_optimization` of the DeepSpeed configuration.
     """
-    if partition.mesh.size_of("data") == 1:
+    if partition.mesh.size_of("data") == 1 or isinstance(partition, Bf16Partition):
         return 0
     sizes = partition.shards.values()
     summed = _SIZES[accumulated]

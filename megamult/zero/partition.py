@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,14 @@ class Partition(ABC):
     def shards(self) -> dict[str, int]:
         """Number of elements of the tensor-parallel shard of each parameter, by name."""
         return {cut.name: math.prod(cut.spec.local_shape(self.mesh.grid)) for cut in self.cuts}
+
+    def take_over(self, engine: Any, norm: Callable[[], float | None]) -> None:  # noqa: B027
+        """Replace parts of DeepSpeed's step by others with the same result. Called once, when an optimizer is attached.
+
+        Args:
+            engine: the DeepSpeed engine.
+            norm: function that returns the norm of the gradients of this step, after `prepare`.
+        """
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:

@@ -20,7 +20,8 @@ from megamult.distributed.mesh import Mesh
 from megamult.parameters.axes import Coordinates, Grid
 from megamult.parameters.spec import ParameterSpec
 from megamult.parameters.stated import names_of, set_spec
-from megamult.zero.flat import Bf16Partition, Zero12Partition
+from megamult.zero.bf16 import Bf16Partition
+from megamult.zero.flat import Zero12Partition
 from megamult.zero.partition import Partition
 from megamult.zero.stage3 import Zero3Partition
 from megamult.zero.whole import UnfusedPartition, WholePartition

@@ -21,7 +21,8 @@ def whole_bytes(stage: int, accumulation: int, size: int = 2, summed: int = 4) -
     if stage == 0:
         return {"allreduce": float(summed)}
     if stage == 1:
-        return {"allreduce": float(summed), "allgather": float(size)}
+        # With sums in fp32 beside bf16 parameters, a rank averages only its own part (megamult/zero/bf16.py).
+        return {"reduce_scatter" if size < summed else "allreduce": float(summed), "allgather": float(size)}
     if stage == 2:
         return {"allreduce": float(summed * accumulation), "allgather": float(size)}
     # Parameters are gathered for the forward pass and again for the backward pass.
