@@ -1,9 +1,10 @@
 """Optimizer steps of DistributedMuon, DeepSpeed's Muon and a replicated torch.optim.Muon on the same model.
 
+The orthogonalization by itself: examples/benchmarks/newton_schulz.py.
+
     deepspeed --num_gpus 2 examples/benchmarks/muon_step.py                 # data parallel 2
     deepspeed --num_gpus 2 examples/benchmarks/muon_step.py --tensor 2      # tensor parallel 2
     deepspeed --num_gpus 4 examples/benchmarks/muon_step.py --tensor 2      # both
-    python examples/benchmarks/muon_step.py --newton_schulz                 # only the orthogonalization, one process
 
 All optimizers step in turn in the same processes, so that they run under the same conditions. A step is all that
 happens after the backward pass: the reduction of gradients (DeepSpeed's Muon orthogonalizes within it) and the update.
@@ -15,9 +16,16 @@ and twice as many for an all-reduce.
 The share of an optimizer step in a training step of half a million tokens is calculated from the median and a measured
 forward and backward pass of one sequence (--seq). Each data-parallel rank has its part of the tokens.
 
+In bf16, ours and DeepSpeed's Muon have fp32 masters, and sum gradients over ranks in fp32. `torch.optim.Muon` as it is
+has neither: it sums bf16 gradients, keeps bf16 momentum and adds its updates to bf16 weights, which lose what is
+smaller than their rounding. It is measured as the least that a step can do, and beside it `torch.optim.Muon, fp32`,
+which does what ours does: it sums fp32 gradients, updates fp32 masters, and rounds these into the model. Gradients
+become fp32 within the backward pass, whose time counts for no optimizer.
+
 With --tensor 2 the other optimizers orthogonalize each tensor-parallel shard by itself. Their times are then those of
 another update, which depends on the sharding. DeepSpeed's and torch's Muon take Q, K and V as one matrix, and gate and
-up as one. Ours takes each by itself.
+up as one. Ours takes each by itself. DeepSpeed's Muon refuses bf16 with tensor parallelism at ZeRO 1, and is left out
+there.
 """
 
 from __future__ import annotations
@@ -34,9 +42,7 @@ import statistics
 import tempfile
 import time
 import timeit
-from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="muon_step_")  # an empty compile cache
@@ -49,6 +55,7 @@ from megamult.parameters.stated import spec_of
 
 atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
+NAMES = ["megamult", "DeepSpeed gram", "DeepSpeed standard", "torch.optim.Muon", "torch.optim.Muon, fp32"]
 VOCAB = 4096
 TOKENS = 1 << 19  # tokens of the training step with which an optimizer step is compared
 SENT = [0.0]  # bytes that this rank sent, counted by the wrappers below
@@ -73,6 +80,7 @@ def count_collectives() -> None:
         "all_gather_into_tensor": lambda n, given: size(given["input_tensor"]) * (n - 1),
         "reduce_scatter_tensor": lambda n, given: size(given["input"]) * (n - 1) / n,
         "all_to_all_single": all_to_all,
+        "isend": lambda n, given: size(given["tensor"]),
     }
     for name, rule in sent.items():
         setattr(torch.distributed, name, _counting(getattr(torch.distributed, name), rule))
@@ -137,8 +145,8 @@ class Contestant:
         mesh = current_mesh()
         settings = deepspeed_config(config, mesh.size_of("data"))
         self.ours: Muon | None = None
-        if name == "torch.optim.Muon":
-            self._plain(config)
+        if name.startswith("torch.optim.Muon"):
+            self._plain(config, masters=name.endswith("fp32"))
             return
         if name == "megamult":
             optimizer = build_optimizer(config, self.model, mesh)
@@ -178,29 +186,49 @@ class Contestant:
         # DeepSpeed reduces gradients at the end of its function `backward`.
         self.engine.allreduce_gradients = self._measured(self.engine.allreduce_gradients)
 
-    def _plain(self, config: Any) -> None:
-        """Set up optimizers that update everything on every data-parallel rank after gradients are averaged."""
+    def _plain(self, config: Any, masters: bool) -> None:
+        """Set up optimizers that update everything on every data-parallel rank after gradients are averaged.
+
+        Args:
+            config: configuration of the run.
+            masters: whether fp32 copies of the parameters are updated, by fp32 gradients, instead of the parameters.
+        """
         from megamult.distributed.mesh import current_mesh
 
-        matrices = [p for p in self.model.parameters() if spec_of(p).kind == "matrix"]
-        others = [p for p in self.model.parameters() if spec_of(p).kind != "matrix"]
+        model = list(self.model.parameters())
+        updated = [torch.nn.Parameter(p.detach().float()) for p in model] if masters else model
+        pairs = list(zip(model, updated, strict=True))
+        matrices = [q for p, q in pairs if spec_of(p).kind == "matrix"]
+        others = [q for p, q in pairs if spec_of(p).kind != "matrix"]
         chosen = config.optimizer
         muon = torch.optim.Muon(
             matrices, lr=chosen.lr, weight_decay=chosen.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         adamw = torch.optim.AdamW(others, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=True)
         self.engine, self.states = self.model, [muon.state, adamw.state]
+        group = current_mesh().groups["data"]
+
+        def backward(objective: torch.Tensor) -> None:
+            objective.backward()
+            if masters:
+                for parameter, master in pairs:
+                    master.grad, parameter.grad = parameter.grad.float(), None
 
         def step() -> None:
-            for parameter in self.model.parameters():
-                torch.distributed.all_reduce(parameter.grad, group=current_mesh().groups["data"])
-                parameter.grad /= current_mesh().groups["data"].size()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), chosen.clip_grad_norm)
+            if group.size() > 1:
+                for parameter in updated:
+                    torch.distributed.all_reduce(parameter.grad, group=group)
+                    parameter.grad /= group.size()
+            torch.nn.utils.clip_grad_norm_(updated, chosen.clip_grad_norm)
             muon.step()
             adamw.step()
-            self.model.zero_grad()
+            for parameter in updated:
+                parameter.grad = None
+            if masters:
+                with torch.no_grad():
+                    torch._foreach_copy_(model, updated)
 
-        self._backward, self._step = torch.Tensor.backward, step
+        self._backward, self._step = backward, step
 
     def _measured(self, function: Callable[[], None]) -> Callable[[], None]:
         """Return a function that calls `function`, and adds its seconds, FLOPs and bytes sent to this contestant's."""
@@ -344,6 +372,14 @@ def print_shares(arguments: argparse.Namespace, median: dict[str, float]) -> Non
         )
 
 
+def takes_part(name: str, arguments: argparse.Namespace) -> bool:
+    """Return whether an optimizer can run with these arguments, and differs from the others then."""
+    if name == "torch.optim.Muon, fp32":
+        return arguments.dtype == "bf16"
+    refused = arguments.dtype == "bf16" and arguments.tensor > 1 and arguments.zero_stage == 1
+    return not (name.startswith("DeepSpeed") and refused)
+
+
 def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
     """Print the table of whole optimizer steps; return their median seconds by optimizer."""
     from megamult.distributed import device
@@ -355,7 +391,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
     if peers_dtype == "fp32":
         peers_in_fp32()
     main_rank = torch.distributed.get_rank() == 0
-    names = ["megamult", "DeepSpeed gram", "DeepSpeed standard", "torch.optim.Muon"]
+    names = [name for name in arguments.only if takes_part(name, arguments)]
     text = torch.randint(0, VOCAB, (1, 65), generator=torch.Generator().manual_seed(current_mesh().rank_on("data")))
     tokens, labels = (part.contiguous().to(device.local_device()) for part in (text[:, :-1], text[:, 1:]))
     contestants = [Contestant(arguments, name) for name in names]
@@ -371,7 +407,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
         contestant.run(tokens, labels, counting=True)
         figures = (contestant.flops, contestant.sent, contestant.state_bytes())
         spread[contestant.name] = [all_ranks(float(figure)) for figure in figures]
-    ours = contestants[0].ours
+    ours = contestants[names.index("megamult")].ours
     assert ours is not None and ours.plan is not None
     exchanged = all_ranks(ours.bytes_sent / (2 + arguments.warmup + arguments.steps))
     median = {name: statistics.median(times) for name, times in seconds.items()}
@@ -385,14 +421,14 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
             f"medians of {arguments.steps} steps"
         )
         print(
-            f"{'':<20}{'step ms':>9}{'range':>7}{'ours/it':>9}{'first s':>9}{'GFLOP mean':>12}{'busiest':>9}"
+            f"{'':<23}{'step ms':>9}{'range':>7}{'ours/it':>9}{'first s':>9}{'GFLOP mean':>12}{'busiest':>9}"
             f"{'sent MB':>9}{'busiest':>9}{'state MB':>10}"
         )
         for name in names:
             flop, sent, state = spread[name]
             width = (max(seconds[name]) - min(seconds[name])) / median[name]
             print(
-                f"{name:<20}{1e3 * median[name]:>9.1f}{width:>7.2f}{median['megamult'] / median[name]:>9.3f}"
+                f"{name:<23}{1e3 * median[name]:>9.1f}{width:>7.2f}{median['megamult'] / median[name]:>9.3f}"
                 f"{first[name]:>9.2f}{flop.mean() / 1e9:>12.2f}{flop.max() / 1e9:>9.2f}{sent.mean() / 1e6:>9.2f}"
                 f"{sent.max() / 1e6:>9.2f}{state.mean() / 1e6:>10.2f}"
             )
@@ -407,101 +443,6 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
         if arguments.tensor > 1:
             print("tensor parallel: DeepSpeed's and torch's update is not that of one process; ours is")
     return median
-
-
-def newton_schulz_alone(arguments: argparse.Namespace) -> None:
-    """Print the times of orthogonalizing all layers' matrices, for our Newton-Schulz and torch.optim.Muon's.
-
-    The plain form is whole batched products by torch.bmm and torch.baddbmm, in the standard form. The method of ours is
-    timed anew, and not taken from a file. Print also the share of the device's peak FLOP/s that ours reaches, and the
-    times of symmetric products.
-    """
-    from torch.optim._muon import _zeropower_via_newtonschulz as torchs
-
-    from megamult.distributed import device
-    from megamult.optim.muon.coefficients import SIMPLE, coefficients
-    from megamult.optim.muon.newton_schulz import orthogonalize_by
-    from megamult.optim.muon.symmetric import Products, has_kernel, kernel_suits, symmetric_product
-    from megamult.optim.muon.timing import fastest, methods
-
-    device.prepare()
-    here, steps = device.local_device(), coefficients("simple", 5)
-    kv = arguments.hidden // 64 if arguments.groups is None else arguments.groups
-    shapes = {
-        (arguments.hidden, arguments.hidden): 2,
-        (kv * 64, arguments.hidden): 2,
-        (arguments.ffn, arguments.hidden): 2,
-        (arguments.hidden, arguments.ffn): 1,
-    }
-    # torch.optim.Muon computes in bf16, whatever the dtype of its input.
-    ours = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.ns_dtype]
-    peak = device.peak_flops(ours)
-    print(
-        f"only Newton-Schulz, {here.type}, ours in {arguments.ns_dtype}, torch's in bf16, "
-        f"{torch.get_num_threads()} thread(s), medians of {arguments.steps} steps"
-    )
-    print(
-        f"{'shape':<16}{'ours ms':>10}{'plain ms':>10}{'torch ms':>10}{'plain/ours':>12}{'torch/ours':>12}"
-        f"{'of peak':>9}"
-    )
-    for (rows, cols), count in shapes.items():
-        batch = torch.randn(count * arguments.layers, rows, cols, device=here)
-        method = fastest((rows, cols), steps, methods((rows, cols), [ours], has_kernel(here)), here).method
-        runs: dict[str, Callable[[], Any]] = {
-            "ours": lambda batch=batch, method=method: orthogonalize_by(batch, steps, method),
-            "plain": lambda batch=batch: plain_newton_schulz(batch.to(ours), SIMPLE, len(steps)),
-            "torch": lambda batch=batch: [torchs(one, SIMPLE, 5, 1e-7) for one in batch],
-        }
-        mine, plain, theirs = alternating(arguments, runs)
-        with FlopCounterMode(display=False) as counter:
-            runs["ours"]()
-        share = "" if peak is None else f"{counter.get_total_flops() / mine / peak:.2f}"
-        shape = f"{len(batch)} x {rows} x {cols}"
-        print(
-            f"{shape:<16}{1e3 * mine:>10.2f}{1e3 * plain:>10.2f}{1e3 * theirs:>10.2f}{plain / mine:>12.2f}"
-            f"{theirs / mine:>12.2f}{share:>9}  {method.form}, {method.products}, together: {method.together}"
-        )
-    print("only symmetric products X X^T: whole, by block rows, by the kernel")
-    print(f"{'X':<16}{'whole ms':>10}{'rows ms':>10}{'kernel ms':>11}{'whole/rows':>12}{'whole/kernel':>14}")
-    smalls: Counter[tuple[int, ...]] = Counter()
-    for shape, count in shapes.items():
-        smalls[tuple(sorted(shape))] += count
-    for shape, count in smalls.items():
-        x = torch.randn(count * arguments.layers, *shape, device=here).to(ours)
-        out = torch.empty(len(x), shape[0], shape[0], dtype=ours, device=here)
-        ways: list[Products] = ["whole", "block_rows"]
-        if has_kernel(here) and kernel_suits(shape[0], shape[1], ours):
-            ways.append("kernel")
-        taken = alternating(arguments, {way: partial(symmetric_product, x, x.mT, out, way) for way in ways})
-        name = f"{len(x)} x {shape[0]} x {shape[1]}"
-        kernel = f"{1e3 * taken[2]:>11.3f}" if len(taken) > 2 else f"{'':>11}"
-        ratio = f"{taken[0] / taken[2]:>14.2f}" if len(taken) > 2 else ""
-        print(f"{name:<16}{1e3 * taken[0]:>10.3f}{1e3 * taken[1]:>10.3f}{kernel}{taken[0] / taken[1]:>12.2f}{ratio}")
-
-
-def plain_newton_schulz(x: torch.Tensor, abc: tuple[float, float, float], steps: int) -> torch.Tensor:
-    """Return the orthogonalized matrices [batch, rows, cols], as few lines of torch compute them."""
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        r = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(r, r, r, beta=abc[1], alpha=abc[2]), x, beta=abc[0])
-    return x.mT if tall else x
-
-
-def alternating(arguments: argparse.Namespace, runs: dict[str, Callable[[], Any]]) -> list[float]:
-    """Run the functions in turn; return the median seconds of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for step in range(arguments.warmup + arguments.steps):
-        for name, run in runs.items():
-            synchronize()
-            began = time.perf_counter()
-            run()
-            synchronize()
-            if step >= arguments.warmup:
-                seconds[name].append(time.perf_counter() - began)
-    return [statistics.median(taken) for taken in seconds.values()]
 
 
 def main() -> None:
@@ -542,10 +483,12 @@ def main() -> None:
         default=1,
         help="warm-up steps of each optimizer between its first step and the measured ones",
     )
-    parser.add_argument("--newton_schulz", action="store_true", help="only orthogonalization and its products")
+    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES, help="the optimizers that step")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    (newton_schulz_alone if arguments.newton_schulz else compare)(arguments)
+    if "megamult" not in arguments.only:
+        parser.error(f"--only {' '.join(arguments.only)}: megamult is missing, and ratios are to its time; add it")
+    compare(arguments)
 
 
 if __name__ == "__main__":

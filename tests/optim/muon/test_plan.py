@@ -165,7 +165,7 @@ def test_no_matrix_travels_where_every_rank_holds_an_equal_share_of_each_shape()
 
 @pytest.mark.parametrize("data", [3, 8])
 def test_owners_that_hold_much_save_most_of_the_traffic_of_contiguous_partitions(data: int) -> None:
-    """Strangers as owners would send every element to the owner and back; owners by balance only send 0.65 and 0.86 of that."""
+    """Strangers as owners would send every element to the owner and back; owners by balance only, 0.65 and 0.86."""
     plan = make_plan(zero_cuts(LLAMA["8B"].specs(), 1, data, 1), Grid(data=data), COST)
     assert plan.sent.sum() <= 0.5 * 2 * sum(m.numel for m in plan.matrices)
 
