@@ -8,10 +8,10 @@ The orthogonalization by itself: examples/benchmarks/newton_schulz.py.
 
 All optimizers step in turn in the same processes, so that they run under the same conditions. A step is all that
 happens after the backward pass: the reduction of gradients (DeepSpeed's Muon orthogonalizes within it) and the update.
-Times are those of the slowest rank, as medians over the steps after the first step and the warm-up. The first step,
-which has empty compile caches, is reported separately. FLOPs and bytes are counted in one more step, in which compiled
-functions run uncompiled. A rank's bytes sent are those of a ring: (n - 1) / n of the buffer for a gather or scatter,
-and twice as many for an all-reduce.
+Times are those of the slowest rank, as medians over the steps after the first step and the warm-up; ratios are medians
+of the ratios of steps of one round. The first step, which has empty compile caches, is reported separately. FLOPs and
+bytes are counted in one more step, in which compiled functions run uncompiled. A rank's bytes sent are those of a ring:
+(n - 1) / n of the buffer for a gather or scatter, and twice as many for an all-reduce.
 
 The share of an optimizer step in a training step of half a million tokens is calculated from the median and a measured
 forward and backward pass of one sequence (--seq). Each data-parallel rank has its part of the tokens.
@@ -427,8 +427,10 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
         for name in names:
             flop, sent, state = spread[name]
             width = (max(seconds[name]) - min(seconds[name])) / median[name]
+            pairs = zip(seconds["megamult"], seconds[name], strict=True)
+            ratio = statistics.median(mine / theirs for mine, theirs in pairs)
             print(
-                f"{name:<23}{1e3 * median[name]:>9.1f}{width:>7.2f}{median['megamult'] / median[name]:>9.3f}"
+                f"{name:<23}{1e3 * median[name]:>9.1f}{width:>7.2f}{ratio:>9.3f}"
                 f"{first[name]:>9.2f}{flop.mean() / 1e9:>12.2f}{flop.max() / 1e9:>9.2f}{sent.mean() / 1e6:>9.2f}"
                 f"{sent.max() / 1e6:>9.2f}{state.mean() / 1e6:>10.2f}"
             )
