@@ -225,7 +225,7 @@ def machine(toy: bool) -> None:
 def symmetric_products(toy: bool) -> None:
     """Print times of X X^T: whole, by block rows and, where there is one, by the Triton kernel."""
     import torch
-    from muon_step import alternating
+    from newton_schulz import alternating
 
     from megamult.distributed import device
     from megamult.optim.muon.symmetric import has_kernel, kernel_suits, symmetric_product
@@ -250,7 +250,7 @@ def symmetric_products(toy: bool) -> None:
 def newton_schulz(toy: bool) -> None:
     """Print times of all methods of Newton-Schulz, and the share of the device's peak that the fastest reaches."""
     import torch
-    from muon_step import alternating, plain_newton_schulz
+    from newton_schulz import alternating, plain_newton_schulz
 
     from megamult.distributed import device
     from megamult.optim.muon.coefficients import SIMPLE, coefficients
