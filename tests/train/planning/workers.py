@@ -23,7 +23,7 @@ def sent(configs: list[Config]) -> list[float]:
         generator = torch.Generator().manual_seed(1)
         shape = (config.train.micro_batch_size, config.model.seq_length)
         batches = [tuple(torch.randint(0, VOCAB, shape, generator=generator) for _ in range(2)) for _ in range(2)]
-        with zero_stages.Wire(lambda: None) as wire:
+        with zero_stages.Wire(lambda: None, size) as wire:
             for tokens, labels in batches:
                 model(tokens, labels)[0].backward()
         ring: Any = zero_stages.RING
