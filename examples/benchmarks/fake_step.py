@@ -166,7 +166,8 @@ class Watch(TorchDispatchMode):
     def _collective(self, name: str, given: list[Tensor]) -> None:
         entry = self.collectives.setdefault(name.strip("_").removesuffix("_base"), [0, 0])
         entry[0] += 1
-        entry[1] += max((each.numel() * each.element_size() for each in given), default=0)
+        sent = given if name.strip("_").startswith("allreduce") else given[-1:]  # others are given outputs first
+        entry[1] += sum(each.numel() * each.element_size() for each in sent)
 
 
 def place() -> str:
