@@ -3,9 +3,9 @@
     python examples/benchmarks/plain_llama.py                                  # one process
     deepspeed --num_gpus 2 examples/benchmarks/plain_llama.py --sizes 2M 15M   # DP 2 beside DistributedDataParallel
 
-Plain is transformers' LlamaForCausalLM with scaled_dot_product_attention, torch.optim.AdamW, clip_grad_norm_, and with
-two processes DistributedDataParallel. Ours is the engine of a run, without multipliers and with them in the layers and
-folded. All have the same sizes, batch, clipping and fp32 master weights: in bf16, plain has fp32 weights under
+Plain is transformers' LlamaForCausalLM with scaled_dot_product_attention, fused torch.optim.AdamW, clip_grad_norm_, and
+with two processes DistributedDataParallel. Ours is the engine of a run, without multipliers and with them in the layers
+and folded. All have the same sizes, batch, clipping and fp32 master weights: in bf16, plain has fp32 weights under
 autocast. Each is a whole optimizer step of one micro-batch. They take steps in turn, and the one that goes first
 rotates. A ratio is the median of the turns' ratios.
 """
@@ -72,7 +72,7 @@ def plain(sizes: ModelConfig, dtype: str, mesh: Mesh) -> Callable[[Tensor, Tenso
             use_cache=False,
         )
     ).to(device.local_device())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), fused=True)
     if mesh.size_of("data") > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
 

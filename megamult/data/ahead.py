@@ -1,6 +1,7 @@
 """Building of an epoch's index files, which determine the order of its samples, before a run needs the epoch.
 
-A background process of global rank 0 builds them. Without it, all ranks would wait while rank 0 builds.
+A background process of each rank builds those of the sources that are its own. Without it, all ranks would wait while
+ranks build.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from megamult.data.epochs import MOST_DOCUMENTS, EpochFiles, TokenizerFacts, ope
 from megamult.data.tokenizer import Tokenizer
 from megamult.distributed import environment
 
-# Seconds that a network file system may take to show rank 0's index files to the other ranks.
+# Seconds that a network file system may take to show one rank's index files to the others.
 _SHARED_FILES_SECONDS = 60
 
 
@@ -110,11 +110,11 @@ class Source:
 
         Args:
             build: whether to build the files if they do not exist. If not, wait for another rank to build them. None:
-                build them on global rank 0.
+                build them if there is no other rank.
         """
         if epoch in self._epochs:
             return self._epochs[epoch]
-        build = environment.rank() == 0 if build is None else build
+        build = environment.world_size() == 1 if build is None else build
         if build:
             self.epochs.build(epoch)
         else:

@@ -164,6 +164,11 @@ class TwoPhaseOptimizer(ViewedOptimizer):
         return None if self.norms is None else self.norms.main
 
     @property
+    def finite(self) -> bool:
+        """Whether all gradients that the last :meth:`prepare` read are finite; True before its first call."""
+        return self.norms is None or self.norms.finite
+
+    @property
     def learning_rates(self) -> dict[str, float]:
         """Learning rates of the present step: one for each kind of parameter, and one for each role, or side of a role,
         that has its own factor of the learning rate or weight decay.

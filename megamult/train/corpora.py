@@ -125,7 +125,7 @@ def _described(
             raise ValueError("; ".join(dict.fromkeys(mistakes)))
         if not reads:
             return
-        others = others_here({prefix: each for prefix, each in described.items() if prefix not in mine})
+        others = others_here({prefix: each for prefix, each in described.items() if describers[prefix] != mesh.rank})
         different = [prefix for prefix, each in check(others).items() if each != described[prefix]]
         if different:
             theirs = ", ".join(dict.fromkeys(hosts[describers[prefix]] for prefix in different[:3]))

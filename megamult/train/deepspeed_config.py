@@ -186,6 +186,8 @@ _OF_BUCKETS = {
     "parameter_alignment",
 }
 """Keys of `zero_optimization` that DeepSpeed's BF16_Optimizer ignores."""
+_OF_GATHERS = {"allgather_bucket_size"}
+"""Those that it ignores where megamult gathers parameters in its place (:mod:`megamult.zero.bf16`)."""
 
 
 def _without_effect(overrides: Mapping[str, Any], config: Config) -> Iterator[str]:
@@ -199,8 +201,13 @@ def _without_effect(overrides: Mapping[str, Any], config: Config) -> Iterator[st
     names = {name for name in zero if name != "stage"} if isinstance(zero, dict) else set()
     where, remedy = "at parallel.zero_stage 0", "raise parallel.zero_stage"
     if config.parallel.zero_stage:
-        names &= _OF_BUCKETS if _is_bf16_optimizer(config) else set()
-        where = "at parallel.zero_stage 1 in bf16, where gradients are reduced once, after the last backward pass"
+        ours = overrides.get("communication_data_type") in (None, config.train.accumulation_dtype)
+        ignored = _OF_BUCKETS | (_OF_GATHERS if ours else set())
+        names &= ignored if _is_bf16_optimizer(config) else set()
+        where = (
+            "at parallel.zero_stage 1 in bf16, where gradients are reduced and parameters gathered once, after the "
+            "last backward pass"
+        )
         remedy = "use parallel.zero_stage 2"
     for name in sorted(names):
         yield f"deepspeed.zero_optimization.{name} has no effect {where}: {remedy}, or remove it"

@@ -53,7 +53,9 @@ ZERO_KEYS: dict[str, Key] = {
     "reduce_bucket_size": free(
         "elements reduced together (default 50,000,000; ZeRO 2 and 3, and ZeRO 1 in fp32)", takes=POSITIVE
     ),
-    "allgather_bucket_size": free("elements gathered together (default 50,000,000; ZeRO 1 and 2)", takes=POSITIVE),
+    "allgather_bucket_size": free(
+        "elements gathered together (default 50,000,000; ZeRO 2, and ZeRO 1 in fp32)", takes=POSITIVE
+    ),
     "use_multi_rank_bucket_allreduce": free(
         "ZeRO 1 and 2: reduce a bucket with gradients of several ranks by one all-reduce", takes=FLAG
     ),

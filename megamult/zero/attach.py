@@ -36,6 +36,10 @@ class TwoPhase(Protocol):
     def gradient_norm(self) -> float | None:
         """Norm of the gradients that the last `prepare` read, before clipping."""
 
+    @property
+    def finite(self) -> bool:
+        """Whether all gradients that the last `prepare` read are finite."""
+
     def bind(self, partition: Partition) -> None:
         """Store the partition for later calls. Called once, after the partition was checked."""
 
@@ -106,7 +110,7 @@ def attach(engine: Any, optimizer: TwoPhase, mesh: Mesh | None = None) -> Partit
     partition.full_precision = FullPrecision.of(partition)
     partition.stepped()
     optimizer.bind(partition)
-    partition.take_over(engine, lambda: optimizer.gradient_norm)
+    partition.take_over(engine, lambda: optimizer.finite)
     deepspeed_step = engine.optimizer.step
 
     def step(*args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,8 @@ class Bf16Partition(FlatPartition):
 
     def __init__(self, zero: Any, names: Mapping[Parameter, str], mesh: Mesh) -> None:
         super().__init__(zero, mesh)
-        self._given = False  # whether `gradients` was called since gradients were cleared
+        # Since gradients were cleared: whether `gradients` was called, and whether they were reduced.
+        self._given = self._reduced = False
         for group, master in enumerate(zero.fp32_groups_flat_partition):
             offsets, offset = [], 0
             for parameter in zero.bf16_groups[group]:
@@ -37,14 +38,15 @@ class Bf16Partition(FlatPartition):
             for piece, (group, position) in zip(self.slices, self._places, strict=True)
         ]
 
-    def take_over(self, engine: Any, norm: Callable[[], float | None]) -> None:
+    def take_over(self, engine: Any, finite: Callable[[], bool]) -> None:
         """Replace those parts of DeepSpeed's step that do more than a step of this partition needs.
 
         - DeepSpeed copies all gradients of the model into a new buffer, all-reduces it, and copies it back. A rank
           needs only its own part of the flat gradients, and here this part is averaged in place. If there is only one
-          data-parallel rank, nothing is done.
+          data-parallel rank, there is nothing to reduce. It is averaged once per step: a second backward pass that ends
+          a step is refused.
         - DeepSpeed computes a norm of all gradients of the model, only to see whether it is finite. The optimizer knows
-          this norm.
+          it.
         - DeepSpeed's all-gather of the parameters is slow over gloo (:mod:`megamult.distributed.parts`).
         - DeepSpeed clears the gradients twice.
 
@@ -59,12 +61,18 @@ class Bf16Partition(FlatPartition):
         clear = zero.clear_hp_grads
 
         def reduce_gradients(pipeline_parallel: bool = False) -> None:
+            if self._reduced:
+                raise RuntimeError(
+                    "gradients were reduced twice in one step: call engine.backward once per micro-batch, with the sum "
+                    "of the losses, and then engine.step"
+                )
+            self._reduced = True
             for flat, group in zip(zero.fp32_groups_gradients_flat, zero.real_dp_process_group, strict=True):
                 average_own_part(flat, group)
 
         def get_grads_for_norm(for_clipping: bool = False) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
             # The other ranks' parts are not averaged, so a norm of them could be finite on one rank only.
-            return [torch.tensor([norm() or 0.0])], {}
+            return [torch.tensor([0.0 if finite() else torch.inf])], {}
 
         @torch.no_grad()
         def update_lp_params() -> None:
@@ -74,9 +82,9 @@ class Bf16Partition(FlatPartition):
                 spread_own_part(zero.bf16_groups_flat[group], process_group)
 
         def clear_hp_grads() -> None:
-            if self._given or any(map(any, zero.fp32_groups_has_gradients)):
+            if self._given or self._reduced or any(map(any, zero.fp32_groups_has_gradients)):
                 clear()
-                self._given = False
+                self._given = self._reduced = False
 
         zero.reduce_gradients = reduce_gradients  # the engine calls it in place of its own reduction
         zero.get_grads_for_norm = get_grads_for_norm

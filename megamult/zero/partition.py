@@ -123,12 +123,12 @@ class Partition(ABC):
         """Number of elements of the tensor-parallel shard of each parameter, by name."""
         return {cut.name: math.prod(cut.spec.local_shape(self.mesh.grid)) for cut in self.cuts}
 
-    def take_over(self, engine: Any, norm: Callable[[], float | None]) -> None:  # noqa: B027
+    def take_over(self, engine: Any, finite: Callable[[], bool]) -> None:  # noqa: B027
         """Replace parts of DeepSpeed's step by others with the same result. Called once, when an optimizer is attached.
 
         Args:
             engine: the DeepSpeed engine.
-            norm: function that returns the norm of the gradients of this step, after `prepare`.
+            finite: function that returns whether all gradients of this step are finite, after `prepare`.
         """
 
     @abstractmethod

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from megatron.core.transformer import TransformerConfig
 
-from megamult.models.common.swiglu import _SwiGLU
+from megamult.models.common.swiglu import SwiGLU, _SwiGLU
 
 
 def test_the_activation_is_silu_of_the_first_half_times_the_second() -> None:
@@ -20,3 +22,16 @@ def test_backward_keeps_only_the_input() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         _SwiGLU.apply(x)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+
+
+def test_another_activation_is_refused() -> None:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.gelu,
+        use_te_activation_func=True,
+    )
+    with pytest.raises(ValueError, match=r"activation_func is gelu, .*: this layer's activation is SwiGLU"):
+        SwiGLU(config)

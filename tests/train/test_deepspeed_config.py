@@ -89,7 +89,7 @@ ALONE: list[tuple[dict[str, Any], str]] = [
     ),
     ({"zero_optimization": {"reduce_bucket_siz": 7}}, r"did you mean zero_optimization\.reduce_bucket_size$"),
     (
-        {"zero_optimization": {"allgather_bucket_size": "many"}},
+        {"zero_optimization": {"sub_group_size": "many"}},
         r"'many': .*; give a positive whole number, or remove it$",
     ),
     ({"zero_optimization": {"zero_quantized_gradients": True}}, r"is True: it rounds gradients.*; remove it$"),
@@ -179,8 +179,12 @@ def test_all_mistakes_are_in_one_error() -> None:
 
 def test_zero_keys_without_effect_at_the_stage_of_the_run_are_refused() -> None:
     zero = {"overlap_comm": True, "reduce_bucket_size": 7, "allgather_bucket_size": 7}
-    one = refusals({"zero_optimization": zero})  # DeepSpeed's BF16_Optimizer reads only the last
-    assert [each.split(" ")[0].rpartition(".")[2] for each in one] == ["overlap_comm", "reduce_bucket_size"]
+    one = refusals({"zero_optimization": zero})  # DeepSpeed's BF16_Optimizer, and megamult's gathering in its place
+    names = [each.split(" ")[0].rpartition(".")[2] for each in one]
+    assert names == ["allgather_bucket_size", "overlap_comm", "reduce_bucket_size"]
+    # Gradients that travel in another dtype leave the gathering to DeepSpeed, which reads that key.
+    theirs = refusals({"zero_optimization": zero, "communication_data_type": "bf16"})
+    assert [each.split(" ")[0].rpartition(".")[2] for each in theirs] == names[1:]
     assert all(each.endswith("use parallel.zero_stage 2, or remove it") for each in one)
     assert made({"zero_optimization": zero}, dtype="fp32")["zero_optimization"]["reduce_bucket_size"] == 7
     none = refusals({"zero_optimization": zero | {"stage": 0}}, stage=0, dtype="fp32")

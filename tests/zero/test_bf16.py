@@ -49,9 +49,15 @@ def step(case: StepCase) -> dict[str, Any]:
         mean /= ranks
     with Largest() as largest:
         reduce()
+    try:
+        reduce()
+        again = ""
+    except RuntimeError as error:
+        again = str(error)
     rank = engine.mesh.rank_on("data")
     result: dict[str, Any] = {
         "class": type(zero).__name__,
+        "again": again,
         "operators": largest.elements,
         "part": max(part.numel() for part in zero.fp32_groups_gradient_flat_partition),
         "error": max(
@@ -88,6 +94,12 @@ def test_each_rank_averages_its_own_part_without_a_copy_of_all_gradients(two: li
         assert outcome["class"] == "BF16_Optimizer"
         assert outcome["error"] < 2**-23, "a sum of two numbers and a half of it, in fp32"
         assert max(outcome["operators"].values()) <= outcome["part"], outcome["operators"]
+
+
+def test_a_second_reduction_in_one_step_is_refused(two: list[dict[str, Any]]) -> None:
+    """The parts of other ranks are undefined after the first, so a second one would add them to the mean."""
+    for outcome in two:
+        assert "reduced twice in one step: call engine.backward once" in outcome["again"]
 
 
 def test_all_ranks_have_the_masters_of_all_after_a_step(two: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from megamult.models.common.rotary_embedding import Rotation, rotate
 
 class RotatedSelfAttention(SelfAttention):
     """Megatron's SelfAttention that also takes a :class:`~megamult.models.common.rotary_embedding.Rotation` in the
-    place of rotary angles. It rotates as fast as this device can, and leaves angles to Megatron."""
+    place of rotary angles, and rotates by it. Angles are left to Megatron."""
 
     _rotation: Rotation | None = None
 

@@ -60,7 +60,8 @@ class _Rotate(torch.autograd.Function):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x, [seq, batch, heads, dim], rotated, stored as [batch, heads, seq, dim]."""
     heads = x.permute(1, 2, 0, 3)
-    turned = _turned_compiled(heads, cos, sin) if x.is_cuda else _turned(heads, cos, sin)
+    # Compiled code depends on whether a tensor requires its gradient, so it gets none that does.
+    turned = _turned_compiled(heads.detach(), cos, sin) if x.is_cuda else _turned(heads, cos, sin)
     return turned.permute(2, 0, 1, 3)
 
 
@@ -79,7 +80,8 @@ def _turned_in_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).contiguous()
 
 
-_turned_compiled = torch.compile(_turned_in_one)
+# One kernel for all shapes, as queries and keys, training and evaluation have different ones.
+_turned_compiled = torch.compile(_turned_in_one, dynamic=True)
 
 
 def once_for_all_layers(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

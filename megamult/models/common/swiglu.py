@@ -12,12 +12,22 @@ from torch import Tensor
 class SwiGLU(torch.nn.Module):
     """silu(gate) * up of x = [gate, up]. x: [..., 2 ffn]; result: [..., ffn].
 
-    It is the module that Megatron's MLP calls if `use_te_activation_func` is True in the configuration. For devices
-    where Megatron fuses the activation itself, `bias_activation_fusion` chooses that.
+    It is the module that Megatron's MLP calls if `use_te_activation_func` is True in the configuration. On CUDA
+    `bias_activation_fusion` is set instead, and Megatron's own fused SwiGLU runs.
+
+    Raises:
+        ValueError: the configuration asks for another activation.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        limits = config.activation_func_clamp_value, config.glu_linear_offset
+        if config.activation_func is not torch.nn.functional.silu or any(limits):
+            raise ValueError(
+                f"use_te_activation_func is True, activation_func is {config.activation_func.__name__}, and "
+                f"activation_func_clamp_value and glu_linear_offset are {limits}: this layer's activation is SwiGLU "
+                "without limits; set use_te_activation_func to False"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation of x."""
