@@ -60,15 +60,25 @@ class Cluster:
             found.append(f"--efficiency is {self.efficiency}: it is a share of --peak, and must be at most 1")
         return found
 
-    def bandwidth(self, grid: Grid, axis: str) -> float:
-        """Return the bytes per second that a ring of the ranks along an axis moves through each of them.
+    def ring(self, grid: Grid, axis: str) -> float:
+        """Return the bytes per second that rings of the ranks along an axis move through each of them.
 
         Tensor-parallel ranks are consecutive, so they share a node if their number divides `gpus_per_node`. The ranks
-        of a data-parallel group share a node only if all ranks do.
+        of a data-parallel group share a node only if all ranks do. A group over several nodes makes as many rings as it
+        has ranks in a node, each through the network adapters of other ranks. Every ring passes every rank of a node,
+        so `within` bounds what all of them move together.
         """
-        reach = grid.tensor if axis == "tensor" else grid.size
-        one_node = self.nodes == 1 or (axis == "tensor" and self.gpus_per_node % reach == 0)
-        return 1e9 * (self.within if one_node else self.between)
+        node, tensor = self.gpus_per_node, grid.tensor
+        if self.nodes == 1 or (axis == "tensor" and node % tensor == 0):
+            return 1e9 * self.within
+        # Where neither of two sizes divides the other, the node with the fewest ranks of a group counts.
+        members = math.gcd(node, tensor) if axis == "tensor" else max(1, node // tensor)
+        return 1e9 * min(self.within, members * self.between)
+
+    @property
+    def pairwise(self) -> float:
+        """Bytes per second that a rank sends to ranks of which most are in other nodes, if there are other nodes."""
+        return 1e9 * (self.within if self.nodes == 1 else self.between)
 
 
 _NUMBERS = ("nodes", "gpus_per_node")

@@ -3,8 +3,8 @@
 The time of a step is the sum of what no other part hides::
 
     compute      FLOPs of forward and backward (and of layers that are recomputed) / (peak x efficiency)
-    tensor       bytes of tensor-parallel collectives / bandwidth; nothing hides them
-    data         bytes of ZeRO's collectives / bandwidth, less what runs under backward (ZeRO 2), or under forward and
+    tensor       bytes of tensor-parallel collectives / ring rate; nothing hides them
+    data         bytes of ZeRO's collectives / ring rate, less what runs under backward (ZeRO 2), or under forward and
                  backward (ZeRO 3): megamult.zero.traffic.waited
     update       Newton-Schulz on the busiest rank and Muon's exchange, of which the longer hides the shorter but for
                  its first bucket
@@ -162,24 +162,24 @@ def _seconds(
     again = 0.0
     if config.train.recompute == "full":
         again = (flops / 3 - 2 * sizes.hidden_size * padded_vocab_size(vocab_size)) * tokens / cluster.flops
-    data, tensor = cluster.bandwidth(grid, "data"), cluster.bandwidth(grid, "tensor")
-    # Without CUDA nothing runs beside the passes.
-    hides = cluster.cuda and (config.parallel.zero_stage == 3 or bool(zero.get("overlap_comm")))
-    waiting = waited(
+    reduction, gathering = (sent[kind] / cluster.ring(grid, "data") for kind in (GRADIENTS, PARAMETERS))
+    # Without CUDA nothing runs beside the passes. DeepSpeed's overlap_comm decides whether reductions do; the gathers
+    # of ZeRO 3 are asynchronous in any case.
+    beside = reduction if cluster.cuda and zero.get("overlap_comm") else 0.0
+    waiting = (reduction - beside) + waited(
         config.parallel.zero_stage,
         accumulation,
-        sent[GRADIENTS] / data,
-        sent[PARAMETERS] / data,
-        forward if hides else 0.0,
-        2 * forward + again if hides else 0.0,
+        beside,
+        gathering,
+        forward if cluster.cuda else 0.0,
+        2 * forward + again if cluster.cuda else 0.0,
     )
-    update = 0.0
-    for rule in matrix_rules(held.optimizer):
-        assert rule.plan is not None
-        work = float(rule.plan.loads.max(initial=0)) / cluster.flops
-        exchange = sent[MUON] / data
-        update += max(work, exchange) + min(work, exchange) / max(1, len(rule.plan.buckets))
-    values = (accumulation * 3 * forward, accumulation * again, sent[TENSOR] / tensor, waiting, update)
+    plans = [rule.plan for rule in matrix_rules(held.optimizer) if rule.plan is not None]
+    work = sum(float(plan.loads.max(initial=0)) for plan in plans) / cluster.flops
+    exchange = sent[MUON] / cluster.pairwise  # of all rules
+    update = max(work, exchange) + min(work, exchange) / max(1, sum(len(plan.buckets) for plan in plans))
+    transfer = sent[TENSOR] / cluster.ring(grid, "tensor")
+    values = (accumulation * 3 * forward, accumulation * again, transfer, waiting, update)
     return dict(zip(PARTS, values, strict=True))
 
 

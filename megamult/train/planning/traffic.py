@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from megamult.config import Config
 from megamult.models.common.activation_memory import Pass
+from megamult.models.common.config import DecoderConfig
 from megamult.optim.two_phase import TwoPhaseOptimizer
 from megamult.parameters.spec import ParameterSpec
 from megamult.train.planning.memory import exchanged_size, matrix_rules
@@ -42,7 +43,7 @@ def traffic(
         kind = PARAMETERS if collective == "allgather" else GRADIENTS
         found[kind] += share * RING[collective] * whole * elements
     found[TENSOR] = accumulation * tensor_parallel_bytes(
-        specs, run, config.train.recompute == "full", config.model.tie_embeddings
+        specs, run, config.train.recompute == "full", config.model
     )
     found[MUON] = 0.0
     for rule in matrix_rules(optimizer):
@@ -55,19 +56,22 @@ def traffic(
     return found
 
 
-def tensor_parallel_bytes(specs: Mapping[str, ParameterSpec], run: Pass, recompute: bool, tied: bool) -> float:
+def tensor_parallel_bytes(
+    specs: Mapping[str, ParameterSpec], run: Pass, recompute: bool, model: DecoderConfig
+) -> float:
     """Return the bytes that a rank sends to its tensor-parallel group in one micro-batch.
 
     A column-parallel layer all-reduces the gradient of its input, and a row-parallel layer its output. With sequence
     parallelism a column-parallel layer gathers its input in both passes and scatters its gradient, and a row-parallel
-    layer scatters its output and gathers its gradient. Recomputation repeats what the layers send in forward. The
-    embedding sends its output, and the loss three numbers per token.
+    layer scatters its output and gathers its gradient. With fewer query groups than ranks, Megatron gathers the output
+    of the fused projection of attention and scatters its gradient. Recomputation repeats what the layers send in
+    forward. The embedding sends its output, and the loss three numbers per token.
 
     Args:
         specs: specs of all parameters, by name.
         run: forward pass of the micro-batch.
         recompute: whether the layers are recomputed.
-        tied: whether the head's weight is the embedding's.
+        model: the model's sizes, of which the number of query groups and tied embeddings count.
     """
     ring = (run.tensor - 1) / run.tensor * run.tokens
     if run.tensor == 1:
@@ -83,7 +87,9 @@ def tensor_parallel_bytes(specs: Mapping[str, ParameterSpec], run: Pass, recompu
         again = forward if recompute and spec.orthogonalize else 0
         width = spec.shape[0] if dim == 1 else spec.shape[1]
         passes += width * (forward + backward + again)
-        if embedding and tied:
+        if model.query_groups < run.tensor and any(part.name == "k" for part in spec.parts):
+            passes += spec.shape[0] * (3 if recompute else 2)
+        if embedding and model.tie_embeddings:
             passes += width * (3 if run.sequence else 2)
     loss = 2 * 3 * 4
     return ring * (passes * run.size + loss)

@@ -98,11 +98,12 @@ def counted_sent(config: Config) -> float:
     train, parallel = config.train, config.parallel
     run = Pass(train.micro_batch_size, config.model.seq_length, train.torch_dtype, parallel.tensor, parallel.sequence)
     specs = model_specs(config, VOCAB)
-    return 2 * tensor_parallel_bytes(specs, run, train.recompute == "full", config.model.tie_embeddings)
+    return 2 * tensor_parallel_bytes(specs, run, train.recompute == "full", config.model)
 
 
 def test_tensor_parallel_ranks_send_what_is_counted() -> None:
     tied = dataclasses.replace(SMALL, tie_embeddings=True)
+    one_group = dataclasses.replace(SMALL, num_query_groups=1)
     common: dict[str, Any] = {"tensor": 2, "global_batch_size": 4}
     cases = [
         config_of(**common),
@@ -110,6 +111,8 @@ def test_tensor_parallel_ranks_send_what_is_counted() -> None:
         config_of(**common, recompute="full"),
         config_of(**common, sequence=True, recompute="full"),
         config_of(tied, **common),
+        config_of(one_group, **common),
+        config_of(one_group, **common, sequence=True, recompute="full"),
         config_of(dataclasses.replace(MODELS["hybrid"], ssm_norm="none"), **common),
     ]
     found = run_distributed(2, sent, cases)[0]
@@ -126,8 +129,9 @@ def test_traffic_and_seconds_follow_from_the_formulas() -> None:
     assert made.traffic[PARAMETERS] == pytest.approx(3 / 4 * 2 * elements)
     assert 0 < made.traffic[MUON] < 4 * matrices
     assert made.seconds["tensor parallel"] == pytest.approx(made.traffic[TENSOR] / 400e9)
-    # The model is so small that a backward pass hides little of the reduction.
-    reduction, gather = made.traffic[GRADIENTS] / 50e9, made.traffic[PARAMETERS] / 50e9
+    # Two of a data-parallel group's four ranks are in each node, so it has two adapters there. The model is so small
+    # that a backward pass hides little of the reduction.
+    reduction, gather = made.traffic[GRADIENTS] / 100e9, made.traffic[PARAMETERS] / 100e9
     backward = made.seconds["forward and backward"] * 2 / 3
     assert made.seconds["waiting for ZeRO"] == pytest.approx(max(0.0, reduction - backward) + gather)
     tokens = 16 * SMALL.seq_length
@@ -135,11 +139,26 @@ def test_traffic_and_seconds_follow_from_the_formulas() -> None:
     assert made.seconds["forward and backward"] == pytest.approx(per_token * tokens / 8 / 50e12)
 
 
-def test_tensor_parallel_groups_that_span_nodes_use_the_slower_links() -> None:
-    assert CLUSTER.bandwidth(Grid(tensor=4, data=2), "tensor") == 400e9
-    assert CLUSTER.bandwidth(Grid(tensor=8), "tensor") == 50e9
-    assert CLUSTER.bandwidth(Grid(tensor=4, data=2), "data") == 50e9
-    assert dataclasses.replace(CLUSTER, nodes=1).bandwidth(Grid(data=4), "data") == 400e9
+def test_without_overlap_zero_3_waits_for_reductions_and_not_for_gathers() -> None:
+    config = config_of(dtype="bf16", zero_stage=3, tensor=2)
+    waits = dataclasses.replace(config, deepspeed={"zero_optimization": {"overlap_comm": False}})
+    cluster = dataclasses.replace(CLUSTER, peak=0.01)  # so slow that the passes hide everything
+    assert estimated(config, cluster).seconds["waiting for ZeRO"] == 0
+    made = estimated(waits, cluster)
+    assert made.seconds["waiting for ZeRO"] == pytest.approx(made.traffic[GRADIENTS] / 100e9)
+    assert made.traffic[PARAMETERS] > 0
+
+
+def test_a_group_over_nodes_uses_the_adapters_of_all_its_ranks_in_a_node() -> None:
+    assert CLUSTER.ring(Grid(tensor=4, data=2), "tensor") == 400e9, "in one node"
+    assert dataclasses.replace(CLUSTER, nodes=1).ring(Grid(data=4), "data") == 400e9
+    for tensor, adapters in ((1, 4), (2, 2), (4, 1), (8, 1)):
+        assert CLUSTER.ring(Grid(tensor=tensor, data=8 // tensor), "data") == adapters * 50e9
+    assert CLUSTER.ring(Grid(tensor=8), "tensor") == 4 * 50e9
+    # 6 GPUs in a node: the tensor-parallel group of ranks 4 to 7 has two in each of its nodes.
+    assert dataclasses.replace(CLUSTER, gpus_per_node=6).ring(Grid(tensor=4, data=3), "tensor") == 2 * 50e9
+    assert dataclasses.replace(CLUSTER, within=120.0).ring(Grid(data=8), "data") == 120e9
+    assert CLUSTER.pairwise == 50e9, "Muon's exchange is no ring"
 
 
 def test_the_search_tries_what_heads_batch_and_keys_allow() -> None:
