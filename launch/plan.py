@@ -3,10 +3,12 @@
 It prints memory per rank, traffic, time of a step and MFU. Nothing is written, and no GPU is needed.
 """
 
+import sys
+
 from megamult.runtime.console import whole_or_nothing
 
 if __name__ == "__main__":
     with whole_or_nothing():
         from megamult.train.planning.main import main
 
-        main()
+        sys.exit(main())

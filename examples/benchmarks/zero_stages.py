@@ -10,6 +10,8 @@ sizes.
 
 The second command calculates the seconds in which a rank communicates and computes nothing. It assumes one step of
 --tokens tokens per rank, a ring that moves --link gigabytes per second through a rank, and --flops TFLOP/s of a rank.
+The default of --link is the rate of one 400 Gb/s network adapter: it assumes one rank of a data-parallel group in each
+node, as at tensor parallel 8. A group with several ranks in a node can use the adapters of all of them.
 ZeRO 1 reduces gradients after the last backward pass. ZeRO 2 and 3 reduce them during every backward pass, and only the
 time by which the communication takes longer than the pass counts.
 """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+DOES_NOT_FIT = 1
+"""launch/plan.py has found no sharding that fits the cluster's memory."""
+
 USER_ERROR = 2
 """There is a mistake in keys, files or data: the same command would fail again."""
 

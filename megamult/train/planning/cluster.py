@@ -20,11 +20,11 @@ class Cluster:
     memory: float = 80.0
     """Memory of a GPU in GB (10^9 bytes)."""
     peak: float = 989.0
-    """Peak rate of dense matrix products in bf16 in TFLOP/s of a GPU, or in fp32 with train.dtype fp32."""
+    """Peak rate of dense matrix products in TFLOP/s of a GPU, in train.dtype."""
     within: float = 450.0
     """GB/s that a GPU sends to others of its node."""
     between: float = 50.0
-    """GB/s that a GPU sends to other nodes."""
+    """GB/s that a GPU sends to other nodes, through a network adapter of its own."""
     efficiency: float = 0.5
     """Share of `peak` that forward and backward reach while they compute, without communication; Newton-Schulz too."""
     reserve: float = 0.1

@@ -6,16 +6,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from megamult.config import Config
+from megamult.runtime import exit_codes
 from megamult.train.planning.cluster import PRESETS, Cluster, cluster
 
 _HELP = {
     "nodes": "number of nodes",
     "gpus_per_node": "GPUs, or processes on CPUs, of a node",
     "memory": "memory of a GPU in GB",
-    "peak": "peak rate of a GPU in TFLOP/s, of dense bf16 products",
+    "peak": "peak rate of a GPU in TFLOP/s, of dense products in bf16; needed on GPUs with train.dtype fp32",
     "within": "GB/s that a GPU sends to others of its node",
     "between": "GB/s that a GPU sends to other nodes",
     "efficiency": "share of the peak rate that a rank reaches while it computes",
@@ -23,21 +24,33 @@ _HELP = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Parser whose mistakes are those of a user like all others: one line, without a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists all flags")
+
+
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the cluster's figures. Values stay text, so that all mistakes can be told at once."""
+    """Return the parser of the cluster's figures. Values stay text, and a missing one is "", so that all mistakes can
+    be told at once."""
     presets = "; ".join(f"{name}: {source}" for name, (_, source) in PRESETS.items())
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="plan.py",
         description="Plan a run without starting it: memory per rank by kind, bytes on the wire, time of a step and "
-        "MFU, for the sharding that the keys name and for the best of all that fit the cluster.",
+        "MFU, for the sharding that the keys name and for the best of all that fit the cluster. Exit code 0: some "
+        f"sharding fits; {exit_codes.DOES_NOT_FIT}: none does (with --no_search: the one that the keys name does not); "
+        f"{exit_codes.USER_ERROR}: there are mistakes, all of them in one line.",
         epilog="All other arguments are keys of the run, as for launch/pretrain.py: --config FILE.yaml and "
         f"--section.key value; launch/pretrain.py --help lists them. Figures of devices: {presets}.",
         allow_abbrev=False,
     )
-    made.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(PRESETS)} (default h100)")
+    words = f"{', '.join(PRESETS)} (default h100)"
+    made.add_argument("--gpu", nargs="?", const="", default="h100", metavar="NAME", help=words)
     for field in fields(Cluster):
         if field.name in _HELP:
-            made.add_argument(f"--{field.name}", metavar="NUMBER", help=f"{_HELP[field.name]} (default: of the device)")
+            words = f"{_HELP[field.name]} (default: of the device)"
+            made.add_argument(f"--{field.name}", nargs="?", const="", metavar="NUMBER", help=words)
     made.add_argument("--no_search", action="store_true", help="estimate only the sharding that the keys name")
     return made
 
@@ -51,6 +64,8 @@ def asked_for(arguments: Sequence[str] | None) -> tuple[Config, int, Cluster, st
     given, rest = parser().parse_known_args(list(sys.argv[1:] if arguments is None else arguments))
     made, found = _cluster(vars(given))
     config, more = _config(rest, None if found else made)
+    if config is not None:
+        more += _peak(config, given)
     if found or config is None:
         raise ValueError("; ".join([*found, *more]))
     vocab_size, unknown = _vocabulary(config)
@@ -63,7 +78,8 @@ def _cluster(given: dict[str, Any]) -> tuple[Cluster, list[str]]:
     """Return the cluster, and the mistakes in its figures."""
     found, figures = [], {}
     if given["gpu"] not in PRESETS:
-        found.append(f"--gpu is {given['gpu']!r}: use one of {', '.join(PRESETS)}, and give figures of your own")
+        is_what = f"is {given['gpu']!r}" if given["gpu"] else "has no value"
+        found.append(f"--gpu {is_what}: use one of {', '.join(PRESETS)}, and give figures of your own")
     for field in fields(Cluster):
         text = given.get(field.name)
         if text is None:
@@ -72,7 +88,8 @@ def _cluster(given: dict[str, Any]) -> tuple[Cluster, list[str]]:
         try:
             figures[field.name] = int(text) if whole else float(text)
         except ValueError:
-            found.append(f"--{field.name} is {text!r}: give a {'whole ' if whole else ''}number")
+            is_what = f"is {text!r}" if text else "has no value"
+            found.append(f"--{field.name} {is_what}: give a {'whole ' if whole else ''}number")
     made = cluster(given["gpu"] if given["gpu"] in PRESETS else "h100", figures)
     return made, [*found, *made.mistakes()]
 
@@ -86,21 +103,47 @@ def _config(arguments: list[str], made: Cluster | None) -> tuple[Config | None, 
     try:
         config, _ = parse(arguments)
     except (ValueError, OSError) as error:
-        return None, [str(error)]
-    found = []
+        return None, [str(error), *_unknown(arguments)]
+    found: list[str] = []
     if made is not None:
         tensor = config.parallel.tensor
-        try:
-            config.check_world(made.ranks)
-            deepspeed_config(config, made.ranks // tensor, made.cuda)
-        except ValueError as error:
-            found.append(str(error))
+        data = max(1, made.ranks // tensor)  # of ranks that do not divide: check_world tells
+        for check in (lambda: config.check_world(made.ranks), lambda: deepspeed_config(config, data, made.cuda)):
+            try:
+                check()
+            except ValueError as error:
+                found.append(str(error))
         if made.gpus_per_node % tensor and not config.parallel.tensor_across_nodes:
             found.append(
                 f"parallel.tensor is {tensor} and --gpus_per_node {made.gpus_per_node}: a tensor-parallel group would "
                 "span nodes; use a divisor, or set parallel.tensor_across_nodes"
             )
     return config, found
+
+
+def _unknown(arguments: list[str]) -> list[str]:
+    """Return a message that names the cluster's flags, if an argument is a flag neither of these nor of the run."""
+    from megamult.train.command_line import parser as run_parser
+
+    keys = run_parser().get_defaults().keys()
+    known = {key.partition(".")[0] for key in keys} | {"help", "print_config"}
+    names = [each.partition("=")[0] for each in arguments if each.startswith("--")]
+    wrong = [name for name in names if "." not in name and name.removeprefix("--") not in known]
+    if not wrong:
+        return []
+    ours = ", ".join(f"--{name}" for name in ("gpu", *_HELP, "no_search"))
+    return [f"{', '.join(wrong)} is none of the cluster's flags either: these are {ours}"]
+
+
+def _peak(config: Config, given: argparse.Namespace) -> list[str]:
+    """Return a message if the run computes in fp32, and the peak rate would be a GPU's in bf16."""
+    preset = PRESETS.get(given.gpu)
+    if config.train.dtype != "fp32" or given.peak is not None or preset is None or not cluster(given.gpu, {}).cuda:
+        return []
+    return [
+        f"train.dtype is fp32, and {preset[0]['peak']:g} TFLOP/s is the peak rate of --gpu {given.gpu} in bf16: give "
+        "its rate in fp32 as --peak, or set train.dtype bf16"
+    ]
 
 
 def _vocabulary(config: Config) -> tuple[int, list[str]]:

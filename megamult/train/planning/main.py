@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from megamult.models.architectures import architecture_of
 from megamult.parameters.spec import ParameterSpec
+from megamult.runtime import exit_codes
 from megamult.train.planning import table
 from megamult.train.planning.cluster import Cluster
 from megamult.train.planning.command_line import asked_for
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the plan that the command line asks for.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan that the command line asks for, and return the exit code, which says whether a sharding fits.
 
     Raises:
         ValueError: the command line has mistakes; the message has all of them.
@@ -45,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     print(_heading(architecture_of(config.model).name, specs, cluster))
     print("\n".join(table.lines_of(columns, cluster)))
-    print("\n".join(said))
-    print("\n".join(f"assumed for {line}" for line in table.assumptions(cluster, source)))
+    print("\n".join([*said, *(f"assumed for {line}" for line in table.assumptions(cluster, source))]))
+    fits = any(each.memory.peak <= cluster.usable for _, each in columns)
+    return 0 if fits else exit_codes.DOES_NOT_FIT
 
 
 def _heading(name: str, specs: dict[str, ParameterSpec], cluster: Cluster) -> str:

@@ -78,8 +78,9 @@ def lines_of(columns: Sequence[tuple[str, Estimate]], cluster: Cluster) -> list[
 def assumptions(cluster: Cluster, source: str) -> list[str]:
     """Return what the figures assume, one line for each group of figures."""
     overlap = (
-        "ZeRO 2 reduces under backward, ZeRO 3 reduces and gathers under forward and backward; ZeRO 0 and 1, the "
-        "gather of ZeRO 1 and 2, and tensor-parallel collectives hide under nothing"
+        "ZeRO 2 reduces under backward, ZeRO 3 reduces and gathers under forward and backward (without DeepSpeed's "
+        "overlap_comm no reduction hides); ZeRO 0 and 1, the gather of ZeRO 1 and 2, and tensor-parallel collectives "
+        "hide under nothing"
         if cluster.cuda
         else "no collective hides under computation"
     )
@@ -89,9 +90,10 @@ def assumptions(cluster: Cluster, source: str) -> list[str]:
         f"upper bounds; {100 * cluster.reserve:g} % of the memory (--reserve) is left to the rest",
         f"compute: {100 * cluster.efficiency:g} % of {cluster.peak:g} TFLOP/s (--efficiency, --peak), in passes and in "
         "Newton-Schulz, which is not split over ranks; updates element by element, data and stragglers take no time",
-        f"communication: rings at {cluster.within:g} GB/s within a node and {cluster.between:g} GB/s between nodes "
-        f"(--within, --between), without latencies; {overlap}; Muon's exchange hides under "
-        "Newton-Schulz but for one bucket",
+        f"communication: rings at {cluster.within:g} GB/s within a node (--within), and between nodes at "
+        f"{cluster.between:g} GB/s (--between) times a group's ranks in a node, each with a network adapter, and at "
+        f"most {cluster.within:g} GB/s; without latencies; {overlap}; Muon's exchange sends {cluster.between:g} GB/s "
+        "between nodes and hides under Newton-Schulz but for one bucket",
         "MFU: the model's FLOPs without recomputation, attention causal, over the peak",
     ]
 

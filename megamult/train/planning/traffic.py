@@ -42,9 +42,7 @@ def traffic(
     for collective, whole in whole_bytes(config.parallel.zero_stage, accumulation, size, summed).items():
         kind = PARAMETERS if collective == "allgather" else GRADIENTS
         found[kind] += share * RING[collective] * whole * elements
-    found[TENSOR] = accumulation * tensor_parallel_bytes(
-        specs, run, config.train.recompute == "full", config.model
-    )
+    found[TENSOR] = accumulation * tensor_parallel_bytes(specs, run, config.train.recompute == "full", config.model)
     found[MUON] = 0.0
     for rule in matrix_rules(optimizer):
         assert rule.plan is not None
