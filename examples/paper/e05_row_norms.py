@@ -79,14 +79,14 @@ def rows_are_wider(
         results: the runs.
         without, with_it: the two arms.
         roles: roles of which each must be wider.
-        shown: role whose width the note tells.
-        others: roles whose ratio the note tells.
+        shown: role whose width the note reports.
+        others: roles whose ratio the note reports.
     """
     measured = ratios(results, without, with_it, "rows of W_eff", roles)
     smallest = [min(seed.values()) for seed in measured]
     columns = ratios(results, without, with_it, "columns of W_eff", roles)
     of_columns = np.mean([list(seed.values()) for seed in columns])
-    apart = f"; apart: {_means(ratios(results, without, with_it, 'rows of W_eff', others))}" if others else ""
+    apart = f"; not claimed: {_means(ratios(results, without, with_it, 'rows of W_eff', others))}" if others else ""
     seed = results.seeds[0]
     narrow, wide = (decades(norms(results, arm, seed, "rows of W_eff")[shown]) for arm in (without, with_it))
     note = (

@@ -100,7 +100,7 @@ def test_every_role_but_dt_must_be_wider_in_every_seed(
     write(read, "muon", lambda role, s: deviation if role == narrow and s == (seed or s) else 0.4)
     _, rows, latent, _ = measure(read, "muon")
     assert rows.verdict == verdict and latent.verdict == "reproduced", rows
-    assert "apart: ssm_dt" in rows.note and "ssm_x's rows" in rows.note
+    assert "not claimed: ssm_dt" in rows.note and "ssm_x's rows" in rows.note
     assert [each.verdict for each in measure(read, "adamw")] == ["not run"] * 4
 
 
