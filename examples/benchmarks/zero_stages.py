@@ -141,8 +141,12 @@ def count(stage: int, arguments: argparse.Namespace, mesh: Mesh) -> Counted:
         ),
         deepspeed={
             "zero_optimization": {
-                **({} if stage == 1 else {"reduce_bucket_size": arguments.bucket}),
-                "allgather_bucket_size": arguments.bucket,
+                # ZeRO 1 reduces and gathers once per step, without buckets.
+                **(
+                    {}
+                    if stage == 1
+                    else {"reduce_bucket_size": arguments.bucket, "allgather_bucket_size": arguments.bucket}
+                ),
                 # As in a large model, no parameter is small enough to stay whole, and few whole ones fit at once.
                 "stage3_param_persistence_threshold": 0,
                 "stage3_prefetch_bucket_size": arguments.bucket,
