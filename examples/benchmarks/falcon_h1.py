@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from turns import in_turn
 
 from megamult.config import Config
 from megamult.distributed import device, start
@@ -37,18 +37,9 @@ from megamult.train.deepspeed_engine import DeepSpeedEngine, build
 VOCAB = 4096
 
 
-def in_turn(calls: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
+def medians(calls: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
     """Return the median time in seconds of each call. One of each comes first and is not timed."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeat + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if device.has_cuda():
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return {name: statistics.median(each) for name, each in in_turn(calls, 1, repeat).items()}
 
 
 def kept_bytes(forward: Callable[[], Tensor]) -> int:
@@ -110,7 +101,7 @@ def mixers(arguments: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
 def compare_mixers(arguments: argparse.Namespace) -> None:
     """Print times and memory of both mixers."""
     forward = mixers(arguments)
-    times = in_turn(
+    times = medians(
         {name: lambda each=each: each().sum().backward() for name, each in forward.items()}, arguments.repeat
     )
     ratio = times["transformers"] / times["megamult"]
@@ -168,7 +159,7 @@ def compare_steps(arguments: argparse.Namespace) -> None:
     text = torch.randint(0, VOCAB, (arguments.batch, arguments.seq + 1), device=device.local_device())
     tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     calls = {name: partial(optimizer_step, engine, tokens, labels) for name, engine in engines.items()}
-    times = in_turn(calls, arguments.repeat)
+    times = medians(calls, arguments.repeat)
     for name, each in sizes.items():
         print(f"step, {name}: {times[name]:.3f} s, {number_of(each):,} parameters")
     ratio = times["falcon_h1"] / times["llama"]

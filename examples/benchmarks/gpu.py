@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ def machine(toy: bool) -> None:
 def symmetric_products(toy: bool) -> None:
     """Print times of X X^T: whole, by block rows and, where there is one, by the Triton kernel."""
     import torch
-    from newton_schulz import alternating
+    from newton_schulz import medians
 
     from megamult.distributed import device
     from megamult.optim.muon.symmetric import has_kernel, kernel_suits, symmetric_product
@@ -241,10 +242,8 @@ def symmetric_products(toy: bool) -> None:
         ways: list[Any] = ["whole", "block_rows"]
         if has_kernel(here) and kernel_suits(n, n, dtype):
             ways.append("kernel")
-        taken = alternating(
-            argparse.Namespace(warmup=2, steps=2 if toy else 20),
-            {way: lambda way=way, x=x, out=out: symmetric_product(x, x.mT, out, way) for way in ways},
-        )
+        products = {way: partial(symmetric_product, x, x.mT, out, way) for way in ways}
+        taken = medians(products, warmup=2, turns=2 if toy else 20)
         rates = ", ".join(f"{way} {1e3 * seconds:.3f} ms" for way, seconds in zip(ways, taken, strict=True))
         last = f"; {ways[-1]} takes {taken[-1] / taken[0]:.3f} of whole"
         figure(f"X X^T, {batch} x {n} x {n} bf16", rates + last)
@@ -253,7 +252,7 @@ def symmetric_products(toy: bool) -> None:
 def newton_schulz(toy: bool) -> None:
     """Print times of all methods of Newton-Schulz, and the share of the device's peak that the fastest reaches."""
     import torch
-    from newton_schulz import alternating, plain_newton_schulz
+    from newton_schulz import medians, plain_newton_schulz
 
     from megamult.distributed import device
     from megamult.optim.muon.coefficients import SIMPLE, coefficients
@@ -274,7 +273,7 @@ def newton_schulz(toy: bool) -> None:
         }
         runs["plain bmm"] = lambda x=x: plain_newton_schulz(x.bfloat16(), SIMPLE, len(steps))
         large = rows * cols >= 1 << 24
-        taken = alternating(argparse.Namespace(warmup=1, steps=1 if toy else 3 if large else 10), runs)
+        taken = medians(runs, warmup=1, turns=1 if toy else 3 if large else 10)
         times = dict(sorted(zip(runs, taken, strict=True), key=lambda each: each[1]))
         peak = device.peak_flops(torch.bfloat16)
         work = batch * flops(rows, cols, len(steps), "standard", "whole")

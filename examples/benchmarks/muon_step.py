@@ -48,8 +48,10 @@ from typing import Any
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="muon_step_")  # an empty compile cache
 
 import torch
+from newton_schulz import add_sizes
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+from turns import synchronize
 
 from megamult.parameters.stated import spec_of
 
@@ -338,12 +340,6 @@ def all_ranks(value: float) -> torch.Tensor:
     return torch.cat(gathered).cpu()
 
 
-def synchronize() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
 def compare(arguments: argparse.Namespace) -> None:
     """Print the table of whole optimizer steps, and their shares of a training step."""
     count_collectives()
@@ -449,12 +445,8 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     """Run the command line."""
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=2048 if cuda else 512, help="model width")
-    parser.add_argument("--ffn", type=int, default=8192 if cuda else 1408, help="width of the gated MLP")
-    parser.add_argument("--layers", type=int, default=16 if cuda else 4, help="transformer layers")
-    parser.add_argument("--groups", type=int, default=8 if cuda else None, help="query groups; default: one per head")
+    cuda = add_sizes(parser)
     parser.add_argument("--seq", type=int, default=2048 if cuda else 512, help="tokens of the sequence that is timed")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
     parser.add_argument("--zero_stage", type=int, default=1, choices=(1, 2, 3), help="ZeRO stage")

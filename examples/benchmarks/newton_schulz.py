@@ -10,20 +10,14 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+from turns import in_turn
 
 
 def newton_schulz_alone(arguments: argparse.Namespace) -> None:
@@ -69,7 +63,7 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
             "plain": lambda batch=batch: plain_newton_schulz(batch.to(ours), SIMPLE, len(steps)),
             "torch": lambda batch=batch: [torchs(one, SIMPLE, 5, 1e-7) for one in batch],
         }
-        mine, plain, theirs = alternating(arguments, runs)
+        mine, plain, theirs = medians(runs, arguments.warmup, arguments.steps)
         with FlopCounterMode(display=False) as counter:
             runs["ours"]()
         share = "" if peak is None else f"{counter.get_total_flops() / mine / peak:.2f}"
@@ -89,7 +83,8 @@ def newton_schulz_alone(arguments: argparse.Namespace) -> None:
         ways: list[Products] = ["whole", "block_rows"]
         if has_kernel(here) and kernel_suits(shape[0], shape[1], ours):
             ways.append("kernel")
-        taken = alternating(arguments, {way: partial(symmetric_product, x, x.mT, out, way) for way in ways})
+        products = {way: partial(symmetric_product, x, x.mT, out, way) for way in ways}
+        taken = medians(products, arguments.warmup, arguments.steps)
         name = f"{len(x)} x {shape[0]} x {shape[1]}"
         kernel = f"{1e3 * taken[2]:>11.3f}" if len(taken) > 2 else f"{'':>11}"
         ratio = f"{taken[0] / taken[2]:>14.2f}" if len(taken) > 2 else ""
@@ -107,28 +102,26 @@ def plain_newton_schulz(x: torch.Tensor, abc: tuple[float, float, float], steps:
     return x.mT if tall else x
 
 
-def alternating(arguments: argparse.Namespace, runs: dict[str, Callable[[], Any]]) -> list[float]:
-    """Run the functions in turn; return the median seconds of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for step in range(arguments.warmup + arguments.steps):
-        for name, run in runs.items():
-            synchronize()
-            began = time.perf_counter()
-            run()
-            synchronize()
-            if step >= arguments.warmup:
-                seconds[name].append(time.perf_counter() - began)
-    return [statistics.median(taken) for taken in seconds.values()]
+def medians(runs: Mapping[str, Callable[[], Any]], warmup: int, turns: int) -> list[float]:
+    """Run functions in turn; return the median seconds of each."""
+    return [statistics.median(seconds) for seconds in in_turn(runs, warmup, turns).values()]
 
 
-def main() -> None:
-    """Run the command line."""
+def add_sizes(parser: argparse.ArgumentParser) -> bool:
+    """Add the options with the sizes of the matrices, by default those of a model of a billion parameters on a GPU and
+    of a small one on a CPU. Return whether it is a GPU."""
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=2048 if cuda else 512, help="model width")
     parser.add_argument("--ffn", type=int, default=8192 if cuda else 1408, help="width of the gated MLP")
     parser.add_argument("--layers", type=int, default=16 if cuda else 4, help="transformer layers")
     parser.add_argument("--groups", type=int, default=8 if cuda else None, help="query groups; default: one per head")
+    return cuda
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = add_sizes(parser)
     parser.add_argument(
         "--ns_dtype",
         choices=("fp32", "bf16", "fp16"),

@@ -14,51 +14,33 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
-from engine_runs import batches
+from engine_runs import batches, run_config
 from torch import Tensor
+from turns import in_turn
 
 from megamult.config import Config
 from megamult.distributed import device, start
-from megamult.distributed.config import ParallelConfig
-from megamult.distributed.mesh import Mesh
-from megamult.models.llama.config import ModelConfig
-from megamult.multipliers.config import MultipliersConfig
-from megamult.optim.config import OptimizerConfig
-from megamult.train.config import TrainConfig
 from megamult.train.deepspeed_engine import build
 
-
-def _sizes(layers: int, hidden: int, heads: int, groups: int, ffn: int, seq: int) -> ModelConfig:
-    return ModelConfig(
-        num_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        ffn_hidden_size=ffn,
-        seq_length=seq,
-        z_loss=0.0,
-    )
-
-
 SIZES = {
-    "2M": _sizes(4, 192, 6, 2, 512, 128),
-    "15M": _sizes(8, 384, 6, 2, 1152, 256),
-    "60M": _sizes(14, 640, 10, 2, 1728, 512),
+    "2M": {"layers": 4, "hidden": 192, "heads": 6, "groups": 2, "ffn": 512, "seq": 128},
+    "15M": {"layers": 8, "hidden": 384, "heads": 6, "groups": 2, "ffn": 1152, "seq": 256},
+    "60M": {"layers": 14, "hidden": 640, "heads": 10, "groups": 2, "ffn": 1728, "seq": 512},
 }
 """Models by their parameters without those of embedding and head, rounded."""
 VOCABULARY = 4096
-LR, CLIP = 1e-4, 1.0
 
 
-def plain(sizes: ModelConfig, dtype: str, mesh: Mesh) -> Callable[[Tensor, Tensor], float]:
+def plain(config: Config, ranks: int) -> Callable[[Tensor, Tensor], float]:
     """Return a function that takes one optimizer step of the plain model, and returns its loss."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    sizes, optimizer = config.model, config.optimizer
     model: torch.nn.Module = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
@@ -72,55 +54,21 @@ def plain(sizes: ModelConfig, dtype: str, mesh: Mesh) -> Callable[[Tensor, Tenso
             use_cache=False,
         )
     ).to(device.local_device())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), fused=True)
-    if mesh.size_of("data") > 1:
+    adamw = torch.optim.AdamW(model.parameters(), lr=optimizer.lr, betas=(0.9, 0.95), fused=True)
+    if ranks > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
 
     def step(tokens: Tensor, labels: Tensor) -> float:
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.train.dtype == "bf16"):
             logits = model(input_ids=tokens).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad_norm)
+        adamw.step()
+        adamw.zero_grad()
         return loss.item()
 
     return step
-
-
-def ours(
-    sizes: ModelConfig, implementation: str, dtype: str, zero: int, batch: int, mesh: Mesh
-) -> Callable[[Tensor, Tensor], float]:
-    """Return a function that takes one optimizer step of a run's engine, and returns its loss."""
-    config = Config(
-        model=sizes,
-        multipliers=MultipliersConfig(implementation),
-        optimizer=OptimizerConfig(lr=LR, clip_grad_norm=CLIP),
-        parallel=ParallelConfig(zero_stage=zero),
-        train=TrainConfig(
-            global_batch_size=batch * mesh.size_of("data"), micro_batch_size=batch, dtype=dtype, steps=1000
-        ),
-    )
-    engine = build(config, VOCABULARY, mesh)
-    return lambda tokens, labels: engine.train_batch(iter([(tokens, labels)]), 1).item()
-
-
-def in_turn(steps: dict[str, Callable[[], float]], warmup: int, repeat: int) -> dict[str, list[float]]:
-    """Return the times in seconds of each step, turn by turn."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for turn in range(warmup + repeat):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            if torch.distributed.get_world_size() > 1:
-                torch.distributed.barrier()
-            began = time.perf_counter()
-            steps[name]()
-            if device.has_cuda():
-                torch.cuda.synchronize()
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - began)
-    return times
 
 
 def main() -> None:
@@ -143,13 +91,16 @@ def main() -> None:
         )
         print(f"{'model':<6}{'step of':<14}{'seconds':>10}{'range/median':>14}{'over plain':>12}{'over none':>11}")
     for name in arguments.sizes:
-        sizes = SIZES[name]
-        made = {"plain": plain(sizes, arguments.dtype, mesh)}
-        for each in ("none", "layer", "folded"):
-            made[each] = ours(sizes, each, arguments.dtype, arguments.zero, arguments.batch, mesh)
-        arguments.seq, arguments.vocab = sizes.seq_length, VOCABULARY
-        ((tokens, labels),) = batches(arguments, 1)
-        steps = {each: partial(step, tokens, labels) for each, step in made.items()}
+        run = argparse.Namespace(**{**vars(arguments), **SIZES[name]}, vocab=VOCABULARY, optimizer="adamw")
+        configs = {}
+        for run.implementation in ("none", "layer", "folded"):
+            config = run_config(run, ranks, accumulation=1)
+            configs[run.implementation] = replace(config, model=replace(config.model, z_loss=0.0))  # plain has none
+        ((tokens, labels),) = batches(run, 1)
+        steps: dict[str, Callable[[], float]] = {"plain": partial(plain(configs["none"], ranks), tokens, labels)}
+        for each, config in configs.items():
+            engine = build(config, VOCABULARY, mesh)
+            steps[each] = lambda engine=engine, pair=(tokens, labels): engine.train_batch(iter([pair]), 1).item()
         times = in_turn(steps, arguments.warmup, arguments.steps)
         if torch.distributed.get_rank() == 0:
             for each, own in times.items():

@@ -19,9 +19,8 @@ class ParallelConfig:
     """DeepSpeed ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the parameters. Stage
     1 keeps whole gradients and reduces them once per step, after the last backward pass. Stage 2 reduces them in every
     micro-batch while backward runs. With one micro-batch per step both send the same in fp32, and stage 1 less in bf16;
-    with several, stage 2 sends more. Stage 1 is faster
-    if there is enough memory for it and micro-batches are too short to hide the traffic of stage 2
-    (examples/benchmarks/zero_stages.py)."""
+    with several, stage 2 sends more. Stage 1 is faster if there is enough memory for it and micro-batches are too short
+    to hide the traffic of stage 2 (examples/benchmarks/zero_stages.py)."""
     tensor_across_nodes: bool = False
     """Allow tensor-parallel groups to span nodes. The collectives of every layer then cross the network."""
     rendezvous_seconds: float = 45.0

@@ -10,6 +10,9 @@ import torch
 from megamult.settings import fixed
 from megamult.validation import not_negative, positive, require
 
+_TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Torch dtypes by their names in a configuration."""
+
 
 @dataclass
 class BatchRamp:
@@ -116,12 +119,17 @@ class TrainConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Torch dtype of parameters and activations."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+        return _TORCH[self.dtype]
 
     @property
     def accumulation_dtype(self) -> str:
         """Dtype of accumulated gradients, fp32 or bf16."""
         return "fp32" if self.grad_accum_dtype == "auto" else self.grad_accum_dtype
+
+    @property
+    def torch_accumulation_dtype(self) -> torch.dtype:
+        """Torch dtype of accumulated gradients."""
+        return _TORCH[self.accumulation_dtype]
 
     def __post_init__(self) -> None:
         positive(

@@ -50,6 +50,8 @@ class DeepSpeedEngine:
     model: torch.nn.Module
     optimizer: TwoPhaseOptimizer
     partition: Partition
+    settings: Mapping[str, Any]
+    """DeepSpeed configuration of the run."""
 
     @property
     def mesh(self) -> Mesh:
@@ -243,4 +245,4 @@ def build(
     partition = attach(engine, optimizer, mesh)
     if draw and partition.full_precision is not None:
         partition.full_precision.start_at(config.multipliers.initial_values())
-    return DeepSpeedEngine(engine, model, optimizer, partition)
+    return DeepSpeedEngine(engine, model, optimizer, partition, settings)

@@ -17,7 +17,6 @@ from megamult.distributed.mesh import Mesh
 from megamult.models.architectures import architecture_of
 from megamult.monitor import screen
 from megamult.optim.ownership import Share
-from megamult.train.deepspeed_config import deepspeed_config
 from megamult.train.deepspeed_engine import DeepSpeedEngine
 from megamult.train.planning.memory import KINDS, Memory, memory_of
 from megamult.train.schedule import Schedule
@@ -25,9 +24,8 @@ from megamult.train.schedule import Schedule
 
 def memory(config: Config, vocab_size: int, engine: DeepSpeedEngine) -> Memory:
     """Return the memory of the run, of each kind on the rank that needs most of it. Collective over all ranks."""
-    cuda, data = device.has_cuda(), engine.mesh.size_of("data")
-    zero = deepspeed_config(config, data).get("zero_optimization", {})
-    mine = memory_of(config, vocab_size, engine.partition, engine.optimizer, zero, cuda).by_kind
+    zero = engine.settings.get("zero_optimization", {})
+    mine = memory_of(config, vocab_size, engine.partition, engine.optimizer, zero, device.has_cuda()).by_kind
     sizes = [mine.get(kind, 0) for kind in KINDS]
     largest = engine.mesh.max_over(torch.tensor(sizes, dtype=torch.float64, device=device.local_device()))
     return Memory({kind: int(size) for kind, size in zip(KINDS, largest.tolist(), strict=True) if size})

@@ -160,7 +160,7 @@ def test_the_digest_of_order_is_the_one_that_older_runs_drew_from(write_indexed:
 def test_what_is_read_at_the_start_does_not_grow_with_the_corpus(
     write_indexed: Write, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the kernel's count of this process's reads; the files have 1 and 8 million bytes."""
+    """The kernel counts this process's reads; the files have 1 and 8 million bytes."""
 
     def read(documents: int) -> int:
         prefix = write_indexed(f"n{documents}", [[7] * 500] * documents)

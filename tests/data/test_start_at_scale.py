@@ -118,7 +118,7 @@ def test_a_rank_holds_as_many_files_open_as_are_counted(write_indexed: Write, ma
 
 
 def test_a_corpus_of_a_trillion_bytes_is_opened_with_a_few_reads(make: Callable, write_indexed: Write) -> None:
-    """By the kernel's count of this process's reads. The .bin is sparse: only its size is true."""
+    """The kernel counts this process's reads. The .bin is sparse: only its size is true."""
     prefix, lengths = write_indexed("huge", []), np.full(1000, 250_000_000, "<i4")
     pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * 4
     header = bytearray(Path(f"{prefix}.idx").read_bytes()[:34])
@@ -174,7 +174,7 @@ def test_the_next_page_is_not_read_with_a_page_of_an_index(
 
 
 def test_names_of_many_sources_take_time_in_proportion() -> None:
-    """By the number of names that are looked at, not by the clock."""
+    """The test counts the names that are looked at, and no time."""
     looked = 0
     identities = [Identity(f"{n:064x}", f"{n:064x}") for n in range(500)]
     first = Names.fresh(identities)

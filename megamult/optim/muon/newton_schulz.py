@@ -95,8 +95,8 @@ def orthogonalize_by(matrices: Tensor | Sequence[Tensor], steps: Coefficients, m
     shape = matrices.shape if isinstance(matrices, Tensor) else (len(matrices), *matrices[0].shape)
     rows, cols = shape[-2:]
     given = list(matrices.reshape(-1, rows, cols) if isinstance(matrices, Tensor) else matrices)
-    if not given:
-        return torch.empty(shape, dtype=method.dtype)
+    if isinstance(matrices, Tensor) and not given:
+        return matrices.new_empty(shape, dtype=method.dtype)
     device, wide = given[0].device, torch.float64 if given[0].dtype == torch.float64 else torch.float32
     # The clamp is the same as in torch.optim.Muon; with it, a zero matrix gives zeros and not NaN. The norms are
     # [matrices, 1], because torch would round a norm without dimensions to the dtype of a bf16 matrix.

@@ -107,8 +107,9 @@ def sharded(config: Config, specs: Mapping[str, ParameterSpec], ranks: int, cuda
     model = PlannedModel(specs, tensor, train.torch_dtype)
     multipliers = dataclasses.replace(config.multipliers, qk_clip=None)  # it reads activations, which are not planned
     optimizer = make_optimizer(model, config.optimizer, multipliers, mesh=mesh)
-    summed = _dtype(train.accumulation_dtype)
-    partition = planned_partition(model, optimizer.param_groups, mesh, config.parallel.zero_stage, summed)
+    partition = planned_partition(
+        model, optimizer.param_groups, mesh, config.parallel.zero_stage, train.torch_accumulation_dtype
+    )
     for rule in matrix_rules(optimizer):
         if isinstance(rule, Muon):
             costs = partial(rule.fixed_costs, kernel=cuda)
@@ -181,9 +182,3 @@ def _seconds(
     transfer = sent[TENSOR] / cluster.ring(grid, "tensor")
     values = (accumulation * 3 * forward, accumulation * again, transfer, waiting, update)
     return dict(zip(PARTS, values, strict=True))
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -35,7 +35,7 @@ def traffic(
     """
     grid = partition.mesh.grid
     accumulation = config.accumulation(grid.data)
-    size, summed = run.size, 2 if config.train.accumulation_dtype == "bf16" else 4
+    size, summed = run.size, config.train.torch_accumulation_dtype.itemsize
     share = (grid.data - 1) / grid.data
     elements = sum(partition.shards.values())
     found = {GRADIENTS: 0.0, PARAMETERS: 0.0}

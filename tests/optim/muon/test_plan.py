@@ -151,7 +151,7 @@ def test_lower_bound_knows_that_matrices_are_not_split() -> None:
 
 
 def test_matrices_of_one_cost_are_dealt_to_the_ranks_that_hold_them_at_the_same_loads() -> None:
-    """In turn from the largest, as balance alone would have it, the first two would go to the ranks 0 and 1."""
+    """Balance by itself, in turn from the largest, would give the first two to the ranks 0 and 1."""
     held = np.array([[8, 0], [8, 0], [0, 8], [3, 5], [8, 0]])
     assert assign([5, 5, 5, 5, 7], held) == [0, 1, 1, 1, 0]  # 17 of cost 5: rank 0 has the 7, and one place of the four
     assert assign([5, 5, 5, 5], held[:4]) == [0, 0, 1, 1]
